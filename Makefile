@@ -1,0 +1,43 @@
+# make sample PROMPT="..."   a video from the shipped model      make test   the fast tests
+# Both make their own .venv on the first call (PYTHON=... picks the interpreter) and need no network after it.
+
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && command -v $$p && break; done)
+PROMPT ?= a red ball rolls over the grass
+OUT ?= out/sample.mp4
+BIN := .venv/bin
+
+# $(value ...) and the environment carry quotes, dollars and 中文 to the program untouched by make and the shell.
+export KLING_PROMPT := $(value PROMPT)
+export PYTHONUTF8 := 1
+
+.PHONY: sample test test-all lint clean
+
+sample: .venv/.installed
+	@$(BIN)/kling-sample --out "$(OUT)" -- "$$KLING_PROMPT"
+
+test: .venv/.installed-dev
+	$(BIN)/python -m pytest -q -m "not slow and not gpu"
+
+test-all: .venv/.installed-dev
+	$(BIN)/python -m pytest -q
+
+lint: .venv/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf .venv build out *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/bin/python:
+	@test -n "$(PYTHON)" || { echo "error: no Python >= 3.11 found: install one, or call make PYTHON=/path/to/python3.12" >&2; exit 2; }
+	$(PYTHON) -m venv .venv
+
+.venv/.installed: pyproject.toml constraints.txt | .venv/bin/python
+	$(BIN)/python -m pip install -q -c constraints.txt -e .
+	@touch $@
+
+.venv/.installed-dev: pyproject.toml constraints.txt | .venv/bin/python
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	@touch $@ .venv/.installed

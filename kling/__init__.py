@@ -1,0 +1,44 @@
+"""kling: a research toolkit for controllable video generation, from data to video.
+
+from kling import KlingPipeline
+video = KlingPipeline.from_pretrained()("a red ball rolls left on grass", camera="pan=5").frames
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kling.dit import KlingTransformer3DModel
+    from kling.flow.scheduler import KlingFlowScheduler
+    from kling.pipeline import KlingPipeline
+    from kling.request import Request
+    from kling.text import ByteTextEncoder
+    from kling.vae import AutoencoderKLKling
+
+__version__ = "0.1.0"
+_WHERE = {
+    "KlingPipeline": "kling.pipeline",
+    "Request": "kling.request",
+    "KlingTransformer3DModel": "kling.dit",
+    "AutoencoderKLKling": "kling.vae",
+    "ByteTextEncoder": "kling.text",
+    "KlingFlowScheduler": "kling.flow.scheduler",
+}
+__all__ = [
+    "AutoencoderKLKling",
+    "ByteTextEncoder",
+    "KlingFlowScheduler",
+    "KlingPipeline",
+    "KlingTransformer3DModel",
+    "Request",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used: `import kling` itself stays light."""
+    if name not in _WHERE:
+        raise AttributeError(f"module 'kling' has no attribute '{name}'")
+    from importlib import import_module
+
+    return getattr(import_module(_WHERE[name]), name)

@@ -1,0 +1,211 @@
+"""Camera files: RealEstate10K text and JSON, read into a `Trajectory` and written from one.
+
+    text   an optional line with the video's url, then one line a frame:
+           timestamp(µs) fx fy cx cy 0 0 r11 r12 r13 t1 r21 ... t3        the 3x4 is world-to-camera
+    JSON   {"fps": 8, "intrinsics": [T][4], "c2w": [T][3][4]}
+
+Both hold OpenCV axes (x right, y down, z forward) and intrinsics normalised by width and height. A path is read whole, first pose to
+last, and brought to the clip's number of frames: it takes as long as the clip does, like a named camera move.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kling.condition.camera import Trajectory
+from kling.errors import UserError
+
+COLUMNS = 19
+SLACK = 1e-2  # how far R Rᵀ may be from the identity: files round to a few digits
+MAX_FOCAL = 20.0  # widths; more means pixels
+
+
+def load_trajectory(path: str | Path, T: int, size: tuple[int, int] | None = None) -> Trajectory:
+    """The camera of a file over T frames, relative to frame 0.
+
+    size: (H, W) of the picture to be made; where the file's own was wider or taller, the intrinsics follow the crop.
+    Raises `UserError` naming the file, and the frame, for what is not a camera path.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(f"camera file {path} does not exist: check the path") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"camera file {path} cannot be read ({error}): give RealEstate10K text or JSON") from None
+    times, intrinsics, c2w = _from_json(path, text) if text.lstrip().startswith("{") else _from_text(path, text)
+    _check(path, intrinsics, c2w)
+    R = rotation_matrix(quaternion(c2w[:, :, :3]))  # exact, whatever the file was rounded to
+    trajectory = resample(Trajectory(torch.cat([R, c2w[:, :, 3:]], dim=-1), intrinsics).relative(), times, T)
+    if size is not None:
+        trajectory = cropped(trajectory, *size)
+    return Trajectory(trajectory.c2w.float(), trajectory.intrinsics.float())
+
+
+def save_trajectory(path: str | Path, trajectory: Trajectory, fps: float = 8.0) -> None:
+    """Write RealEstate10K text (.txt) or JSON (.json), whole or not at all. Raises `UserError` for other suffixes and unwritable places."""
+    path = Path(path)
+    c2w, intrinsics = trajectory.c2w.double(), trajectory.intrinsics
+    if path.suffix == ".json":
+        text = json.dumps({"fps": fps, "intrinsics": intrinsics.tolist(), "c2w": trajectory.c2w.tolist()}) + "\n"
+    elif path.suffix == ".txt":
+        stamps = [round(1e6 * t / fps) for t in range(len(trajectory))]
+        rows = zip(stamps, intrinsics.tolist(), inverse(c2w).flatten(1).tolist(), strict=True)
+        text = "".join(f"{stamp} " + " ".join(f"{x:.9g}" for x in (*k, 0, 0, *w2c)) + "\n" for stamp, k, w2c in rows)
+    else:
+        raise UserError(f"camera file {path}: end its name in .txt (RealEstate10K) or .json")
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}): choose another place") from None
+
+
+# ------------------------------------------------------------------------------------------------------------------- reading
+
+
+def _from_text(path: Path, text: str) -> tuple[Tensor, Tensor, Tensor]:
+    """(times (n,), intrinsics (n, 4), c2w (n, 3, 4)) of RealEstate10K lines, float64."""
+    lines = [line.split() for line in text.splitlines() if line.strip()]
+    if lines and len(lines[0]) == 1:  # the url
+        lines = lines[1:]
+    if not lines:
+        raise UserError(f"camera file {path} holds no pose: give one line of {COLUMNS} numbers for each frame")
+    for t, line in enumerate(lines):
+        if len(line) != COLUMNS:
+            raise UserError(f"camera file {path}, frame {t} has {len(line)} columns: give {COLUMNS} (time, 4 intrinsics, 2 zeros, 3x4)")
+    try:
+        table = torch.tensor([[float(x) for x in line] for line in lines], dtype=torch.float64)
+    except ValueError as error:
+        raise UserError(f"camera file {path} holds a word where a number belongs ({error})") from None
+    times = table[:, 0].contiguous()
+    for t in range(1, len(times)):
+        if not times[t] > times[t - 1]:
+            raise UserError(f"camera file {path}, frame {t}: its timestamp {times[t]:g} is not after {times[t - 1]:g}: sort by time")
+    if (distorted := table[:, 5:7].ne(0).any(1)).any():
+        frame = int(distorted.int().argmax())
+        raise UserError(f"camera file {path}, frame {frame} has lens distortion: undistort the camera and put 0 0 in columns 6 and 7")
+    return times, table[:, 1:5], inverse(table[:, 7:].unflatten(1, (3, 4)))
+
+
+def _from_json(path: Path, text: str) -> tuple[Tensor, Tensor, Tensor]:
+    """The same of `{fps, intrinsics, c2w}`; frames are evenly spaced."""
+    try:
+        data = json.loads(text)
+        intrinsics, c2w = data["intrinsics"], data["c2w"]
+        counts = len(intrinsics), len(c2w)
+    except ValueError as error:
+        raise UserError(f"camera file {path} is not JSON ({error})") from None
+    except KeyError as error:
+        raise UserError(f"camera file {path} has no {error}: give fps, intrinsics [T][4] and c2w [T][3][4]") from None
+    except TypeError:
+        raise UserError(f"camera file {path}: intrinsics and c2w must be lists, [T][4] and [T][3][4]") from None
+    if counts[0] != counts[1] or not counts[0]:
+        raise UserError(f"camera file {path} has {counts[0]} intrinsics and {counts[1]} poses: give one of each for every frame")
+    for t, (k, pose) in enumerate(zip(intrinsics, c2w, strict=True)):
+        if not (_numbers(k, 4) and isinstance(pose, list) and len(pose) == 3 and all(_numbers(row, 4) for row in pose)):
+            raise UserError(f"camera file {path}, frame {t}: give 4 intrinsics and a 3x4 matrix of numbers")
+    times = torch.arange(counts[0], dtype=torch.float64)
+    return times, torch.tensor(intrinsics, dtype=torch.float64), torch.tensor(c2w, dtype=torch.float64)
+
+
+def _numbers(row: object, n: int) -> bool:
+    return isinstance(row, list) and len(row) == n and all(isinstance(x, int | float) for x in row)
+
+
+def _check(path: Path, intrinsics: Tensor, c2w: Tensor) -> None:
+    """Refuse what no camera can be, naming the first such frame."""
+    R = c2w[:, :, :3]
+    off = (R @ R.mT - torch.eye(3, dtype=R.dtype)).abs().amax((1, 2))  # (n,)
+    turn = torch.linalg.det(R.nan_to_num())
+    for t in range(len(c2w)):
+        where = f"camera file {path}, frame {t}"
+        if not (c2w[t].isfinite().all() and intrinsics[t].isfinite().all()):
+            raise UserError(f"{where} holds NaN or infinity: leave the frame out")
+        if off[t] > SLACK:
+            raise UserError(f"{where}: its 3x3 part is not a rotation (R Rᵀ is {off[t]:.2g} off the identity): give [R | t] without scale")
+        if turn[t] < 0:
+            raise UserError(f"{where} is left-handed (determinant -1): give OpenCV axes, x right, y down, z forward")
+        fx, fy = intrinsics[t, :2].tolist()
+        if min(fx, fy) <= 0:
+            raise UserError(f"{where} has focal lengths {fx:g} and {fy:g}: give positive ones")
+        if max(fx, fy) > MAX_FOCAL:
+            raise UserError(f"{where} has a focal length of {max(fx, fy):g}, in pixels: divide fx, cx by the width, fy, cy by the height")
+
+
+# ------------------------------------------------------------------------------------------------------------------ geometry
+
+
+def inverse(pose: Tensor) -> Tensor:
+    """[R | t] -> [Rᵀ | -Rᵀ t], camera-to-world from world-to-camera and back: (..., 3, 4)."""
+    Rᵀ = pose[..., :3].mT
+    return torch.cat([Rᵀ, -Rᵀ @ pose[..., 3:]], dim=-1)
+
+
+def resample(trajectory: Trajectory, times: Tensor, T: int) -> Trajectory:
+    """T poses evenly spaced in time over the whole path: rotations by slerp, positions and intrinsics by lerp. times (n,) rising."""
+    R, o, K = trajectory.c2w[:, :, :3], trajectory.c2w[:, :, 3], trajectory.intrinsics
+    q = quaternion(R)
+    if len(times) == 1:
+        return Trajectory(trajectory.c2w.expand(T, -1, -1).clone(), K.expand(T, -1).clone())
+    when = torch.linspace(0, 1, T, dtype=times.dtype) * (times[-1] - times[0]) + times[0]  # (T,)
+    i = (torch.searchsorted(times, when, right=True) - 1).clamp(0, len(times) - 2)
+    u = ((when - times[i]) / (times[i + 1] - times[i]))[:, None]  # (T, 1)
+    turned = rotation_matrix(slerp(q[i], q[i + 1], u))
+    moved = torch.lerp(o[i], o[i + 1], u)
+    return Trajectory(torch.cat([turned, moved[:, :, None]], dim=-1), torch.lerp(K[i], K[i + 1], u))
+
+
+def cropped(trajectory: Trajectory, H: int, W: int) -> Trajectory:
+    """The same camera behind the centre crop that fills an (H, W) frame. Its own ratio W₀/H₀ is fy/fx, since pixels are square."""
+    fx, fy = trajectory.intrinsics[0, :2].tolist()
+    wider = (fy / fx) / (W / H)
+    zoom = trajectory.intrinsics.new_tensor([max(1.0, wider), max(1.0, 1 / wider)])
+    focal, centre = trajectory.intrinsics.split(2, dim=-1)
+    return Trajectory(trajectory.c2w, torch.cat([focal * zoom, 0.5 + (centre - 0.5) * zoom], dim=-1))
+
+
+def quaternion(R: Tensor) -> Tensor:
+    """Unit quaternion (..., 4), w first, of the rotation nearest to R (..., 3, 3).
+
+    Bar-Itzhack, "New method for extracting the quaternion from a rotation matrix" (2000): the leading eigenvector of a symmetric 4x4.
+    """
+    (a, b, c), (d, e, f), (g, h, i) = (row.unbind(-1) for row in R.unbind(-2))
+    K = torch.stack(
+        [
+            *(a + e + i, h - f, c - g, d - b),
+            *(h - f, a - e - i, b + d, c + g),
+            *(c - g, b + d, e - a - i, f + h),
+            *(d - b, c + g, f + h, i - a - e),
+        ],
+        dim=-1,
+    )
+    return torch.linalg.eigh(K.unflatten(-1, (4, 4))).eigenvectors[..., -1]
+
+
+def rotation_matrix(q: Tensor) -> Tensor:
+    """(..., 4) unit quaternions, w first -> (..., 3, 3)."""
+    w, x, y, z = q.unbind(-1)
+    rows = [
+        *(1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)),
+        *(2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)),
+        *(2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)),
+    ]
+    return torch.stack(rows, dim=-1).unflatten(-1, (3, 3))
+
+
+def slerp(p: Tensor, q: Tensor, u: Tensor) -> Tensor:
+    """The shortest turn from p to q (n, 4) at a constant rate, at u (n, 1) in [0, 1]."""
+    q = torch.where((p * q).sum(-1, keepdim=True) < 0, -q, q)  # q and -q are one rotation
+    angle = 2 * torch.atan2((p - q).norm(dim=-1, keepdim=True), (p + q).norm(dim=-1, keepdim=True))  # exact for small angles
+    still = angle < 1e-9
+    angle = angle.masked_fill(still, math.pi / 2)
+    mixed = torch.where(still, torch.lerp(p, q, u), (((1 - u) * angle).sin() * p + (u * angle).sin() * q) / angle.sin())
+    return mixed / mixed.norm(dim=-1, keepdim=True)

@@ -1,0 +1,128 @@
+"""The one mechanism behind every task: a video is a set of latent frames, each with its own noise level, position and kind.
+
+    symbol   shape                       meaning
+    z, c     (b, c, G, h, w)             current latents; clean latents (0 where unknown)
+    m        (b, 1, G, h, w) in [0, 1]   denoise mask: 1 generate, 0 given, between = soft (m = 1 - strength)
+    p        (b, G) float                temporal position in latent frames
+    kind     (b, G) int                  0 target, 1 keyframe, 2 reference, 3 source video, 4 history
+    P        (b, 24, G, ...) or None     packed camera rays
+
+G = F target frames + K appended ones. The noise level of a token is  sigma_tok = m * sigma + [m = 0] * sigma_c.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kling.shapes import frame_position
+
+TARGET, KEYFRAME, REFERENCE, SOURCE, HISTORY = range(5)
+
+
+@dataclass(frozen=True)
+class Given:
+    """What is known of a clip before it is made. The task follows from this; it is never a flag.
+
+    known: the first latent frames that are given whole (1 = a first image, 1 + j = a clip to continue).
+    keyframes: (pixel frame, strength) of lone frames, appended to the clip. Strength 1 holds exactly, 0 not at all.
+    space: (h, w) mask over all frames, 1 where to generate: in- and outpainting of a given clip.
+    hold: how strongly a whole given clip holds (restyling): every target has m = 1 - hold.
+    """
+
+    known: int = 0
+    keyframes: tuple[tuple[int, float], ...] = ()
+    space: Tensor | None = None
+    hold: float = 0.0
+
+    def task(self, frames: int) -> str:
+        """The name under which a checkpoint lists this in its `capabilities`."""
+        if self.space is not None:
+            return "inpaint"
+        if self.hold:
+            return "restyle"
+        if self.known > 1:
+            return "continuation"
+        last = 4 * (frames - 1)
+        if not self.keyframes:
+            return "image" if self.known else "text" if frames > 1 else "text_to_image"
+        if [t for t, _ in self.keyframes] == [last]:
+            return "first_last" if self.known else "last"
+        return "keyframes"
+
+
+@dataclass(frozen=True)
+class State:
+    """A batch of clips that share F and K: everything the network and the sampler need to know about what is given."""
+
+    clean: Tensor  # c (b, c, G, h, w)
+    mask: Tensor  # m (b, 1, G, h, w), constant within a token
+    position: Tensor  # p (b, G)
+    kind: Tensor  # (b, G)
+    frames: int  # F, the target frames; the rest are appended
+    patch: tuple[int, int, int]
+    sigma_c: float = 0.0  # conditioning noise of given tokens
+
+    def sigma(self, level: Tensor) -> Tensor:
+        """Noise level of every latent element, (b, 1, G, h, w), for a schedule level (b,) or one per frame (b, G) in [0, 1]."""
+        level = level.view(*level.shape, *(1,) * (2 - level.ndim))[:, None, :, None, None]  # (b, 1, G or 1, 1, 1)
+        return torch.where(self.mask > 0, self.mask * level, self.sigma_c)
+
+    def noised(self, level: Tensor, noise: Tensor) -> Tensor:
+        """z = (1 - sigma_tok) c + sigma_tok eps. At level 1 this is where sampling starts; in training c is the true clip everywhere."""
+        sigma = self.sigma(level)  # (b, 1, G, h, w)
+        return (1 - sigma) * self.clean + sigma * noise
+
+    def token_sigma(self, level: Tensor) -> Tensor:
+        """Noise level of every token, (b, G, h', w'): what the network is told."""
+        return self.sigma(level)[:, 0, :, :: self.patch[1], :: self.patch[2]]
+
+    def finish(self, z: Tensor) -> Tensor:
+        """The clip: given elements restored exactly, appended frames cut off. (b, c, F, h, w)"""
+        return torch.where(self.mask > 0, z, self.clean)[:, :, : self.frames]
+
+    def to(self, device: torch.device | str) -> State:
+        return replace(self, **{name: getattr(self, name).to(device) for name in ("clean", "mask", "position", "kind")})
+
+
+def build_state(
+    given: list[Given], clean: Tensor, keyframes: Tensor | None, patch: tuple[int, int, int] = (1, 2, 2), sigma_c: float = 0.0
+) -> State:
+    """Masks, positions and kinds from what is given: the one builder, for training and for sampling.
+
+    Args:
+        given: one per sample; all must have the same number of keyframes.
+        clean: (b, c, F, h, w) clean latents: the true clip in training, zeros where unknown in sampling.
+        keyframes: (b, c, K, h, w) latents of the lone frames, or None when K = 0.
+    """
+    b, _, frames, h, w = clean.shape
+    K = 0 if keyframes is None else keyframes.shape[2]
+    if len(given) != b or any(len(g.keyframes) != K for g in given):
+        raise ValueError(f"{len(given)} conditions with {[len(g.keyframes) for g in given]} keyframes for a batch of {b} with {K}")
+    mask = torch.ones(b, 1, frames + K, h, w, device=clean.device, dtype=clean.dtype)
+    position = torch.arange(frames, dtype=torch.float32, device=clean.device).repeat(b, 1)  # (b, F)
+    position = torch.cat([position, position.new_zeros(b, K)], dim=1)  # (b, G)
+    kind = torch.full((b, frames + K), TARGET, device=clean.device)
+    for i, g in enumerate(given):
+        mask[i, :, :frames] *= 1 - g.hold
+        if g.space is not None:
+            mask[i, :, :frames] *= g.space.to(mask)
+        mask[i, :, : g.known] = 0
+        for k, (t, strength) in enumerate(g.keyframes, start=frames):
+            mask[i, :, k] = 1 - strength
+            position[i, k] = frame_position(t)
+            kind[i, k] = KEYFRAME
+    if K:
+        clean = torch.cat([clean, keyframes], dim=2)  # (b, c, G, h, w)
+    return State(clean, _whole_tokens(mask, patch), position, kind, frames, patch, sigma_c)
+
+
+def _whole_tokens(mask: Tensor, patch: tuple[int, int, int]) -> Tensor:
+    """Max-pool the mask to tokens and spread it again: a token with one element to make is made whole."""
+    if patch[1] == patch[2] == 1:
+        return mask
+    pooled = F.max_pool3d(mask, (1, *patch[1:]))  # (b, 1, G, h', w')
+    return pooled.repeat_interleave(patch[1], dim=-2).repeat_interleave(patch[2], dim=-1)

@@ -1,0 +1,99 @@
+"""What the small world says about its scenes, in English and Chinese, with several phrasings of everything."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+
+LANGUAGES = ("en", "zh")
+
+COLOURS = {
+    "red": "红色",
+    "orange": "橙色",
+    "yellow": "黄色",
+    "green": "绿色",
+    "cyan": "青色",
+    "blue": "蓝色",
+    "purple": "紫色",
+    "pink": "粉色",
+}
+SOLIDS = {"ball": ("球", "圆球"), "cube": ("方块", "立方体"), "cone": ("圆锥", "锥体")}
+SOLIDS_EN = {"ball": ("ball", "sphere"), "cube": ("cube", "box"), "cone": ("cone",)}
+GROUNDS = {
+    "grass": (("on grass", "on a green lawn"), ("在草地上",)),
+    "sand": (("on sand", "in a sandy desert"), ("在沙地上", "在沙漠里")),
+    "tiles": (("on a tiled floor", "on grey tiles"), ("在瓷砖地面上", "在灰色地砖上")),
+    "snow": (("on snow", "in the snow"), ("在雪地上",)),
+    "water": (("on water", "on the water"), ("在水面上",)),
+}
+MOTIONS = {
+    "still": (("stays still", "does not move"), ("静止不动", "保持不动")),
+    "left": (("moves left", "{roll} to the left"), ("向左移动", "向左{滚}")),
+    "right": (("moves right", "{roll} to the right"), ("向右移动", "向右{滚}")),
+    "toward": (("comes closer", "moves toward us"), ("向我们靠近", "朝镜头移动")),
+    "away": (("moves away", "goes into the distance"), ("向远处移动", "渐渐远去")),
+    "bounce": (("bounces up and down", "jumps up and down"), ("上下弹跳", "上下跳动")),
+    "circle": (("moves in a circle", "goes round in circles"), ("绕圈移动", "转着圈走")),
+}
+CAMERA_AXES = {
+    ("horizontal", 1): (("the camera moves right", "the camera trucks right"), ("镜头向右平移",)),
+    ("horizontal", -1): (("the camera moves left", "the camera trucks left"), ("镜头向左平移",)),
+    ("vertical", 1): (("the camera rises", "the camera moves up"), ("镜头上升",)),
+    ("vertical", -1): (("the camera sinks", "the camera moves down"), ("镜头下降",)),
+    ("pan", 1): (("the camera pans right", "the camera turns right"), ("镜头向右摇", "镜头右转")),
+    ("pan", -1): (("the camera pans left", "the camera turns left"), ("镜头向左摇", "镜头左转")),
+    ("tilt", 1): (("the camera tilts up", "the camera looks up"), ("镜头向上摇", "镜头仰起")),
+    ("tilt", -1): (("the camera tilts down", "the camera looks down"), ("镜头向下摇", "镜头俯下")),
+    ("roll", 1): (("the camera rolls clockwise",), ("镜头顺时针旋转",)),
+    ("roll", -1): (("the camera rolls counterclockwise",), ("镜头逆时针旋转",)),
+    ("zoom", 1): (("the camera zooms out", "the view widens"), ("镜头拉远变焦", "视野变宽")),
+    ("zoom", -1): (("the camera zooms in",), ("镜头变焦放大",)),
+    ("dolly", 1): (("the camera moves forward", "the camera dollies in"), ("镜头前进", "镜头推进")),
+    ("dolly", -1): (("the camera moves back", "the camera dollies out"), ("镜头后退",)),
+}
+CAMERA_MOVES = {
+    "down_back": (("the camera moves down and back",), ("镜头下移并后退",)),
+    "forward_up": (("the camera moves forward and up",), ("镜头前进并上升",)),
+    "right_turn_forward": (("the camera turns right and moves forward",), ("镜头右转并前进",)),
+    "left_turn_forward": (("the camera turns left and moves forward",), ("镜头左转并前进",)),
+    "static": (("the camera does not move", "a static shot"), ("镜头不动", "固定镜头")),
+}
+
+
+def _thing(colour: str, solid: str, motion: str, language: str, rng: random.Random) -> str:
+    if language == "en":
+        article = "an" if colour[0] in "aeiou" else "a"
+        verb = rng.choice(MOTIONS[motion][0]).format(roll="rolls" if solid == "ball" else "slides")
+        return f"{article} {colour} {rng.choice(SOLIDS_EN[solid])} {verb}"
+    verb = rng.choice(MOTIONS[motion][1]).format(滚="滚动" if solid == "ball" else "滑动")
+    return f"一个{COLOURS[colour]}的{rng.choice(SOLIDS[solid])}{verb}"
+
+
+def _camera(axes: Mapping[str, float], move: str, language: str, rng: random.Random) -> str:
+    column = LANGUAGES.index(language)
+    if move:
+        return rng.choice(CAMERA_MOVES[move][column])
+    parts = [rng.choice(CAMERA_AXES[name, 1 if value > 0 else -1][column]) for name, value in axes.items()]
+    return (" and " if language == "en" else "，").join(parts)
+
+
+def caption(
+    things: Sequence[tuple[str, str, str]],
+    ground: str,
+    axes: Mapping[str, float],
+    move: str,
+    language: str,
+    rng: random.Random,
+    camera: bool = True,
+) -> str:
+    """One sentence about (colour, solid, motion) things on a ground under a camera; `move` names a master shot or `static`."""
+    place = rng.choice(GROUNDS[ground][LANGUAGES.index(language)])
+    phrases = [_thing(*thing, language, rng) for thing in things]
+    said = _camera(axes, move, language, rng) if camera else ""
+    place_first = rng.random() < 0.4
+    if language == "en":
+        text = " and ".join(phrases)
+        text = f"{place}, {text}" if place_first else f"{text} {place}"
+        return f"{text}, {said}" if said else text
+    text = "，".join([place, *phrases] if place_first else [*phrases, place])
+    return f"{text}，{said}" if said else text

@@ -1,0 +1,98 @@
+"""What a file holds, by its first bytes, and how a file is written: beside its final name, then moved there whole."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from kling.errors import UserError
+
+HEAD = 512  # bytes that `sniff` needs: two MPEG-TS packets and a little
+
+# (offset, magic, FFmpeg demuxer). The demuxer is forced: left to guess, FFmpeg takes a text file named x.mp4 for a playlist
+# or a script and opens what it names.
+VIDEO_MAGIC = (
+    (4, b"ftyp", "mov"), (4, b"moov", "mov"), (4, b"mdat", "mov"), (4, b"wide", "mov"), (4, b"free", "mov"), (4, b"skip", "mov"),
+    (0, b"\x1aE\xdf\xa3", "matroska"), (8, b"AVI ", "avi"), (0, b"GIF8", "gif"), (0, b"FLV\x01", "flv"), (0, b"OggS", "ogg"),
+    (0, b"\x30\x26\xb2\x75\x8e\x66\xcf\x11", "asf"), (0, b"\x00\x00\x01\xba", "mpeg"), (0, b"DKIF", "ivf"),
+    (0, b"YUV4MPEG2 ", "yuv4mpegpipe"), (0, b"\x06\x0e\x2b\x34", "mxf"),
+    (0, b"\x00\x00\x00\x01\x67", "h264"), (0, b"\x00\x00\x01\x67", "h264"), (0, b"\x00\x00\x00\x01\x40\x01", "hevc"),
+)  # fmt: skip
+OTHER_MAGIC = (
+    (0, b"\x89PNG", "a PNG image"), (0, b"\xff\xd8\xff", "a JPEG image"), (8, b"WEBP", "a WebP image"), (0, b"BM", "a BMP image"),
+    (0, b"II*\x00", "a TIFF image"), (0, b"MM\x00*", "a TIFF image"), (8, b"avif", "an AVIF image"), (8, b"heic", "a HEIC image"),
+    (8, b"mif1", "a HEIF image"), (8, b"WAVE", "WAV audio"), (0, b"ID3", "MP3 audio"), (0, b"fLaC", "FLAC audio"),
+    (8, b"M4A ", "M4A audio"), (0, b"PK\x03\x04", "a zip archive"), (0, b"\x1f\x8b", "a gzip archive"), (0, b"%PDF", "a PDF"),
+    (0, b"\x93NUMPY", "a NumPy array"),
+)  # fmt: skip
+
+
+def head(path: Path) -> bytes:
+    """The first bytes of a file. Raises `UserError` if it is missing, a folder, unreadable or empty."""
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: give a file")
+    try:
+        with path.open("rb") as file:
+            start = file.read(HEAD)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: check the path") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path} cannot be read ({reason}): check the path and its permissions") from None
+    if not start:
+        raise UserError(f"{path} is empty (0 bytes): download or export it again")
+    return start
+
+
+def sniff(start: bytes) -> tuple[str | None, str]:
+    """(FFmpeg demuxer or None, what to call the contents) from a file's first bytes; the name on disk plays no part."""
+    for offset, magic, kind in OTHER_MAGIC:
+        if start.startswith(magic, offset):
+            return None, kind
+    for offset, magic, demuxer in VIDEO_MAGIC:
+        if start.startswith(magic, offset):
+            return demuxer, f"{demuxer} video"
+    for first in (0, 4):  # MPEG-TS: a sync byte every 188 bytes, or every 192 in a Blu-ray .m2ts
+        if start[first : first + 1] == start[first + 188 + first : first + 189 + first] == b"G":
+            return "mpegts", "mpegts video"
+    try:
+        text = start.decode("utf-8", errors="strict" if len(start) < HEAD else "ignore")
+        return None, "text" if text.isprintable() or not any(c < " " and c not in "\t\r\n\f" for c in text) else "unknown data"
+    except UnicodeDecodeError:
+        return None, "unknown data"
+
+
+@contextmanager
+def written(path: str | Path) -> Iterator[Path]:
+    """A temporary path in the folder of `path`, moved to `path` when the block ends well and deleted when it does not.
+
+    The folder is made if it is missing. Raises `UserError` if `path` cannot be written.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{uuid.uuid4().hex}.part")
+    with writing(path):
+        if path.is_dir():
+            raise IsADirectoryError(0, "it is a folder")
+        if path.parent.exists() and not path.parent.is_dir():
+            raise NotADirectoryError(0, f"{path.parent} is a file")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch(exist_ok=False)
+    try:
+        yield temporary
+        with writing(path):
+            os.replace(temporary, path)
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """The system's refusal to write (no permission, disk full, a file where a folder should be) as a `UserError`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror or error}): free the place or choose another") from None

@@ -1,0 +1,85 @@
+"""Images in and out: whatever a camera, an editor or a browser saved becomes uint8 (H, W, 3)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from kling.data.files import head, sniff, writing, written
+from kling.data.transforms import Frames, fit
+from kling.errors import UserError
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
+SEVERAL = ("GIF", "WEBP", "PNG")  # formats in which more than one frame means an animation; a phone's JPEG may hide a second picture
+
+
+def read_image(path: str | Path) -> Tensor:
+    """uint8 (H, W, 3). EXIF rotation is applied, transparency is laid on white, 16-bit greys keep their upper 8 bits.
+
+    Raises `UserError` for what is not an image, an animation (give it as a video), or a damaged file.
+    """
+    return torch.from_numpy(np.array(_rgb(_open(Path(path)))))
+
+
+def read_mask(path: str | Path, H: int, W: int) -> Tensor:
+    """(H, W) float32 in [0, 1]: white (1) and transparent are to be generated, black (0) is kept.
+
+    Brought to (H, W) by the rule of `transforms.fit`, cover: a mask drawn on a picture stays aligned with it.
+    """
+    grey = np.array(_rgb(_open(Path(path))).convert("L"), dtype=np.float32) / 255
+    return fit(grey, H, W).clamp_(0, 1)  # bicubic growth overshoots
+
+
+def write_png(path: str | Path, image: Frames) -> None:
+    """Write one picture, uint8 (H, W, 3), losslessly. Raises `UserError` if the place cannot be written."""
+    with written(path) as temporary, writing(Path(path)):
+        Image.fromarray(np.asarray(image)).save(temporary, format="PNG")
+
+
+def write_png_frames(folder: str | Path, frames: Frames) -> list[Path]:
+    """Write uint8 (T, H, W, 3) as frame_00000.png, frame_00001.png, … and return the paths.
+
+    Raises `UserError` if the folder holds such frames already: those of a longer video would mix with these.
+    """
+    folder = Path(folder)
+    if folder.is_dir() and any(folder.glob("frame_*.png")):
+        raise UserError(f"{folder} already holds frame_*.png: choose another folder, or empty it")
+    paths = [folder / f"frame_{t:05d}.png" for t in range(len(frames))]
+    for path, frame in zip(paths, frames, strict=True):
+        write_png(path, frame)
+    return paths
+
+
+def _open(path: Path) -> Image.Image:
+    """The decoded image, upright."""
+    demuxer, kind = sniff(head(path))
+    try:
+        image = Image.open(path, formats=FORMATS)
+        if image.format in SEVERAL and getattr(image, "n_frames", 1) > 1:
+            raise UserError(f"{path} is an animation of {image.n_frames} frames: give it as a video, or export one frame as PNG")
+        if image.mode == "F":
+            raise UserError(f"{path} holds floating-point pixels, whose white is not stated: export it as 8- or 16-bit PNG")
+        return ImageOps.exif_transpose(image)
+    except UnidentifiedImageError:
+        remedy = "give it as a video, or export one frame as PNG" if demuxer else "export it as PNG or JPEG"
+        raise UserError(f"{path} is not an image that can be read ({kind}): {remedy}") from None
+    except UserError:
+        raise
+    except Image.DecompressionBombError:
+        raise UserError(f"{path} has more than {2 * Image.MAX_IMAGE_PIXELS // 10**6} megapixels: scale it down") from None
+    except (OSError, SyntaxError, ValueError, EOFError) as error:  # Pillow's ways to say that the data is damaged
+        raise UserError(f"{path} is a damaged image ({error}): export or download it again") from None
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """8-bit RGB of any mode."""
+    if image.mode.startswith("I"):  # 16-bit grey; Pillow would clip it to white
+        return Image.fromarray((np.asarray(image, dtype=np.float32) / 257).round().clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")

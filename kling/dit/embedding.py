@@ -1,0 +1,63 @@
+"""What conditions the transformer: noise level, text, kind of frame, and the image tokens of the older Wan I2V weights."""
+
+from __future__ import annotations
+
+import torch
+from diffusers.models.attention import FeedForward
+from diffusers.models.embeddings import PixArtAlphaTextProjection, TimestepEmbedding, Timesteps
+from torch import Tensor, nn
+
+from kling.nn.norm import LayerNorm
+
+
+class ImageEmbedding(nn.Module):
+    """Image-encoder tokens (b, i, image_dim) -> (b, i, d). With positions, the 2b rows of first and last frames join in pairs."""
+
+    def __init__(self, image_dim: int, dim: int, pos_embed_seq_len: int | None = None) -> None:
+        super().__init__()
+        self.norm1 = LayerNorm(image_dim)
+        self.ff = FeedForward(image_dim, dim, mult=1, activation_fn="gelu")
+        self.norm2 = LayerNorm(dim)
+        self.pos_embed = None if pos_embed_seq_len is None else nn.Parameter(torch.zeros(1, pos_embed_seq_len, image_dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.pos_embed is not None:
+            x = x.reshape(-1, 2 * x.shape[1], x.shape[2]) + self.pos_embed
+        return self.norm2(self.ff(self.norm1(x)))
+
+
+class KindEmbedding(nn.Embedding):
+    """What a frame is to the clip (target, keyframe, history ...), added to its tokens; 0 until trained."""
+
+    def zero_init(self) -> None:
+        nn.init.zeros_(self.weight)
+
+
+class ConditionEmbedder(nn.Module):
+    """Noise levels (u,) -> embedding (u, d) and the six vectors of each block (u, 6, d); text (b, l, e) -> (b, l, d). Names are Wan's."""
+
+    def __init__(
+        self,
+        dim: int,
+        freq_dim: int,
+        text_dim: int,
+        timestep_scale: float,
+        image_dim: int | None = None,
+        pos_embed_seq_len: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.timestep_scale = timestep_scale
+        self.timesteps_proj = Timesteps(freq_dim, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.time_embedder = TimestepEmbedding(freq_dim, dim)
+        self.act_fn = nn.SiLU()
+        self.time_proj = nn.Linear(dim, 6 * dim)
+        self.text_embedder = PixArtAlphaTextProjection(text_dim, dim, act_fn="gelu_tanh")
+        self.image_embedder = None if image_dim is None else ImageEmbedding(image_dim, dim, pos_embed_seq_len)
+
+    def forward(self, sigma: Tensor, text: Tensor, image: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        # a float64 sigma keeps 1000σ exact to the last bit of a published timestep; bf16 would destroy it
+        timestep = sigma.to(torch.promote_types(sigma.dtype, torch.float32)) * self.timestep_scale
+        frequencies = self.timesteps_proj(timestep).to(self.time_embedder.linear_1.weight.dtype)  # (u, freq_dim)
+        temb = self.time_embedder(frequencies).type_as(text)  # (u, d)
+        vectors = self.time_proj(self.act_fn(temb)).unflatten(1, (6, -1))  # (u, 6, d)
+        return temb, vectors, self.text_embedder(text), None if image is None else self.image_embedder(image)

@@ -1,0 +1,260 @@
+"""The spatiotemporal diffusion transformer: latents, noise levels, text and camera in, velocity out.
+
+    latents --patch--> tokens (+ kind, + camera) --blocks: attention over (frame, row, column), text, feed-forward--> velocity
+
+A strict superset of diffusers' `WanTransformer3DModel` (0.42): the same parameters under the same names, the same function when every
+extra is off. The extras are zero at initialisation, so that turning one on changes nothing until it is trained.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
+from diffusers.models.attention import AttentionMixin
+from diffusers.models.cache_utils import CacheMixin
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import apply_lora_scale
+from torch import Tensor, nn
+
+from kling.dit.block import KlingTransformerBlock
+from kling.dit.camera import CameraAdapter
+from kling.dit.embedding import ConditionEmbedder, KindEmbedding
+from kling.errors import UserError, unknown
+from kling.nn.modulation import Modulation, TokenIndex, modulate, noise_levels
+from kling.nn.norm import LayerNorm
+from kling.nn.patch import PatchEmbed, unpatchify
+from kling.nn.rope import RotaryPosEmbed
+from kling.shapes import token_grid
+
+
+class KlingTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, AttentionMixin):
+    """Velocity of noisy latents.
+
+    Args, beyond those of `WanTransformer3DModel` (of which `rope_max_seq_len` bounds nothing here: positions are real numbers):
+        timestep_scale: the time embedder sees `timestep_scale · σ`.
+        num_kinds: size of the embedding of frame kinds; 0 is none.
+        camera_channels: channels of the packed Plücker rays (24); 0 is no camera input.
+        camera_fold: "unshuffle" (as the published Wan-Fun Camera weights) or "pool" (small models).
+        camera_downscale: pixels of a ray map along each side of a latent cell (the spatial factor of the VAE).
+        camera_residual_blocks: residual blocks after the fold.
+    """
+
+    _supports_gradient_checkpointing = True
+    _skip_layerwise_casting_patterns = ["patch_embedding", "condition_embedder", "kind_embedding", "norm"]
+    _no_split_modules = ["KlingTransformerBlock"]
+    _keep_in_fp32_modules = ["time_embedder", "scale_shift_table", "norm1", "norm2", "norm3"]
+    _keys_to_ignore_on_load_unexpected = ["norm_added_q"]
+    _repeated_blocks = ["KlingTransformerBlock"]
+    _cp_plan = {
+        "rope": {0: ContextParallelInput(split_dim=1, expected_dims=4, split_output=True)},
+        "token_index": {0: ContextParallelInput(split_dim=1, expected_dims=2, split_output=True)},
+        "blocks.0": {"hidden_states": ContextParallelInput(split_dim=1, expected_dims=3, split_output=False)},
+        "proj_out": ContextParallelOutput(gather_dim=1, expected_dims=3),
+    }
+
+    @register_to_config
+    def __init__(
+        self,
+        patch_size: tuple[int, ...] = (1, 2, 2),
+        num_attention_heads: int = 40,
+        attention_head_dim: int = 128,
+        in_channels: int = 16,
+        out_channels: int = 16,
+        text_dim: int = 4096,
+        freq_dim: int = 256,
+        ffn_dim: int = 13824,
+        num_layers: int = 40,
+        cross_attn_norm: bool = True,
+        qk_norm: str | None = "rms_norm_across_heads",
+        eps: float = 1e-6,
+        image_dim: int | None = None,
+        added_kv_proj_dim: int | None = None,
+        rope_max_seq_len: int = 1024,
+        pos_embed_seq_len: int | None = None,
+        timestep_scale: float = 1000.0,
+        num_kinds: int = 0,
+        camera_channels: int = 0,
+        camera_fold: str = "unshuffle",
+        camera_downscale: int = 8,
+        camera_residual_blocks: int = 1,
+    ) -> None:
+        super().__init__()
+        if qk_norm not in (None, "rms_norm_across_heads"):
+            raise unknown("qk_norm", qk_norm, ["rms_norm_across_heads"])
+        dim = num_attention_heads * attention_head_dim
+        patch_size = tuple(patch_size)
+
+        self.patch_embedding = PatchEmbed(in_channels, dim, patch_size)
+        self.rope = RotaryPosEmbed(attention_head_dim)
+        self.token_index = TokenIndex()
+        self.condition_embedder = ConditionEmbedder(dim, freq_dim, text_dim, timestep_scale, image_dim, pos_embed_seq_len)
+        self.kind_embedding = KindEmbedding(num_kinds, dim) if num_kinds else None
+        self.control_adapter = None
+        if camera_channels:
+            self.control_adapter = CameraAdapter(
+                camera_channels, dim, patch_size[1:], camera_fold, camera_downscale, camera_residual_blocks
+            )
+        self.blocks = nn.ModuleList(
+            KlingTransformerBlock(dim, ffn_dim, num_attention_heads, bool(qk_norm), cross_attn_norm, eps, added_kv_proj_dim)
+            for _ in range(num_layers)
+        )
+        self.norm_out = LayerNorm(dim, eps, elementwise_affine=False)
+        self.proj_out = nn.Linear(dim, (out_channels or in_channels) * math.prod(patch_size))
+        self.scale_shift_table = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
+
+        self.gradient_checkpointing = False
+        self.initialize_weights()
+
+    def initialize_weights(self) -> None:
+        """For training from scratch: every block starts near the identity and the velocity at 0."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | PatchEmbed):
+                nn.init.xavier_uniform_(module.weight.flatten(1))  # a view
+                nn.init.zeros_(module.bias)
+        embedder = self.condition_embedder
+        for projection in (embedder.time_embedder, embedder.text_embedder):
+            nn.init.normal_(projection.linear_1.weight, std=0.02)
+            nn.init.normal_(projection.linear_2.weight, std=0.02)
+        nn.init.zeros_(embedder.time_proj.weight)
+        nn.init.zeros_(self.proj_out.weight)
+        for extra in self._extras.values():
+            extra.zero_init()
+
+    @property
+    def _extras(self) -> dict[str, KindEmbedding | CameraAdapter]:
+        """The modules that a Wan checkpoint does not have."""
+        extras = {"kind_embedding": self.kind_embedding, "control_adapter": self.control_adapter}
+        return {name: module for name, module in extras.items() if module is not None}
+
+    @apply_lora_scale("attention_kwargs")
+    def forward(
+        self,
+        hidden_states: Tensor,
+        sigma: Tensor,
+        encoder_hidden_states: Tensor,
+        *,
+        positions: Tensor | None = None,
+        kinds: Tensor | None = None,
+        camera: Tensor | None = None,
+        camera_mask: Tensor | None = None,
+        encoder_hidden_states_image: Tensor | None = None,
+        attention_kwargs: dict[str, Any] | None = None,
+        return_dict: bool = True,
+    ) -> Transformer2DModelOutput | tuple[Tensor]:
+        """Velocity ε - x₀ of noisy latents, for every frame.
+
+        Args:
+            hidden_states: (b, c, G, h, w) noisy latents, any conditioning channels of older checkpoints concatenated.
+            sigma: noise level in [0, 1], one per sample (b,), per frame (b, G) or per token (b, G, h/ph, w/pw) or (b, n). Give float64 to
+                reach a published integer timestep exactly.
+            encoder_hidden_states: (b, l, e) text.
+            positions: (b, G) place of each frame in time, in latent frames, any real number. Default 0 … G - 1.
+            kinds: (b, G) integers below `num_kinds`. Default 0, a frame to generate.
+            camera: (b, camera_channels, G, H, W) packed Plücker rays.
+            camera_mask: (b,) True where the sample has a camera. Default: all have.
+            encoder_hidden_states_image: (b, i, image_dim) image-encoder tokens of the older Wan I2V weights.
+
+        Returns:
+            `.sample` (b, out_channels, G, h, w).
+
+        Raises:
+            UserError: an input that this model has no use for, or of a shape that does not fit the latents.
+        """
+        patch = tuple(self.config.patch_size)
+        grid = token_grid(*hidden_states.shape[2:], patch)
+        rotation = self.rope(self._positions(positions, grid[0], hidden_states), *grid[1:])  # (b | 1, n, 1, head_dim / 2)
+
+        x = self.patch_embedding(hidden_states)  # (b, n, d)
+        x = self._add_kinds(x, kinds, grid)
+        x = self._add_camera(x, camera, camera_mask)
+
+        if encoder_hidden_states_image is not None and self.config.image_dim is None:
+            raise UserError("image tokens were given but this model has no image branch (image_dim is None): leave them out")
+        levels, index = noise_levels(sigma, grid)  # (u,), (b, g)
+        if self._parallel_config is not None and index.shape[1] > 1:
+            index = self.token_index(index, x.shape[1])
+        temb, vectors, text, image = self.condition_embedder(levels, encoder_hidden_states, encoder_hidden_states_image)
+        modulation = Modulation(vectors, index)  # (u, 6, d)
+
+        for block in self.blocks:
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                x = self._gradient_checkpointing_func(block, x, text, modulation, rotation, image)
+            else:
+                x = block(x, text, modulation, rotation, image)
+
+        out = Modulation(temb[:, None], index) + self.scale_shift_table  # (u, 2, d)
+        x = modulate(self.norm_out(x.float()), out.vector(0), out.vector(1)).to(x.dtype)
+        velocity = unpatchify(self.proj_out(x), grid, patch)  # (b, c, G, h, w)
+        return Transformer2DModelOutput(sample=velocity) if return_dict else (velocity,)
+
+    def _positions(self, positions: Tensor | None, frames: int, latents: Tensor) -> Tensor:
+        if positions is None:
+            return torch.arange(frames, device=latents.device)[None]  # (1, G)
+        if positions.shape != (latents.shape[0], frames):
+            raise UserError(f"positions of shape {tuple(positions.shape)}: give ({latents.shape[0]}, {frames}), one per frame")
+        return positions
+
+    def _add_kinds(self, x: Tensor, kinds: Tensor | None, grid: tuple[int, int, int]) -> Tensor:
+        b, frames = x.shape[0], grid[0]
+        if kinds is not None and kinds.shape != (b, frames):
+            raise UserError(f"kinds of shape {tuple(kinds.shape)}: give ({b}, {frames}), one per frame")
+        known = max(self.config.num_kinds, 1)  # kind 0, a frame to generate, is what every model knows
+        if kinds is not None and not torch.compiler.is_compiling() and not 0 <= int(kinds.min()) <= int(kinds.max()) < known:
+            raise UserError(f"kinds up to {int(kinds.max())}, but this model knows {known} (num_kinds): use 0 … {known - 1}")
+        if self.kind_embedding is None:
+            return x
+        if kinds is None:
+            return x + self.kind_embedding.weight[0]
+        return (x.unflatten(1, (frames, -1)) + self.kind_embedding(kinds)[:, :, None]).flatten(1, 2)
+
+    def _add_camera(self, x: Tensor, camera: Tensor | None, mask: Tensor | None) -> Tensor:
+        if camera is None:
+            return x
+        if self.control_adapter is None:
+            raise UserError("a camera was given but this model has no camera input (camera_channels is 0): leave the camera out")
+        if camera.shape[1] != self.config.camera_channels:
+            raise UserError(f"camera of {camera.shape[1]} channels: this model takes {self.config.camera_channels}")
+        residual = self.control_adapter(camera.to(x.dtype))
+        if residual.shape != x.shape:
+            raise UserError(
+                f"camera of shape {tuple(camera.shape)} gives {residual.shape[1]} tokens where the latents have {x.shape[1]}: "
+                f"render the rays at {self.config.camera_downscale} pixels per latent cell"
+            )
+        return x + (residual if mask is None else residual * mask.to(residual.dtype)[:, None, None])
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike, **kwargs: Any) -> KlingTransformer3DModel | tuple[KlingTransformer3DModel, dict]:
+        """As diffusers', and extras that the checkpoint lacks start at zero instead of on the meta device.
+
+        Raises `UserError` if anything else is missing from the checkpoint.
+        """
+        return_info = kwargs.pop("output_loading_info", False)
+        kwargs.setdefault("use_safetensors", True)  # diffusers falls back to a pickle
+        model, info = super().from_pretrained(path, output_loading_info=True, **kwargs)
+        missing = set(info["missing_keys"])
+        for name, module in model._extras.items():
+            keys = {f"{name}.{key}" for key in module.state_dict()}
+            if keys <= missing:
+                missing -= keys
+                module.to_empty(device=model.scale_shift_table.device)
+                module.apply(lambda m: m.reset_parameters() if hasattr(m, "reset_parameters") else None)
+                module.zero_init()
+        if missing:
+            raise UserError(f"checkpoint '{path}' lacks {len(missing)} weights of its config, '{min(missing)}' among them: get it again")
+        return (model, info) if return_info else model
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:
+        """As diffusers', but a key that is not an argument is refused instead of ignored."""
+        known = cls._get_init_keys(cls) - {"self"}
+        for key in (*config_dict, *kwargs):
+            if key not in known and not key.startswith("_") and key != "quantization_config":
+                raise unknown("config key", key, sorted(known))
+        return super().extract_init_dict(config_dict, **kwargs)

@@ -1,0 +1,80 @@
+"""Walking a state down its noise levels, each token by its own: a diffusers scheduler, and the solvers it steps with."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import ConfigMixin, SchedulerMixin
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor
+
+from kling.errors import unknown
+from kling.flow.path import to_x0
+from kling.flow.time import sigma_grid
+
+
+def euler(v: Tensor, previous: Tensor, step: Tensor, previous_step: Tensor) -> Tensor:
+    """First order: the velocity as it is."""
+    return v
+
+
+def adams(v: Tensor, previous: Tensor, step: Tensor, previous_step: Tensor) -> Tensor:
+    """Second-order Adams-Bashforth on uneven steps: no extra evaluation; first order where an element has not moved before."""
+    return v + torch.where(previous_step > 0, step / (2 * previous_step.clamp(min=1e-12)), 0.0) * (v - previous)
+
+
+SOLVERS = {"euler": euler, "adams": adams}
+
+
+class KlingFlowScheduler(SchedulerMixin, ConfigMixin):
+    """Flow matching with a noise level per token.
+
+    The settings live in the checkpoint (`scheduler/scheduler_config.json`), never in a guess. `sigmas` (steps + 1,) is the grid after
+    `set_timesteps`; `timesteps` are its values but the last, times 1000, as diffusers expects them.
+    """
+
+    order = 1
+
+    @register_to_config
+    def __init__(
+        self,
+        shift: float = 1.0,
+        solver: str = "euler",
+        num_inference_steps: int = 25,
+        guidance_scale: float = 3.0,
+        density: str = "logit_normal",
+    ) -> None:
+        if solver not in SOLVERS:
+            raise unknown("solver", solver, SOLVERS)
+        self.set_timesteps(num_inference_steps)
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: torch.device | str | None = None,
+        shift: float | None = None,
+        solver: str | None = None,
+    ) -> None:
+        """Start a walk of `num_inference_steps` steps. What is None is the checkpoint's own setting."""
+        steps = self.config.num_inference_steps if num_inference_steps is None else num_inference_steps
+        self.sigmas = sigma_grid(steps, self.config.shift if shift is None else shift).to(device)  # (steps + 1,)
+        self.timesteps = 1000 * self.sigmas[:-1]
+        self._solve = SOLVERS[solver or self.config.solver]
+        self._previous: tuple[Tensor, Tensor] | None = None  # velocity and step of every element
+
+    def step(self, v: Tensor, sigma: Tensor, next_sigma: Tensor, z: Tensor, mask: Tensor, clean: Tensor) -> tuple[Tensor, Tensor]:
+        """One step: x0 = z - sigma v where m > 0, c where m = 0; z <- x0 + (sigma+ / sigma)(z - x0), unchanged where sigma = 0.
+
+        Args:
+            v: (b, c, G, h, w) guided velocity at `sigma`.
+            sigma, next_sigma: (b, 1, G, h, w) levels of every element before and after.
+            z, mask, clean: as in `State`.
+
+        Returns z at the next level, and the clip as it looks from here.
+        """
+        step = sigma - next_sigma
+        previous, previous_step = self._previous or (v, torch.zeros_like(step))
+        self._previous = v, step
+        v = self._solve(v, previous, step, previous_step)
+        x0 = torch.where(mask > 0, to_x0(z, v, sigma), clean)
+        ratio = torch.where(sigma > 0, next_sigma / sigma.clamp(min=1e-12), 1.0)
+        return torch.where(sigma > 0, x0 + ratio * (z - x0), z), x0

@@ -1,0 +1,81 @@
+"""Multi-head attention with RMS-normalised queries and keys, on whichever attention backend diffusers has been told to use."""
+
+from __future__ import annotations
+
+from diffusers.models.attention import AttentionModuleMixin
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from torch import Tensor, nn
+
+from kling.nn.norm import RMSNorm
+from kling.nn.rope import rotate
+
+
+class AttentionProcessor:
+    """The computation of an `Attention`; diffusers sets the backend and the context-parallel configuration here."""
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,  # (b, n, d)
+        encoder_hidden_states: Tensor | None = None,  # (b, l, d), None for self-attention
+        rotary_emb: Tensor | None = None,  # (b | 1, n, 1, head_dim / 2) complex
+        encoder_hidden_states_image: Tensor | None = None,  # (b, i, added_kv_proj_dim)
+    ) -> Tensor:
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        # context-parallel attention exchanges keys between devices; text is whole on each of them
+        parallel = self._parallel_config if encoder_hidden_states is None else None
+
+        query = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))  # (b, n, heads, head_dim)
+        key = attn.norm_k(attn.to_k(context)).unflatten(2, (attn.heads, -1))
+        value = attn.to_v(context).unflatten(2, (attn.heads, -1))
+        if rotary_emb is not None:
+            query, key = rotate(query, rotary_emb), rotate(key, rotary_emb)
+        out = self.attend(query, key, value, parallel)
+
+        if encoder_hidden_states_image is not None:
+            key = attn.norm_added_k(attn.add_k_proj(encoder_hidden_states_image)).unflatten(2, (attn.heads, -1))
+            value = attn.add_v_proj(encoder_hidden_states_image).unflatten(2, (attn.heads, -1))
+            out = out + self.attend(query, key, value, None)
+
+        for layer in attn.to_out:
+            out = layer(out)
+        return out
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, parallel_config: object | None) -> Tensor:
+        out = dispatch_attention_fn(query, key, value, backend=self._attention_backend, parallel_config=parallel_config)
+        return out.flatten(2, 3).type_as(query)  # (b, n, d)
+
+
+class Attention(nn.Module, AttentionModuleMixin):
+    """Self-attention, or cross-attention to text and, with `added_kv_proj_dim`, to image tokens. Parameter names are Wan's."""
+
+    _default_processor_cls = AttentionProcessor
+    _available_processors = [AttentionProcessor]
+    _supports_qkv_fusion = False
+
+    def __init__(self, dim: int, heads: int, eps: float = 1e-6, qk_norm: bool = True, added_kv_proj_dim: int | None = None) -> None:
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(dim, dim)
+        self.to_k = nn.Linear(dim, dim)
+        self.to_v = nn.Linear(dim, dim)
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim), nn.Dropout(0.0)])
+        self.norm_q = RMSNorm(dim, eps) if qk_norm else nn.Identity()
+        self.norm_k = RMSNorm(dim, eps) if qk_norm else nn.Identity()
+        if added_kv_proj_dim is not None:
+            self.add_k_proj = nn.Linear(added_kv_proj_dim, dim)
+            self.add_v_proj = nn.Linear(added_kv_proj_dim, dim)
+            self.norm_added_k = RMSNorm(dim, eps)
+        self.set_processor(AttentionProcessor())
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        rotary_emb: Tensor | None = None,
+        encoder_hidden_states_image: Tensor | None = None,
+    ) -> Tensor:
+        return self.processor(self, hidden_states, encoder_hidden_states, rotary_emb, encoder_hidden_states_image)

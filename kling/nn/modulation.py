@@ -1,0 +1,71 @@
+"""Adaptive layer norm (adaLN) when each sample, frame or token has its own noise level.
+
+Modulation vectors are computed once per distinct level, never once per token: a clip with a given first frame has two levels,
+not n. Blocks read them through a `Modulation`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kling.errors import UserError
+
+
+class Modulation(NamedTuple):
+    """k vectors of width d for every distinct noise level, and which level each run of tokens has.
+
+    `table` (u, k, d). `index` (b, g): each sample's n tokens are g runs of n/g equal levels (g = 1, the frames, or n).
+    """
+
+    table: Tensor
+    index: Tensor
+
+    def __add__(self, offset: Tensor) -> Modulation:  # type: ignore[override]
+        """Add a block's own (1, k, d) vectors to every level, in fp32."""
+        return Modulation(offset + self.table.float(), self.index)
+
+    def vector(self, i: int) -> Tensor:
+        """The i-th vector as (b, g, 1, d), ready to broadcast over tokens in runs."""
+        return F.embedding(self.index, self.table[:, i])[:, :, None]
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x · (1 + scale) + shift for tokens x (b, n, d) and vectors (b, g, 1, d)."""
+    runs = x.unflatten(1, (shift.shape[1], -1))  # (b, g, n/g, d)
+    return torch.addcmul(shift, runs, 1 + scale).flatten(1, 2)
+
+
+def gate(x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
+    """x + update · gate for tokens (b, n, d) and a vector (b, g, 1, d)."""
+    runs = (gate.shape[1], -1)
+    return torch.addcmul(x.unflatten(1, runs), update.unflatten(1, runs), gate).flatten(1, 2)
+
+
+def noise_levels(sigma: Tensor, grid: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+    """σ (b,) | (b, G) | (b, n) | (b, G, h, w) on the token grid -> distinct levels (u,) and index (b, g) with the fewest runs g.
+
+    Raises `UserError` if σ fits no level of the grid.
+    """
+    if sigma.ndim == 1:
+        return sigma, torch.arange(len(sigma), device=sigma.device)[:, None]
+    G, h, w = grid
+    if sigma.shape[1:] not in {(G,), (G * h * w,), (G, h, w)}:
+        raise UserError(f"sigma of shape {tuple(sigma.shape)} for a token grid of {G}x{h}x{w}: give one per sample, frame or token")
+    levels, index = torch.unique(sigma, return_inverse=True)
+    index = index.flatten(1)  # (b, G) or (b, n)
+    for g in (1, G):
+        runs = index.unflatten(1, (g, -1))
+        if (runs == runs[..., :1]).all():
+            return levels, runs[..., 0]
+    return levels, index
+
+
+class TokenIndex(nn.Module):
+    """Spell an index (b, g) out to every token (b, n). A module so that context parallelism can shard it as it shards tokens."""
+
+    def forward(self, index: Tensor, n: int) -> Tensor:
+        return index.repeat_interleave(n // index.shape[1], dim=1)

@@ -1,0 +1,128 @@
+"""Where the computation happens: devices, processes and precision. The only module that imports accelerate."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import GradientAccumulationPlugin
+
+from kling.errors import UserError, unknown
+
+EXIT_STOPPED = 143  # 128 + SIGTERM: what a scheduler expects of a job that it asked to leave
+PRECISIONS = ("auto", "bf16", "fp16", "fp32")
+TRACKERS = ("tensorboard", "wandb")
+
+
+def make_accelerator(
+    out: str | Path,
+    mixed_precision: str = "auto",
+    gradient_accumulation: int = 1,
+    trackers: Sequence[str] = (),
+) -> Accelerator:
+    """The Accelerator of a run in the folder `out`, on whatever `accelerate launch` set up, or on one device.
+
+    mixed_precision: auto | bf16 | fp16 | fp32 (see `pick_precision`). trackers: any of tensorboard, wandb, next to metrics.jsonl.
+    """
+    for name in trackers:
+        if name not in TRACKERS:
+            raise unknown("tracker", name, TRACKERS)
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"tracker '{name}' is not installed: pip install 'kling[{name}]', or leave it out")
+    if gradient_accumulation < 1:
+        raise UserError(f"gradient_accumulation {gradient_accumulation}: give 1 or more")
+    precision = pick_precision(mixed_precision)
+    return Accelerator(
+        mixed_precision="no" if precision == "fp32" else precision,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(gradient_accumulation, adjust_scheduler=False, sync_with_dataloader=False),
+        log_with=list(trackers) or None,
+        project_dir=str(out),
+    )
+
+
+def pick_precision(name: str = "auto") -> str:
+    """The precision to compute in: bf16, fp16 or fp32.
+
+    auto is bf16 where the hardware multiplies it (CUDA from Ampere on, CPUs with AMX) and fp32 elsewhere: on a CPU without AMX
+    bf16 is some hundred times slower than fp32.
+    """
+    if name not in PRECISIONS:
+        raise unknown("mixed_precision", name, PRECISIONS)
+    cuda = torch.cuda.is_available()
+    if name == "fp16" and not cuda:
+        raise UserError("mixed_precision 'fp16' needs a CUDA device: use fp32, bf16 or auto")
+    if name != "auto":
+        return name
+    return "bf16" if (torch.cuda.get_device_capability() >= (8, 0) if cuda else cpu_has_amx()) else "fp32"
+
+
+def cpu_has_amx(cpuinfo: str | Path = "/proc/cpuinfo") -> bool:
+    """True if the CPU has bf16 matrix units (Intel AMX)."""
+    try:
+        return "amx_bf16" in Path(cpuinfo).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+
+
+def set_threads(n: int | None) -> None:
+    """Use n CPU threads inside an operation; None leaves torch's choice (OMP_NUM_THREADS, or all cores)."""
+    if n is not None:
+        torch.set_num_threads(n)
+
+
+def set_deterministic(on: bool = True) -> None:
+    """Make operations repeatable bit for bit on the same machine, at some cost in speed. One that cannot be warns and runs."""
+    if on:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(on, warn_only=True)
+    torch.backends.cudnn.benchmark = not on
+
+
+class StopSignal:
+    """Turns the first SIGTERM, SIGUSR1 or SIGINT into a flag, so that a loop can finish its step, save, and exit with `EXIT_STOPPED`.
+
+        with StopSignal() as stop:
+            for step in ...:
+                ...
+                if stop.seen(accelerator):
+                    save(); raise SystemExit(EXIT_STOPPED)
+
+    A second signal acts as it did before (a second Ctrl-C interrupts at once).
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+    def __init__(self) -> None:
+        self.name: str | None = None  # of the signal that came
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> StopSignal:
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
+            self._before = {s: signal.signal(s, self._note) for s in self.SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for s, handler in self._before.items():
+            signal.signal(s, handler)  # type: ignore[arg-type]
+        self._before = {}
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        self.name = signal.Signals(number).name
+        self.__exit__()
+
+    def __bool__(self) -> bool:
+        return self.name is not None
+
+    def seen(self, accelerator: Accelerator) -> bool:
+        """True on every process as soon as one of them got a signal: they must leave at the same step."""
+        if accelerator.num_processes == 1:
+            return bool(self)
+        flag = torch.tensor(float(bool(self)), device=accelerator.device)
+        return bool(accelerator.reduce(flag, reduction="sum").item() > 0)

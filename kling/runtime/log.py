@@ -1,0 +1,148 @@
+"""What a run tells: `metrics.jsonl` always, tensorboard and wandb on request, and one line for the person who watches."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from torch import Tensor
+
+from kling.config import flatten
+from kling.runtime.checkpoint import write_atomic
+
+METRICS = "metrics.jsonl"
+SIGMA_BINS = 4
+_BIN = "loss/sigma_"
+
+
+class RunLog:
+    """The log of one run. Use it as a context manager: leaving it writes what is buffered and closes the trackers.
+
+    out: the run's folder. steps: the run's end, for the ETA. start: updates already done; lines of `metrics.jsonl` past it belong to
+    work that was lost, and are cut. accelerator: gives the trackers and says which process writes (None: this one, no tracker).
+    """
+
+    def __init__(
+        self,
+        out: str | Path,
+        steps: int,
+        *,
+        accelerator: Any = None,
+        config: Mapping[str, Any] | None = None,
+        start: int = 0,
+        log_every: int = 10,
+        stream: TextIO | None = None,
+    ) -> None:
+        self.path, self.steps, self.start, self.log_every = Path(out) / METRICS, steps, start, max(1, log_every)
+        self.stream = stream or sys.stderr
+        self.accelerator = accelerator
+        self.writes = accelerator is None or accelerator.is_main_process
+        self._lines: list[tuple[int, float, dict[str, Any]]] = []  # (step, time, values), not yet written
+        self._clips = 0
+        self._began = self._since = time.monotonic()
+        if self.writes:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            keep_until(self.path, start)
+        if accelerator is not None and accelerator.log_with:
+            run = {"dir": str(out), "name": Path(out).name}
+            hparams = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in flatten(dict(config or {})).items()}
+            accelerator.init_trackers("kling", config=hparams, init_kwargs={"wandb": run})
+
+    def log(self, step: int, values: Mapping[str, float | Tensor], clips: int = 0) -> None:
+        """Note the values of update number `step` (1-based: updates done), and how many clips it took, over all processes.
+
+        Scalars may stay tensors on the device: they are read, for all buffered steps at once, each `log_every` steps.
+        """
+        self._lines.append((step, time.time(), {k: v.detach() if isinstance(v, Tensor) else v for k, v in values.items()}))
+        self._clips += clips
+        if step % self.log_every == 0 or step >= self.steps:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write everything noted so far. Call it before a checkpoint is saved: a resumed run keeps lines up to its step."""
+        if not self._lines:
+            return
+        lines = [(step, at, {k: float(v) for k, v in values.items()}) for step, at, values in self._lines]
+        self._lines = []
+        if not self.writes:
+            return
+        with self.path.open("a", encoding="utf-8") as file:
+            for step, at, values in lines:
+                finite = {k: v if math.isfinite(v) else None for k, v in values.items()}  # JSON has no NaN
+                file.write(json.dumps({"step": step, "time": round(at, 3), **finite}) + "\n")
+        if self.accelerator is not None and self.accelerator.log_with:
+            for step, _, values in lines:
+                self.accelerator.log(values, step=step)
+        self._show(lines[-1][0], _means([values for _, _, values in lines]))
+
+    def _show(self, step: int, means: dict[str, float]) -> None:
+        now = time.monotonic()
+        parts = [f"step {step}/{self.steps}"]
+        parts += [f"{k} {v:.4g}" for k, v in means.items() if "/" not in k]
+        if bins := [f"{v:.3g}" for k, v in sorted(means.items()) if k.startswith(_BIN)]:
+            parts.append(f"by σ {' '.join(bins)}")
+        if self._clips:
+            parts.append(f"{self._clips / max(now - self._since, 1e-9):.3g} clips/s")
+        if step > self.start:
+            parts.append(f"ETA {duration((self.steps - step) * (now - self._began) / (step - self.start))}")
+        self._clips, self._since = 0, now
+        line = " · ".join(parts)
+        tty = self.stream.isatty()
+        self.stream.write(f"\r{line}\x1b[K" if tty else f"{line}\n")
+        if tty and step >= self.steps:
+            self.stream.write("\n")
+        self.stream.flush()
+
+    def close(self) -> None:
+        self.flush()
+        if self.accelerator is not None and self.accelerator.log_with:
+            self.accelerator.end_training()
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def loss_by_sigma(sigma: Tensor, loss: Tensor, bins: int = SIGMA_BINS) -> dict[str, Tensor]:
+    """Mean loss of the samples in each of `bins` equal parts of σ in [0, 1]; parts without samples are left out. sigma, loss (b,)"""
+    index = (sigma.detach().float().cpu() * bins).long().clamp(0, bins - 1)
+    loss = loss.detach()
+    return {f"{_BIN}{i / bins:.2f}-{(i + 1) / bins:.2f}": loss[(index == i).to(loss.device)].mean() for i in index.unique().tolist()}
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; one that a kill cut off in the middle is dropped."""
+    lines = []
+    for text in Path(path).read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            continue
+    return lines
+
+
+def keep_until(path: Path, step: int) -> None:
+    """Cut the lines past `step`, and broken ones, from a metrics.jsonl that may exist."""
+    if path.is_file():
+        write_atomic(path, "".join(json.dumps(line) + "\n" for line in read_metrics(path) if line.get("step", 0) <= step))
+
+
+def duration(seconds: float) -> str:
+    """3723 -> '1h02m', 75 -> '1m15s'."""
+    s = max(0, round(seconds))
+    if s >= 3600:
+        return f"{s // 3600}h{s % 3600 // 60:02d}m"
+    return f"{s // 60}m{s % 60:02d}s" if s >= 60 else f"{s}s"
+
+
+def _means(rows: list[dict[str, float]]) -> dict[str, float]:
+    """Mean of each value over the rows that have it."""
+    keys = dict.fromkeys(k for row in rows for k in row)
+    return {k: sum(found) / len(found) for k in keys if (found := [row[k] for row in rows if k in row])}

@@ -1,0 +1,58 @@
+"""AdamW and its learning rate, as functions.
+
+The learning rate is a closed form of the step, set by the loop: Accelerate's wrapped schedulers advance once per process, and a
+closed form has no state to save.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from kling.errors import UserError, unknown
+
+SCHEDULES = ("constant", "cosine")
+
+
+def adamw(
+    named: nn.Module | Iterable[tuple[str, Tensor]],
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.95),
+    weight_decay: float = 0.01,
+    eps: float = 1e-8,
+) -> torch.optim.AdamW:
+    """AdamW over the parameters that train. Vectors and scalars (norms, biases, gates) do not decay: only matrices and kernels do."""
+    named = named.named_parameters() if isinstance(named, nn.Module) else named
+    params = [p for _, p in named if p.requires_grad]
+    if not params:
+        raise UserError("nothing to train: no parameter has requires_grad")
+    decay, plain = [p for p in params if p.ndim >= 2], [p for p in params if p.ndim < 2]
+    groups = [{"params": decay, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=tuple(betas), eps=eps, fused=True)
+
+
+def lr_at(step: int, *, lr: float, warmup: int = 0, steps: int | None = None, schedule: str = "constant", floor: float = 0.0) -> float:
+    """The learning rate of update number `step` (0-based).
+
+    Linear from lr / warmup over `warmup` updates, then constant, or half a cosine down to `floor · lr` at `steps`:
+    lr(s) = lr · (floor + (1 - floor) · (1 + cos π (s - warmup) / (steps - warmup)) / 2).
+    """
+    if schedule not in SCHEDULES:
+        raise unknown("schedule", schedule, SCHEDULES)
+    if step < warmup:
+        return lr * (step + 1) / warmup
+    if schedule == "constant":
+        return lr
+    if steps is None:
+        raise UserError("schedule 'cosine' has no end: give steps")
+    done = min(1.0, (step - warmup) / max(1, steps - warmup))
+    return lr * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate of every group."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr

@@ -1,0 +1,5 @@
+"""Text encoders."""
+
+from kling.text.encoder import ByteTextEncoder
+
+__all__ = ["ByteTextEncoder"]

@@ -1,0 +1,119 @@
+"""A small text encoder that trains together with the transformer.
+
+    prompt --UTF-8--> bytes (b, s) --layers--> four bytes to a token --layers--> (b, l, e)
+
+Bytes need no vocabulary, and every language has them.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kling.errors import UserError
+
+BEGIN = 256  # the mark before the first byte; alone, it is the empty prompt
+
+
+class EncoderLayer(nn.Module):
+    """Pre-norm attention over the whole prompt, then a feed-forward."""
+
+    def __init__(self, dim: int, heads: int, ffn_dim: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1 = nn.LayerNorm(dim)
+        self.to_qkv = nn.Linear(dim, 3 * dim)
+        self.to_out = nn.Linear(dim, dim)
+        self.norm2 = nn.LayerNorm(dim)
+        self.ffn_in = nn.Linear(dim, ffn_dim)
+        self.ffn_out = nn.Linear(ffn_dim, dim)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """x (b, s, d), mask (b, 1, 1, s) True where a key may be seen."""
+        q, k, v = self.to_qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (b, heads, s, d / heads) each
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        x = x + self.to_out(attended.transpose(1, 2).flatten(2))
+        return x + self.ffn_out(F.gelu(self.ffn_in(self.norm2(x)), approximate="tanh"))
+
+
+class ByteTextEncoder(ModelMixin, ConfigMixin):
+    """Prompts -> (b, num_tokens, out_dim), exactly 0 past a prompt's end, so that what a prompt is batched with never changes it.
+
+    Args:
+        byte_dim, byte_layers: width and depth before the fold.
+        out_dim, token_layers: width and depth after it; out_dim is the transformer's `text_dim`.
+        head_dim: channels of an attention head.
+        fold: bytes in a token.
+        max_bytes: longest prompt.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        byte_dim: int = 128,
+        byte_layers: int = 2,
+        out_dim: int = 192,
+        token_layers: int = 2,
+        head_dim: int = 32,
+        ffn_mult: int = 4,
+        fold: int = 4,
+        max_bytes: int = 255,
+    ) -> None:
+        super().__init__()
+        self.num_tokens = -(-(max_bytes + 1) // fold)  # with the begin mark
+        self.byte_embedding = nn.Embedding(257, byte_dim)
+        self.position_embedding = nn.Embedding(self.num_tokens * fold, byte_dim)
+        self.byte_blocks = nn.ModuleList(EncoderLayer(byte_dim, byte_dim // head_dim, ffn_mult * byte_dim) for _ in range(byte_layers))
+        self.merge = nn.Linear(fold * byte_dim, out_dim)
+        self.token_blocks = nn.ModuleList(EncoderLayer(out_dim, out_dim // head_dim, ffn_mult * out_dim) for _ in range(token_layers))
+        self.norm = nn.LayerNorm(out_dim)
+        self.initialize_weights()
+
+    def initialize_weights(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Embedding | nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02 if isinstance(module, nn.Embedding) else module.in_features**-0.5)
+            if isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
+
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        """Prompts -> (b, num_tokens, out_dim). Raises `UserError` for a prompt longer than `max_bytes`."""
+        return self(*self.tokenize(prompts))
+
+    def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Prompts -> byte ids (b, s), begin mark first, padded with 0 to the longest rounded up to whole tokens, and lengths (b,)."""
+        rows = [[BEGIN, *self._bytes(prompt)] for prompt in prompts]
+        lengths = [len(row) for row in rows]
+        width = -(-max(lengths) // self.config.fold) * self.config.fold
+        ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=self.device)
+        return ids, torch.tensor(lengths, device=self.device)
+
+    def forward(self, ids: Tensor, lengths: Tensor) -> Tensor:
+        """Byte ids (b, s) and lengths (b,) -> (b, num_tokens, out_dim)."""
+        b, s = ids.shape
+        places = torch.arange(s, device=ids.device)
+        seen = places < lengths[:, None]  # (b, s) not padding
+
+        x = self.byte_embedding(ids) + self.position_embedding.weight[:s]  # (b, s, byte_dim)
+        for block in self.byte_blocks:
+            x = block(x, seen[:, None, None])
+        x = (x * seen[..., None]).unflatten(1, (-1, self.config.fold)).flatten(2)  # (b, s / fold, fold · byte_dim)
+        seen = seen[:, :: self.config.fold]  # a token is there if its first byte is
+
+        x = self.merge(x)
+        for block in self.token_blocks:
+            x = block(x, seen[:, None, None])
+        x = self.norm(x) * seen[..., None]
+        return F.pad(x, (0, 0, 0, self.num_tokens - x.shape[1]))
+
+    def _bytes(self, prompt: str) -> bytes:
+        data = unicodedata.normalize("NFC", prompt).strip().encode()
+        if len(data) > self.config.max_bytes:
+            raise UserError(f"prompt of {len(data)} bytes is longer than this model reads ({self.config.max_bytes}): shorten it")
+        return data

@@ -1,0 +1,328 @@
+"""Make a video. The task follows from what is given.
+
+    kling-sample "a red ball rolls left on grass, the camera pans right"
+    kling-sample "the ball rolls on" --image first.png --last-image last.png --camera "pan=5,zoom=2"
+    kling-sample "more of the same" --video in.mp4 --extend-to 30
+    kling-sample --replay out/a-red-ball-1.json
+
+Beside each output lies a JSON that says how it was made, and from which --replay makes it again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import re
+import secrets
+import shlex
+import shutil
+import sys
+import tempfile
+import time
+import unicodedata
+import uuid
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from kling import record as records
+from kling.data.files import writing, written
+from kling.data.image import write_png, write_png_frames
+from kling.data.video import WRITABLE, frame_rate, write_gif, write_video
+from kling.errors import UserError, program, unknown
+from kling.request import Request
+
+if TYPE_CHECKING:  # diffusers takes seconds to import: a typing mistake should not wait for it
+    from kling.pipeline import KlingPipeline, Plan
+
+FORMATS = {"mp4": tuple(WRITABLE), "gif": (".gif",), "png-frames": ("",), "png": (".png",)}  # and the endings of their names
+REPLAY_TAKES = {"replay", "output", "model", "device", "format", "fps", "save_latents", "dry_run"}
+EXIT_DIFFERENT = 1
+
+
+@program
+def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    args = parse(argv)
+    before = records.read_record(args.replay) if args.replay else None
+    request = records.request_of(before, args.replay) if before else asked_request(args)
+    kind = chosen_format(args, before)
+    inputs = records.input_hashes(request)
+
+    folder, pipe = load_pipeline(args.model or (before and before["model"]["path"]), args.device)
+    plan, model = pipe.plan(request), records.model_hashes(folder)
+    if before:
+        records.check_same_model(before, plan, model, args.replay)
+        torch.set_num_threads(before["machine"]["threads"])
+    fps = float(frame_rate(args.fps or (before and before["output"]["fps"]) or plan.fps))
+    jobs = [request.replace(seed=request.seed + i, num_videos=1) for i in range(request.num_videos)]
+    paths = [output_path(args, kind, job, several=len(jobs) > 1) for job in jobs]
+    for path in paths:
+        check_place(path, kind, {*inputs, str(Path(args.replay or "").absolute())})
+
+    print(describe(plan, request), flush=True)
+    if args.dry_run:
+        print(details(plan, pipe, paths))
+        return
+    for job, path in zip(jobs, paths, strict=True):
+        started = time.perf_counter()
+        frames, latents = sample(pipe, job, plan)  # uint8 (T, H, W, 3), (c, f, h, w)
+        write_frames(path, kind, frames, fps)
+        if args.save_latents:
+            with written(path.with_suffix(".safetensors")) as temporary:
+                save_file({"latents": latents}, temporary)
+        seconds = time.perf_counter() - started
+        output = {"path": str(path.absolute()), "format": kind, "fps": fps, "seconds": round(seconds, 2)}
+        record = records.make_record(job, plan, model, pipe.device, frames, output=output, command=shlex.join(["kling-sample", *argv]))
+        records.write_record(path.with_suffix(".json"), record)
+        print(f"{path} · seed {job.seed} · {seconds:.1f} s · {path.with_suffix('.json')}", flush=True)
+        if before and (other := records.difference(before, record)):
+            print(f"different from {args.replay}: {other}")
+            raise SystemExit(EXIT_DIFFERENT)
+        if before:
+            print(f"identical to {args.replay}: {len(frames)} frames, sha256 {record['frames']['sha256']}")
+
+
+def sample(pipe: KlingPipeline, request: Request, plan: Plan) -> tuple[np.ndarray, torch.Tensor]:
+    """One video and its latents, with a progress bar over all steps of all hops."""
+    with tqdm(total=plan.total_steps, desc=f"seed {request.seed}", unit="step", dynamic_ncols=True, leave=False) as bar:
+
+        def advance(pipe: KlingPipeline, step: int, timestep: Any, kwargs: dict) -> dict:
+            bar.update(step + 1 - bar.n)
+            return kwargs
+
+        try:
+            out = pipe(request, callback_on_step_end=advance, output_type="np")
+        except torch.OutOfMemoryError:
+            raise UserError(f"the device has no room for {plan.tokens} tokens: ask for fewer frames, or --device cpu") from None
+    return out.frames[0], out.latents[0].float().cpu().contiguous()
+
+
+def load_pipeline(model: str | None, device: str | None) -> tuple[Path, KlingPipeline]:
+    """The model's folder and its pipeline, on the asked device."""
+    from kling.pipeline import ASSETS, KlingPipeline
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    folder = Path(model) if model else ASSETS
+    pipe = KlingPipeline.from_pretrained(folder)
+    try:
+        pipe.to(device)
+    except (RuntimeError, AssertionError) as error:  # how torch says that it has no such device
+        raise UserError(f"device '{device}' cannot be used ({str(error).splitlines()[0]}): try --device cpu") from None
+    return folder.absolute(), pipe
+
+
+# ------------------------------------------------------------------------------------------------------------ the command line
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        raise UserError(f"{message} (kling-sample --help lists everything)")
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Unset options are None, so that a request's own defaults hold."""
+    parser = Parser(
+        "kling-sample",
+        usage='kling-sample "PROMPT" [options]',
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("prompt", nargs="?", help="what to show, in English or Chinese")
+    parser.add_argument("--negative-prompt", metavar="TEXT", help="what to steer away from")
+
+    add = parser.add_argument_group("pictures and videos").add_argument
+    add("--image", metavar="FILE", type=a_path, help="the first frame: png, jpg or webp; cropped to the clip's aspect")
+    add("--last-image", metavar="FILE", type=a_path, help="the last frame")
+    add("--keyframe", metavar="FILE@FRAME[:STRENGTH]", dest="keyframes", type=a_keyframe, action="append", help="a frame anywhere; repeat it")
+    add("--video", metavar="FILE", type=a_path, help="alone: continue it; with --strength: restyle it; with --mask or --outpaint: fill it")
+    add("--mask", metavar="FILE", type=a_path, help="white is made anew, black is kept")
+    add("--outpaint", metavar="ASPECT", help="show the whole video in this aspect and fill what is around it")
+    add("--strength", metavar="0..1", type=float, help="how strongly the video holds while it is restyled; 1 keeps it")
+    add("--loop", action="store_true", help="the end leads back to the beginning")
+
+    add = parser.add_argument_group("camera").add_argument
+    move = "axes as in 'pan=5,zoom=2' (-10 to 10), a shot such as forward_up, or a RealEstate10K or JSON trajectory file"
+    add("--camera", metavar="MOVE", type=a_camera, help=move)
+    add("--camera-scale", metavar="X", type=float, help="multiplies how far the camera travels (1)")
+    add("--camera-guidance-scale", metavar="X", type=float, help="1 is plain; more obeys the camera harder, at one more evaluation a step")
+
+    add = parser.add_argument_group("size and length").add_argument
+    add("--aspect", metavar="W:H", help="16:9, 9:16 or 1:1; default: the nearest to the picture given, else 16:9")
+    add("--duration", metavar="SECONDS", type=float, help="of the clip, or of what is added to --video (5)")
+    add("--num-frames", metavar="N", type=int, help="instead of --duration: 1 + 4k frames")
+    add("--extend-to", metavar="SECONDS", type=float, help="go on, hop by hop, until the whole is this long")
+    add("--image-only", action="store_true", help="one picture, as png")
+    add("--mode", metavar="std|pro", help="pro takes more steps with a better solver (std)")
+
+    add = parser.add_argument_group("sampling; defaults are the checkpoint's own").add_argument
+    add("--num-inference-steps", metavar="N", type=int)
+    add("--guidance-scale", metavar="X", type=float, help="how hard the prompt pulls; 1 is plain")
+    add("--shift", metavar="X", type=float, help="more puts more steps where there is much noise")
+    add("--sigma-c", metavar="X", type=float, help="noise put on what is given, 0 to below 1 (0)")
+    add("--seed", metavar="N", type=a_seed, help="default: drawn at random and printed")
+    add("--num-videos", metavar="N", type=int, help="with the seeds N, N+1, …; each is what its seed gives alone")
+    add("--model", metavar="FOLDER", help="default: the shipped one")
+    add("--device", metavar="NAME", help="cpu, cuda, cuda:1, …; default: cuda if there is one")
+
+    add = parser.add_argument_group("output").add_argument
+    add("--output", metavar="PATH", help="a file, or a folder (existing, or without an ending); default: out/")
+    add("--format", metavar="mp4|gif|png-frames", help="default: by the ending of --output, else mp4")
+    add("--fps", metavar="X", type=float, help="speed at which the file plays; the frames are made at the model's own rate either way")
+    add("--save-latents", action="store_true", help="also write the latents, as safetensors")
+    add("--dry-run", action="store_true", help="say what would be done, and write nothing")
+    add("--replay", metavar="FILE.json", help="make the same frames again from the JSON beside an output, and compare")
+    args, rest = parser.parse_known_args(argv)
+    if rest and not rest[0].startswith("-"):
+        raise UserError(f"'{rest[0]}' is left over: put the prompt in quotes")
+    if rest:
+        raise unknown("option", rest[0].split("=")[0], [name for action in parser._actions for name in action.option_strings])
+    for name, value in vars(args).items():
+        if args.replay and name not in REPLAY_TAKES and value not in (None, False):
+            raise UserError(f"--replay repeats what {args.replay} says: leave out {'the prompt' if name == 'prompt' else name}")
+    return args
+
+
+def a_path(text: str) -> str:
+    return str(Path(text).absolute())
+
+
+def a_camera(text: str) -> str:
+    return a_path(text) if Path(text).is_file() else text
+
+
+def a_seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"'{text}' is no seed: give a whole number from 0 to {2**32 - 1}")
+    return int(text)
+
+
+def a_keyframe(text: str) -> tuple[str, int, float]:
+    """PATH@FRAME[:STRENGTH]; the path may hold @ and : itself."""
+    if not (found := re.fullmatch(r"(.+)@(\d+)(?::([\d.]+))?", text)):
+        raise argparse.ArgumentTypeError(f"'{text}': write it as FILE@FRAME or FILE@FRAME:STRENGTH, such as mid.png@20:0.8")
+    return a_path(found[1]), int(found[2]), float(found[3] or 1)
+
+
+def asked_request(args: argparse.Namespace) -> Request:
+    """The request that the options describe."""
+    names = {field.name for field in dataclasses.fields(Request)}
+    given = {name: value for name, value in vars(args).items() if name in names and value is not None}
+    if args.image_only:
+        if args.duration is not None or args.num_frames is not None:
+            raise UserError("--image-only makes one picture: leave out --duration and --num-frames")
+        given["num_frames"] = 1
+    if not given.keys() & {"prompt", "image", "last_image", "keyframes", "video"}:
+        raise UserError('nothing to go by: give a prompt, as in  kling-sample "a red ball rolls left on grass"')
+    return Request(**{"seed": secrets.randbelow(2**31)} | given)
+
+
+# ---------------------------------------------------------------------------------------------------------------------- output
+
+
+def chosen_format(args: argparse.Namespace, before: records.Record | None) -> str:
+    """What is asked for, else what the name of the output says, else that of the video to replay, else mp4."""
+    if args.image_only and args.format:
+        raise UserError(f"--image-only writes a png: leave out --format {args.format}")
+    if args.format not in (None, "mp4", "gif", "png-frames"):
+        raise unknown("format", args.format, ["mp4", "gif", "png-frames"])
+    ending = Path(args.output or "").suffix.lower()
+    by_name = next((kind for kind in ("mp4", "gif") if ending in FORMATS[kind]), None)
+    return "png" if args.image_only else args.format or by_name or (before["output"]["format"] if before else "mp4")
+
+
+def output_path(args: argparse.Namespace, kind: str, request: Request, several: bool) -> Path:
+    """Where a video goes: FILE (with the seed in its name if there are several), or FOLDER/<slug>-<seed>."""
+    name = f"{slug(request.prompt)}-{request.seed}{FORMATS[kind][0]}"
+    if args.output is None and args.replay:
+        return Path(args.replay).with_name(f"{Path(args.replay).stem}-replay{FORMATS[kind][0]}")
+    path = Path(args.output or "out")
+    if path.is_dir() or not path.suffix or str(args.output).endswith("/"):
+        return path / name
+    if path.suffix.lower() not in FORMATS[kind]:
+        what = f"name it {' or '.join(FORMATS[kind])}" if FORMATS[kind][0] else "give a folder"
+        raise UserError(f"{kind} cannot be written to {path}: {what}, or end it in / for a folder")
+    return path.with_stem(f"{path.stem}-{request.seed}") if several else path
+
+
+def slug(prompt: str, length: int = 40) -> str:
+    """A file name from a prompt, in whatever script.
+
+    >>> slug("A red ball, rolling!")
+    'a-red-ball-rolling'
+    """
+    words = re.findall(r"\w+", unicodedata.normalize("NFC", prompt).lower())
+    return "-".join(words)[:length].strip("-_") or "video"
+
+
+def check_place(path: Path, kind: str, inputs: set[str]) -> None:
+    """Refuse, before any work is done, a place that cannot be written or that would destroy an input. Makes no folder yet."""
+    for file in (path, path.with_suffix(".json"), path.with_suffix(".safetensors")):
+        if str(file.absolute()) in inputs:
+            raise UserError(f"{file} is an input and would be overwritten: choose another --output")
+    if kind == "png-frames" and path.exists():
+        raise UserError(f"{path} exists already: choose another --output for the frames, or another seed")
+    folder = path.parent
+    with writing(path):
+        with suppress(FileNotFoundError, NotADirectoryError):
+            path.lstat()  # refuses names that are too long
+        while not folder.exists():
+            folder = folder.parent
+        with tempfile.TemporaryFile(dir=folder):  # tried, since permissions alone do not tell
+            pass
+
+
+def write_frames(path: Path, kind: str, frames: np.ndarray, fps: float) -> None:
+    """Write uint8 (T, H, W, 3); the file or folder appears whole or not at all."""
+    if kind == "mp4":
+        write_video(path, frames, fps)
+    elif kind == "gif":
+        write_gif(path, frames, fps)
+    elif kind == "png":
+        write_png(path, frames[0])
+    else:
+        temporary = path.with_name(f".{uuid.uuid4().hex}.part")
+        try:
+            write_png_frames(temporary, frames)
+            with writing(path):
+                os.replace(temporary, path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def describe(plan: Plan, request: Request) -> str:
+    """The task as it was understood, in one line."""
+    from kling.pipeline import TASKS
+
+    extras = [*(["loop"] if request.loop else []), *([f"camera {request.camera}"] if request.camera else [])]
+    hops = f" in {len(plan.hops)} clips" if len(plan.hops) > 1 else ""
+    seeds = f"seed {request.seed}" if request.num_videos == 1 else f"seeds {request.seed} to {request.seed + request.num_videos - 1}"
+    size = f"{plan.frames} frames {plan.width}x{plan.height} at {plan.fps:g} fps{hops}"
+    return f"task: {', '.join([TASKS[plan.task], *extras])} · {size} · {plan.num_inference_steps} steps · {seeds}"
+
+
+def details(plan: Plan, pipe: KlingPipeline, paths: list[Path]) -> str:
+    """What a dry run adds. Seconds are left out: nothing here has measured this machine."""
+    parts = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+    weights = sum(p.numel() * p.element_size() for part in parts for p in part.parameters())
+    pixels = plan.frames * plan.height * plan.width * 3
+    rows = {
+        "length": f"{plan.frames / plan.fps:.1f} s",
+        "tokens": f"{plan.tokens} at once",
+        "steps": f"{plan.total_steps} in all, {plan.solver}, shift {plan.shift:g}",
+        "guidance": f"{plan.guidance_scale:g} on the text, {plan.camera_guidance_scale:g} on the camera",
+        "memory": f"{weights / 2**20:.0f} MiB of weights and {pixels / 2**20:.1f} MiB of frames, and the activations",
+        "output": ", ".join(map(str, paths)) + " (dry run: nothing is written)",
+    }
+    return "\n".join(f"  {name:9} {text}" for name, text in rows.items())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+
+from kling import config
+from kling.config import flatten, load_config, save_config, to_dict
+from kling.errors import UserError
+
+
+@dataclass
+class Optim:
+    lr: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    schedule: Literal["constant", "cosine"] = "constant"
+
+
+@dataclass
+class Settings:
+    data: str
+    steps: int = 100
+    ema: float | None = None
+    optim: Optim = field(default_factory=Optim)
+    teacher: Optim | None = None
+    model: dict[str, Any] = field(default_factory=lambda: {"dim": 8, "rope": {"theta": 10.0}})
+    sizes: list[int] = field(default_factory=lambda: [1, 2])
+    on: bool = False
+
+
+def load(*words: str, path: Path | None = None) -> Settings:
+    return load_config(Settings, path, ["data=x", *words])
+
+
+def test_overrides_reach_every_kind_of_field() -> None:
+    cfg = load(
+        "steps=7", "ema=0.99", "optim.lr=1e-5", "optim.betas=[0.8,0.9]", "model.rope.theta=5", "sizes=[3]", "on=true", "teacher.lr=2"
+    )
+    assert (cfg.steps, cfg.ema, cfg.optim.lr, cfg.optim.betas) == (7, 0.99, 1e-5, (0.8, 0.9))
+    assert cfg.model == {"dim": 8, "rope": {"theta": 5}}, "free-form settings merge key by key"
+    assert cfg.sizes == [3], "lists are replaced"
+    assert cfg.teacher == Optim(lr=2.0), "an optional part starts from its defaults"
+    assert load("teacher.lr=2", "teacher.schedule=cosine").teacher == Optim(lr=2.0, schedule="cosine")
+    assert load("ema=0.5", "ema=null").ema is None
+
+
+@pytest.mark.parametrize("text", ["16:9", "a dog: #1", "#1", "1984-01-01", "no", "007", "", "[unclosed", '"quoted" 狗', "~x", "*star"])
+def test_texts_that_yaml_1_1_would_turn_into_something_else(text: str, tmp_path: Path) -> None:
+    cfg = load(f"data={text}")
+    assert cfg.data == text
+    save_config(cfg, tmp_path / "c.yaml")
+    assert load_config(Settings, tmp_path / "c.yaml") == cfg
+
+
+@pytest.mark.parametrize(
+    ("word", "parts"),
+    [
+        ("stepz=3", ["'stepz'", "did you mean 'steps'", "override 'stepz=3'"]),
+        ("optim.lrr=3", ["'optim.lrr'", "did you mean 'optim.lr'"]),
+        ("steps=many", ["steps = 'many'", "expected int"]),
+        ("steps=1.5", ["steps = 1.5", "expected int"]),
+        ("steps=true", ["steps = True", "expected int"]),
+        ("steps=null", ["steps = None", "expected int"]),
+        ("optim=3", ["optim = 3", "expected Optim"]),
+        ("optim.schedule=linear", ["optim.schedule = 'linear'", "constant", "cosine"]),
+        ("optim.betas=[1]", ["optim.betas = [1]", "tuple[float, float]"]),
+        ("sizes=[1,a]", ["sizes = [1, 'a']", "expected list[int]"]),
+        ("model=3", ["model = 3", "expected dict[str, Any]"]),
+        ("steps", ["'steps'", "key=value"]),
+        ("data=${nothing}", ["nothing"]),
+    ],
+)
+def test_mistakes_name_key_value_and_place(word: str, parts: list[str]) -> None:
+    with pytest.raises(UserError) as error:
+        load(word)
+    for part in parts:
+        assert part in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_required_key_must_be_given() -> None:
+    with pytest.raises(UserError, match="'data' has no value"):
+        load_config(Settings)
+
+
+def test_base_chain(tmp_path: Path) -> None:
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "grand.yaml").write_text("data: g\nsteps: 1\noptim: {lr: 1}\nmodel: {dim: 1, heads: 2}")
+    (tmp_path / "parts" / "parent.yaml").write_text("base: ../grand.yaml\nsteps: 2\nsizes: [9]")
+    child = tmp_path / "child.yaml"
+    child.write_text("base: parts/parent.yaml\nmodel: {dim: 3}")
+    cfg = load_config(Settings, child, ["steps=4"])
+    assert (cfg.data, cfg.steps, cfg.sizes, cfg.optim.lr) == ("g", 4, [9], 1.0)
+    assert cfg.model == {"dim": 3, "heads": 2, "rope": {"theta": 10.0}}
+
+    (tmp_path / "grand.yaml").write_text("base: child.yaml")
+    with pytest.raises(UserError, match="its own base"):
+        load(path=child)
+    child.write_text("base: nowhere.yaml")
+    with pytest.raises(UserError, match="nowhere.yaml.*does not exist"):
+        load(path=child)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("steps: 1\nsteps: 2", "line 2.*'steps' is given twice"),
+        ("a: [1", "is not yaml"),
+        ("- 1", "holds a list"),
+        ("stps: 1", "c.yaml.*did you mean 'steps'"),
+        ("steps: x", "steps = 'x' in .*c.yaml: expected int"),
+    ],
+)
+def test_a_bad_file_is_named(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        load(path=path)
+
+
+def test_presets_are_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "configs" / "dit").mkdir(parents=True)
+    (tmp_path / "configs" / "dit" / "small.yaml").write_text("data: preset")
+    monkeypatch.setattr(config, "PRESETS", (tmp_path / "configs",))
+    for name in ("dit/small.yaml", "configs/dit/small.yaml"):
+        assert load_config(Settings, name).data == "preset"
+    with pytest.raises(UserError, match="did you mean 'dit/small.yaml'"):
+        load_config(Settings, "dit/smal.yaml")
+
+
+def test_round_trip_and_flatten(tmp_path: Path) -> None:
+    cfg = load("teacher.lr=1e-7", "ema=0.1", "model.names=['1e3','true']")
+    save_config(cfg, tmp_path / "a" / "c.yaml")
+    assert load_config(Settings, tmp_path / "a" / "c.yaml") == cfg
+    assert to_dict(cfg)["optim"]["betas"] == [0.9, 0.95]
+    assert flatten({"a": {"b": 1, "c": {}}, "d": [1]}) == {"a.b": 1, "a.c": {}, "d": [1]}

@@ -1,0 +1,122 @@
+"""What pip and make promise: the right packages, the right programs, nothing unwanted, and prompts that arrive as typed."""
+
+from __future__ import annotations
+
+import ast
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+FOLDERS = {name: ROOT / folder for name, folder in PROJECT["tool"]["setuptools"]["package-dir"].items()}
+BASE = [Requirement(text) for text in PROJECT["project"]["dependencies"]]
+EXTRAS = [Requirement(text) for texts in PROJECT["project"]["optional-dependencies"].values() for text in texts]
+PINS = {
+    canonicalize_name(pin.name): pin
+    for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    if line and not line.startswith("#")
+    for pin in [Requirement(line)]
+}
+
+
+def test_every_room_is_packaged() -> None:
+    rooms = {".".join(p.parent.relative_to(ROOT).parts) for p in (ROOT / "kling").rglob("*.py")}
+    listed = {p for p in PROJECT["tool"]["setuptools"]["packages"] if p.split(".")[0] == "kling"}
+    assert listed == rooms, "pyproject.toml [tool.setuptools] packages"
+
+
+@pytest.mark.parametrize("command", PROJECT["project"]["scripts"])
+def test_every_command_has_its_program(command: str) -> None:
+    module, function = PROJECT["project"]["scripts"][command].split(":")
+    package, _, stem = module.rpartition(".")
+    tree = ast.parse((FOLDERS[package] / f"{stem}.py").read_text(encoding="utf-8"))
+    assert function in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
+def test_ranges_pins_and_what_is_installed_agree() -> None:
+    for requirement in BASE + EXTRAS:
+        name = canonicalize_name(requirement.name)
+        if name == "kling" or (requirement.marker and not requirement.marker.evaluate()):
+            continue
+        assert requirement.specifier, f"{name} needs a floor"
+        assert all(s.operator == ">=" for s in requirement.specifier), f"{name}: a range, so that what is installed stays"
+        if name in ("xformers", "setuptools"):  # chosen by the CUDA build of torch, and by the interpreter
+            continue
+        assert name in PINS, f"constraints.txt does not pin {name}"
+        assert requirement.specifier.contains(next(iter(PINS[name].specifier)).version)
+        try:
+            assert requirement.specifier.contains(metadata.version(name)), f"{name} {metadata.version(name)} is installed"
+        except metadata.PackageNotFoundError:
+            assert requirement in EXTRAS
+
+
+def test_base_closure_is_clean() -> None:
+    """torchvision, when merely installed beside another torch build, breaks transformers: nothing in the base may bring it."""
+    seen: set[str] = set()
+    queue = [requirement.name for requirement in BASE]
+    while queue:
+        name = canonicalize_name(queue.pop())
+        if name in seen:
+            continue
+        seen.add(name)
+        try:
+            needs = metadata.requires(name) or []
+        except metadata.PackageNotFoundError:
+            continue
+        queue += [r.name for r in map(Requirement, needs) if r.marker is None or r.marker.evaluate({"extra": ""})]
+    assert {"torch", "diffusers", "omegaconf"} <= seen
+    assert not seen & {"torchvision", "timm", "lpips", "open-clip-torch", "xformers", "gradio", "wandb"}
+
+
+def test_version_and_license() -> None:
+    version = PROJECT["project"]["version"]
+    assert f"## {version}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert "Apache License" in (ROOT / "LICENSE").read_text(encoding="utf-8") and PROJECT["project"]["license"] == "Apache-2.0"
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make")
+def test_make_hands_the_prompt_over_as_typed(tmp_path: Path) -> None:
+    program = tmp_path / ".venv" / "bin" / "kling-sample"
+    program.parent.mkdir(parents=True)
+    program.write_text('#!/bin/sh\nprintf "%s\\n" "$@" > args\n')
+    program.chmod(0o755)
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name in ("bin/python", ".installed", ".installed-dev"):
+        (tmp_path / ".venv" / name).touch()
+
+    prompt = """it's a "red" ball; $5 $(HOME) `id` # 一只狗 在草地上"""
+    clean = {k: v for k, v in os.environ.items() if k not in ("PROMPT", "MAKEFLAGS", "MAKELEVEL")}
+    for arguments, extra in ([f"PROMPT={prompt}"], {}), ([], {"PROMPT": prompt}):
+        subprocess.run(["make", "-s", "sample", *arguments], cwd=tmp_path, env=clean | extra, check=True, timeout=60)
+        assert prompt in (tmp_path / "args").read_text(encoding="utf-8").splitlines()
+
+
+@pytest.mark.slow
+def test_wheel(tmp_path: Path) -> None:
+    """The wheel holds the library, the programs and the presets, and claims no name but kling and kling_programs."""
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    for name in ("kling", "train", "sample", "eval", "configs"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    pip = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(source)]
+    subprocess.run(pip, check=True, capture_output=True)
+    names = set(zipfile.ZipFile(next(tmp_path.glob("kling-*.whl"))).namelist())
+
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"kling", "kling_programs"}
+    for top, target in (("kling", "kling"), *((p, f"kling_programs/{p}") for p in ("train", "sample", "eval", "configs"))):
+        files = [p for p in (source / top).rglob("*") if p.is_file() and p.suffix in (".py", ".yaml", ".safetensors", ".json")]
+        missing = [p for p in files if f"{target}/{p.relative_to(source / top)}" not in names]
+        assert not missing, f"not in the wheel: {missing[0]}"

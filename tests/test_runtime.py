@@ -1,0 +1,262 @@
+from __future__ import annotations
+
+import copy
+import io
+import itertools
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from kling.errors import UserError
+from kling.runtime.accelerator import EXIT_STOPPED, StopSignal, cpu_has_amx, make_accelerator, pick_precision
+from kling.runtime.ema import EMA
+from kling.runtime.log import RunLog, duration, loss_by_sigma, read_metrics
+from kling.runtime.optim import adamw, lr_at, set_lr
+from kling.runtime.random import derive_seed, generator, noise_like, permutation, uniform
+
+
+def small_model() -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 1))
+
+
+# ---------------------------------------------------------------------------------------------------------------- random
+
+
+def test_a_draw_depends_on_its_name_only() -> None:
+    x = torch.zeros(3, 2, 5)
+    torch.manual_seed(1)
+    together = noise_like(x, 7, "noise", 12, [4, 9, 2])
+    torch.manual_seed(2)
+    state = torch.get_rng_state()
+    alone = torch.cat([noise_like(x[:1], 7, "noise", 12, [i]) for i in (2, 9, 4)]).flip(0)
+    assert torch.equal(together, alone), "batch order, batch size and the global generator change nothing"
+    assert torch.equal(state, torch.get_rng_state()), "the global generator is not moved"
+
+    others = [noise_like(x, 8, "noise", 12, [4, 9, 2]), noise_like(x, 7, "mask", 12, [4, 9, 2]), noise_like(x, 7, "noise", 13, [4, 9, 2])]
+    assert not any(torch.equal(together, other) for other in others)
+    assert noise_like(x.double(), 7, "noise", 12, [4, 9, 2]).dtype == torch.float64
+
+
+def test_seeds_are_stable_and_spread() -> None:
+    # Written down once: a change of these numbers changes what every seed of every run means.
+    assert derive_seed(0, "noise", 1, 2) == 354556048
+    assert derive_seed(1, "ab", "c") != derive_seed(1, "a", "bc")
+    assert len({derive_seed(0, "x", i) for i in range(2000)}) == 2000
+    draws = torch.cat([noise_like(torch.zeros(1, 64), 0, "n", s, [0]) for s in range(500)])
+    assert abs(draws.mean()) < 0.02 and abs(draws.std() - 1) < 0.02
+    correlation = torch.corrcoef(draws.T).fill_diagonal_(0)
+    assert correlation.abs().max() < 0.25, "neighbouring steps are independent"
+
+
+def test_uniform_and_permutation() -> None:
+    u = uniform(0, "sigma", 3, range(200))
+    assert u.min() >= 0 and u.max() < 1 and abs(u.mean() - 0.5) < 0.08
+    assert sorted(permutation(50, 0, "epoch", 1)) == list(range(50))
+    assert permutation(50, 0, "epoch", 1) == permutation(50, 0, "epoch", 1) != permutation(50, 0, "epoch", 2)
+    assert generator(3, "a").initial_seed() == derive_seed(3, "a")
+
+
+# ------------------------------------------------------------------------------------------------------------ optim, ema
+
+
+def test_learning_rate_closed_form() -> None:
+    rate = {s: lr_at(s, lr=1.0, warmup=10, steps=110, schedule="cosine", floor=0.1) for s in (0, 9, 10, 60, 110, 500)}
+    assert rate == pytest.approx({0: 0.1, 9: 1.0, 10: 1.0, 60: 0.55, 110: 0.1, 500: 0.1})
+    assert lr_at(10**9, lr=0.5, warmup=10) == 0.5
+    assert lr_at(0, lr=0.5) == 0.5
+    with pytest.raises(UserError, match="did you mean 'cosine'"):
+        lr_at(0, lr=1, schedule="cosin")
+    with pytest.raises(UserError, match="steps"):
+        lr_at(1, lr=1, schedule="cosine")
+
+
+def test_vectors_do_not_decay() -> None:
+    model = small_model()
+    model[0].bias.requires_grad_(False)
+    optimizer = adamw(model, lr=0.1, weight_decay=0.5)
+    decay = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+    assert {n: decay.get(id(p)) for n, p in model.named_parameters()} == {
+        "0.weight": 0.5,
+        "0.bias": None,
+        "1.weight": 0.0,
+        "1.bias": 0.0,
+        "2.weight": 0.5,
+        "2.bias": 0.0,
+    }
+    set_lr(optimizer, 0.25)
+    assert {g["lr"] for g in optimizer.param_groups} == {0.25}
+    with pytest.raises(UserError, match="nothing to train"):
+        adamw(model.requires_grad_(False), lr=1)
+
+
+def test_ema_is_the_average_and_swap_gives_the_weights_back() -> None:
+    model = small_model().to(torch.bfloat16)
+    ema = EMA(model, decay=0.9)
+    expected = model[0].weight.detach().float().clone()
+    for step in range(30):
+        with torch.no_grad():
+            model[0].weight.add_(0.125)
+        d = min(0.9, (1 + step) / (10 + step))
+        expected = d * expected + (1 - d) * model[0].weight.detach().float()
+        ema.update(model, step)
+    assert ema.state_dict()["0.weight"].dtype == torch.float32
+    torch.testing.assert_close(ema.state_dict()["0.weight"], expected)
+
+    own = copy.deepcopy(model.state_dict())
+    with pytest.raises(RuntimeError, match="inside"), ema.swap(model):
+        assert torch.equal(model[0].weight, expected.to(torch.bfloat16))
+        raise RuntimeError("inside")
+    assert all(torch.equal(v, own[k]) for k, v in model.state_dict().items())
+
+    other = EMA(small_model(), decay=0.9)
+    other.load_state_dict(ema.state_dict())
+    assert torch.equal(other.state_dict()["0.weight"], ema.state_dict()["0.weight"])
+    with pytest.raises(UserError, match="2.bias is missing"):
+        other.load_state_dict({k: v for k, v in ema.state_dict().items() if k != "2.bias"})
+    with pytest.raises(UserError, match="decay 1"):
+        EMA(model, decay=1)
+
+
+# ----------------------------------------------------------------------------------------------------------- accelerator
+
+
+def test_precision_follows_the_hardware(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert pick_precision("auto") == ("bf16" if cpu_has_amx() else "fp32")
+    (tmp_path / "cpuinfo").write_text("flags : avx2 amx_bf16 amx_tile")
+    assert cpu_has_amx(tmp_path / "cpuinfo") and not cpu_has_amx(tmp_path / "none")
+    with pytest.raises(UserError, match="fp16.*CUDA"):
+        pick_precision("fp16")
+    with pytest.raises(UserError, match="unknown mixed_precision 'bf61' .did you mean 'bf16'"):
+        pick_precision("bf61")
+
+
+def test_accelerator_mistakes(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="unknown tracker 'wandbb' .did you mean 'wandb'"):
+        make_accelerator(tmp_path, trackers=["wandbb"])
+    with pytest.raises(UserError, match="gradient_accumulation 0"):
+        make_accelerator(tmp_path, gradient_accumulation=0)
+
+
+def test_gradient_accumulation_steps_once_per_group(tmp_path: Path) -> None:
+    accelerator = make_accelerator(tmp_path, mixed_precision="fp32", gradient_accumulation=3)
+    model = small_model()
+    model, optimizer = accelerator.prepare(model, adamw(model, 1e-2))
+    stepped = []
+    for _ in range(6):
+        with accelerator.accumulate(model):
+            accelerator.backward(model(torch.ones(2, 4)).mean())
+            optimizer.step()
+            optimizer.zero_grad()
+            stepped.append(accelerator.sync_gradients)
+    assert stepped == [False, False, True] * 2
+    assert all(state["step"] == 2 for state in optimizer.state.values())
+
+
+@pytest.mark.parametrize("number", StopSignal.SIGNALS)
+def test_a_signal_becomes_a_flag_and_the_handlers_come_back(number: signal.Signals, tmp_path: Path) -> None:
+    accelerator = make_accelerator(tmp_path, mixed_precision="fp32")
+    before = {s: signal.getsignal(s) for s in StopSignal.SIGNALS}
+    with StopSignal() as stop:
+        assert not stop and not stop.seen(accelerator)
+        os.kill(os.getpid(), number)
+        assert stop and stop.name == number.name and stop.seen(accelerator)
+        assert signal.getsignal(number) == before[number], "a second signal acts as usual"
+    assert {s: signal.getsignal(s) for s in StopSignal.SIGNALS} == before
+    assert EXIT_STOPPED == 143
+
+
+TWO_PROCESSES = """
+import os, signal, sys, torch
+from kling.runtime.accelerator import StopSignal, make_accelerator
+from kling.runtime.optim import adamw
+accelerator = make_accelerator(sys.argv[1], mixed_precision="fp32")
+model = torch.nn.Linear(3, 1)
+model, optimizer = accelerator.prepare(model, adamw(model, 1e-2))
+with StopSignal() as stop:
+    for step in range(100):
+        accelerator.backward(model(torch.full((2, 3), float(accelerator.process_index))).square().mean())
+        optimizer.step()
+        optimizer.zero_grad()
+        if step == 3 and accelerator.process_index == 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        if stop.seen(accelerator):
+            break
+open(f"{sys.argv[1]}/{accelerator.process_index}", "w").write(f"{step} {accelerator.unwrap_model(model).weight.tolist()}")
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_model_and_stop_together(tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(TWO_PROCESSES)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run([*command, str(tmp_path / "program.py"), str(tmp_path)], env=env, check=True, capture_output=True)
+    first, second = (tmp_path / "0").read_text(), (tmp_path / "1").read_text()
+    assert first == second and first.startswith("3 ")
+
+
+# ------------------------------------------------------------------------------------------------------------------- log
+
+
+def test_metrics_survive_a_resume(tmp_path: Path) -> None:
+    with RunLog(tmp_path, 10, log_every=4, stream=io.StringIO()) as log:
+        for step in range(1, 8):
+            log.log(step, {"loss": torch.tensor(float(step))})
+    path = tmp_path / "metrics.jsonl"
+    with path.open("a") as file:
+        file.write('{"step": 8, "lo')  # killed while writing
+    assert [line["step"] for line in read_metrics(path)] == [1, 2, 3, 4, 5, 6, 7]
+
+    with RunLog(tmp_path, 10, start=5, stream=io.StringIO()) as log:
+        for step in range(6, 11):
+            log.log(step, {"loss": float(step), "broken": math.nan})
+    lines = read_metrics(path)
+    assert [line["step"] for line in lines] == list(range(1, 11)) == [line["loss"] for line in lines]
+    assert lines[-1]["broken"] is None and all(json.loads(text) for text in path.read_text().splitlines())
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, terminal = io.StringIO(), Terminal()
+    for stream in (plain, terminal):
+        clock = itertools.count(0, 10)  # each look at the clock is 10 s later
+        monkeypatch.setattr("kling.runtime.log.time.monotonic", lambda clock=clock: next(clock))
+        with RunLog(tmp_path, 40, log_every=10, stream=stream) as log:
+            for step in range(1, 41):
+                log.log(step, {"loss": 0.5, "loss/sigma_0.00-0.25": 0.25, "loss/sigma_0.75-1.00": 0.75}, clips=2)
+    assert plain.getvalue().splitlines()[0] == "step 10/40 · loss 0.5 · by σ 0.25 0.75 · 2 clips/s · ETA 30s"
+    assert len(plain.getvalue().splitlines()) == 4
+    assert terminal.getvalue().count("\n") == 1 and terminal.getvalue().count("\r") == 4
+    assert (duration(3723), duration(75), duration(9)) == ("1h02m", "1m15s", "9s")
+
+
+def test_loss_by_sigma() -> None:
+    found = loss_by_sigma(torch.tensor([0.1, 0.2, 0.6, 1.0]), torch.tensor([1.0, 3.0, 5.0, 7.0]))
+    assert {k: v.item() for k, v in found.items()} == {"loss/sigma_0.00-0.25": 2, "loss/sigma_0.50-0.75": 5, "loss/sigma_0.75-1.00": 7}
+
+
+@pytest.mark.slow
+def test_trackers_offline(tmp_path: Path) -> None:
+    pytest.importorskip("wandb")
+    pytest.importorskip("tensorboard")
+    accelerator = make_accelerator(tmp_path, mixed_precision="fp32", trackers=["tensorboard", "wandb"])
+    with RunLog(tmp_path, 2, accelerator=accelerator, config={"a": {"b": [1, 2]}, "c": None, "lr": 0.1}, stream=io.StringIO()) as log:
+        for step in (1, 2):
+            log.log(step, {"loss": 1.0})
+    assert list(tmp_path.rglob("events.out.tfevents.*")) and list(tmp_path.rglob("offline-run-*"))
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 2

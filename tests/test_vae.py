@@ -1,0 +1,285 @@
+"""The VAE: equal to diffusers' Wan VAEs, causal, the same streamed as whole, strict about what it is given."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from torch import Tensor
+
+from kling.errors import UserError
+from kling.nn.conv import CausalConv3d, conv3d, patchify, unpatchify
+from kling.vae import AutoencoderKLKling, LossWeights, StreamState, split_latents, vae_loss
+from kling.vae.tiling import Tiles, in_tiles
+
+CLOSE = {"atol": 1e-5, "rtol": 0}
+STATS = {"z_dim": 4, "latents_mean": [0.5, -1.0, 0.0, 2.0], "latents_std": [2.0, 1.0, 0.5, 3.0]}
+WAN21 = {"base_dim": 4, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 1, **STATS}
+WAN22 = {
+    "base_dim": 4, "decoder_base_dim": 8, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 1, "is_residual": True,
+    "patch_size": 2, "in_channels": 12, "out_channels": 12, "scale_factor_spatial": 16, **STATS,
+}  # fmt: skip
+TYPES = {"wan2.1": WAN21, "wan2.2": WAN22}
+
+
+def wan(config: dict) -> AutoencoderKLWan:
+    """diffusers' class with weights that hide nothing: norms away from 1, biases away from 0."""
+    torch.manual_seed(0)
+    model = AutoencoderKLWan(**config).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith(("gamma", "bias")):
+            torch.nn.init.uniform_(parameter, 0.5, 1.5) if name.endswith("gamma") else torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+@pytest.fixture(scope="module", params=TYPES)
+def model(request) -> AutoencoderKLKling:
+    config = TYPES[request.param]
+    model = AutoencoderKLKling(**config).eval()
+    model.load_state_dict(wan(config).state_dict())
+    return model
+
+
+def clip(T: int, b: int = 1, H: int = 32, W: int = 48) -> Tensor:
+    return torch.rand(b, 3, T, H, W, generator=torch.Generator().manual_seed(T)) * 2 - 1
+
+
+def noise(model: AutoencoderKLKling, f: int, b: int = 1, h: int = 2, w: int = 3) -> Tensor:
+    return torch.randn(b, model.config.z_dim, f, h, w, generator=torch.Generator().manual_seed(f))
+
+
+def encode(model: AutoencoderKLKling, video: Tensor, state: StreamState | None = None) -> Tensor:
+    """Mean and log-variance side by side."""
+    return model.encode(video, state).latent_dist.parameters
+
+
+# ---- the same function as diffusers' ----
+
+
+@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("grad", [False, True], ids=["chunks", "one pass"])
+@torch.no_grad()
+def test_equals_diffusers(kind: str, grad: bool) -> None:
+    theirs = wan(TYPES[kind])
+    ours = AutoencoderKLKling(**TYPES[kind]).eval()
+    ours.load_state_dict(theirs.state_dict())
+    video, latents = clip(13, b=2), noise(ours, 4, b=2)
+    with torch.set_grad_enabled(grad):
+        torch.testing.assert_close(encode(ours, video), theirs.encode(video).latent_dist.parameters, **CLOSE)
+        torch.testing.assert_close(ours.decode(latents).sample, theirs.decode(latents).sample, **CLOSE)
+
+
+def test_wan_folder_loads(tmp_path) -> None:
+    theirs = wan(WAN22)
+    theirs.save_pretrained(tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "clip_output": False}))  # as published
+    ours = AutoencoderKLKling.from_pretrained(tmp_path)
+    assert type(ours) is AutoencoderKLKling and ours.spatial_factor == 16
+    for name, parameter in ours.named_parameters():
+        assert torch.equal(parameter, theirs.get_parameter(name)), name
+
+
+# ---- causal, and a stream is the whole ----
+
+
+@torch.no_grad()
+def test_prefix(model: AutoencoderKLKling) -> None:
+    video = clip(17)
+    whole = encode(model, video)
+    for T in (1, 5, 13):
+        torch.testing.assert_close(encode(model, video[:, :, :T]), whole[:, :, : 1 + T // 4], **CLOSE)
+
+
+@pytest.mark.parametrize("cuts", [(1, 4, 4, 8), (9, 8), (5, 12), (13, 4)], ids=str)
+@torch.no_grad()
+def test_encode_stream(model: AutoencoderKLKling, cuts: tuple[int, ...]) -> None:
+    video = clip(17)
+    streamed = torch.cat(list(model.encode_stream(video.split(cuts, dim=2))), dim=2)
+    with torch.enable_grad():
+        whole = model.encode(video).latent_dist.mode()  # with gradients: one pass over the whole clip
+    torch.testing.assert_close(streamed, whole, **CLOSE)
+
+
+@pytest.mark.parametrize("hop", [1, 2, 3, 5])
+@torch.no_grad()
+def test_decode_stream(model: AutoencoderKLKling, hop: int) -> None:
+    latents = noise(model, 5)
+    chunks = list(model.decode_stream(latents, hop))
+    assert [c.shape[2] for c in chunks][:2] == [1 + 4 * (hop - 1), min(4 * hop, 4 * (5 - hop))][: len(chunks)]
+    with torch.enable_grad():
+        whole = model.decode(latents).sample
+    torch.testing.assert_close(torch.cat(chunks, dim=2), whole, **CLOSE)
+
+
+@torch.no_grad()
+def test_streams_do_not_meet(model: AutoencoderKLKling) -> None:
+    """Two streams in turn on one model, each with one state for both directions."""
+    videos, states = [clip(9), clip(9).flip(2)], [StreamState(), StreamState()]
+    parts: list[list[Tensor]] = [[], []]
+    for t in (slice(0, 5), slice(5, 9)):
+        for video, state, out in zip(videos, states, parts, strict=True):
+            out.append(model.decode(model.encode(video[:, :, t], state).latent_dist.mode(), state).sample)
+    for video, out in zip(videos, parts, strict=True):
+        whole = model.decode(model.encode(video).latent_dist.mode()).sample
+        torch.testing.assert_close(torch.cat(out, dim=2), whole, **CLOSE)
+
+
+@torch.no_grad()
+def test_stream_memory_is_flat(model: AutoencoderKLKling) -> None:
+    state, kept = StreamState(), []
+    for chunk in split_latents(noise(model, 6), 1):
+        model.decode(chunk, state)
+        kept.append(sum(t.untyped_storage().nbytes() for t in state.tails.values()))
+    assert len(set(kept[1:])) == 1
+    frames = model.decode_stream(noise(model, 1).expand(-1, -1, 10**9, -1, -1))
+    assert next(frames).shape[2] == 1  # handed out before the rest is looked at
+
+
+@torch.no_grad()
+def test_tail_owns_its_memory() -> None:
+    conv, state = CausalConv3d(2, 2, 3, padding=1), StreamState()
+    conv(torch.randn(1, 2, 50, 4, 4), state)
+    assert state.tails[conv].untyped_storage().nbytes() == 2 * 2 * 4 * 4 * 4
+
+
+# ---- training ----
+
+
+def test_gradients_reach_every_parameter(model: AutoencoderKLKling) -> None:
+    video = clip(5, b=2)
+
+    def gradients() -> list[Tensor]:
+        model.zero_grad()
+        out = model(video)
+        vae_loss(video, out.sample, out.latent_dist, LossWeights())[0].backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    plain = gradients()
+    assert all(g.isfinite().all() for g in plain) and sum(bool(g.any()) for g in plain) == len(plain)
+    model.enable_gradient_checkpointing()
+    for g, p in zip(gradients(), plain, strict=True):
+        torch.testing.assert_close(g, p, **CLOSE)
+    model.disable_gradient_checkpointing()
+
+
+def test_loss() -> None:
+    video, weights = clip(5, b=2), LossWeights(pixel=1, edge=2, motion=3, kl=4)
+    unit = DiagonalGaussianDistribution(torch.zeros(2, 8, 2, 4, 4))
+    loss, terms = vae_loss(video, video, unit, weights)
+    assert loss.item() == pytest.approx(0, abs=1e-6) and set(terms) == {"pixel", "edge", "motion", "kl"}
+
+    posterior = DiagonalGaussianDistribution(torch.randn(2, 8, 2, 4, 4))
+    normal = torch.distributions.Normal
+    truth = torch.distributions.kl_divergence(normal(posterior.mean, posterior.std), normal(0.0, 1.0)).mean()
+    loss, terms = vae_loss(video, video + 0.25, posterior, weights)  # a constant offset: neither edges nor motion differ
+    assert terms["kl"].item() == pytest.approx(truth.item(), rel=1e-5)
+    assert terms["pixel"].item() == pytest.approx(0.25, abs=1e-3)
+    assert loss.item() == pytest.approx(sum(getattr(weights, k) * v.item() for k, v in terms.items()), rel=1e-5)
+    assert vae_loss(video[:, :, :1], video[:, :, :1], unit, weights)[1]["motion"] == 0
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_conv3d_is_torchs(batch: int) -> None:
+    x = torch.randn(batch, 3, 5, 6, 7, requires_grad=True)
+    conv = torch.nn.Conv3d(3, 4, 3)
+    args = (x, conv.weight, conv.bias, (2, 1, 1), (0, 1, 1))
+    ours, theirs = conv3d(*args), F.conv3d(*args)
+    torch.testing.assert_close(ours, theirs, **CLOSE)
+    ours_grad, theirs_grad = (torch.autograd.grad(y.square().sum(), args[:3]) for y in (ours, theirs))
+    for a, b in zip(ours_grad, theirs_grad, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert conv3d(*args).dtype == torch.bfloat16
+
+
+def test_patchify_inverse() -> None:
+    video = clip(2)
+    assert torch.equal(unpatchify(patchify(video, 2), 2), video)
+
+
+# ---- tiles ----
+
+
+def test_tiles_blend_without_a_trace() -> None:
+    """Of a function that looks at single points, tiles are exact, up or down in size."""
+    x = torch.randn(1, 2, 3, 40, 28)
+    up = torch.nn.Upsample(scale_factor=(1, 4, 4))
+    down = torch.nn.AvgPool3d((1, 4, 4))
+    for half in (up, down):
+        tiled = in_tiles(lambda x, state, half=half: half(x), x, None, Tiles(16, 8))
+        torch.testing.assert_close(tiled, half(x), **CLOSE)
+
+
+@torch.no_grad()
+def test_tiled_stream_is_tiled_whole(model: AutoencoderKLKling) -> None:
+    video = clip(9, H=64, W=48)
+    plain = encode(model, video)
+    model.enable_tiling(size=32, overlap=16)
+    try:
+        whole, state = encode(model, video), StreamState()
+        streamed = torch.cat([encode(model, c, state) for c in video.split((5, 4), dim=2)], dim=2)
+        latents = noise(model, 3, h=4, w=3)
+        frames = torch.cat(list(model.decode_stream(latents)), dim=2)
+        torch.testing.assert_close(streamed, whole, **CLOSE)
+        torch.testing.assert_close(frames, model.decode(latents).sample, **CLOSE)
+    finally:
+        model.disable_tiling()
+    assert whole.shape == plain.shape and not torch.equal(whole, plain)
+
+
+# ---- config, files, scale ----
+
+
+def test_save_load_and_statistics(tmp_path) -> None:
+    model = AutoencoderKLKling(**{k: v for k, v in WAN21.items() if not k.startswith("latents")})
+    z = noise(model, 2)
+    assert torch.equal(model.normalize(z), z)
+    model.register_to_config(latents_mean=STATS["latents_mean"], latents_std=STATS["latents_std"])
+    model.save_pretrained(tmp_path)
+    for again in (AutoencoderKLKling.from_pretrained(tmp_path), AutoencoderKLKling.from_config(model.config)):
+        assert again.config.latents_std == STATS["latents_std"]
+        torch.testing.assert_close(again.denormalize(again.normalize(z)), z)
+        torch.testing.assert_close(again.normalize(z)[:, 3], (z[:, 3] - 2) / 3)
+    assert (tmp_path / "diffusion_pytorch_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("name", ["world", "debug"])
+def test_presets(name: str) -> None:
+    presets = Path(__file__).parents[1] / "configs" / "vae"
+    read = [yaml.safe_load((presets / f"{n}.yaml").read_text())["model"] for n in ("world", name)]
+    model = AutoencoderKLKling(**{**read[0], **read[1]})
+    assert sum(p.numel() for p in model.parameters()) <= 8e6
+    assert model.encode(clip(5)).latent_dist.mode().shape == (1, 16, 2, 4, 6)
+
+
+def going() -> StreamState:
+    """A stream of tiny clips that has started."""
+    MODEL.encode(clip(1), state := StreamState())
+    return state
+
+
+MODEL = AutoencoderKLKling(**WAN21)
+MISTAKES = {
+    "use 5 or 9": lambda: MODEL.encode(clip(6)),
+    "multiple of 4": lambda: MODEL.encode(clip(5), going()),
+    "does not divide": lambda: MODEL.encode(clip(5, H=36)),
+    "began with batch 1 of 48x32": lambda: MODEL.encode(clip(4, b=2), going()),
+    "did you mean 'base_dim'": lambda: AutoencoderKLKling.from_config({**WAN21, "base_dims": 8}),
+    "give 3 flags": lambda: AutoencoderKLKling(temperal_downsample=[True, True]),
+    "use 16": lambda: AutoencoderKLKling(**{**WAN22, "scale_factor_spatial": 8}),
+    "give z_dim = 16": lambda: AutoencoderKLKling(latents_std=[1.0]),
+    "multiples of 8": lambda: MODEL.enable_tiling(size=100),
+}
+
+
+@pytest.mark.parametrize("message", MISTAKES)
+def test_mistakes(message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        MISTAKES[message]()

@@ -1,0 +1,456 @@
+"""Video, image and transform tests on real files, made on the fly."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from av.video.reformatter import ColorRange, Colorspace
+from PIL import Image
+
+from kling.data.image import read_image, read_mask, write_png, write_png_frames
+from kling.data.transforms import contain, fit, to_tensor, to_uint8
+from kling.data.video import TO_RGB, VideoWriter, probe, read_tail, read_video, stream_video, write_gif, write_video
+from kling.errors import UserError
+
+H, W = 48, 64
+STEP = 5  # grey levels between one frame and the next, so that a frame can be told by its brightness
+
+
+def make(
+    path: Path,
+    codec: str = "libx264",
+    container: str | None = None,
+    n: int = 24,
+    fps: int = 12,
+    times: list[int] | None = None,
+    picture: np.ndarray | None = None,
+    matrix: int = Colorspace.ITU709,
+    colour_range: int = ColorRange.MPEG,
+    rotate: float | None = None,
+    pixel_aspect: Fraction | None = None,
+    **options: str,
+) -> Path:
+    """Write a video with PyAV alone. `times` are time stamps in 1/120 s."""
+    muxer = {"movflags": "+faststart"} if path.suffix == ".mp4" else {}
+    with av.open(f"file:{path}", "w", format=container or path.suffix[1:].replace("mkv", "matroska"), options=muxer) as out:
+        stream = out.add_stream(codec, rate=fps, options=options)
+        stream.width, stream.height, stream.pix_fmt = W, H, "rgb8" if codec == "gif" else "yuv420p"
+        context = stream.codec_context
+        context.colorspace, context.color_range = matrix, colour_range
+        if times:
+            context.time_base = Fraction(1, 120)
+        if rotate is not None:
+            stream.set_display_rotation(rotate)
+        if pixel_aspect:
+            context.sample_aspect_ratio = pixel_aspect
+        for i in range(n):
+            pixels = np.full((H, W, 3), 20 + STEP * i, np.uint8) if picture is None else picture
+            frame = av.VideoFrame.from_ndarray(pixels)
+            tags = {} if codec == "gif" else {"dst_colorspace": matrix, "dst_color_range": colour_range, "interpolation": TO_RGB}
+            frame = frame.reformat(format=stream.pix_fmt, **tags)
+            frame.pts, frame.time_base = (times[i], Fraction(1, 120)) if times else (i, Fraction(1, fps))
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode())
+    return path
+
+
+def which(frames: torch.Tensor) -> list[int]:
+    """The frame numbers that `make` drew."""
+    return [round((level - 20) / STEP) for level in frames.float().mean((1, 2, 3)).tolist()]
+
+
+def smooth(n: int = 9) -> torch.Tensor:
+    """(n, H, W, 3) gradients that drift."""
+    y, x = np.mgrid[:H, :W]
+    return torch.from_numpy(np.stack([np.stack([60 + 2 * x + t, 40 + 3 * y, 200 - x - y - t], -1) for t in range(n)]).astype(np.uint8))
+
+
+CONTAINERS = {
+    "a.mp4": dict(codec="libx264"),
+    "a.mov": dict(codec="libx264"),
+    "a.mkv": dict(codec="libx264"),
+    "a.webm": dict(codec="libvpx-vp9", deadline="realtime"),
+    "a.avi": dict(codec="mpeg4", qmin="1", qmax="3"),
+    "a.gif": dict(codec="gif"),
+    "a.ts": dict(codec="libx264", container="mpegts"),
+    "a.mpg": dict(codec="mpeg2video", container="mpeg", fps=25, qmin="1", qmax="3"),
+    "a.h264": dict(codec="libx264", fps=25),
+}
+
+
+# ------------------------------------------------------------------------------------------------------------------- reading
+
+
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_every_container_reads_whole_and_in_part(tmp_path, name):
+    path = make(tmp_path / name, **CONTAINERS[name])
+    info = probe(path)
+    assert (info.width, info.height, info.frames) == (W, H, 24)
+    clip = read_video(path)
+    assert clip.frames.dtype == torch.uint8 and clip.frames.shape == (24, H, W, 3) and clip.fps == info.fps
+    if name != "a.gif":  # its 256 colours are too few to tell the frames
+        assert which(clip.frames) == list(range(24))
+    part = read_video(path, start=12 / info.fps, num_frames=5)
+    assert torch.equal(part.frames, clip.frames[12:17])
+    assert torch.equal(read_tail(path, 5, info.fps).frames, clip.frames[-5:])
+
+
+def test_the_contents_and_not_the_name_decide(tmp_path):
+    webm = make(tmp_path / "a.webm", **CONTAINERS["a.webm"])
+    assert probe(webm.rename(tmp_path / "b.mp4")).codec.startswith(("vp9", "libvpx"))
+    assert probe(make(tmp_path / "a.mp4").rename(tmp_path / "no_suffix")).codec == "h264"
+
+
+@pytest.mark.parametrize(
+    "name", ["über 猫.mp4", 'it\'s "it".mp4', "12:30.mp4", "100%d.mp4", "-i.mp4", "a#b?c=d&e.mp4", "http:x|y.mp4", "line\nend.mp4"]
+)
+def test_odd_names(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    write_video(name, smooth(5), 8)
+    assert probe(name).frames == 5 and len(list(tmp_path.iterdir())) == 1
+
+
+def test_frames_are_nearest_in_time_at_any_rate(tmp_path):
+    path = make(tmp_path / "a.mp4", n=36, fps=24)
+    for fps in (5, 8, 12, 23.976, 24, 30, 60):
+        clip = read_video(path, fps=fps, start=0.2)
+        assert len(clip.frames) == probe(path).count(fps, 0.2) and abs(len(clip.frames) - fps * (36 / 24 - 0.2)) <= 1
+        assert all(abs(time - (0.2 + i / fps)) <= 0.5 / 24 + 1e-5 for i, time in enumerate(clip.times))
+        assert which(clip.frames) == [round(time * 24) for time in clip.times]
+
+
+def test_variable_rate_is_read_by_time_stamp(tmp_path):
+    times = [0, 10, 20, 30, 60, 90, 120, 125, 130, 240]  # 1/120 s
+    path = make(tmp_path / "a.mkv", n=len(times), times=times)
+    assert probe(path).fps == pytest.approx(9 / 2, abs=0.01)  # nine intervals in two seconds, whatever the header says
+    clip = read_video(path, fps=8, num_frames=17)
+    assert which(clip.frames) == [min(range(len(times)), key=lambda k: abs(times[k] - 15 * i)) for i in range(17)]
+
+
+def test_seeking_changes_nothing(tmp_path):
+    path = make(tmp_path / "a.mp4", n=45, fps=15, g="8", bf="2")
+    whole = read_video(path)
+    for start in (0.5, 1.0, 1.7, 2.5):
+        part = read_video(path, start=start, num_frames=4)
+        assert part.times == pytest.approx([whole.times[round(start * 15 - 1e-6) + i] for i in range(4)])
+        assert torch.equal(part.frames, whole.frames[[whole.times.index(time) for time in part.times]])
+
+
+def test_stream_gives_the_same_frames(tmp_path):
+    path = make(tmp_path / "a.mp4")
+    streamed = stream_video(path, fps=8, size=(32, 32))
+    assert torch.equal(torch.stack(list(streamed)), read_video(path, fps=8, size=(32, 32)).frames)
+
+
+def test_tail_ends_on_the_last_frame(tmp_path):
+    path = make(tmp_path / "a.mp4", n=48, fps=24)
+    assert which(read_tail(path, 5, 8).frames) == [35, 38, 41, 44, 47]
+    assert len(read_tail(path, 48, 24).frames) == 48
+    with pytest.raises(UserError, match="2.00 s long"):
+        read_tail(path, 17, 8)
+
+
+def test_one_frame(tmp_path):
+    path = make(tmp_path / "a.mp4", n=1)
+    assert probe(path).frames == 1 and which(read_video(path).frames) == [0] == which(read_tail(path, 1, 8).frames)
+
+
+@pytest.mark.parametrize(("degrees", "turns"), [(90, 1), (180, 2), (-90, 3)])
+def test_rotation_is_applied(tmp_path, degrees, turns):
+    picture = smooth(1)[0].numpy()
+    path = make(tmp_path / "a.mov", n=3, picture=picture, rotate=degrees)
+    info, want = probe(path), np.rot90(picture, turns).astype(float)
+    assert (info.height, info.width) == want.shape[:2] and info.rotation % 360 == degrees % 360
+    assert np.abs(read_video(path).frames[0].numpy() - want).mean() < 2
+
+
+def test_mirrored_video_is_mirrored_back(tmp_path):
+    picture, path = smooth(1)[0].numpy(), tmp_path / "a.mov"
+    raw = make(path, n=3, picture=picture, rotate=180).read_bytes()
+    minus, plus = (x.to_bytes(4, "big", signed=True) for x in (-65536, 65536))
+    matrix = minus + bytes(12) + minus
+    assert raw.count(matrix) == 1
+    path.write_bytes(raw.replace(matrix, minus + bytes(12) + plus))
+    assert np.abs(read_video(path).frames[0].numpy() - picture[:, ::-1].astype(float)).mean() < 2
+
+
+def test_pixels_are_squared(tmp_path):
+    path = make(tmp_path / "a.mp4", n=3, pixel_aspect=Fraction(3, 2))
+    assert (probe(path).width, probe(path).height) == (96, H) and read_video(path).frames.shape == (3, H, 96, 3)
+
+
+@pytest.mark.parametrize("matrix", [Colorspace.ITU709, Colorspace.ITU601, Colorspace.BT2020])
+@pytest.mark.parametrize("colour_range", [ColorRange.MPEG, ColorRange.JPEG])
+def test_colours_are_read_as_tagged(tmp_path, matrix, colour_range):
+    colour = np.uint8([200, 60, 30])
+    tag = 6 if matrix == Colorspace.ITU601 else matrix  # AVCOL_SPC_SMPTE170M
+    path = make(tmp_path / "a.mp4", n=2, picture=colour + np.zeros((H, W, 3), np.uint8), matrix=tag, colour_range=colour_range, crf="5")
+    error = read_video(path).frames[0].numpy().astype(float) - colour
+    assert np.abs(error).max() <= 2
+
+
+def test_size_and_limits(tmp_path, monkeypatch):
+    path = make(tmp_path / "a.mp4")
+    assert read_video(path, size=(32, 20), num_frames=2).frames.shape == (2, 32, 20, 3)
+    for wrong in (dict(fps=0), dict(fps=float("nan")), dict(start=-1.0), dict(start=9.0), dict(num_frames=0), dict(num_frames=25)):
+        with pytest.raises(UserError):
+            read_video(path, **wrong)
+    with pytest.raises(UserError, match="whole number"):
+        read_video(path, size=(32.5, 20))
+    monkeypatch.setattr("kling.data.video.MAX_GIB", 1e-6)
+    with pytest.raises(UserError, match="GiB"):
+        read_video(path)
+
+
+# ------------------------------------------------------------------------------------------------------------------ bad files
+
+
+@pytest.mark.parametrize(
+    ("contents", "says"),
+    [
+        (b"", "empty"),
+        (b"just some words\n" * 60, "text"),
+        (b"#EXTM3U\n/etc/hostname\n", "text"),
+        ("日本語の説明。".encode() * 40, "text"),
+        (bytes(range(256)) * 8, "unknown data"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(600), "PNG image"),
+        (b"PK\x03\x04" + bytes(600), "zip"),
+        (b"\x00\x00\x00\x18ftypisom" + bytes(600), "damaged|no video stream|no whole frame"),
+        (b"\x1aE\xdf\xa3" + bytes(600), "damaged|no video stream|no whole frame"),
+    ],
+)
+def test_what_is_not_a_video_says_so_in_one_line(tmp_path, contents, says):
+    path = tmp_path / "x.mp4"
+    path.write_bytes(contents)
+    with pytest.raises(UserError, match=says) as error:
+        probe(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_missing_folder_and_sound_only(tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        probe(tmp_path / "none.mp4")
+    with pytest.raises(UserError, match="folder"):
+        probe(tmp_path)
+    path = tmp_path / "sound.mp4"
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream("aac", rate=16000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 16000), np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 16000
+        out.mux(stream.encode(frame))
+        out.mux(stream.encode())
+    with pytest.raises(UserError, match="no video stream, only audio"):
+        probe(path)
+
+
+def test_cut_short(tmp_path):
+    raw = make(tmp_path / "a.mp4", picture=np.random.default_rng(0).integers(0, 256, (H, W, 3), dtype=np.uint8)).read_bytes()
+    for part in (0.9, 0.5, 0.02):
+        (tmp_path / "b.mp4").write_bytes(raw[: int(len(raw) * part)])
+        with pytest.raises(UserError, match="cut short|damaged|no whole frame"):
+            probe(tmp_path / "b.mp4")
+
+
+def test_bit_rot_is_an_error_and_never_a_wrong_frame(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (H, W, 3), dtype=np.uint8)
+    path = make(tmp_path / "a.mp4", picture=noise, n=8, g="1")
+    raw = bytearray(path.read_bytes())
+    half = len(raw) // 2
+    raw[half : half + 400] = bytes(b ^ 0x5A for b in raw[half : half + 400])
+    path.write_bytes(raw)
+    with pytest.raises(UserError, match="damaged"):
+        read_video(path)
+
+
+# ------------------------------------------------------------------------------------------------------------------- writing
+
+
+def test_round_trip(tmp_path):
+    frames = smooth(17)
+    write_video(tmp_path / "new" / "a.mp4", frames, 8)
+    info, clip = probe(tmp_path / "new" / "a.mp4"), read_video(tmp_path / "new" / "a.mp4")
+    assert (info.width, info.height, info.frames, info.fps, info.codec, info.pix_fmt) == (W, H, 17, 8, "h264", "yuv420p")
+    error = clip.frames.float() - frames.float()
+    assert error.abs().mean() < 1.5 and error.mean((0, 1, 2)).abs().max() < 0.5  # no colour cast
+    with av.open(str(tmp_path / "new" / "a.mp4")) as file:
+        context = file.streams.video[0].codec_context
+        assert (context.colorspace, context.color_range, context.color_trc, context.color_primaries) == (1, 1, 1, 1)
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mov", "mkv"])
+def test_same_frames_same_bytes(tmp_path, suffix):
+    paths = [tmp_path / f"{k}.{suffix}" for k in "ab"]
+    for path in paths:
+        write_video(path, smooth(9).numpy(), 29.97)
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+    with VideoWriter(paths[0], 29.97) as out:  # in pieces
+        out.write(smooth(9)[0])
+        out.write(smooth(9)[1:])
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+    assert probe(paths[0]).fps == pytest.approx(30000 / 1001, abs=1e-3 if suffix == "mkv" else 1e-9)
+
+
+def test_a_failure_leaves_no_trace_and_keeps_the_old_file(tmp_path):
+    path = tmp_path / "a.mp4"
+    for good in (False, True):
+        if good:
+            write_video(path, smooth(5), 8)
+        before = path.read_bytes() if good else None
+        for failure in (RuntimeError, KeyboardInterrupt, FileNotFoundError):
+            with pytest.raises(failure), VideoWriter(path, 8) as out:
+                out.write(smooth(5))
+                raise failure("mine")
+        with pytest.raises(UserError, match="no frame"), VideoWriter(path, 8):
+            pass
+        assert [p.read_bytes() for p in tmp_path.iterdir()] == ([before] if good else [])
+
+
+def test_what_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "folder.mp4").mkdir()
+    for path in (tmp_path / "file" / "a.mp4", tmp_path / "folder.mp4", Path("/proc/a.mp4"), tmp_path / ("n" * 300 + ".mp4")):
+        with pytest.raises(UserError, match="cannot be written"):
+            write_video(path, smooth(1), 8)
+    with pytest.raises(UserError, match="odd"):
+        write_video(tmp_path / "a.mp4", smooth(1)[:, :-1], 8)
+    with pytest.raises(UserError, match=".mp4"):
+        write_video(tmp_path / "a.wmv", smooth(1), 8)
+    with pytest.raises(UserError, match="fps"):
+        write_video(tmp_path / "a.mp4", smooth(1), 0)
+    with pytest.raises(ValueError, match="frame 1 is"), VideoWriter(tmp_path / "a.mp4", 8) as out:
+        out.write(smooth(1))
+        out.write(smooth(1)[:, 2:])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder.mp4"]
+
+
+def test_gif_and_png_frames(tmp_path):
+    frames = smooth(9)
+    write_gif(tmp_path / "a.gif", frames, 8)
+    assert probe(tmp_path / "a.gif").duration == pytest.approx(9 / 8, abs=0.02)
+    assert (read_video(tmp_path / "a.gif", fps=8).frames.float() - frames.float()).abs().mean() < 12
+    paths = write_png_frames(tmp_path / "png", frames)
+    assert [p.name for p in paths][:2] == ["frame_00000.png", "frame_00001.png"]
+    assert all(torch.equal(read_image(p), frame) for p, frame in zip(paths, frames, strict=True))
+    with pytest.raises(UserError, match="already holds"):
+        write_png_frames(tmp_path / "png", frames)
+
+
+# -------------------------------------------------------------------------------------------------------------------- images
+
+
+def test_exif_rotation(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held upright: turn clockwise
+    Image.fromarray(smooth(1)[0].numpy()).save(tmp_path / "a.jpg", exif=exif, quality=95)
+    want = np.rot90(smooth(1)[0].numpy(), -1).astype(float)
+    assert np.abs(read_image(tmp_path / "a.jpg").numpy() - want).mean() < 2
+
+
+def test_every_mode(tmp_path):
+    grey = np.linspace(0, 255, W, dtype=np.uint8)[None].repeat(H, 0)
+    plain = torch.from_numpy(grey)[..., None].expand(H, W, 3).float()
+    picture, deep = Image.fromarray(grey), Image.fromarray(grey.astype(np.uint16) * 257)
+    saved = {
+        "l.png": picture,
+        "p.png": picture.convert("P"),
+        "rgb.webp": picture.convert("RGB"),
+        "cmyk.jpg": picture.convert("RGB").convert("CMYK"),
+    }
+    saved |= {"1.bmp": picture.convert("1"), "16.png": deep, "16.tiff": deep, "la.png": picture.convert("LA")}
+    for name, image in saved.items():
+        image.save(tmp_path / name)
+        got = read_image(tmp_path / name)
+        assert got.dtype == torch.uint8 and got.shape == (H, W, 3)
+        assert abs(got.float().mean() - plain.mean()) < 3
+        if not name.startswith("1."):
+            assert (got.float() - plain).abs().max() < 20, name
+
+
+def test_transparency_is_white(tmp_path):
+    pixels = np.zeros((H, W, 4), np.uint8)
+    pixels[:, : W // 2] = (255, 0, 0, 255)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    got = read_image(tmp_path / "a.png")
+    assert got[0, 0].tolist() == [255, 0, 0] and got[0, -1].tolist() == [255, 255, 255]
+    Image.fromarray(pixels).save(tmp_path / "a.webp", lossless=True)
+    assert torch.equal(got, read_image(tmp_path / "a.webp"))
+
+
+def test_bad_images(tmp_path):
+    write_png(tmp_path / "a.png", torch.randint(256, (H, W, 3)).byte())
+    (tmp_path / "half.png").write_bytes((tmp_path / "a.png").read_bytes()[:4000])
+    (tmp_path / "text.png").write_text("words")
+    (tmp_path / "empty.png").touch()
+    make(tmp_path / "a.mp4", n=2).rename(tmp_path / "video.png")
+    write_gif(tmp_path / "moving.png", smooth(3), 8)
+    for name, says in {
+        "half": "damaged",
+        "text": "text",
+        "empty": "empty",
+        "video": "as a video",
+        "moving": "animation",
+        "no": "not exist",
+    }.items():
+        with pytest.raises(UserError, match=says) as error:
+            read_image(tmp_path / f"{name}.png")
+        assert f"{name}.png" in str(error.value)
+
+
+def test_mask_is_aligned_with_its_picture(tmp_path):
+    mask = np.zeros((96, 200), np.uint8)
+    mask[:, 100:] = 255
+    Image.fromarray(mask).save(tmp_path / "m.png")
+    got = read_mask(tmp_path / "m.png", 48, 64)
+    assert got.dtype == torch.float32 and got.shape == (48, 64) and got[:, :32].max() == 0 and got[:, 32:].min() == 1
+    assert torch.equal(got, fit(np.repeat(mask[..., None], 3, 2), 48, 64)[..., 0].float() / 255)
+
+
+# ---------------------------------------------------------------------------------------------------------------- transforms
+
+
+def test_tensor_round_trip():
+    frames = torch.arange(256, dtype=torch.uint8).reshape(4, 8, 8, 1).repeat(1, 1, 1, 3)
+    video = to_tensor(frames)
+    assert video.shape == (3, 4, 8, 8) and video.min() == -1 and video.max() == 1
+    assert torch.equal(to_uint8(video), frames) and torch.equal(to_tensor(frames.numpy()), video)
+    assert to_uint8(torch.tensor([-9.0, 9.0]).view(1, 1, 1, 2).repeat(3, 1, 1, 1))[0, 0, :, 0].tolist() == [0, 255]
+    with pytest.raises(ValueError, match="NaN"):
+        to_uint8(torch.full((3, 1, 2, 2), float("nan")))
+
+
+@pytest.mark.parametrize("size", [(32, 32), (48, 64), (100, 60), (7, 300)])
+def test_image_and_video_are_fitted_alike(size):
+    frames = smooth(3)
+    for mode in ("cover", "contain"):
+        fitted = fit(frames, *size, mode)
+        assert fitted.shape == (3, *size, 3) and all(torch.equal(fit(f, *size, mode), g) for f, g in zip(frames, fitted, strict=True))
+    assert torch.equal(fit(frames, H, W), frames)
+
+
+def test_cover_crops_the_centre_and_contain_shows_all():
+    wide = torch.zeros(1, 20, 60, 3, dtype=torch.uint8)
+    wide[:, :, 20:40] = 200
+    assert fit(wide, 10, 10).min() > 150  # the middle third alone
+    shown = fit(wide, 60, 60, "contain")
+    assert shown[:, :20].max() == 0 == shown[:, 40:].max() and torch.equal(shown[:, 20:40], wide)
+    placed, mask = contain(wide + 7, 60, 60)
+    assert mask[:20].min() == 1 == mask[40:].min() and mask[20:40].max() == 0 and placed[:, 0, 0].eq(7).all()
+
+
+def test_shrinking_does_not_alias():
+    stripes = torch.zeros(1, 64, 64, 3, dtype=torch.uint8)
+    stripes[:, :, ::2] = 255
+    assert (fit(stripes, 16, 16).float() - 127.5).abs().max() <= 1
+
+
+def test_sizes_and_modes_are_checked():
+    for size in ((0, 8), (8, -1), (8.0, 8), (True, 8)):
+        with pytest.raises(UserError, match="whole number"):
+            fit(smooth(1), *size)
+    with pytest.raises(UserError, match="cover"):
+        fit(smooth(1), 8, 8, "covr")

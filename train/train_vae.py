@@ -1,0 +1,171 @@
+"""Train the causal 3-D VAE, from scratch or from a checkpoint.
+
+kling-train-vae configs/vae/world.yaml out=runs/vae            # the same command again goes on where it stopped
+kling-train-vae configs/vae/debug.yaml out=/tmp/vae steps=20   # seconds
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kling.config import load_config, save_config, to_dict
+from kling.data.source import ClipSource, DataConfig, StepBatches, batches, check_data
+from kling.data.transforms import to_tensor, to_uint8
+from kling.data.image import write_png
+from kling.errors import UserError, program
+from kling.metrics.pixel import psnr
+from kling.runtime import checkpoint
+from kling.runtime.accelerator import EXIT_STOPPED, StopSignal, make_accelerator, set_threads
+from kling.runtime.ema import EMA
+from kling.runtime.log import RunLog
+from kling.runtime.optim import adamw, lr_at, set_lr
+from kling.runtime.random import noise_like
+from kling.vae import AutoencoderKLKling, LossWeights, vae_loss
+
+
+@dataclass
+class TrainVAEConfig:
+    """Everything a run depends on. `model` holds the keys of `AutoencoderKLKling`; `init_from` is a VAE folder to start from."""
+
+    out: str = "runs/vae"
+    steps: int = 1000
+    seed: int = 0
+    batch: int = 4
+    lr: float = 1e-3
+    warmup: int = 50
+    schedule: str = "cosine"
+    floor: float = 0.05
+    weight_decay: float = 0.0
+    clip_grad: float = 1.0
+    ema: float = 0.99
+    model: dict[str, Any] = field(default_factory=dict)
+    init_from: str | None = None
+    data: DataConfig = field(default_factory=DataConfig)
+    loss: LossWeights = field(default_factory=LossWeights)
+    save_every: int = 200
+    keep_last: int = 2
+    eval_every: int = 200
+    eval_clips: int = 4
+    log_every: int = 10
+    mixed_precision: str = "auto"
+    gradient_accumulation: int = 1
+    trackers: list[str] = field(default_factory=list)
+    workers: int = 1
+    threads: int | None = None
+
+
+@program
+def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        raise UserError("usage: kling-train-vae CONFIG.yaml [key=value ...]")
+    cfg = load_config(TrainVAEConfig, argv[0], argv[1:])
+    check_data(cfg.data)
+    train(cfg)
+
+
+def train(cfg: TrainVAEConfig) -> None:
+    set_threads(cfg.threads)
+    out = Path(cfg.out)
+    accelerator = make_accelerator(out, cfg.mixed_precision, cfg.gradient_accumulation, cfg.trackers)
+    checkpoint.check_same_config(out, to_dict(cfg))
+    torch.manual_seed(cfg.seed)  # the initial weights; every later draw is counter-based
+    model = AutoencoderKLKling.from_pretrained(cfg.init_from) if cfg.init_from else AutoencoderKLKling(**cfg.model)
+    model.train()
+    optimizer = adamw(model, cfg.lr, weight_decay=cfg.weight_decay)
+    ema = EMA(model, cfg.ema)
+
+    start = 0
+    if saved := checkpoint.load_latest(out):
+        start = saved.step
+        model.load_state_dict(saved.tensors["model"])
+        ema.load_state_dict(saved.tensors["ema"])
+        checkpoint.load_optimizer_tensors(optimizer, model, saved.tensors["optimizer"])
+    if accelerator.is_main_process:
+        save_config(cfg, out / "config.yaml")
+    net, optimizer = accelerator.prepare(model, optimizer)
+    data = StepBatches(ClipSource(cfg.data, cfg.seed), cfg.batch, accelerator.process_index, accelerator.num_processes)
+    micro = cfg.gradient_accumulation
+
+    with (
+        StopSignal() as stop,
+        RunLog(out, cfg.steps, accelerator=accelerator, config=to_dict(cfg), start=start, log_every=cfg.log_every) as log,
+    ):
+        for index, video in enumerate(batches(data, start * micro, cfg.steps * micro, cfg.workers), start=start * micro):
+            step = index // micro
+            with accelerator.accumulate(net):
+                video = video.to(accelerator.device)  # (b, 3, T, H, W)
+                recon, posterior = net(video, sample_posterior=False, return_dict=False)
+                loss, terms = vae_loss(video, recon, posterior, cfg.loss)
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    norm = accelerator.clip_grad_norm_(model.parameters(), cfg.clip_grad)
+                set_lr(optimizer, lr_at(step, lr=cfg.lr, warmup=cfg.warmup, steps=cfg.steps, schedule=cfg.schedule, floor=cfg.floor))
+                optimizer.step()
+                optimizer.zero_grad()
+            if not accelerator.sync_gradients:
+                continue
+            ema.update(model, step)
+            done = step + 1
+            log.log(done, {"loss": loss, "grad_norm": norm, **terms}, clips=len(video) * micro * accelerator.num_processes)
+
+            stopping = stop.seen(accelerator)
+            if accelerator.is_main_process and (done % cfg.eval_every == 0 or done == cfg.steps):
+                with ema.swap(model):
+                    log.log(done, evaluate(model, cfg, out / "samples" / f"{done:08d}.png"))
+            if accelerator.is_main_process and (done % cfg.save_every == 0 or done == cfg.steps or stopping):
+                log.flush()
+                groups = {"model": model.state_dict(), "ema": ema.state_dict()}
+                groups["optimizer"] = checkpoint.optimizer_tensors(optimizer.optimizer, model)
+                checkpoint.save(out, done, groups, {"config": to_dict(cfg)}, cfg.keep_last)
+            if stopping:
+                raise SystemExit(EXIT_STOPPED)
+
+    if accelerator.is_main_process:
+        with ema.swap(model):
+            export(model, cfg, out / "export")
+
+
+@torch.no_grad()
+def evaluate(model: AutoencoderKLKling, cfg: TrainVAEConfig, picture: Path) -> dict[str, float]:
+    """PSNR of held-out clips of the longest length, and a picture: truth above reconstruction."""
+    source = ClipSource(cfg.data, cfg.seed, split="heldout")
+    scores, rows = [], []
+    for i in range(cfg.eval_clips):
+        video = to_tensor(source.clip(i, max(cfg.data.frames), cfg.data.aspects[i % len(cfg.data.aspects)]).video)[None]
+        recon = model(video.to(model.device)).sample.cpu().clamp(-1, 1)
+        scores.append(float(psnr(recon, video).mean()))
+        rows += [strip(video[0]), strip(recon[0])] if i % len(cfg.data.aspects) == 0 else []
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    write_png(picture, torch.cat(rows).numpy())
+    return {"eval/psnr": sum(scores) / len(scores)}
+
+
+def strip(video: Tensor, n: int = 5) -> Tensor:
+    """(3, T, H, W) -> (H, n W, 3) uint8: n frames side by side, first to last."""
+    picks = torch.linspace(0, video.shape[1] - 1, min(n, video.shape[1])).round().long()
+    return torch.cat(list(to_uint8(video[:, picks])), dim=1)
+
+
+@torch.no_grad()
+def export(model: AutoencoderKLKling, cfg: TrainVAEConfig, folder: Path, clips: int = 32) -> None:
+    """Measure the latents' mean and deviation by channel, put them into the config, and write the folder that `from_pretrained` reads."""
+    source = ClipSource(cfg.data, cfg.seed)
+    latents = []
+    for i in range(clips):
+        clip = source.clip(i, cfg.data.frames[i % len(cfg.data.frames)], cfg.data.aspects[i % len(cfg.data.aspects)])
+        z = model.encode(to_tensor(clip.video)[None].to(model.device)).latent_dist.mode()
+        latents.append(z[0].flatten(1))  # (c, n)
+    z = torch.cat(latents, dim=1)
+    model.register_to_config(latents_mean=z.mean(1).tolist(), latents_std=z.std(1).tolist())
+    model.save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    main()
