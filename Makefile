@@ -3,7 +3,7 @@
 
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && command -v $$p && break; done)
-PROMPT ?= a red ball rolls over the grass
+PROMPT ?= a red ball rolls left on grass
 OUT ?= out/sample.mp4
 BIN := .venv/bin
 
@@ -14,7 +14,7 @@ export PYTHONUTF8 := 1
 .PHONY: sample test test-all lint clean
 
 sample: .venv/.installed
-	@$(BIN)/kling-sample --out "$(OUT)" -- "$$KLING_PROMPT"
+	@$(BIN)/kling-sample --output "$(OUT)" -- "$$KLING_PROMPT"
 
 test: .venv/.installed-dev
 	$(BIN)/python -m pytest -q -m "not slow and not gpu"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +19,17 @@ from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from kling.condition.camera import Trajectory, camera_signal
-from kling.condition.state import Given, State, build_state
+from kling.condition.state import State, build_state
 from kling.data.transforms import to_tensor, to_uint8
 from kling.dit import KlingTransformer3DModel
 from kling.errors import UserError
 from kling.flow.guidance import guided_velocity
 from kling.flow.scheduler import KlingFlowScheduler
-from kling.inputs import Inputs, asked_frames, read_camera, read_inputs
+from kling.inputs import Inputs, asked_frames, read_inputs
+from kling.plan import PRO_STEPS, Hop, Plan, plan_camera, plan_hops
 from kling.request import Request
 from kling.runtime.random import generator
-from kling.shapes import TEMPORAL, clip_frames, latent_frames, latent_size, nearest_frames, token_grid
+from kling.shapes import latent_frames, latent_size
 from kling.text import ByteTextEncoder
 from kling.vae import AutoencoderKLKling
 
@@ -39,52 +40,6 @@ PARTS = {
     "text_encoder": ByteTextEncoder,
     "scheduler": KlingFlowScheduler,
 }
-PRO_STEPS = 2  # "pro" takes this many times the steps of "std", and a second-order solver
-CONTEXT = 9  # pixel frames of the clip so far that a continuation starts from (1 + 4j)
-
-TASKS = {
-    "text_to_image": "text to image",
-    "text": "text to video",
-    "image": "image to video",
-    "last": "last frame to video",
-    "first_last": "first + last frame to video",
-    "keyframes": "keyframes to video",
-    "continuation": "continuation of a video",
-    "inpaint": "filling of a video",
-    "restyle": "restyling of a video",
-}
-
-
-@dataclass(frozen=True)
-class Hop:
-    """One clip to sample: `overlap` of its first frames repeat the end of what is there already and are cut off at the join."""
-
-    given: Given
-    frames: int
-    start: int  # pixel frame of the whole video at which it begins
-    overlap: int
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a request will do. `frames` is the length of the result, a given video that is continued included."""
-
-    task: str
-    hops: list[Hop]
-    frames: int
-    height: int
-    width: int
-    fps: float
-    num_inference_steps: int
-    solver: str
-    guidance_scale: float
-    camera_guidance_scale: float
-    shift: float
-    tokens: int  # of the longest hop
-
-    @property
-    def total_steps(self) -> int:
-        return self.num_inference_steps * len(self.hops)
 
 
 @dataclass
@@ -141,35 +96,19 @@ class KlingPipeline(DiffusionPipeline):
         return self._prepare(request)[0]
 
     def _prepare(self, request: Request) -> tuple[Plan, Inputs, Trajectory | None]:
-        fps, longest = self.config.fps, self.config.max_frames
+        fps, longest, patch = self.config.fps, self.config.max_frames, self.transformer.config.patch_size
         frames = asked_frames(request, fps)
-        inputs = read_inputs(request, frames if request.extend_to is None else min(frames, longest), fps, longest)
+        inputs = read_inputs(request, frames, fps, longest)
         H, W = inputs.height, inputs.width
-        fills = inputs.mask is not None or request.strength is not None
-        if inputs.video is None:
-            hops = self._hops(self._first(request, inputs, min(frames, longest)), frames, request)
-        elif fills:
-            T = len(inputs.video)
-            hops = [Hop(self._filling(request, inputs, H, W), T, 0, 0)]
-        else:
-            hops = self._continue(len(inputs.video), frames - 1, request)
-        total = hops[-1].start + hops[-1].frames
-        camera = read_camera(request, total - hops[0].start, H, W)
-        if camera is not None and hops[0].overlap:  # what was there already stands still; the move begins with the new frames
-            new = read_camera(request, total - hops[0].overlap - hops[0].start + 1, H, W)
-            still = hops[0].overlap - 1
-            camera = Trajectory(*(torch.cat([t[:1].expand(still, *t.shape[1:]), t]) for t in (new.c2w, new.intrinsics)))
+        h, w = latent_size(H, W, self.vae.spatial_factor, patch[1])
+        hops = plan_hops(request, inputs, frames, fps, longest, self.vae.spatial_factor)
+        camera = plan_camera(request, hops, H, W)
         task = hops[0].given.task(latent_frames(hops[0].frames))
         self._check_capable(task, camera, len(hops) > 1)
-        h, w = latent_size(H, W, self.vae.spatial_factor, self.transformer.config.patch_size[1])
-        patch = self.transformer.config.patch_size
-        tokens = max((latent_frames(hop.frames) + len(hop.given.keyframes)) * (h // patch[1]) * (w // patch[2]) for hop in hops)
-        settings = self.scheduler.config
-        pro = request.mode == "pro"
+        settings, pro = self.scheduler.config, request.mode == "pro"
         plan = Plan(
             task=task,
             hops=hops,
-            frames=total,
             height=H,
             width=W,
             fps=fps,
@@ -178,55 +117,9 @@ class KlingPipeline(DiffusionPipeline):
             guidance_scale=settings.guidance_scale if request.guidance_scale is None else request.guidance_scale,
             camera_guidance_scale=request.camera_guidance_scale,
             shift=settings.shift if request.shift is None else request.shift,
-            tokens=tokens,
+            tokens=max(latent_frames(hop.frames) + len(hop.given.keyframes) for hop in hops) * (h // patch[1]) * (w // patch[2]),
         )
         return plan, inputs, camera
-
-    def _first(self, request: Request, inputs: Inputs, frames: int) -> Hop:
-        """The clip that starts a video."""
-        loop = [(frames - 1, 1.0)] if request.loop else []
-        if beyond := [t for _, t, _ in inputs.keyframes if t >= frames]:
-            raise UserError(f"keyframe at frame {beyond[0]}: this model makes {frames} frames at once, so give a frame up to {frames - 1}")
-        keyframes = tuple([(t, strength) for _, t, strength in inputs.keyframes] + loop)
-        known = 1 if inputs.image is not None or request.loop else 0
-        return Hop(Given(known=known, keyframes=keyframes), frames, 0, 0)
-
-    def _filling(self, request: Request, inputs: Inputs, H: int, W: int) -> Given:
-        space = None
-        if inputs.mask is not None:
-            s = self.vae.spatial_factor
-            space = torch.nn.functional.max_pool2d((inputs.mask > 0.5).float()[None], s)[0]  # a latent with one pixel to make is made
-        return Given(space=space, hold=request.strength or 0.0, known=0)
-
-    def _hops(self, first: Hop, frames: int, request: Request) -> list[Hop]:
-        """The first clip and as many continuations as the asked length needs."""
-        total = max(frames, first.frames)
-        if request.extend_to is not None:
-            total = max(first.frames, clip_frames(request.extend_to, self.config.fps))
-        hops = [first]
-        while (end := hops[-1].start + hops[-1].frames) < total:
-            hops.append(self._hop(end, total - end))
-        return hops
-
-    def _continue(self, there: int, new: int, request: Request) -> list[Hop]:
-        """Continuations of a video of `there` frames by `new` ones, or up to `extend_to` seconds."""
-        if request.extend_to is not None:
-            new = clip_frames(request.extend_to, self.config.fps) - there
-            if new <= 0:
-                raise UserError(
-                    f"the video is {there / self.config.fps:.1f} s long already: extend_to {request.extend_to:g} s adds nothing"
-                )
-        total, end, hops = there + new, there, []
-        while end < total:
-            hops.append(self._hop(end, total - end))
-            end = hops[-1].start + hops[-1].frames
-        return hops
-
-    def _hop(self, end: int, missing: int) -> Hop:
-        """One continuation of the `end` frames there are, by at most `missing` (rounded up to whole latents)."""
-        overlap = min(CONTEXT, nearest_frames(end)[0])
-        new = min(self.config.max_frames - overlap, TEMPORAL * -(-missing // TEMPORAL))
-        return Hop(Given(known=latent_frames(overlap)), overlap + new, end - overlap, overlap)
 
     def _check_capable(self, task: str, camera: Trajectory | None, hops: bool) -> None:
         able = self.config.capabilities
@@ -273,13 +166,8 @@ class KlingPipeline(DiffusionPipeline):
     ) -> tuple[Tensor, Tensor]:
         """One video: (T, H, W, 3) uint8, and the latents of its last hop."""
         if request.loop and inputs.image is None:  # a loop needs a frame to come back to
-            still = request.replace(
-                loop=False, image=None, num_frames=1, duration=None, extend_to=None, camera=None, seed=seed, num_videos=1
-            )
-            inputs.image = torch.from_numpy(self(still).frames[0, 0])
-            made = True
-        else:
-            made = False
+            still = request.replace(loop=False, num_frames=1, duration=None, extend_to=None, camera=None, seed=seed, num_videos=1)
+            inputs = replace(inputs, image=torch.from_numpy(self(still).frames[0, 0]))
         text = {"prompt": self._encode_text(request.prompt), "negative": self._encode_text(request.negative_prompt)}
         continued = inputs.video is not None and plan.hops[0].overlap
         done = inputs.video if continued else torch.empty(0, plan.height, plan.width, 3, dtype=torch.uint8)
@@ -295,8 +183,6 @@ class KlingPipeline(DiffusionPipeline):
             if decode or number + 1 < len(plan.hops):
                 frames = self.decode(latents)[0]
                 done = torch.cat([done, frames[hop.overlap :]])
-        if made:
-            inputs.image = None
         return done, latents
 
     def _sample(

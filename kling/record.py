@@ -14,6 +14,7 @@ import json
 import platform
 from collections.abc import Iterator
 from importlib import metadata
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ NEEDED = {
 }
 
 
-def make_record(request: Request, plan: object, model: Record, device: torch.device, frames: np.ndarray, **more: Any) -> Record:
+def make_record(request: Request, plan: Any, model: Record, device: torch.device, frames: np.ndarray, **more: Any) -> Record:
     """Everything that decides the frames of `request` (one video): uint8 (T, H, W, 3). more: whatever else is worth keeping."""
     return {
         "kling": __version__,
@@ -81,11 +82,15 @@ def request_of(record: Record, source: str) -> Request:
     return request
 
 
-def check_same_model(record: Record, plan: object, model: Record, source: str) -> None:
-    """Refuse another model, and a version of the code that would take other settings, naming what differs."""
+def check_same_model(record: Record, model: Record, source: str) -> None:
+    """Refuse another model, naming the first file that differs."""
     old, new = record["model"]["sha256"], model["sha256"]
     if changed := [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]:
         raise UserError(f"model {model['path']} is not that of {source}, {changed[0]} differs: give the same one with --model")
+
+
+def check_same_settings(record: Record, plan: Any, source: str) -> None:
+    """Refuse a version of the code that would take other settings than those written down."""
     now = settings(plan)
     for name, value in record["settings"].items():
         if now.get(name) != value:
@@ -96,22 +101,24 @@ def difference(old: Record, new: Record) -> str | None:
     """None if the frames are the same bit for bit; else which differ, and what about the machine does."""
     if old["frames"]["sha256"] == new["frames"]["sha256"]:
         return None
-    pairs = zip(old["frames"]["each"], new["frames"]["each"], strict=False)
-    other = [t for t, (a, b) in enumerate(pairs) if a != b]
-    changed = [f"{name} {old['machine'].get(name)} -> {now}" for name, now in new["machine"].items() if old["machine"].get(name) != now]
-    frames = f"{len(other)} of {len(new['frames']['each'])} frames, the first is {min(other, default=0)}"
+    then, now = (record["frames"]["each"].split() for record in (old, new))
+    other = [t for t, (a, b) in enumerate(zip_longest(then, now)) if a != b]
+    changed = [
+        f"{name} {old['machine'].get(name)} -> {value}" for name, value in new["machine"].items() if old["machine"].get(name) != value
+    ]
+    frames = f"{len(other)} of {len(now)} frames, the first is {min(other, default=0)}"
     return f"{frames} ({', '.join(changed) or 'same versions, device and threads'})"
 
 
-def settings(plan: object) -> Record:
+def settings(plan: Any) -> Record:
     """The plain values of a plan: what the defaults came to."""
-    return {name: value for name, value in vars(plan).items() if isinstance(value, int | float | str)}
+    return {"frames": plan.frames} | {name: value for name, value in vars(plan).items() if isinstance(value, int | float | str)}
 
 
 def frame_hashes(frames: np.ndarray) -> Record:
     """Of raw uint8 (T, H, W, 3): SHA-256 of all, and 8 digits of each frame's own."""
     each = [hashlib.sha256(np.ascontiguousarray(frame)).hexdigest()[:8] for frame in frames]
-    return {"shape": list(frames.shape), "sha256": hashlib.sha256(np.ascontiguousarray(frames)).hexdigest(), "each": each}
+    return {"shape": list(frames.shape), "sha256": hashlib.sha256(np.ascontiguousarray(frames)).hexdigest(), "each": " ".join(each)}
 
 
 def model_hashes(folder: Path) -> Record:

@@ -56,10 +56,13 @@ def main(argv: list[str] | None = None) -> None:
     inputs = records.input_hashes(request)
 
     folder, pipe = load_pipeline(args.model or (before and before["model"]["path"]), args.device)
-    plan, model = pipe.plan(request), records.model_hashes(folder)
+    model = records.model_hashes(folder)
     if before:
-        records.check_same_model(before, plan, model, args.replay)
+        records.check_same_model(before, model, args.replay)
         torch.set_num_threads(before["machine"]["threads"])
+    plan = pipe.plan(request)
+    if before:
+        records.check_same_settings(before, plan, args.replay)
     fps = float(frame_rate(args.fps or (before and before["output"]["fps"]) or plan.fps))
     jobs = [request.replace(seed=request.seed + i, num_videos=1) for i in range(request.num_videos)]
     paths = [output_path(args, kind, job, several=len(jobs) > 1) for job in jobs]
@@ -141,7 +144,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument_group("pictures and videos").add_argument
     add("--image", metavar="FILE", type=a_path, help="the first frame: png, jpg or webp; cropped to the clip's aspect")
     add("--last-image", metavar="FILE", type=a_path, help="the last frame")
-    add("--keyframe", metavar="FILE@FRAME[:STRENGTH]", dest="keyframes", type=a_keyframe, action="append", help="a frame anywhere; repeat it")
+    add("--keyframe", metavar="FILE@FRAME[:STRENGTH]", dest="keyframes", type=a_keyframe, action="append", help="repeat for more")
     add("--video", metavar="FILE", type=a_path, help="alone: continue it; with --strength: restyle it; with --mask or --outpaint: fill it")
     add("--mask", metavar="FILE", type=a_path, help="white is made anew, black is kept")
     add("--outpaint", metavar="ASPECT", help="show the whole video in this aspect and fill what is around it")
@@ -195,7 +198,7 @@ def a_path(text: str) -> str:
 
 
 def a_camera(text: str) -> str:
-    return a_path(text) if Path(text).is_file() else text
+    return a_path(text) if os.path.isfile(text) else text
 
 
 def a_seed(text: str) -> int:
@@ -206,7 +209,7 @@ def a_seed(text: str) -> int:
 
 def a_keyframe(text: str) -> tuple[str, int, float]:
     """PATH@FRAME[:STRENGTH]; the path may hold @ and : itself."""
-    if not (found := re.fullmatch(r"(.+)@(\d+)(?::([\d.]+))?", text)):
+    if not (found := re.fullmatch(r"(.+)@(\d+)(?::(\d*\.?\d+))?", text)):
         raise argparse.ArgumentTypeError(f"'{text}': write it as FILE@FRAME or FILE@FRAME:STRENGTH, such as mid.png@20:0.8")
     return a_path(found[1]), int(found[2]), float(found[3] or 1)
 
@@ -244,7 +247,7 @@ def output_path(args: argparse.Namespace, kind: str, request: Request, several: 
     if args.output is None and args.replay:
         return Path(args.replay).with_name(f"{Path(args.replay).stem}-replay{FORMATS[kind][0]}")
     path = Path(args.output or "out")
-    if path.is_dir() or not path.suffix or str(args.output).endswith("/"):
+    if os.path.isdir(path) or not path.suffix or str(args.output).endswith("/"):
         return path / name
     if path.suffix.lower() not in FORMATS[kind]:
         what = f"name it {' or '.join(FORMATS[kind])}" if FORMATS[kind][0] else "give a folder"
@@ -267,7 +270,7 @@ def check_place(path: Path, kind: str, inputs: set[str]) -> None:
     for file in (path, path.with_suffix(".json"), path.with_suffix(".safetensors")):
         if str(file.absolute()) in inputs:
             raise UserError(f"{file} is an input and would be overwritten: choose another --output")
-    if kind == "png-frames" and path.exists():
+    if kind == "png-frames" and os.path.exists(path):
         raise UserError(f"{path} exists already: choose another --output for the frames, or another seed")
     folder = path.parent
     with writing(path):
@@ -299,13 +302,10 @@ def write_frames(path: Path, kind: str, frames: np.ndarray, fps: float) -> None:
 
 def describe(plan: Plan, request: Request) -> str:
     """The task as it was understood, in one line."""
-    from kling.pipeline import TASKS
-
     extras = [*(["loop"] if request.loop else []), *([f"camera {request.camera}"] if request.camera else [])]
-    hops = f" in {len(plan.hops)} clips" if len(plan.hops) > 1 else ""
     seeds = f"seed {request.seed}" if request.num_videos == 1 else f"seeds {request.seed} to {request.seed + request.num_videos - 1}"
-    size = f"{plan.frames} frames {plan.width}x{plan.height} at {plan.fps:g} fps{hops}"
-    return f"task: {', '.join([TASKS[plan.task], *extras])} · {size} · {plan.num_inference_steps} steps · {seeds}"
+    size = f"{plan.frames} frames {plan.width}x{plan.height} at {plan.fps:g} fps"
+    return f"task: {', '.join([plan.title, *extras])} · {size} · {plan.num_inference_steps} steps · {seeds}"
 
 
 def details(plan: Plan, pipe: KlingPipeline, paths: list[Path]) -> str:

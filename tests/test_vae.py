@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-import yaml
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor
 
+from kling.config import read_yaml
 from kling.errors import UserError
 from kling.nn.conv import CausalConv3d, conv3d, patchify, unpatchify
 from kling.vae import AutoencoderKLKling, LossWeights, StreamState, split_latents, vae_loss
@@ -250,11 +250,18 @@ def test_save_load_and_statistics(tmp_path) -> None:
     assert (tmp_path / "diffusion_pytorch_model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("name", ["world", "debug"])
-def test_presets(name: str) -> None:
-    presets = Path(__file__).parents[1] / "configs" / "vae"
-    read = [yaml.safe_load((presets / f"{n}.yaml").read_text())["model"] for n in ("world", name)]
-    model = AutoencoderKLKling(**{**read[0], **read[1]})
+PRESETS = sorted((Path(__file__).parents[1] / "configs" / "vae").glob("*.yaml"))
+
+
+def model_section(preset: Path) -> dict:
+    values = read_yaml(preset)
+    base = model_section(preset.parent / values["base"]) if "base" in values else {}
+    return {**base, **values.get("model", {})}
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda p: p.stem)
+def test_presets(preset: Path) -> None:
+    model = AutoencoderKLKling(**model_section(preset))
     assert sum(p.numel() for p in model.parameters()) <= 8e6
     assert model.encode(clip(5)).latent_dist.mode().shape == (1, 16, 2, 4, 6)
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from kling.config import load_config, save_config, to_dict
+from kling.data.image import write_png
 from kling.data.source import ClipSource, DataConfig, StepBatches, batches, check_data
 from kling.data.transforms import to_tensor, to_uint8
-from kling.data.image import write_png
 from kling.errors import UserError, program
 from kling.metrics.pixel import psnr
 from kling.runtime import checkpoint
@@ -25,7 +25,6 @@ from kling.runtime.accelerator import EXIT_STOPPED, StopSignal, make_accelerator
 from kling.runtime.ema import EMA
 from kling.runtime.log import RunLog
 from kling.runtime.optim import adamw, lr_at, set_lr
-from kling.runtime.random import noise_like
 from kling.vae import AutoencoderKLKling, LossWeights, vae_loss
 
 

@@ -1,4 +1,4 @@
-"""Where clips come from: the small world, or a folder of videos. A batch is a pure function of (seed, step), whatever the number of workers."""
+"""Where clips come from: the small world, or a folder of videos. A batch is a pure function of (seed, step), not of workers."""
 
 from __future__ import annotations
 

@@ -181,7 +181,7 @@ class World:
 
 
 def _path(motion: str, x: float, z: float, size: float, room: float, rng: random.Random, T: int) -> Tensor:
-    """Centre of a thing in world metres (T, 3): its motion fills the clip, whatever the clip's length; bounces and circles keep real time."""
+    """Centre of a thing in world metres (T, 3): its motion fills the clip, however long; bounces and circles keep real time."""
     s = torch.linspace(0, 1, T) if T > 1 else torch.zeros(1)
     seconds = torch.arange(T) / FPS
     xs, ys, zs = torch.full((T,), x), torch.full((T,), -size), torch.full((T,), z)

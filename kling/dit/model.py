@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import os
-from typing import Any
+from typing import Any, Self
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -230,14 +230,14 @@ class KlingTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
         return x + (residual if mask is None else residual * mask.to(residual.dtype)[:, None, None])
 
     @classmethod
-    def from_pretrained(cls, path: str | os.PathLike, **kwargs: Any) -> KlingTransformer3DModel | tuple[KlingTransformer3DModel, dict]:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Self | tuple[Self, dict[str, Any]]:
         """As diffusers', and extras that the checkpoint lacks start at zero instead of on the meta device.
 
         Raises `UserError` if anything else is missing from the checkpoint.
         """
         return_info = kwargs.pop("output_loading_info", False)
         kwargs.setdefault("use_safetensors", True)  # diffusers falls back to a pickle
-        model, info = super().from_pretrained(path, output_loading_info=True, **kwargs)
+        model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
         missing = set(info["missing_keys"])
         for name, module in model._extras.items():
             keys = {f"{name}.{key}" for key in module.state_dict()}
@@ -247,7 +247,10 @@ class KlingTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
                 module.apply(lambda m: m.reset_parameters() if hasattr(m, "reset_parameters") else None)
                 module.zero_init()
         if missing:
-            raise UserError(f"checkpoint '{path}' lacks {len(missing)} weights of its config, '{min(missing)}' among them: get it again")
+            raise UserError(
+                f"checkpoint '{pretrained_model_name_or_path}' lacks {len(missing)} weights of its config, "
+                f"'{min(missing)}' among them: get it again"
+            )
         return (model, info) if return_info else model
 
     @classmethod

@@ -1,4 +1,4 @@
-"""The straight path from data to noise: x_sigma = (1 - sigma) x0 + sigma eps, v = eps - x0 (rectified flow, Liu et al. 2022, arXiv 2209.03003)."""
+"""The straight path from data to noise: x_sigma = (1 - sigma) x0 + sigma eps, v = eps - x0 (Liu et al. 2022, arXiv 2209.03003)."""
 
 from __future__ import annotations
 

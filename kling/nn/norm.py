@@ -23,7 +23,7 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.is_cuda:
-            return super().forward(x)
+            return super().forward(x).to(x.dtype)
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
         rms = (norm.square() / x.shape[-1] + self.eps).rsqrt()  # (..., 1)
-        return x * rms.to(x.dtype) * self.weight
+        return (x * rms.to(x.dtype) * self.weight).to(x.dtype)  # an fp32 weight does not turn bf16 queries into fp32

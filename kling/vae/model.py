@@ -23,7 +23,7 @@ from kling.errors import UserError, unknown
 from kling.nn.conv import CausalConv3d, StreamState, patchify, started, unpatchify
 from kling.shapes import TEMPORAL, latent_size
 from kling.vae.blocks import AttentionBlock, Decoder, Encoder, ResidualBlock
-from kling.vae.stream import chunk_latents, in_chunks, split_latents, split_video
+from kling.vae.stream import in_chunks, split_latents, split_video
 from kling.vae.tiling import Tiles, in_tiles
 
 # Without gradients a whole clip goes through in chunks of at most this many pixels (b·T·H·W), or one latent frame: memory stays flat in T.
@@ -123,7 +123,6 @@ class AutoencoderKLKling(ModelMixin, ConfigMixin):
         """
         latent_size(*video.shape[-2:], self.spatial_factor)
         going = started(state, self.encoder.conv_in)
-        chunk_latents(video.shape[2], going)
 
         def moments(video: Tensor, state: StreamState | None) -> Tensor:
             return in_chunks(self._encode, split_video(video, self._hop(video, TEMPORAL), going), state)

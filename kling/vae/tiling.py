@@ -30,9 +30,7 @@ class Tiles:
         return [min(i, max(0, length - self.size)) for i in range(0, max(1, length - self.overlap), self.size - self.overlap)]
 
 
-def in_tiles(
-    half: Callable[[Tensor, StreamState | None], Tensor], x: Tensor, state: StreamState | None, tiles: Tiles | None
-) -> Tensor:
+def in_tiles(half: Callable[[Tensor, StreamState | None], Tensor], x: Tensor, state: StreamState | None, tiles: Tiles | None) -> Tensor:
     """Run `half` of the VAE on each tile of x (b, c, T, H, W) and blend: (b, c', T', H·r, W·r), r the ratio of output to input size.
 
     Each output point is the mean over the tiles that hold it, weighted by its distance from their edges, up to the overlap.

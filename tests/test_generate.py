@@ -1,0 +1,253 @@
+"""`kling-sample` with a tiny random model: one video from command line to file and back through --replay, and every mistake in one line."""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from kling_programs.sample import generate
+from PIL import Image
+from safetensors.torch import load_file
+
+from kling import AutoencoderKLKling, ByteTextEncoder, KlingFlowScheduler, KlingPipeline, KlingTransformer3DModel
+from kling.condition.axes import axes_trajectory
+from kling.condition.poses import save_trajectory
+from kling.data.video import probe, write_video
+from kling.plan import TASKS
+
+QUICK = ("--num-frames", "5", "--aspect", "1:1")
+load = functools.cache(generate.load_pipeline)
+
+
+def save_tiny(folder: Path, capabilities: list[str]) -> None:
+    torch.manual_seed(0)
+    heads = {"num_attention_heads": 1, "attention_head_dim": 32, "freq_dim": 32, "ffn_dim": 32, "num_layers": 1}
+    dit = KlingTransformer3DModel(
+        **heads, in_channels=4, out_channels=4, text_dim=32, num_kinds=5, camera_channels=24, camera_fold="pool", camera_downscale=1
+    )
+    for parameter in dit.parameters():  # else the velocity is 0, whatever is given
+        torch.nn.init.normal_(parameter, std=0.1)
+    KlingPipeline(
+        AutoencoderKLKling(base_dim=4, decoder_base_dim=4, z_dim=4, dim_mult=(1, 1, 1, 1), num_res_blocks=1),
+        dit,
+        ByteTextEncoder(byte_dim=32, byte_layers=1, out_dim=32, token_layers=1, max_bytes=63),
+        KlingFlowScheduler(num_inference_steps=2),
+        capabilities,
+        max_frames=9,
+    ).save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    save_tiny(folder / "able", [*TASKS, "camera"])
+    save_tiny(folder / "unable", ["text", "continuation"])
+    return folder
+
+
+@pytest.fixture
+def run(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """run(*argv) -> (exit code, stdout lines, stderr), in an empty folder, with the able model unless told otherwise."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(generate, "load_pipeline", load)
+
+    def run(*argv: str) -> tuple[int, list[str], str]:
+        code = 0
+        try:
+            generate.main([*argv, *(() if {"--model", "--replay"} & set(argv) else ("--model", str(models / "able")))])
+        except SystemExit as stop:
+            code = stop.code
+        text = capsys.readouterr()
+        return code, text.out.splitlines(), text.err
+
+    return run
+
+
+def sha(path: str | Path) -> str:
+    return json.loads(Path(path).read_text())["frames"]["sha256"]
+
+
+def picture(path: str, H: int = 40, W: int = 60) -> str:
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (H, W, 3), dtype=np.uint8)).save(path)
+    return path
+
+
+def test_prompt_to_video(run, tmp_path: Path) -> None:
+    code, lines, _ = run("a red ball, rolling!", *QUICK, "--seed", "7", "--camera", "pan=5")
+    assert code == 0
+    assert lines[0] == "task: text to video, camera pan=5 · 5 frames 80x80 at 8 fps · 2 steps · seed 7"
+    path = Path("out/a-red-ball-rolling-7.mp4")
+    assert lines[1].startswith(f"{path} · seed 7 · ") and lines[1].endswith("out/a-red-ball-rolling-7.json")
+    info = probe(path)
+    assert (info.frames, info.width, info.height, info.fps) == (5, 80, 80, 8)
+    assert sorted(p.name for p in path.parent.iterdir()) == [path.with_suffix(".json").name, path.name]
+    record = json.loads(path.with_suffix(".json").read_text())
+    assert record["request"]["seed"] == 7 and record["settings"]["num_inference_steps"] == 2 and len(record["model"]["sha256"]) == 8
+
+
+def test_replay_is_identical_wherever_it_is_called(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    picture("a.png"), picture("mid.png", 60, 40)
+    save_trajectory("path.json", axes_trajectory({"dolly": 5}, 9, 64, 112))
+    given = ("--image", "a.png", "--keyframe", "mid.png@3:0.5", "--camera", "path.json", "--mode", "pro")
+    assert run("ball", *QUICK, *given, "--output", "x.mp4")[0] == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    code, lines, _ = run("--replay", "../x.json")
+    assert code == 0 and lines[-1].startswith("identical to ../x.json: 5 frames")
+    assert (tmp_path / "x-replay.mp4").read_bytes() == (tmp_path / "x.mp4").read_bytes()
+
+
+def test_a_seed_is_the_same_video_alone_and_among_others(run) -> None:
+    run("ball", *QUICK, "--seed", "3", "--num-videos", "2", "--output", "many.mp4")
+    run("ball", *QUICK, "--seed", "4", "--output", "one.mp4")
+    assert sha("many-4.json") == sha("one.json") != sha("many-3.json")
+    assert run("--replay", "many-4.json")[1][-1].startswith("identical")
+
+
+def test_replay_refuses_what_changed_and_tells_what_differs(run, models: Path, tmp_path: Path) -> None:
+    run("ball", *QUICK, "--image", picture("a.png"), "--output", "x.mp4")
+
+    code, _, error = run("--replay", "x.json", "--model", str(models / "unable"))
+    assert code == 2 and "model_index.json" in error
+    code, _, error = run("--replay", "x.json", "--output", "x.mp4")
+    assert code == 2 and "would be overwritten" in error
+    code, _, error = run("--replay", "x.json", "--seed", "1")
+    assert code == 2 and "leave out seed" in error
+
+    record = json.loads(Path("x.json").read_text())
+    frames = record["frames"]["each"].split()
+    record["frames"] |= {"sha256": "0", "each": " ".join([*frames[:2], "00000000", *frames[3:]])}
+    Path("y.json").write_text(json.dumps(record | {"machine": record["machine"] | {"torch": "1.0"}}))
+    code, lines, _ = run("--replay", "y.json")
+    assert code == 1 and "1 of 5 frames, the first is 2 (torch 1.0 ->" in lines[-1]
+
+    picture("a.png", 50, 50)
+    code, _, error = run("--replay", "x.json")
+    assert code == 2 and str(tmp_path / "a.png") in error
+
+
+def test_formats(run) -> None:
+    assert run("球", *QUICK, "--seed", "1", "--format", "gif", "--fps", "4")[0] == 0
+    assert probe("out/球-1.gif").fps == 4 and json.loads(Path("out/球-1.json").read_text())["settings"]["fps"] == 8
+    assert run("ball", *QUICK, "--seed", "1", "--format", "png-frames", "--output", "frames")[0] == 0
+    assert len(list(Path("frames/ball-1").glob("frame_*.png"))) == 5 and Path("frames/ball-1.json").is_file()
+    assert "exists already" in run("ball", *QUICK, "--seed", "1", "--format", "png-frames", "--output", "frames")[2]
+    code, lines, _ = run("ball", "--image-only", "--output", "still.png", "--save-latents")
+    assert code == 0 and lines[0].startswith("task: text to image · 1 frames 112x64")
+    assert Image.open("still.png").size == (112, 64) and load_file("still.safetensors")["latents"].shape == (4, 1, 8, 14)
+    assert run("--replay", "still.json")[1][-1].startswith("identical") and Path("still-replay.png").is_file()
+
+
+def test_every_task_is_understood(run) -> None:
+    write_video("in.mp4", np.full((9, 64, 112, 3), 99, np.uint8), 8)
+    picture("a.png", 64, 112), picture("b.png"), picture("mask.png", 64, 112)
+    for given, task in {
+        "--image a.png": "image to video",
+        "--last-image a.png": "last frame to video",
+        "--image a.png --last-image b.png": "first + last frame to video",
+        "--keyframe a.png@3": "keyframes to video",
+        "--loop": "first + last frame to video, loop",
+        "--video in.mp4": "continuation of a video",
+        "--video in.mp4 --strength 0.5": "restyling of a video",
+        "--video in.mp4 --mask mask.png": "filling of a video",
+        "--video in.mp4 --outpaint 1:1": "filling of a video",
+    }.items():
+        code, lines, error = run("ball", "--dry-run", "--num-frames", "9", *given.split())
+        assert code == 0 and lines[0].startswith(f"task: {task} · "), (given, lines, error)
+    code, lines, _ = run("ball", "--dry-run", "--extend-to", "3")
+    assert "25 frames" in lines[0] and "continuations" in lines[0]
+    assert not Path("out").exists()
+
+
+def test_seed_is_drawn_and_told(run) -> None:
+    seeds = {run("ball", "--dry-run")[1][0].rsplit("seed ", 1)[1] for _ in range(2)}
+    assert len(seeds) == 2
+    assert run("ball", "--dry-run", "--num-videos", "3", "--seed", "5")[1][0].endswith("seeds 5 to 7")
+
+
+BAD = {
+    "": "prompt",
+    "ball --num-frames 6": "use 5 or 9",
+    "ball --num-frames many": "--num-frames",
+    "ball --image-only --duration 5": "--image-only",
+    "ball --aspect 16x9": "did you mean '16:9'",
+    "ball --camera spin": "unknown camera move",
+    "ball --camera spin=5": "unknown camera axis",
+    "ball --camera pan=11": "outside [-10, 10]",
+    "ball --camera text.mp4": "text.mp4",
+    "ball --camera-scale nan": "camera_scale",
+    "ball --model nowhere": "nowhere",
+    "ball --model half": "half is incomplete",
+    "ball --device tpu9": "tpu9",
+    "ball --mode prp": "did you mean 'pro'",
+    "ball --image text.png": "text.png",
+    "ball --image absent.png": "absent.png does not exist",
+    "ball --image .": "folder",
+    "ball --image in.mp4": "give it as a video",
+    "ball --video empty.mp4": "empty",
+    "ball --video text.mp4": "text.mp4 is not a video",
+    "ball --video a.png": "is not a video",
+    "ball --video in.mp4 --image a.png": "leave image out",
+    "ball --video in.mp4 --mask absent.png": "absent.png does not exist",
+    "ball --video in.mp4 --extend-to 0.5": "adds nothing",
+    "ball --mask a.png": "without a video",
+    "ball --strength 0.5": "without a video",
+    "ball --loop --last-image a.png": "loop",
+    "ball --keyframe a.png": "FILE@FRAME",
+    "ball --keyframe a.png@99": "keyframe at frame 99",
+    "ball --keyframe a.png@3:7": "strength 7",
+    "ball --keyframe a.png@3:1.2.3": "FRAME:STRENGTH",
+    "ball --seed -1": "seed",
+    "ball --seed 4294967296": "seed",
+    "ball --duration 0": "duration",
+    "ball --num-videos 0": "num_videos",
+    "ball --fps 0": "fps",
+    "ball --fps nan": "fps",
+    "ball --format avi": "unknown format",
+    "ball --output x.avi": ".mp4",
+    "ball --output x.png": ".mp4",
+    "ball --output x.mp4 --image-only": ".png",
+    "ball --output x.gif --format png-frames": "folder",
+    "ball --output text.mp4/x.mp4": "text.mp4",
+    "ball --output /proc/x.mp4": "/proc/x.mp4",
+    "ball --output in.mp4 --video in.mp4": "would be overwritten",
+    f"ball --output {'x' * 300}.mp4": "cannot be written",
+    "ball --lastimage a.png": "did you mean '--last-image'",
+    "ball rolls": "quotes",
+    "--replay absent.json": "absent.json",
+    "--replay text.mp4": "not the JSON",
+    "ball --replay text.mp4": "leave out the prompt",
+}
+
+
+@pytest.mark.parametrize("line", BAD)
+def test_bad_input(run, models: Path, tmp_path: Path, line: str) -> None:
+    picture("a.png")
+    write_video("in.mp4", np.full((9, 64, 112, 3), 99, np.uint8), 8)
+    Path("text.png").write_text("no picture")
+    Path("text.mp4").write_text("no video")
+    Path("empty.mp4").touch()
+    shutil.copytree(models / "able", "half", ignore=shutil.ignore_patterns("vae"))
+    before = sorted(tmp_path.rglob("*"))
+    code, lines, error = run(*line.split())
+    assert code == 2 and lines == [], (lines, error)
+    assert error.startswith("error: ") and error.count("\n") == 1 and BAD[line] in error
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("given", ["--image a.png", "--camera pan=5", "--image-only", "--video in.mp4 --strength 0.5"])
+def test_model_refuses_what_it_was_not_trained_for(run, models: Path, given: str) -> None:
+    picture("a.png")
+    write_video("in.mp4", np.full((9, 64, 112, 3), 99, np.uint8), 8)
+    code, _, error = run("ball", "--model", str(models / "unable"), *given.split())
+    assert code == 2 and "not trained for" in error and not Path("out").exists()
+
+
+def test_slug() -> None:
+    assert generate.slug("一只红色的球, rolls!") == "一只红色的球-rolls"
+    assert generate.slug("../..") == "video" and len(generate.slug("word " * 99)) <= 40

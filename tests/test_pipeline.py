@@ -1,0 +1,164 @@
+"""The pipeline on a tiny random model: every task, the plan, seeds, continuation, and what it refuses."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from kling import AutoencoderKLKling, ByteTextEncoder, KlingFlowScheduler, KlingPipeline, KlingTransformer3DModel, Request
+from kling.condition.axes import axes_trajectory
+from kling.condition.tasks import TASKS
+from kling.errors import UserError
+
+H, W = 64, 112
+SHORT = {"num_frames": 5, "num_inference_steps": 2}
+
+
+def tiny_pipeline(**kwargs) -> KlingPipeline:
+    torch.manual_seed(0)
+    vae = AutoencoderKLKling(
+        base_dim=8, z_dim=4, dim_mult=[1, 1, 1], num_res_blocks=1, temperal_downsample=[True, True], patch_size=2,
+        in_channels=12, out_channels=12, scale_factor_spatial=8, latents_mean=[0.0] * 4, latents_std=[1.0] * 4,
+    )  # fmt: skip
+    dit = KlingTransformer3DModel(
+        num_attention_heads=1, attention_head_dim=16, in_channels=4, out_channels=4, text_dim=32, freq_dim=16, ffn_dim=32,
+        num_layers=1, num_kinds=2, camera_channels=24, camera_fold="pool", camera_downscale=1, camera_residual_blocks=0,
+    )  # fmt: skip
+    for p in dit.parameters():  # nothing may be zero, or no input would reach the output
+        torch.nn.init.normal_(p, std=0.2)
+    text = ByteTextEncoder(byte_dim=32, byte_layers=1, out_dim=32, token_layers=1)
+    able = [*TASKS, "camera", "text_to_image"]
+    pipe = KlingPipeline(vae, dit, text, KlingFlowScheduler(num_inference_steps=2), **{"capabilities": able, "max_frames": 17, **kwargs})
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def pipe() -> KlingPipeline:
+    return tiny_pipeline()
+
+
+def picture(seed: int = 0, h: int = 90, w: int = 160) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (h, w, 3), dtype=np.uint8)
+
+
+def movie(frames: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (frames, H, W, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("fields", "task", "frames"),
+    [
+        ({"num_frames": 1}, "text_to_image", 1),
+        ({}, "text", 5),
+        ({"image": picture()}, "image", 5),
+        ({"last_image": picture()}, "last", 5),
+        ({"image": picture(), "last_image": picture(1)}, "first_last", 5),
+        ({"keyframes": [(picture(), 2, 0.7)]}, "keyframes", 5),
+        ({"loop": True}, "first_last", 5),
+        ({"video": movie(9)}, "continuation", 9 + 4),
+        ({"video": movie(6), "mask": np.eye(64, 112, dtype=np.float32)}, "inpaint", 5),
+        ({"video": movie(5), "outpaint": "9:16"}, "inpaint", 5),
+        ({"video": movie(5), "strength": 0.5}, "restyle", 5),
+        ({"image": picture(), "camera": "pan=5"}, "image", 5),
+        ({"video": movie(9), "camera": {"dolly": 5}}, "continuation", 13),
+    ],
+)
+def test_the_task_follows_from_what_is_given(pipe, fields, task, frames):
+    request = Request("a red ball", **{**SHORT, **fields})
+    plan = pipe.plan(request)
+    out = pipe(request)
+    assert plan.task == task and plan.frames == frames
+    aspect = (112, 64) if request.outpaint else (H, W)
+    assert out.frames.shape == (1, frames, *aspect, 3) and out.frames.dtype == np.uint8
+
+
+def test_a_seed_gives_the_same_video_alone_in_a_batch_and_in_any_order(pipe):
+    torch.rand(3)
+    batch = pipe("a cube", seed=5, num_videos=2, **SHORT)
+    second = pipe("a cube", seed=6, **SHORT)
+    first = pipe("a cube", seed=5, **SHORT)
+    assert np.array_equal(batch.frames[0], first.frames[0]) and np.array_equal(batch.frames[1], second.frames[0])
+    assert not np.array_equal(first.frames, second.frames)
+
+
+def test_a_given_first_frame_is_the_vae_s_own_reconstruction(pipe):
+    from kling.data.transforms import fit
+
+    image = picture()
+    out = pipe("a ball", image=image, **SHORT)
+    expected = pipe.decode(pipe.encode(fit(torch.from_numpy(image), H, W)[None]))[0, 0].numpy()
+    assert np.abs(out.frames[0, 0].astype(int) - expected.astype(int)).max() <= 1
+
+
+def test_a_continued_video_keeps_its_frames(pipe):
+    video = movie(10)
+    out = pipe("on", video=video, **SHORT).frames[0]
+    assert np.array_equal(out[:10], video) and len(out) == 14
+
+
+def test_long_clips_are_made_in_hops(pipe):
+    plan = pipe.plan(Request(num_frames=41))
+    assert [hop.frames for hop in plan.hops] == [17, 17, 17, 17] and plan.frames == 41 and plan.total_steps == 8
+    assert [hop.start for hop in plan.hops] == [0, 8, 16, 24]
+    assert pipe.plan(Request(extend_to=6.0)).frames == 49
+
+
+@pytest.mark.parametrize("field", ["prompt", "camera", "image", "last_image", "negative_prompt"])
+def test_every_input_reaches_the_output(pipe, field):
+    base = {"prompt": "a", "negative_prompt": "b", "camera": "pan=2", "image": picture(0), "last_image": picture(1)}
+    other = {"prompt": "z", "negative_prompt": "y", "camera": "pan=-9", "image": picture(2), "last_image": picture(3)}
+    a = pipe(Request(**base, **SHORT), output_type="latent").latents
+    b = pipe(Request(**{**base, field: other[field]}, **SHORT), output_type="latent").latents
+    assert not torch.equal(a[:, :, 1], b[:, :, 1])
+
+
+def test_modes_differ(pipe):
+    std, pro = pipe.plan(Request()), pipe.plan(Request(mode="pro"))
+    assert pro.num_inference_steps == 2 * std.num_inference_steps and (std.solver, pro.solver) == ("euler", "adams")
+
+
+def test_saved_and_loaded_it_is_the_same(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    again = KlingPipeline.from_pretrained(tmp_path)
+    assert again.config.capabilities == pipe.config.capabilities and again.config.max_frames == 17
+    a, b = pipe("a ball", **SHORT).frames, again("a ball", **SHORT).frames
+    assert np.array_equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_frames": 40}, "40 frames.*37 or 41"),
+        ({"aspect": "16x9"}, "16x9.*16:9"),
+        ({"mode": "hq"}, "hq"),
+        ({"camera": "pam=3"}, "pam.*pan"),
+        ({"camera": "pan=11"}, r"pan=11.*\[-10, 10\]"),
+        ({"keyframes": [(picture(), 5, 1.0)], "num_frames": 5}, "frame 5.*last frame 4"),
+        ({"strength": 0.5}, "strength.*video"),
+        ({"duration": -1.0}, "duration"),
+        ({"duration": 5.0, "num_frames": 41}, "both"),
+        ({"prompt": "x" * 300}, "bytes"),
+        ({"camera": axes_trajectory({}, 9, H, W), "num_frames": 5}, "9 poses.*5 frames"),
+    ],
+)
+def test_bad_requests_are_refused_in_one_line(pipe, fields, message):
+    with pytest.raises(UserError, match=message) as error:
+        pipe(Request(**{"num_inference_steps": 1, **fields}))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("fields", "name"), [({"image": picture()}, "image"), ({"camera": "pan=1"}, "camera"), ({"video": movie(5)}, "continuation")])
+def test_what_a_checkpoint_was_not_trained_for_is_refused_by_name(fields, name):
+    with pytest.raises(UserError, match=f"not trained for '{name}'"):
+        tiny_pipeline(capabilities=["text"]).plan(Request(**fields))
+
+
+def test_a_missing_or_half_written_model_is_refused(pipe, tmp_path):
+    with pytest.raises(UserError, match="nowhere"):
+        KlingPipeline.from_pretrained(tmp_path / "nowhere")
+    pipe.save_pretrained(tmp_path / "m")
+    (tmp_path / "m" / "transformer" / "diffusion_pytorch_model.safetensors").write_bytes(b"half")
+    with pytest.raises(UserError, match="transformer"):
+        KlingPipeline.from_pretrained(tmp_path / "m")

@@ -1,0 +1,116 @@
+"""The one mechanism: masks, levels, positions and the step, against what the design writes down."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from kling.condition.state import KEYFRAME, TARGET, Given, build_state
+from kling.condition.tasks import TASKS, draw_task, keyframe_share
+from kling.errors import UserError
+from kling.flow.scheduler import KlingFlowScheduler
+from kling.flow.time import frame_grid, sigma_grid
+
+B, C, F, HH, WW = 2, 3, 4, 4, 6
+
+
+def state_of(*given: Given, sigma_c: float = 0.0, **kwargs):
+    K = len(given[0].keyframes)
+    clean = torch.randn(len(given), C, F, HH, WW, generator=torch.Generator().manual_seed(0))
+    lone = torch.randn(len(given), C, K, HH, WW, generator=torch.Generator().manual_seed(1)) if K else None
+    return build_state(list(given), clean, lone, sigma_c=sigma_c, **kwargs)
+
+
+def test_levels_follow_the_mask():
+    """sigma_tok = m sigma + [m = 0] sigma_c, frame by frame."""
+    state = state_of(Given(known=1, keyframes=((12, 0.75),)), sigma_c=0.02)
+    sigma = state.sigma(torch.tensor([0.8]))[0, 0, :, 0, 0]
+    assert sigma.tolist() == pytest.approx([0.02, 0.8, 0.8, 0.8, 0.25 * 0.8])
+    assert state.position[0].tolist() == [0, 1, 2, 3, (12 + 1.5) / 4]
+    assert state.kind[0].tolist() == [TARGET] * F + [KEYFRAME]
+
+
+def test_sampling_starts_from_noise_where_unknown_and_from_the_clip_where_given():
+    state = state_of(Given(known=2))
+    noise = torch.randn_like(state.clean)
+    z = state.noised(torch.ones(1), noise)
+    assert torch.equal(z[:, :, :2], state.clean[:, :, :2]) and torch.equal(z[:, :, 2:], noise[:, :, 2:])
+
+
+def test_spatial_masks_are_whole_tokens():
+    space = torch.zeros(HH, WW)
+    space[0, 0] = 1
+    state = state_of(Given(space=space))
+    assert state.mask[0, 0, 0, :2, :2].min() == 1 and state.mask.sum() == 4 * F
+    tokens = state.token_sigma(torch.tensor([0.5]))
+    assert tokens.shape == (1, F, 2, 3) and tokens[0, :, 0, 0].tolist() == [0.5] * F
+
+
+def test_a_per_frame_level_reaches_its_frame():
+    state = state_of(Given(), Given())
+    level = torch.rand(2, F)
+    assert torch.equal(state.sigma(level)[:, 0, :, 0, 0], level)
+
+
+@pytest.mark.parametrize("solver", ["euler", "adams"])
+def test_a_perfect_velocity_arrives_at_the_truth(solver):
+    """With v = eps - x0 every solver is exact on a straight path; given frames come out as they went in."""
+    state = state_of(Given(known=1, keyframes=((12, 1.0),)))
+    truth = torch.randn_like(state.clean)
+    truth = torch.where(state.mask > 0, truth, state.clean)
+    noise = torch.randn_like(truth)
+    scheduler = KlingFlowScheduler(solver=solver)
+    scheduler.set_timesteps(7, shift=3.0)
+    z = state.noised(torch.ones(1), noise)
+    for level, nxt in zip(scheduler.sigmas[:-1, None], scheduler.sigmas[1:, None], strict=True):
+        z, x0 = scheduler.step(noise - truth, state.sigma(level), state.sigma(nxt), z, state.mask, state.clean)
+        assert torch.allclose(x0, truth, atol=1e-4)
+    assert torch.allclose(state.finish(z), truth[:, :, :F], atol=1e-4)
+    assert torch.equal(state.finish(z)[:, :, 0], state.clean[:, :, 0])
+
+
+def test_adams_is_second_order():
+    """On dx/dsigma = x the error of Euler falls with the step, of Adams-Bashforth with its square."""
+
+    def error(solver: str, steps: int) -> float:
+        scheduler = KlingFlowScheduler(solver=solver)
+        scheduler.set_timesteps(steps)
+        z = torch.ones(1, 1, 1, 1, 1, dtype=torch.float64)
+        one, mask = torch.ones_like(z), torch.ones_like(z)
+        for s, n in zip(scheduler.sigmas[:-1], scheduler.sigmas[1:], strict=True):
+            z, _ = scheduler.step(z, s.double() * one, n.double() * one, z, mask, one)
+        return abs(float(z) - float(torch.exp(torch.tensor(-1.0))))
+
+    assert error("euler", 32) / error("euler", 64) == pytest.approx(2, rel=0.1)
+    assert error("adams", 32) / error("adams", 64) == pytest.approx(4, rel=0.15)
+
+
+def test_a_frame_that_has_arrived_stays():
+    """Diffusion forcing: with delays, frame 0 arrives first and is not touched while the others go on."""
+    grid = frame_grid(sigma_grid(4), torch.tensor([0, 2, 4, 6]))
+    assert grid.shape == (11, F) and grid[0].tolist() == [1.0] * 4 and grid[-1].tolist() == [0.0] * 4
+    state = state_of(Given())
+    scheduler = KlingFlowScheduler()
+    z = state.noised(grid[:1], torch.randn_like(state.clean))
+    seen = []
+    for level, nxt in zip(grid[:-1, None].transpose(0, 1).unbind(1), grid[1:, None].transpose(0, 1).unbind(1), strict=True):
+        z, _ = scheduler.step(torch.randn_like(z), state.sigma(level), state.sigma(nxt), z, state.mask, state.clean)
+        seen.append(z[:, :, 0].clone())
+    assert all(torch.equal(seen[3], later) for later in seen[4:])
+
+
+def test_every_task_draws_what_its_name_says():
+    rng = random.Random(0)
+    for name, (appended, draw) in TASKS.items():
+        for _ in range(20):
+            given = draw(rng, F, HH, WW)
+            assert len(given.keyframes) == appended
+            if name != "keyframes":  # its frame is tied to the cache later
+                assert given.task(F) == name or (name == "continuation" and F // 2 < 2)
+    weights = {"text": 3.0, "last": 1.0}
+    assert keyframe_share(weights) == 0.25
+    assert {draw_task(rng, weights, 1) for _ in range(10)} == {"last"}
+    with pytest.raises(UserError, match="lst"):
+        draw_task(rng, {"lst": 1}, 0)

@@ -1,0 +1,146 @@
+"""The training programs on their debug presets: they learn, resume exactly, refuse other settings, and give a model that samples."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT / "train")]
+import encode  # noqa: E402
+import train_dit  # noqa: E402
+import train_vae  # noqa: E402
+
+from kling import KlingPipeline  # noqa: E402
+from kling.cache import LatentCache, LatentSteps  # noqa: E402
+from kling.data.video import write_video  # noqa: E402
+
+VAE = ["configs/vae/debug.yaml", "batch=1", "data.frames=[5]", "eval_clips=1", "workers=0", "log_every=1", "save_every=2", "eval_every=4"]
+CACHE = ["configs/cache/debug.yaml", "clips=8", "shard=3", "data.frames=[1,5]", "workers=0"]
+DIT = [
+    "configs/dit/debug.yaml", "frames=[5]", "max_frames=5", "workers=0", "log_every=1", "save_every=2", "sample_every=4",
+    "samples=[{prompt: a ball, num_frames: 5}]",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def in_the_repository():
+    import os
+
+    before = os.getcwd()
+    os.chdir(ROOT)
+    yield
+    os.chdir(before)
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("vae") / "run"
+    train_vae.main([*VAE, f"out={out}", "steps=4"])
+    return out
+
+
+@pytest.fixture(scope="module")
+def cache(vae, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("cache") / "cache"
+    encode.main([*CACHE, f"vae={vae / 'export'}", f"out={out}"])
+    return out
+
+
+def train(vae: Path, cache: Path, out: Path, *words: str) -> None:
+    preset = out.parent / "encode.yaml"
+    preset.write_text("\n".join(["clips: 8", "shard: 3", "workers: 0", "data: {frames: [1, 5]}"]), encoding="utf-8")
+    train_dit.main([*DIT, f"vae={vae / 'export'}", f"cache={cache}", f"encode={preset}", f"out={out}", *words])
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    folder = run / (run / "latest").read_text().strip()
+    return {f"{file.stem}/{name}": t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()}
+
+
+def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_resumed_vae_run_is_bit_equal(vae, tmp_path):
+    train_vae.main([*VAE, f"out={tmp_path}", "steps=4", "save_every=100"])  # the reference: no checkpoint on the way
+    assert_same(weights(vae), weights(tmp_path))
+    stopped = tmp_path / "stopped"
+    train_vae.main([*VAE, f"out={stopped}", "steps=2", "schedule=constant"])
+    train_vae.main([*VAE, f"out={stopped}", "steps=4", "schedule=constant"])
+    straight = tmp_path / "straight"
+    train_vae.main([*VAE, f"out={straight}", "steps=4", "schedule=constant"])
+    assert_same(weights(stopped), weights(straight))
+
+
+def test_the_vae_is_exported_with_measured_statistics(vae):
+    config = json.loads((vae / "export" / "config.json").read_text())
+    assert len(config["latents_std"]) == config["z_dim"] and min(config["latents_std"]) > 0 and any(config["latents_mean"])
+    assert list((vae / "samples").glob("*.png"))
+    lines = [json.loads(line) for line in (vae / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
+
+
+def test_other_settings_in_the_same_folder_are_refused(vae, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train_vae.main([*VAE, f"out={vae}", "steps=4", "lr=0.5"])
+    assert stop.value.code == 2 and "lr" in capsys.readouterr().err
+
+
+def test_a_config_typo_is_refused_with_the_nearest_key(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train_dit.main([*DIT, f"out={tmp_path}", "stepz=3"])
+    assert stop.value.code == 2 and "did you mean 'steps'" in capsys.readouterr().err
+
+
+def test_a_cache_is_whole_resumable_and_tied_to_its_vae(vae, cache, tmp_path, capsys):
+    before = {p.name: p.stat().st_mtime_ns for p in cache.glob("*.safetensors")}
+    damaged = cache / "00001.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    with pytest.raises(Exception, match="00001"):
+        LatentCache(cache)
+    encode.main([*CACHE, f"vae={vae / 'export'}", f"out={cache}"])
+    after = {p.name: p.stat().st_mtime_ns for p in cache.glob("*.safetensors")}
+    assert [name for name in before if before[name] != after[name]] == ["00001.safetensors"]
+    assert len(LatentCache(cache)) == 8
+    with pytest.raises(SystemExit):
+        encode.main([*CACHE, f"vae={vae / 'export'}", f"out={cache}", "seed=1"])
+    assert "another VAE or other settings" in capsys.readouterr().err
+
+
+def test_an_epoch_uses_every_clip_however_small_its_bucket(cache):
+    steps = LatentSteps(LatentCache(cache), batch=2, frames=[5], seed=0)
+    for epoch in range(2):
+        seen = set()
+        for place in range(epoch * steps.per_epoch, (epoch + 1) * steps.per_epoch):
+            batch = steps[place]
+            seen |= {(tuple(batch.latents.shape[3:]), i) for i in batch.ids}
+        assert len(seen) == 8
+
+
+def test_a_resumed_dit_run_is_bit_equal_and_its_model_samples(vae, cache, tmp_path):
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    train(vae, cache, straight, "steps=4", "schedule=constant")
+    train(vae, cache, stopped, "steps=2", "schedule=constant")
+    torch.rand(5)  # an unrelated draw changes nothing
+    train(vae, cache, stopped, "steps=4", "schedule=constant")
+    assert_same(weights(straight), weights(stopped))
+    pipe = KlingPipeline.from_pretrained(straight / "export")
+    frames = pipe("a red ball", camera="pan=3", num_frames=5, num_inference_steps=2).frames
+    assert frames.shape == (1, 5, 64, 112, 3)
+    assert (straight / "samples" / "00000004.png").is_file()
+
+
+def test_a_folder_of_videos_trains_a_vae(tmp_path):
+    frames = np.random.default_rng(0).integers(0, 256, (12, 64, 112, 3), dtype=np.uint8)
+    (tmp_path / "videos").mkdir()
+    write_video(tmp_path / "videos" / "a.mp4", frames, 8)
+    (tmp_path / "videos" / "a.txt").write_text("noise", encoding="utf-8")
+    train_vae.main([*VAE, f"out={tmp_path / 'run'}", "steps=1", f"data.source={tmp_path / 'videos'}", "data.aspects=['16:9']"])
+    assert (tmp_path / "run" / "export" / "config.json").is_file()
