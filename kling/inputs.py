@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -96,8 +97,8 @@ def read_camera(request: Request, frames: int, H: int, W: int) -> Trajectory | N
         if len(camera) != frames:
             raise UserError(f"camera of {len(camera)} poses for a clip of {frames} frames: give one pose a frame")
         return camera.relative().scaled(request.camera_scale)
-    if isinstance(camera, str) and Path(camera).is_file():
-        return load_trajectory(camera, frames).scaled(request.camera_scale)
+    if isinstance(camera, str) and os.path.isfile(camera):
+        return load_trajectory(camera, frames, (H, W)).scaled(request.camera_scale)
     axes = parse_axes(camera) if isinstance(camera, str) else camera
     return axes_trajectory(axes, frames, H, W).scaled(request.camera_scale)
 

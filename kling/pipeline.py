@@ -71,6 +71,7 @@ class KlingPipeline(DiffusionPipeline):
     ) -> None:
         super().__init__()
         self.register_modules(vae=vae, transformer=transformer, text_encoder=text_encoder, scheduler=scheduler)
+        self.register_to_config(**{name: ("kling", part.__name__) for name, part in PARTS.items()})  # where a reader finds the classes
         self.register_to_config(capabilities=list(capabilities), fps=fps, max_frames=max_frames)
 
     @classmethod

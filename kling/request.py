@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,8 @@ class Request:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name} {value}: give at least 1")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed {self.seed}: give a whole number from 0 to {2**32 - 1}")
         for _, frame, strength in self.keyframes:
             if frame < 0:
                 raise UserError(f"keyframe at frame {frame}: frames count from 0")
@@ -96,7 +99,7 @@ class Request:
         self._check_together()
         if isinstance(self.camera, dict):
             check_axes(self.camera)
-        elif isinstance(self.camera, str) and not Path(self.camera).is_file():
+        elif isinstance(self.camera, str) and not os.path.isfile(self.camera):
             parse_axes(self.camera)
 
     def _check_together(self) -> None:

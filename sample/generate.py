@@ -63,7 +63,8 @@ def main(argv: list[str] | None = None) -> None:
     plan = pipe.plan(request)
     if before:
         records.check_same_settings(before, plan, args.replay)
-    fps = float(frame_rate(args.fps or (before and before["output"]["fps"]) or plan.fps))
+    own_rate = before["output"]["fps"] if before else plan.fps
+    fps = float(frame_rate(own_rate if args.fps is None else args.fps))
     jobs = [request.replace(seed=request.seed + i, num_videos=1) for i in range(request.num_videos)]
     paths = [output_path(args, kind, job, several=len(jobs) > 1) for job in jobs]
     for path in paths:

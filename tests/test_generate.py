@@ -38,7 +38,7 @@ def save_tiny(folder: Path, capabilities: list[str]) -> None:
         ByteTextEncoder(byte_dim=32, byte_layers=1, out_dim=32, token_layers=1, max_bytes=63),
         KlingFlowScheduler(num_inference_steps=2),
         capabilities,
-        max_frames=9,
+        max_frames=41,
     ).save_pretrained(folder)
 
 
@@ -145,7 +145,7 @@ def test_formats(run) -> None:
 
 def test_every_task_is_understood(run) -> None:
     write_video("in.mp4", np.full((9, 64, 112, 3), 99, np.uint8), 8)
-    picture("a.png", 64, 112), picture("b.png"), picture("mask.png", 64, 112)
+    picture("a.png", 64, 112), picture("b.png", 50, 50), picture("mask.png", 64, 112)
     for given, task in {
         "--image a.png": "image to video",
         "--last-image a.png": "last frame to video",
@@ -159,8 +159,8 @@ def test_every_task_is_understood(run) -> None:
     }.items():
         code, lines, error = run("ball", "--dry-run", "--num-frames", "9", *given.split())
         assert code == 0 and lines[0].startswith(f"task: {task} · "), (given, lines, error)
-    code, lines, _ = run("ball", "--dry-run", "--extend-to", "3")
-    assert "25 frames" in lines[0] and "continuations" in lines[0]
+    assert "41 frames 80x80" in run("ball", "--dry-run", "--last-image", "b.png")[1][0]  # 5 s, and the picture's aspect
+    assert "81 frames" in run("ball", "--dry-run", "--extend-to", "10")[1][0]
     assert not Path("out").exists()
 
 
@@ -179,7 +179,7 @@ BAD = {
     "ball --camera spin": "unknown camera move",
     "ball --camera spin=5": "unknown camera axis",
     "ball --camera pan=11": "outside [-10, 10]",
-    "ball --camera text.mp4": "text.mp4",
+    "ball --camera text.mp4": "text.mp4, frame 0",
     "ball --camera-scale nan": "camera_scale",
     "ball --model nowhere": "nowhere",
     "ball --model half": "half is incomplete",

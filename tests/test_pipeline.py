@@ -149,7 +149,9 @@ def test_bad_requests_are_refused_in_one_line(pipe, fields, message):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(("fields", "name"), [({"image": picture()}, "image"), ({"camera": "pan=1"}, "camera"), ({"video": movie(5)}, "continuation")])
+@pytest.mark.parametrize(
+    ("fields", "name"), [({"image": picture()}, "image"), ({"camera": "pan=1"}, "camera"), ({"video": movie(5)}, "continuation")]
+)
 def test_what_a_checkpoint_was_not_trained_for_is_refused_by_name(fields, name):
     with pytest.raises(UserError, match=f"not trained for '{name}'"):
         tiny_pipeline(capabilities=["text"]).plan(Request(**fields))

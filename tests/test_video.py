@@ -130,6 +130,11 @@ def test_variable_rate_is_read_by_time_stamp(tmp_path):
     assert which(clip.frames) == [min(range(len(times)), key=lambda k: abs(times[k] - 15 * i)) for i in range(17)]
 
 
+def test_a_time_stamp_gone_wrong_is_not_filled_with_copies(tmp_path):
+    with pytest.raises(UserError, match="jump by 90"):
+        probe(make(tmp_path / "a.mkv", n=4, times=[0, 10, 20, 120 * 900]))
+
+
 def test_seeking_changes_nothing(tmp_path):
     path = make(tmp_path / "a.mp4", n=45, fps=15, g="8", bf="2")
     whole = read_video(path)

@@ -114,7 +114,7 @@ def test_the_horizon_lies_where_the_pitch_puts_it():
     column = render_scene(scene)[0, :, 4].float().mean(-1).numpy()
     row = H / 2 - np.tan(np.radians(10)) * FOCAL * (H * W) ** 0.5
     assert column[: int(row) - 2].min() > column[int(row) + 8 :].mean() + 40
-    assert EYE_HEIGHT == float(-start_pose()[1, 3])
+    assert float(-start_pose()[1, 3]) == EYE_HEIGHT
 
 
 @pytest.mark.slow

@@ -7,12 +7,14 @@ kling-train configs/dit/debug.yaml out=/tmp/dit steps=20   # under a minute, dat
 from __future__ import annotations
 
 import random
+import shutil
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from kling.cache import CacheConfig, LatentBatch, LatentCache, LatentSteps, fill_cache
@@ -291,10 +293,18 @@ def draw_samples(pipe: KlingPipeline, cfg: TrainDiTConfig, picture: Path) -> Non
 
 
 def export(pipe: KlingPipeline, folder: Path) -> None:
-    """The folder that `KlingPipeline.from_pretrained` reads, weights in bf16."""
-    for name in ("transformer", "text_encoder", "vae"):
-        getattr(pipe, name).to(torch.bfloat16)
-    pipe.save_pretrained(folder)
+    """The folder that `KlingPipeline.from_pretrained` reads, weights in bf16; whole or absent."""
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    for name in ("vae", "transformer", "text_encoder"):
+        part = getattr(pipe, name)
+        part.save_config(temporary / name)
+        weights = {key: t.detach().to("cpu", torch.bfloat16).contiguous() for key, t in part.state_dict().items()}
+        save_file(weights, temporary / name / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+    pipe.scheduler.save_pretrained(temporary / "scheduler")
+    pipe.save_config(temporary)
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from kling.errors import UserError
@@ -70,10 +71,9 @@ def plucker_rays(trajectory: Trajectory, H: int, W: int) -> Tensor:
 
 def pack_rays(rays: Tensor) -> Tensor:
     """(T, 6, H, W) -> (24, f, H, W): frame 0 four times, then four frames a latent; channel = component * 4 + frame."""
-    T, C, H, W = rays.shape
-    f = latent_frames(T)
+    latent_frames(len(rays))  # refuses what is not 1 + 4k
     rays = torch.cat([rays[:1].expand(TEMPORAL, -1, -1, -1), rays[1:]])  # (4f, 6, H, W)
-    return rays.view(f, TEMPORAL, C, H, W).permute(2, 1, 0, 3, 4).reshape(C * TEMPORAL, f, H, W)
+    return rearrange(rays, "(f t) c h w -> (c t) f h w", t=TEMPORAL)
 
 
 def camera_signal(trajectory: Trajectory, H: int, W: int, appended: tuple[int, ...] = ()) -> Tensor:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 
 import av
@@ -34,6 +34,7 @@ EPS = 1e-6  # seconds; ties between two frames go to the earlier one whatever th
 MAX_GIB = 8  # of pixels that `read_video` holds at once
 # Chroma at full resolution and accurate rounding, together: without either, swscale darkens each pass by 1 to 2 levels of 255.
 TO_RGB = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.BITEXACT
+MAX_GAP = 600  # seconds for which a frame may stand; a longer one is a time stamp gone wrong, and would be filled with copies
 UNTAGGED = 2  # AVCOL_SPC_UNSPECIFIED
 HDR = (ColorTrc.SMPTE2084, ColorTrc.ARIB_STD_B67)  # PQ and HLG (phones): mapped to BT.709 by swscale
 COUNTED = ("avi", "mpeg", "h264", "hevc")  # containers that state few or no presentation times: frame i is shown at i / rate
@@ -263,14 +264,16 @@ def _probe(path: Path, mtime_ns: int, size: int) -> VideoInfo:
         missing = expected - sum(not corrupt for *_, corrupt in packets)
         fps = float(stream.average_rate or stream.guessed_rate or 25)
         timed = container.format.name not in COUNTED and None not in whole
-        start, span = (float(x * stream.time_base) for x in ((min(whole), max(whole) - min(whole)) if timed and whole else (0, 0)))
+        times = sorted(float(pts * stream.time_base) for pts in whole) if timed else []
     if not whole:
         raise UserError(f"{path} holds no whole frame: download or export it again")
     if missing:
         raise UserError(f"{path} is cut short ({missing} of {expected} frames are missing): download or export it again")
-    if not timed:
-        span = (len(whole) - 1) / fps
-    elif span > 0 and abs(span * fps - (len(whole) - 1)) > 0.5:  # a variable rate, or a header that is wrong about it
+    span = times[-1] - times[0] if timed else (len(whole) - 1) / fps
+    gap = max((b - a for a, b in zip(times, times[1:], strict=False)), default=0)
+    if gap > MAX_GAP:
+        raise UserError(f"{path} has time stamps that jump by {gap:.0f} s: put them right with ffmpeg -i IN -vf setpts=N/FR/TB OUT")
+    if timed and span > 0 and abs(span * fps - (len(whole) - 1)) > 0.5:  # a variable rate, or a header that is wrong about it
         fps = (len(whole) - 1) / span
     with _open(path) as (container, stream):
         first = next(container.decode(stream), None)
@@ -278,7 +281,7 @@ def _probe(path: Path, mtime_ns: int, size: int) -> VideoInfo:
             raise UserError(f"{path} holds no frame that can be decoded: export it again")
         H, W = _picture(first, stream.sample_aspect_ratio, VideoReformatter(), path).shape[:2]
         codec = stream.codec_context.name
-    origin = start if timed else None
+    origin = times[0] if timed else None
     return VideoInfo(W, H, len(whole), fps, span + 1 / fps, first.rotation, codec, first.format.name, origin)
 
 
@@ -334,7 +337,8 @@ def _decode(path: Path, info: VideoInfo, start: float) -> Iterator[tuple[float, 
                 if seek and index == 0 and time > start + EPS:
                     break
                 if time > last:
-                    yield time, partial(_picture, frame, stream.sample_aspect_ratio, scaler, path)
+                    # cached: a slow video shows the same frame more than once
+                    yield time, cache(partial(_picture, frame, stream.sample_aspect_ratio, scaler, path))
                     last = time
         if last > -math.inf:
             return
@@ -345,7 +349,7 @@ def _picture(frame: av.VideoFrame, pixel_aspect: Fraction | None, scaler: VideoR
     if frame.is_corrupt:
         raise UserError(f"{path} is damaged at time stamp {frame.time} s: download or export it again")
     # Pixels are squared by stretching the short side, so that nothing is lost.
-    aspect = pixel_aspect or Fraction(1)
+    aspect = pixel_aspect if pixel_aspect and 1 / 4 <= pixel_aspect <= 4 else Fraction(1)  # beyond that, a damaged header
     width, height = round(frame.width * max(1, aspect)), round(frame.height / min(1, aspect))
     untagged = frame.colorspace == UNTAGGED
     tone_map = {"dst_color_trc": ColorTrc.BT709, "dst_color_primaries": ColorPrimaries.BT709} if frame.color_trc in HDR else {}

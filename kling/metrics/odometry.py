@@ -1,9 +1,9 @@
 """The camera's path, read from the frames of a small-world clip.
 
-The world fixes its first camera (height, pitch, focal length), so the inverse depth of every pixel is known once the pose is: the ground is a
-plane and the sky lies at infinity. Each frame is aligned, pixel by pixel, to a few earlier ones whose pose is known by then: robust Gauss-Newton
-over rotation, position and focal length, seven numbers a frame. No features and no scale ambiguity; moving things are masked by their colour, and
-what the mask leaves of them is an outlier.
+The world fixes its first camera (height, pitch, focal length), so the inverse depth of every pixel is known once the pose is: the
+ground is a plane and the sky lies at infinity. Each frame is aligned, pixel by pixel, to a few earlier ones whose pose is known by then:
+robust Gauss-Newton over rotation, position and focal length, seven numbers a frame. No features and no scale ambiguity; moving things
+are masked by their colour, and what the mask leaves of them is an outlier.
 """
 
 from __future__ import annotations
@@ -18,7 +18,11 @@ from torch import Tensor
 from kling.condition.camera import Trajectory
 from kling.metrics.segment import grown, segment
 
-REFERENCES = (1, 4, 12)  # a frame is aligned to the ones this many before it, and to frame 0: the near ones for safety, the far ones against drift
+REFERENCES = (
+    1,
+    4,
+    12,
+)  # a frame is aligned to the ones this many before it, and to frame 0: the near ones for safety, the far ones against drift
 BLUR = 1.0  # gaussian sigma in pixels: what a lattice of every `STRIDE`th pixel can carry
 STRIDE = 2
 BORDER = 2  # pixels

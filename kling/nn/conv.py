@@ -101,6 +101,12 @@ class Downsample(nn.Module):
         first = x[:, :, :0] if started(state, self.time_conv) else x[:, :, :1]
         return torch.cat([first, self.time_conv(x, state)], dim=2)
 
+    def start_frame_by_frame(self) -> None:
+        """Make the time convolution the mean of a pair."""
+        kernel = self.time_conv.weight  # (c, c, 3, 1, 1)
+        torch.nn.init.zeros_(kernel)
+        kernel[:, :, 1:, 0, 0] = 0.5 * torch.eye(len(kernel))[:, :, None]
+
 
 class Upsample(nn.Module):
     """Double height and width; with `time`, also split later frames in two: 1 + k frames -> 1 + 2k, the first frame on its own.
@@ -121,6 +127,12 @@ class Upsample(nn.Module):
             y = y.movedim(-2, 2).flatten(1, 2).movedim(-1, 1)  # (b, c, 2t, h, w)
             x = torch.cat([first, y], dim=2)
         return per_frame(self.resample, x)
+
+    def start_frame_by_frame(self) -> None:
+        """Make the time convolution repeat a frame."""
+        kernel = self.time_conv.weight  # (2c, c, 3, 1, 1)
+        torch.nn.init.zeros_(kernel)
+        kernel[:, :, -1, 0, 0] = torch.eye(kernel.shape[1]).repeat(2, 1)
 
 
 def fold(x: Tensor, channels: int, time: int, space: int) -> Tensor:

@@ -20,7 +20,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor
 
 from kling.errors import UserError, unknown
-from kling.nn.conv import CausalConv3d, StreamState, patchify, started, unpatchify
+from kling.nn.conv import CausalConv3d, Downsample, StreamState, Upsample, patchify, started, unpatchify
 from kling.shapes import TEMPORAL, latent_size
 from kling.vae.blocks import AttentionBlock, Decoder, Encoder, ResidualBlock
 from kling.vae.stream import in_chunks, split_latents, split_video
@@ -85,16 +85,26 @@ class AutoencoderKLKling(ModelMixin, ConfigMixin):
         self.decoder = Decoder(z_dim, decoder_base_dim or base_dim, out_channels, time=time[::-1], **common)
         self.initialize_weights()
 
+    @torch.no_grad()
     def initialize_weights(self) -> None:
-        """For training from scratch: kernels that keep the variance, and every residual branch starts at 0."""
+        """For training from scratch: every residual branch starts at 0, and every frame is seen alone.
+
+        Kernels over time hold only their last tap; halving time averages two frames, doubling it repeats one. So a VAE that was trained
+        on lone frames is a VAE of videos from the first step on.
+        """
         for module in self.modules():
             if isinstance(module, torch.nn.Conv2d | torch.nn.Conv3d):
-                torch.nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
+                torch.nn.init.kaiming_normal_(module.weight if module.weight.ndim == 4 else module.weight[:, :, -1], nonlinearity="linear")
                 torch.nn.init.zeros_(module.bias)
+            if isinstance(module, CausalConv3d):
+                module.weight[:, :, :-1] = 0
         for module in self.modules():
-            if isinstance(module, ResidualBlock | AttentionBlock):
-                last = module.conv2 if isinstance(module, ResidualBlock) else module.proj
-                torch.nn.init.zeros_(last.weight)
+            if isinstance(module, ResidualBlock):
+                torch.nn.init.zeros_(module.conv2.weight)
+            elif isinstance(module, AttentionBlock):
+                torch.nn.init.zeros_(module.proj.weight)
+            elif isinstance(module, Downsample | Upsample) and module.time_conv is not None:
+                module.start_frame_by_frame()
 
     def _check_config(self) -> None:
         c = self.config

@@ -1,0 +1,109 @@
+"""Measurements to a table a person can read, and frames to a strip a person can look at."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kling.metrics.stats import mean, rate
+
+Row = Mapping[str, bool | float | None]  # what one clip measured; None where a question does not apply
+Summary = dict[str, dict[str, float]]  # by measure: value, low, high, n
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the table: a measure of a task, the score that guessing gives, and the one to reach (`>= 0.85`, `<= 5`)."""
+
+    task: str
+    measure: str
+    title: str
+    unit: str = "%"  # %, or what the number is in
+    chance: float | None = None
+    target: str = ""
+
+    def reached(self, value: float) -> bool | None:
+        """Whether a value meets the target; None without one."""
+        if not self.target or math.isnan(value):
+            return None
+        sign, bound = self.target.split()
+        return value >= float(bound) if sign == ">=" else value <= float(bound)
+
+
+def summarise(rows: Sequence[Row]) -> Summary:
+    """Means with intervals: shares for bools (Wilson), means for floats (bootstrap). None is left out and not counted in n."""
+    result: Summary = {}
+    for name in dict.fromkeys(key for row in rows for key in row):
+        values = [row[name] for row in rows if row.get(name) is not None]
+        if values:
+            result[name] = rate(values) if isinstance(values[0], bool) else mean(values)
+    return result
+
+
+def paired(a: Sequence[Row], b: Sequence[Row]) -> Summary:
+    """Means of b - a over pairs of rows, for every measure that both have."""
+    differences = [
+        {name: float(y[name]) - float(x[name]) for name in x if x[name] is not None and y.get(name) is not None}
+        for x, y in zip(a, b, strict=False)
+    ]
+    return summarise(differences)
+
+
+def markdown(lines: Sequence[Line], scores: Mapping[str, Summary], columns: Mapping[str, Mapping[str, Summary]]) -> str:
+    """The table. scores: by task. columns: by heading (truth, controls), then by task; a cell is empty where nothing was measured."""
+    head = ["", "score", "95 % interval", "n", "to reach", "chance", *columns]
+    body = []
+    for line in lines:
+        if line.measure not in scores.get(line.task, {}):
+            continue
+        score = scores[line.task][line.measure]
+        mark = {True: "**", False: "", None: ""}[line.reached(score["value"])]
+        cells = [
+            line.title,
+            f"{mark}{_number(score['value'], line.unit)}{mark}",
+            f"{_number(score['low'], line.unit)} to {_number(score['high'], line.unit)}",
+            str(score["n"]),
+            _target(line),
+            "" if line.chance is None else _number(line.chance, line.unit),
+        ]
+        for measured in columns.values():
+            other = measured.get(line.task, {}).get(line.measure)
+            cells.append("" if other is None else _number(other["value"], line.unit))
+        body.append(cells)
+    rule = ["---", *["---:"] * (len(head) - 1)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, rule, *body))
+
+
+def reached(lines: Sequence[Line], scores: Mapping[str, Summary]) -> dict[str, bool]:
+    """Which targets are met, by "task measure"; lines without a target or a score are left out."""
+    verdicts = {
+        f"{x.task} {x.measure}": x.reached(scores[x.task][x.measure]["value"]) for x in lines if x.measure in scores.get(x.task, {})
+    }
+    return {name: verdict for name, verdict in verdicts.items() if verdict is not None}
+
+
+def strip(rows: Sequence[Tensor], columns: int = 6, gap: int = 2) -> Tensor:
+    """Clips (T, H, W, 3) uint8 of one size, one under the other, each as `columns` frames evenly over its length: one picture (h, w, 3)."""
+    pictures = []
+    for video in rows:
+        picks = torch.linspace(0, len(video) - 1, columns).round().long()
+        frames = torch.nn.functional.pad(video[picks], (0, 0, 0, gap, 0, gap), value=255)  # (columns, H+gap, W+gap, 3)
+        pictures.append(torch.cat(list(frames), dim=1))
+    return torch.cat(pictures)[:-gap, :-gap]
+
+
+def _number(value: float, unit: str) -> str:
+    if math.isnan(value):
+        return "–"
+    return f"{100 * value:.1f} %" if unit == "%" else f"{value:.{2 if unit in ('dB', '°', 'levels') else 3}f} {unit}".strip()
+
+
+def _target(line: Line) -> str:
+    if not line.target:
+        return ""
+    sign, bound = line.target.split()
+    return f"{'≥' if sign == '>=' else '≤'} {_number(float(bound), line.unit)}"

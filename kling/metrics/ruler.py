@@ -1,0 +1,43 @@
+"""The measurements of a small-world clip against the truth about it: one row of named numbers a clip."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from kling.condition.camera import Trajectory
+from kling.metrics.camera import axes_of, camera_class, rotation_error, translation_error
+from kling.metrics.control import QUESTIONS, Detectors
+from kling.metrics.odometry import Stage, estimate_trajectory
+from kling.metrics.report import Row
+
+
+@dataclass
+class Ruler:
+    """What is known of the world's stage, and detectors that were taught on rendered clips."""
+
+    stage: Stage
+    detectors: Detectors
+
+    def words(self, video: Tensor, labels: Mapping[str, str]) -> Row:
+        """Right or wrong for each of `QUESTIONS`. video: (T, H, W, 3) uint8."""
+        reading = self.detectors.read(video)
+        return {question: reading[question] == labels[question] for question in QUESTIONS}
+
+    def camera(self, video: Tensor, asked: Trajectory, axes: Mapping[str, float] | None) -> Row:
+        """How near the camera's path is to the asked one. axes: of a single axis, a master shot or a static camera; None for mixtures.
+
+        class: whether the path would be called the same. rotation: degrees. translation: see `translation_error`. registered: whether every
+        frame's pose was found; one that was not counts as badly as can be.
+        """
+        estimate = estimate_trajectory(video, self.stage)
+        found = estimate.registered
+        named = bool(found.all()) and axes is not None
+        return {
+            "class": None if axes is None else named and camera_class(axes_of(estimate.trajectory)) == camera_class(axes),
+            "rotation": rotation_error(estimate.trajectory, asked, found),
+            "translation": translation_error(estimate.trajectory, asked, found),
+            "registered": bool(found.all()),
+        }

@@ -1,0 +1,46 @@
+"""Intervals: how far a number that was measured on n samples can be trusted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+Z95 = 1.959964
+
+
+def wilson(hits: int, n: int, z: float = Z95) -> tuple[float, float]:
+    """95 % interval of a rate (Wilson 1927), which stays inside [0, 1] and is honest at 0 and n. (0, 1) for n = 0.
+
+    >>> [round(x, 3) for x in wilson(9, 10)]
+    [0.596, 0.982]
+    """
+    if n == 0:
+        return 0.0, 1.0
+    rate, z2 = hits / n, z * z / n
+    middle = (rate + z2 / 2) / (1 + z2)
+    half = z / (1 + z2) * math.sqrt(rate * (1 - rate) / n + z2 / (4 * n))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def bootstrap(values: Sequence[float], seed: int = 0, draws: int = 2000) -> tuple[float, float]:
+    """95 % percentile interval of the mean by resampling with a fixed seed. (nan, nan) for no values."""
+    if not values:
+        return math.nan, math.nan
+    x = torch.tensor(values, dtype=torch.float64)
+    picks = torch.randint(len(x), (draws, len(x)), generator=torch.Generator().manual_seed(seed))
+    low, high = x[picks].mean(dim=1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return low, high
+
+
+def rate(hits: Sequence[bool]) -> dict[str, float]:
+    """A share of `hits`, as a row of a report: value, low, high, n."""
+    low, high = wilson(sum(hits), len(hits))
+    return {"value": sum(hits) / len(hits) if hits else math.nan, "low": low, "high": high, "n": len(hits)}
+
+
+def mean(values: Sequence[float]) -> dict[str, float]:
+    """A mean, as a row of a report: value, low, high, n."""
+    low, high = bootstrap(values)
+    return {"value": sum(values) / len(values) if values else math.nan, "low": low, "high": high, "n": len(values)}
