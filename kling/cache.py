@@ -15,6 +15,7 @@ import json
 import random
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -110,11 +111,12 @@ def fill_cache(cfg: CacheConfig, vae: AutoencoderKLKling) -> Iterator[tuple[int,
     settings = {"data": asdict(cfg.data), "seed": cfg.seed, "clips": cfg.clips, "shares": cfg.shares, "shard": cfg.shard}
     writer = CacheWriter(cfg.out, cache_key(vae, settings), settings)
     plan: list[tuple[str, list[int]]] = []  # (aspect, indices) of every shard
-    for aspect, share in zip(cfg.data.aspects, cfg.shares, strict=True):
-        indices = range(round(cfg.clips * share / sum(cfg.shares)))
+    bounds = [0, *(round(cfg.clips * upto / sum(cfg.shares)) for upto in accumulate(cfg.shares))]  # rounded so that they sum to `clips`
+    for aspect, (begin, end) in zip(cfg.data.aspects, pairwise(bounds), strict=True):
+        indices = range(end - begin)
         plan += [(aspect, list(indices[i : i + cfg.shard])) for i in range(0, len(indices), cfg.shard)]
     names = [f"{i:05d}.safetensors" for i in range(len(plan))]
-    total, done = sum(len(indices) for _, indices in plan), 0
+    total = sum(len(indices) for _, indices in plan)
     todo = [(name, aspect, indices) for name, (aspect, indices) in zip(names, plan, strict=True) if name not in writer]
     done = total - sum(len(indices) for _, _, indices in todo)
     yield done, total

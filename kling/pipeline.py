@@ -81,7 +81,7 @@ class KlingPipeline(DiffusionPipeline):
         index = read_index(folder)
         parts = {}
         for name, part in PARTS.items():
-            kwargs = {} if name == "scheduler" else {"torch_dtype": torch_dtype}
+            kwargs = {} if name == "scheduler" else {"torch_dtype": torch_dtype, "use_safetensors": True}
             try:
                 parts[name] = part.from_pretrained(folder / name, **kwargs)
             except (OSError, ValueError, KeyError) as error:
@@ -260,7 +260,7 @@ def load_vae(path: str | Path = "") -> AutoencoderKLKling:
         folder = folder / "vae"
     if not (folder / "config.json").is_file():
         raise UserError(f"VAE folder '{path}' does not exist or holds no config.json: give the export of kling-train-vae")
-    return AutoencoderKLKling.from_pretrained(folder, torch_dtype=torch.float32).eval()
+    return AutoencoderKLKling.from_pretrained(folder, torch_dtype=torch.float32, use_safetensors=True).eval()
 
 
 def read_index(folder: Path) -> dict[str, Any]:

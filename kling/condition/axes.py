@@ -35,7 +35,7 @@ MOVES: dict[str, dict[str, float]] = {
 
 
 def parse_axes(text: str) -> dict[str, float]:
-    """`pan=5,zoom=-2`, a master shot's name, or `static` -> axis values. Raises `UserError` for other names and values outside [-10, 10]."""
+    """`pan=5,zoom=-2`, a master shot's name, or `static` -> axis values. Raises `UserError` for other names and values beyond 10."""
     text = text.strip()
     if text in MOVES:
         return dict(MOVES[text])

@@ -18,11 +18,8 @@ from torch import Tensor
 from kling.condition.camera import Trajectory
 from kling.metrics.segment import grown, segment
 
-REFERENCES = (
-    1,
-    4,
-    12,
-)  # a frame is aligned to the ones this many before it, and to frame 0: the near ones for safety, the far ones against drift
+# A frame is aligned to the ones this many before it, and to frame 0: the near ones for safety, the far ones against drift.
+REFERENCES = (1, 4, 12)
 BLUR = 1.0  # gaussian sigma in pixels: what a lattice of every `STRIDE`th pixel can carry
 STRIDE = 2
 BORDER = 2  # pixels

@@ -1,0 +1,100 @@
+"""The evaluation, on a pipeline that answers with the rendered truth: the ruler's own upper bound."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from kling_programs.eval import evaluate as program
+from kling_programs.eval.evaluate import TASKS, Options, evaluate
+from torch import Tensor
+
+from kling.data.world import World, render_scene
+from kling.errors import UserError
+
+N = 2
+
+
+def key(request: dict[str, Any]) -> tuple:
+    return request["prompt"], request["seed"], str(request.get("camera")), *(name in request for name in ("image", "last_image", "video"))
+
+
+class Oracle:
+    """Answers every case with its truth. Counts what it was asked."""
+
+    config = SimpleNamespace(capabilities=["text", "image", "first_last", "continuation", "camera"])
+
+    def __init__(self) -> None:
+        world = World(0, program.FRAMES, program.ASPECT, split="heldout", max_things=1)
+        cases = [make(world, k) for make in TASKS.values() for k in range(N)]
+        self.truth = {key(case.request): render_scene(case.scene) for case in cases}
+        self.calls = 0
+
+    def __call__(self, **request: Any) -> SimpleNamespace:
+        self.calls += 1
+        return SimpleNamespace(frames=self.truth[key(request)][None].numpy())
+
+    def encode(self, frames: Tensor) -> Tensor:
+        return frames[None]
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return latents
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clips of 17 frames, so that the whole takes seconds."""
+    for name, value in {"FRAMES": 17, "LONG": 21, "HALF": 9, "CONTROLS": 1, "VAE_CLIPS": 1}.items():
+        monkeypatch.setattr(program, name, value)
+
+
+def test_the_truth_scores_full_marks_and_a_second_run_makes_nothing(tmp_path: Path) -> None:
+    pipe, options = Oracle(), Options(str(tmp_path / "out"), n=N, examples=60)
+    report = evaluate(pipe, options, {"sha256": {"a": "1"}})
+    scores = report["scores"]
+    for code in ("en", "zh"):
+        assert all(scores[f"text-{code}"][q]["value"] == 1 for q in ("colour", "ground"))
+        assert scores[f"text-{code}"]["colour"]["n"] == N
+    assert scores["zh - en"]["colour"]["value"] == 0
+    assert scores["camera"]["class"]["value"] == 1 and scores["camera"]["rotation"]["value"] < 0.6
+    assert scores["image below VAE"]["first"]["value"] == 0 and scores["first_last below VAE"]["last"]["value"] == 0
+    assert report["columns"]["noise"]["camera"]["rotation"]["value"] == 180
+    assert report["columns"]["frozen"]["camera"]["registered"]["value"] == 1
+    assert report["reached"]["camera class"] is True
+    assert "colour, Chinese" in (tmp_path / "out/scores.md").read_text() and "RotErr" in report["table"]
+    assert {path.stem for path in (tmp_path / "out/strips").glob("*.png")} == set(TASKS)
+    json.dumps(report, allow_nan=False)
+
+    assert pipe.calls == N * len(TASKS)
+    again = evaluate(pipe, options, {"sha256": {"a": "1"}})
+    assert pipe.calls == N * len(TASKS)
+    assert again["scores"] == scores
+    with pytest.raises(UserError, match="other weights"):
+        evaluate(pipe, options, {"sha256": {"a": "2"}})
+
+
+def test_what_a_model_cannot_do_is_left_out_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = Oracle()
+    asked = []
+    monkeypatch.setattr(Oracle, "config", SimpleNamespace(capabilities=["text"]))
+    monkeypatch.setattr(Oracle, "__call__", lambda self, **request: (asked.append(request), SimpleNamespace(frames=torch.zeros(1, 17, 64, 112, 3, dtype=torch.uint8)))[1])  # fmt: skip  # noqa: E501
+    report = evaluate(pipe, Options(str(tmp_path / "out"), n=3, examples=30, limit_minutes=1e-9), {"sha256": {}})
+    assert report["n"] == 1  # the limit stops after the first round, and the report says so
+    assert set(report["not_trained_for"]) == {"camera", "image", "first_last", "continuation"}
+    assert all("camera" not in request for request in asked)
+    assert report["scores"]["text-en"]["colour"]["value"] == 0  # black shows nothing
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [(["moon", "--out", "x"], "unknown suite 'moon'"), (["world"], "--out"), (["world", "--out", "x", "--n", "0"], "--n 0")],
+)
+def test_bad_command_lines(argv: list[str], message: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as stop:
+        program.main(argv)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
