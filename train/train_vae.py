@@ -18,8 +18,9 @@ from kling.config import load_config, save_config, to_dict
 from kling.data.image import write_png
 from kling.data.source import ClipSource, DataConfig, StepBatches, batches, check_data
 from kling.data.transforms import to_tensor, to_uint8
-from kling.errors import UserError, program
+from kling.errors import UserError, program, unknown
 from kling.metrics.pixel import psnr
+from kling.pipeline import load_vae
 from kling.runtime import checkpoint
 from kling.runtime.accelerator import EXIT_STOPPED, StopSignal, make_accelerator, set_threads
 from kling.runtime.ema import EMA
@@ -27,10 +28,16 @@ from kling.runtime.log import RunLog
 from kling.runtime.optim import adamw, lr_at, set_lr
 from kling.vae import AutoencoderKLKling, LossWeights, vae_loss
 
+PARTS = ("encoder", "quant_conv", "post_quant_conv", "decoder")
+
 
 @dataclass
 class TrainVAEConfig:
-    """Everything a run depends on. `model` holds the keys of `AutoencoderKLKling`; `init_from` is a VAE folder to start from."""
+    """Everything a run depends on. `model` holds the keys of `AutoencoderKLKling`.
+
+    init_from: a VAE folder to start from, in place of `model`. freeze: parts that stay as they are; with [encoder, quant_conv] a decoder
+    gets better under a transformer that is already trained, since the latents do not move.
+    """
 
     out: str = "runs/vae"
     steps: int = 1000
@@ -45,6 +52,7 @@ class TrainVAEConfig:
     ema: float = 0.99
     model: dict[str, Any] = field(default_factory=dict)
     init_from: str | None = None
+    freeze: list[str] = field(default_factory=list)
     data: DataConfig = field(default_factory=DataConfig)
     loss: LossWeights = field(default_factory=LossWeights)
     save_every: int = 200
@@ -75,8 +83,12 @@ def train(cfg: TrainVAEConfig) -> None:
     accelerator = make_accelerator(out, cfg.mixed_precision, cfg.gradient_accumulation, cfg.trackers)
     checkpoint.check_same_config(out, to_dict(cfg))
     torch.manual_seed(cfg.seed)  # the initial weights; every later draw is counter-based
-    model = AutoencoderKLKling.from_pretrained(cfg.init_from) if cfg.init_from else AutoencoderKLKling(**cfg.model)
+    model = load_vae(cfg.init_from) if cfg.init_from else AutoencoderKLKling(**cfg.model)
     model.train()
+    for name in cfg.freeze:
+        if name not in PARTS:
+            raise unknown("part to freeze", name, PARTS)
+        getattr(model, name).requires_grad_(False)
     optimizer = adamw(model, cfg.lr, weight_decay=cfg.weight_decay)
     ema = EMA(model, cfg.ema)
 
@@ -162,7 +174,8 @@ def export(model: AutoencoderKLKling, cfg: TrainVAEConfig, folder: Path, clips: 
         z = model.encode(to_tensor(clip.video)[None].to(model.device)).latent_dist.mode()
         latents.append(z[0].flatten(1))  # (c, n)
     z = torch.cat(latents, dim=1)
-    model.register_to_config(latents_mean=z.mean(1).tolist(), latents_std=z.std(1).tolist())
+    if "encoder" not in cfg.freeze:
+        model.register_to_config(latents_mean=z.mean(1).tolist(), latents_std=z.std(1).tolist())
     model.save_pretrained(folder)
 
 

@@ -74,16 +74,16 @@ class Detectors:
 
 def follow(video: Tensor, palette: Palette) -> Track | None:
     """The largest object of the palette colour that is seen most; None if too few frames show one."""
-    colours = segment(video, palette)  # (T, H, W)
-    counts = torch.bincount(colours[colours >= 0], minlength=len(palette))
-    mask = _largest_part(colours >= 0, colours == counts.argmax())
+    colours, near = segment(video, palette)  # (T, H, W) each
+    votes = torch.bincount(colours.flatten(), near.flatten(), minlength=len(palette))
+    mask = _largest_part(near > 0, near * (colours == votes.argmax()))
     shown = mask.sum(dim=(1, 2)) >= MIN_PIXELS
     if shown.float().mean() < MIN_FRAMES:
         return None
     columns, rows = mask.any(dim=1).float(), mask.any(dim=2).float()  # (T, W), (T, H)
     left, top = columns.argmax(dim=1), rows.argmax(dim=1)
     right, bottom = mask.shape[2] - columns.flip(1).argmax(dim=1), mask.shape[1] - rows.flip(1).argmax(dim=1)
-    return Track(int(counts.argmax()), mask, shown, torch.stack([left, top, right, bottom], dim=1).float())
+    return Track(int(votes.argmax()), mask, shown, torch.stack([left, top, right, bottom], dim=1).float())
 
 
 def solid_features(video: Tensor, track: Track) -> Tensor:
@@ -106,7 +106,7 @@ def solid_features(video: Tensor, track: Track) -> Tensor:
 def ground_features(video: Tensor, palette: Palette) -> Tensor:
     """Mean and spread of the colours at the bottom of the picture, without objects: (6,)."""
     low = video[:, int(video.shape[1] * (1 - GROUND_ROWS)) :]
-    pixels = low[segment(low, palette) < 0].float() / 255  # (n, 3)
+    pixels = low[segment(low, palette)[1] == 0].float() / 255  # (n, 3)
     if len(pixels) < 2:
         return torch.zeros(6)
     return torch.cat([pixels.mean(dim=0), pixels.std(dim=0)])
@@ -126,9 +126,9 @@ def motion_features(track: Track) -> Tensor:
 
 
 def _largest_part(mask: Tensor, seed: Tensor) -> Tensor:
-    """Of each frame's mask (T, H, W), the connected part around the densest spot of `seed`."""
+    """Of each frame's mask (T, H, W), the connected part around the densest spot of `seed` (T, H, W) >= 0."""
     T, H, W = mask.shape
-    density = F.avg_pool2d((seed & mask).float()[:, None], 7, stride=1, padding=3) * mask[:, None]  # (T, 1, H, W)
+    density = F.avg_pool2d(seed[:, None], 7, stride=1, padding=3) * mask[:, None]  # (T, 1, H, W)
     part = F.one_hot(density.view(T, -1).argmax(dim=1), H * W).view(T, 1, H, W).float() * (density > 0)
     while True:
         wider = F.max_pool2d(part, 3, stride=1, padding=1) * mask[:, None]

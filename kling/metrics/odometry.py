@@ -86,7 +86,7 @@ class _Anchor:
 def estimate_trajectory(video: Tensor, stage: Stage) -> Estimate:
     """The camera of a clip (T, H, W, 3) uint8."""
     T, H, W, _ = video.shape
-    moving = grown(segment(video, stage.palette) >= 0, 4)
+    moving = grown(segment(video, stage.palette)[1] > 0, 4)
     maps = _maps(video.float().mean(-1) / 255, moving)  # (T, 4, H, W)
     f0 = stage.focal * (H * W) ** 0.5
     start = stage.start.double()

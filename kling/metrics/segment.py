@@ -14,16 +14,14 @@ SHADES = (0.45, 1.05)  # brightness of a surface, from turned away from the sun 
 TOLERANCE = 0.13  # distance in RGB within which a pixel is of a colour; the grounds and the sky stay further off
 
 
-def segment(video: Tensor, palette: Palette) -> Tensor:
-    """(T, H, W, 3) uint8 -> (T, H, W) long: the index of each pixel's palette colour, -1 for the background."""
-    rgb = video.float() / 255
-    distances = []
-    for colour in palette.values():
-        c = torch.tensor(colour)
-        shade = ((rgb @ c) / (c @ c)).clamp(*SHADES)
-        distances.append((rgb - shade[..., None] * c).norm(dim=-1))
-    distance, index = torch.stack(distances).min(dim=0)
-    return torch.where(distance < TOLERANCE, index, -1)
+def segment(video: Tensor, palette: Palette) -> tuple[Tensor, Tensor]:
+    """(T, H, W, 3) uint8 -> each pixel's nearest palette colour (T, H, W) long, and how near it is: 1 for exactly, 0 for the background."""
+    rgb, colours = video.float() / 255, torch.tensor(list(palette.values()))  # (T, H, W, 3), (n, 3)
+    along, length = rgb @ colours.T, colours.square().sum(dim=1)  # (T, H, W, n), (n,)
+    shade = (along / length).clamp(*SHADES)
+    distance2 = rgb.square().sum(dim=-1, keepdim=True) + shade * (shade * length - 2 * along)  # |rgb - shade * colour|²
+    nearest, index = distance2.min(dim=-1)
+    return index, (1 - nearest / TOLERANCE**2).clamp(0, 1)
 
 
 def grown(mask: Tensor, pixels: int) -> Tensor:
