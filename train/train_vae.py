@@ -165,18 +165,23 @@ def strip(video: Tensor, n: int = 5) -> Tensor:
 
 
 @torch.no_grad()
-def export(model: AutoencoderKLKling, cfg: TrainVAEConfig, folder: Path, clips: int = 32) -> None:
-    """Measure the latents' mean and deviation by channel, put them into the config, and write the folder that `from_pretrained` reads."""
-    source = ClipSource(cfg.data, cfg.seed)
-    latents = []
+def export(model: AutoencoderKLKling, cfg: TrainVAEConfig, folder: Path) -> None:
+    """Write the folder that `from_pretrained` reads; latents that may have moved are measured anew."""
+    if "encoder" not in cfg.freeze:
+        mean, std = latent_statistics(model, cfg)
+        model.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
+    model.save_pretrained(folder)
+
+
+def latent_statistics(model: AutoencoderKLKling, cfg: TrainVAEConfig, clips: int = 32) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of the latents' channels over training clips of every length and aspect, (c,) each."""
+    source, latents = ClipSource(cfg.data, cfg.seed), []
     for i in range(clips):
         clip = source.clip(i, cfg.data.frames[i % len(cfg.data.frames)], cfg.data.aspects[i % len(cfg.data.aspects)])
         z = model.encode(to_tensor(clip.video)[None].to(model.device)).latent_dist.mode()
         latents.append(z[0].flatten(1))  # (c, n)
     z = torch.cat(latents, dim=1)
-    if "encoder" not in cfg.freeze:
-        model.register_to_config(latents_mean=z.mean(1).tolist(), latents_std=z.std(1).tolist())
-    model.save_pretrained(folder)
+    return z.mean(1), z.std(1)
 
 
 if __name__ == "__main__":
