@@ -109,7 +109,7 @@ def main(argv: list[str] | None = None) -> None:
 
     folder = Path(args.model) if args.model else ASSETS
     pipe = KlingPipeline.from_pretrained(folder)
-    pipe.to(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    pipe.to("cuda" if torch.cuda.is_available() else "cpu")
     given = {"n": args.n, "steps": args.steps, "seed": args.seed, "limit_minutes": args.limit_minutes}
     options = Options(args.out, **((QUICK if args.quick else {}) | {name: value for name, value in given.items() if value is not None}))
     report = evaluate(pipe, options, model_hashes(folder))
@@ -119,7 +119,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def evaluate(pipe: Any, options: Options, model: dict[str, Any]) -> dict[str, Any]:
-    """Ask, measure, report. `pipe` needs `__call__`, `encode`, `decode` and `config.capabilities` of `KlingPipeline`."""
+    """Ask, measure, report. Of `KlingPipeline`, `pipe` needs `__call__`, `encode`, `decode`, `device` and `config.capabilities`."""
     out = Path(options.out)
     claim(out, options, model)
     ruler = make_ruler(options)
@@ -241,7 +241,7 @@ def stand_ins(pipe: Any, task: str, k: int, truth: Tensor) -> Iterator[tuple[str
 
 
 def through_vae(pipe: Any, frames: Tensor) -> Tensor:
-    return pipe.decode(pipe.encode(frames))[0]
+    return pipe.decode(pipe.encode(frames).to(pipe.device))[0]
 
 
 # ----------------------------------------------------------------------------------------------------------- what is measured
@@ -385,7 +385,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--steps", metavar="N", type=int, help="sampling steps; default: the checkpoint's own")
     parser.add_argument("--quick", action="store_true", help=f"{QUICK['n']} cases and less certain detectors")
     parser.add_argument("--limit-minutes", metavar="M", type=float, help="stop asking after this long, and say what n was reached")
-    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, …; default: cuda if there is one")
     args = parser.parse_args(argv)
     if args.suite != "world":
         raise unknown("suite", args.suite, ["world"])

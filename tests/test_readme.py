@@ -22,7 +22,8 @@ def test_the_tree_is_the_tree():
             name = found[2]
             folder = name if name == "kling/" else folder if len(found[1]) == 6 else ""
             listed.add(name if name.startswith(folder) and folder else folder + name)
-    files = {str(p.relative_to(ROOT)) for top in ("kling", "train", "sample", "eval") for p in (ROOT / top).rglob("*.py") if p.name != "__init__.py"}
+    tops = (ROOT / top for top in ("kling", "train", "sample", "eval"))
+    files = {str(p.relative_to(ROOT)) for top in tops for p in top.rglob("*.py") if p.name != "__init__.py"}
     assert {name for name in listed if name.endswith(".py")} == files
 
 

@@ -251,6 +251,14 @@ def test_missing_folder_and_sound_only(tmp_path):
         probe(path)
 
 
+def test_metadata_that_is_not_text_does_no_harm(tmp_path):
+    path = make(tmp_path / "a.mkv")
+    raw = path.read_bytes()
+    assert b"DURATION" in raw
+    path.write_bytes(raw.replace(b"DURATION", b"D\xdcRATION"))
+    assert probe(path).frames == 24
+
+
 def test_cut_short(tmp_path):
     raw = make(tmp_path / "a.mp4", picture=np.random.default_rng(0).integers(0, 256, (H, W, 3), dtype=np.uint8)).read_bytes()
     for part in (0.9, 0.5, 0.02):

@@ -234,7 +234,8 @@ def _open(path: Path) -> Iterator[tuple[av.container.InputContainer, av.VideoStr
     if demuxer is None:
         remedy = "give it as an image" if kind.endswith("image") else "give an mp4, mov, webm, mkv, avi or gif"
         raise UserError(f"{path} is not a video: it holds {kind} ({remedy})")
-    with _damage(path), av.open(f"file:{path.absolute()}", format=demuxer) as container:
+    # Titles in Latin-1 or rotten tags are no reason to refuse the pictures.
+    with _damage(path), av.open(f"file:{path.absolute()}", format=demuxer, metadata_errors="replace") as container:
         moving = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
         if not len(container.streams):
             raise UserError(f"{path} is damaged or incomplete (no stream in it): download or export it again")
