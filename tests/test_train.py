@@ -21,7 +21,17 @@ from kling import KlingPipeline  # noqa: E402
 from kling.cache import LatentCache, LatentSteps  # noqa: E402
 from kling.data.video import write_video  # noqa: E402
 
-VAE = ["configs/vae/debug.yaml", "batch=1", "data.frames=[5]", "eval_clips=1", "workers=0", "log_every=1", "save_every=2", "eval_every=4"]
+VAE = [
+    "configs/vae/debug.yaml",
+    "schedule=constant",
+    "batch=1",
+    "data.frames=[5]",
+    "eval_clips=1",
+    "workers=0",
+    "log_every=1",
+    "save_every=2",
+    "eval_every=4",
+]
 CACHE = ["configs/cache/debug.yaml", "clips=8", "shard=3", "data.frames=[1,5]", "workers=0"]
 DIT = [
     "configs/dit/debug.yaml", "frames=[5]", "max_frames=5", "workers=0", "log_every=1", "save_every=2", "sample_every=4",
@@ -69,14 +79,10 @@ def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
 
 
 def test_a_resumed_vae_run_is_bit_equal(vae, tmp_path):
-    train_vae.main([*VAE, f"out={tmp_path}", "steps=4", "save_every=100"])  # the reference: no checkpoint on the way
+    train_vae.main([*VAE, f"out={tmp_path}", "steps=2"])
+    torch.rand(5)  # an unrelated draw changes nothing
+    train_vae.main([*VAE, f"out={tmp_path}", "steps=4"])
     assert_same(weights(vae), weights(tmp_path))
-    stopped = tmp_path / "stopped"
-    train_vae.main([*VAE, f"out={stopped}", "steps=2", "schedule=constant"])
-    train_vae.main([*VAE, f"out={stopped}", "steps=4", "schedule=constant"])
-    straight = tmp_path / "straight"
-    train_vae.main([*VAE, f"out={straight}", "steps=4", "schedule=constant"])
-    assert_same(weights(stopped), weights(straight))
 
 
 def test_the_vae_is_exported_with_measured_statistics(vae):
