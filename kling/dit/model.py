@@ -119,9 +119,8 @@ class KlingTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
                 nn.init.xavier_uniform_(module.weight.flatten(1))  # a view
                 nn.init.zeros_(module.bias)
         embedder = self.condition_embedder
-        for projection in (embedder.time_embedder, embedder.text_embedder):
-            nn.init.normal_(projection.linear_1.weight, std=0.02)
-            nn.init.normal_(projection.linear_2.weight, std=0.02)
+        for layer in (embedder.time_embedder.linear_1, embedder.time_embedder.linear_2):
+            nn.init.normal_(layer.weight, std=0.02)  # the text keeps its size: at 0.02 a small model learned to ignore it
         nn.init.zeros_(embedder.time_proj.weight)
         nn.init.zeros_(self.proj_out.weight)
         for extra in self._extras.values():

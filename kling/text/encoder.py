@@ -78,7 +78,8 @@ class ByteTextEncoder(ModelMixin, ConfigMixin):
     def initialize_weights(self) -> None:
         for module in self.modules():
             if isinstance(module, nn.Embedding | nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02 if isinstance(module, nn.Embedding) else module.in_features**-0.5)
+                # bytes enter as large as what the layers add to them: at the usual 0.02 all prompts came out alike
+                nn.init.trunc_normal_(module.weight, std=0.5 if isinstance(module, nn.Embedding) else module.in_features**-0.5)
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
 
