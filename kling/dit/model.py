@@ -121,6 +121,8 @@ class KlingTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
         embedder = self.condition_embedder
         for layer in (embedder.time_embedder.linear_1, embedder.time_embedder.linear_2):
             nn.init.normal_(layer.weight, std=0.02)  # the text keeps its size: at 0.02 a small model learned to ignore it
+        for block in self.blocks:  # while text is noise to the model, a branch that speaks teaches the text encoder to be silent
+            nn.init.zeros_(block.attn2.to_out[0].weight)
         nn.init.zeros_(embedder.time_proj.weight)
         nn.init.zeros_(self.proj_out.weight)
         for extra in self._extras.values():
