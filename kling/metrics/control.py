@@ -14,6 +14,8 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+import cv2
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -75,15 +77,16 @@ class Detectors:
 def follow(video: Tensor, palette: Palette) -> Track | None:
     """The largest object of the palette colour that is seen most; None if too few frames show one."""
     colours, near = segment(video, palette)  # (T, H, W) each
-    votes = torch.bincount(colours.flatten(), near.flatten(), minlength=len(palette))
-    mask = _largest_part(near > 0, near * (colours == votes.argmax()))
+    votes = near**2  # many pixels that are only just of a colour must not outvote a few that are
+    colour = torch.bincount(colours.flatten(), votes.flatten(), minlength=len(palette)).argmax()
+    mask = _largest_part(near > 0, votes * (colours == colour))
     shown = mask.sum(dim=(1, 2)) >= MIN_PIXELS
     if shown.float().mean() < MIN_FRAMES:
         return None
     columns, rows = mask.any(dim=1).float(), mask.any(dim=2).float()  # (T, W), (T, H)
     left, top = columns.argmax(dim=1), rows.argmax(dim=1)
     right, bottom = mask.shape[2] - columns.flip(1).argmax(dim=1), mask.shape[1] - rows.flip(1).argmax(dim=1)
-    return Track(int(votes.argmax()), mask, shown, torch.stack([left, top, right, bottom], dim=1).float())
+    return Track(int(colour), mask, shown, torch.stack([left, top, right, bottom], dim=1).float())
 
 
 def solid_features(video: Tensor, track: Track) -> Tensor:
@@ -105,7 +108,7 @@ def solid_features(video: Tensor, track: Track) -> Tensor:
 
 def ground_features(video: Tensor, palette: Palette) -> Tensor:
     """Mean and spread of the colours at the bottom of the picture, without objects: (6,)."""
-    low = video[:, int(video.shape[1] * (1 - GROUND_ROWS)) :]
+    low = video[::4, int(video.shape[1] * (1 - GROUND_ROWS)) :]
     pixels = low[segment(low, palette)[1] == 0].float() / 255  # (n, 3)
     if len(pixels) < 2:
         return torch.zeros(6)
@@ -125,16 +128,15 @@ def motion_features(track: Track) -> Tensor:
     return torch.cat([slope, swing])
 
 
-def _largest_part(mask: Tensor, seed: Tensor) -> Tensor:
-    """Of each frame's mask (T, H, W), the connected part around the densest spot of `seed` (T, H, W) >= 0."""
-    T, H, W = mask.shape
-    density = F.avg_pool2d(seed[:, None], 7, stride=1, padding=3) * mask[:, None]  # (T, 1, H, W)
-    part = F.one_hot(density.view(T, -1).argmax(dim=1), H * W).view(T, 1, H, W).float() * (density > 0)
-    while True:
-        wider = F.max_pool2d(part, 3, stride=1, padding=1) * mask[:, None]
-        if torch.equal(wider, part):
-            return part[:, 0] > 0
-        part = wider
+def _largest_part(mask: Tensor, votes: Tensor) -> Tensor:
+    """Of each frame's mask (T, H, W), the connected part that holds most of the votes (T, H, W) >= 0; nothing where there are none."""
+    parts = torch.zeros_like(mask)
+    for t, (frame, vote) in enumerate(zip(mask.numpy(), votes.numpy(), strict=True)):
+        _, labels = cv2.connectedComponents(frame.astype(np.uint8))
+        held = np.bincount(labels.ravel(), vote.ravel())
+        if held[1:].any():
+            parts[t] = torch.from_numpy(labels == 1 + held[1:].argmax())
+    return parts
 
 
 @dataclass
