@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from kling.errors import UserError
 from kling.text import ByteTextEncoder
+from kling.text.agree import agreement_loss, pool
 
 SMALL = {"byte_dim": 32, "out_dim": 48, "head_dim": 16, "ffn_mult": 2, "max_bytes": 63}
 PROMPTS = ["", "a red ball", "一个红色的球在草地上滚动", "a much longer prompt, nearly as long as the encoder reads it", "é"]
@@ -64,3 +66,21 @@ def test_saving_and_loading_keeps_everything(encoder: ByteTextEncoder, tmp_path:
     encoder.save_pretrained(tmp_path)
     again = ByteTextEncoder.from_pretrained(tmp_path)
     assert torch.equal(again.encode(PROMPTS), encoder.encode(PROMPTS))
+
+
+def test_agreement_loss_equals_its_closed_form() -> None:
+    n, temperature = 6, 0.25
+    unit = torch.eye(n, 8)
+    loss, found = agreement_loss(unit, unit, temperature)  # -log(e^(1/t) / (e^(1/t) + n - 1))
+    assert math.isclose(float(loss), math.log1p((n - 1) * math.exp(-1 / temperature)), rel_tol=1e-5) and float(found) == 1
+    same, _ = agreement_loss(unit[:1].expand(n, -1), unit[:1].expand(n, -1), temperature)
+    assert math.isclose(float(same), math.log(n), rel_tol=1e-5)  # nothing tells them apart
+    _, swapped = agreement_loss(unit, unit.roll(1, 0), temperature)
+    assert float(swapped) == 0
+
+
+def test_a_pooled_prompt_is_the_direction_of_its_tokens(encoder: ByteTextEncoder) -> None:
+    text = encoder.encode(PROMPTS)
+    for row, vector in zip(text, pool(text), strict=True):
+        mean = row[row.abs().sum(-1) > 0].mean(0)
+        torch.testing.assert_close(vector, mean / mean.norm())

@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "train")]
 import encode  # noqa: E402
 import train_dit  # noqa: E402
+import train_text  # noqa: E402
 import train_vae  # noqa: E402
 
 from kling import KlingPipeline  # noqa: E402
@@ -141,6 +142,26 @@ def test_a_resumed_dit_run_is_bit_equal_and_its_model_samples(vae, cache, tmp_pa
     frames = pipe("a red ball", camera="pan=3", num_frames=5, num_inference_steps=2).frames
     assert frames.shape == (1, 5, 64, 112, 3)
     assert (straight / "samples" / "00000004.png").is_file()
+
+
+def test_a_text_encoder_learns_that_phrasings_agree_resumes_exactly_and_serves_a_transformer(vae, cache, tmp_path):
+    words = ["configs/text/world.yaml", "text={byte_dim: 32, byte_layers: 1, out_dim: 32, token_layers: 1}", "batch=16", "lr=3e-3"]
+    words += ["warmup=5", "schedule=constant", "workers=0", "log_every=1", "save_every=20"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train_text.main([*words, f"out={whole}", "steps=60"])
+    for steps in (40, 60):
+        train_text.main([*words, f"out={parts}", f"steps={steps}"])
+    assert_same(weights(whole), weights(parts))
+
+    losses = [row["loss"] for row in map(json.loads, (whole / "metrics.jsonl").read_text().splitlines())]
+    assert np.mean(losses[-10:]) < min(np.mean(losses[:10]), np.log(16)) - 0.3  # log 16: it cannot tell 16 clips apart
+
+    train(vae, cache, tmp_path / "dit", "steps=1", f"text_from={whole / 'export'}", "sample_every=0")
+    taught = load_file(whole / "export" / "diffusion_pytorch_model.safetensors")
+    start = weights(tmp_path / "dit")
+    name = "byte_embedding.weight"
+    moved = (start[f"model/text_encoder.{name}"] - taught[name]).abs().max()
+    assert moved < 0.01 < (taught[name] - taught[name].roll(1, 0)).abs().max()  # its weights, one small step on
 
 
 def test_a_folder_of_videos_trains_a_vae(tmp_path):

@@ -48,7 +48,7 @@ class TrainDiTConfig:
     vae: a VAE folder, or empty for the shipped one. cache: a latent cache; made from the preset `encode` if it is not complete.
     frames: pixel lengths to draw from, at most the cache's. tasks: how often each is drawn.
     text_drop, camera_drop: how often the text or the camera is left out, for guidance. scheduler: settings stored with the weights.
-    init_from: a model folder to start from. samples: what is drawn every `sample_every` steps, as fields of `Request`.
+    init_from: a model folder to start from; or text_from: a text encoder from kling-train-text, under a new transformer. samples: what is drawn every `sample_every` steps, as fields of `Request`.
     """
 
     out: str = "runs/dit"
@@ -67,6 +67,7 @@ class TrainDiTConfig:
     text: dict[str, Any] = field(default_factory=dict)
     scheduler: dict[str, Any] = field(default_factory=dict)
     init_from: str | None = None
+    text_from: str | None = None
     vae: str = ""
     cache: str = "runs/cache"
     encode: str = "cache/world.yaml"
@@ -213,7 +214,7 @@ def build(cfg: TrainDiTConfig) -> Trained:
     if cfg.init_from:
         pipe = KlingPipeline.from_pretrained(cfg.init_from)
         return Trained(pipe.transformer, pipe.text_encoder).train()
-    text = ByteTextEncoder(**cfg.text)
+    text = ByteTextEncoder.from_pretrained(cfg.text_from) if cfg.text_from else ByteTextEncoder(**cfg.text)
     return Trained(KlingTransformer3DModel(**{"text_dim": text.config.out_dim, **cfg.model}), text).train()
 
 

@@ -62,6 +62,15 @@ class ClipSource:
         item = folder.item(order[place])
         return ClipSample(torch.as_tensor(item.video), item.captions or [""], None, item.source)
 
+    def captions(self, index: int) -> list[str]:
+        """Captions of clip `index`, without its pictures."""
+        cfg = self.cfg
+        if cfg.source == "world":
+            world = World(self.seed, cfg.frames[0], split=self.split)
+            return [text for texts in world.captions(world.scene(index)).values() for text in texts]
+        cuts = self.folder(cfg.frames[0], cfg.aspects[0]).cuts
+        return list(cuts[index % len(cuts)].captions) or [""]
+
     def folder(self, frames: int, aspect: str):  # noqa: ANN201 - VideoFolder, imported only when a folder is read
         from kling.data.folder import VideoFolder
 
