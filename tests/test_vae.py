@@ -199,6 +199,12 @@ def test_conv3d_is_torchs(batch: int) -> None:
         assert conv3d(*args).dtype == torch.bfloat16
 
 
+def test_a_lone_frame_is_a_clip_of_one() -> None:
+    torch.manual_seed(0)
+    conv, x = CausalConv3d(4, 6, 3, padding=1), torch.randn(2, 4, 1, 6, 8)
+    torch.testing.assert_close(conv(x), F.conv3d(F.pad(x, (0, 0, 0, 0, 2, 0)), conv.weight, conv.bias, padding=(0, 1, 1)))
+
+
 def test_patchify_inverse() -> None:
     video = clip(2)
     assert torch.equal(unpatchify(patchify(video, 2), 2), video)
