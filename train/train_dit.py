@@ -48,7 +48,8 @@ class TrainDiTConfig:
     vae: a VAE folder, or empty for the shipped one. cache: a latent cache; made from the preset `encode` if it is not complete.
     frames: pixel lengths to draw from, at most the cache's. tasks: how often each is drawn.
     text_drop, camera_drop: how often the text or the camera is left out, for guidance. scheduler: settings stored with the weights.
-    init_from: a model folder to start from; or text_from: a text encoder from kling-train-text, under a new transformer. samples: what is drawn every `sample_every` steps, as fields of `Request`.
+    init_from: a model folder to start from; or text_from: a text encoder from kling-train-text, under a new transformer.
+    samples: what is drawn every `sample_every` steps, as fields of `Request`.
     """
 
     out: str = "runs/dit"

@@ -2,8 +2,8 @@
 
 kling-train-text configs/text/world.yaml out=runs/text            # the same command again goes on where it stopped
 
-A transformer that learns to paint while its text encoder learns to read learns neither: words are noise to it, and it turns them off. Minutes
-of this first give it features that already tell prompts apart. Nothing here sees a picture, so it runs on captions alone.
+A transformer that learns to paint while its text encoder learns to read learns neither: words are noise to it, and it turns them off.
+Minutes of this first give it features that tell prompts apart. Nothing here sees a picture, so it runs on captions alone.
 """
 
 from __future__ import annotations
