@@ -133,7 +133,14 @@ def input_hashes(request: Request) -> dict[str, str]:
 
 
 def _input_files(request: Request) -> Iterator[Path]:
-    for given in (request.image, request.last_image, *(picture for picture, _, _ in request.keyframes), request.video, request.mask):
+    for given in (
+        request.image,
+        request.last_image,
+        *(picture for picture, _, _ in request.keyframes),
+        request.video,
+        request.control,
+        request.mask,
+    ):
         if isinstance(given, str | Path):
             yield Path(given)
     if isinstance(request.camera, str) and Path(request.camera).is_file():
