@@ -31,7 +31,9 @@ FOREIGN = {
 def transformer_names(shapes: Shapes) -> dict[str, str]:
     """File's name -> ours, for original and diffusers naming, with any prefix of repackaging taken off."""
     prefix = strip_prefix(shapes)
-    return {name: transformer_name(name.removeprefix(prefix)) for name in shapes}
+    original = any(".self_attn." in name for name in shapes)  # "norm2" is another layer in each
+    bare = {name: name.removeprefix(prefix) for name in shapes}
+    return {name: transformer_name(short) if original else short for name, short in bare.items()}
 
 
 def transformer_config(shapes: Shapes, source: str) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -102,7 +103,7 @@ class UMT5TextEncoder:
             try:
                 tokenizer = AutoTokenizer.from_pretrained(self.folder / "tokenizer")
                 encoder = UMT5EncoderModel.from_pretrained(self.folder / "text_encoder", dtype=self.dtype, use_safetensors=True)
-            except (OSError, ValueError, ImportError) as error:
+            except (OSError, ValueError, ImportError, SafetensorError) as error:
                 raise UserError(f"text encoder of {self.folder} cannot be loaded ({str(error).strip().splitlines()[0]})") from None
             self._loaded = tokenizer, encoder.to(device).eval()
         return self._loaded
