@@ -107,9 +107,12 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """A folder that `from_pretrained` reads. umT5 is copied, not loaded."""
-        if isinstance(self.text_encoder, UMT5TextEncoder):
-            self.text_encoder.save_pretrained(save_directory)
+        text = self.text_encoder
+        if isinstance(text, UMT5TextEncoder):
+            text.save_pretrained(save_directory)
+            self.text_encoder = None  # diffusers would only say that it knows no way to save it
         super().save_pretrained(save_directory, **kwargs)
+        self.text_encoder = text
 
     @property
     def experts(self) -> list[KlingTransformer3DModel]:

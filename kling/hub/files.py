@@ -16,7 +16,7 @@ SHARD_BYTES = 5 * 10**9
 
 
 def weight_files(path: str | Path) -> list[Path]:
-    """The safetensors files of a checkpoint: the file itself, the shards that an index names, or the only one in a folder.
+    """The safetensors files of a checkpoint: the file itself, the shards that an index names, or the model in a folder.
 
     Raises `UserError` for pickles, missing shards, and folders with none or several that no index joins.
     """
@@ -35,7 +35,7 @@ def weight_files(path: str | Path) -> list[Path]:
         if missing := [name for name in names if not (path / name).is_file()]:
             raise UserError(f"{path} lacks {len(missing)} of its {len(names)} shards, '{missing[0]}' among them: get them again")
         return [path / name for name in names]
-    files = sorted(path.glob("*.safetensors"))
+    files = sorted(path.glob("diffusion_pytorch_model*.safetensors")) or sorted(path.glob("*.safetensors"))
     if len(files) != 1:
         pickles = [file.name for file in path.iterdir() if file.suffix in (".pth", ".pt", ".bin", ".ckpt")]
         hint = f" (there is {pickles[0]}, a pickle: get the safetensors of the same weights)" if pickles and not files else ""
