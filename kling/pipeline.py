@@ -114,6 +114,11 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         super().save_pretrained(save_directory, **kwargs)
         self.text_encoder = text
 
+    @classmethod
+    def lora_state_dict(cls, lora: Any, **kwargs: Any) -> Any:
+        """As diffusers', but never from a pickle."""
+        return super().lora_state_dict(lora, **{"use_safetensors": True, **kwargs})
+
     @property
     def experts(self) -> list[KlingTransformer3DModel]:
         """The transformer, and the second one if there is one."""

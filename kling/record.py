@@ -12,7 +12,7 @@ import dataclasses
 import hashlib
 import json
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from itertools import zip_longest
 from pathlib import Path
@@ -121,10 +121,11 @@ def frame_hashes(frames: np.ndarray) -> Record:
     return {"shape": list(frames.shape), "sha256": hashlib.sha256(np.ascontiguousarray(frames)).hexdigest(), "each": " ".join(each)}
 
 
-def model_hashes(folder: Path) -> Record:
-    """A model folder and the SHA-256 of its weights and configs."""
+def model_hashes(folder: Path, others: Sequence[Path] = ()) -> Record:
+    """A model folder and the SHA-256 of its weights and configs, and of those from elsewhere."""
     files = sorted(path for path in folder.rglob("*") if path.suffix in (".safetensors", ".json"))
-    return {"path": str(folder.absolute()), "sha256": {str(path.relative_to(folder)): sha256(path) for path in files}}
+    hashes = {str(path.relative_to(folder)): sha256(path) for path in files}
+    return {"path": str(folder.absolute()), "sha256": hashes | {str(path): sha256(path) for path in others}}
 
 
 def input_hashes(request: Request) -> dict[str, str]:

@@ -47,6 +47,8 @@ class Sampler:
     def __call__(self, state: State, signals: Signals, noise: Tensor, seed: int = 0, hop: int = 0) -> Iterator[Step]:
         """Walk from noise (1, c, G, h, w) to the clip; yields after every step. seed, hop: of the noise that few-step weights add."""
         plan = self.plan
+        for expert in self.experts:
+            expert._reset_stateful_cache()  # a step cache knows nothing of this clip
 
         def fresh(start: int = 0, end: int | None = None) -> Callable[[int], Tensor]:
             like = noise[:, :, start:end]

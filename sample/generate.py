@@ -3,6 +3,7 @@
     kling-sample "a red ball rolls left on grass, the camera pans right"
     kling-sample "the ball rolls on" --image first.png --last-image last.png --camera "pan=5,zoom=2"
     kling-sample "more of the same" --video in.mp4 --extend-to 30
+    kling-sample "a red ball rolls left" --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --offload model
     kling-sample --replay out/a-red-ball-1.json
 
 Beside each output lies a JSON that says how it was made, and from which --replay makes it again.
@@ -37,12 +38,17 @@ from kling.data.image import write_png, write_png_frames
 from kling.data.video import WRITABLE, frame_rate, write_gif, write_video
 from kling.errors import UserError, program, unknown
 from kling.request import Request
+from kling.runtime.inference import Machine, set_up
 
 if TYPE_CHECKING:  # diffusers takes seconds to import: a typing mistake should not wait for it
     from kling.pipeline import KlingPipeline, Plan
 
 FORMATS = {"mp4": tuple(WRITABLE), "gif": (".gif",), "png-frames": ("",), "png": (".png",)}  # and the endings of their names
 REPLAY_TAKES = {"replay", "output", "model", "device", "format", "fps", "save_latents", "dry_run"}
+REPLACED = ("transformer", "transformer_2", "vae", "checkpoint")  # of a published folder
+MACHINE = ("offload", "fp8", "attention", "cache", "context_parallel")
+REPLAY_TAKES |= {*REPLACED, *MACHINE, "lora", "lora_2", "dtype"}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 EXIT_DIFFERENT = 1
 
 
@@ -55,8 +61,8 @@ def main(argv: list[str] | None = None) -> None:
     kind = chosen_format(args, before)
     inputs = records.input_hashes(request)
 
-    folder, pipe = load_pipeline(args.model or (before and before["model"]["path"]), args.device)
-    model = records.model_hashes(folder)
+    folder, pipe = load_pipeline(args.model or (before and before["model"]["path"]), args.device, loading(args))
+    model = records.model_hashes(folder, model_files(args))
     if before:
         records.check_same_model(before, model, args.replay)
         torch.set_num_threads(before["machine"]["threads"])
@@ -70,13 +76,19 @@ def main(argv: list[str] | None = None) -> None:
     for path in paths:
         check_place(path, kind, {*inputs, str(Path(args.replay or "").absolute())})
 
+    if rank := int(os.environ.get("RANK", "0")):  # of processes that share a clip, the first one speaks and writes
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the end
     print(describe(plan, request), flush=True)
     if args.dry_run:
-        print(details(plan, pipe, paths))
+        print(details(plan, pipe, paths, machine(args), device_of(args.device)))
         return
+    add_loras(pipe, args)
+    set_up(pipe, machine(args), device_of(args.device), plan.num_inference_steps)
     for job, path in zip(jobs, paths, strict=True):
         started = time.perf_counter()
         frames, latents = sample(pipe, job, plan)  # uint8 (T, H, W, 3), (c, f, h, w)
+        if rank:
+            continue
         write_frames(path, kind, frames, fps)
         if args.save_latents:
             with written(path.with_suffix(".safetensors")) as temporary:
@@ -108,18 +120,56 @@ def sample(pipe: KlingPipeline, request: Request, plan: Plan) -> tuple[np.ndarra
     return out.frames[0], out.latents[0].float().cpu().contiguous()
 
 
-def load_pipeline(model: str | None, device: str | None) -> tuple[Path, KlingPipeline]:
-    """The model's folder and its pipeline, on the asked device."""
+def load_pipeline(model: str | None, device: str | None, options: tuple[tuple[str, Any], ...] = ()) -> tuple[Path, KlingPipeline]:
+    """The model's folder and its pipeline, not yet on its device. options: see `loading`."""
+    from kling.hub.load import find_folder
     from kling.pipeline import ASSETS, KlingPipeline
 
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    folder = Path(model) if model else ASSETS
-    pipe = KlingPipeline.from_pretrained(folder)
+    device_of(device)
+    folder = find_folder(model) if model else ASSETS
+    return folder.absolute(), KlingPipeline.from_pretrained(folder, **dict(options))
+
+
+def loading(args: argparse.Namespace) -> tuple[tuple[str, Any], ...]:
+    """What to load instead of the folder's own parts, and in which precision. A dry run loads no weights."""
+    options = {name: value for name in REPLACED if (value := getattr(args, name)) is not None}
+    if args.dtype is not None:
+        if args.dtype not in DTYPES:
+            raise unknown("dtype", args.dtype, DTYPES)
+        options["torch_dtype"] = DTYPES[args.dtype]
+    if args.dry_run:
+        options["weights"] = False
+    return tuple(options.items())
+
+
+def model_files(args: argparse.Namespace) -> list[Path]:
+    """Weights beside the folder's, which decide the frames as much."""
+    from kling.hub.files import weight_files
+    from kling.hub.lora import parse_lora
+
+    given = [args.transformer, args.transformer_2, args.vae, *(parse_lora(text)[0] for text in [*(args.lora or []), *(args.lora_2 or [])])]
+    return [file for path in given if path is not None for file in weight_files(path)]
+
+
+def add_loras(pipe: KlingPipeline, args: argparse.Namespace) -> None:
+    """Those of --lora and --lora-2."""
+    from kling.hub.lora import add_loras, parse_lora
+
+    add_loras(pipe, [parse_lora(text) for text in args.lora or []])
+    add_loras(pipe, [parse_lora(text) for text in args.lora_2 or []], second=True)
+
+
+def machine(args: argparse.Namespace) -> Machine:
+    """The options about this machine."""
+    return Machine(**{name: value for name in MACHINE if (value := getattr(args, name)) is not None})
+
+
+def device_of(name: str | None) -> torch.device:
+    """The asked device, by default CUDA if there is one."""
     try:
-        pipe.to(device)
-    except (RuntimeError, AssertionError) as error:  # how torch says that it has no such device
-        raise UserError(f"device '{device}' cannot be used ({str(error).splitlines()[0]}): try --device cpu") from None
-    return folder.absolute(), pipe
+        return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise UserError(f"device '{name}' cannot be used ({str(error).splitlines()[0]}): try --device cpu") from None
 
 
 # ------------------------------------------------------------------------------------------------------------ the command line
@@ -159,6 +209,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--camera-guidance-scale", metavar="X", type=float, help="1 is plain; more obeys the camera harder, at one more evaluation a step")
 
     add = parser.add_argument_group("size and length").add_argument
+    add("--control", metavar="FILE", type=a_path, help="a video of edges, depth or poses that the result follows")
+    add("--size", metavar="WxH", help="in pixels, such as 832x480, instead of --aspect")
     add("--aspect", metavar="W:H", help="16:9, 9:16 or 1:1; default: the nearest to the picture given, else 16:9")
     add("--duration", metavar="SECONDS", type=float, help="of the clip, or of what is added to --video (5)")
     add("--num-frames", metavar="N", type=int, help="instead of --duration: 1 + 4k frames")
@@ -173,8 +225,25 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--sigma-c", metavar="X", type=float, help="noise put on what is given, 0 to below 1 (0)")
     add("--seed", metavar="N", type=a_seed, help="default: drawn at random and printed")
     add("--num-videos", metavar="N", type=int, help="with the seeds N, N+1, …; each is what its seed gives alone")
-    add("--model", metavar="FOLDER", help="default: the shipped one")
+    add("--frame-delay", metavar="N", type=int, help="steps by which each latent frame trails the one before (diffusion forcing)")
+
+    add = parser.add_argument_group("model").add_argument
+    add("--model", metavar="FOLDER", help="ours, published Wan weights in diffusers layout, or a hub id; default: the shipped one")
+    add("--transformer", metavar="FILE", type=a_path, help="safetensors to take instead of the folder's, in original or diffusers naming")
+    add("--transformer-2", metavar="FILE", type=a_path, help="the same for the low-noise expert")
+    add("--vae", metavar="FILE", type=a_path, help="the same for the VAE")
+    add("--checkpoint", metavar="NAME", help="whose settings to take, where the files do not tell, such as wan2.1-i2v-14b-480p")
+    add("--lora", metavar="FILE[:SCALE]", action="append", help="repeat for more")
+    add("--lora-2", metavar="FILE[:SCALE]", action="append", help="for the low-noise expert")
+
+    add = parser.add_argument_group("machine").add_argument
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1, …; default: cuda if there is one")
+    add("--dtype", metavar="fp32|bf16|fp16", help="of transformer and text encoder; default: fp32 for ours, bf16 for published weights")
+    add("--offload", metavar="model|group", help="keep one part, or one block, on the device at a time")
+    add("--fp8", action="store_true", default=None, help="store the transformer in 8 bits")
+    add("--attention", metavar="NAME", help="native, math, cudnn, flex, xformers, flash, flash3 or sage")
+    add("--cache", metavar="NAME=X", help="skip work that changes little: first-block=0.1, taylorseer=5 or mag=RATIOS.json")
+    add("--context-parallel", metavar="N", type=int, help="share each clip between the N processes that torchrun started")
 
     add = parser.add_argument_group("output").add_argument
     add("--output", metavar="PATH", help="a file, or a folder (existing, or without an ending); default: out/")
@@ -309,20 +378,29 @@ def describe(plan: Plan, request: Request) -> str:
     return f"task: {', '.join([plan.title, *extras])} · {size} · {plan.num_inference_steps} steps · {seeds}"
 
 
-def details(plan: Plan, pipe: KlingPipeline, paths: list[Path]) -> str:
+def details(plan: Plan, pipe: KlingPipeline, paths: list[Path], machine: Machine, device: torch.device) -> str:
     """What a dry run adds. Seconds are left out: nothing here has measured this machine."""
-    parts = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
-    weights = sum(p.numel() * p.element_size() for part in parts for p in part.parameters())
-    pixels = plan.frames * plan.height * plan.width * 3
+    from kling.memory import advice, estimate
+
+    memory = estimate(pipe, plan, machine)
+    weights = {"transformer": memory.transformer, "VAE": memory.vae, "text": memory.text}
+    parts = ", ".join(f"{name} {_size(size)}" for name, size in weights.items())
+    working = f"{_size(memory.activations)} while it walks, {_size(memory.decoding)} while it decodes"
+    room = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
     rows = {
         "length": f"{plan.frames / plan.fps:.1f} s",
         "tokens": f"{plan.tokens} at once",
         "steps": f"{plan.total_steps} in all, {plan.solver}, shift {plan.shift:g}",
         "guidance": f"{plan.guidance_scale:g} on the text, {plan.camera_guidance_scale:g} on the camera",
-        "memory": f"{weights / 2**20:.0f} MiB of weights and {pixels / 2**20:.1f} MiB of frames, and the activations",
+        "weights": parts,
+        "memory": f"about {_size(memory.peak)} at most: {working}; {_size(room)} are free on {device}: {advice(pipe, plan, machine, room)}",
         "output": ", ".join(map(str, paths)) + " (dry run: nothing is written)",
     }
     return "\n".join(f"  {name:9} {text}" for name, text in rows.items())
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
 
 
 if __name__ == "__main__":

@@ -64,12 +64,14 @@ def load(
     transformer: str | Path | None = None,
     transformer_2: str | Path | None = None,
     vae: str | Path | None = None,
+    weights: bool = True,
 ) -> dict[str, Any]:
     """Every argument of `KlingPipeline` from a folder of ours, or a Wan folder in diffusers layout.
 
     transformer, transformer_2, vae: files or folders of safetensors, in either naming, to take instead of the folder's own.
     checkpoint: the registry's name of what they are, where the files do not tell.
     dtype: of the transformers and the text encoder, by default fp32 for ours and bf16 for Wan's, whose VAE runs in fp32 all the same.
+    weights: False builds everything without them, on the meta device: enough to plan with.
     """
     index = read_index(folder)
     kind = index.get("_class_name")
@@ -80,16 +82,19 @@ def load(
     parts: dict[str, Any] = {}
     for name, given in {"transformer": transformer, "transformer_2": transformer_2}.items():
         if given is not None:
-            parts[name] = load_transformer(given, dtype)
+            parts[name] = load_transformer(given, dtype, weights)
         elif name == "transformer" or (has(index, name) and transformer is None):
-            parts[name] = loaded(folder, name, KlingTransformer3DModel, torch_dtype=dtype)
+            parts[name] = loaded(folder, name, KlingTransformer3DModel, weights, torch_dtype=dtype)
     precise = torch.float32 if wan else dtype
-    parts["vae"] = loaded(folder, "vae", AutoencoderKLKling, torch_dtype=precise) if vae is None else load_vae_file(vae, folder)
+    if vae is None or not weights:
+        parts["vae"] = loaded(folder, "vae", AutoencoderKLKling, weights, torch_dtype=precise)
+    else:
+        parts["vae"] = load_vae_file(vae, folder)
     if wan or (folder / "tokenizer").is_dir():
         parts["text_encoder"] = UMT5TextEncoder(folder, dtype)
     else:
-        parts["text_encoder"] = loaded(folder, "text_encoder", ByteTextEncoder, torch_dtype=dtype)
-    if has(index, "image_encoder"):
+        parts["text_encoder"] = loaded(folder, "text_encoder", ByteTextEncoder, weights, torch_dtype=dtype)
+    if weights and has(index, "image_encoder"):
         parts |= load_image_encoder(folder)
     parts["scheduler"] = load_scheduler(folder)
     if not wan and checkpoint is None and transformer is None:
@@ -133,11 +138,14 @@ def find_row(folder: Path, model: KlingTransformer3DModel, experts: bool, checkp
     return by_build(build_of(model.config), experts, plain=not replaced)
 
 
-def loaded(folder: Path, name: str, part: type, **kwargs: Any) -> Any:
-    """One part of a pipeline folder. Raises `UserError` in one line if it is missing or damaged."""
+def loaded(folder: Path, name: str, part: type, weights: bool = True, **kwargs: Any) -> Any:
+    """One part of a pipeline folder, or its shape alone. Raises `UserError` in one line if it is missing or damaged."""
     if name != "scheduler":  # diffusers falls back to a pickle
         kwargs["use_safetensors"] = True
     try:
+        if not weights:
+            with torch.device("meta"):
+                return part.from_config(part.load_config(folder / name)).to(kwargs["torch_dtype"])
         return part.from_pretrained(folder / name, **kwargs)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         if isinstance(error, UserError):
@@ -146,7 +154,7 @@ def loaded(folder: Path, name: str, part: type, **kwargs: Any) -> Any:
         raise UserError(f"model {folder} is incomplete: {name} cannot be loaded ({reason})") from None
 
 
-def load_transformer(path: str | Path, dtype: torch.dtype = torch.float32) -> KlingTransformer3DModel:
+def load_transformer(path: str | Path, dtype: torch.dtype = torch.float32, weights: bool = True) -> KlingTransformer3DModel:
     """A transformer from safetensors alone, in original or diffusers naming; its config follows from the shapes.
 
     Raises `UserError` with the odd names for anything else.
@@ -156,6 +164,8 @@ def load_transformer(path: str | Path, dtype: torch.dtype = torch.float32) -> Kl
     config = transformer_config({names[name]: shape for name, shape in shapes.items()}, str(path))
     with torch.device("meta"):
         model = KlingTransformer3DModel(**config)
+    if not weights:
+        return model.to(dtype)
     exact = set(KlingTransformer3DModel._keep_in_fp32_modules)
     tensors = {}
     for name, tensor in read_tensors(path).items():
