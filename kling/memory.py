@@ -1,4 +1,4 @@
-"""What a request will need on the device, before anything is loaded there: weights by arithmetic, activations by a rule that tests check."""
+"""What a request will need on the device, before anything is loaded: weights by arithmetic, activations by a rule that tests check."""
 
 from __future__ import annotations
 
@@ -6,20 +6,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from kling.plan import Plan
 from kling.runtime.inference import Machine
 from kling.text.umt5 import UMT5TextEncoder
 
-# Bytes alive at the worst moment of a transformer block, a token: the stream, its fp32 copies around a modulation, then queries, keys and
-# values with the fp32 pair that is being rotated; or the feed-forward's two widest tensors. In multiples of the width, and of a number's size.
-FP32_COPIES = 3
-NUMBERS = 5
-WIDEST = 2
-# Of a frame at full size in the VAE's decoder: feature maps alive at once, while four frames are made at a time.
-MAPS = 5
-FRAMES = 4
+# Bytes alive at the worst moment of a transformer block, a token, in multiples of the width. Measured with PyTorch's memory profiler on the
+# CPU (fp32: 48, bf16: 30 with a feed-forward four times as wide): fp32 copies around a modulation, the stream, and both sides of the GELU.
+FP32_COPIES, STREAM, GELU = 3, 1, 2
+# The same in attention, which is worse where the feed-forward is narrow: queries, keys, values and two more, and the pair being rotated.
+ROTATED, NUMBERS = 4, 5
+# Feature maps of a frame at full size that the VAE's decoder keeps, counting smaller ones and the stream's tails (measured 14.4 for the
+# Wan 2.1 type and 18.6 for the 2.2 one, fp32), while it makes four frames.
+MAPS, FRAMES = 19, 4
 
 
 @dataclass(frozen=True)
@@ -53,38 +54,62 @@ def estimate(pipe: Any, plan: Plan, machine: Machine) -> Memory:
     number = torch.finfo(pipe.transformer.dtype).bits // 8
     dim = config.num_attention_heads * config.attention_head_dim
     tokens = -(-plan.tokens // machine.context_parallel)
-    per_token = dim * (4 * FP32_COPIES + number * NUMBERS) + config.ffn_dim * number * WIDEST
+    feed_forward = dim * (4 * FP32_COPIES + number * STREAM) + config.ffn_dim * number * GELU
+    attention = dim * (4 * ROTATED + number * NUMBERS)
     wide = pipe.vae.config.decoder_base_dim or pipe.vae.config.base_dim
     patch = pipe.vae.config.patch_size or 1
     pixels = plan.height * plan.width // patch**2 * FRAMES
-    size = 1 if machine.fp8 else None
-    weights = [_bytes(model, size) for model in experts]
+    stored = 1 if machine.fp8 else None
+    weights = [_bytes(model, stored) for model in experts]
     return Memory(
         text=_text_bytes(pipe.text_encoder),
         transformer=max(weights) if machine.offload == "model" else sum(weights),
-        activations=tokens * per_token,
+        activations=tokens * max(feed_forward, attention),
         vae=_bytes(pipe.vae),
         decoding=pixels * wide * MAPS * (torch.finfo(pipe.vae.dtype).bits // 8),
         offload=machine.offload,
-        block=max(_bytes(model.blocks[0], size) for model in experts),
+        block=max(_bytes(model.blocks[0], stored) for model in experts),
     )
 
 
-def advice(pipe: Any, plan: Plan, machine: Machine, room: int) -> str:
+def advice(pipe: Any, plan: Plan, machine: Machine, room: int, room_is_main: bool = False) -> str:
     """The first setting, from the fastest to the smallest, with which the request fits in `room` bytes; or that none does."""
     if estimate(pipe, plan, machine).peak <= room:
         return "fits"
     ways = [replace(machine, offload=offload, fp8=fp8) for offload in (None, "model", "group") for fp8 in (machine.fp8, True)]
+    if room_is_main:  # there is nowhere to move weights to
+        ways = [way for way in ways if way.offload is None]
     for way in ways:
         if (memory := estimate(pipe, plan, way)).peak <= room:
             flags = [f"--offload {way.offload}"] * (way.offload is not None) + ["--fp8"] * way.fp8
-            return f"does not fit; {' '.join(flags)} would, with {memory.peak / 2**30:.1f} GiB"
+            return f"does not fit; {' '.join(flags)} would, with {size(memory.peak)}"
     return "does not fit, whatever is offloaded: ask for fewer frames or a smaller --size, or share it with --context-parallel"
 
 
-def _bytes(module: torch.nn.Module, size: int | None = None) -> int:
-    """Of parameters; large ones in `size` bytes each if given, as layerwise casting stores them."""
-    return sum(p.numel() * (size if size and p.ndim > 1 else p.element_size()) for p in module.parameters())
+def report(pipe: Any, plan: Plan, machine: Machine, device: torch.device) -> dict[str, str]:
+    """The estimate in words, as a dry run prints it."""
+    memory, room = estimate(pipe, plan, machine), free_memory(device)
+    working = f"{size(memory.activations)} while it walks, {size(memory.decoding)} while it decodes"
+    return {
+        "weights": f"transformer {size(memory.transformer)}, VAE {size(memory.vae)}, text {size(memory.text)}",
+        "memory": f"about {size(memory.peak)} at most, of it {working}",
+        "room": f"{size(room)} free on {device}: {advice(pipe, plan, machine, room, device.type == 'cpu')}",
+    }
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that the device has left."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+
+
+def size(count: int) -> str:
+    """Bytes as people read them."""
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
+
+
+def _bytes(module: torch.nn.Module, stored: int | None = None) -> int:
+    """Of parameters; matrices in `stored` bytes a number if given, as layerwise casting keeps them."""
+    return sum(p.numel() * (stored if stored and p.ndim > 1 else p.element_size()) for p in module.parameters())
 
 
 def _text_bytes(encoder: Any) -> int:

@@ -6,7 +6,7 @@ pipe("a red ball rolls left on grass", camera="pan=5", seed=1).frames      # (1,
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from kling.errors import UserError
 from kling.flow.plain import shift_key
 from kling.flow.scheduler import KlingFlowScheduler
 from kling.hub.load import find_folder, load
+from kling.hub.lora import add_loras
 from kling.inputs import Inputs, asked_frames, read_inputs
 from kling.plan import PRO_STEPS, Hop, Plan, plan_camera, plan_hops
 from kling.request import Request
@@ -96,14 +97,24 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path | None = None, torch_dtype: torch.dtype | None = None, **replaced: str | Path | None
+        cls,
+        path: str | Path | None = None,
+        torch_dtype: torch.dtype | None = None,
+        lora: Sequence[tuple[str, float]] = (),
+        lora_2: Sequence[tuple[str, float]] = (),
+        **replaced: Any,
     ) -> KlingPipeline:
         """The shipped model, a folder of ours, a folder of published Wan weights in diffusers layout, or the hub id of one.
 
+        lora, lora_2: (file, scale) on top of the transformer and of the second expert.
         replaced: `transformer`, `transformer_2` and `vae` as safetensors in original or diffusers naming, and `checkpoint`, the registry's
-        name of what they are; see `kling.hub`. Raises `UserError` if anything is missing, damaged or unknown.
+        name of what they are; see `kling.hub.load`. Raises `UserError` if anything is missing, damaged or unknown.
         """
-        return cls(**load(ASSETS if path is None else find_folder(path), torch_dtype, **replaced))
+        pipe = cls(**load(ASSETS if path is None else find_folder(path), torch_dtype, **replaced))
+        if replaced.get("weights", True):
+            add_loras(pipe, lora)
+            add_loras(pipe, lora_2, second=True)
+        return pipe
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """A folder that `from_pretrained` reads. umT5 is copied, not loaded."""

@@ -38,16 +38,16 @@ from kling.data.image import write_png, write_png_frames
 from kling.data.video import WRITABLE, frame_rate, write_gif, write_video
 from kling.errors import UserError, program, unknown
 from kling.request import Request
-from kling.runtime.inference import Machine, set_up
 
 if TYPE_CHECKING:  # diffusers takes seconds to import: a typing mistake should not wait for it
     from kling.pipeline import KlingPipeline, Plan
+    from kling.runtime.inference import Machine
 
 FORMATS = {"mp4": tuple(WRITABLE), "gif": (".gif",), "png-frames": ("",), "png": (".png",)}  # and the endings of their names
 REPLAY_TAKES = {"replay", "output", "model", "device", "format", "fps", "save_latents", "dry_run"}
-REPLACED = ("transformer", "transformer_2", "vae", "checkpoint")  # of a published folder
+WEIGHTS = ("transformer", "transformer_2", "vae", "checkpoint", "lora", "lora_2")  # beside those of the folder
 MACHINE = ("offload", "fp8", "attention", "cache", "context_parallel")
-REPLAY_TAKES |= {*REPLACED, *MACHINE, "lora", "lora_2", "dtype"}
+REPLAY_TAKES |= {*WEIGHTS, *MACHINE, "dtype"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 EXIT_DIFFERENT = 1
 
@@ -62,9 +62,8 @@ def main(argv: list[str] | None = None) -> None:
     inputs = records.input_hashes(request)
 
     folder, pipe = load_pipeline(args.model or (before and before["model"]["path"]), args.device, loading(args))
-    model = records.model_hashes(folder, model_files(args))
     if before:
-        records.check_same_model(before, model, args.replay)
+        records.check_same_model(before, model_hashes(folder, args), args.replay)
         torch.set_num_threads(before["machine"]["threads"])
     plan = pipe.plan(request)
     if before:
@@ -82,8 +81,11 @@ def main(argv: list[str] | None = None) -> None:
     if args.dry_run:
         print(details(plan, pipe, paths, machine(args), device_of(args.device)))
         return
-    add_loras(pipe, args)
-    set_up(pipe, machine(args), device_of(args.device), plan.num_inference_steps)
+    from kling.runtime.inference import set_up
+
+    device = device_of(args.device)
+    set_up(pipe, machine(args), device, plan.num_inference_steps)
+    model = model_hashes(folder, args)
     for job, path in zip(jobs, paths, strict=True):
         started = time.perf_counter()
         frames, latents = sample(pipe, job, plan)  # uint8 (T, H, W, 3), (c, f, h, w)
@@ -95,7 +97,7 @@ def main(argv: list[str] | None = None) -> None:
                 save_file({"latents": latents}, temporary)
         seconds = time.perf_counter() - started
         output = {"path": str(path.absolute()), "format": kind, "fps": fps, "seconds": round(seconds, 2)}
-        record = records.make_record(job, plan, model, pipe.device, frames, output=output, command=shlex.join(["kling-sample", *argv]))
+        record = records.make_record(job, plan, model, device, frames, output=output, command=shlex.join(["kling-sample", *argv]))
         records.write_record(path.with_suffix(".json"), record)
         print(f"{path} · seed {job.seed} · {seconds:.1f} s · {path.with_suffix('.json')}", flush=True)
         if before and (other := records.difference(before, record)):
@@ -131,8 +133,9 @@ def load_pipeline(model: str | None, device: str | None, options: tuple[tuple[st
 
 
 def loading(args: argparse.Namespace) -> tuple[tuple[str, Any], ...]:
-    """What to load instead of the folder's own parts, and in which precision. A dry run loads no weights."""
-    options = {name: value for name in REPLACED if (value := getattr(args, name)) is not None}
+    """What to load instead of the folder's own parts or on top of them, and in which precision. A dry run loads no weights."""
+    given = {name: value for name in WEIGHTS if (value := getattr(args, name)) is not None}
+    options = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     if args.dtype is not None:
         if args.dtype not in DTYPES:
             raise unknown("dtype", args.dtype, DTYPES)
@@ -142,33 +145,28 @@ def loading(args: argparse.Namespace) -> tuple[tuple[str, Any], ...]:
     return tuple(options.items())
 
 
-def model_files(args: argparse.Namespace) -> list[Path]:
-    """Weights beside the folder's, which decide the frames as much."""
+def model_hashes(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Of everything that decides the frames, for the record."""
     from kling.hub.files import weight_files
-    from kling.hub.lora import parse_lora
 
-    given = [args.transformer, args.transformer_2, args.vae, *(parse_lora(text)[0] for text in [*(args.lora or []), *(args.lora_2 or [])])]
-    return [file for path in given if path is not None for file in weight_files(path)]
-
-
-def add_loras(pipe: KlingPipeline, args: argparse.Namespace) -> None:
-    """Those of --lora and --lora-2."""
-    from kling.hub.lora import add_loras, parse_lora
-
-    add_loras(pipe, [parse_lora(text) for text in args.lora or []])
-    add_loras(pipe, [parse_lora(text) for text in args.lora_2 or []], second=True)
+    given = [args.transformer, args.transformer_2, args.vae, *(path for path, _ in [*(args.lora or []), *(args.lora_2 or [])])]
+    return records.model_hashes(folder, [file for path in given if path is not None for file in weight_files(path)])
 
 
 def machine(args: argparse.Namespace) -> Machine:
     """The options about this machine."""
+    from kling.runtime.inference import Machine
+
     return Machine(**{name: value for name in MACHINE if (value := getattr(args, name)) is not None})
 
 
 def device_of(name: str | None) -> torch.device:
     """The asked device, by default CUDA if there is one."""
     try:
-        return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+        return device
+    except (RuntimeError, AssertionError) as error:  # how torch says that it has no such device
         raise UserError(f"device '{name}' cannot be used ({str(error).splitlines()[0]}): try --device cpu") from None
 
 
@@ -233,8 +231,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--transformer-2", metavar="FILE", type=a_path, help="the same for the low-noise expert")
     add("--vae", metavar="FILE", type=a_path, help="the same for the VAE")
     add("--checkpoint", metavar="NAME", help="whose settings to take, where the files do not tell, such as wan2.1-i2v-14b-480p")
-    add("--lora", metavar="FILE[:SCALE]", action="append", help="repeat for more")
-    add("--lora-2", metavar="FILE[:SCALE]", action="append", help="for the low-noise expert")
+    add("--lora", metavar="FILE[:SCALE]", type=a_lora, action="append", help="repeat for more")
+    add("--lora-2", metavar="FILE[:SCALE]", type=a_lora, action="append", help="for the low-noise expert")
 
     add = parser.add_argument_group("machine").add_argument
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1, …; default: cuda if there is one")
@@ -265,6 +263,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def a_path(text: str) -> str:
     return str(Path(text).absolute())
+
+
+def a_lora(text: str) -> tuple[str, float]:
+    """FILE or FILE:SCALE; the file's name may hold a colon itself."""
+    found = re.fullmatch(r"(.+):(-?\d*\.?\d+)", text)
+    return (a_path(found[1]), float(found[2])) if found else (a_path(text), 1.0)
 
 
 def a_camera(text: str) -> str:
@@ -380,27 +384,17 @@ def describe(plan: Plan, request: Request) -> str:
 
 def details(plan: Plan, pipe: KlingPipeline, paths: list[Path], machine: Machine, device: torch.device) -> str:
     """What a dry run adds. Seconds are left out: nothing here has measured this machine."""
-    from kling.memory import advice, estimate
+    from kling.memory import report
 
-    memory = estimate(pipe, plan, machine)
-    weights = {"transformer": memory.transformer, "VAE": memory.vae, "text": memory.text}
-    parts = ", ".join(f"{name} {_size(size)}" for name, size in weights.items())
-    working = f"{_size(memory.activations)} while it walks, {_size(memory.decoding)} while it decodes"
-    room = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
     rows = {
         "length": f"{plan.frames / plan.fps:.1f} s",
         "tokens": f"{plan.tokens} at once",
         "steps": f"{plan.total_steps} in all, {plan.solver}, shift {plan.shift:g}",
         "guidance": f"{plan.guidance_scale:g} on the text, {plan.camera_guidance_scale:g} on the camera",
-        "weights": parts,
-        "memory": f"about {_size(memory.peak)} at most: {working}; {_size(room)} are free on {device}: {advice(pipe, plan, machine, room)}",
+        **report(pipe, plan, machine, device),
         "output": ", ".join(map(str, paths)) + " (dry run: nothing is written)",
     }
     return "\n".join(f"  {name:9} {text}" for name, text in rows.items())
-
-
-def _size(count: int) -> str:
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
 
 
 if __name__ == "__main__":

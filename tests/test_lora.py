@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from kling import KlingPipeline
 from kling.errors import UserError
-from kling.hub.lora import add_loras, parse_lora
+from kling.hub.lora import add_loras
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj"]
 
@@ -100,8 +100,3 @@ def test_what_is_no_lora_is_refused(folder: Path, tmp_path: Path) -> None:
     pipe.transformer_2 = None
     with pytest.raises(UserError, match="one only"):
         add_loras(pipe, [("x", 1.0)], second=True)
-
-
-def test_a_scale_follows_the_last_colon() -> None:
-    assert parse_lora("/a/b:c.safetensors:0.5") == ("/a/b:c.safetensors", 0.5)
-    assert parse_lora("/a/b:c.safetensors") == ("/a/b:c.safetensors", 1.0)

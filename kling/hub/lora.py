@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 from kling.errors import UserError
 from kling.hub.files import weight_files
 
 
-def add_loras(pipe: Any, loras: list[tuple[str, float]], second: bool = False) -> None:
+def add_loras(pipe: Any, loras: Sequence[tuple[str, float]], second: bool = False) -> None:
     """Load (file, scale) pairs on top of each other. second: into the low-noise expert.
 
     Raises `UserError` if peft is missing, or if a file is no LoRA of this model.
@@ -34,12 +34,3 @@ def add_loras(pipe: Any, loras: list[tuple[str, float]], second: bool = False) -
             raise UserError(f"{path} is no LoRA that fits this model: none of its layers are in the transformer")
         names.append((name, scale))
     model.set_adapters([name for name, _ in names], [scale for _, scale in names])
-
-
-def parse_lora(text: str) -> tuple[str, float]:
-    """FILE or FILE:SCALE; the file's name may hold a colon itself."""
-    path, _, scale = text.rpartition(":")
-    try:
-        return (str(Path(path).absolute()), float(scale)) if path else (str(Path(text).absolute()), 1.0)
-    except ValueError:
-        return str(Path(text).absolute()), 1.0

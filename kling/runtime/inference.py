@@ -29,6 +29,7 @@ ATTENTIONS = {  # ours -> diffusers', and whether it runs on a CPU
     "flash3": ("_flash_3", False),
     "sage": ("sage", False),
 }
+BRANCHES = [r"blocks\.\d+\.(attn1|attn2|ffn)"]  # what TaylorSeer predicts; diffusers' own patterns match nothing in a Wan block
 CACHES = ("first-block", "mag", "taylorseer")
 
 
@@ -86,10 +87,7 @@ def place(pipe: Any, offload: str | None, device: torch.device) -> None:
             if part is not None:
                 part.to(device)
     else:
-        try:
-            pipe.to(device)
-        except (RuntimeError, AssertionError) as error:  # how torch says that it has no such device
-            raise UserError(f"device '{device}' cannot be used ({str(error).splitlines()[0]}): try --device cpu") from None
+        pipe.to(device)
 
 
 def set_attention(models: list[Any], name: str, device: torch.device) -> None:
@@ -120,7 +118,7 @@ def cache_config(text: str, steps: int, model: Callable[[], Any]) -> Any:
             return FirstBlockCacheConfig(threshold=float(value or 0.1))
         if name == "taylorseer":
             dtype = next(model().parameters()).dtype
-            return TaylorSeerCacheConfig(cache_interval=int(value or 5), taylor_factors_dtype=dtype)
+            return TaylorSeerCacheConfig(cache_interval=int(value or 5), taylor_factors_dtype=dtype, cache_identifiers=BRANCHES)
         path, _, threshold = value.partition(":")
         return MagCacheConfig(threshold=float(threshold or 0.06), num_inference_steps=steps, mag_ratios=read_ratios(path))
     except ValueError as error:
