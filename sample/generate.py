@@ -23,6 +23,7 @@ import tempfile
 import time
 import unicodedata
 import uuid
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,16 +76,16 @@ def main(argv: list[str] | None = None) -> None:
     for path in paths:
         check_place(path, kind, {*inputs, str(Path(args.replay or "").absolute())})
 
+    from kling.runtime.inference import Machine, pick_device, set_up
+
+    machine, device = Machine(**given(args, MACHINE)), pick_device(args.device)
     if rank := int(os.environ.get("RANK", "0")):  # of processes that share a clip, the first one speaks and writes
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the end
     print(describe(plan, request), flush=True)
     if args.dry_run:
-        print(details(plan, pipe, paths, machine(args), device_of(args.device)))
+        print(details(plan, pipe, paths, machine, device))
         return
-    from kling.runtime.inference import set_up
-
-    device = device_of(args.device)
-    set_up(pipe, machine(args), device, plan.num_inference_steps)
+    set_up(pipe, machine, device, plan.num_inference_steps)
     model = model_hashes(folder, args)
     for job, path in zip(jobs, paths, strict=True):
         started = time.perf_counter()
@@ -123,51 +124,32 @@ def sample(pipe: KlingPipeline, request: Request, plan: Plan) -> tuple[np.ndarra
 
 
 def load_pipeline(model: str | None, device: str | None, options: tuple[tuple[str, Any], ...] = ()) -> tuple[Path, KlingPipeline]:
-    """The model's folder and its pipeline, not yet on its device. options: see `loading`."""
+    """The model's folder and its pipeline, not yet on the device. options: see `loading`."""
     from kling.hub.load import find_folder
     from kling.pipeline import ASSETS, KlingPipeline
+    from kling.runtime.inference import pick_device
 
-    device_of(device)
+    pick_device(device)  # a device that is not there is said before anything is loaded
     folder = find_folder(model) if model else ASSETS
     return folder.absolute(), KlingPipeline.from_pretrained(folder, **dict(options))
 
 
 def loading(args: argparse.Namespace) -> tuple[tuple[str, Any], ...]:
     """What to load instead of the folder's own parts or on top of them, and in which precision. A dry run loads no weights."""
-    given = {name: value for name in WEIGHTS if (value := getattr(args, name)) is not None}
-    options = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    options = {name: tuple(value) if isinstance(value, list) else value for name, value in given(args, WEIGHTS).items()}
     if args.dtype is not None:
         if args.dtype not in DTYPES:
             raise unknown("dtype", args.dtype, DTYPES)
         options["torch_dtype"] = DTYPES[args.dtype]
-    if args.dry_run:
-        options["weights"] = False
-    return tuple(options.items())
+    return tuple((options | ({"weights": False} if args.dry_run else {})).items())
 
 
 def model_hashes(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Of everything that decides the frames, for the record."""
     from kling.hub.files import weight_files
 
-    given = [args.transformer, args.transformer_2, args.vae, *(path for path, _ in [*(args.lora or []), *(args.lora_2 or [])])]
-    return records.model_hashes(folder, [file for path in given if path is not None for file in weight_files(path)])
-
-
-def machine(args: argparse.Namespace) -> Machine:
-    """The options about this machine."""
-    from kling.runtime.inference import Machine
-
-    return Machine(**{name: value for name in MACHINE if (value := getattr(args, name)) is not None})
-
-
-def device_of(name: str | None) -> torch.device:
-    """The asked device, by default CUDA if there is one."""
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
-        return device
-    except (RuntimeError, AssertionError) as error:  # how torch says that it has no such device
-        raise UserError(f"device '{name}' cannot be used ({str(error).splitlines()[0]}): try --device cpu") from None
+    beside = [args.transformer, args.transformer_2, args.vae, *(path for path, _ in [*(args.lora or []), *(args.lora_2 or [])])]
+    return records.model_hashes(folder, [file for path in beside if path is not None for file in weight_files(path)])
 
 
 # ------------------------------------------------------------------------------------------------------------ the command line
@@ -288,17 +270,21 @@ def a_keyframe(text: str) -> tuple[str, int, float]:
     return a_path(found[1]), int(found[2]), float(found[3] or 1)
 
 
+def given(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
+    """Those of the options that were set."""
+    return {name: value for name in names if (value := getattr(args, name, None)) is not None}
+
+
 def asked_request(args: argparse.Namespace) -> Request:
     """The request that the options describe."""
-    names = {field.name for field in dataclasses.fields(Request)}
-    given = {name: value for name, value in vars(args).items() if name in names and value is not None}
+    fields = given(args, (field.name for field in dataclasses.fields(Request)))
     if args.image_only:
         if args.duration is not None or args.num_frames is not None:
             raise UserError("--image-only makes one picture: leave out --duration and --num-frames")
-        given["num_frames"] = 1
-    if not given.keys() & {"prompt", "image", "last_image", "keyframes", "video"}:
+        fields["num_frames"] = 1
+    if not fields.keys() & {"prompt", "image", "last_image", "keyframes", "video"}:
         raise UserError('nothing to go by: give a prompt, as in  kling-sample "a red ball rolls left on grass"')
-    return Request(**{"seed": secrets.randbelow(2**31)} | given)
+    return Request(**{"seed": secrets.randbelow(2**31)} | fields)
 
 
 # ---------------------------------------------------------------------------------------------------------------------- output

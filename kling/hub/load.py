@@ -176,6 +176,20 @@ def load_transformer(path: str | Path, dtype: torch.dtype = torch.float32, weigh
     return model.eval()
 
 
+def widen_inputs(model: KlingTransformer3DModel, in_channels: int) -> KlingTransformer3DModel:
+    """The same transformer with more input channels, whose weights are 0: where the training of a new channel group starts."""
+    config = {key: value for key, value in model.config.items() if not key.startswith("_")} | {"in_channels": in_channels}
+    with torch.device("meta"):
+        wide = KlingTransformer3DModel(**config)
+    state = model.state_dict()
+    weight = state["patch_embedding.weight"]  # (d, c, pt, ph, pw)
+    state["patch_embedding.weight"] = torch.cat(
+        [weight, weight.new_zeros(len(weight), in_channels - weight.shape[1], *weight.shape[2:])], 1
+    )
+    wide.load_state_dict(state, assign=True)
+    return wide.train(model.training)
+
+
 def load_vae_file(path: str | Path, folder: Path) -> AutoencoderKLKling:
     """A VAE from safetensors in original or diffusers naming. Its config is the folder's: no tensor tells the statistics of the latents."""
     config = AutoencoderKLKling.load_config(folder / "vae")

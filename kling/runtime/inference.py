@@ -57,6 +57,16 @@ class Machine:
             raise unknown("cache", self.cache, [f"{name}=…" for name in CACHES])
 
 
+def pick_device(name: str | None) -> torch.device:
+    """The asked device, by default CUDA if there is one. Raises `UserError` if it is not there."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+        return device
+    except (RuntimeError, AssertionError) as error:  # how torch says that it has no such device
+        raise UserError(f"device '{name}' cannot be used ({str(error).splitlines()[0]}): try --device cpu") from None
+
+
 def set_up(pipe: Any, machine: Machine, device: torch.device, steps: int) -> None:
     """Put a pipeline to work as asked. steps: of one walk, which MagCache needs. Raises `UserError` for what cannot be had here."""
     if machine.attention is not None:
