@@ -227,3 +227,14 @@ def test_kling_sample_prints_the_estimate(folder: Path, tmp_path: Path, capsys, 
         and re.search(r"room +.* free on cpu: (fits|does not fit)", out)
         and not list(tmp_path.iterdir())
     )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("offload", ["model", "group"])
+def test_offloading_changes_nothing(offload: str, folder: Path) -> None:
+    device, pipe = torch.device("cuda"), fresh(folder)
+    set_up(pipe, Machine(), device, steps=4)
+    expected = pipe("a ball", **SHORT).latents.cpu()
+    moved = fresh(folder)
+    set_up(moved, Machine(offload=offload), device, steps=4)
+    torch.testing.assert_close(moved("a ball", **SHORT).latents.cpu(), expected, atol=1e-4, rtol=1e-4)
