@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,9 @@ def _bytes(module: torch.nn.Module, stored: int | None = None) -> int:
 
 
 def _text_bytes(encoder: Any) -> int:
-    if isinstance(encoder, UMT5TextEncoder):
-        return sum(file.stat().st_size for file in Path(encoder.folder, "text_encoder").glob("*.safetensors"))
-    return _bytes(encoder)
+    if not isinstance(encoder, UMT5TextEncoder):
+        return _bytes(encoder)
+    folder = Path(encoder.folder, "text_encoder")
+    for index in folder.glob("*.safetensors.index.json"):  # there before the shards are
+        return int(json.loads(index.read_text(encoding="utf-8"))["metadata"]["total_size"])
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))

@@ -59,6 +59,7 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
     fps: frames a second that it learned. max_frames: its longest single clip; longer ones are continued in hops.
     sizes: aspect -> (H, W). block_frames: latent frames made at a time by block-causal weights; 0 makes all at once.
     defaults: `num_inference_steps`, `guidance_scale` (high noise, low noise) and `negative_prompt`, where the scheduler is not ours.
+    licence: of the weights, where they are published ones.
     """
 
     model_cpu_offload_seq = "text_encoder->image_encoder->transformer->transformer_2->vae"
@@ -80,6 +81,7 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         boundary_ratio: float | None = None,
         block_frames: int = 0,
         defaults: dict[str, Any] | None = None,
+        licence: str | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(
@@ -92,6 +94,7 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         )
         self.register_to_config(capabilities=list(capabilities), fps=fps, max_frames=max_frames)
         extra = {"sizes": sizes, "boundary_ratio": boundary_ratio, "block_frames": block_frames or None, "defaults": defaults}
+        extra["licence"] = licence
         self.register_to_config(**{key: value for key, value in extra.items() if value is not None})
         self.groups = concat_groups(transformer.config.in_channels, vae.config.z_dim)
 
@@ -108,10 +111,11 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
 
         lora, lora_2: (file, scale) on top of the transformer and of the second expert.
         replaced: `transformer`, `transformer_2` and `vae` as safetensors in original or diffusers naming, and `checkpoint`, the registry's
-        name of what they are; see `kling.hub.load`. Raises `UserError` if anything is missing, damaged or unknown.
+        name of what they are; weights=False for planning only; see `kling.hub.load`. Raises `UserError` if anything is missing, damaged or unknown.
         """
-        pipe = cls(**load(ASSETS if path is None else find_folder(path), torch_dtype, **replaced))
-        if replaced.get("weights", True):
+        weights = replaced.get("weights", True)
+        pipe = cls(**load(ASSETS if path is None else find_folder(path, weights), torch_dtype, **replaced))
+        if weights:
             add_loras(pipe, lora)
             add_loras(pipe, lora_2, second=True)
         return pipe

@@ -130,7 +130,7 @@ def load_pipeline(model: str | None, device: str | None, options: tuple[tuple[st
     from kling.runtime.inference import pick_device
 
     pick_device(device)  # a device that is not there is said before anything is loaded
-    folder = find_folder(model) if model else ASSETS
+    folder = find_folder(model, dict(options).get("weights", True)) if model else ASSETS
     return folder.absolute(), KlingPipeline.from_pretrained(folder, **dict(options))
 
 
@@ -378,6 +378,7 @@ def details(plan: Plan, pipe: KlingPipeline, paths: list[Path], machine: Machine
         "steps": f"{plan.total_steps} in all, {plan.solver}, shift {plan.shift:g}",
         "guidance": f"{plan.guidance_scale:g} on the text, {plan.camera_guidance_scale:g} on the camera",
         **report(pipe, plan, machine, device),
+        **({"licence": f"{pipe.config.licence} (of the weights)"} if pipe.config.get("licence") else {}),
         "output": ", ".join(map(str, paths)) + " (dry run: nothing is written)",
     }
     return "\n".join(f"  {name:9} {text}" for name, text in rows.items())

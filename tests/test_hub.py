@@ -232,6 +232,8 @@ def test_a_hub_id_is_fetched_without_pickles(folder: Path, monkeypatch: pytest.M
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
     assert find_folder("Wan-AI/Wan2.1-T2V-1.3B-Diffusers") == folder
     assert asked["repo"] == "Wan-AI/Wan2.1-T2V-1.3B-Diffusers" and not any("pth" in p or "bin" in p for p in asked["patterns"])
+    find_folder("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", weights=False)
+    assert "*.safetensors" not in asked["patterns"] and "*.json" in asked["patterns"]
     monkeypatch.undo()
     with pytest.raises(UserError, match="cannot be had from the hub"):
         find_folder("Wan-AI/No-Such-Thing")

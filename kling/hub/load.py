@@ -24,21 +24,25 @@ from kling.text.umt5 import UMT5TextEncoder
 from kling.vae import AutoencoderKLKling
 
 OURS = "KlingPipeline"
-SETTINGS = ("capabilities", "fps", "max_frames", "sizes", "boundary_ratio", "block_frames", "defaults")
+SETTINGS = ("capabilities", "fps", "max_frames", "sizes", "boundary_ratio", "block_frames", "defaults", "licence")
 WAN_PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 PUBLISHED = ["*.json", "*.safetensors", "*.txt", "*.model"]  # no pickles
 
 
-def find_folder(path: str | Path) -> Path:
-    """A folder on disk, or the snapshot of a hub id, downloaded if need be. Raises `UserError` if it is neither."""
+def find_folder(path: str | Path, weights: bool = True) -> Path:
+    """A folder on disk, or the snapshot of a hub id, downloaded if need be. Raises `UserError` if it is neither.
+
+    weights: False leaves them out, which is enough to plan with.
+    """
     folder = Path(path)
     if folder.exists() or not HUB_ID.fullmatch(str(path)):
         return folder
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(path), allow_patterns=PUBLISHED))
+        patterns = [pattern for pattern in PUBLISHED if weights or "safetensors" not in pattern] + ["*.safetensors.index.json"]
+        return Path(snapshot_download(str(path), allow_patterns=patterns))
     except Exception as error:  # many classes, of several packages
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"model '{path}' is no folder here and cannot be had from the hub ({reason}): check name and network") from None
@@ -123,6 +127,7 @@ def settings_of(row: Checkpoint, boundary: float | None) -> dict[str, Any]:
         "sizes": row.sizes,
         "boundary_ratio": boundary,
         "block_frames": row.block,
+        "licence": row.licence,
         "defaults": {"num_inference_steps": row.steps, "guidance_scale": list(row.guidance), "negative_prompt": row.negative},
     }
 

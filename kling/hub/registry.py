@@ -1,7 +1,7 @@
 """The published checkpoints, one row each: how they are built, what they can do, and the settings their authors sample with.
 
 Sources: the `wan/configs` of Wan-Video/Wan2.1 and Wan2.2, the scheduler configs of the -Diffusers repositories, the model cards of
-alibaba-pai (Fun) and the inference configs of Self-Forcing and Causal-Forcing. All are Apache-2.0. VACE and Animate may come later.
+alibaba-pai (Fun) and the inference configs of Self-Forcing and Causal-Forcing. VACE and Animate may come later.
 """
 
 from __future__ import annotations
@@ -68,7 +68,6 @@ class Checkpoint:
 
 SMALL, LARGE = (1536, 30), (5120, 40)
 I2V = Build(*LARGE, extra=20, image=True)
-A14B = {"steps": 40, "sizes": P720}
 ONE = (1.0, 1.0)  # distilled weights hold their guidance inside
 
 CHECKPOINTS = (
@@ -108,9 +107,14 @@ CHECKPOINTS = (
     ),
     Checkpoint(
         "self-forcing-1.3b", "gdhe17/Self-Forcing", Build(*SMALL), ("text",), 5.0, 4, ONE, sampler="renoise", block=3,
+        licence="CC-BY-NC-SA-4.0",
     ),
     Checkpoint(
         "causal-forcing-1.3b", "zhuhz22/Causal-Forcing", Build(*SMALL), ("text",), 5.0, 4, ONE, sampler="renoise", block=3,
+    ),
+    Checkpoint(
+        "causal-forcing-1.3b-framewise", "zhuhz22/Causal-Forcing/framewise", Build(*SMALL), ("text", "image"), 5.0, 4, ONE,
+        sampler="renoise", block=1,
     ),
 )  # fmt: skip
 
