@@ -111,7 +111,8 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
 
         lora, lora_2: (file, scale) on top of the transformer and of the second expert.
         replaced: `transformer`, `transformer_2` and `vae` as safetensors in original or diffusers naming, and `checkpoint`, the registry's
-        name of what they are; weights=False for planning only; see `kling.hub.load`. Raises `UserError` if anything is missing, damaged or unknown.
+        name of what they are; weights=False for planning only; see `kling.hub.load`.
+        Raises `UserError` if anything is missing, damaged or unknown.
         """
         weights = replaced.get("weights", True)
         pipe = cls(**load(ASSETS if path is None else find_folder(path, weights), torch_dtype, **replaced))
