@@ -170,6 +170,10 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         self._check_capable(task, request, camera, len(hops) > 1)
         pro = request.mode == "pro"
         solver = self.setting("solver")
+
+        def appended(hop: Hop) -> int:
+            return 0 if self.groups else len(hop.given.keyframes)
+
         high, low = self.setting("guidance_scale") if request.guidance_scale is None else [request.guidance_scale] * 2
         plan = Plan(
             task=task,
@@ -183,7 +187,7 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             guidance_scale_2=low,
             camera_guidance_scale=request.camera_guidance_scale,
             shift=self.setting("shift") if request.shift is None else request.shift,
-            tokens=max(latent_frames(hop.frames) + len(hop.given.keyframes) for hop in hops) * (h // patch[1]) * (w // patch[2]),
+            tokens=max(latent_frames(hop.frames) + appended(hop) for hop in hops) * (h // patch[1]) * (w // patch[2]),
             block_frames=self.config.get("block_frames") or 0,
             frame_delay=request.frame_delay,
         )

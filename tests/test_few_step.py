@@ -156,5 +156,16 @@ def test_the_pipeline_delays_frames_only_for_weights_trained_so(tmp_path: Path) 
     assert seen == [0, 1, 2, 3] and out.isfinite().all()
 
 
+def test_what_a_published_scheduler_cannot_walk_ours_does(tmp_path: Path) -> None:
+    """Restyling puts every token at a part of the level, which UniPC has no word for: strength 1 gives the clip back, 0 forgets it."""
+    pipe = KlingPipeline.from_pretrained(tiny_wan.saved("t2v", tmp_path), checkpoint="wan2.1-t2v-1.3b", torch_dtype=torch.float32)
+    video = torch.randint(0, 256, (9, 32, 48, 3), dtype=torch.uint8).numpy()
+    fields = {"prompt": "a", "size": "48x32", "num_inference_steps": 2, "output_type": "latent", "video": video}
+    kept, half, forgotten = (pipe(**fields, strength=strength).latents for strength in (1.0, 0.5, 0.0))
+    clean = pipe.encode(torch.from_numpy(video))
+    assert torch.equal(kept, clean)
+    assert (half - clean).norm() < (forgotten - clean).norm() and not torch.equal(half, clean)
+
+
 def _none(step: int) -> Tensor:
     raise AssertionError("this walk needs no fresh noise")
