@@ -182,6 +182,12 @@ def test_single_files_replace_parts_of_a_folder(folder: Path, tmp_path: Path) ->
         KlingPipeline.from_pretrained(folder, transformer=tmp_path / "dit.safetensors", **FP32)
 
 
+def test_a_transformer_that_needs_clip_says_so(folder: Path, tmp_path: Path) -> None:
+    save_file(tiny_wan.transformer(in_channels=36, **tiny_wan.IMAGE).state_dict(), tmp_path / "inp.safetensors")
+    with pytest.raises(UserError, match="no image_encoder: give the folder of a Wan 2.1 I2V model"):
+        KlingPipeline.from_pretrained(folder, transformer=tmp_path / "inp.safetensors", checkpoint="wan2.1-fun-inp-1.3b", **FP32)
+
+
 # ---- folders ----
 
 

@@ -100,6 +100,10 @@ def load(
         parts["text_encoder"] = loaded(folder, "text_encoder", ByteTextEncoder, weights, torch_dtype=dtype)
     if weights and has(index, "image_encoder"):
         parts |= load_image_encoder(folder)
+    elif weights and parts["transformer"].config.image_dim is not None:
+        raise UserError(
+            f"this transformer sees pictures through CLIP, and {folder} has no image_encoder: give the folder of a Wan 2.1 I2V model"
+        )
     parts["scheduler"] = load_scheduler(folder)
     if not wan and checkpoint is None and transformer is None:
         return parts | {key: index[key] for key in SETTINGS if key in index}
@@ -186,11 +190,10 @@ def widen_inputs(model: KlingTransformer3DModel, in_channels: int) -> KlingTrans
     config = {key: value for key, value in model.config.items() if not key.startswith("_")} | {"in_channels": in_channels}
     with torch.device("meta"):
         wide = KlingTransformer3DModel(**config)
-    state = model.state_dict()
+    state = dict(model.state_dict())
     weight = state["patch_embedding.weight"]  # (d, c, pt, ph, pw)
-    state["patch_embedding.weight"] = torch.cat(
-        [weight, weight.new_zeros(len(weight), in_channels - weight.shape[1], *weight.shape[2:])], 1
-    )
+    zeros = weight.new_zeros(len(weight), in_channels - weight.shape[1], *weight.shape[2:])
+    state["patch_embedding.weight"] = torch.cat([weight, zeros], dim=1)
     wide.load_state_dict(state, assign=True)
     return wide.train(model.training)
 
