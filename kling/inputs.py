@@ -18,7 +18,7 @@ from kling.data.transforms import contain, fit
 from kling.data.video import probe, read_video
 from kling.errors import UserError
 from kling.request import Movie, Picture, Request
-from kling.shapes import ASPECTS, aspect_size, clip_frames, nearest_aspect, nearest_frames
+from kling.shapes import ASPECTS, aspect_size, clip_frames, nearest_aspect, nearest_frames, parse_size
 
 DEFAULT_SECONDS = 5.0
 DEFAULT_ASPECT = "16:9"
@@ -34,19 +34,23 @@ class Inputs:
     keyframes: list[tuple[Tensor, int, float]] = field(default_factory=list)  # the last frame included
     video: Tensor | None = None
     mask: Tensor | None = None
+    control: Tensor | None = None
 
 
-def clip_size(request: Request) -> tuple[int, int]:
-    """(H, W): the aspect asked for, else the one nearest to the first picture given, else 16:9."""
+def clip_size(request: Request, sizes: dict[str, tuple[int, int]] = ASPECTS) -> tuple[int, int]:
+    """(H, W): the size or aspect asked for, else the aspect nearest to the first picture given, else 16:9. sizes: the model's own."""
+    if request.size is not None:
+        return parse_size(request.size)
     if request.aspect or request.outpaint:
-        return aspect_size(request.outpaint or request.aspect)
-    if request.video is not None:
-        return aspect_size(nearest_aspect(*_movie_size(request.video)))
+        return aspect_size(request.outpaint or request.aspect, sizes=sizes)
+    for movie in (request.video, request.control):
+        if movie is not None:
+            return aspect_size(nearest_aspect(*_movie_size(movie)), sizes=sizes)
     pictures = [request.image, request.last_image, *(picture for picture, _, _ in request.keyframes)]
     for picture in pictures:
         if picture is not None:
-            return aspect_size(nearest_aspect(*_picture(picture).shape[:2]))
-    return ASPECTS[DEFAULT_ASPECT]
+            return aspect_size(nearest_aspect(*_picture(picture).shape[:2]), sizes=sizes)
+    return aspect_size(DEFAULT_ASPECT, sizes=sizes)
 
 
 def asked_frames(request: Request, fps: float) -> int:
@@ -54,12 +58,12 @@ def asked_frames(request: Request, fps: float) -> int:
     return request.num_frames or clip_frames(request.duration or DEFAULT_SECONDS, fps)
 
 
-def read_inputs(request: Request, frames: int, fps: float, longest: int) -> Inputs:
+def read_inputs(request: Request, frames: int, fps: float, longest: int, sizes: dict[str, tuple[int, int]] = ASPECTS) -> Inputs:
     """Open and fit everything the request points at, before anything is computed. Raises `UserError` naming what cannot be used.
 
     frames: of the clip to make. longest: frames of a clip that the model can restyle or fill at once.
     """
-    H, W = clip_size(request)
+    H, W = clip_size(request, sizes)
     inputs = Inputs(H, W)
     if request.image is not None:
         inputs.image = fit(_picture(request.image), H, W)
@@ -72,13 +76,17 @@ def read_inputs(request: Request, frames: int, fps: float, longest: int) -> Inpu
     if request.last_image is not None:
         inputs.keyframes.append((fit(_picture(request.last_image), H, W), frames - 1, 1.0))
     if request.video is not None:
-        inputs.video = _movie(request, fps)
+        inputs.video = _movie(request.video, fps, "video")
         if request.outpaint is not None:
             inputs.video, inputs.mask = contain(inputs.video, H, W)
         else:
             inputs.video = fit(inputs.video, H, W)
         if request.strength is not None or request.mask is not None or request.outpaint is not None:
             inputs.video = inputs.video[: min(nearest_frames(len(inputs.video))[0], longest)]
+    if request.control is not None:
+        inputs.control = fit(_movie(request.control, fps, "control"), H, W)
+        if len(inputs.control) < frames:
+            raise UserError(f"control of {len(inputs.control)} frames for a clip of {frames}: give a longer one, or ask for fewer frames")
     if request.mask is not None:
         inputs.mask = _mask(request.mask, H, W)
         if inputs.video is None:  # filling a still picture
@@ -125,11 +133,11 @@ def _movie_size(video: Movie) -> tuple[int, int]:
     return np.asarray(video).shape[1:3]
 
 
-def _movie(request: Request, fps: float) -> Tensor:
-    """The given video at the model's frame rate."""
-    if isinstance(request.video, str | Path):
-        return read_video(request.video, fps=fps).frames
-    video = torch.as_tensor(np.asarray(request.video))
-    if video.dtype != torch.uint8 or video.ndim != 4 or video.shape[-1] != 3 or not len(video):
-        raise UserError(f"video of type {video.dtype} and shape {tuple(video.shape)}: give uint8 (T, H, W, 3) or a file")
-    return video
+def _movie(movie: Movie, fps: float, name: str) -> Tensor:
+    """A given video at the model's frame rate."""
+    if isinstance(movie, str | Path):
+        return read_video(movie, fps=fps).frames
+    frames = torch.as_tensor(np.asarray(movie))
+    if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or not len(frames):
+        raise UserError(f"{name} of type {frames.dtype} and shape {tuple(frames.shape)}: give uint8 (T, H, W, 3) or a file")
+    return frames

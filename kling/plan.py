@@ -55,9 +55,12 @@ class Plan:
     num_inference_steps: int
     solver: str
     guidance_scale: float
+    guidance_scale_2: float  # below the boundary, where there is a second expert
     camera_guidance_scale: float
     shift: float
     tokens: int  # of the longest hop
+    block_frames: int = 0  # latent frames made at a time; 0: all
+    frame_delay: int = 0  # steps by which each latent frame is behind the one before
 
     @property
     def frames(self) -> int:
@@ -65,7 +68,12 @@ class Plan:
 
     @property
     def total_steps(self) -> int:
-        return self.num_inference_steps * len(self.hops)
+        steps = 0
+        for hop in self.hops:
+            f = latent_frames(hop.frames)
+            blocks = -(-f // self.block_frames) if self.block_frames else 1
+            steps += self.num_inference_steps * blocks + self.frame_delay * (f + len(hop.given.keyframes) - 1)
+        return steps
 
     @property
     def title(self) -> str:

@@ -12,7 +12,8 @@ import dataclasses
 import hashlib
 import json
 import platform
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from itertools import zip_longest
 from pathlib import Path
@@ -121,10 +122,11 @@ def frame_hashes(frames: np.ndarray) -> Record:
     return {"shape": list(frames.shape), "sha256": hashlib.sha256(np.ascontiguousarray(frames)).hexdigest(), "each": " ".join(each)}
 
 
-def model_hashes(folder: Path) -> Record:
-    """A model folder and the SHA-256 of its weights and configs."""
+def model_hashes(folder: Path, others: Sequence[Path] = ()) -> Record:
+    """A model folder and the SHA-256 of its weights and configs, and of those from elsewhere."""
     files = sorted(path for path in folder.rglob("*") if path.suffix in (".safetensors", ".json"))
-    return {"path": str(folder.absolute()), "sha256": {str(path.relative_to(folder)): sha256(path) for path in files}}
+    hashes = {str(path.relative_to(folder)): sha256(path) for path in files}
+    return {"path": str(folder.absolute()), "sha256": hashes | {str(path): sha256(path) for path in others}}
 
 
 def input_hashes(request: Request) -> dict[str, str]:
@@ -133,7 +135,14 @@ def input_hashes(request: Request) -> dict[str, str]:
 
 
 def _input_files(request: Request) -> Iterator[Path]:
-    for given in (request.image, request.last_image, *(picture for picture, _, _ in request.keyframes), request.video, request.mask):
+    for given in (
+        request.image,
+        request.last_image,
+        *(picture for picture, _, _ in request.keyframes),
+        request.video,
+        request.control,
+        request.mask,
+    ):
         if isinstance(given, str | Path):
             yield Path(given)
     if isinstance(request.camera, str) and Path(request.camera).is_file():
@@ -150,5 +159,8 @@ def machine(device: torch.device) -> Record:
 def sha256(path: Path) -> str:
     """Of a file. Raises `UserError` if it is missing, empty or unreadable."""
     head(path)
+    blob = path.resolve()
+    if blob.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", blob.name):
+        return blob.name  # the hub's cache names large files by what we are about to compute
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

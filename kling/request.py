@@ -14,7 +14,7 @@ import numpy as np
 from kling.condition.axes import check_axes, parse_axes
 from kling.condition.camera import Trajectory
 from kling.errors import UserError, unknown
-from kling.shapes import ASPECTS, latent_frames
+from kling.shapes import ASPECTS, latent_frames, parse_size
 
 Picture = str | Path | np.ndarray | None  # a file, or uint8 (H, W, 3)
 Movie = str | Path | np.ndarray | None  # a file, or uint8 (T, H, W, 3) at the model's fps
@@ -26,20 +26,22 @@ MAX_SECONDS = 180.0
 class Request:
     """Everything that one call of the pipeline may be given. The task follows from what is there.
 
-    prompt, negative_prompt: English or Chinese.
+    prompt, negative_prompt: English or Chinese. No negative prompt is the checkpoint's own, which may be empty.
     image, last_image: first and last frame. keyframes: (picture, pixel frame, strength in (0, 1]) anywhere between.
     video: a clip to continue; with `strength` to restyle (1 keeps it, 0 forgets it); with `mask` (white = make anew) or `outpaint` to fill.
     loop: the last frame leads back to the first.
     camera: axes ("pan=5,zoom=2" or a dict), a master shot, a trajectory file or a `Trajectory`. camera_scale multiplies its translation.
+    control: a video (edges, depth, pose …) whose frames the result follows.
+    size: "WIDTHxHEIGHT" instead of an aspect.
     aspect, duration (seconds) or num_frames (1 + 4k): what is not given follows from the pictures and the model.
     extend_to: seconds; the clip is continued in hops until it is that long.
     mode: "std" or "pro". Steps, guidance and shift default to the checkpoint's settings for the mode.
-    sigma_c: conditioning noise of what is given.
+    sigma_c: conditioning noise of what is given. frame_delay: steps by which each latent frame trails the one before (diffusion forcing).
     seed: of the first video; video i of `num_videos` has seed + i, and is the same alone or among others.
     """
 
     prompt: str = ""
-    negative_prompt: str = ""
+    negative_prompt: str | None = None
     image: Picture = None
     last_image: Picture = None
     keyframes: list[tuple[Any, int, float]] = field(default_factory=list)
@@ -50,7 +52,9 @@ class Request:
     loop: bool = False
     camera: str | dict[str, float] | Trajectory | None = None
     camera_scale: float = 1.0
+    control: Movie = None
     aspect: str | None = None
+    size: str | None = None
     duration: float | None = None
     num_frames: int | None = None
     extend_to: float | None = None
@@ -60,6 +64,7 @@ class Request:
     camera_guidance_scale: float = 1.0
     shift: float | None = None
     sigma_c: float = 0.0
+    frame_delay: int = 0
     seed: int = 0
     num_videos: int = 1
 
@@ -69,6 +74,10 @@ class Request:
         for name in ("aspect", "outpaint"):
             if (value := getattr(self, name)) is not None and value not in ASPECTS:
                 raise unknown(name, value, ASPECTS)
+        if self.size is not None:
+            parse_size(self.size)
+            if self.aspect is not None or self.outpaint is not None:
+                raise UserError(f"both size {self.size} and an aspect were given: give one of them")
         if self.num_frames is not None:
             latent_frames(self.num_frames)
             if self.duration is not None:
@@ -89,6 +98,8 @@ class Request:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name} {value}: give at least 1")
+        if self.frame_delay < 0:
+            raise UserError(f"frame_delay {self.frame_delay}: give a number of steps, 0 or more")
         if not 0 <= self.seed < 2**32:
             raise UserError(f"seed {self.seed}: give a whole number from 0 to {2**32 - 1}")
         for _, frame, strength in self.keyframes:

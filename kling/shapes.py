@@ -10,6 +10,8 @@ Pixel frame 0 is latent frame 0 on its own; pixel frames 4j-3 … 4j are latent 
 
 from __future__ import annotations
 
+import re
+
 from kling.errors import UserError, unknown
 
 TEMPORAL = 4  # pixel frames in each latent frame after the first; every published Wan VAE and ours
@@ -55,6 +57,11 @@ def frame_position(t: int) -> float:
     return 0.0 if t == 0 else (t + 1.5) / TEMPORAL
 
 
+def position_frame(p: float) -> int:
+    """The pixel frame whose `frame_position` is p."""
+    return 0 if p == 0 else round(TEMPORAL * p - 1.5)
+
+
 def clip_frames(seconds: float, fps: float) -> int:
     """Frames of a clip of about `seconds`: 1 + the multiple of 4 nearest to seconds * fps (5 s at 8 fps = 41)."""
     if seconds <= 0:
@@ -76,12 +83,19 @@ def token_grid(f: int, h: int, w: int, patch: tuple[int, int, int]) -> tuple[int
     return f // patch[0], h // patch[1], w // patch[2]
 
 
-def aspect_size(aspect: str, scale: int = 1) -> tuple[int, int]:
+def aspect_size(aspect: str, scale: int = 1, sizes: dict[str, tuple[int, int]] = ASPECTS) -> tuple[int, int]:
     """(H, W) of a named aspect, times an integer scale. Raises `UserError` for an unknown name."""
-    if aspect not in ASPECTS:
-        raise unknown("aspect", aspect, ASPECTS)
-    H, W = ASPECTS[aspect]
+    if aspect not in sizes:
+        raise unknown("aspect", aspect, sizes)
+    H, W = sizes[aspect]
     return H * scale, W * scale
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """`832x480` (width x height) -> (H, W) = (480, 832). Raises `UserError` if it reads otherwise."""
+    if not (found := re.fullmatch(r"(\d+)x(\d+)", text)) or not int(found[1]) or not int(found[2]):
+        raise UserError(f"size '{text}': write it as WIDTHxHEIGHT, such as 832x480")
+    return int(found[2]), int(found[1])
 
 
 def nearest_aspect(H: int, W: int) -> str:

@@ -3,6 +3,7 @@
     kling-sample "a red ball rolls left on grass, the camera pans right"
     kling-sample "the ball rolls on" --image first.png --last-image last.png --camera "pan=5,zoom=2"
     kling-sample "more of the same" --video in.mp4 --extend-to 30
+    kling-sample "a red ball rolls left" --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --offload model
     kling-sample --replay out/a-red-ball-1.json
 
 Beside each output lies a JSON that says how it was made, and from which --replay makes it again.
@@ -22,6 +23,7 @@ import tempfile
 import time
 import unicodedata
 import uuid
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,9 +42,14 @@ from kling.request import Request
 
 if TYPE_CHECKING:  # diffusers takes seconds to import: a typing mistake should not wait for it
     from kling.pipeline import KlingPipeline, Plan
+    from kling.runtime.inference import Machine
 
 FORMATS = {"mp4": tuple(WRITABLE), "gif": (".gif",), "png-frames": ("",), "png": (".png",)}  # and the endings of their names
 REPLAY_TAKES = {"replay", "output", "model", "device", "format", "fps", "save_latents", "dry_run"}
+WEIGHTS = ("transformer", "transformer_2", "vae", "checkpoint", "lora", "lora_2")  # beside those of the folder
+MACHINE = ("offload", "fp8", "attention", "cache", "context_parallel")
+REPLAY_TAKES |= {*WEIGHTS, *MACHINE, "dtype"}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 EXIT_DIFFERENT = 1
 
 
@@ -55,10 +62,9 @@ def main(argv: list[str] | None = None) -> None:
     kind = chosen_format(args, before)
     inputs = records.input_hashes(request)
 
-    folder, pipe = load_pipeline(args.model or (before and before["model"]["path"]), args.device)
-    model = records.model_hashes(folder)
+    folder, pipe = load_pipeline(args.model or (before and before["model"]["path"]), args.device, loading(args))
     if before:
-        records.check_same_model(before, model, args.replay)
+        records.check_same_model(before, model_hashes(folder, args), args.replay)
         torch.set_num_threads(before["machine"]["threads"])
     plan = pipe.plan(request)
     if before:
@@ -70,20 +76,29 @@ def main(argv: list[str] | None = None) -> None:
     for path in paths:
         check_place(path, kind, {*inputs, str(Path(args.replay or "").absolute())})
 
+    from kling.runtime.inference import Machine, pick_device, set_up
+
+    machine, device = Machine(**given(args, MACHINE)), pick_device(args.device)
+    if rank := int(os.environ.get("RANK", "0")):  # of processes that share a clip, the first one speaks and writes
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the end
     print(describe(plan, request), flush=True)
     if args.dry_run:
-        print(details(plan, pipe, paths))
+        print(details(plan, pipe, paths, machine, device))
         return
+    set_up(pipe, machine, device, plan.num_inference_steps)
+    model = model_hashes(folder, args)
     for job, path in zip(jobs, paths, strict=True):
         started = time.perf_counter()
         frames, latents = sample(pipe, job, plan)  # uint8 (T, H, W, 3), (c, f, h, w)
+        if rank:
+            continue
         write_frames(path, kind, frames, fps)
         if args.save_latents:
             with written(path.with_suffix(".safetensors")) as temporary:
                 save_file({"latents": latents}, temporary)
         seconds = time.perf_counter() - started
         output = {"path": str(path.absolute()), "format": kind, "fps": fps, "seconds": round(seconds, 2)}
-        record = records.make_record(job, plan, model, pipe.device, frames, output=output, command=shlex.join(["kling-sample", *argv]))
+        record = records.make_record(job, plan, model, device, frames, output=output, command=shlex.join(["kling-sample", *argv]))
         records.write_record(path.with_suffix(".json"), record)
         print(f"{path} · seed {job.seed} · {seconds:.1f} s · {path.with_suffix('.json')}", flush=True)
         if before and (other := records.difference(before, record)):
@@ -108,18 +123,33 @@ def sample(pipe: KlingPipeline, request: Request, plan: Plan) -> tuple[np.ndarra
     return out.frames[0], out.latents[0].float().cpu().contiguous()
 
 
-def load_pipeline(model: str | None, device: str | None) -> tuple[Path, KlingPipeline]:
-    """The model's folder and its pipeline, on the asked device."""
+def load_pipeline(model: str | None, device: str | None, options: tuple[tuple[str, Any], ...] = ()) -> tuple[Path, KlingPipeline]:
+    """The model's folder and its pipeline, not yet on the device. options: see `loading`."""
+    from kling.hub.load import find_folder
     from kling.pipeline import ASSETS, KlingPipeline
+    from kling.runtime.inference import pick_device
 
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    folder = Path(model) if model else ASSETS
-    pipe = KlingPipeline.from_pretrained(folder)
-    try:
-        pipe.to(device)
-    except (RuntimeError, AssertionError) as error:  # how torch says that it has no such device
-        raise UserError(f"device '{device}' cannot be used ({str(error).splitlines()[0]}): try --device cpu") from None
-    return folder.absolute(), pipe
+    pick_device(device)  # a device that is not there is said before anything is loaded
+    folder = find_folder(model, dict(options).get("weights", True)) if model else ASSETS
+    return folder.absolute(), KlingPipeline.from_pretrained(folder, **dict(options))
+
+
+def loading(args: argparse.Namespace) -> tuple[tuple[str, Any], ...]:
+    """What to load instead of the folder's own parts or on top of them, and in which precision. A dry run loads no weights."""
+    options = {name: tuple(value) if isinstance(value, list) else value for name, value in given(args, WEIGHTS).items()}
+    if args.dtype is not None:
+        if args.dtype not in DTYPES:
+            raise unknown("dtype", args.dtype, DTYPES)
+        options["torch_dtype"] = DTYPES[args.dtype]
+    return tuple((options | ({"weights": False} if args.dry_run else {})).items())
+
+
+def model_hashes(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Of everything that decides the frames, for the record."""
+    from kling.hub.files import weight_files
+
+    beside = [args.transformer, args.transformer_2, args.vae, *(path for path, _ in [*(args.lora or []), *(args.lora_2 or [])])]
+    return records.model_hashes(folder, [file for path in beside if path is not None for file in weight_files(path)])
 
 
 # ------------------------------------------------------------------------------------------------------------ the command line
@@ -159,6 +189,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--camera-guidance-scale", metavar="X", type=float, help="1 is plain; more obeys the camera harder, at one more evaluation a step")
 
     add = parser.add_argument_group("size and length").add_argument
+    add("--control", metavar="FILE", type=a_path, help="a video of edges, depth or poses that the result follows")
+    add("--size", metavar="WxH", help="in pixels, such as 832x480, instead of --aspect")
     add("--aspect", metavar="W:H", help="16:9, 9:16 or 1:1; default: the nearest to the picture given, else 16:9")
     add("--duration", metavar="SECONDS", type=float, help="of the clip, or of what is added to --video (5)")
     add("--num-frames", metavar="N", type=int, help="instead of --duration: 1 + 4k frames")
@@ -173,8 +205,25 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--sigma-c", metavar="X", type=float, help="noise put on what is given, 0 to below 1 (0)")
     add("--seed", metavar="N", type=a_seed, help="default: drawn at random and printed")
     add("--num-videos", metavar="N", type=int, help="with the seeds N, N+1, …; each is what its seed gives alone")
-    add("--model", metavar="FOLDER", help="default: the shipped one")
+    add("--frame-delay", metavar="N", type=int, help="steps by which each latent frame trails the one before (diffusion forcing)")
+
+    add = parser.add_argument_group("model").add_argument
+    add("--model", metavar="FOLDER", help="ours, published Wan weights in diffusers layout, or a hub id; default: the shipped one")
+    add("--transformer", metavar="FILE", type=a_path, help="safetensors to take instead of the folder's, in original or diffusers naming")
+    add("--transformer-2", metavar="FILE", type=a_path, help="the same for the low-noise expert")
+    add("--vae", metavar="FILE", type=a_path, help="the same for the VAE")
+    add("--checkpoint", metavar="NAME", help="whose settings to take, where the files do not tell, such as wan2.1-i2v-14b-480p")
+    add("--lora", metavar="FILE[:SCALE]", type=a_lora, action="append", help="repeat for more")
+    add("--lora-2", metavar="FILE[:SCALE]", type=a_lora, action="append", help="for the low-noise expert")
+
+    add = parser.add_argument_group("machine").add_argument
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1, …; default: cuda if there is one")
+    add("--dtype", metavar="fp32|bf16|fp16", help="of transformer and text encoder; default: fp32 for ours, bf16 for published weights")
+    add("--offload", metavar="model|group", help="keep one part, or one block, on the device at a time")
+    add("--fp8", action="store_true", default=None, help="store the transformer in 8 bits")
+    add("--attention", metavar="NAME", help="native, math, cudnn, flex, xformers, flash, flash3 or sage")
+    add("--cache", metavar="NAME=X", help="skip work that changes little: first-block=0.1, taylorseer=5 or mag=RATIOS.json")
+    add("--context-parallel", metavar="N", type=int, help="share each clip between the N processes that torchrun started")
 
     add = parser.add_argument_group("output").add_argument
     add("--output", metavar="PATH", help="a file, or a folder (existing, or without an ending); default: out/")
@@ -198,6 +247,12 @@ def a_path(text: str) -> str:
     return str(Path(text).absolute())
 
 
+def a_lora(text: str) -> tuple[str, float]:
+    """FILE or FILE:SCALE; the file's name may hold a colon itself."""
+    found = re.fullmatch(r"(.+):(-?\d*\.?\d+)", text)
+    return (a_path(found[1]), float(found[2])) if found else (a_path(text), 1.0)
+
+
 def a_camera(text: str) -> str:
     return a_path(text) if os.path.isfile(text) else text
 
@@ -215,17 +270,21 @@ def a_keyframe(text: str) -> tuple[str, int, float]:
     return a_path(found[1]), int(found[2]), float(found[3] or 1)
 
 
+def given(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
+    """Those of the options that were set."""
+    return {name: value for name in names if (value := getattr(args, name, None)) is not None}
+
+
 def asked_request(args: argparse.Namespace) -> Request:
     """The request that the options describe."""
-    names = {field.name for field in dataclasses.fields(Request)}
-    given = {name: value for name, value in vars(args).items() if name in names and value is not None}
+    fields = given(args, (field.name for field in dataclasses.fields(Request)))
     if args.image_only:
         if args.duration is not None or args.num_frames is not None:
             raise UserError("--image-only makes one picture: leave out --duration and --num-frames")
-        given["num_frames"] = 1
-    if not given.keys() & {"prompt", "image", "last_image", "keyframes", "video"}:
+        fields["num_frames"] = 1
+    if not fields.keys() & {"prompt", "image", "last_image", "keyframes", "video"}:
         raise UserError('nothing to go by: give a prompt, as in  kling-sample "a red ball rolls left on grass"')
-    return Request(**{"seed": secrets.randbelow(2**31)} | given)
+    return Request(**{"seed": secrets.randbelow(2**31)} | fields)
 
 
 # ---------------------------------------------------------------------------------------------------------------------- output
@@ -309,17 +368,17 @@ def describe(plan: Plan, request: Request) -> str:
     return f"task: {', '.join([plan.title, *extras])} · {size} · {plan.num_inference_steps} steps · {seeds}"
 
 
-def details(plan: Plan, pipe: KlingPipeline, paths: list[Path]) -> str:
+def details(plan: Plan, pipe: KlingPipeline, paths: list[Path], machine: Machine, device: torch.device) -> str:
     """What a dry run adds. Seconds are left out: nothing here has measured this machine."""
-    parts = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
-    weights = sum(p.numel() * p.element_size() for part in parts for p in part.parameters())
-    pixels = plan.frames * plan.height * plan.width * 3
+    from kling.memory import report
+
     rows = {
         "length": f"{plan.frames / plan.fps:.1f} s",
         "tokens": f"{plan.tokens} at once",
         "steps": f"{plan.total_steps} in all, {plan.solver}, shift {plan.shift:g}",
         "guidance": f"{plan.guidance_scale:g} on the text, {plan.camera_guidance_scale:g} on the camera",
-        "memory": f"{weights / 2**20:.0f} MiB of weights and {pixels / 2**20:.1f} MiB of frames, and the activations",
+        **report(pipe, plan, machine, device),
+        **({"licence": f"{pipe.config.licence} (of the weights)"} if pipe.config.get("licence") else {}),
         "output": ", ".join(map(str, paths)) + " (dry run: nothing is written)",
     }
     return "\n".join(f"  {name:9} {text}" for name, text in rows.items())

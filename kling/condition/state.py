@@ -84,6 +84,17 @@ class State:
         """The clip: given elements restored exactly, appended frames cut off. (b, c, F, h, w)"""
         return torch.where(self.mask > 0, z, self.clean)[:, :, : self.frames]
 
+    @property
+    def plain(self) -> bool:
+        """Whether every element is either given, and clean, or at the schedule's own level: any flow scheduler can walk that."""
+        return self.sigma_c == 0 and bool(((self.mask == 0) | (self.mask == 1)).all())
+
+    def part(self, start: int, end: int) -> State:
+        """Target frames start … end - 1 alone, at the positions that they have in the clip."""
+        cut = {name: getattr(self, name)[:, :, start:end] for name in ("clean", "mask")}
+        cut |= {name: getattr(self, name)[:, start:end] for name in ("position", "kind")}
+        return replace(self, **cut, frames=end - start)
+
     def to(self, device: torch.device | str) -> State:
         return replace(self, **{name: getattr(self, name).to(device) for name in ("clean", "mask", "position", "kind")})
 

@@ -7,6 +7,7 @@ from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockR
 from diffusers.models.attention import FeedForward
 from torch import Tensor, nn
 
+from kling.dit.history import LayerHistory
 from kling.nn.attention import Attention
 from kling.nn.modulation import Modulation, gate, modulate
 from kling.nn.norm import LayerNorm
@@ -41,12 +42,13 @@ class KlingTransformerBlock(nn.Module):
         temb: Modulation,  # 6 vectors
         rotary_emb: Tensor,  # (b | 1, n, 1, head_dim / 2) complex
         encoder_hidden_states_image: Tensor | None = None,  # (b, i, d)
+        history: LayerHistory | None = None,
     ) -> Tensor:
         x, dtype = hidden_states, hidden_states.dtype
         temb = temb + self.scale_shift_table  # shift, scale and gate of attention, then of the feed-forward
 
         y = modulate(self.norm1(x.float()), temb.vector(0), temb.vector(1)).to(dtype)
-        x = gate(x.float(), self.attn1(y, rotary_emb=rotary_emb).float(), temb.vector(2)).to(dtype)
+        x = gate(x.float(), self.attn1(y, rotary_emb=rotary_emb, history=history).float(), temb.vector(2)).to(dtype)
 
         y = self.norm2(x)
         x = x + self.attn2(y, encoder_hidden_states, encoder_hidden_states_image=encoder_hidden_states_image)

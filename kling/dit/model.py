@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from kling.dit.block import KlingTransformerBlock
 from kling.dit.camera import CameraAdapter
 from kling.dit.embedding import ConditionEmbedder, KindEmbedding
+from kling.dit.history import History
 from kling.errors import UserError, unknown
 from kling.nn.modulation import Modulation, TokenIndex, modulate, noise_levels
 from kling.nn.norm import LayerNorm
@@ -146,6 +147,7 @@ class KlingTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
         camera: Tensor | None = None,
         camera_mask: Tensor | None = None,
         encoder_hidden_states_image: Tensor | None = None,
+        history: History | None = None,
         attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = True,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
@@ -161,6 +163,7 @@ class KlingTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
             camera: (b, camera_channels, G, H, W) packed Plücker rays.
             camera_mask: (b,) True where the sample has a camera. Default: all have.
             encoder_hidden_states_image: (b, i, image_dim) image-encoder tokens of the older Wan I2V weights.
+            history: frames before these, which block-causal weights attend to as well.
 
         Returns:
             `.sample` (b, out_channels, G, h, w).
@@ -184,11 +187,14 @@ class KlingTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
         temb, vectors, text, image = self.condition_embedder(levels, encoder_hidden_states, encoder_hidden_states_image)
         modulation = Modulation(vectors, index)  # (u, 6, d)
 
-        for block in self.blocks:
+        if history is not None and self._parallel_config is not None:
+            raise UserError("block-causal sampling cannot share its tokens between devices: leave context parallelism off")
+        for i, block in enumerate(self.blocks):
+            past = None if history is None else history.layers[i]
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                x = self._gradient_checkpointing_func(block, x, text, modulation, rotation, image)
+                x = self._gradient_checkpointing_func(block, x, text, modulation, rotation, image, past)
             else:
-                x = block(x, text, modulation, rotation, image)
+                x = block(x, text, modulation, rotation, image, past)
 
         out = Modulation(temb[:, None], index) + self.scale_shift_table  # (u, 2, d)
         x = modulate(self.norm_out(x.float()), out.vector(0), out.vector(1)).to(x.dtype)

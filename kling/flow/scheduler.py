@@ -22,7 +22,7 @@ def adams(v: Tensor, previous: Tensor, step: Tensor, previous_step: Tensor) -> T
     return v + torch.where(previous_step > 0, step / (2 * previous_step.clamp(min=1e-12)), 0.0) * (v - previous)
 
 
-SOLVERS = {"euler": euler, "adams": adams}
+SOLVERS = {"euler": euler, "adams": adams, "renoise": euler}  # renoise: see `KlingFlowScheduler.step`
 
 
 class KlingFlowScheduler(SchedulerMixin, ConfigMixin):
@@ -58,16 +58,28 @@ class KlingFlowScheduler(SchedulerMixin, ConfigMixin):
         steps = self.config.num_inference_steps if num_inference_steps is None else num_inference_steps
         self.sigmas = sigma_grid(steps, self.config.shift if shift is None else shift).to(device)  # (steps + 1,)
         self.timesteps = 1000 * self.sigmas[:-1]
-        self._solve = SOLVERS[solver or self.config.solver]
+        self._solver = solver or self.config.solver
+        self._solve = SOLVERS[self._solver]
         self._previous: tuple[Tensor, Tensor] | None = None  # velocity and step of every element
 
-    def step(self, v: Tensor, sigma: Tensor, next_sigma: Tensor, z: Tensor, mask: Tensor, clean: Tensor) -> tuple[Tensor, Tensor]:
+    @property
+    def renoises(self) -> bool:
+        """Whether `step` needs fresh noise."""
+        return self._solver == "renoise"
+
+    def step(
+        self, v: Tensor, sigma: Tensor, next_sigma: Tensor, z: Tensor, mask: Tensor, clean: Tensor, noise: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """One step: x0 = z - sigma v where m > 0, c where m = 0; z <- x0 + (sigma+ / sigma)(z - x0), unchanged where sigma = 0.
+
+        The solver "renoise" of few-step weights (consistency and distribution-matching distillation: Yin et al. 2024, arXiv 2405.14867)
+        walks to x0 in one go and comes back with fresh noise: z <- (1 - sigma+) x0 + sigma+ eps.
 
         Args:
             v: (b, c, G, h, w) guided velocity at `sigma`.
             sigma, next_sigma: (b, 1, G, h, w) levels of every element before and after.
             z, mask, clean: as in `State`.
+            noise: eps (b, c, G, h, w), for "renoise" only.
 
         Returns z at the next level, and the clip as it looks from here.
         """
@@ -76,5 +88,7 @@ class KlingFlowScheduler(SchedulerMixin, ConfigMixin):
         self._previous = v, step
         v = self._solve(v, previous, step, previous_step)
         x0 = torch.where(mask > 0, to_x0(z, v, sigma), clean)
+        if self.renoises:
+            return torch.where((sigma > 0) & (sigma > next_sigma), (1 - next_sigma) * x0 + next_sigma * noise, z), x0
         ratio = torch.where(sigma > 0, next_sigma / sigma.clamp(min=1e-12), 1.0)
         return torch.where(sigma > 0, x0 + ratio * (z - x0), z), x0

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
 
 from kling.nn.norm import RMSNorm
 from kling.nn.rope import rotate
+
+
+class KeyValues(Protocol):
+    """Keys and values (b, n, heads, head_dim) of earlier tokens, to attend to beside the present ones."""
+
+    def join(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
 class AttentionProcessor:
@@ -23,6 +31,7 @@ class AttentionProcessor:
         encoder_hidden_states: Tensor | None = None,  # (b, l, d), None for self-attention
         rotary_emb: Tensor | None = None,  # (b | 1, n, 1, head_dim / 2) complex
         encoder_hidden_states_image: Tensor | None = None,  # (b, i, added_kv_proj_dim)
+        history: KeyValues | None = None,
     ) -> Tensor:
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         # context-parallel attention exchanges keys between devices; text is whole on each of them
@@ -33,6 +42,8 @@ class AttentionProcessor:
         value = attn.to_v(context).unflatten(2, (attn.heads, -1))
         if rotary_emb is not None:
             query, key = rotate(query, rotary_emb), rotate(key, rotary_emb)
+        if history is not None:
+            key, value = history.join(key, value)
         out = self.attend(query, key, value, parallel)
 
         if encoder_hidden_states_image is not None:
@@ -77,5 +88,6 @@ class Attention(nn.Module, AttentionModuleMixin):
         encoder_hidden_states: Tensor | None = None,
         rotary_emb: Tensor | None = None,
         encoder_hidden_states_image: Tensor | None = None,
+        history: KeyValues | None = None,
     ) -> Tensor:
-        return self.processor(self, hidden_states, encoder_hidden_states, rotary_emb, encoder_hidden_states_image)
+        return self.processor(self, hidden_states, encoder_hidden_states, rotary_emb, encoder_hidden_states_image, history)

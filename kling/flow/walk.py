@@ -1,0 +1,74 @@
+"""The one loop of sampling: from noise to a clip, all frames together, each frame behind the one before, or block after block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from kling.condition.state import State
+from kling.flow.time import frame_grid
+
+
+class Step(NamedTuple):
+    """What is there after a step: its timestep (1000 σ, of the noisiest frame), z (b, c, G, h, w), and the clip as it looks from here."""
+
+    timestep: float
+    z: Tensor
+    x0: Tensor
+
+
+class Scheduler(Protocol):
+    sigmas: Tensor  # (steps + 1,)
+
+    def step(
+        self, v: Tensor, sigma: Tensor, next_sigma: Tensor, z: Tensor, mask: Tensor, clean: Tensor, **noise: Tensor
+    ) -> tuple[Tensor, Tensor]: ...
+
+
+# predict(z, level of each token (b, G, h', w'), level (b, 1 or G)) -> guided velocity; fresh(step) -> noise like z
+Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
+Fresh = Callable[[int], Tensor]
+
+
+def walk(state: State, scheduler: Scheduler, predict: Predict, noise: Tensor, fresh: Fresh, delay: int = 0) -> Iterator[Step]:
+    """From noise (b, c, G, h, w) to the clip. delay: steps by which each frame is behind the one before (diffusion forcing)."""
+    grid = scheduler.sigmas[:, None]  # (steps + 1, 1)
+    if delay:
+        grid = frame_grid(scheduler.sigmas, delay * torch.arange(noise.shape[2], device=noise.device))  # (steps', G)
+    z = state.noised(torch.ones(1, device=noise.device), noise)
+    for i, (level, next_level) in enumerate(pairwise(grid[:, None])):  # (1, 1 or G) each
+        v = predict(z, state.token_sigma(level), level)
+        again = {"noise": fresh(i)} if getattr(scheduler, "renoises", False) else {}
+        z, x0 = scheduler.step(v, state.sigma(level), state.sigma(next_level), z, state.mask, state.clean, **again)
+        z, x0 = z.to(noise.dtype), x0.to(noise.dtype)
+        yield Step(1000 * float(level.max()), z, x0)
+
+
+def walk_blocks(
+    state: State,
+    scheduler: Callable[[], Scheduler],
+    predict: Callable[[State], Predict],
+    noise: Tensor,
+    fresh: Callable[[int, int], Fresh],
+    size: int,
+    remember: Callable[[State, Tensor], None],
+) -> Iterator[Step]:
+    """As `walk`, `size` frames at a time, each block seeing those before it (Yin et al. 2024, arXiv 2412.07772).
+
+    scheduler(): one at its first step. predict(block): what predicts the frames of a block. fresh(first, last frame): noise of a block.
+    remember(block, clip): called with each block when it is finished.
+    """
+    z = state.noised(torch.ones(1, device=noise.device), noise)
+    x0 = z.clone()
+    for start in range(0, state.frames, size):
+        end = min(start + size, state.frames)
+        block = state.part(start, end)
+        for step in walk(block, scheduler(), predict(block), noise[:, :, start:end], fresh(start, end)):
+            z, x0 = z.clone(), x0.clone()
+            z[:, :, start:end], x0[:, :, start:end] = step.z, step.x0
+            yield Step(step.timestep, z, x0)
+        remember(block, block.finish(step.z))

@@ -1,0 +1,252 @@
+"""The way in: a Wan folder in diffusers layout, a hub id, or single files on top of one -> the arguments of a `KlingPipeline`."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import SchedulerMixin
+
+from kling.dit import KlingTransformer3DModel
+from kling.errors import UserError
+from kling.flow.plain import shift_key
+from kling.flow.scheduler import KlingFlowScheduler
+from kling.hub.detect import build_of, transformer_config, transformer_names
+from kling.hub.files import read_shapes, read_tensors
+from kling.hub.keys import strip_prefix, vae_name
+from kling.hub.registry import CHECKPOINTS, Checkpoint, by_build, by_name
+from kling.text.encoder import ByteTextEncoder
+from kling.text.umt5 import UMT5TextEncoder
+from kling.vae import AutoencoderKLKling
+
+OURS = "KlingPipeline"
+SETTINGS = ("capabilities", "fps", "max_frames", "sizes", "boundary_ratio", "block_frames", "defaults", "licence")
+WAN_PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+PUBLISHED = ["*.json", "*.safetensors", "*.txt", "*.model"]  # no pickles
+
+
+def find_folder(path: str | Path, weights: bool = True) -> Path:
+    """A folder on disk, or the snapshot of a hub id, downloaded if need be. Raises `UserError` if it is neither.
+
+    weights: False leaves them out, which is enough to plan with.
+    """
+    folder = Path(path)
+    if folder.exists() or not HUB_ID.fullmatch(str(path)):
+        return folder
+    from huggingface_hub import snapshot_download
+
+    try:
+        patterns = [pattern for pattern in PUBLISHED if weights or "safetensors" not in pattern] + ["*.safetensors.index.json"]
+        return Path(snapshot_download(str(path), allow_patterns=patterns))
+    except Exception as error:  # many classes, of several packages
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"model '{path}' is no folder here and cannot be had from the hub ({reason}): check name and network") from None
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """The model_index.json of a pipeline folder."""
+    try:
+        return json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(
+            f"model folder '{folder}' does not exist or holds no model_index.json: give a folder that kling-train exported, "
+            "or published weights in diffusers layout"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"model folder '{folder}' is damaged: model_index.json is not readable ({error})") from None
+
+
+def load(
+    folder: Path,
+    dtype: torch.dtype | None = None,
+    checkpoint: str | None = None,
+    transformer: str | Path | None = None,
+    transformer_2: str | Path | None = None,
+    vae: str | Path | None = None,
+    weights: bool = True,
+) -> dict[str, Any]:
+    """Every argument of `KlingPipeline` from a folder of ours, or a Wan folder in diffusers layout.
+
+    transformer, transformer_2, vae: files or folders of safetensors, in either naming, to take instead of the folder's own.
+    checkpoint: the registry's name of what they are, where the files do not tell.
+    dtype: of the transformers and the text encoder, by default fp32 for ours and bf16 for Wan's, whose VAE runs in fp32 all the same.
+    weights: False builds everything without them, on the meta device: enough to plan with.
+    """
+    index = read_index(folder)
+    kind = index.get("_class_name")
+    if kind not in (OURS, *WAN_PIPELINES):
+        raise UserError(f"{folder} is made for {kind}, which is not supported: give one for {', '.join((OURS, *WAN_PIPELINES))}")
+    wan = kind != OURS
+    dtype = dtype or (torch.bfloat16 if wan else torch.float32)
+    parts: dict[str, Any] = {}
+    for name, given in {"transformer": transformer, "transformer_2": transformer_2}.items():
+        if given is not None:
+            parts[name] = load_transformer(given, dtype, weights)
+        elif name == "transformer" or (has(index, name) and transformer is None):
+            parts[name] = loaded(folder, name, KlingTransformer3DModel, weights, torch_dtype=dtype)
+    precise = torch.float32 if wan else dtype
+    if vae is None or not weights:
+        parts["vae"] = loaded(folder, "vae", AutoencoderKLKling, weights, torch_dtype=precise)
+    else:
+        parts["vae"] = load_vae_file(vae, folder)
+    if wan or (folder / "tokenizer").is_dir():
+        parts["text_encoder"] = UMT5TextEncoder(folder, dtype)
+    else:
+        parts["text_encoder"] = loaded(folder, "text_encoder", ByteTextEncoder, weights, torch_dtype=dtype)
+    if weights and has(index, "image_encoder"):
+        parts |= load_image_encoder(folder)
+    elif weights and parts["transformer"].config.image_dim is not None:
+        raise UserError(
+            f"this transformer sees pictures through CLIP, and {folder} has no image_encoder: give the folder of a Wan 2.1 I2V model"
+        )
+    parts["scheduler"] = load_scheduler(folder)
+    if not wan and checkpoint is None and transformer is None:
+        return parts | {key: index[key] for key in SETTINGS if key in index}
+
+    experts = "transformer_2" in parts
+    boundary = index.get("boundary_ratio") if experts else None
+    row = find_row(folder, parts["transformer"], experts, checkpoint, replaced=transformer is not None)
+    if transformer is not None:  # the folder's own settings are those of the weights that it holds
+        parts["scheduler"] = scheduler_of(row, parts["scheduler"])
+        boundary = row.boundary
+    return parts | settings_of(row, boundary)
+
+
+def has(index: dict[str, Any], name: str) -> bool:
+    """Whether a pipeline folder lists this part."""
+    return bool(index.get(name) and index[name][0])
+
+
+def settings_of(row: Checkpoint, boundary: float | None) -> dict[str, Any]:
+    """A registry row as settings of a pipeline."""
+    return {
+        "capabilities": list(row.capabilities),
+        "fps": row.fps,
+        "max_frames": row.frames,
+        "sizes": row.sizes,
+        "boundary_ratio": boundary,
+        "block_frames": row.block,
+        "licence": row.licence,
+        "defaults": {"num_inference_steps": row.steps, "guidance_scale": list(row.guidance), "negative_prompt": row.negative},
+    }
+
+
+def find_row(folder: Path, model: KlingTransformer3DModel, experts: bool, checkpoint: str | None, replaced: bool) -> Checkpoint:
+    """The registry's row: the one asked for, else that of the folder's name, else the only one built like this."""
+    if checkpoint is not None:
+        return by_name(checkpoint)
+    if not replaced:
+        for row in CHECKPOINTS:
+            if row.repo.split("/")[1] in (folder.name, *(part.split("--")[-1] for part in folder.parts)):
+                return row
+    return by_build(build_of(model.config), experts, plain=not replaced)
+
+
+def loaded(folder: Path, name: str, part: type, weights: bool = True, **kwargs: Any) -> Any:
+    """One part of a pipeline folder, or its shape alone. Raises `UserError` in one line if it is missing or damaged."""
+    if name != "scheduler":  # diffusers falls back to a pickle
+        kwargs["use_safetensors"] = True
+    try:
+        if not weights:
+            with torch.device("meta"):
+                return part.from_config(part.load_config(folder / name)).to(kwargs["torch_dtype"])
+        return part.from_pretrained(folder / name, **kwargs)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        if isinstance(error, UserError):
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"model {folder} is incomplete: {name} cannot be loaded ({reason})") from None
+
+
+def load_transformer(path: str | Path, dtype: torch.dtype = torch.float32, weights: bool = True) -> KlingTransformer3DModel:
+    """A transformer from safetensors alone, in original or diffusers naming; its config follows from the shapes.
+
+    Raises `UserError` with the odd names for anything else.
+    """
+    shapes = read_shapes(path)
+    names = transformer_names(shapes)
+    config = transformer_config({names[name]: shape for name, shape in shapes.items()}, str(path))
+    with torch.device("meta"):
+        model = KlingTransformer3DModel(**config)
+    if not weights:
+        return model.to(dtype)
+    exact = set(KlingTransformer3DModel._keep_in_fp32_modules)
+    tensors = {}
+    for name, tensor in read_tensors(path).items():
+        tensors[names[name]] = tensor.to(torch.float32 if exact & set(names[name].split(".")) else dtype)
+    ignored = KlingTransformer3DModel._keys_to_ignore_on_load_unexpected
+    tensors = {name: tensor for name, tensor in tensors.items() if not any(sign in name for sign in ignored)}
+    model.load_state_dict(tensors, assign=True)
+    return model.eval()
+
+
+def widen_inputs(model: KlingTransformer3DModel, in_channels: int) -> KlingTransformer3DModel:
+    """The same transformer with more input channels, whose weights are 0: where the training of a new channel group starts."""
+    config = {key: value for key, value in model.config.items() if not key.startswith("_")} | {"in_channels": in_channels}
+    with torch.device("meta"):
+        wide = KlingTransformer3DModel(**config)
+    state = dict(model.state_dict())
+    weight = state["patch_embedding.weight"]  # (d, c, pt, ph, pw)
+    zeros = weight.new_zeros(len(weight), in_channels - weight.shape[1], *weight.shape[2:])
+    state["patch_embedding.weight"] = torch.cat([weight, zeros], dim=1)
+    wide.load_state_dict(state, assign=True)
+    return wide.train(model.training)
+
+
+def load_vae_file(path: str | Path, folder: Path) -> AutoencoderKLKling:
+    """A VAE from safetensors in original or diffusers naming. Its config is the folder's: no tensor tells the statistics of the latents."""
+    config = AutoencoderKLKling.load_config(folder / "vae")
+    with torch.device("meta"):
+        model = AutoencoderKLKling.from_config(config)
+    tensors = read_tensors(path)
+    prefix = strip_prefix(tensors)
+    tensors = {vae_name(name.removeprefix(prefix), model.config.num_res_blocks): t.float() for name, t in tensors.items()}
+    expected = model.state_dict()
+    odd = sorted(tensors.keys() ^ expected.keys()) + [n for n in tensors.keys() & expected.keys() if tensors[n].shape != expected[n].shape]
+    if odd:
+        raise UserError(f"{path} is not the VAE that {folder}/vae/config.json describes: {', '.join(odd[:12])} differ")
+    model.load_state_dict(tensors, assign=True)
+    return model.eval()
+
+
+def load_image_encoder(folder: Path) -> dict[str, Any]:
+    """CLIP's image half and its preprocessing, which the Wan 2.1 image models are also shown the picture through."""
+    from transformers import CLIPImageProcessor, CLIPVisionModel
+
+    try:
+        return {
+            "image_encoder": CLIPVisionModel.from_pretrained(folder / "image_encoder", dtype=torch.float32, use_safetensors=True).eval(),
+            "image_processor": CLIPImageProcessor.from_pretrained(folder / "image_processor"),
+        }
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"model {folder} is incomplete: its image encoder cannot be loaded ({str(error).strip().splitlines()[0]})"
+        ) from None
+
+
+def load_scheduler(folder: Path) -> SchedulerMixin:
+    """The folder's own scheduler, whatever class of diffusers' flow schedulers it is, or ours."""
+    try:
+        config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise UserError(f"model {folder} is incomplete: scheduler/scheduler_config.json is missing or not readable") from None
+    name = config.get("_class_name")
+    if name == KlingFlowScheduler.__name__:
+        return loaded(folder, "scheduler", KlingFlowScheduler)
+    kind = getattr(diffusers, str(name), None)
+    flow = name == "FlowMatchEulerDiscreteScheduler" or config.get("use_flow_sigmas")
+    if kind is None or not flow:
+        raise UserError(f"scheduler {name} of {folder} does not walk flow-matching noise levels: use UniPCMultistepScheduler")
+    return loaded(folder, "scheduler", kind)
+
+
+def scheduler_of(row: Checkpoint, own: SchedulerMixin) -> SchedulerMixin:
+    """The scheduler that a row's authors sample with, on the base of the folder's own."""
+    if row.sampler != "unipc":
+        return KlingFlowScheduler(shift=row.shift, solver=row.sampler, num_inference_steps=row.steps, guidance_scale=row.guidance[0])
+    return type(own).from_config(own.config, **{shift_key(own): row.shift})

@@ -1,0 +1,143 @@
+"""The published checkpoints, one row each: how they are built, what they can do, and the settings their authors sample with.
+
+Sources: the `wan/configs` of Wan-Video/Wan2.1 and Wan2.2, the scheduler configs of the -Diffusers repositories, the model cards of
+alibaba-pai (Fun) and the inference configs of Self-Forcing and Causal-Forcing. VACE and Animate may come later.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from kling.errors import UserError, unknown
+
+Sizes = dict[str, tuple[int, int]]  # aspect -> (H, W)
+
+P480: Sizes = {"16:9": (480, 832), "9:16": (832, 480), "1:1": (624, 624)}
+P720: Sizes = {"16:9": (720, 1280), "9:16": (1280, 720), "1:1": (960, 960)}
+P704: Sizes = {"16:9": (704, 1280), "9:16": (1280, 704), "1:1": (960, 960)}
+
+NEGATIVE = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，多余的手指，"
+    "画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
+)
+
+TEXT = ("text", "text_to_image", "restyle")
+FUN = ("text", "image", "last", "first_last", "continuation", "inpaint")
+
+
+@dataclass(frozen=True)
+class Build:
+    """What the shapes of the tensors tell: two checkpoints of one build cannot be told apart by their files.
+
+    dim, layers: width and depth. z: channels of a latent. extra: input channels beside it. image: image-encoder branch;
+    ends: its tokens are those of the first and the last frame. camera: a camera adapter.
+    """
+
+    dim: int
+    layers: int
+    z: int = 16
+    extra: int = 0
+    image: bool = False
+    ends: bool = False
+    camera: bool = False
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A row. guidance: (high noise, low noise) where there are two experts. boundary: the level below which the second one works.
+
+    sampler: "unipc", or "renoise" for few-step weights. block: latent frames made at a time by block-causal weights, 0 for all at once.
+    """
+
+    name: str
+    repo: str
+    build: Build
+    capabilities: tuple[str, ...]
+    shift: float
+    steps: int
+    guidance: tuple[float, float] = (5.0, 5.0)
+    boundary: float | None = None
+    sampler: str = "unipc"
+    block: int = 0
+    fps: float = 16.0
+    frames: int = 81
+    sizes: Sizes = field(default_factory=lambda: P480)
+    negative: str = NEGATIVE
+    licence: str = "Apache-2.0"
+
+
+SMALL, LARGE = (1536, 30), (5120, 40)
+I2V = Build(*LARGE, extra=20, image=True)
+ONE = (1.0, 1.0)  # distilled weights hold their guidance inside
+
+CHECKPOINTS = (
+    Checkpoint("wan2.1-t2v-1.3b", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", Build(*SMALL), TEXT, 8.0, 50, (6.0, 6.0)),
+    Checkpoint("wan2.1-t2v-14b", "Wan-AI/Wan2.1-T2V-14B-Diffusers", Build(*LARGE), TEXT, 5.0, 50, sizes=P720),
+    Checkpoint("wan2.1-i2v-14b-480p", "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers", I2V, ("image",), 3.0, 40),
+    Checkpoint("wan2.1-i2v-14b-720p", "Wan-AI/Wan2.1-I2V-14B-720P-Diffusers", I2V, ("image",), 5.0, 40, sizes=P720),
+    Checkpoint(
+        "wan2.1-flf2v-14b-720p", "Wan-AI/Wan2.1-FLF2V-14B-720P-diffusers", Build(*LARGE, extra=20, image=True, ends=True),
+        ("first_last",), 16.0, 50, sizes=P720,
+    ),
+    Checkpoint("wan2.2-t2v-a14b", "Wan-AI/Wan2.2-T2V-A14B-Diffusers", Build(*LARGE), TEXT, 12.0, 40, (4.0, 3.0), 0.875, sizes=P720),
+    Checkpoint(
+        "wan2.2-i2v-a14b", "Wan-AI/Wan2.2-I2V-A14B-Diffusers", Build(*LARGE, extra=20), ("image",), 5.0, 40, (3.5, 3.5), 0.9, sizes=P720,
+    ),
+    Checkpoint(
+        "wan2.2-ti2v-5b", "Wan-AI/Wan2.2-TI2V-5B-Diffusers", Build(3072, 30, z=48), (*TEXT, "image"), 5.0, 50,
+        fps=24.0, frames=121, sizes=P704,
+    ),
+    Checkpoint("wan2.1-fun-inp-1.3b", "alibaba-pai/Wan2.1-Fun-1.3B-InP", Build(*SMALL, extra=20, image=True), FUN, 5.0, 50, (6.0, 6.0)),
+    Checkpoint("wan2.1-fun-inp-14b", "alibaba-pai/Wan2.1-Fun-14B-InP", I2V, FUN, 5.0, 50, (6.0, 6.0)),
+    Checkpoint(
+        "wan2.1-fun-control-1.3b", "alibaba-pai/Wan2.1-Fun-1.3B-Control", Build(*SMALL, extra=32, image=True),
+        ("text", "image", "control"), 5.0, 50, (6.0, 6.0),
+    ),
+    Checkpoint(
+        "wan2.1-fun-control-14b", "alibaba-pai/Wan2.1-Fun-14B-Control", Build(*LARGE, extra=32, image=True),
+        ("text", "image", "control"), 5.0, 50, (6.0, 6.0),
+    ),
+    Checkpoint(
+        "wan2.1-fun-camera-1.3b", "alibaba-pai/Wan2.1-Fun-V1.1-1.3B-Control-Camera", Build(*SMALL, extra=16, image=True, camera=True),
+        ("image", "camera"), 5.0, 50, (6.0, 6.0),
+    ),
+    Checkpoint(
+        "wan2.1-fun-camera-14b", "alibaba-pai/Wan2.1-Fun-V1.1-14B-Control-Camera", Build(*LARGE, extra=16, image=True, camera=True),
+        ("image", "camera"), 5.0, 50, (6.0, 6.0),
+    ),
+    Checkpoint(
+        "self-forcing-1.3b", "gdhe17/Self-Forcing", Build(*SMALL), ("text",), 5.0, 4, ONE, sampler="renoise", block=3,
+        licence="CC-BY-NC-SA-4.0",
+    ),
+    Checkpoint(
+        "causal-forcing-1.3b", "zhuhz22/Causal-Forcing", Build(*SMALL), ("text",), 5.0, 4, ONE, sampler="renoise", block=3,
+    ),
+    Checkpoint(
+        "causal-forcing-1.3b-framewise", "zhuhz22/Causal-Forcing/framewise", Build(*SMALL), ("text", "image"), 5.0, 4, ONE,
+        sampler="renoise", block=1,
+    ),
+)  # fmt: skip
+
+
+def by_name(name: str) -> Checkpoint:
+    """The row of a name or a hub id. Raises `UserError` with the nearest name."""
+    for row in CHECKPOINTS:
+        if name in (row.name, row.repo):
+            return row
+    raise unknown("checkpoint", name, [row.name for row in CHECKPOINTS])
+
+
+def by_build(build: Build, experts: bool, plain: bool = False) -> Checkpoint:
+    """The only row of this build, with two experts or one. Raises `UserError` if several or none have it, naming them.
+
+    plain: few-step weights, which are published as single files, are not meant.
+    """
+    rows = [row for row in CHECKPOINTS if row.build == build and (row.boundary is not None) == experts]
+    rows = [row for row in rows if not plain or row.sampler == "unipc"]
+    if len(rows) == 1:
+        return rows[0]
+    what = f"{build.layers} layers of width {build.dim}, {build.z} + {build.extra} input channels"
+    names = ", ".join(row.name for row in rows or CHECKPOINTS)
+    if not rows:
+        raise UserError(f"no published checkpoint is built like this ({what}): say whose settings to take with checkpoint=, one of {names}")
+    raise UserError(f"the files do not tell which checkpoint this is ({what}): say checkpoint=, one of {names}")
