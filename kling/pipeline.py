@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.loaders import WanLoraLoaderMixin
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
@@ -50,7 +51,7 @@ class KlingOutput(BaseOutput):
     latents: Tensor
 
 
-class KlingPipeline(DiffusionPipeline):
+class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
     """VAE, transformer, text encoder and scheduler, and what the checkpoint can do.
 
     capabilities: names of the tasks (and "camera") that the weights were trained for; others are refused by name.
@@ -89,6 +90,10 @@ class KlingPipeline(DiffusionPipeline):
                     raise
                 raise UserError(f"model {folder} is incomplete: {name} cannot be loaded ({str(error).splitlines()[0]})") from None
         return cls(**parts, **{key: index[key] for key in ("capabilities", "fps", "max_frames") if key in index})
+
+    def load_lora_weights(self, path: str | Path, **kwargs: Any) -> None:
+        """Add low-rank weights in diffusers' format, such as kling-train's `lora` folder; `fuse_lora` merges them. Never reads a pickle."""
+        super().load_lora_weights(str(path), **{"use_safetensors": True, "weight_name": "pytorch_lora_weights.safetensors", **kwargs})
 
     # ---- what will be done ----
 

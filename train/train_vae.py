@@ -26,6 +26,7 @@ from kling.runtime.accelerator import EXIT_STOPPED, StopSignal, make_accelerator
 from kling.runtime.ema import EMA
 from kling.runtime.log import RunLog
 from kling.runtime.optim import adamw, lr_at, set_lr
+from kling.runtime.saver import find_latest, load_run_tensors, run_tensors
 from kling.vae import AutoencoderKLKling, LossWeights, vae_loss
 
 PARTS = ("encoder", "quant_conv", "post_quant_conv", "decoder")
@@ -93,11 +94,9 @@ def train(cfg: TrainVAEConfig) -> None:
     ema = EMA(model, cfg.ema)
 
     start = 0
-    if saved := checkpoint.load_latest(out):
+    if saved := find_latest(accelerator, out):
         start = saved.step
-        model.load_state_dict(saved.tensors["model"])
-        ema.load_state_dict(saved.tensors["ema"])
-        checkpoint.load_optimizer_tensors(optimizer, model, saved.tensors["optimizer"])
+        load_run_tensors(saved, model, optimizer, ema)
     if accelerator.is_main_process:
         save_config(cfg, out / "config.yaml")
     net, optimizer = accelerator.prepare(model, optimizer)
@@ -132,8 +131,7 @@ def train(cfg: TrainVAEConfig) -> None:
                     log.log(done, evaluate(model, cfg, out / "samples" / f"{done:08d}.png"))
             if accelerator.is_main_process and (done % cfg.save_every == 0 or done == cfg.steps or stopping):
                 log.flush()
-                groups = {"model": model.state_dict(), "ema": ema.state_dict()}
-                groups["optimizer"] = checkpoint.optimizer_tensors(optimizer.optimizer, model)
+                groups = run_tensors(model, optimizer.optimizer, ema)
                 checkpoint.save(out, done, groups, {"config": to_dict(cfg)}, cfg.keep_last)
             if stopping:
                 raise SystemExit(EXIT_STOPPED)
