@@ -100,7 +100,7 @@ class Saver:
     def _write(self, step: int, mine: dict[str, dict[str, Tensor]], meta: dict[str, Any]) -> None:
         with told(self.run_dir, step):
             part = f".{self.rank:05d}" if self.ranks > 1 else ""
-            files = write(self.run_dir, step, {name: group for name, group in mine.items() if group or self.ranks == 1}, part)
+            files = write(self.run_dir, step, {name: group for name, group in mine.items() if group or self.rank == 0}, part)
             if self.ranks > 1:
                 write_atomic(self._report(step, self.rank), json.dumps(files))
             if self.rank == 0:
