@@ -105,21 +105,24 @@ def report(preset: dict[str, Any], plan: PlanConfig) -> list[str]:
 
     ceiling = plan.tflops * 1e12 or matmul_ceiling(torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.float32)
     rate = ceiling * plan.mfu * plan.gpus / flops  # clips a second
+    size = f"{plan.width}x{plan.height}"
+    speed = f"{rate:.3g} clips/s, {rate * tokens:.4g} tokens/s"
     lines = [
         f"model          {some.parameters / 1e9:.3f} B parameters, {some.block / 1e6:.1f} M in each of {config['num_layers']} blocks",
-        f"clip           {frames} frames of {plan.width}x{plan.height}: latents {tuple(latents[1:])}, {tokens} tokens, {l} of text",
+        f"clip           {frames} frames of {size}: latents {tuple(latents[1:])}, {tokens} tokens, {l} of text",
         f"operations     {flops / 1e12:.3g} TFLOP a clip and update",
-        f"speed          {rate:.3g} clips/s = {rate * tokens:.4g} tokens/s on {plan.gpus} GPUs of {ceiling / 1e12:.3g} TFLOP/s at MFU {plan.mfu:.2f}",
+        f"speed          {speed}, on {plan.gpus} x {ceiling / 1e12:.3g} TFLOP/s at MFU {plan.mfu:.2f}",
         f"time           {plan.clips} clips in {plan.clips / rate / 86400:.3g} days",
         "",
-        f"memory of each GPU in GiB, one clip at a time{'':>10}weights  gradients  optimizer  average  activations  total",
+        f"{'memory of each GPU in GiB, one clip at a time':<54}weights gradients optimizer   average activations   total",
     ]
     best = None
     for name, shards, split, what in layouts(plan.gpus, plan.node):
         part = on_each_gpu(steps[what], 1, shards, split)
         fits = part.total < RESERVE * plan.memory * GIB
         values = [getattr(part, field) / GIB for field in ("weights", "gradients", "optimizer", "average", "activations", "total")]
-        lines.append(f"  {name:<18} {what:<13} {'fits' if fits else 'too large':<18}" + "".join(f"{value:>10.2f}" for value in values))
+        row = "".join(f"{value:>10.2f}" for value in values)
+        lines.append(f"  {name:<20} {what:<12} {'fits' if fits else 'too large':<15}" + row)
         if fits and best is None:
             best = name, shards, split, what, part
     return [*lines, "", *advice(best, steps, plan)]
@@ -147,9 +150,10 @@ def advice(best: Any, steps: dict[str, StepMemory], plan: PlanConfig) -> list[st
     room = RESERVE * plan.memory * GIB - (part.total - part.activations)
     clips = max(1, int(room // max(1.0, part.activations)))
     preset = {"one GPU": "cpu" if not torch.cuda.is_available() else "ddp"}.get(name, name.split()[0])
+    options = f"activation_checkpointing={what} batch={clips}"
     return [
-        f"recommended    {name}, activation_checkpointing={what}, batch={clips} (on {plan.gpus} GPUs {clips * plan.gpus // split} clips a micro-step)",
-        f"               accelerate launch --config_file configs/accelerate/{preset}.yaml train/train_dit.py ... activation_checkpointing={what} batch={clips}",
+        f"recommended    {name}, {options}: {clips * plan.gpus // split} clips a micro-step",
+        f"               accelerate launch --config_file configs/accelerate/{preset}.yaml train/train_dit.py PRESET {options}",
     ]
 
 

@@ -162,10 +162,15 @@ def train(cfg: TrainDiTConfig, stop: StopSignal) -> None:
     ema = EMA(model, cfg.ema)
     saver = Saver(out, cfg.keep_last, cfg.keep_every, accelerator=accelerator, background=cfg.save_in_background)
 
-    def resume() -> tuple[int, int]:
+    def resume(done: int = 0) -> tuple[int, int]:
         """Load the newest good checkpoint, if there is one. Updates made, and places of the data used, until then."""
+        saver.wait()
         saved = find_latest(accelerator, out)
         if saved is None:
+            if done:
+                raise UserError(
+                    f"updates are not finite, and there is no checkpoint to go back to (step {done}): lower lr, or raise warmup"
+                )
             return 0, 0
         load_run_tensors(saved, model, optimizer.optimizer, ema)
         return saved.step, saved.meta.get("places", saved.step * micro * layout.ranks)
@@ -232,13 +237,13 @@ def train(cfg: TrainDiTConfig, stop: StopSignal) -> None:
                 log.log(done, {**means, "grad_norm": norm, "skipped": guard.skipped, **speed}, clips=clips)
 
                 if guard.rollback(used, out, accelerator.process_index):
-                    done, places = resume()
+                    done, places = resume(done)
                     log.rewind(done)
                     break
                 used = []
                 stopping, last = stop.seen(accelerator), done == cfg.steps
                 saver.check()
-                if last or stopping or done % cfg.save_every == 0:
+                if last or stopping or (done % cfg.save_every == 0 and not guard.row):  # never amid lost updates: what to go back to
                     log.flush()
                     meta = {"config": to_dict(cfg), "places": places, "versions": versions()}
                     saver.save(done, run_tensors(model, optimizer.optimizer, ema), meta)

@@ -1,7 +1,7 @@
 """How much memory a training step takes, found by running it without data: on fake tensors, which have shapes and no bytes.
 
-Nothing is guessed from a formula of the architecture: what autograd keeps is counted where it keeps it, so a change of the model changes the
-estimate. Depth is extrapolated from two shallow copies, since every block costs the same; so a 14B model takes seconds on a laptop.
+Nothing is guessed from a formula of the architecture: what autograd keeps is counted where it keeps it, so a change of the model changes
+the estimate. Depth is extrapolated from two shallow copies, since every block costs the same; so a 14B model takes seconds on a laptop.
 """
 
 from __future__ import annotations

@@ -206,7 +206,10 @@ def open_folder(path: str | Path, groups: Iterable[str] | None = None) -> Checkp
     wanted = sorted(held) if groups is None else list(groups)
     if absent := [g for g in wanted if g not in held]:
         raise UserError(f"checkpoint {path} has no '{absent[0]}': it holds {', '.join(sorted(held))}")
-    tensors = {g: Rows(held[g]) for g in wanted}
+    try:
+        tensors = {g: Rows(held[g]) for g in wanted}
+    except SafetensorError as error:
+        raise UserError(f"checkpoint {path} is damaged: not safetensors ({error})") from None
     return Checkpoint(int(manifest["step"]), tensors, json.loads((path / META).read_text(encoding="utf-8")), path)
 
 

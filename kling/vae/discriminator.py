@@ -40,7 +40,8 @@ class Adversary:
 class PatchDiscriminator3d(nn.Module):
     """Video (b, 3, T, H, W) -> scores (b, 1, T', H', W') of overlapping patches, high for real ones.
 
-    PatchGAN (Isola et al. 2017, arXiv 1611.07004) in 3-D. Space is halved `layers` times, time on the way twice where there is more than one frame, so one critic serves images and videos.
+    PatchGAN (Isola et al. 2017, arXiv 1611.07004) in 3-D. Space is halved `layers` times, time on the way twice where there is more than
+    one frame, so one critic serves images and videos.
     Spectral norms bound every layer, which needs no penalty on gradients (Miyato et al. 2018, arXiv 1802.05957).
     """
 

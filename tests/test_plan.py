@@ -1,0 +1,101 @@
+"""Plans are true: operations against torch's own count, memory against torch's allocations and against a process's."""
+
+from __future__ import annotations
+
+import resource
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import workers
+from torch.utils.flop_counter import FlopCounterMode
+
+from kling.dit import KlingTransformer3DModel
+from kling.dit.cost import forward_flops
+from kling.dit.memory import LiveBytes, step_memory
+from kling.runtime.ema import EMA
+from kling.runtime.optim import adamw
+from kling.training import set_checkpointing
+
+from plan import main, on_each_gpu  # isort: skip - train/, which `workers` puts on the path
+
+SMALL = {"num_attention_heads": 2, "attention_head_dim": 32, "num_layers": 6, "ffn_dim": 128, "text_dim": 32}
+
+
+def test_operations_are_those_that_torch_counts() -> None:
+    model = KlingTransformer3DModel(**{**SMALL, "num_attention_heads": 4, "attention_head_dim": 64, "ffn_dim": 1024})
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.randn(1, 16, 4, 8, 8), torch.tensor([0.5]), torch.randn(1, 8, 32))
+    assert forward_flops(model.config, tokens=4 * 16, text_tokens=8) == pytest.approx(counter.get_total_flops(), rel=0.06)
+
+
+def test_live_bytes() -> None:
+    with LiveBytes() as counter:
+        a = torch.zeros(1000)
+        b = a + 1
+        del a
+        c = b.view(10, 100)  # no new memory
+        del b
+    assert counter.peak == 8000 and counter.live == 4000 and c.shape == (10, 100)
+
+
+@pytest.mark.parametrize("what", ["none", "selective", "full"])
+def test_depth_is_extrapolated_exactly(what: str) -> None:
+    shape = (1, 16, 2, 4, 6)
+    six = step_memory(SMALL, shape, 4, partial(set_checkpointing, what=what), bf16=False)
+    with torch.device("cpu"):
+        model = KlingTransformer3DModel(**SMALL).train()
+    set_checkpointing(model, what)
+    with LiveBytes() as counter:  # real tensors, all six layers
+        model(torch.zeros(shape), torch.zeros(1), torch.zeros(1, 4, 32)).sample.square().mean().backward()
+    assert six.parameters == sum(p.numel() for p in model.parameters())
+    assert six.peak == pytest.approx(counter.peak, rel=0.03)
+
+
+def test_a_14b_plan_on_a_laptop(capsys: pytest.CaptureFixture) -> None:
+    main(["configs/dit/14b.yaml", "gpus=64", "memory=80", "tflops=800", "mfu=0.4"])
+    text = capsys.readouterr().out
+    assert "14.27" in text.splitlines()[0] and "32760 tokens" in text and "TFLOP a clip" in text
+    assert "recommended    fsdp2, activation_checkpointing=full" in text
+    with pytest.raises(SystemExit):
+        main(["configs/vae/world.yaml"])
+    assert "has no model and frames" in capsys.readouterr().err
+    main(["configs/dit/14b.yaml", "gpus=1", "memory=24", "tflops=100"])
+    assert "nothing fits" in capsys.readouterr().out
+
+
+def peak_of_a_run(what: str, pipe) -> None:
+    """A real step with optimizer and average in a fresh process: bytes of its resident memory beyond what it began with."""
+    torch.set_num_threads(1)
+    torch.zeros(64, 64) @ torch.zeros(64, 64)
+    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    model = KlingTransformer3DModel(**MEASURED).train()
+    set_checkpointing(model, what)
+    optimizer = adamw(model, 1e-3)
+    ema = EMA(model)
+    for step in range(2):  # the moments are there from the second on
+        model(torch.zeros(CLIP), torch.zeros(1), torch.zeros(1, 8, 32)).sample.square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.update(model, step)
+    pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
+
+
+MEASURED = {"num_attention_heads": 6, "attention_head_dim": 64, "num_layers": 6, "ffn_dim": 1536, "text_dim": 32}
+CLIP = (1, 16, 5, 32, 32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["none", "full"])
+def test_the_estimate_is_within_15_percent_of_a_run(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # freed memory goes back, as on a GPU's allocator it is used again
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "1")
+    ours, theirs = workers.PROCESSES.Pipe()
+    process = workers.multiprocessing.get_context("spawn").Process(target=peak_of_a_run, args=(what, theirs))
+    process.start()
+    measured = ours.recv()
+    process.join()
+    estimate = on_each_gpu(step_memory(MEASURED, CLIP, 8, partial(set_checkpointing, what=what), bf16=False), 1, 1, 1).total
+    print(f"{what}: measured {measured / 2**20:.0f} MiB, estimated {estimate / 2**20:.0f} MiB ({estimate / measured - 1:+.1%})")
+    assert estimate == pytest.approx(measured, rel=0.15)
