@@ -183,9 +183,10 @@ def finish(
     shutil.rmtree(replaced, ignore_errors=True)
     if keep_last > 0:  # folders of a later step belong to a future that was given up: they go first
         others = sorted((p for p in _folders(run_dir) if p != final), key=lambda p: p.name > final.name)
-        milestones = [p for p in others if keep_every and step_of(p) % keep_every == 0 and p.name < final.name]
-        for old in [p for p in others if p not in milestones][keep_last - 1 :]:
-            shutil.rmtree(old, ignore_errors=True)
+        for old in others[keep_last - 1 :]:
+            milestone = keep_every and step_of(old) % keep_every == 0 and old.name < final.name
+            if not milestone:
+                shutil.rmtree(old, ignore_errors=True)
     return final
 
 
