@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.loaders import WanLoraLoaderMixin
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
@@ -35,6 +34,7 @@ from kling.text import ByteTextEncoder
 from kling.vae import AutoencoderKLKling
 
 ASSETS = Path(__file__).parent / "assets"
+LORA_FILE = "pytorch_lora_weights.safetensors"
 PARTS = {
     "vae": AutoencoderKLKling,
     "transformer": KlingTransformer3DModel,
@@ -51,7 +51,7 @@ class KlingOutput(BaseOutput):
     latents: Tensor
 
 
-class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
+class KlingPipeline(DiffusionPipeline):
     """VAE, transformer, text encoder and scheduler, and what the checkpoint can do.
 
     capabilities: names of the tasks (and "camera") that the weights were trained for; others are refused by name.
@@ -91,9 +91,27 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
                 raise UserError(f"model {folder} is incomplete: {name} cannot be loaded ({str(error).splitlines()[0]})") from None
         return cls(**parts, **{key: index[key] for key in ("capabilities", "fps", "max_frames") if key in index})
 
-    def load_lora_weights(self, path: str | Path, **kwargs: Any) -> None:
-        """Add low-rank weights in diffusers' format, such as kling-train's `lora` folder; `fuse_lora` merges them. Never reads a pickle."""
-        super().load_lora_weights(str(path), **{"use_safetensors": True, "weight_name": "pytorch_lora_weights.safetensors", **kwargs})
+    # ---- low-rank weights ----
+
+    def load_lora_weights(self, path: str | Path, adapter_name: str | None = None) -> None:
+        """Add low-rank weights in diffusers' format, such as the `lora` folder of kling-train. Never reads a pickle.
+
+        Raises `UserError` if the folder has no `pytorch_lora_weights.safetensors`, or peft is not installed.
+        """
+        if not (Path(path) / LORA_FILE).is_file():
+            raise UserError(f"low-rank weights '{path}': no {LORA_FILE} there; give the `lora` folder of kling-train")
+        try:
+            from diffusers.loaders import WanLoraLoaderMixin as Loader  # imports peft, which takes seconds: not at the top
+            from peft import LoraConfig  # noqa: F401 - is it there
+        except ImportError:
+            raise UserError("low-rank weights need peft: pip install 'kling[lora]'") from None
+        weights, settings = Loader.lora_state_dict(str(path), weight_name=LORA_FILE, use_safetensors=True, return_lora_metadata=True)
+        Loader.load_lora_into_transformer(weights, self.transformer, adapter_name=adapter_name, metadata=settings)
+
+    def fuse_lora(self, lora_scale: float = 1.0) -> None:
+        """Add what was loaded into the weights themselves, times `lora_scale`; no cost in sampling is left."""
+        self.transformer.fuse_lora(lora_scale)
+        self.transformer.unload_lora()
 
     # ---- what will be done ----
 

@@ -290,8 +290,8 @@ def export(pipe: KlingPipeline, folder: Path) -> None:
 
 def export_lora(pipe: KlingPipeline, folder: Path) -> None:
     """The low-rank weights alone, as `pytorch_lora_weights.safetensors` in diffusers' format."""
+    from diffusers.loaders import WanLoraLoaderMixin
     from peft import get_peft_model_state_dict
 
-    layers = get_peft_model_state_dict(pipe.transformer)
-    settings = {"transformer": pipe.transformer.peft_config["default"].to_dict()}
-    KlingPipeline.save_lora_weights(folder, layers, transformer_lora_adapter_metadata=settings["transformer"])
+    layers, settings = get_peft_model_state_dict(pipe.transformer), pipe.transformer.peft_config["default"].to_dict()
+    WanLoraLoaderMixin.save_lora_weights(folder, layers, transformer_lora_adapter_metadata=settings)

@@ -153,6 +153,15 @@ def test_training_with_a_critic_resumes_bit_for_bit(vgg: Path, tmp_path: Path, m
     assert load_file(tmp_path / "straight" / "export" / "diffusion_pytorch_model.safetensors")
 
 
+@pytest.mark.slow
+def test_two_processes_train_a_vae_and_its_critic(tmp_path: Path) -> None:
+    """Lone frames, which use no convolution over time, and clips; one checkpoint, the same on both."""
+    extra = ["adversary.weight=0.1", "adversary.start=1", "adversary.warmup=1", "adversary.width=4", "steps=4", f"out={tmp_path}"]
+    assert workers.run([*WORDS, *extra], workers.environment("ddp", 2)) == [0, 0]
+    saved = load_latest(tmp_path)
+    assert saved is not None and saved.step == 4 and "critic_model" in saved.tensors
+
+
 def test_mistakes(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
     for words, message in (
         (["paths={hole: 1}"], "did you mean 'whole'"),

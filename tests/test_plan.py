@@ -53,14 +53,26 @@ def test_depth_is_extrapolated_exactly(what: str) -> None:
     assert six.peak == pytest.approx(counter.peak, rel=0.03)
 
 
+def test_a_plan(capsys: pytest.CaptureFixture) -> None:
+    main(["configs/dit/debug.yaml", "gpus=8", "memory=80", "tflops=800", "height=64", "width=112"])
+    text = capsys.readouterr().out
+    assert "140 tokens" in text and "recommended    ddp, activation_checkpointing=none" in text
+    for words, message in (
+        (["configs/vae/world.yaml"], "has no model and frames"),
+        (["configs/dit/debug.yaml", "height=100"], "does not divide"),
+        (["configs/dit/debug.yaml", "mfu=40"], "an mfu of at most 1"),
+    ):
+        with pytest.raises(SystemExit):
+            main(words)
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
 def test_a_14b_plan_on_a_laptop(capsys: pytest.CaptureFixture) -> None:
     main(["configs/dit/14b.yaml", "gpus=64", "memory=80", "tflops=800", "mfu=0.4"])
     text = capsys.readouterr().out
     assert "14.27" in text.splitlines()[0] and "32760 tokens" in text and "TFLOP a clip" in text
     assert "recommended    fsdp2, activation_checkpointing=full" in text
-    with pytest.raises(SystemExit):
-        main(["configs/vae/world.yaml"])
-    assert "has no model and frames" in capsys.readouterr().err
     main(["configs/dit/14b.yaml", "gpus=1", "memory=24", "tflops=100"])
     assert "nothing fits" in capsys.readouterr().out
 

@@ -18,6 +18,7 @@ sys.path[:0] = [str(ROOT / "train")]
 
 import torch  # noqa: E402
 import train_dit  # noqa: E402
+import train_vae  # noqa: E402
 import yaml  # noqa: E402
 from accelerate.utils import FullyShardedDataParallelPlugin  # noqa: E402, F401 - imported here, it is not imported again by each process
 
@@ -44,7 +45,7 @@ def environment(config: str, ranks: int, **sizes: int) -> dict[str, str]:
 
 
 def start(words: list[str], env: dict[str, str] | None = None, rank: int = 0) -> Any:
-    """A process that runs `kling-train` with these words."""
+    """A process that runs `kling-train`, or for a preset of configs/vae `kling-train-vae`, with these words."""
     process = PROCESSES.Process(target=_train, args=(words, (env or {}) | {"RANK": str(rank), "LOCAL_RANK": str(rank)}))
     process.start()
     return process
@@ -73,7 +74,7 @@ def _train(words: list[str], env: dict[str, str]) -> None:
     os.chdir(ROOT)
     torch.set_num_threads(1)
     try:
-        train_dit.main(words)
+        (train_vae if words[0].startswith("configs/vae") else train_dit).main(words)
     except SystemExit:
         raise
     except BaseException:

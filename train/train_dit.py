@@ -325,7 +325,6 @@ def publish(cfg: TrainDiTConfig, vae: nn.Module, out: Path) -> None:
             if not cfg.lora.merge:
                 return
             pipe.fuse_lora()
-            pipe.unload_lora_weights()
         export(pipe, out / "export")
 
 

@@ -101,7 +101,8 @@ def main(argv: list[str] | None = None) -> None:
 def train(cfg: TrainVAEConfig, stop: StopSignal) -> None:
     set_threads(cfg.threads)
     out = Path(cfg.out)
-    accelerator = make_accelerator(out, cfg.mixed_precision, cfg.gradient_accumulation, cfg.trackers)
+    lone = 1 in cfg.data.frames  # convolutions over time that halve or double it see no lone frame
+    accelerator = make_accelerator(out, cfg.mixed_precision, cfg.gradient_accumulation, cfg.trackers, some_unused=lone)
     if accelerator.is_fsdp2:
         raise UserError("a VAE is trained whole on every GPU: use configs/accelerate/ddp.yaml")
     checkpoint.check_same_config(out, to_dict(cfg), defaults=to_dict(TrainVAEConfig()))

@@ -13,7 +13,7 @@ from types import FrameType
 import torch
 from accelerate import Accelerator
 from accelerate.parallelism_config import ParallelismConfig
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, GradientAccumulationPlugin
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, FullyShardedDataParallelPlugin, GradientAccumulationPlugin
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from kling.errors import UserError, unknown
@@ -28,11 +28,12 @@ def make_accelerator(
     mixed_precision: str = "auto",
     gradient_accumulation: int = 1,
     trackers: Sequence[str] = (),
+    some_unused: bool = False,
 ) -> Accelerator:
     """The Accelerator of a run in the folder `out`, on whatever `accelerate launch` set up, or on one device.
 
     mixed_precision: auto | bf16 | fp16 | fp32 (see `pick_precision`). trackers: any of tensorboard, wandb, next to metrics.jsonl.
-    Sharded (FSDP2) weights are fp32, and bf16 where they compute; wrap the forward pass in `accelerator.autocast()`.
+    some_unused: in some steps no sample uses some of the parameters, the same ones on every process. Sharded (FSDP2) weights are fp32, and bf16 where they compute; wrap the forward pass in `accelerator.autocast()`.
     """
     for name in trackers:
         if name not in TRACKERS:
@@ -45,14 +46,21 @@ def make_accelerator(
     sharded, cpu = (os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true" for name in ("FSDP", "CPU"))
     if sharded and cpu:
         os.environ["ACCELERATE_USE_PARALLELISM_CONFIG"] = "false"  # refused there; `_shard_on_cpu` reads its sizes
-    accelerator = Accelerator(
-        mixed_precision="no" if precision == "fp32" else precision,
-        gradient_accumulation_plugin=GradientAccumulationPlugin(gradient_accumulation, adjust_scheduler=False, sync_with_dataloader=False),
-        log_with=list(trackers) or None,
-        project_dir=str(out),
-    )
+    accumulation = GradientAccumulationPlugin(gradient_accumulation, adjust_scheduler=False, sync_with_dataloader=False)
+    try:
+        accelerator = Accelerator(
+            mixed_precision="no" if precision == "fp32" else precision,
+            gradient_accumulation_plugin=accumulation,
+            log_with=list(trackers) or None,
+            project_dir=str(out),
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=some_unused)],
+        )
+    except ValueError as error:  # sizes of a layout that do not multiply to the number of processes, and the like
+        raise UserError(f"accelerate refuses this configuration: {str(error).splitlines()[0]}") from None
     if sharded and cpu and accelerator.num_processes > 1:
         _shard_on_cpu(accelerator)
+    if sharded and accelerator.num_processes > 1 and not accelerator.is_fsdp2:
+        raise UserError("sharding needs fsdp_version: 2 in the accelerate configuration: start from configs/accelerate/fsdp2.yaml")
     if accelerator.is_fsdp2:
         # FSDP would cast every input to bf16, noise levels too: it casts weights only, and autocast does the rest
         param = torch.bfloat16 if precision == "bf16" else None

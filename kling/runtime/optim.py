@@ -66,21 +66,19 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dic
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, saved: Rows) -> None:
-    """Put back what `optimizer_tensors` gave, each process its own rows. Raises `UserError` if a parameter's state is missing or odd."""
+    """Put back what `optimizer_tensors` gave, each process its own rows. A parameter that had no gradient yet, as a VAE's over time on lone
+    frames, has no state. Raises `UserError` if a state belongs to no parameter, or has another shape."""
     names = {id(p): name for name, p in model.named_parameters()}
     params = {names[id(p)]: p for group in optimizer.param_groups for p in group["params"]}
-    if not saved:  # of a run that had made no update yet
-        return
-    state: dict[Tensor, dict[str, Tensor]] = {p: {} for p in params.values()}
+    state: dict[Tensor, dict[str, Tensor]] = {}
     for full in saved:
         name, _, key = full.rpartition("/")
         if name not in params:
             raise UserError(f"optimizer state of '{name}' fits no parameter that trains: the model differs from the checkpoint's")
         p = params[name]
-        state[p][key] = torch.zeros((), device=p.device) if key == "step" else torch.zeros_like(p, requires_grad=False)
-    if absent := [name for name, p in params.items() if not state[p]]:
-        raise UserError(f"optimizer state of '{absent[0]}' is not in the checkpoint: the model differs from the checkpoint's")
-    into = {f"{name}/{key}": t for name, p in params.items() for key, t in state[p].items()}
+        like = torch.zeros((), device=p.device) if key == "step" else torch.zeros_like(p, requires_grad=False)
+        state.setdefault(p, {})[key] = like
+    into = {f"{name}/{key}": t for name, p in params.items() for key, t in state.get(p, {}).items()}
     restore(saved, into, "optimizer state")
     optimizer.state.clear()
     optimizer.state.update(state)
