@@ -33,7 +33,8 @@ def make_accelerator(
     """The Accelerator of a run in the folder `out`, on whatever `accelerate launch` set up, or on one device.
 
     mixed_precision: auto | bf16 | fp16 | fp32 (see `pick_precision`). trackers: any of tensorboard, wandb, next to metrics.jsonl.
-    some_unused: in some steps no sample uses some of the parameters, the same ones on every process. Sharded (FSDP2) weights are fp32, and bf16 where they compute; wrap the forward pass in `accelerator.autocast()`.
+    some_unused: in some steps some parameters are not used, the same ones on every process.
+    Sharded (FSDP2) weights are fp32, and bf16 where they compute; wrap the forward pass in `accelerator.autocast()`.
     """
     for name in trackers:
         if name not in TRACKERS:
