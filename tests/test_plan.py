@@ -9,18 +9,39 @@ from pathlib import Path
 import pytest
 import torch
 import workers
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from kling.config import load_config
 from kling.dit import KlingTransformer3DModel
 from kling.dit.cost import forward_flops
 from kling.dit.memory import LiveBytes, step_memory
 from kling.runtime.ema import EMA
 from kling.runtime.optim import adamw
 from kling.training import set_checkpointing
+from kling.vae import AutoencoderKLKling
 
 from plan import main, on_each_gpu  # isort: skip - train/, which `workers` puts on the path
 
 SMALL = {"num_attention_heads": 2, "attention_head_dim": 32, "num_layers": 6, "ffn_dim": 128, "text_dim": 32}
+
+
+@pytest.mark.parametrize(("name", "billions"), [("0.1b", 0.12), ("1.3b", 1.4), ("5b", 5.0), ("14b", 14.3)])
+def test_a_preset_has_the_size_of_its_name(name: str, billions: float) -> None:
+    cfg = load_config(workers.train_dit.TrainDiTConfig, f"dit/{name}.yaml")
+    with torch.device("meta"):
+        one, two = (KlingTransformer3DModel(**{**cfg.model, "num_layers": n, "text_dim": cfg.text["out_dim"]}) for n in (1, 2))
+    one, two = (sum(p.numel() for p in model.parameters()) for model in (one, two))
+    assert one + (cfg.model["num_layers"] - 1) * (two - one) == pytest.approx(billions * 1e9, rel=0.03)
+
+
+@pytest.mark.parametrize(("name", "channels", "factor"), [("16x8x8", 16, 8), ("48x16x16", 48, 16)])
+def test_a_vae_preset_has_the_shape_of_its_name(name: str, channels: int, factor: int) -> None:
+    cfg = load_config(workers.train_vae.TrainVAEConfig, f"vae/{name}.yaml")
+    with FakeTensorMode():
+        vae = AutoencoderKLKling(**cfg.model)
+        latents = vae.encode(torch.zeros(1, 3, 5, 64, 64)).latent_dist.mean
+    assert vae.spatial_factor == factor and latents.shape == (1, channels, 2, 64 // factor, 64 // factor)
 
 
 def test_operations_are_those_that_torch_counts() -> None:

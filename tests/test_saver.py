@@ -156,6 +156,7 @@ def save_for_ever(run: str, start: int) -> None:
         saves.save(step, group(float(step), n=20000))
 
 
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("kills", [5, pytest.param(50, marks=pytest.mark.slow)])
 def test_kills_inside_saves_leave_a_readable_checkpoint(kills: int, tmp_path: Path) -> None:
     rng, inside, step = random.Random(0), 0, 0
@@ -198,6 +199,7 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     ]  # fmt: skip
 
 
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
 def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(kills: int, words: list[str], tmp_path: Path) -> None:
     """kill -9 at random instants, two in five of them inside a save: final weights, average and optimizer are bit-equal."""
