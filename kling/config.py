@@ -58,6 +58,12 @@ def load_config(cls: type[T], path: str | Path | None = None, overrides: Sequenc
         raise UserError(f"config of {cls.__name__}: {_first_line(error)}") from None
 
 
+def read_preset(path: str | Path) -> dict[str, Any]:
+    """Everything that a preset and its bases set, merged, whatever program it is for."""
+    merged = OmegaConf.merge(*(OmegaConf.create(values) for _, values in _chain(find_config(path))))
+    return typing.cast(dict[str, Any], OmegaConf.to_container(merged))
+
+
 def to_dict(cfg: Any) -> dict[str, Any]:
     """Plain nested dicts, lists and scalars of a config instance."""
     return typing.cast(dict[str, Any], _plain(dataclasses.asdict(cfg)))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from kling.text.umt5 import UMT5TextEncoder
 from kling.vae import AutoencoderKLKling
 
 ASSETS = Path(__file__).parent / "assets"
+LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
 @dataclass
@@ -151,6 +153,25 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             return defaults.get(name, "")
         value = scheduler.config[name] if isinstance(scheduler, KlingFlowScheduler) else defaults[name]
         return [value, value] if name == "guidance_scale" and not isinstance(value, list | tuple) else value
+
+    def load_lora_weights(self, lora: str | Path | dict[str, Any], **kwargs: Any) -> None:
+        """As diffusers', and a folder without a `weight_name` is the `lora` folder of kling-train.
+
+        Raises `UserError` if it has no `pytorch_lora_weights.safetensors`, or peft is not installed.
+        """
+        if find_spec("peft") is None:
+            raise UserError("low-rank weights need peft: pip install 'kling[lora]'")
+        if not isinstance(lora, dict) and "weight_name" not in kwargs:
+            if not (Path(lora) / LORA_FILE).is_file():
+                raise UserError(f"low-rank weights '{lora}': no {LORA_FILE} there; give the `lora` folder of kling-train")
+            kwargs["weight_name"] = LORA_FILE
+        super().load_lora_weights(lora if isinstance(lora, dict) else str(lora), **kwargs)
+
+    def fuse_lora(self, lora_scale: float = 1.0) -> None:
+        """Add what was loaded into the weights themselves, times `lora_scale`; no cost in sampling is left."""
+        for model in self.experts:
+            model.fuse_lora(lora_scale)
+            model.unload_lora()
 
     # ---- what will be done ----
 

@@ -13,7 +13,7 @@ os.environ.setdefault("WANDB_SILENT", "true")
 import pytest
 import torch
 
-torch.set_num_threads(2)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))  # on a busy machine two threads wait for each other: set 1
 
 
 @pytest.fixture(autouse=True)

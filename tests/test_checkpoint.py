@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from kling.config import save_config
 from kling.errors import UserError
 from kling.runtime import checkpoint
-from kling.runtime.checkpoint import check_same_config, load, load_latest, load_optimizer_tensors, optimizer_tensors, save
+from kling.runtime.checkpoint import check_same_config, load, load_latest, save
 from kling.runtime.ema import EMA
-from kling.runtime.optim import adamw, lr_at, set_lr
+from kling.runtime.optim import adamw, load_optimizer_tensors, lr_at, optimizer_tensors, set_lr
 from kling.runtime.random import noise_like
 
 

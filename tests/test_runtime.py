@@ -17,8 +17,10 @@ from torch import nn
 
 from kling.errors import UserError
 from kling.runtime.accelerator import EXIT_STOPPED, StopSignal, cpu_has_amx, make_accelerator, pick_precision
+from kling.runtime.checkpoint import load, save
 from kling.runtime.ema import EMA
-from kling.runtime.log import RunLog, duration, loss_by_sigma, read_metrics
+from kling.runtime.log import RunLog, duration, read_metrics
+from kling.runtime.meter import Meter
 from kling.runtime.optim import adamw, lr_at, set_lr
 from kling.runtime.random import derive_seed, generator, noise_like, permutation, uniform
 
@@ -99,7 +101,7 @@ def test_vectors_do_not_decay() -> None:
         adamw(model.requires_grad_(False), lr=1)
 
 
-def test_ema_is_the_average_and_swap_gives_the_weights_back() -> None:
+def test_ema_is_the_average_and_swap_gives_the_weights_back(tmp_path: Path) -> None:
     model = small_model().to(torch.bfloat16)
     ema = EMA(model, decay=0.9)
     expected = model[0].weight.detach().float().clone()
@@ -119,10 +121,11 @@ def test_ema_is_the_average_and_swap_gives_the_weights_back() -> None:
     assert all(torch.equal(v, own[k]) for k, v in model.state_dict().items())
 
     other = EMA(small_model(), decay=0.9)
-    other.load_state_dict(ema.state_dict())
+    state = load(save(tmp_path, 1, {"ema": ema.state_dict(), "less": {k: v for k, v in ema.state_dict().items() if k != "2.bias"}})).tensors
+    other.load_state_dict(state["ema"])
     assert torch.equal(other.state_dict()["0.weight"], ema.state_dict()["0.weight"])
-    with pytest.raises(UserError, match="2.bias is missing"):
-        other.load_state_dict({k: v for k, v in ema.state_dict().items() if k != "2.bias"})
+    with pytest.raises(UserError, match="EMA weight '2.bias' is not in the checkpoint"):
+        other.load_state_dict(state["less"])
     with pytest.raises(UserError, match="decay 1"):
         EMA(model, decay=1)
 
@@ -245,9 +248,15 @@ def test_progress_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (duration(3723), duration(75), duration(9)) == ("1h02m", "1m15s", "9s")
 
 
-def test_loss_by_sigma() -> None:
-    found = loss_by_sigma(torch.tensor([0.1, 0.2, 0.6, 1.0]), torch.tensor([1.0, 3.0, 5.0, 7.0]))
-    assert {k: v.item() for k, v in found.items()} == {"loss/sigma_0.00-0.25": 2, "loss/sigma_0.50-0.75": 5, "loss/sigma_0.75-1.00": 7}
+def test_losses_are_means_over_micro_steps_in_all_and_by_sigma(tmp_path: Path) -> None:
+    accelerator, meter = make_accelerator(tmp_path, mixed_precision="fp32"), Meter(torch.device("cpu"), ceiling=100.0)
+    meter.add(torch.tensor([0.1, 0.2]), torch.tensor([1.0, 3.0]), tokens=10, flops=50)
+    meter.add(torch.tensor([0.6, 1.0]), torch.tensor([5.0, 7.0]), tokens=10, flops=50)
+    assert meter.total(accelerator) == {"loss": 4, "loss/sigma_0.00-0.25": 2, "loss/sigma_0.50-0.75": 5, "loss/sigma_0.75-1.00": 7}
+    meter.lap("forward")
+    found = meter.take(batches=2, processes=4)
+    assert found["tokens/s"] == pytest.approx(40 / found["time/step"]) and found["mfu"] == pytest.approx(200 / found["time/step"] / 400)
+    assert found["time/forward"] == found["time/step"] and meter.take()["tokens/s"] == 0
 
 
 @pytest.mark.slow

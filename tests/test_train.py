@@ -24,6 +24,9 @@ from kling.data.video import write_video  # noqa: E402
 
 VAE = [
     "configs/vae/debug.yaml",
+    "model.base_dim=4",
+    "model.decoder_base_dim=4",
+    "model.dim_mult=[1,1,1]",
     "schedule=constant",
     "batch=1",
     "data.frames=[5]",

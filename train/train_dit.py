@@ -2,43 +2,62 @@
 
 kling-train configs/dit/world.yaml out=runs/dit            # the same command again goes on where it stopped
 kling-train configs/dit/debug.yaml out=/tmp/dit steps=20   # under a minute, data and cache included
+accelerate launch --config_file configs/accelerate/fsdp2.yaml train/train_dit.py configs/dit/1.3b.yaml out=runs/1.3b
 """
 
 from __future__ import annotations
 
-import random
-import shutil
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from kling.cache import CacheConfig, LatentBatch, LatentCache, LatentSteps, fill_cache
-from kling.condition.state import Given, State, build_state
-from kling.condition.tasks import TASKS, draw_task, keyframe_share
+from kling.cache import CacheConfig, LatentCache, LatentSteps, fill_cache
+from kling.condition.tasks import TASKS
 from kling.config import load_config, save_config, to_dict
 from kling.data.image import write_png
 from kling.data.source import batches
 from kling.dit import KlingTransformer3DModel
+from kling.dit.cost import forward_flops
 from kling.errors import UserError, program, unknown
 from kling.flow.loss import flow_loss
 from kling.flow.path import velocity
 from kling.flow.scheduler import KlingFlowScheduler
 from kling.flow.time import draw_sigma
-from kling.pipeline import KlingPipeline, load_vae, signal
+from kling.pipeline import KlingPipeline, load_vae
 from kling.request import Request
 from kling.runtime import checkpoint
 from kling.runtime.accelerator import EXIT_STOPPED, StopSignal, make_accelerator, set_threads
 from kling.runtime.ema import EMA
-from kling.runtime.log import RunLog, loss_by_sigma
+from kling.runtime.health import Guard, Watchdog
+from kling.runtime.log import RunLog
+from kling.runtime.meter import Meter, matmul_ceiling
 from kling.runtime.optim import adamw, lr_at, set_lr
+from kling.runtime.parallel import check_draws, lay_out, same_rng, scalar, split_sequence, total, trained
 from kling.runtime.random import generator, noise_like
+from kling.runtime.saver import Saver, find_latest, load_run_tensors, run_tensors, versions
 from kling.shapes import latent_frames
 from kling.text import ByteTextEncoder
+from kling.training import (
+    Drawing,
+    Example,
+    Lora,
+    Places,
+    Trained,
+    Validation,
+    add_lora,
+    draw_example,
+    export,
+    export_lora,
+    grow,
+    held_out,
+    level_quantiles,
+    set_checkpointing,
+    validation_loss,
+)
 
 
 @dataclass
@@ -48,8 +67,12 @@ class TrainDiTConfig:
     vae: a VAE folder, or empty for the shipped one. cache: a latent cache; made from the preset `encode` if it is not complete.
     frames: pixel lengths to draw from, at most the cache's. tasks: how often each is drawn.
     text_drop, camera_drop: how often the text or the camera is left out, for guidance. scheduler: settings stored with the weights.
-    init_from: a model folder to start from; or text_from: a text encoder from kling-train-text, under a new transformer.
-    samples: what is drawn every `sample_every` steps, as fields of `Request`.
+    init_from: a model folder to start from; conditions that `model` adds to it start at zero. lora: train low-rank weights on top of it.
+    text_from: a text encoder from kling-train-text, under a new transformer.
+    samples: what is drawn every `sample_every` steps, as fields of `Request`. keep_every: checkpoints of these steps stay for good.
+    activation_checkpointing: none, selective or full. compile: regional `torch.compile`, each kind of block once.
+    context_parallel: ulysses or ring, how the processes of a group cut attention (configs/accelerate/fsdp2_cp.yaml says how many).
+    watchdog: seconds without a step after which every process writes where it stands; 0 is off.
     """
 
     out: str = "runs/dit"
@@ -69,6 +92,7 @@ class TrainDiTConfig:
     scheduler: dict[str, Any] = field(default_factory=dict)
     init_from: str | None = None
     text_from: str | None = None
+    lora: Lora = field(default_factory=Lora)
     vae: str = ""
     cache: str = "runs/cache"
     encode: str = "cache/world.yaml"
@@ -77,32 +101,23 @@ class TrainDiTConfig:
     tasks: dict[str, float] = field(default_factory=lambda: {"text": 1.0})
     text_drop: float = 0.1
     camera_drop: float = 0.4
+    validation: Validation = field(default_factory=Validation)
     samples: list[dict[str, Any]] = field(default_factory=list)
     sample_every: int = 0
     save_every: int = 500
+    save_in_background: bool = True
     keep_last: int = 2
+    keep_every: int = 0
     log_every: int = 20
     mixed_precision: str = "auto"
     gradient_accumulation: int = 1
+    activation_checkpointing: str = "none"
+    compile: bool = False
+    context_parallel: str = "ulysses"
+    watchdog: float = 1800.0
     trackers: list[str] = field(default_factory=list)
     workers: int = 1
     threads: int | None = None
-
-
-class Trained(nn.Module):
-    """What the optimizer sees: the transformer and the text encoder as one module, so that one wrapper serves both on many processes."""
-
-    def __init__(self, transformer: KlingTransformer3DModel, text_encoder: ByteTextEncoder) -> None:
-        super().__init__()
-        self.transformer, self.text_encoder = transformer, text_encoder
-
-    def forward(
-        self, state: State, z: Tensor, level: Tensor, ids: Tensor, lengths: Tensor, rays: Tensor | None, has_camera: Tensor
-    ) -> Tensor:
-        text = self.text_encoder(ids, lengths)  # (b, l, e)
-        return self.transformer(
-            z, state.token_sigma(level), text, positions=state.position, kinds=state.kind, camera=rays, camera_mask=has_camera
-        ).sample  # (b, c, G, h, w)
 
 
 @program
@@ -116,160 +131,163 @@ def main(argv: list[str] | None = None) -> None:
             raise unknown("task", name, TASKS)
     for frames in cfg.frames:
         latent_frames(frames)
-    train(cfg)
+    if cfg.lora.rank and not cfg.init_from:
+        raise UserError("lora.rank is set but not init_from: name the model folder that the low-rank weights are for")
+    with StopSignal() as stop:
+        train(cfg, stop)
 
 
-def train(cfg: TrainDiTConfig) -> None:
+def train(cfg: TrainDiTConfig, stop: StopSignal) -> None:
     set_threads(cfg.threads)
     out = Path(cfg.out)
     accelerator = make_accelerator(out, cfg.mixed_precision, cfg.gradient_accumulation, cfg.trackers)
-    checkpoint.check_same_config(out, to_dict(cfg))
-    vae = load_vae(cfg.vae)
+    layout, device, micro = lay_out(accelerator), accelerator.device, cfg.gradient_accumulation
+    checkpoint.check_same_config(out, to_dict(cfg), defaults=to_dict(TrainDiTConfig()))
+    vae = load_vae(cfg.vae).to(device)
     if accelerator.is_main_process:
-        complete_cache(cfg, vae)
+        complete_cache(cfg, vae, stop)
     accelerator.wait_for_everyone()
-    cache = LatentCache(cfg.cache)
+    data = LatentSteps(LatentCache(cfg.cache), cfg.batch, cfg.frames, cfg.seed)
+    drawing = Drawing(cfg.seed, cfg.tasks, cfg.text_drop, cfg.camera_drop)
+    density, shift = cfg.scheduler.get("density", "logit_normal"), cfg.scheduler.get("shift", 1.0)
+    held = held_out(cfg.validation, load_config(CacheConfig, cfg.encode).data, max(cfg.frames), vae) if cfg.validation.every else []
+
     torch.manual_seed(cfg.seed)  # the initial weights; every later draw is counter-based
     model = build(cfg)
+    transformer, text_encoder = model.transformer, model.text_encoder
+    split_sequence(transformer, layout, device, cfg.context_parallel)
+    set_checkpointing(transformer, cfg.activation_checkpointing)
+    if cfg.compile:
+        transformer.compile_repeated_blocks()
     optimizer = adamw(model, cfg.lr, betas=tuple(cfg.betas), weight_decay=cfg.weight_decay)
+    net, optimizer = accelerator.prepare(model, optimizer)
     ema = EMA(model, cfg.ema)
+    saver = Saver(out, cfg.keep_last, cfg.keep_every, accelerator=accelerator, background=cfg.save_in_background)
 
-    start = 0
-    if saved := checkpoint.load_latest(out):
-        start = saved.step
-        model.load_state_dict(saved.tensors["model"])
-        ema.load_state_dict(saved.tensors["ema"])
-        checkpoint.load_optimizer_tensors(optimizer, model, saved.tensors["optimizer"])
+    def resume(done: int = 0) -> tuple[int, int]:
+        """Load the newest good checkpoint, if there is one. Updates made, and places of the data used, until then."""
+        saver.wait()
+        saved = find_latest(accelerator, out)
+        if saved is None:
+            if done:
+                raise UserError(
+                    f"updates are not finite, and there is no checkpoint to go back to (step {done}): lower lr, or raise warmup"
+                )
+            return 0, 0
+        load_run_tensors(saved, model, optimizer.optimizer, ema)
+        return saved.step, saved.meta.get("places", saved.step * micro * layout.ranks)
+
+    def predict(example: Example, level: Tensor, noise: Tensor) -> Tensor:
+        """The network's velocity (b, c, G, h, w) for a batch at levels (b,)."""
+        ids, lengths = text_encoder.tokenize(example.prompts)
+        with accelerator.autocast():
+            return net(example.state, example.state.noised(level, noise), level, ids, lengths, example.rays, example.has_camera)
+
+    def validate() -> dict[str, float]:
+        """Loss of the averaged weights on held-out clips at fixed levels; weights and generators are as before after it."""
+        levels = level_quantiles(cfg.validation.quantiles, density, shift)
+        with ema.swap(model), same_rng(device):
+            sums, counts = total(accelerator, validation_loss(predict, held, levels, layout, model, vae, device))
+        losses = (sums / counts).tolist()
+        by_level = {f"validation/sigma_{sigma:.2f}": loss for sigma, loss in zip(levels, losses, strict=True)}
+        return {"validation/loss": sum(losses) / len(losses), **by_level}
+
+    done, places = resume()
+    check_draws(accelerator, layout, torch.randn(8, generator=generator(cfg.seed, "sigma", places + layout.rank)))
     if accelerator.is_main_process:
         save_config(cfg, out / "config.yaml")
-    net, optimizer = accelerator.prepare(model, optimizer)
-    micro, ranks, rank = cfg.gradient_accumulation, accelerator.num_processes, accelerator.process_index
-    data = Places(LatentSteps(cache, cfg.batch, cfg.frames, cfg.seed), ranks, rank)
+    guard = Guard()
+    meter = Meter(device, matmul_ceiling(device, torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32))
 
     with (
-        StopSignal() as stop,
-        RunLog(out, cfg.steps, accelerator=accelerator, config=to_dict(cfg), start=start, log_every=cfg.log_every) as log,
+        Watchdog(out, accelerator.process_index, cfg.watchdog) as watchdog,
+        RunLog(out, cfg.steps, accelerator=accelerator, config=to_dict(cfg), start=done, log_every=cfg.log_every) as log,
     ):
-        for index, batch in enumerate(batches(data, start * micro, cfg.steps * micro, cfg.workers), start=start * micro):
-            step, place = index // micro, index * ranks + rank
-            with accelerator.accumulate(net):
-                state, prompts, rays, has_camera = condition(cfg, batch, index, place, model.transformer, vae)
-                state, rays = state.to(accelerator.device), None if rays is None else rays.to(accelerator.device)
-                level = draw_sigma((cfg.batch,), generator(cfg.seed, "sigma", place), model_density(cfg), model_shift(cfg)).to(
-                    accelerator.device
-                )
-                noise = noise_like(state.clean, cfg.seed, "noise", place, range(cfg.batch))  # (b, c, G, h, w)
-                ids, lengths = model.text_encoder.tokenize(prompts)
-                v = net(state, state.noised(level, noise), level, ids, lengths, rays, has_camera.to(accelerator.device))
-                losses = flow_loss(v, velocity(state.clean, noise), state.mask)  # (b,)
-                loss = losses.mean()
-                accelerator.backward(loss)
-                if accelerator.sync_gradients:
-                    norm = accelerator.clip_grad_norm_(model.parameters(), cfg.clip_grad)
-                set_lr(optimizer, lr_at(step, lr=cfg.lr, warmup=cfg.warmup, steps=cfg.steps, schedule=cfg.schedule, floor=cfg.floor))
-                optimizer.step()
+        while done < cfg.steps:
+            feed, used = Places(data, places, layout), []  # after a rollback the data goes back too
+            for k, batch in enumerate(batches(feed, 0, (cfg.steps - done) * micro, cfg.workers)):
+                place = feed.place(k)
+                example = draw_example(drawing, batch, place, transformer, vae).to(device)
+                level = draw_sigma((cfg.batch,), generator(cfg.seed, "sigma", place), density, shift).to(device)  # (b,)
+                noise = noise_like(example.state.clean, cfg.seed, "noise", place, range(cfg.batch))  # (b, c, G, h, w)
+                used.append({"place": place, "clips": batch.ids})
+                meter.lap("data")
+                with accelerator.accumulate(net):
+                    v = predict(example, level, noise)
+                    losses = flow_loss(v, velocity(example.state.clean, noise), example.state.mask)  # (b,)
+                    meter.lap("forward")
+                    accelerator.backward(losses.mean() * layout.split)
+                    meter.lap("backward")
+                tokens = example.state.token_sigma(level)[0].numel()
+                flops = 3 * forward_flops(transformer.config, tokens, text_encoder.num_tokens)
+                meter.add(level, losses, cfg.batch * tokens, cfg.batch * flops)
+                if not accelerator.sync_gradients:
+                    continue
+
+                norm = scalar(accelerator.clip_grad_norm_(model.parameters(), cfg.clip_grad))
+                means = meter.total(accelerator)
+                set_lr(optimizer, lr_at(done, lr=cfg.lr, warmup=cfg.warmup, steps=cfg.steps, schedule=cfg.schedule, floor=cfg.floor))
+                if guard.sound(means["loss"], norm) or accelerator.scaler is not None:  # the scaler of fp16 leaves them out itself
+                    optimizer.step()
+                    ema.update(model, done)
                 optimizer.zero_grad()
-            if not accelerator.sync_gradients:
-                continue
-            ema.update(model, step)
-            done = step + 1
-            log.log(done, {"loss": loss, "grad_norm": norm, **loss_by_sigma(level, losses)}, clips=cfg.batch * micro * ranks)
+                meter.lap("optimizer")
+                done, places = done + 1, places + micro * layout.ranks
+                watchdog.beat()
+                clips = cfg.batch * micro * layout.ranks
+                speed = meter.take(layout.ranks, accelerator.num_processes)
+                log.log(done, {**means, "grad_norm": norm, "skipped": guard.skipped, **speed}, clips=clips)
 
-            stopping = stop.seen(accelerator)
-            last = done == cfg.steps
-            if accelerator.is_main_process and (last or stopping or done % cfg.save_every == 0):
-                log.flush()
-                groups = {"model": model.state_dict(), "ema": ema.state_dict()}
-                groups["optimizer"] = checkpoint.optimizer_tensors(optimizer.optimizer, model)
-                checkpoint.save(out, done, groups, {"config": to_dict(cfg)}, cfg.keep_last)
-            if accelerator.is_main_process and cfg.samples and cfg.sample_every and (last or done % cfg.sample_every == 0) and not stopping:
-                with ema.swap(model):
-                    draw_samples(pipeline(cfg, model, vae), cfg, out / "samples" / f"{done:08d}.png")
-            if stopping:
-                raise SystemExit(EXIT_STOPPED)
+                if guard.rollback(used, out, accelerator.process_index):
+                    done, places = resume(done)
+                    log.rewind(done)
+                    break
+                used = []
+                stopping, last = stop.seen(accelerator), done == cfg.steps
+                saver.check()
+                if last or stopping or (done % cfg.save_every == 0 and not guard.row):  # never amid lost updates: what to go back to
+                    log.flush()
+                    meta = {"config": to_dict(cfg), "places": places, "versions": versions()}
+                    saver.save(done, run_tensors(model, optimizer.optimizer, ema), meta)
+                    meter.lap("save")
+                if held and (last or done % cfg.validation.every == 0) and not stopping:
+                    log.log(done, validate())
+                    meter.lap("validation")
+                if cfg.samples and cfg.sample_every and (last or done % cfg.sample_every == 0) and not stopping:
+                    if accelerator.is_main_process or layout.sharded:  # sharded weights need all processes
+                        with ema.swap(model), same_rng(device):
+                            draw_samples(pipeline(cfg, model, vae), cfg, out / "samples" / f"{done:08d}.png", accelerator.is_main_process)
+                    meter.lap("samples")
+                if stopping:
+                    saver.wait()
+                    raise SystemExit(EXIT_STOPPED)
 
+    saver.wait()
     if accelerator.is_main_process:
-        with ema.swap(model):
-            export(pipeline(cfg, model, vae), out / "export")
+        publish(cfg, vae, out)
+    accelerator.wait_for_everyone()
 
 
-class Places(torch.utils.data.Dataset):
-    """The batch that one rank takes at every micro-step."""
-
-    def __init__(self, steps: LatentSteps, ranks: int, rank: int) -> None:
-        self.steps, self.ranks, self.rank = steps, ranks, rank
-
-    def __getitem__(self, index: int) -> LatentBatch:
-        return self.steps[index * self.ranks + self.rank]
-
-
-def complete_cache(cfg: TrainDiTConfig, vae: nn.Module) -> None:
-    """Fill the latent cache if it is missing or unfinished."""
+def complete_cache(cfg: TrainDiTConfig, vae: nn.Module, stop: StopSignal) -> None:
+    """Fill the latent cache if it is missing or unfinished. Shards that are done stay, so a signal may end it after any."""
     settings = load_config(CacheConfig, cfg.encode, [f"out={cfg.cache}"])
-    for done, total in fill_cache(settings, vae):
-        print(f"latent cache {cfg.cache}: {done}/{total} clips", file=sys.stderr)
+    for done, all_clips in fill_cache(settings, vae):
+        print(f"latent cache {cfg.cache}: {done}/{all_clips} clips", file=sys.stderr)
+        if stop and done < all_clips:
+            raise SystemExit(EXIT_STOPPED)
 
 
 def build(cfg: TrainDiTConfig) -> Trained:
-    """The models to train, new or from `init_from`."""
+    """The models to train: new, or those of `init_from`, grown by the conditions that `model` adds, or with low-rank weights."""
     if cfg.init_from:
-        pipe = KlingPipeline.from_pretrained(cfg.init_from)
-        return Trained(pipe.transformer, pipe.text_encoder).train()
-    text = ByteTextEncoder.from_pretrained(cfg.text_from) if cfg.text_from else ByteTextEncoder(**cfg.text)
-    return Trained(KlingTransformer3DModel(**{"text_dim": text.config.out_dim, **cfg.model}), text).train()
-
-
-def model_density(cfg: TrainDiTConfig) -> str:
-    return cfg.scheduler.get("density", "logit_normal")
-
-
-def model_shift(cfg: TrainDiTConfig) -> float:
-    return cfg.scheduler.get("shift", 1.0)
-
-
-def condition(
-    cfg: TrainDiTConfig, batch: LatentBatch, index: int, place: int, transformer: KlingTransformer3DModel, vae: nn.Module
-) -> tuple[State, list[str], Tensor | None, Tensor]:
-    """What is given of every clip of a batch, its prompt and its camera. Draws depend on (seed, place) alone.
-
-    The number of keyframes is drawn from (seed, index), the same on all ranks, so that they all have batches of one shape.
-    """
-    rng = random.Random(f"condition/{cfg.seed}/{place}")
-    shape = random.Random(f"keyframes/{cfg.seed}/{index}")
-    b, _, f, h, w = batch.latents.shape
-    K = int(f > 1 and shape.random() < keyframe_share(cfg.tasks))
-    given: list[Given] = []
-    lone, prompts = [], []
-    for i in range(b):
-        task = draw_task(rng, cfg.tasks, K) if f > 1 else "text"
-        what = TASKS[task][1](rng, f, h, w)
-        if K:
-            what, j = choose_keyframe(what, batch.times[i].tolist(), f, rng)
-            lone.append(batch.keyframes[i, j])
-        given.append(what)
-        prompts.append("" if rng.random() < cfg.text_drop else rng.choice(batch.captions[i]))
-    keyframes = torch.stack(lone)[:, :, None] if K else None  # (b, c, 1, h, w)
-    state = build_state(given, batch.latents, keyframes, tuple(transformer.config.patch_size))
-
-    has_camera = torch.tensor([camera is not None and rng.random() >= cfg.camera_drop for camera in batch.cameras])
-    rays = None
-    if transformer.config.camera_channels and has_camera.any():
-        s = vae.spatial_factor
-        rows = [
-            signal(transformer, vae, camera, h * s, w * s, tuple(t for t, _ in what.keyframes)) if camera is not None else None
-            for camera, what in zip(batch.cameras, given, strict=True)
-        ]
-        blank = torch.zeros_like(next(row for row in rows if row is not None))
-        rays = torch.stack([blank if row is None else row for row in rows])  # (b, 24, G, h', w')
-    return state, prompts, rays, has_camera
-
-
-def choose_keyframe(what: Given, times: list[int], f: int, rng: random.Random) -> tuple[Given, int]:
-    """The task's keyframe, tied to a lone frame of the cache: the end where the task says so, an inner one where it leaves it open (-1)."""
-    (t, strength), end = what.keyframes[0], 4 * (f - 1)
-    inner = [j for j, time in enumerate(times) if 0 < time < end]
-    j = times.index(end) if t == end or not inner else rng.choice(inner)
-    return Given(known=what.known, keyframes=((times[j], strength),)), j
+        text = KlingPipeline.from_pretrained(cfg.init_from).text_encoder
+        model = Trained(grow(cfg.init_from, cfg.model), text)
+    else:
+        text = ByteTextEncoder.from_pretrained(cfg.text_from) if cfg.text_from else ByteTextEncoder(**cfg.text)
+        model = Trained(KlingTransformer3DModel(**{"text_dim": text.config.out_dim, **cfg.model}), text)
+    if cfg.lora.rank:
+        add_lora(model, cfg.lora)
+    return model.train()
 
 
 def pipeline(cfg: TrainDiTConfig, model: Trained, vae: nn.Module) -> KlingPipeline:
@@ -281,7 +299,7 @@ def pipeline(cfg: TrainDiTConfig, model: Trained, vae: nn.Module) -> KlingPipeli
     return KlingPipeline(vae, model.transformer, model.text_encoder, scheduler, capabilities=able, max_frames=cfg.max_frames)
 
 
-def draw_samples(pipe: KlingPipeline, cfg: TrainDiTConfig, picture: Path) -> None:
+def draw_samples(pipe: KlingPipeline, cfg: TrainDiTConfig, picture: Path, write: bool) -> None:
     """One row of frames for each of `cfg.samples`."""
     rows = []
     pipe.transformer.eval()
@@ -290,23 +308,26 @@ def draw_samples(pipe: KlingPipeline, cfg: TrainDiTConfig, picture: Path) -> Non
         picks = torch.linspace(0, len(frames) - 1, 6).round().long()
         rows.append(torch.cat(list(frames[picks]), dim=1))
     pipe.transformer.train()
-    picture.parent.mkdir(parents=True, exist_ok=True)
-    write_png(picture, torch.cat(rows).numpy())
+    if write:
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        write_png(picture, torch.cat(rows).numpy())
 
 
-def export(pipe: KlingPipeline, folder: Path) -> None:
-    """The folder that `KlingPipeline.from_pretrained` reads, weights in bf16; whole or absent."""
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    for name in ("vae", "transformer", "text_encoder"):
-        part = getattr(pipe, name)
-        part.save_config(temporary / name)
-        weights = {key: t.detach().to("cpu", torch.bfloat16).contiguous() for key, t in part.state_dict().items()}
-        save_file(weights, temporary / name / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
-    pipe.scheduler.save_pretrained(temporary / "scheduler")
-    pipe.save_config(temporary)
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+def publish(cfg: TrainDiTConfig, vae: nn.Module, out: Path) -> None:
+    """Export the averaged weights of the last checkpoint: what is published is what was saved and checked, however it was sharded."""
+    saved = checkpoint.load_latest(out)
+    model = build(cfg)
+    checkpoint.restore(saved.tensors["model"], trained(model))
+    average = EMA(model, cfg.ema)
+    average.load_state_dict(saved.tensors["ema"])
+    with average.swap(model):
+        pipe = pipeline(cfg, model, vae)
+        if cfg.lora.rank:
+            export_lora(pipe, out / "lora")
+            if not cfg.lora.merge:
+                return
+            pipe.fuse_lora()
+        export(pipe, out / "export")
 
 
 if __name__ == "__main__":

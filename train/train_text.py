@@ -19,11 +19,12 @@ import torch
 from kling.config import load_config, save_config, to_dict
 from kling.data.source import ClipSource, DataConfig, batches, check_data
 from kling.errors import UserError, program
-from kling.runtime import checkpoint
+from kling.runtime.checkpoint import check_same_config
 from kling.runtime.accelerator import EXIT_STOPPED, StopSignal, make_accelerator, set_threads
 from kling.runtime.ema import EMA
 from kling.runtime.log import RunLog
 from kling.runtime.optim import adamw, lr_at, set_lr
+from kling.runtime.saver import Saver, find_latest, load_run_tensors, run_tensors, versions
 from kling.text import ByteTextEncoder
 from kling.text.agree import agreement_loss, pool
 
@@ -86,20 +87,18 @@ def train(cfg: TrainTextConfig) -> None:
     accelerator = make_accelerator(out, cfg.mixed_precision, trackers=cfg.trackers)
     if accelerator.num_processes > 1:
         raise UserError(f"kling-train-text on {accelerator.num_processes} processes: it takes minutes on one; start one")
-    checkpoint.check_same_config(out, to_dict(cfg))
+    check_same_config(out, to_dict(cfg))
     torch.manual_seed(cfg.seed)  # the initial weights; every later draw is counter-based
     model = ByteTextEncoder(**cfg.text).train()
-    optimizer = adamw(model, cfg.lr, weight_decay=cfg.weight_decay)
+    net, optimizer = accelerator.prepare(model, adamw(model, cfg.lr, weight_decay=cfg.weight_decay))
     ema = EMA(model, cfg.ema)
+    saver = Saver(out, cfg.keep_last, accelerator=accelerator)
 
     start = 0
-    if saved := checkpoint.load_latest(out):
+    if saved := find_latest(accelerator, out):
         start = saved.step
-        model.load_state_dict(saved.tensors["model"])
-        ema.load_state_dict(saved.tensors["ema"])
-        checkpoint.load_optimizer_tensors(optimizer, model, saved.tensors["optimizer"])
+        load_run_tensors(saved, model, optimizer.optimizer, ema)
     save_config(cfg, out / "config.yaml")
-    net, optimizer = accelerator.prepare(model, optimizer)
     data = CaptionPairs(ClipSource(cfg.data, cfg.seed), cfg.batch)
 
     with (
@@ -121,12 +120,12 @@ def train(cfg: TrainTextConfig) -> None:
             stopping = stop.seen(accelerator)
             if stopping or done == cfg.steps or done % cfg.save_every == 0:
                 log.flush()
-                groups = {"model": model.state_dict(), "ema": ema.state_dict()}
-                groups["optimizer"] = checkpoint.optimizer_tensors(optimizer.optimizer, model)
-                checkpoint.save(out, done, groups, {"config": to_dict(cfg)}, cfg.keep_last)
+                saver.save(done, run_tensors(model, optimizer.optimizer, ema), {"config": to_dict(cfg), "versions": versions()})
             if stopping:
+                saver.wait()
                 raise SystemExit(EXIT_STOPPED)
 
+    saver.wait()
     with ema.swap(model):
         model.save_pretrained(out / "export")
 

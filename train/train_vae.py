@@ -2,10 +2,12 @@
 
 kling-train-vae configs/vae/world.yaml out=runs/vae            # the same command again goes on where it stopped
 kling-train-vae configs/vae/debug.yaml out=/tmp/vae steps=20   # seconds
+accelerate launch --config_file configs/accelerate/ddp.yaml train/train_vae.py configs/vae/16x8x8.yaml out=runs/vae
 """
 
 from __future__ import annotations
 
+import random
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,9 +26,14 @@ from kling.pipeline import load_vae
 from kling.runtime import checkpoint
 from kling.runtime.accelerator import EXIT_STOPPED, StopSignal, make_accelerator, set_threads
 from kling.runtime.ema import EMA
+from kling.runtime.health import LIMIT, Guard
 from kling.runtime.log import RunLog
 from kling.runtime.optim import adamw, lr_at, set_lr
+from kling.runtime.parallel import scalar
+from kling.runtime.saver import Saver, find_latest, load_run_tensors, run_tensors, versions
 from kling.vae import AutoencoderKLKling, LossWeights, vae_loss
+from kling.vae.discriminator import Adversary, PatchDiscriminator3d, Perceptual, fooled, frozen, hinge
+from kling.vae.paths import PATHS, Autoencoding
 
 PARTS = ("encoder", "quant_conv", "post_quant_conv", "decoder")
 
@@ -37,6 +44,8 @@ class TrainVAEConfig:
 
     init_from: a VAE folder to start from, in place of `model`. freeze: parts that stay as they are; with [encoder, quant_conv] a decoder
     gets better under a transformer that is already trained, since the latents do not move.
+    paths: how often clips go through whole, streamed in chunks, or in blended tiles, so that the loss sees what sampling does.
+    adversary: a discriminator that joins later. perceptual: weight, and a local file of VGG-16.
     """
 
     out: str = "runs/vae"
@@ -55,6 +64,10 @@ class TrainVAEConfig:
     freeze: list[str] = field(default_factory=list)
     data: DataConfig = field(default_factory=DataConfig)
     loss: LossWeights = field(default_factory=LossWeights)
+    paths: dict[str, float] = field(default_factory=lambda: {"whole": 1.0})
+    adversary: Adversary = field(default_factory=Adversary)
+    perceptual: float = 0.0
+    perceptual_weights: str = ""
     save_every: int = 200
     keep_last: int = 2
     eval_every: int = 200
@@ -74,14 +87,25 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("usage: kling-train-vae CONFIG.yaml [key=value ...]")
     cfg = load_config(TrainVAEConfig, argv[0], argv[1:])
     check_data(cfg.data)
-    train(cfg)
+    for name in cfg.paths:
+        if name not in PATHS:
+            raise unknown("path", name, PATHS)
+    if bool(cfg.perceptual) != bool(cfg.perceptual_weights):
+        raise UserError(
+            "perceptual and perceptual_weights belong together: give both, a weight and a safetensors file of VGG-16, or neither"
+        )
+    with StopSignal() as stop:
+        train(cfg, stop)
 
 
-def train(cfg: TrainVAEConfig) -> None:
+def train(cfg: TrainVAEConfig, stop: StopSignal) -> None:
     set_threads(cfg.threads)
     out = Path(cfg.out)
-    accelerator = make_accelerator(out, cfg.mixed_precision, cfg.gradient_accumulation, cfg.trackers)
-    checkpoint.check_same_config(out, to_dict(cfg))
+    lone = 1 in cfg.data.frames  # convolutions over time that halve or double it see no lone frame
+    accelerator = make_accelerator(out, cfg.mixed_precision, cfg.gradient_accumulation, cfg.trackers, some_unused=lone)
+    if accelerator.is_fsdp2:
+        raise UserError("a VAE is trained whole on every GPU: use configs/accelerate/ddp.yaml")
+    checkpoint.check_same_config(out, to_dict(cfg), defaults=to_dict(TrainVAEConfig()))
     torch.manual_seed(cfg.seed)  # the initial weights; every later draw is counter-based
     model = load_vae(cfg.init_from) if cfg.init_from else AutoencoderKLKling(**cfg.model)
     model.train()
@@ -89,58 +113,91 @@ def train(cfg: TrainVAEConfig) -> None:
         if name not in PARTS:
             raise unknown("part to freeze", name, PARTS)
         getattr(model, name).requires_grad_(False)
-    optimizer = adamw(model, cfg.lr, weight_decay=cfg.weight_decay)
+    critic = PatchDiscriminator3d(cfg.adversary.width, cfg.adversary.layers) if cfg.adversary.weight else None
+    perceptual = Perceptual(cfg.perceptual_weights).to(accelerator.device) if cfg.perceptual else None
+    net, optimizer = accelerator.prepare(Autoencoding(model), adamw(model, cfg.lr, weight_decay=cfg.weight_decay))
+    if critic is not None:
+        critic_net, critic_optimizer = accelerator.prepare(critic, adamw(critic, cfg.adversary.lr, betas=(0.5, 0.9), weight_decay=0.0))
     ema = EMA(model, cfg.ema)
+    saver = Saver(out, cfg.keep_last, accelerator=accelerator)
 
     start = 0
-    if saved := checkpoint.load_latest(out):
+    if saved := find_latest(accelerator, out):
         start = saved.step
-        model.load_state_dict(saved.tensors["model"])
-        ema.load_state_dict(saved.tensors["ema"])
-        checkpoint.load_optimizer_tensors(optimizer, model, saved.tensors["optimizer"])
+        load_run_tensors(saved, model, optimizer.optimizer, ema)
+        if critic is not None:
+            load_run_tensors(saved, critic, critic_optimizer.optimizer, prefix="critic_")
     if accelerator.is_main_process:
         save_config(cfg, out / "config.yaml")
-    net, optimizer = accelerator.prepare(model, optimizer)
     data = StepBatches(ClipSource(cfg.data, cfg.seed), cfg.batch, accelerator.process_index, accelerator.num_processes)
     micro = cfg.gradient_accumulation
 
-    with (
-        StopSignal() as stop,
-        RunLog(out, cfg.steps, accelerator=accelerator, config=to_dict(cfg), start=start, log_every=cfg.log_every) as log,
-    ):
+    guard = Guard()
+    with RunLog(out, cfg.steps, accelerator=accelerator, config=to_dict(cfg), start=start, log_every=cfg.log_every) as log:
         for index, video in enumerate(batches(data, start * micro, cfg.steps * micro, cfg.workers), start=start * micro):
             step = index // micro
-            with accelerator.accumulate(net):
+            judged = critic is not None and step >= cfg.adversary.start
+            with accelerator.accumulate(*([net, critic_net] if judged else [net])):
                 video = video.to(accelerator.device)  # (b, 3, T, H, W)
-                recon, posterior = net(video, sample_posterior=False, return_dict=False)
+                recon, posterior = net(video, draw_path(cfg, index))
                 loss, terms = vae_loss(video, recon, posterior, cfg.loss)
+                if perceptual is not None:
+                    terms["perceptual"] = perceptual(video, recon)
+                    loss = loss + cfg.perceptual * terms["perceptual"]
+                if judged and (weight := cfg.adversary.weight_at(step)):
+                    with frozen(critic):
+                        terms["fooled"] = fooled(critic(recon))
+                    loss = loss + weight * terms["fooled"]
                 accelerator.backward(loss)
+                if judged:
+                    terms["critic"] = hinge(*critic_net(torch.cat([video, recon.detach()])).chunk(2))
+                    accelerator.backward(terms["critic"])
                 if accelerator.sync_gradients:
-                    norm = accelerator.clip_grad_norm_(model.parameters(), cfg.clip_grad)
-                set_lr(optimizer, lr_at(step, lr=cfg.lr, warmup=cfg.warmup, steps=cfg.steps, schedule=cfg.schedule, floor=cfg.floor))
-                optimizer.step()
-                optimizer.zero_grad()
+                    norm = scalar(accelerator.clip_grad_norm_(model.parameters(), cfg.clip_grad))
             if not accelerator.sync_gradients:
                 continue
-            ema.update(model, step)
+            rate = lr_at(step, lr=1.0, warmup=cfg.warmup, steps=cfg.steps, schedule=cfg.schedule, floor=cfg.floor)
+            set_lr(optimizer, cfg.lr * rate)
+            if guard.sound(norm):
+                optimizer.step()
+                ema.update(model, step)
+                if judged:
+                    set_lr(critic_optimizer, cfg.adversary.lr * rate)
+                    critic_optimizer.step()
+            optimizer.zero_grad()
+            if judged:
+                critic_optimizer.zero_grad()
+            if guard.row == LIMIT:
+                raise UserError(f"{LIMIT} updates in a row were not finite, at step {step + 1}: lower the learning rate and run it again")
             done = step + 1
-            log.log(done, {"loss": loss, "grad_norm": norm, **terms}, clips=len(video) * micro * accelerator.num_processes)
+            shown = {name: term.detach() for name, term in terms.items()}
+            counts = {"skipped": guard.skipped, "clips": len(video)}
+            log.log(done, {"loss": loss, "grad_norm": norm, **shown, **counts}, clips=len(video) * micro * accelerator.num_processes)
 
             stopping = stop.seen(accelerator)
-            if accelerator.is_main_process and (done % cfg.eval_every == 0 or done == cfg.steps):
+            saver.check()
+            if accelerator.is_main_process and (done % cfg.eval_every == 0 or done == cfg.steps) and not stopping:
                 with ema.swap(model):
                     log.log(done, evaluate(model, cfg, out / "samples" / f"{done:08d}.png"))
-            if accelerator.is_main_process and (done % cfg.save_every == 0 or done == cfg.steps or stopping):
+            if done % cfg.save_every == 0 or done == cfg.steps or stopping:
                 log.flush()
-                groups = {"model": model.state_dict(), "ema": ema.state_dict()}
-                groups["optimizer"] = checkpoint.optimizer_tensors(optimizer.optimizer, model)
-                checkpoint.save(out, done, groups, {"config": to_dict(cfg)}, cfg.keep_last)
+                groups = run_tensors(model, optimizer.optimizer, ema)
+                if critic is not None:
+                    groups |= run_tensors(critic, critic_optimizer.optimizer, prefix="critic_")
+                saver.save(done, groups, {"config": to_dict(cfg), "versions": versions()})
             if stopping:
+                saver.wait()
                 raise SystemExit(EXIT_STOPPED)
 
+    saver.wait()
     if accelerator.is_main_process:
         with ema.swap(model):
             export(model, cfg, out / "export")
+
+
+def draw_path(cfg: TrainVAEConfig, index: int) -> str:
+    """How the clips of one micro-step go through, the same on every process."""
+    return random.Random(f"path/{cfg.seed}/{index}").choices(list(cfg.paths), weights=list(cfg.paths.values()))[0]
 
 
 @torch.no_grad()

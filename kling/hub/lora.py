@@ -26,8 +26,6 @@ def add_loras(pipe: Any, loras: Sequence[tuple[str, float]], second: bool = Fals
         try:
             pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=name, load_into_transformer_2=second)
         except (ValueError, RuntimeError, KeyError, IndexError) as error:
-            if "PEFT backend" in str(error):
-                raise UserError("LoRAs need peft, which is not installed: pip install 'kling[lora]'") from None
             reason = str(error).strip().splitlines()[0][:200]
             raise UserError(f"{path} is no LoRA that fits this model ({reason})") from None
         if name not in getattr(model, "peft_config", {}):

@@ -1,4 +1,4 @@
-"""Where the computation happens: devices, processes and precision. The only module that imports accelerate."""
+"""Where the computation happens: devices, processes and precision. Only `kling/runtime` imports accelerate."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from types import FrameType
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin
+from accelerate.parallelism_config import ParallelismConfig
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, FullyShardedDataParallelPlugin, GradientAccumulationPlugin
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from kling.errors import UserError, unknown
 
@@ -26,10 +28,13 @@ def make_accelerator(
     mixed_precision: str = "auto",
     gradient_accumulation: int = 1,
     trackers: Sequence[str] = (),
+    some_unused: bool = False,
 ) -> Accelerator:
     """The Accelerator of a run in the folder `out`, on whatever `accelerate launch` set up, or on one device.
 
     mixed_precision: auto | bf16 | fp16 | fp32 (see `pick_precision`). trackers: any of tensorboard, wandb, next to metrics.jsonl.
+    some_unused: in some steps some parameters are not used, the same ones on every process.
+    Sharded (FSDP2) weights are fp32, and bf16 where they compute; wrap the forward pass in `accelerator.autocast()`.
     """
     for name in trackers:
         if name not in TRACKERS:
@@ -39,12 +44,46 @@ def make_accelerator(
     if gradient_accumulation < 1:
         raise UserError(f"gradient_accumulation {gradient_accumulation}: give 1 or more")
     precision = pick_precision(mixed_precision)
-    return Accelerator(
-        mixed_precision="no" if precision == "fp32" else precision,
-        gradient_accumulation_plugin=GradientAccumulationPlugin(gradient_accumulation, adjust_scheduler=False, sync_with_dataloader=False),
-        log_with=list(trackers) or None,
-        project_dir=str(out),
-    )
+    sharded, cpu = (os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true" for name in ("FSDP", "CPU"))
+    if sharded and cpu:
+        os.environ["ACCELERATE_USE_PARALLELISM_CONFIG"] = "false"  # refused there; `_shard_on_cpu` reads its sizes
+    accumulation = GradientAccumulationPlugin(gradient_accumulation, adjust_scheduler=False, sync_with_dataloader=False)
+    try:
+        accelerator = Accelerator(
+            mixed_precision="no" if precision == "fp32" else precision,
+            gradient_accumulation_plugin=accumulation,
+            log_with=list(trackers) or None,
+            project_dir=str(out),
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=some_unused)],
+        )
+    except ValueError as error:  # sizes of a layout that do not multiply to the number of processes, and the like
+        raise UserError(f"accelerate refuses this configuration: {str(error).splitlines()[0]}") from None
+    if sharded and cpu and accelerator.num_processes > 1:
+        _shard_on_cpu(accelerator)
+    if sharded and accelerator.num_processes > 1 and not accelerator.is_fsdp2:
+        raise UserError("sharding needs fsdp_version: 2 in the accelerate configuration: start from configs/accelerate/fsdp2.yaml")
+    if accelerator.is_fsdp2:
+        # FSDP would cast every input to bf16, noise levels too: it casts weights only, and autocast does the rest
+        param = torch.bfloat16 if precision == "bf16" else None
+        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(param, torch.float32, cast_forward_inputs=False)
+    return accelerator
+
+
+def _shard_on_cpu(accelerator: Accelerator) -> None:
+    """FSDP2 over gloo. Accelerate turns it on for devices with a name of their own only, and trains unsharded without a word elsewhere;
+    its code runs on CPUs as it is, and so a laptop and the tests can run what a cluster runs."""
+    state = accelerator.state
+    state.fsdp_plugin = FullyShardedDataParallelPlugin()
+    state.distributed_type = DistributedType.FSDP
+    state.parallelism_config = sizes = ParallelismConfig()
+    if sizes.total_size == 1:  # no layout given: one group of all
+        state.parallelism_config = sizes = ParallelismConfig(dp_shard_size=accelerator.num_processes)
+    if sizes.total_size != accelerator.num_processes:
+        raise UserError(
+            f"the layout of {sizes.total_size} processes was started with {accelerator.num_processes}: "
+            "make num_processes the product of the parallelism_config sizes"
+        )
+    state.device_mesh = sizes.get_device_mesh("cpu")
 
 
 def pick_precision(name: str = "auto") -> str:

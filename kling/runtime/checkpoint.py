@@ -3,6 +3,9 @@
     run/step-00001000/   model.safetensors  optimizer.safetensors  ema.safetensors  meta.json  manifest.json
     run/latest           the name of the newest folder
 
+A sharded run writes `model.00000.safetensors`, `model.00001.safetensors` ...: each process its own rows, which in the order of the
+files make the whole. Whoever reads asks for tensors, or for the rows that it needs, and does not see how many wrote them.
+
 `save` writes a `.tmp` folder, syncs it to disk, renames it, checks it by reading it back, moves `latest`, and only then deletes old
 ones; so at any moment, a kill included, the run folder holds a complete checkpoint. `load` believes a folder only if every file has
 the size and the SHA-256 of the manifest, and `load_latest` falls back to the newest folder that does.
@@ -16,101 +19,218 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
 from kling.config import flatten, read_yaml
 from kling.errors import UserError
+from kling.runtime.parallel import first_row, local
 
 log = logging.getLogger(__name__)
 
-Groups = dict[str, dict[str, Tensor]]
+Groups = Mapping[str, Mapping[str, Tensor]]
 
 MANIFEST, META, LATEST = "manifest.json", "meta.json", "latest"
 _FOLDER = re.compile(r"step-(\d{8,})(\.old)?")
+_FILE = re.compile(r"(\w+)(\.\d{5})?\.safetensors")
 
-# Settings that may differ when a run goes on: how long, how often, and where to tell. Everything else changes what is learned.
+# Settings that may differ when a run goes on: how long, how often, where to tell, and how the work lies on the machine. Everything else
+# changes what is learned.
 MAY_CHANGE = (
     "out",
     "resume",
     "steps",
     "save_every",
+    "save_in_background",
     "keep_last",
+    "keep_every",
     "log_every",
     "sample_every",
     "eval_every",
+    "watchdog",
+    "gradient_accumulation",
+    "activation_checkpointing",
+    "compile",
+    "context_parallel",
     "trackers",
     "workers",
     "threads",
 )
 
 
+class Rows(Mapping[str, Tensor]):
+    """The tensors of one group, read from its files when asked for: whole by `rows[name]`, or only some rows."""
+
+    def __init__(self, files: Iterable[Path]) -> None:
+        self._where: dict[str, list[Any]] = {}  # name -> the open files that hold its rows, in order
+        for path in sorted(files):
+            file = safe_open(path, framework="pt")
+            for name in file.keys():  # noqa: SIM118 - not a dict
+                self._where.setdefault(name, []).append(file)
+
+    def __getitem__(self, name: str) -> Tensor:
+        parts = [file.get_tensor(name) for file in self._where[name]]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def part(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows start … stop - 1 of a tensor."""
+        found, at = [], 0
+        for file in self._where[name]:
+            piece = file.get_slice(name)
+            rows = piece.get_shape()[0]
+            begin, end = max(start - at, 0), min(stop - at, rows)
+            found += [piece[begin:end]] if begin < end else []
+            at += rows
+        return torch.cat(found)
+
+    def shape(self, name: str) -> torch.Size:
+        shapes = [file.get_slice(name).get_shape() for file in self._where[name]]
+        return torch.Size([sum(s[0] for s in shapes), *shapes[0][1:]] if shapes[0] else [])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._where)
+
+    def __len__(self) -> int:
+        return len(self._where)
+
+
 @dataclass
 class Checkpoint:
-    """What `save` was given, and the folder it came from. Tensors are on the CPU."""
+    """What `save` was given, and the folder it came from. Tensors are read when they are used."""
 
     step: int
-    tensors: Groups
+    tensors: dict[str, Rows]
     meta: dict[str, Any] = field(default_factory=dict)
     path: Path = Path()
 
 
-def save(run_dir: str | Path, step: int, tensors: Groups, meta: dict[str, Any] | None = None, keep_last: int = 2) -> Path:
-    """Write `run_dir/step-<step>` and return it. Call it on the main process only.
+def save(
+    run_dir: str | Path, step: int, tensors: Groups, meta: dict[str, Any] | None = None, keep_last: int = 2, keep_every: int = 0
+) -> Path:
+    """Write `run_dir/step-<step>` from one process and return it; `runtime/saver.py` does the same from many, or in the background.
 
     tensors: {"model": {name: tensor}, "optimizer": {...}, ...}, one file each. meta: anything JSON can hold. The newest `keep_last`
-    folders stay (0 keeps all). Raises `UserError` if the disk is full or read-only; older checkpoints are then untouched.
+    folders stay (0 keeps all), and those of every `keep_every`-th step. Raises `UserError` if the disk is full or read-only; older
+    checkpoints are then untouched.
     """
-    run_dir = Path(run_dir)
-    final = run_dir / f"step-{step:08d}"
-    temporary, replaced = final.with_suffix(".tmp"), final.with_suffix(".old")
+    with told(run_dir, step):
+        begin(run_dir, step)
+        files = write(run_dir, step, tensors)
+        return finish(run_dir, step, files, meta or {}, keep_last, keep_every)
+
+
+def folder(run_dir: str | Path, step: int) -> Path:
+    """Where a step's checkpoint goes; while it is written, the same with the suffix .tmp."""
+    return Path(run_dir) / f"step-{step:08d}"
+
+
+@contextmanager
+def told(run_dir: str | Path, step: int) -> Iterator[None]:
+    """A disk that is full or cannot be written is one line, and leaves no half-written folder."""
     try:
-        for stale in run_dir.glob("step-*.tmp"):  # of a save that was killed
-            shutil.rmtree(stale, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        for name, group in tensors.items():
-            save_file({key: t.detach().contiguous() for key, t in group.items()}, temporary / f"{name}.safetensors")
-        (temporary / META).write_text(json.dumps(meta or {}, ensure_ascii=False, indent=2), encoding="utf-8")
-        files = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(temporary.iterdir())}
-        (temporary / MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=2), encoding="utf-8")
-        for path in (*temporary.iterdir(), temporary):
-            _sync(path)
-        if final.exists():  # the same step again: the old one stays loadable until the new one is in place
-            shutil.rmtree(replaced, ignore_errors=True)
-            final.rename(replaced)
-        temporary.rename(final)
-        _sync(run_dir)
-        verify(final)
-        write_atomic(run_dir / LATEST, final.name + "\n")
+        yield
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(folder(run_dir, step).with_suffix(".tmp"), ignore_errors=True)
         reason = getattr(error, "strerror", None) or str(error)
-        raise UserError(f"checkpoint {final} was not written ({reason}): older ones are untouched; free space or change `out`") from None
+        raise UserError(
+            f"checkpoint {folder(run_dir, step)} was not written ({reason}): older ones are untouched; free space or change `out`"
+        ) from None
+
+
+def begin(run_dir: str | Path, step: int) -> None:
+    """Make the temporary folder, and clear away those of saves that were killed."""
+    for stale in Path(run_dir).glob("step-*.tmp"):
+        shutil.rmtree(stale, ignore_errors=True)
+    folder(run_dir, step).with_suffix(".tmp").mkdir(parents=True)
+
+
+def write(run_dir: str | Path, step: int, tensors: Groups, part: str = "") -> dict[str, dict[str, Any]]:
+    """Write one process's files into the temporary folder, sync them, and return their sizes and SHA-256 by name."""
+    temporary, files = folder(run_dir, step).with_suffix(".tmp"), {}
+    for name, group in tensors.items():
+        path = temporary / f"{name}{part}.safetensors"
+        save_file({key: t.detach().contiguous() for key, t in group.items()}, path)
+        files[path.name] = _seal(path)
+    return files
+
+
+def finish(
+    run_dir: str | Path, step: int, files: dict[str, dict[str, Any]], meta: dict[str, Any], keep_last: int, keep_every: int = 0
+) -> Path:
+    """Give the temporary folder its manifest and its name, check it, point to it, and delete what is not kept."""
+    run_dir, final = Path(run_dir), folder(run_dir, step)
+    temporary, replaced = final.with_suffix(".tmp"), final.with_suffix(".old")
+    (temporary / META).write_text(json.dumps(meta, ensure_ascii=False, indent=2), encoding="utf-8")
+    files = files | {META: _seal(temporary / META)}
+    (temporary / MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=2), encoding="utf-8")
+    _sync(temporary / MANIFEST)
+    _sync(temporary)
+    if final.exists():  # the same step again: the old one stays loadable until the new one is in place
+        shutil.rmtree(replaced, ignore_errors=True)
+        final.rename(replaced)
+    temporary.rename(final)
+    _sync(run_dir)
+    verify(final)
+    write_atomic(run_dir / LATEST, final.name + "\n")
     shutil.rmtree(replaced, ignore_errors=True)
     if keep_last > 0:  # folders of a later step belong to a future that was given up: they go first
         others = sorted((p for p in _folders(run_dir) if p != final), key=lambda p: p.name > final.name)
         for old in others[keep_last - 1 :]:
-            shutil.rmtree(old, ignore_errors=True)
+            milestone = keep_every and step_of(old) % keep_every == 0 and old.name < final.name
+            if not milestone:
+                shutil.rmtree(old, ignore_errors=True)
     return final
 
 
 def load(path: str | Path, groups: Iterable[str] | None = None) -> Checkpoint:
-    """Read one checkpoint folder, whole or only the named groups. Raises `UserError` naming the file that is missing or damaged."""
+    """Open one checkpoint folder, whole or only the named groups. Raises `UserError` naming the file that is missing or damaged."""
+    verify(Path(path))
+    return open_folder(path, groups)
+
+
+def open_folder(path: str | Path, groups: Iterable[str] | None = None) -> Checkpoint:
+    """The same for a folder that another process has just checked."""
     path = Path(path)
-    manifest = verify(path)
-    held = [name.removesuffix(".safetensors") for name in manifest["files"] if name.endswith(".safetensors")]
-    wanted = held if groups is None else list(groups)
+    manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    held: dict[str, list[Path]] = {}
+    for name in manifest["files"]:
+        if found := _FILE.fullmatch(name):
+            held.setdefault(found[1], []).append(path / name)
+    wanted = sorted(held) if groups is None else list(groups)
     if absent := [g for g in wanted if g not in held]:
-        raise UserError(f"checkpoint {path} has no '{absent[0]}': it holds {', '.join(held)}")
-    tensors = {g: load_file(path / f"{g}.safetensors") for g in wanted}
-    return Checkpoint(manifest["step"], tensors, json.loads((path / META).read_text(encoding="utf-8")), path)
+        raise UserError(f"checkpoint {path} has no '{absent[0]}': it holds {', '.join(sorted(held))}")
+    try:
+        tensors = {g: Rows(held[g]) for g in wanted}
+    except SafetensorError as error:
+        raise UserError(f"checkpoint {path} is damaged: not safetensors ({error})") from None
+    return Checkpoint(int(manifest["step"]), tensors, json.loads((path / META).read_text(encoding="utf-8")), path)
+
+
+def restore(rows: Rows, into: Mapping[str, Tensor], what: str = "weight") -> None:
+    """Copy a group into tensors of a model, or into the rows of them that this process holds.
+
+    Raises `UserError` if a name is missing or odd, or a shape differs.
+    """
+    if odd := sorted(rows.keys() ^ into.keys()):
+        missing = odd[0] in into
+        raise UserError(f"{what} '{odd[0]}' is {'not in the checkpoint' if missing else 'not in the model'}: they do not fit each other")
+    with torch.no_grad():
+        for name, t in into.items():
+            if rows.shape(name) != t.shape:
+                raise UserError(f"{what} '{name}' has shape {tuple(rows.shape(name))} in the checkpoint, the model's has {tuple(t.shape)}")
+            mine, start = local(t), first_row(t)
+            if mine.shape == t.shape:
+                mine.copy_(rows[name])
+            elif mine.numel():
+                mine.copy_(rows.part(name, start, start + len(mine)))
 
 
 def load_latest(run_dir: str | Path, groups: Iterable[str] | None = None) -> Checkpoint | None:
@@ -155,16 +275,19 @@ def verify(path: str | Path) -> dict[str, Any]:
     return manifest
 
 
-def check_same_config(run_dir: str | Path, config: dict[str, Any], may_change: Iterable[str] = MAY_CHANGE) -> None:
+def check_same_config(
+    run_dir: str | Path, config: dict[str, Any], may_change: Iterable[str] = MAY_CHANGE, defaults: Mapping[str, Any] | None = None
+) -> None:
     """Refuse to go on with a run under other settings than `run_dir/config.yaml` (if there is one).
 
-    config: `to_dict` of the new one. A name in `may_change` covers its dotted key and everything below it. Raises `UserError` that
-    lists the keys with both values.
+    config: `to_dict` of the new one. defaults: what a setting is that did not exist yet when the run began. A name in `may_change`
+    covers its dotted key and everything below it. Raises `UserError` that lists the keys with both values.
     """
     path = Path(run_dir) / "config.yaml"
     if not path.is_file():
         return
     before, now = flatten(read_yaml(path)), flatten(config)
+    before = {key: value for key, value in flatten(dict(defaults or {})).items() if key in now} | before
     allowed = tuple(may_change)
     changed = [
         f"{key} {before.get(key, 'absent')!r} -> {now.get(key, 'absent')!r}"
@@ -173,31 +296,6 @@ def check_same_config(run_dir: str | Path, config: dict[str, Any], may_change: I
     ]
     if changed:
         raise UserError(f"run {run_dir} was started with other settings: {'; '.join(changed)}; take them back or choose another `out`")
-
-
-# ------------------------------------------------------------------------------------------------------------- optimizer
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
-    """The optimizer's state as {"<parameter name>/<exp_avg | exp_avg_sq | step>": tensor}; learning rates are the loop's, not state."""
-    names = {id(p): name for name, p in model.named_parameters()}
-    return {f"{names[id(p)]}/{key}": value for p, state in optimizer.state.items() for key, value in state.items()}
-
-
-def load_optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Put back what `optimizer_tensors` gave. Raises `UserError` if a name does not belong to the optimizer's parameters."""
-    names = {id(p): name for name, p in model.named_parameters()}
-    order = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]  # state_dict numbers parameters like this
-    index = {name: i for i, name in enumerate(order)}
-    state: dict[int, dict[str, Tensor]] = {}
-    for full, tensor in tensors.items():
-        name, _, key = full.rpartition("/")
-        if name not in index:
-            raise UserError(f"optimizer state of '{name}' fits no parameter that trains: the model differs from the checkpoint's")
-        state.setdefault(index[name], {})[key] = tensor.clone()
-    if tensors and (absent := [n for n in order if index[n] not in state]):
-        raise UserError(f"optimizer state of '{absent[0]}' is not in the checkpoint: the model differs from the checkpoint's")
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 # ----------------------------------------------------------------------------------------------------------------- files
@@ -221,6 +319,17 @@ def _folders(run_dir: Path) -> list[Path]:
     pointer = run_dir / LATEST
     latest = pointer.read_text(encoding="utf-8", errors="replace").strip() if pointer.is_file() else ""
     return sorted(found, key=lambda p: (p.name == latest, int(found[p][1]), found[p][2] is None), reverse=True)
+
+
+def step_of(path: Path) -> int:
+    """The step in a folder's name."""
+    return int(_FOLDER.fullmatch(path.name)[1])
+
+
+def _seal(path: Path) -> dict[str, Any]:
+    """Sync a file to disk; its size and hash."""
+    _sync(path)
+    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
 
 
 def _sync(path: Path) -> None:

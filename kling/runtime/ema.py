@@ -1,4 +1,4 @@
-"""Exponential moving average of the weights, kept in fp32 beside the model."""
+"""Exponential moving average of the weights that train, kept in fp32 beside the model, and cut over processes as the model is."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from kling.errors import UserError
+from kling.runtime.checkpoint import Rows, restore
+from kling.runtime.parallel import local
 
 
 class EMA:
-    """θ̄ ← d θ̄ + (1 - d) θ over the floating-point parameters of a model.
+    """θ̄ ← d θ̄ + (1 - d) θ over the floating-point parameters of a model that train. Make it after the model was sharded.
 
     The decay warms up with the step, d(s) = min(decay, (1 + s) / (10 + s)), so that the first weights are forgotten quickly. It is a
     closed form: a resumed run needs the averages and the step only.
@@ -31,14 +33,14 @@ class EMA:
     def update(self, model: nn.Module, step: int) -> None:
         """Take in the weights after update number `step` (0-based)."""
         params = dict(_params(model))
-        averages = list(self.average.values())
-        torch._foreach_lerp_(averages, [params[name].detach().float() for name in self.average], 1 - self.decay_at(step))
+        averages = [local(average) for average in self.average.values()]
+        torch._foreach_lerp_(averages, [local(params[name]).float() for name in self.average], 1 - self.decay_at(step))
 
     @contextmanager
     def swap(self, model: nn.Module) -> Iterator[nn.Module]:
         """The model carries the averages inside the `with`, and its own weights, bit for bit, after it (errors included)."""
-        params = [(p, self.average[name]) for name, p in _params(model)]
-        own = [p.detach().clone() for p, _ in params]
+        params = [(local(p), local(self.average[name])) for name, p in _params(model)]
+        own = [p.clone() for p, _ in params]
         try:
             with torch.no_grad():
                 for p, average in params:
@@ -53,17 +55,10 @@ class EMA:
         """{parameter name: fp32 average}."""
         return dict(self.average)
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+    def load_state_dict(self, saved: Rows) -> None:
         """Raises `UserError` if a name is missing, not known, or of another shape."""
-        if odd := sorted(state.keys() ^ self.average.keys()):
-            raise UserError(
-                f"EMA weights do not fit the model: {odd[0]} is {'missing' if odd[0] in self.average else 'not one of its parameters'}"
-            )
-        for name, average in self.average.items():
-            if state[name].shape != average.shape:
-                raise UserError(f"EMA weight {name} has shape {tuple(state[name].shape)}, the model's has {tuple(average.shape)}")
-            average.copy_(state[name])
+        restore(saved, self.average, "EMA weight")
 
 
 def _params(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    return ((name, p) for name, p in model.named_parameters() if p.is_floating_point())
+    return ((name, p) for name, p in model.named_parameters() if p.requires_grad and p.is_floating_point())

@@ -16,7 +16,6 @@ from kling.config import flatten
 from kling.runtime.checkpoint import write_atomic
 
 METRICS = "metrics.jsonl"
-SIGMA_BINS = 4
 _BIN = "loss/sigma_"
 
 
@@ -80,6 +79,12 @@ class RunLog:
                 self.accelerator.log(values, step=step)
         self._show(lines[-1][0], _means([values for _, _, values in lines]))
 
+    def rewind(self, step: int) -> None:
+        """The run goes on from `step` again: what was noted after it is cut."""
+        self._lines = []
+        if self.writes:
+            keep_until(self.path, step)
+
     def _show(self, step: int, means: dict[str, float]) -> None:
         now = time.monotonic()
         parts = [f"step {step}/{self.steps}"]
@@ -108,13 +113,6 @@ class RunLog:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def loss_by_sigma(sigma: Tensor, loss: Tensor, bins: int = SIGMA_BINS) -> dict[str, Tensor]:
-    """Mean loss of the samples in each of `bins` equal parts of σ in [0, 1]; parts without samples are left out. sigma, loss (b,)"""
-    index = (sigma.detach().float().cpu() * bins).long().clamp(0, bins - 1)
-    loss = loss.detach()
-    return {f"{_BIN}{i / bins:.2f}-{(i + 1) / bins:.2f}": loss[(index == i).to(loss.device)].mean() for i in index.unique().tolist()}
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:

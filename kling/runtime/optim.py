@@ -1,4 +1,4 @@
-"""AdamW and its learning rate, as functions.
+"""AdamW, its state by name, and its learning rate, as functions.
 
 The learning rate is a closed form of the step, set by the loop: Accelerate's wrapped schedulers advance once per process, and a
 closed form has no state to save.
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kling.errors import UserError, unknown
+from kling.runtime.checkpoint import Rows, restore
 
 SCHEDULES = ("constant", "cosine")
 
@@ -56,3 +57,28 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Set the learning rate of every group."""
     for group in optimizer.param_groups:
         group["lr"] = lr
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
+    """The optimizer's state as {"<parameter name>/<exp_avg | exp_avg_sq | step>": tensor}; learning rates are the loop's, not state."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    return {f"{names[id(p)]}/{key}": value for p, state in optimizer.state.items() for key, value in state.items()}
+
+
+def load_optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, saved: Rows) -> None:
+    """Put back what `optimizer_tensors` gave, each process its own rows. A parameter that had no gradient yet, as a VAE's over time on lone
+    frames, has no state. Raises `UserError` if a state belongs to no parameter, or has another shape."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    params = {names[id(p)]: p for group in optimizer.param_groups for p in group["params"]}
+    state: dict[Tensor, dict[str, Tensor]] = {}
+    for full in saved:
+        name, _, key = full.rpartition("/")
+        if name not in params:
+            raise UserError(f"optimizer state of '{name}' fits no parameter that trains: the model differs from the checkpoint's")
+        p = params[name]
+        like = torch.zeros((), device=p.device) if key == "step" else torch.zeros_like(p, requires_grad=False)
+        state.setdefault(p, {})[key] = like
+    into = {f"{name}/{key}": t for name, p in params.items() for key, t in state.get(p, {}).items()}
+    restore(saved, into, "optimizer state")
+    optimizer.state.clear()
+    optimizer.state.update(state)

@@ -1,0 +1,117 @@
+"""How much memory a training step takes, found by running it without data: on fake tensors, which have shapes and no bytes.
+
+Nothing is guessed from a formula of the architecture: what autograd keeps is counted where it keeps it, so a change of the model changes
+the estimate. Depth is extrapolated from two shallow copies, since every block costs the same; so a 14B model takes seconds on a laptop.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from kling.dit.model import KlingTransformer3DModel
+from kling.flow.loss import flow_loss
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of the tensors that were made inside and are still alive, and the most there have been: in all, and without gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = self.gradients = self.activations = 0
+        self._seen: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            if isinstance(t, Tensor):
+                self._note(t.untyped_storage())
+        return out
+
+    def _note(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._seen:
+            return
+        self._seen.add(key)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        self.activations = max(self.activations, self.live - self.gradients)
+        weakref.finalize(storage, self._free, key, size)
+
+    def note_gradient(self, parameter: Tensor) -> None:
+        """A parameter's gradient is complete (a hook)."""
+        self.gradients += parameter.grad.untyped_storage().nbytes()
+
+    def _free(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self.live -= size
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """Numbers in the model and in one of its blocks; and what a forward and backward pass of a batch holds at most beyond the weights, in
+    bytes: in all, and of it activations, which are largest before the gradients are there."""
+
+    parameters: int
+    block: int
+    peak: int
+    activations: int
+
+    def beyond(self, gradients: float, batches: float = 1.0) -> float:
+        """Bytes beyond the weights and `gradients` (fewer than all in a sharded run) when `batches` times the batch is computed at once."""
+        together = max(0.0, self.peak - gradients + (batches - 1) * self.activations)  # exact for one batch and all gradients
+        return min(together, batches * self.activations)
+
+
+def step_memory(
+    config: Mapping[str, Any],
+    latents: tuple[int, ...],
+    text_tokens: int,
+    set_checkpointing: Callable[[KlingTransformer3DModel], None] = lambda _: None,
+    bf16: bool = True,
+) -> StepMemory:
+    """A step of a transformer on clips of latents (b, c, f, h, w) with `text_tokens` of text, fp32 weights, bf16 by autocast if asked."""
+    layers = int(config["num_layers"])
+    if layers <= 4:
+        return _trace(config, latents, text_tokens, set_checkpointing, bf16)
+    two, four = (_trace({**config, "num_layers": n}, latents, text_tokens, set_checkpointing, bf16) for n in (2, 4))
+
+    def extended(name: str) -> int:
+        a, b = getattr(two, name), getattr(four, name)
+        return a + (b - a) * (layers - 2) // 2
+
+    return StepMemory(extended("parameters"), two.block, extended("peak"), extended("activations"))
+
+
+def _trace(
+    config: Mapping[str, Any], latents: tuple[int, ...], text_tokens: int, set_checkpointing: Callable[..., None], bf16: bool
+) -> StepMemory:
+    with FakeTensorMode():
+        model = KlingTransformer3DModel(**config).train()
+        set_checkpointing(model)
+        b, _, f, h, w = latents
+        text = torch.zeros(b, text_tokens, model.config.text_dim)
+        scale = model.config.camera_downscale
+        camera = torch.zeros(b, model.config.camera_channels, f, h * scale, w * scale) if model.config.camera_channels else None
+        z, mask = torch.zeros(latents), torch.ones(b, 1, f, h, w)
+        counter = LiveBytes()
+        for p in model.parameters():
+            p.register_post_accumulate_grad_hook(counter.note_gradient)
+        with counter:
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                v = model(z, torch.zeros(b), text, camera=camera).sample  # (b, c, f, h, w)
+            flow_loss(v, z, mask).mean().backward()
+            del v
+    return StepMemory(_numbers(model), _numbers(model.blocks[0]), counter.peak, counter.activations)
+
+
+def _numbers(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())

@@ -1,0 +1,297 @@
+"""What a training of the transformer is made of: its examples, its held-out loss, the model as the optimizer sees it, and the export."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.data import Dataset
+
+from kling.cache import LatentBatch
+from kling.condition.state import Given, State, build_state
+from kling.condition.tasks import TASKS, draw_task, keyframe_share
+from kling.data.source import ClipSource, DataConfig
+from kling.data.transforms import to_tensor
+from kling.dit import KlingTransformer3DModel
+from kling.errors import UserError, unknown
+from kling.flow.loss import flow_loss
+from kling.flow.path import velocity
+from kling.flow.time import shift_sigma
+from kling.pipeline import KlingPipeline, signal
+from kling.runtime.parallel import Layout
+from kling.runtime.random import noise_like
+from kling.text import ByteTextEncoder
+from kling.vae import AutoencoderKLKling
+
+EXTRAS = ("num_kinds", "camera_channels", "camera_fold", "camera_downscale", "camera_residual_blocks")
+CHECKPOINTING = ("none", "selective", "full")
+
+
+class Trained(nn.Module):
+    """What the optimizer sees: the transformer and the text encoder as one module, so that one wrapper serves both on many processes."""
+
+    def __init__(self, transformer: KlingTransformer3DModel, text_encoder: ByteTextEncoder) -> None:
+        super().__init__()
+        self.transformer, self.text_encoder = transformer, text_encoder
+
+    def forward(
+        self, state: State, z: Tensor, level: Tensor, ids: Tensor, lengths: Tensor, rays: Tensor | None, has_camera: Tensor
+    ) -> Tensor:
+        text = self.text_encoder(ids, lengths)  # (b, l, e)
+        return self.transformer(
+            z, state.token_sigma(level), text, positions=state.position, kinds=state.kind, camera=rays, camera_mask=has_camera
+        ).sample  # (b, c, G, h, w)
+
+
+def grow(folder: str | Path, model: Mapping[str, Any]) -> KlingTransformer3DModel:
+    """The transformer of a model folder with the conditions of `model` added to those it has: new inputs start at zero, so its output
+    is unchanged. Raises `UserError` for a key that differs and is no condition, or that changes one which is trained already."""
+    had = KlingTransformer3DModel.load_config(Path(folder) / "transformer")
+    changed = {key: value for key, value in model.items() if key in had and had[key] != value}
+    for key, value in changed.items():
+        if key not in EXTRAS:
+            raise UserError(f"init_from {folder} has model.{key} = {had[key]!r}, not {value!r}: only {', '.join(EXTRAS)} can be added")
+        if had["num_kinds"] if key == "num_kinds" else had["camera_channels"]:
+            raise UserError(f"init_from {folder} was trained with model.{key} = {had[key]!r}: leave it as it is")
+    return KlingTransformer3DModel.from_pretrained(Path(folder) / "transformer", torch_dtype=torch.float32, **changed)
+
+
+@dataclass
+class Lora:
+    """Low-rank training: the weights of `init_from` stay, and W becomes W + alpha / rank · B A in the layers whose names end in `targets`.
+
+    rank: 0 trains the model itself. merge: export the whole model with B A added in, besides the small file of A and B alone.
+    """
+
+    rank: int = 0
+    alpha: float = 16.0
+    targets: list[str] = field(default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"])
+    merge: bool = False
+
+
+def add_lora(model: Trained, lora: Lora) -> None:
+    """Freeze the model and add A (random) and B (zero) to its transformer. Raises `UserError` if peft is missing or no layer matches."""
+    try:
+        from peft import LoraConfig
+    except ImportError:
+        raise UserError("lora.rank needs peft: pip install 'kling[lora]'") from None
+    for target in lora.targets:
+        if not any(name.endswith(target) for name, _ in model.transformer.named_modules()):
+            raise UserError(f"lora.targets '{target}' is the end of no layer's name: try to_q, to_k, to_v, to_out.0, ffn.net.2")
+    model.requires_grad_(False)
+    model.transformer.add_adapter(LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=lora.targets))
+
+
+def set_checkpointing(transformer: KlingTransformer3DModel, what: str) -> None:
+    """Which activations of a block are computed again in the backward pass: none, all but the costly (selective), or all of them (full).
+
+    selective keeps the results of matrix products and attention, and repeats norms, gates and activations.
+    """
+    if what not in CHECKPOINTING:
+        raise unknown("activation_checkpointing", what, CHECKPOINTING)
+    if what == "none":
+        return
+    contexts = {"context_fn": partial(create_selective_checkpoint_contexts, _keep_products)} if what == "selective" else {}
+    transformer.enable_gradient_checkpointing(partial(_checkpoint, contexts))
+
+
+def _checkpoint(contexts: dict[str, Any], block: nn.Module, *args: Any) -> Tensor:
+    return checkpoint(block, *args, use_reentrant=False, **contexts)
+
+
+def _keep_products(_: Any, op: Any, *__: Any, **___: Any) -> CheckpointPolicy:
+    name = str(op)
+    keep = any(part in name for part in ("aten.mm", "aten.addmm", "aten.bmm", "scaled_dot_product", "flash_attn"))
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+# -------------------------------------------------------------------------------------------------------------- examples
+
+
+class Places(Dataset):
+    """The batches that one process takes, in order: number k is place `first + k · ranks + rank` of the run's endless row of batches.
+
+    So the row is walked once and in order whatever the number of processes and of accumulated micro-steps, also when they change.
+    """
+
+    def __init__(self, steps: Dataset, first: int, layout: Layout) -> None:
+        self.steps, self.first, self.layout = steps, first, layout
+
+    def place(self, k: int) -> int:
+        return self.first + k * self.layout.ranks + self.layout.rank
+
+    def __getitem__(self, k: int) -> LatentBatch:
+        return self.steps[self.place(k)]
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How examples are drawn: weights of the tasks, and how often text or camera are left out."""
+
+    seed: int
+    tasks: Mapping[str, float]
+    text_drop: float
+    camera_drop: float
+
+
+@dataclass(frozen=True)
+class Example:
+    """A batch as the network gets it."""
+
+    state: State
+    prompts: list[str]
+    rays: Tensor | None  # (b, 24, G, h', w'), zeros where a clip has no camera; None for a model without a camera input
+    has_camera: Tensor  # (b,)
+
+    def to(self, device: torch.device) -> Example:
+        rays = None if self.rays is None else self.rays.to(device)
+        return Example(self.state.to(device), self.prompts, rays, self.has_camera.to(device))
+
+
+def draw_example(how: Drawing, batch: LatentBatch, place: int, transformer: KlingTransformer3DModel, vae: AutoencoderKLKling) -> Example:
+    """What is given of every clip of a batch, its prompt and its camera. Draws depend on (seed, place) alone."""
+    rng = random.Random(f"condition/{how.seed}/{place}")
+    b, _, f, h, w = batch.latents.shape
+    K = int(f > 1 and rng.random() < keyframe_share(how.tasks))  # the same for all clips of a batch, which share a shape
+    given: list[Given] = []
+    lone, prompts = [], []
+    for i in range(b):
+        task = draw_task(rng, how.tasks, K) if f > 1 else "text"
+        what = TASKS[task][1](rng, f, h, w)
+        if K:
+            what, j = choose_keyframe(what, batch.times[i].tolist(), f, rng)
+            lone.append(batch.keyframes[i, j])
+        given.append(what)
+        prompts.append("" if rng.random() < how.text_drop else rng.choice(batch.captions[i]))
+    keyframes = torch.stack(lone)[:, :, None] if K else None  # (b, c, 1, h, w)
+    state = build_state(given, batch.latents, keyframes, tuple(transformer.config.patch_size))
+    has_camera = torch.tensor([camera is not None and rng.random() >= how.camera_drop for camera in batch.cameras])
+    return Example(state, prompts, batch_rays(batch, given, transformer, vae), has_camera)
+
+
+def batch_rays(batch: LatentBatch, given: list[Given], transformer: KlingTransformer3DModel, vae: AutoencoderKLKling) -> Tensor | None:
+    """Rays of every clip (b, 24, G, h', w'), zeros where its camera is not known.
+
+    Also when no clip of the batch has one: every process must use every parameter at every step.
+    """
+    if not transformer.config.camera_channels:
+        return None
+    _, _, f, h, w = batch.latents.shape
+    s, fold = vae.spatial_factor, transformer.config.camera_downscale
+    blank = torch.zeros(transformer.config.camera_channels, f + len(given[0].keyframes), h * fold, w * fold)
+    rows = [
+        blank if camera is None else signal(transformer, vae, camera, h * s, w * s, tuple(t for t, _ in what.keyframes))
+        for camera, what in zip(batch.cameras, given, strict=True)
+    ]
+    return torch.stack(rows)
+
+
+def choose_keyframe(what: Given, times: list[int], f: int, rng: random.Random) -> tuple[Given, int]:
+    """The task's keyframe, tied to a lone frame of the cache: the end where the task says so, an inner one where it leaves it open (-1)."""
+    (t, strength), end = what.keyframes[0], 4 * (f - 1)
+    inner = [j for j, time in enumerate(times) if 0 < time < end]
+    j = times.index(end) if t == end or not inner else rng.choice(inner)
+    return Given(known=what.known, keyframes=((times[j], strength),)), j
+
+
+# ------------------------------------------------------------------------------------------------------------ validation
+
+
+@dataclass
+class Validation:
+    """The loss on clips that no training sees, every `every` updates (0: never): the same clips, noise and levels each time.
+
+    source: a folder of held-out videos; empty for the held-out scenes of the small world. quantiles: levels, as quantiles of the
+    training density, so that each stands for an equal share of training.
+    """
+
+    every: int = 0
+    clips: int = 8
+    source: str = ""
+    quantiles: int = 4
+
+
+def held_out(cfg: Validation, data: DataConfig, frames: int, vae: AutoencoderKLKling) -> list[LatentBatch]:
+    """The clips of a validation, encoded, one to a batch. Raises `UserError` if the training data is a folder and `source` is empty."""
+    if data.source != "world" and not cfg.source:
+        raise UserError("validation.every is set but not validation.source: name a folder of videos that are not trained on")
+    data = DataConfig(**{**vars(data), "source": cfg.source or "world"})
+    source, clips = ClipSource(data, split="heldout"), []
+    for i in range(cfg.clips):
+        clip = source.clip(i, frames, data.aspects[i % len(data.aspects)])
+        with torch.no_grad():
+            z = vae.normalize(vae.encode(to_tensor(clip.video)[None].to(vae.device)).latent_dist.mode()).cpu()  # (1, c, f, h, w)
+        clips.append(LatentBatch([i], z, z[:, None, :, 0], torch.zeros(1, 1), [clip.captions], [clip.trajectory]))
+    return clips
+
+
+def level_quantiles(count: int, density: str, shift: float) -> Tensor:
+    """(count,) levels in the middle of equal shares of the training density: its quantiles (i + ½) / count."""
+    q = (torch.arange(count) + 0.5) / count
+    return shift_sigma(torch.special.ndtri(q).sigmoid() if density == "logit_normal" else q, shift)
+
+
+@torch.no_grad()
+def validation_loss(
+    run: Callable[[Example, Tensor, Tensor], Tensor],
+    clips: list[LatentBatch],
+    levels: Tensor,
+    layout: Layout,
+    model: Trained,
+    vae: AutoencoderKLKling,
+    device: torch.device,
+) -> Tensor:
+    """Sum of the losses at each level and how many clips it is of, (2, levels), of the clips that fall to this process.
+
+    run(example, level, noise) -> velocity. All processes make the same number of passes, as sharded weights need.
+    """
+    sums = torch.zeros(2, len(levels), device=device)
+    for i in range(-(-len(clips) // layout.ranks)):
+        mine = i * layout.ranks + layout.rank
+        batch = clips[mine % len(clips)]
+        given = [Given()]
+        state = build_state(given, batch.latents, None, tuple(model.transformer.config.patch_size))
+        has_camera = torch.tensor([batch.cameras[0] is not None])
+        example = Example(state, [batch.captions[0][0]], batch_rays(batch, given, model.transformer, vae), has_camera).to(device)
+        for q, level in enumerate(levels):
+            noise = noise_like(example.state.clean, 0, "validation", q, batch.ids)
+            v = run(example, level[None].to(device), noise)  # (1, c, f, h, w)
+            loss = flow_loss(v, velocity(example.state.clean, noise), example.state.mask)  # (1,)
+            sums[:, q] += torch.stack([loss[0], torch.ones_like(loss[0])]) * (mine < len(clips))
+    return sums
+
+
+# ---------------------------------------------------------------------------------------------------------------- export
+
+
+def export(pipe: KlingPipeline, folder: Path) -> None:
+    """The folder that `KlingPipeline.from_pretrained` reads, weights in bf16; whole or absent."""
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    for name in ("vae", "transformer", "text_encoder"):
+        part = getattr(pipe, name)
+        part.save_config(temporary / name)
+        weights = {key: t.detach().to("cpu", torch.bfloat16).contiguous() for key, t in part.state_dict().items()}
+        save_file(weights, temporary / name / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+    pipe.scheduler.save_pretrained(temporary / "scheduler")
+    pipe.save_config(temporary)
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+
+
+def export_lora(pipe: KlingPipeline, folder: Path) -> None:
+    """The low-rank weights alone, as `pytorch_lora_weights.safetensors` in diffusers' format."""
+    from diffusers.loaders import WanLoraLoaderMixin
+    from peft import get_peft_model_state_dict
+
+    layers, settings = get_peft_model_state_dict(pipe.transformer), pipe.transformer.peft_config["default"].to_dict()
+    WanLoraLoaderMixin.save_lora_weights(folder, layers, transformer_lora_adapter_metadata=settings)

@@ -1,0 +1,151 @@
+"""Updates that are not finite, hangs, clocks, and what evaluation must not change."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import workers
+from torch import Tensor
+
+from kling.errors import UserError
+from kling.flow.time import draw_sigma
+from kling.runtime.checkpoint import load_latest
+from kling.runtime.health import Guard, Watchdog
+from kling.runtime.meter import StepClock, matmul_ceiling
+from kling.training import level_quantiles
+from kling.vae import AutoencoderKLKling
+
+train_dit = workers.train_dit
+
+
+def test_the_guard_counts_goes_back_once_and_stops(tmp_path: Path) -> None:
+    guard = Guard(limit=3)
+    assert guard.sound(1.0, 2.0) and not guard.sound(1.0, math.nan) and not guard.sound(math.inf)
+    assert guard.sound(0.5) and (guard.skipped, guard.row) == (2, 0)
+    batch = [{"place": 7, "clips": [3, 1]}]
+    assert [guard.sound(math.nan) or guard.rollback(batch, tmp_path) for _ in range(3)] == [False, False, True]
+    assert not any(guard.sound(math.nan) or guard.rollback(batch, tmp_path) for _ in range(2))
+    guard.sound(math.nan)
+    with pytest.raises(UserError, match="3 updates in a row .*bad-batch-00000.json"):
+        guard.rollback(batch, tmp_path, rank=0)
+    assert json.loads((tmp_path / "bad-batch-00000.json").read_text()) == batch
+
+
+def test_a_hang_shows_where_it_stands(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    def here_it_hangs() -> None:
+        time.sleep(0.5)
+
+    with Watchdog(tmp_path, rank=3, seconds=0.2):
+        here_it_hangs()
+    assert "here_it_hangs" in (tmp_path / "hang-00003.txt").read_text() and "hang-00003" in capsys.readouterr().err
+    with Watchdog(tmp_path, rank=4, seconds=60) as watchdog:
+        watchdog.beat()
+    assert not (tmp_path / "hang-00004.txt").exists(), "a sound run leaves nothing"
+
+
+def test_the_clock_accounts_for_all_time() -> None:
+    clock, began = StepClock(torch.device("cpu")), time.perf_counter()
+    for _ in range(2):
+        time.sleep(0.02)
+        clock.lap("data")
+        time.sleep(0.01)
+        clock.lap("forward")
+    found = clock.take()
+    assert found["time/data"] >= 0.04 and found["time/forward"] >= 0.02
+    assert (
+        found["time/step"] == pytest.approx(found["time/data"] + found["time/forward"])
+        and found["time/step"] <= time.perf_counter() - began
+    )
+    assert clock.take() == {"time/step": 0}
+
+
+def test_the_ceiling_is_a_speed() -> None:
+    assert 1e8 < matmul_ceiling(torch.device("cpu"), torch.float32, seconds=0.01) < 1e14
+
+
+@pytest.mark.parametrize("density", ["logit_normal", "uniform"])
+def test_validation_levels_are_quantiles_of_the_training_density(density: str) -> None:
+    drawn = draw_sigma((20000,), torch.Generator().manual_seed(0), density, shift=3.0)
+    levels = level_quantiles(4, density, 3.0)
+    torch.testing.assert_close(levels, torch.quantile(drawn, torch.tensor([0.125, 0.375, 0.625, 0.875])), atol=0.02, rtol=0)
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("parts")
+    AutoencoderKLKling(**workers.TINY_VAE).save_pretrained(folder / "vae")
+    (folder / "encode.yaml").write_text("{clips: 6, shard: 3, workers: 0, data: {frames: [1, 5]}}")
+    return [
+        "configs/dit/debug.yaml", "frames=[5]", "max_frames=5", "batch=1", "workers=0", "log_every=1", "save_every=2", "sample_every=0",
+        "samples=[]", "mixed_precision=fp32", "threads=1", f"vae={folder / 'vae'}", f"cache={folder / 'cache'}",
+        f"encode={folder / 'encode.yaml'}",
+    ]  # fmt: skip
+
+
+def metrics(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(run: Path) -> dict[str, Tensor]:
+    saved = load_latest(run)
+    assert saved is not None
+    return {f"{name}/{key}": rows[key] for name, rows in saved.tensors.items() for key in rows}
+
+
+def test_validation_and_samples_leave_training_bit_equal(words: list[str], tmp_path: Path) -> None:
+    watched = ["validation.every=1", "validation.clips=2", "validation.quantiles=2", "sample_every=2",
+               "samples=[{prompt: a ball, num_frames: 5, num_inference_steps: 1}]"]  # fmt: skip
+    state = torch.get_rng_state()
+    train_dit.main([*words, "steps=4", f"out={tmp_path / 'plain'}"])
+    plain = torch.get_rng_state()
+    torch.set_rng_state(state)
+    train_dit.main([*words, "steps=4", *watched, f"out={tmp_path / 'watched'}"])
+    assert torch.equal(plain, torch.get_rng_state())
+    a, b = weights(tmp_path / "plain"), weights(tmp_path / "watched")
+    assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+    losses = [line for line in metrics(tmp_path / "watched") if "validation/loss" in line]
+    assert [line["step"] for line in losses] == [1, 2, 3, 4] and len([key for key in losses[0] if key.startswith("validation/sigma")]) == 2
+    line = metrics(tmp_path / "plain")[-1]
+    assert {"time/data", "time/forward", "time/backward", "time/optimizer", "tokens/s", "mfu", "memory/peak_gib", "skipped"} <= line.keys()
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, when) -> None:
+    """Losses are not finite on the calls that `when` names (1-based)."""
+    real, calls = train_dit.flow_loss, iter(range(1, 10**6))
+    monkeypatch.setattr(train_dit, "flow_loss", lambda *args: real(*args) * (math.nan if when(next(calls)) else 1.0))
+
+
+def test_a_step_that_is_not_finite_changes_nothing(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    poison(monkeypatch, lambda call: call == 3)
+    train_dit.main([*words, "steps=2", f"out={tmp_path}"])
+    before = weights(tmp_path)
+    train_dit.main([*words, "steps=3", f"out={tmp_path}"])
+    after = weights(tmp_path)
+    assert all(torch.equal(before[key], after[key]) for key in before), "weights, average and optimizer stand still"
+    assert [line["skipped"] for line in metrics(tmp_path)] == [0, 0, 1] and metrics(tmp_path)[-1]["loss"] is None
+
+
+def test_five_in_a_row_go_back_once(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train_dit.main([*words, "steps=8", f"out={tmp_path / 'straight'}"])
+    poison(monkeypatch, lambda call: 3 <= call <= 7)  # after the save of step 2, five updates are lost
+    train_dit.main([*words, "steps=8", "save_every=2", f"out={tmp_path / 'back'}"])
+    assert [line["step"] for line in metrics(tmp_path / "back")] == list(range(1, 9))
+    a, b = weights(tmp_path / "straight"), weights(tmp_path / "back")
+    assert all(torch.equal(a[key], b[key]) for key in a), "it was a passing fault: nothing is left of it"
+
+
+def test_five_in_a_row_again_stop_with_the_clips(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    poison(monkeypatch, lambda call: call > 2)
+    with pytest.raises(SystemExit) as stopped:
+        train_dit.main([*words, "steps=20", "save_every=2", f"out={tmp_path}"])
+    assert stopped.value.code == 2 and "5 updates in a row were not finite" in capsys.readouterr().err
+    (bad,) = json.loads((tmp_path / "bad-batch-00000.json").read_text())
+    assert bad["place"] >= 2 and len(bad["clips"]) == 1
+    assert all(torch.isfinite(t).all() for t in weights(tmp_path).values())

@@ -1,0 +1,134 @@
+"""Plans are true: operations against torch's own count, memory against torch's allocations and against a process's."""
+
+from __future__ import annotations
+
+import ctypes
+import resource
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import workers
+from diffusers import AutoencoderKLWan
+from torch.utils.flop_counter import FlopCounterMode
+
+from kling.config import load_config
+from kling.dit import KlingTransformer3DModel
+from kling.dit.cost import forward_flops
+from kling.dit.memory import LiveBytes, step_memory
+from kling.runtime.ema import EMA
+from kling.runtime.optim import adamw
+from kling.training import set_checkpointing
+from kling.vae import AutoencoderKLKling
+
+from plan import main, on_each_gpu  # isort: skip - train/, which `workers` puts on the path
+
+SMALL = {"num_attention_heads": 2, "attention_head_dim": 32, "num_layers": 6, "ffn_dim": 128, "text_dim": 32}
+
+
+@pytest.mark.parametrize(("name", "billions"), [("0.1b", 0.12), ("1.3b", 1.4), ("5b", 5.0), ("14b", 14.3)])
+def test_a_preset_has_the_size_of_its_name(name: str, billions: float) -> None:
+    cfg = load_config(workers.train_dit.TrainDiTConfig, f"dit/{name}.yaml")
+    with torch.device("meta"):
+        one, two = (KlingTransformer3DModel(**{**cfg.model, "num_layers": n, "text_dim": cfg.text["out_dim"]}) for n in (1, 2))
+    one, two = (sum(p.numel() for p in model.parameters()) for model in (one, two))
+    assert one + (cfg.model["num_layers"] - 1) * (two - one) == pytest.approx(billions * 1e9, rel=0.03)
+
+
+@pytest.mark.parametrize(("name", "channels", "factor"), [("16x8x8", 16, 8), ("48x16x16", 48, 16)])
+def test_a_vae_preset_has_the_shape_of_its_name(name: str, channels: int, factor: int) -> None:
+    cfg = load_config(workers.train_vae.TrainVAEConfig, f"vae/{name}.yaml")
+    with torch.device("meta"):
+        ours, theirs = AutoencoderKLKling(**cfg.model), AutoencoderKLWan(**cfg.model)
+    assert ours.spatial_factor == factor and ours.quant_conv.out_channels == 2 * channels
+    assert {key: t.shape for key, t in ours.state_dict().items()} == {key: t.shape for key, t in theirs.state_dict().items()}, "Wan's own"
+
+
+def test_operations_are_those_that_torch_counts() -> None:
+    model = KlingTransformer3DModel(**{**SMALL, "num_attention_heads": 4, "attention_head_dim": 64, "ffn_dim": 1024})
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.randn(1, 16, 4, 8, 8), torch.tensor([0.5]), torch.randn(1, 8, 32))
+    assert forward_flops(model.config, tokens=4 * 16, text_tokens=8) == pytest.approx(counter.get_total_flops(), rel=0.06)
+
+
+def test_live_bytes() -> None:
+    with LiveBytes() as counter:
+        a = torch.zeros(1000)
+        b = a + 1
+        del a
+        c = b.view(10, 100)  # no new memory
+        del b
+    assert counter.peak == 8000 and counter.live == 4000 and c.shape == (10, 100)
+
+
+@pytest.mark.parametrize("what", ["none", "selective", "full"])
+def test_depth_is_extrapolated_exactly(what: str) -> None:
+    shape = (1, 16, 2, 4, 6)
+    six = step_memory(SMALL, shape, 4, partial(set_checkpointing, what=what), bf16=False)
+    with torch.device("cpu"):
+        model = KlingTransformer3DModel(**SMALL).train()
+    set_checkpointing(model, what)
+    with LiveBytes() as counter:  # real tensors, all six layers
+        model(torch.zeros(shape), torch.zeros(1), torch.zeros(1, 4, 32)).sample.square().mean().backward()
+    assert six.parameters == sum(p.numel() for p in model.parameters())
+    assert six.peak == pytest.approx(counter.peak, rel=0.03)
+
+
+def test_a_plan(capsys: pytest.CaptureFixture) -> None:
+    main(["configs/dit/debug.yaml", "gpus=8", "memory=80", "tflops=800", "height=64", "width=112"])
+    text = capsys.readouterr().out
+    assert "140 tokens" in text and "recommended    ddp, activation_checkpointing=none" in text
+    for words, message in (
+        (["configs/vae/world.yaml"], "has no model and frames"),
+        (["configs/dit/debug.yaml", "height=100"], "does not divide"),
+        (["configs/dit/debug.yaml", "mfu=40"], "an mfu of at most 1"),
+    ):
+        with pytest.raises(SystemExit):
+            main(words)
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_14b_plan_on_a_laptop(capsys: pytest.CaptureFixture) -> None:
+    main(["configs/dit/14b.yaml", "gpus=64", "memory=80", "tflops=800", "mfu=0.4"])
+    text = capsys.readouterr().out
+    assert "14.27" in text.splitlines()[0] and "32760 tokens" in text and "TFLOP a clip" in text
+    assert "recommended    fsdp2, activation_checkpointing=full" in text
+    main(["configs/dit/14b.yaml", "gpus=1", "memory=24", "tflops=100"])
+    assert "nothing fits" in capsys.readouterr().out
+
+
+def peak_of_a_run(what: str, pipe) -> None:
+    """A real step with optimizer and average in a fresh process: bytes of its resident memory beyond what it began with."""
+    torch.set_num_threads(1)
+    ctypes.CDLL(None).mallopt(-3, 65536)  # M_MMAP_THRESHOLD: memory that is freed goes back, as a GPU's allocator uses it again
+    torch.zeros(64, 64) @ torch.zeros(64, 64)
+    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    model = KlingTransformer3DModel(**MEASURED).train()
+    set_checkpointing(model, what)
+    optimizer = adamw(model, 1e-3)
+    ema = EMA(model)
+    for step in range(2):  # the moments are there from the second on
+        model(torch.zeros(CLIP), torch.zeros(1), torch.zeros(1, 8, 32)).sample.square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.update(model, step)
+    pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
+
+
+MEASURED = {"num_attention_heads": 6, "attention_head_dim": 64, "num_layers": 6, "ffn_dim": 1536, "text_dim": 32}
+CLIP = (1, 16, 5, 32, 32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["none", "full"])
+def test_the_estimate_is_within_15_percent_of_a_run(what: str) -> None:
+    ours, theirs = workers.PROCESSES.Pipe()
+    process = workers.PROCESSES.Process(target=peak_of_a_run, args=(what, theirs))
+    process.start()
+    measured = ours.recv()
+    process.join()
+    estimate = on_each_gpu(step_memory(MEASURED, CLIP, 8, partial(set_checkpointing, what=what), bf16=False), 1, 1, 1).total
+    print(f"{what}: measured {measured / 2**20:.0f} MiB, estimated {estimate / 2**20:.0f} MiB ({estimate / measured - 1:+.1%})")
+    assert estimate == pytest.approx(measured, rel=0.15)

@@ -1,0 +1,259 @@
+"""Checkpoints of many processes, in the background, through kills, full disks and hostile files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import random
+import signal
+import subprocess
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import workers
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from kling.errors import UserError
+from kling.runtime import checkpoint, saver
+from kling.runtime.checkpoint import Rows, load, load_latest, restore
+from kling.runtime.saver import Saver
+
+
+def group(value: float, n: int = 64) -> dict[str, dict[str, Tensor]]:
+    return {"model": {"w": torch.full((n, 3), value), "b": torch.tensor(value)}, "ema": {"w": torch.full((n,), value)}}
+
+
+def test_rows_of_several_files_are_one_tensor(tmp_path: Path) -> None:
+    whole = torch.arange(7 * 2.0).view(7, 2)
+    cuts = [(0, 3), (3, 5), (5, 7)]
+    for rank, (a, b) in enumerate(cuts):
+        extra = {"scalar": torch.tensor(4.0)} if rank == 0 else {}
+        save_file({"w": whole[a:b].contiguous(), **extra}, tmp_path / f"model.{rank:05d}.safetensors")
+    rows = Rows(tmp_path.glob("*.safetensors"))
+    assert torch.equal(rows["w"], whole) and rows.shape("w") == whole.shape and rows.shape("scalar") == ()
+    assert all(torch.equal(rows.part("w", a, b), whole[a:b]) for a in range(7) for b in range(a + 1, 8))
+    into = {"w": torch.zeros(7, 2), "scalar": torch.zeros(())}
+    restore(rows, into)
+    assert torch.equal(into["w"], whole) and into["scalar"] == 4
+    with pytest.raises(UserError, match="'w' has shape .7, 2. in the checkpoint, the model's has .6, 2."):
+        restore(rows, into | {"w": torch.zeros(6, 2)})
+    with pytest.raises(UserError, match="'v' is not in the checkpoint"):
+        restore(rows, into | {"v": torch.zeros(1)})
+
+
+def test_a_background_save_keeps_the_weights_of_its_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = threading.Event()
+    real = checkpoint.write
+    monkeypatch.setattr(saver, "write", lambda *args: (gate.wait(10), real(*args))[1])
+    tensors, saves = group(1.0), Saver(tmp_path)
+    saves.save(1, tensors)
+    tensors["model"]["w"].fill_(2.0)  # training goes on
+    assert load_latest(tmp_path) is None
+    gate.set()
+    saves.wait()
+    assert (load_latest(tmp_path).tensors["model"]["w"] == 1).all()  # type: ignore[union-attr]
+
+
+def test_processes_write_parts_and_the_main_one_waits_for_all(tmp_path: Path) -> None:
+    barrier = threading.Barrier(2)
+    saves = [
+        Saver(tmp_path, accelerator=SimpleNamespace(process_index=r, num_processes=2, wait_for_everyone=barrier.wait))  # type: ignore[arg-type]
+        for r in (0, 1)
+    ]
+    late = threading.Thread(target=lambda: (saves[1].save(3, group(3.0)), saves[1].wait()))
+    late.start()
+    saves[0].save(3, group(3.0), {"places": 9})
+    saves[0].wait()
+    late.join()
+    found = load_latest(tmp_path)
+    assert found is not None and found.meta == {"places": 9} and (found.tensors["model"]["w"] == 3).all()
+    assert not list(tmp_path.rglob("part-*.json"))
+
+
+def test_milestones_stay(tmp_path: Path) -> None:
+    saves = Saver(tmp_path, keep_last=2, keep_every=10, background=False)
+    for step in range(5, 40, 5):
+        saves.save(step, group(step))
+    assert sorted(int(p.name[5:]) for p in tmp_path.glob("step-*")) == [10, 20, 30, 35]
+
+
+def test_weights_that_are_not_finite_are_never_published(tmp_path: Path) -> None:
+    saves, bad = Saver(tmp_path), group(1.0)
+    saves.save(1, group(1.0))
+    bad["ema"]["w"][5] = torch.nan
+    with pytest.raises(UserError, match="ema 'w' is not finite"):
+        saves.save(2, bad)
+    assert [p.name for p in tmp_path.glob("step-*")] == ["step-00000001"]
+
+
+def test_every_file_of_a_checkpoint_is_guarded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    names = [p.name for p in checkpoint.save(tmp_path / "0", 2, group(2.0), {"a": 1}).iterdir()]
+    assert sorted(names) == ["ema.safetensors", "manifest.json", "meta.json", "model.safetensors"]
+    for name in names:
+        run = tmp_path / name
+        checkpoint.save(run, 1, group(1.0))
+        path = checkpoint.save(run, 2, group(2.0), {"a": 1}) / name
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 0xFF
+        path.write_bytes(bytes(data))
+        with pytest.raises(UserError, match=name):
+            load(path.parent)
+        assert load_latest(run).step == 1 and name in caplog.text  # type: ignore[union-attr]
+
+
+class Bomb:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_planted_pickle_is_never_executed(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, 1, group(1.0))
+    folder = checkpoint.save(tmp_path, 2, group(2.0))
+    payload = pickle.dumps(Bomb(tmp_path / "exploded"))
+    (folder / "model.pt").write_bytes(payload)  # beside the others
+    (folder / "model.safetensors").write_bytes(payload)  # in the place of one, with a manifest that vouches for it
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"]["model.safetensors"] = {"bytes": len(payload), "sha256": hashlib.sha256(payload).hexdigest()}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert load_latest(tmp_path).step == 1 and not (tmp_path / "exploded").exists()  # type: ignore[union-attr]
+    pickle.loads(payload)
+    assert (tmp_path / "exploded").exists(), "the payload works"
+
+
+def test_a_disk_that_fills_up(tmp_path: Path) -> None:
+    """On a real file system of 1 MiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(disk)], capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs needs root")
+    try:
+        saves = Saver(disk / "run", background=True)
+        saves.save(1, group(1.0))
+        saves.save(2, group(2.0, n=10**6))
+        with pytest.raises(UserError, match="step-00000002 was not written .*older ones are untouched"):
+            saves.wait()
+        assert load_latest(disk / "run").step == 1 and not list((disk / "run").glob("*.tmp"))  # type: ignore[union-attr]
+        saves.save(3, group(3.0))
+        saves.wait()
+        assert load_latest(disk / "run").step == 3  # type: ignore[union-attr]
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def save_for_ever(run: str, start: int) -> None:
+    saves = Saver(run, background=False)
+    for step in range(start, 10**6):
+        saves.save(step, group(float(step), n=20000))
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("kills", [5, pytest.param(50, marks=pytest.mark.slow)])
+def test_kills_inside_saves_leave_a_readable_checkpoint(kills: int, tmp_path: Path) -> None:
+    rng, inside, step = random.Random(0), 0, 0
+    for _ in range(kills):
+        process = workers.PROCESSES.Process(target=save_for_ever, args=(str(tmp_path), step + 1))
+        process.start()
+        while not (tmp_path / f"step-{step + 2:08d}").exists():
+            assert process.is_alive()
+            time.sleep(0.001)
+        until = time.monotonic() + rng.random() * 0.1
+        while time.monotonic() < until or not list(tmp_path.glob("*.tmp")):
+            time.sleep(0.0005)
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        inside += bool(list(tmp_path.glob("*.tmp")))
+        found = load_latest(tmp_path)
+        assert found is not None and found.step >= step + 2 and (found.tensors["model"]["w"] == found.step).all()
+        step = found.step
+    print(f"{inside} of {kills} kills were inside a save")
+    assert inside >= 0.4 * kills
+
+
+def weights(run: Path) -> dict[str, Tensor]:
+    saved = load_latest(run)
+    assert saved is not None
+    return {f"{name}/{key}": rows[key] for name, rows in saved.tensors.items() for key in rows}
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    from kling.vae import AutoencoderKLKling
+
+    folder = tmp_path_factory.mktemp("parts")
+    AutoencoderKLKling(**workers.TINY_VAE).save_pretrained(folder / "vae")
+    (folder / "encode.yaml").write_text("{clips: 6, shard: 3, workers: 0, data: {frames: [1, 5]}}")
+    return [
+        "configs/dit/debug.yaml", "frames=[5]", "max_frames=5", "batch=1", "workers=0", "log_every=1", "save_every=2", "sample_every=0",
+        "samples=[]", "steps=16", "mixed_precision=fp32", "threads=1", f"vae={folder / 'vae'}", f"cache={folder / 'cache'}",
+        f"encode={folder / 'encode.yaml'}",
+    ]  # fmt: skip
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(kills: int, words: list[str], tmp_path: Path) -> None:
+    """kill -9 at random instants, two in five of them inside a save: final weights, average and optimizer are bit-equal."""
+    workers.train_dit.main([*words, f"out={tmp_path / 'straight'}"])
+    rng, killed, inside, run = random.Random(1), 0, 0, tmp_path / "killed"
+    reference = weights(tmp_path / "straight")
+    while killed < kills:
+        process = workers.start([*words, f"out={run}"])
+        wait_for_save, aim = killed % 5 < 2, time.monotonic() + rng.uniform(0.2, 3.0)
+        while process.is_alive():
+            saving = bool(list(run.glob("*.tmp")))
+            if saving if wait_for_save else time.monotonic() > aim:
+                process.kill()
+                killed, inside = killed + 1, inside + bool(list(run.glob("*.tmp")))
+                break
+            time.sleep(0.001)
+        process.join()
+        if process.exitcode == 0:  # it got through: one more run of the same kind to kill
+            assert all(torch.equal(t, reference[key]) for key, t in weights(run).items())
+            subprocess.run(["rm", "-r", str(run)], check=True)
+    workers.train_dit.main([*words, f"out={run}"])
+    ours = weights(run)
+    assert ours.keys() == reference.keys() and all(torch.equal(ours[key], reference[key]) for key in ours)
+    print(f"{killed} kills, {inside} of them inside a save")
+    assert inside >= 0.4 * kills - 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_before_the_first_step_saves_and_exits_143(number: signal.Signals, words: list[str], tmp_path: Path) -> None:
+    process = workers.start([*words, "steps=100000", f"out={tmp_path}"])
+    while not (tmp_path / "config.yaml").exists():  # written just before the loop
+        assert process.is_alive()
+        time.sleep(0.002)
+    os.kill(process.pid, number)
+    process.join(120)
+    assert process.exitcode == 143
+    saved = load_latest(tmp_path)
+    assert saved is not None and saved.step >= 1
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == list(range(1, saved.step + 1))
+
+
+def test_a_signal_while_caching_ends_it_after_a_shard(words: list[str], tmp_path: Path) -> None:
+    words = [*words, f"cache={tmp_path / 'cache'}", f"out={tmp_path / 'run'}"]
+    cfg = workers.train_dit.load_config(workers.train_dit.TrainDiTConfig, words[0], words[1:])
+    vae = workers.train_dit.load_vae(cfg.vae)
+    stop = workers.train_dit.StopSignal()
+    stop.name = "SIGTERM"
+    with pytest.raises(SystemExit) as stopped:
+        workers.train_dit.complete_cache(cfg, vae, stop)
+    assert stopped.value.code == 143
+
+
+def test_a_critic_is_saved_without_an_average() -> None:
+    """`run_tensors` of a model without an average, as the critic of a VAE is saved."""
+    model = nn.Linear(2, 2)
+    groups = saver.run_tensors(model, torch.optim.AdamW(model.parameters()), prefix="critic_")
+    assert set(groups) == {"critic_model", "critic_optimizer"} and not groups["critic_optimizer"]

@@ -1,0 +1,161 @@
+"""Plan a training before buying the machine: parameters, operations, memory by part, days, and the layout to start it with.
+
+kling-plan configs/dit/14b.yaml gpus=64 memory=80 tflops=800 mfu=0.4 clips=50000000
+kling-plan configs/dit/world.yaml gpus=1 memory=16                    # tflops left out: measured on this machine
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from kling.config import load_config, read_preset
+from kling.dit import KlingTransformer3DModel
+from kling.dit.cost import forward_flops
+from kling.dit.memory import StepMemory, step_memory
+from kling.errors import UserError, program
+from kling.runtime.meter import matmul_ceiling
+from kling.shapes import latent_frames, latent_size, token_grid
+from kling.text import ByteTextEncoder
+from kling.training import CHECKPOINTING, set_checkpointing
+
+GIB = 2**30
+RESERVE = 0.9  # of a GPU's memory; the rest is for its context, communication and fragments
+
+
+@dataclass
+class PlanConfig:
+    """What it is planned for.
+
+    gpus, node: how many in all and in one machine. memory: GiB of each. tflops: what a GPU reaches on matrix products, 0 measures this one.
+    mfu: the part of it that training is assumed to reach. clips: how many the run trains on, with repetition.
+    height, width: pixels of a clip; the preset's longest length is planned for.
+    """
+
+    gpus: int = 8
+    node: int = 8
+    memory: float = 80.0
+    tflops: float = 0.0
+    mfu: float = 0.4
+    clips: int = 10_000_000
+    height: int = 480
+    width: int = 832
+    spatial_factor: int = 8
+    bf16: bool = True
+
+
+@dataclass(frozen=True)
+class Part:
+    """Bytes on each GPU."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    average: float
+    activations: float
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.gradients + self.optimizer + self.average + self.activations
+
+
+def on_each_gpu(step: StepMemory, clips: int, shards: int, split: int) -> Part:
+    """One GPU's memory when the state is cut over `shards` and the sequence over `split`, with `clips` of its own at a time.
+
+    Weights, gradients, the two moments of AdamW and the average are fp32. A sharded run also holds two whole blocks while it computes.
+    """
+    state = 4 * step.parameters / shards
+    gathered = 2 * 4 * step.block if shards > 1 else 0
+    return Part(state + gathered, state, 2 * state, state, step.beyond(state, clips / split))
+
+
+@program
+def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        raise UserError("usage: kling-plan configs/dit/PRESET.yaml [gpus=64 memory=80 tflops=800 mfu=0.4 clips=N height=480 width=832]")
+    preset = read_preset(argv[0])
+    if "model" not in preset or "frames" not in preset:
+        raise UserError(f"preset '{argv[0]}' has no model and frames: give one of configs/dit")
+    plan = load_config(PlanConfig, None, argv[1:])
+    if plan.gpus < 1 or plan.memory <= 0 or not 0 < plan.mfu <= 1:
+        raise UserError(f"gpus {plan.gpus}, memory {plan.memory}, mfu {plan.mfu}: give positive numbers, and an mfu of at most 1")
+    for line in report(preset, plan):
+        print(line)
+
+
+def report(preset: dict[str, Any], plan: PlanConfig) -> list[str]:
+    """The lines of a plan."""
+    with torch.device("meta"):
+        text = ByteTextEncoder(**preset.get("text", {}))
+        model = {"text_dim": text.config.out_dim, **preset["model"]}
+        config = {**KlingTransformer3DModel(**{**model, "num_layers": 1}).config, "num_layers": model.get("num_layers", 40)}
+    patch, frames, l = tuple(config["patch_size"]), max(preset["frames"]), text.num_tokens
+    h, w = latent_size(plan.height, plan.width, plan.spatial_factor, patch[1])
+    latents = (1, config["in_channels"], latent_frames(frames), h, w)
+    tokens = math.prod(token_grid(*latents[2:], patch))
+    flops = 3 * forward_flops(config, tokens, l)
+    steps = {what: step_memory(model, latents, l, partial(set_checkpointing, what=what), plan.bf16) for what in CHECKPOINTING}
+    some = steps["none"]
+
+    ceiling = plan.tflops * 1e12 or matmul_ceiling(torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.float32)
+    rate = ceiling * plan.mfu * plan.gpus / flops  # clips a second
+    size = f"{plan.width}x{plan.height}"
+    speed = f"{rate:.3g} clips/s, {rate * tokens:.4g} tokens/s"
+    lines = [
+        f"model          {some.parameters / 1e9:.3f} B parameters, {some.block / 1e6:.1f} M in each of {config['num_layers']} blocks",
+        f"clip           {frames} frames of {size}: latents {tuple(latents[1:])}, {tokens} tokens, {l} of text",
+        f"operations     {flops / 1e12:.3g} TFLOP a clip and update",
+        f"speed          {speed}, on {plan.gpus} x {ceiling / 1e12:.3g} TFLOP/s at MFU {plan.mfu:.2f}",
+        f"time           {plan.clips} clips in {plan.clips / rate / 86400:.3g} days",
+        "",
+        f"{'memory of each GPU in GiB, one clip at a time':<54}weights gradients optimizer   average activations   total",
+    ]
+    best = None
+    for name, shards, split, what in layouts(plan.gpus, plan.node):
+        part = on_each_gpu(steps[what], 1, shards, split)
+        fits = part.total < RESERVE * plan.memory * GIB
+        values = [getattr(part, field) / GIB for field in ("weights", "gradients", "optimizer", "average", "activations", "total")]
+        row = "".join(f"{value:>10.2f}" for value in values)
+        lines.append(f"  {name:<20} {what:<12} {'fits' if fits else 'too large':<15}" + row)
+        if fits and best is None:
+            best = name, shards, split, what, part
+    return [*lines, "", *advice(best, steps, plan)]
+
+
+def layouts(gpus: int, node: int) -> list[tuple[str, int, int, str]]:
+    """(name, shards, split, checkpointing) from the fastest to the smallest: whole weights first, then cut, then the sequence cut too."""
+    found = [("ddp", 1, 1)] if gpus > 1 else [("one GPU", 1, 1)]
+    if gpus > node:
+        found.append(("hsdp", node, 1))
+    if gpus > 1:
+        found.append(("fsdp2", gpus, 1))
+    found += [("fsdp2_cp", gpus, split) for split in (2, 4, 8) if split <= min(gpus, node)]
+    return [
+        (name if split == 1 else f"{name} cp_size={split}", shards, split, what) for name, shards, split in found for what in CHECKPOINTING
+    ]
+
+
+def advice(best: Any, steps: dict[str, StepMemory], plan: PlanConfig) -> list[str]:
+    """The first layout that fits, and the largest batch in it."""
+    if best is None:
+        least = on_each_gpu(steps["full"], 1, plan.gpus, min(8, plan.gpus, plan.node)).total / GIB
+        return [f"nothing fits: the smallest layout needs {least:.0f} GiB; take more GPUs, or shorter or smaller clips"]
+    name, shards, split, what, part = best
+    room = RESERVE * plan.memory * GIB - (part.total - part.activations)
+    clips = max(1, int(room // max(1.0, part.activations)))
+    preset = {"one GPU": "cpu" if not torch.cuda.is_available() else "ddp"}.get(name, name.split()[0])
+    options = f"activation_checkpointing={what} batch={clips}"
+    return [
+        f"recommended    {name}, {options}: {clips * plan.gpus // split} clips a micro-step",
+        f"               accelerate launch --config_file configs/accelerate/{preset}.yaml train/train_dit.py PRESET {options}",
+    ]
+
+
+if __name__ == "__main__":
+    main()
