@@ -19,8 +19,8 @@ import torch
 from kling.config import load_config, save_config, to_dict
 from kling.data.source import ClipSource, DataConfig, batches, check_data
 from kling.errors import UserError, program
-from kling.runtime.checkpoint import check_same_config
 from kling.runtime.accelerator import EXIT_STOPPED, StopSignal, make_accelerator, set_threads
+from kling.runtime.checkpoint import check_same_config
 from kling.runtime.ema import EMA
 from kling.runtime.log import RunLog
 from kling.runtime.optim import adamw, lr_at, set_lr
