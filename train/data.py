@@ -70,9 +70,8 @@ def run_scan(args: argparse.Namespace) -> None:
                 bar.update(step[0] - bar.n)
     print(summary.table())
     if listing.passed:
-        print(
-            f"neither video nor picture   {sum(listing.passed.values()):>8}  ({', '.join(f'{s} {n}' for s, n in listing.passed.most_common())})"
-        )
+        kinds = ", ".join(f"{suffix} {n}" for suffix, n in listing.passed.most_common())
+        print(f"{'neither video nor picture':<28}{sum(listing.passed.values()):>8}  ({kinds})")
     if summary.bad_share > args.allow_bad:
         share = f"{100 * summary.bad_share:.1f} % of the files are unusable, more than {100 * args.allow_bad:g} %"
         print(f"error: {share}: see {quarantine_of(out)}, or accept them with --allow-bad {summary.bad_share + 0.005:.2f}", file=sys.stderr)

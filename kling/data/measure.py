@@ -102,7 +102,7 @@ def _bars(rows: list[np.ndarray], columns: list[np.ndarray]) -> float:
 
 
 def _hash(thumbnail: np.ndarray) -> str:
-    """64 bits: which of the lowest 8x8 cosine coefficients lie above their median. A flat picture has no coefficients and hashes to its level."""
+    """64 bits: which of the lowest 8x8 cosine coefficients lie above their median. A flat picture has none: its level."""
     coefficients = cv2.dct(thumbnail.astype(np.float32))[:8, :8].flatten()
     if np.abs(coefficients[1:]).max() < 1:
         return f"{round(float(thumbnail.mean())):016x}"
