@@ -45,7 +45,7 @@ from kling.text import ByteTextEncoder
 class TrainDiTConfig:
     """Everything a run depends on.
 
-    vae: a VAE folder, or empty for the shipped one. cache: a latent cache; made from the preset `encode` if it is not complete.
+    vae: a VAE folder, or empty for the shipped one. cache: a latent cache; completed by the preset `encode` (empty: it is there).
     frames: pixel lengths to draw from, at most the cache's. tasks: how often each is drawn.
     text_drop, camera_drop: how often the text or the camera is left out, for guidance. scheduler: settings stored with the weights.
     init_from: a model folder to start from. samples: what is drawn every `sample_every` steps, as fields of `Request`.
@@ -153,10 +153,9 @@ def train(cfg: TrainDiTConfig) -> None:
             with accelerator.accumulate(net):
                 state, prompts, rays, has_camera = condition(cfg, batch, index, place, model.transformer, vae)
                 state, rays = state.to(accelerator.device), None if rays is None else rays.to(accelerator.device)
-                level = draw_sigma((cfg.batch,), generator(cfg.seed, "sigma", place), model_density(cfg), model_shift(cfg)).to(
-                    accelerator.device
-                )
-                noise = noise_like(state.clean, cfg.seed, "noise", place, range(cfg.batch))  # (b, c, G, h, w)
+                b = len(batch.ids)  # clips of one shape, as many as make the tokens of `cfg.batch` of the largest
+                level = draw_sigma((b,), generator(cfg.seed, "sigma", place), model_density(cfg), model_shift(cfg)).to(accelerator.device)
+                noise = noise_like(state.clean, cfg.seed, "noise", place, range(b))  # (b, c, G, h, w)
                 ids, lengths = model.text_encoder.tokenize(prompts)
                 v = net(state, state.noised(level, noise), level, ids, lengths, rays, has_camera.to(accelerator.device))
                 losses = flow_loss(v, velocity(state.clean, noise), state.mask)  # (b,)
@@ -171,7 +170,7 @@ def train(cfg: TrainDiTConfig) -> None:
                 continue
             ema.update(model, step)
             done = step + 1
-            log.log(done, {"loss": loss, "grad_norm": norm, **loss_by_sigma(level, losses)}, clips=cfg.batch * micro * ranks)
+            log.log(done, {"loss": loss, "grad_norm": norm, **loss_by_sigma(level, losses)}, clips=b * micro * ranks)
 
             stopping = stop.seen(accelerator)
             last = done == cfg.steps
@@ -202,7 +201,9 @@ class Places(torch.utils.data.Dataset):
 
 
 def complete_cache(cfg: TrainDiTConfig, vae: nn.Module) -> None:
-    """Fill the latent cache if it is missing or unfinished."""
+    """Fill the latent cache if it is missing or unfinished; without a preset it is taken as kling-encode left it."""
+    if not cfg.encode:
+        return
     settings = load_config(CacheConfig, cfg.encode, [f"out={cfg.cache}"])
     for done, total in fill_cache(settings, vae):
         print(f"latent cache {cfg.cache}: {done}/{total} clips", file=sys.stderr)
@@ -245,7 +246,7 @@ def condition(
             what, j = choose_keyframe(what, batch.times[i].tolist(), f, rng)
             lone.append(batch.keyframes[i, j])
         given.append(what)
-        prompts.append("" if rng.random() < cfg.text_drop else rng.choice(batch.captions[i]))
+        prompts.append("" if rng.random() < cfg.text_drop else rng.choices(batch.captions[i], batch.weights[i])[0])
     keyframes = torch.stack(lone)[:, :, None] if K else None  # (b, c, 1, h, w)
     state = build_state(given, batch.latents, keyframes, tuple(transformer.config.patch_size))
 

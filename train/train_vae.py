@@ -17,7 +17,7 @@ from torch import Tensor
 from kling.config import load_config, save_config, to_dict
 from kling.data.image import write_png
 from kling.data.source import ClipSource, DataConfig, StepBatches, batches, check_data
-from kling.data.transforms import to_tensor, to_uint8
+from kling.data.transforms import to_batch, to_tensor, to_uint8
 from kling.errors import UserError, program, unknown
 from kling.metrics.pixel import psnr
 from kling.pipeline import load_vae
@@ -102,6 +102,8 @@ def train(cfg: TrainVAEConfig) -> None:
         save_config(cfg, out / "config.yaml")
     net, optimizer = accelerator.prepare(model, optimizer)
     data = StepBatches(ClipSource(cfg.data, cfg.seed), cfg.batch, accelerator.process_index, accelerator.num_processes)
+    if accelerator.is_main_process and (report := data.report()):
+        print(report, file=sys.stderr)
     micro = cfg.gradient_accumulation
 
     with (
@@ -111,7 +113,7 @@ def train(cfg: TrainVAEConfig) -> None:
         for index, video in enumerate(batches(data, start * micro, cfg.steps * micro, cfg.workers), start=start * micro):
             step = index // micro
             with accelerator.accumulate(net):
-                video = video.to(accelerator.device)  # (b, 3, T, H, W)
+                video = to_batch(video.to(accelerator.device))  # (b, 3, T, H, W)
                 recon, posterior = net(video, sample_posterior=False, return_dict=False)
                 loss, terms = vae_loss(video, recon, posterior, cfg.loss)
                 accelerator.backward(loss)

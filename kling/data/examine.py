@@ -11,7 +11,7 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 
 from kling.data.decode import VideoInfo, open_video, picture, probe
-from kling.data.files import Member, Source, head, sha256, sniff, stamp
+from kling.data.files import Source, head, member_of, sha256, sniff, stamp
 from kling.data.image import read_image
 from kling.data.manifest import IMAGE, Shot
 from kling.data.measure import SIDE, Meter
@@ -131,10 +131,6 @@ class CutDetector:
         here = self._timecode(len(self._times), self._fps)
         self._times.append(time)
         self.found += [self._times[cut.frame_num] for cut in self._detector.process_frame(here, np.ascontiguousarray(frame[..., ::-1]))]
-
-
-def member_of(source: Source) -> tuple[str, int, int] | None:
-    return (source.name, source.start, source.size) if isinstance(source, Member) else None
 
 
 def clock_of(times: list[float]) -> tuple[float, tuple[tuple[float, int], ...]] | None:

@@ -57,6 +57,11 @@ def file_of(source: Source) -> Path:
     return source.tar if isinstance(source, Member) else source
 
 
+def member_of(source: Source) -> tuple[str, int, int] | None:
+    """How a manifest names a tar's member; None for a file of its own."""
+    return (source.name, source.start, source.size) if isinstance(source, Member) else None
+
+
 def url(source: Source) -> str:
     """What FFmpeg opens. The protocol is spelled out: a name such as `http:x` would otherwise be one."""
     file = f"file:{file_of(source).absolute()}"

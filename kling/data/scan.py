@@ -21,8 +21,8 @@ from typing import Any
 
 import cv2
 
-from kling.data.examine import examine, member_of, reason_of
-from kling.data.files import file_of, stamp
+from kling.data.examine import examine, reason_of
+from kling.data.files import file_of, member_of, stamp
 from kling.data.filters import Filters, sift
 from kling.data.listing import Candidate
 from kling.data.manifest import Bad, Shot, quarantine_of, relative, shot_from, write_lines, write_manifest

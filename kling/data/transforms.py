@@ -24,6 +24,11 @@ def to_tensor(frames: Frames) -> Tensor:
     return frames.permute(3, 0, 1, 2).float().div_(127.5).sub_(1)
 
 
+def to_batch(frames: Tensor) -> Tensor:
+    """uint8 (b, T, H, W, 3) -> float32 (b, 3, T, H, W) in [-1, 1], on the device that it is on."""
+    return frames.permute(0, 4, 1, 2, 3).float().div_(127.5).sub_(1)
+
+
 def to_uint8(video: Tensor) -> Tensor:
     """(3, T, H, W) in [-1, 1] -> uint8 (T, H, W, 3) on the CPU, rounded and clamped. Raises `ValueError` on NaN or infinity."""
     if video.ndim != 4 or video.shape[0] != 3:
