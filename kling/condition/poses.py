@@ -75,14 +75,17 @@ def read_path(path: str | Path, timed: bool = False) -> tuple[Tensor, Trajectory
     return times, Trajectory(torch.cat([R, c2w[:, :, 3:]], dim=-1), intrinsics)
 
 
-def save_trajectory(path: str | Path, trajectory: Trajectory, fps: float = 8.0) -> None:
-    """Write RealEstate10K text (.txt) or JSON (.json), whole or not at all. Raises `UserError` for other suffixes and unwritable places."""
+def save_trajectory(path: str | Path, trajectory: Trajectory, fps: float = 8.0, start: float = 0.0) -> None:
+    """Write RealEstate10K text (.txt, its first pose at `start` seconds) or JSON (.json, without a start), whole or not at all.
+
+    Raises `UserError` for other suffixes and unwritable places.
+    """
     path = Path(path)
     c2w, intrinsics = trajectory.c2w.double(), trajectory.intrinsics
     if path.suffix == ".json":
         text = json.dumps({"fps": fps, "intrinsics": intrinsics.tolist(), "c2w": trajectory.c2w.tolist()}) + "\n"
     elif path.suffix == ".txt":
-        stamps = [round(1e6 * t / fps) for t in range(len(trajectory))]
+        stamps = [round(1e6 * (start + t / fps)) for t in range(len(trajectory))]
         rows = zip(stamps, intrinsics.tolist(), inverse(c2w).flatten(1).tolist(), strict=True)
         text = "".join(f"{stamp} " + " ".join(f"{x:.9g}" for x in (*k, 0, 0, *w2c)) + "\n" for stamp, k, w2c in rows)
     else:

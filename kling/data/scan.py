@@ -25,7 +25,7 @@ from kling.data.examine import examine, reason_of
 from kling.data.files import file_of, member_of, stamp
 from kling.data.filters import Filters, sift
 from kling.data.listing import Candidate
-from kling.data.manifest import Bad, Shot, quarantine_of, relative, shot_from, write_lines, write_manifest
+from kling.data.manifest import Bad, Shot, quarantine_of, read_manifest, relative, shot_from, write_lines, write_manifest
 from kling.errors import UserError
 
 GRACE = 10.0  # seconds beyond its budget after which a worker that does not answer is killed
@@ -80,6 +80,8 @@ def scan(
         memory.add(keys[todo[place]], answer)
         done += 1
         yield done, len(candidates)
+    # what was added to a manifest since, such as captions by a model and estimated cameras, is kept
+    added = {_identity(shot): shot for shot in read_manifest(manifest).shots} if manifest.is_file() and manifest.stat().st_size else {}
     shots, bad = [], []
     for candidate, key in zip(candidates, keys, strict=True):
         found = {"error": candidate.trouble} if candidate.trouble else memory[key]
@@ -90,9 +92,9 @@ def scan(
             summary.bad[reason] += 1
             continue
         camera = relative(candidate.camera, manifest.parent) if candidate.camera else None
-        shots += [
-            dataclasses.replace(shot_from(row, str(memory.path)), captions=candidate.captions, camera=camera) for row in found["shots"]
-        ]
+        for shot in (shot_from(row, str(memory.path)) for row in found["shots"]):
+            before = added.get(_identity(shot), shot)
+            shots.append(dataclasses.replace(shot, captions=candidate.captions or before.captions, camera=camera or before.camera))
     kept, dropped = sift(shots, filters or Filters())
     summary.dropped.update(one.reason for one in dropped)
     summary.clips, summary.images = len(kept), sum(shot.is_image for shot in kept)
@@ -101,6 +103,10 @@ def scan(
     write_manifest(manifest, kept)
     write_lines(quarantine_of(manifest), (dataclasses.asdict(one) for one in [*bad, *dropped]))
     yield summary
+
+
+def _identity(shot: Shot) -> tuple[str, float, float]:
+    return shot.sha256, shot.start, shot.end
 
 
 class Memory:
