@@ -4,28 +4,34 @@ Points are tracked between frames (Shi-Tomasi corners, Lucas-Kanade there and ba
 
     q ~ R_j⁻¹ R_i p + s R_j⁻¹ (o_i - o_j),    s >= 0, the inverse of its distance
 
-for poses [R | o] that map camera to world in OpenCV axes. With s free this needs no depth and no scale, and with s >= 0 it tells a path from
+for poses [R | o] that map camera to world in OpenCV axes. With s free this needs no depth and no scale. With s >= 0 it tells a path from
 its inverse: poses that were stored world-to-camera, or in axes with y up, leave the points where no distance can explain them.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
 
 from kling.condition.camera import Trajectory
-from kling.data.decode import VideoInfo
+from kling.condition.poses import load_window, save_trajectory
+from kling.data.decode import VideoInfo, probe
 from kling.data.files import Source
+from kling.data.manifest import Manifest, Shot
 from kling.data.reader import open_reader
 from kling.errors import UserError
 
+METHODS = ("rotation", "colmap")
 WIDTH = 320  # pixels at which points are tracked; errors are in these
 RATE = 8.0  # poses a second
 CLOSE = 1.5  # pixels within which a point agrees with a rotation
+SAMPLES = 12  # pairs of rays that are tried; nine in ten rays of a camera that turns agree
 ENOUGH = 0.5  # of the points must agree for a frame to count as registered
 DEFAULT_FOCAL = 1.07  # widths: 50 degrees across, where a path does not tell
 FOCALS = np.geomspace(0.5, 2.5, 13)
@@ -117,7 +123,7 @@ def _rotation(a: np.ndarray, b: np.ndarray, pixels: float) -> tuple[np.ndarray, 
     rng = np.random.default_rng(0)
     best = np.eye(3)
     off = _angle(best, a, b) * pixels
-    for _ in range(40):
+    for _ in range(SAMPLES):
         i = rng.choice(len(a), 2, replace=False)
         R = _kabsch(a[i], b[i])
         if np.minimum(trial := _angle(R, a, b) * pixels, CLOSE).sum() < np.minimum(off, CLOSE).sum():
@@ -198,3 +204,34 @@ def _misplaced(a: np.ndarray, b: np.ndarray, Ka: np.ndarray, Kb: np.ndarray, p: 
 def _inverse(c2w: np.ndarray) -> np.ndarray:
     Rᵀ = c2w[:, :, :3].transpose(0, 2, 1)
     return np.concatenate([Rᵀ, -Rᵀ @ c2w[:, :, 3:]], axis=-1)
+
+
+# ------------------------------------------------------------------------------------------------------------- whole clips
+
+
+def check_file(path: Path, source: Source, start: float = 0.0, end: float | None = None) -> float:
+    """The error, in pixels, with which the poses of a file explain a video. Raises `UserError` if another convention explains it better."""
+    info = probe(source)
+    gap = 2  # quarter seconds: long enough to see a slow move, short enough to track a fast one
+    pairs, fps = read_tracks(source, info, start, end or info.duration, gap=gap)
+    if not any(len(p) for p, _ in pairs):
+        raise UserError(f"{path}: no point of {source} can be tracked, so its convention cannot be checked")
+    when = start + torch.arange(len(pairs) + gap, dtype=torch.float64) / fps
+    return check_convention(load_window(path, when, (info.height, info.width), info.duration), pairs, gap, path)
+
+
+def estimated(manifest: Manifest, shot: Shot, method: str) -> Shot:
+    """The clip with a camera file beside the manifest, RealEstate10K text, and how well it was found in its measures."""
+    source = manifest.check(shot)
+    if method == "colmap":
+        from kling.data.colmap import estimate_colmap
+
+        estimate = estimate_colmap(source, shot.video, shot.start, shot.end)
+    else:
+        pairs, fps = read_tracks(source, shot.video, shot.start, shot.end)
+        estimate = estimate_rotation(pairs, fps, shot.video.width / shot.video.height)
+    name = f"cameras/{hashlib.sha256(f'{shot.sha256}@{shot.start}'.encode()).hexdigest()[:16]}.txt"
+    (manifest.folder / "cameras").mkdir(exist_ok=True)
+    save_trajectory(manifest.folder / name, estimate.trajectory, estimate.fps, shot.start)
+    found = {"method": method, "registered": round(estimate.registered, 4), "error": round(estimate.error, 3)}
+    return replace(shot, camera=name, measures=shot.measures | {"camera": found})
