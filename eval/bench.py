@@ -125,7 +125,7 @@ def make_video(path: Path, height: int, gop: int) -> None:
         stream = out.add_stream("libx264", rate=24, options={"g": str(gop), "preset": "veryfast", "crf": "23"})
         stream.width, stream.height, stream.pix_fmt = W, H, "yuv420p"
         for t in range(24 * SECONDS):
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(wall[:, 3 * t : 3 * t + W]), format="rgb24")
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(np.roll(wall, -3 * t, axis=1)[:, :W]), format="rgb24")
             frame.pts, frame.time_base = t, Fraction(1, 24)
             out.mux(stream.encode(frame))
         out.mux(stream.encode())

@@ -14,7 +14,6 @@ import pytest
 
 from kling.data import scan as scanning
 from kling.data.decode import probe
-from kling.data.examine import times_of
 from kling.data.filters import Filters
 from kling.data.listing import Listing
 from kling.data.manifest import quarantine_of, read_manifest, read_quarantine
@@ -30,6 +29,13 @@ import data as program  # noqa: E402
 
 def look(folder: Path, out: Path, listing: Listing | None = None, **kwargs) -> Summary:
     return list(scan((listing or Listing()).find([folder]), out, **kwargs))[-1]
+
+
+def times_of(clock) -> list[float]:  # noqa: ANN001 - (first, ((step, how often), ...))
+    times = [clock[0]]
+    for step, count in clock[1]:
+        times += [times[-1] + step * (i + 1) for i in range(count)]
+    return times
 
 
 @pytest.fixture(scope="module")

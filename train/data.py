@@ -52,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
     cmd.add_argument("--root", help="folder of a table's relative paths (default: the table's)")
     cmd.add_argument("--shots", action="store_true", help="split videos at their cuts (PySceneDetect)")
     cmd.add_argument("--filters", metavar="YAML", help="thresholds, such as configs/data/filters.yaml")
-    cmd.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: one for each core)")
+    cmd.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one for each core)")
     cmd.add_argument(
         "--seconds-per-minute", type=float, default=20.0, help="what decoding a minute of video may take (default %(default)s)"
     )

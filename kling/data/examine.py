@@ -15,6 +15,7 @@ from kling.data.files import Source, head, member_of, sha256, sniff, stamp
 from kling.data.image import read_image
 from kling.data.manifest import IMAGE, Shot
 from kling.data.measure import SIDE, Meter
+from kling.data.transforms import fit
 from kling.errors import UserError
 
 # The counted reason of each complaint, by what it says.
@@ -80,9 +81,9 @@ def examine(
 
 
 def _image(source: Source, path: str, kind: str, mtime_ns: int, size: int) -> Shot:
-    pixels, meter = read_image(source).numpy(), Meter()
-    meter.see(0.0, pixels)
+    pixels, meter = read_image(source), Meter()
     H, W = pixels.shape[:2]
+    meter.see(0.0, fit(pixels, *_small(H, W)).numpy())
     info = VideoInfo(W, H, 1, 1.0, 0.0, 0, kind.split()[1].lower(), "rgb24", container=IMAGE)
     return Shot(path, info, size, mtime_ns, sha256(source), member=member_of(source), measures=meter.summary(0.0, 1.0))
 
@@ -92,8 +93,7 @@ def _decode_all(source: Source, info: VideoInfo, split: bool, deadline: float) -
     times: list[float] = []
     meter, scaler = Meter(), VideoReformatter()
     cuts = CutDetector(info.fps) if split else None
-    scale = min(1.0, SIDE / max(info.width, info.height))
-    size = tuple(max(2, round(x * scale)) for x in (info.height, info.width))
+    size = _small(info.height, info.width)
     with open_video(source, threads=1) as (container, stream):
         for index, frame in enumerate(container.decode(stream)):
             if time.monotonic() > deadline:
@@ -113,6 +113,12 @@ def _decode_all(source: Source, info: VideoInfo, split: bool, deadline: float) -
     if len(times) < info.frames:
         raise UserError(f"{source} is damaged ({info.frames - len(times)} of {info.frames} frames cannot be decoded): export it again")
     return sorted(times), meter, cuts.found if cuts else []
+
+
+def _small(H: int, W: int) -> tuple[int, int]:
+    """The size at which pictures are measured."""
+    scale = min(1.0, SIDE / max(H, W))
+    return max(2, round(H * scale)), max(2, round(W * scale))
 
 
 class CutDetector:
@@ -146,11 +152,3 @@ def clock_of(times: list[float]) -> tuple[float, tuple[tuple[float, int], ...]] 
         return round(times[0], 6), ((mean, len(times) - 1),)
     steps = [round(b - a, 6) for a, b in pairwise(times)]
     return round(times[0], 6), tuple((step, len(list(run))) for step, run in groupby(steps))
-
-
-def times_of(clock: tuple[float, tuple[tuple[float, int], ...]]) -> list[float]:
-    """The inverse of `clock_of`."""
-    times = [clock[0]]
-    for step, count in clock[1]:
-        times += [times[-1] + step * (i + 1) for i in range(count)]
-    return times

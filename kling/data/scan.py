@@ -94,8 +94,8 @@ def scan(
         camera = relative(candidate.camera, manifest.parent) if candidate.camera else None
         for shot in (shot_from(row, str(memory.path)) for row in found["shots"]):
             before = added.get(_identity(shot), shot)
-            captions, camera = candidate.captions or before.captions, camera or before.camera
-            shots.append(dataclasses.replace(shot, captions=captions, camera=camera, measures=before.measures | shot.measures))
+            captions, measures = candidate.captions or before.captions, before.measures | shot.measures
+            shots.append(dataclasses.replace(shot, captions=captions, camera=camera or before.camera, measures=measures))
     kept, dropped = sift(shots, filters or Filters())
     summary.dropped.update(one.reason for one in dropped)
     summary.clips, summary.images = len(kept), sum(shot.is_image for shot in kept)
