@@ -143,6 +143,8 @@ def train(cfg: TrainDiTConfig) -> None:
     net, optimizer = accelerator.prepare(model, optimizer)
     micro, ranks, rank = cfg.gradient_accumulation, accelerator.num_processes, accelerator.process_index
     data = Places(LatentSteps(cache, cfg.batch, cfg.frames, cfg.seed), ranks, rank)
+    if accelerator.is_main_process:
+        print(data.steps.epochs.report(), file=sys.stderr)
 
     with (
         StopSignal() as stop,
