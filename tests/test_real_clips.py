@@ -52,7 +52,10 @@ def manifest(tmp_path_factory) -> Path:
 @pytest.fixture(autouse=True)
 def in_the_repository(monkeypatch):
     monkeypatch.chdir(ROOT)
+    before = torch.get_num_threads()
     torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def test_the_shipped_vae_gets_better_on_footage_that_it_has_not_seen(manifest, tmp_path):
