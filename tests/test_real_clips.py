@@ -119,7 +119,7 @@ def test_encoding_survives_a_kill_and_shares_its_work(manifest, tmp_path, launch
     else:
         process = subprocess.Popen([sys.executable, *words, f"out={first}"], env=clean)
         deadline = time.monotonic() + 200
-        while len(list(first.glob("*.safetensors"))) < 3 and time.monotonic() < deadline:
+        while not (first / "index.0.json").exists() and time.monotonic() < deadline:
             time.sleep(0.2)
         process.send_signal(signal.SIGKILL)
         process.wait()
@@ -127,7 +127,7 @@ def test_encoding_survives_a_kill_and_shares_its_work(manifest, tmp_path, launch
         made = json.loads((first / "index.0.json").read_text())["shards"]
         before = {name: (first / name).stat().st_mtime_ns for name in made}
         encode.main([*words[1:], f"out={first}"])
-        assert len(before) >= 2 and before.items() <= {p.name: p.stat().st_mtime_ns for p in first.glob("*.safetensors")}.items()
+        assert before and before.items() <= {p.name: p.stat().st_mtime_ns for p in first.glob("*.safetensors")}.items()
     encode.main([*words[1:], f"out={tmp_path / 'second'}"])
     a, b = (json.loads((tmp_path / name / "index.json").read_text())["shards"] for name in ("first", "second"))
     assert {name: entry["digest"] for name, entry in a.items()} == {name: entry["digest"] for name, entry in b.items()}
