@@ -1,11 +1,13 @@
-"""The latent cache: every clip encoded once, so that a transformer trains without the VAE and the renderer.
+"""The latent cache: every clip encoded once, so that a transformer trains without the VAE and the decoders.
 
-    cache/index.json            what it was made from (a key), and its shards with their sizes and SHA-256
+    cache/index.json            what it was made from (a key), and its shards with their sizes and SHA-256; there when all are
+    cache/index.0.json          the shards that process 0 has made so far
     cache/00000.safetensors     latents (n, c, f, h, w) fp16, normalised; keyframes (n, K, c, h, w); camera
     cache/00000.json            captions and names
 
 The encoding of a prefix is the prefix of the encoding, so one long encoding serves every shorter length. Lone frames that training
-appends as keyframes are encoded on their own: the last frame of every length, and inner ones drawn once a clip.
+appends as keyframes are encoded on their own: the last frame of every length, and inner ones drawn once a clip. A shard holds clips of one
+shape. What decides its contents is hashed: a shard that is damaged, or whose clips have changed, is made anew and never read.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -26,7 +28,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from kling.condition.camera import Trajectory
-from kling.data.source import ClipSample, ClipSource, DataConfig, batches, check_data
+from kling.data.buckets import Bucket, Epochs, batch_sizes
+from kling.data.clips import ClipSample
+from kling.data.source import ClipSource, DataConfig, batches, check_data
 from kling.data.transforms import to_tensor
 from kling.errors import UserError
 from kling.runtime.checkpoint import write_atomic
@@ -46,56 +50,26 @@ def cache_key(vae: AutoencoderKLKling, settings: dict[str, Any]) -> str:
     return digest.hexdigest()
 
 
-def keyframe_times(index: int, ends: list[int], seed: int) -> list[int]:
+def keyframe_times(clip: int | str, ends: list[int], seed: int) -> list[int]:
     """Pixel frames of a clip that are encoded alone: the last of every length, then one drawn inside the first and the last length."""
-    rng = random.Random(f"keyframes/{seed}/{index}")
-    inner = [rng.randint(1, max(1, ends[i] - 2)) for i in (0, -1)]
+    rng = random.Random(f"keyframes/{seed}/{clip}")
+    inner = [rng.randint(1, max(1, ends[i] - 2)) for i in (0, -1)] if ends else []
     return [T - 1 for T in ends] + inner
-
-
-class CacheWriter:
-    """Writes shards one at a time. A shard that the index names, with the right hash, is never made again."""
-
-    def __init__(self, folder: str | Path, key: str, settings: dict[str, Any]) -> None:
-        self.folder, self.key, self.settings = Path(folder), key, settings
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cache {folder} cannot be written ({error.strerror}): choose another folder") from None
-        self.shards: dict[str, dict[str, Any]] = {}
-        if (self.folder / INDEX).is_file():
-            index = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))
-            if index["key"] != key:
-                raise UserError(f"cache {folder} was made with another VAE or other settings: choose another folder, or delete this one")
-            self.shards = {name: entry for name, entry in index["shards"].items() if _whole(self.folder / name, entry)}
-
-    def __contains__(self, name: str) -> bool:
-        return name in self.shards
-
-    def add(self, name: str, tensors: dict[str, Tensor], rows: list[dict[str, Any]], aspect: str) -> None:
-        """Write one shard: `rows` holds captions and names of its clips."""
-        path = self.folder / name
-        temporary = path.with_suffix(".tmp")
-        save_file(tensors, temporary)
-        write_atomic(path.with_suffix(".json"), json.dumps(rows, ensure_ascii=False))
-        temporary.replace(path)
-        self.shards[name] = {"clips": len(rows), "aspect": aspect, "bytes": path.stat().st_size, "sha256": _sha256(path)}
-        index = {"key": self.key, "settings": self.settings, "shards": dict(sorted(self.shards.items()))}
-        write_atomic(self.folder / INDEX, json.dumps(index, indent=1))
 
 
 @dataclass
 class CacheConfig:
     """What a cache is made of.
 
-    out: its folder. vae: a VAE folder, or empty for the shipped one. clips: how many, shared out over `data.aspects` by `shares`.
-    data.frames: the lengths that training will use; the longest is encoded. shard: clips in a file.
+    out: its folder. vae: a VAE folder, or empty for the shipped one. clips: how many of the endless world, shared out over `data.aspects`
+    by `shares`; a manifest is encoded whole. data.frames: the lengths that training will use; of the world the longest is encoded, of a
+    manifest's shot the longest that it fills. shard: clips in a file.
     """
 
     out: str = "runs/cache"
     vae: str = ""
-    clips: int = 1000
-    shares: list[float] = field(default_factory=lambda: [3, 1, 1])
+    clips: int | None = None
+    shares: list[float] | None = None
     shard: int = 50
     seed: int = 0
     data: DataConfig = field(default_factory=DataConfig)
@@ -103,63 +77,175 @@ class CacheConfig:
     threads: int | None = None
 
 
-def fill_cache(cfg: CacheConfig, vae: AutoencoderKLKling) -> Iterator[tuple[int, int]]:
-    """Encode what is not there yet; yields (clips done, clips in all) after every shard, the ones found included."""
+@dataclass(frozen=True)
+class Shard:
+    """What one file of the cache is to hold: the clips `numbers` of a bucket."""
+
+    name: str
+    bucket: Bucket
+    numbers: list[int]
+    digest: str  # of everything that decides which clips these are
+
+
+def fill_cache(
+    cfg: CacheConfig, vae: AutoencoderKLKling, rank: int = 0, ranks: int = 1, wait: Callable[[], None] = lambda: None
+) -> Iterator[tuple[int, int]]:
+    """Encode what is not there yet; yields (clips done, clips in all) after every shard, the ones found included.
+
+    Process `rank` of `ranks` takes every ranks-th of the missing shards; `wait` returns when all of them have come to it.
+    """
     check_data(cfg.data)
-    if len(cfg.shares) != len(cfg.data.aspects):
-        raise UserError(f"shares {cfg.shares} for aspects {cfg.data.aspects}: give one number for each aspect")
-    settings = {"data": asdict(cfg.data), "seed": cfg.seed, "clips": cfg.clips, "shares": cfg.shares, "shard": cfg.shard}
-    writer = CacheWriter(cfg.out, cache_key(vae, settings), settings)
-    plan: list[tuple[str, list[int]]] = []  # (aspect, indices) of every shard
-    bounds = [0, *(round(cfg.clips * upto / sum(cfg.shares)) for upto in accumulate(cfg.shares))]  # rounded so that they sum to `clips`
-    for aspect, (begin, end) in zip(cfg.data.aspects, pairwise(bounds), strict=True):
-        indices = range(end - begin)
-        plan += [(aspect, list(indices[i : i + cfg.shard])) for i in range(0, len(indices), cfg.shard)]
-    names = [f"{i:05d}.safetensors" for i in range(len(plan))]
-    total = sum(len(indices) for _, indices in plan)
-    todo = [(name, aspect, indices) for name, (aspect, indices) in zip(names, plan, strict=True) if name not in writer]
-    done = total - sum(len(indices) for _, _, indices in todo)
-    yield done, total
     source = ClipSource(cfg.data, cfg.seed)
-    ends = sorted(T for T in cfg.data.frames if T > 1)
-    clips = batches(_Clips(source, max(cfg.data.frames), todo), 0, total - done, cfg.workers)
-    for name, aspect, indices in todo:
-        tensors, rows = encode_clips(vae, [next(clips) for _ in indices], indices, ends, cfg.seed)
-        writer.add(name, tensors, rows, aspect)
-        done += len(indices)
+    plan = list(_plan(cfg, source))
+    writer = CacheWriter(cfg.out, cache_key(vae, settings_of(cfg)), settings_of(cfg), rank)
+    wait()  # everyone has seen what was there before anyone adds to it
+    missing = [shard for shard in plan if shard not in writer]
+    mine = missing[rank::ranks]
+    total = sum(len(shard.numbers) for shard in plan)
+    done = total - sum(len(shard.numbers) for shard in mine)
+    yield done, total
+    clips = batches(_Clips(source, mine), 0, sum(len(shard.numbers) for shard in mine), cfg.workers)
+    for shard in mine:
+        ends = sorted(T for T in set(cfg.data.frames) if 1 < T <= shard.bucket.frames)
+        samples = [next(clips) for _ in shard.numbers]
+        ids = [sample.name for sample in samples] if source.manifest else shard.numbers
+        writer.add(shard, *encode_clips(vae, samples, ids, ends, cfg.seed))
+        done += len(shard.numbers)
         yield done, total
+    wait()
+    if rank == 0:
+        writer.finish(plan)
+    wait()
+
+
+def settings_of(cfg: CacheConfig) -> dict[str, Any]:
+    """What decides the contents besides the VAE and the clips' own. A later field changes no key while it stands at its default."""
+    plain, always = asdict(DataConfig()), ("source", "frames", "aspects", "fps", "unconditional", "skip_bad")
+    data = {name: value for name, value in asdict(cfg.data).items() if name in always or value != plain[name]}
+    data.pop("reader", None)  # all readers give the same frames
+    of_world = {"clips": cfg.clips, "shares": _shares(cfg)} if cfg.data.source == "world" else {}
+    return {"data": data, "seed": cfg.seed, "shard": cfg.shard, **of_world}
+
+
+def _shares(cfg: CacheConfig) -> list[float]:
+    return cfg.shares or [3.0, 1.0, 1.0]
+
+
+def _plan(cfg: CacheConfig, source: ClipSource) -> Iterator[Shard]:
+    """The shards of a cache, in order. Raises `UserError` for settings that do not fit the source."""
+    buckets: list[tuple[Bucket, int]] = []
+    if source.manifest:
+        if cfg.clips is not None or cfg.shares is not None:
+            raise UserError("clips and shares are for the world, and a manifest is encoded whole: leave them out")
+        buckets = [(bucket, len(pieces)) for bucket, pieces in source.manifest.buckets.items()]
+    else:
+        if cfg.clips is None or len(_shares(cfg)) != len(cfg.data.aspects):
+            raise UserError(
+                f"clips {cfg.clips}, shares {_shares(cfg)} for aspects {cfg.data.aspects}: give the first, and a share for each aspect"
+            )
+        shares = _shares(cfg)
+        bounds = [0, *(round(cfg.clips * upto / sum(shares)) for upto in accumulate(shares))]  # rounded so that they sum to `clips`
+        sizes = [end - begin for begin, end in pairwise(bounds)]
+        buckets = [(Bucket(aspect, max(cfg.data.frames)), n) for aspect, n in zip(cfg.data.aspects, sizes, strict=True)]
+    place = 0
+    for bucket, n in buckets:
+        for first in range(0, n, cfg.shard):
+            numbers = list(range(first, min(n, first + cfg.shard)))
+            what = [source.manifest.identity(bucket, i) for i in numbers] if source.manifest else numbers
+            digest = hashlib.sha256(json.dumps([bucket, what]).encode()).hexdigest()
+            yield Shard(f"{place:05d}.safetensors", bucket, numbers, digest)
+            place += 1
+
+
+class CacheWriter:
+    """Writes the shards of one process. A shard that an index names, with the right hash and contents, is never made again."""
+
+    def __init__(self, folder: str | Path, key: str, settings: dict[str, Any], rank: int = 0) -> None:
+        self.folder, self.key, self.settings, self.own = Path(folder), key, settings, f"index.{rank}.json"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cache {folder} cannot be written ({error.strerror}): choose another folder") from None
+        self.found = self._whole(INDEX, "index.*.json")
+        self.made = self._whole(self.own)
+
+    def __contains__(self, shard: Shard) -> bool:
+        entry = self.found.get(shard.name)
+        return entry is not None and entry["clips"] == len(shard.numbers) and entry.get("digest", shard.digest) == shard.digest
+
+    def add(self, shard: Shard, tensors: dict[str, Tensor], rows: list[dict[str, Any]]) -> None:
+        """Write one shard: `rows` holds captions and names of its clips."""
+        path = self.folder / shard.name
+        temporary = path.with_suffix(".tmp")
+        save_file(tensors, temporary)
+        write_atomic(path.with_suffix(".json"), json.dumps(rows, ensure_ascii=False))
+        temporary.replace(path)
+        shape = {"aspect": shard.bucket.aspect, "frames": shard.bucket.frames, "digest": shard.digest}
+        self.made[shard.name] = {"clips": len(rows), **shape, "bytes": path.stat().st_size, "sha256": _sha256(path)}
+        self._write(self.own, self.made)
+
+    def finish(self, plan: list[Shard]) -> None:
+        """Gather what all processes have made into the index; shards that the plan no longer has are deleted."""
+        found = self._whole(INDEX, "index.*.json")
+        self._write(INDEX, {shard.name: found[shard.name] for shard in plan})
+        for path in self.folder.glob("index.*.json"):
+            path.unlink()
+        names = {shard.name for shard in plan}
+        for path in self.folder.glob("*.safetensors"):
+            if path.name not in names:
+                path.unlink()
+                path.with_suffix(".json").unlink(missing_ok=True)
+
+    def _whole(self, *indices: str) -> dict[str, dict[str, Any]]:
+        """The undamaged shards that these indices name; the last word counts."""
+        shards: dict[str, dict[str, Any]] = {}
+        for path in (path for pattern in indices for path in sorted(self.folder.glob(pattern))):
+            index = json.loads(path.read_text(encoding="utf-8"))
+            if index["key"] != self.key:
+                where = f"cache {self.folder} was made with another VAE or other settings"
+                raise UserError(f"{where}: choose another folder, or delete this one")
+            shards |= {name: entry for name, entry in index["shards"].items() if _whole(self.folder / name, entry)}
+        return shards
+
+    def _write(self, name: str, shards: dict[str, dict[str, Any]]) -> None:
+        index = {"key": self.key, "settings": self.settings, "shards": dict(sorted(shards.items()))}
+        write_atomic(self.folder / name, json.dumps(index, indent=1))
 
 
 class _Clips(Dataset):
     """The clips of a list of shards, one after another, so that workers make them ahead."""
 
-    def __init__(self, source: ClipSource, frames: int, shards: list[tuple[str, str, list[int]]]) -> None:
-        self.source, self.frames = source, frames
-        self.places = [(index, aspect) for _, aspect, indices in shards for index in indices]
+    def __init__(self, source: ClipSource, shards: list[Shard]) -> None:
+        self.source = source
+        self.places = [(shard.bucket, number) for shard in shards for number in shard.numbers]
 
     def __getitem__(self, i: int) -> ClipSample:
-        index, aspect = self.places[i]
-        return self.source.clip(index, self.frames, aspect)
+        bucket, number = self.places[i]
+        if self.source.manifest:
+            return self.source.manifest.clip(bucket, number)
+        return self.source.clip(number, bucket.frames, bucket.aspect)
 
 
 @torch.no_grad()
 def encode_clips(
-    vae: AutoencoderKLKling, clips: list[ClipSample], indices: list[int], ends: list[int], seed: int
+    vae: AutoencoderKLKling, clips: list[ClipSample], ids: list[Any], ends: list[int], seed: int
 ) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """The tensors and rows of one shard, from clips of the longest length. `ends`: the lengths whose last frame training may append."""
+    """The tensors and rows of one shard. ids: of its clips, for the draws. ends: the lengths whose last frame training may append."""
     latents, lone, at, c2w, intrinsics, rows = [], [], [], [], [], []
-    for index, clip in zip(indices, clips, strict=True):
+    for name, clip in zip(ids, clips, strict=True):
         video = to_tensor(clip.video)[None].to(vae.device)  # (1, 3, T, H, W)
-        times = keyframe_times(index, ends, seed)
+        times = keyframe_times(name, ends, seed)
         frames = video[:, :, times].transpose(0, 2)  # (K, 3, 1, H, W)
         latents.append(vae.normalize(vae.encode(video).latent_dist.mode())[0])  # (c, f, h, w)
-        lone.append(vae.normalize(vae.encode(frames).latent_dist.mode())[:, :, 0])  # (K, c, h, w)
-        at.append(torch.tensor(times))
-        camera = clip.trajectory
-        T = max(ends)
+        single = (
+            vae.normalize(vae.encode(frames).latent_dist.mode())[:, :, 0] if times else latents[-1].new_zeros(0, *latents[-1][:, 0].shape)
+        )
+        lone.append(single)  # (K, c, h, w)
+        at.append(torch.tensor(times, dtype=torch.long))
+        camera, T = clip.trajectory, len(clip.video)
         c2w.append(camera.c2w if camera else torch.zeros(T, 3, 4))
         intrinsics.append(camera.intrinsics if camera else torch.zeros(T, 4))  # zero focal length: no camera known
-        rows.append({"name": clip.name, "captions": clip.captions})
+        rows.append({"name": clip.name, "captions": clip.captions, "weights": clip.weights or [1.0] * len(clip.captions)})
     tensors = {
         "latents": torch.stack(latents).half(),
         "keyframes": torch.stack(lone).half(),
@@ -179,6 +265,7 @@ class LatentBatch:
     keyframes: Tensor  # (b, K, c, h, w)
     times: Tensor  # (b, K)
     captions: list[list[str]]
+    weights: list[list[float]]  # of the captions: how often each is taken
     cameras: list[Trajectory | None]
 
 
@@ -196,36 +283,39 @@ class LatentCache:
         if key is not None and index["key"] != key:
             raise UserError(f"latent cache {folder} was made with another VAE or other settings: delete it and run kling-encode")
         self.settings = index["settings"]
-        self.clips: dict[str, list[tuple[str, int]]] = {}  # aspect -> (shard, row)
+        self.clips: dict[Bucket, list[tuple[str, int]]] = {}  # -> (shard, row)
         self._rows: dict[str, list[dict]] = {}
         for name, entry in index["shards"].items():
             if not _whole(self.folder / name, entry):
                 raise UserError(f"latent cache {folder} is damaged: {name} has changed since it was written; run kling-encode to remake it")
-            self.clips.setdefault(entry["aspect"], []).extend((name, row) for row in range(entry["clips"]))
+            bucket = Bucket(entry["aspect"], entry.get("frames", max(self.settings["data"]["frames"])))
+            self.clips.setdefault(bucket, []).extend((name, row) for row in range(entry["clips"]))
             self._rows[name] = json.loads((self.folder / name).with_suffix(".json").read_text(encoding="utf-8"))
         self._open: dict[str, Any] = {}
 
     def __len__(self) -> int:
         return sum(len(places) for places in self.clips.values())
 
-    def batch(self, aspect: str, ids: list[int], frames: int) -> LatentBatch:
-        """The clips `ids` of an aspect, their first `frames` pixel frames."""
+    def batch(self, bucket: Bucket, ids: list[int], frames: int) -> LatentBatch:
+        """The clips `ids` of a bucket, their first `frames` pixel frames."""
         f = latent_frames(frames)
         columns: dict[str, list[Tensor]] = {name: [] for name in ("latents", "keyframes", "keyframe_times", "c2w", "intrinsics")}
-        captions = []
+        captions, weights = [], []
         for i in ids:
-            shard, row = self.clips[aspect][i]
+            shard, row = self.clips[bucket][i]
             file = self._shard(shard)
             for name, column in columns.items():
                 part = file.get_slice(name)
                 column.append(part[row, :, :f] if name == "latents" else part[row])
             captions.append(self._rows[shard][row]["captions"])
+            weights.append(self._rows[shard][row].get("weights", [1.0] * len(captions[-1])))
         stacked = {name: torch.stack(column) for name, column in columns.items()}
         cameras = [
             Trajectory(c2w[:frames], k[:frames]) if float(k[0, 0]) > 0 else None
             for c2w, k in zip(stacked["c2w"], stacked["intrinsics"], strict=True)
         ]
-        return LatentBatch(ids, stacked["latents"].float(), stacked["keyframes"].float(), stacked["keyframe_times"], captions, cameras)
+        lone = stacked["keyframes"].float(), stacked["keyframe_times"]
+        return LatentBatch(ids, stacked["latents"].float(), *lone, captions, weights, cameras)
 
     def _shard(self, name: str) -> Any:
         if name not in self._open:
@@ -234,34 +324,27 @@ class LatentCache:
 
 
 class LatentSteps(Dataset):
-    """Batch of place p = step * ranks + rank, as a function of (seed, p) alone.
+    """Batch of place p = step * ranks + rank, as a function of (seed, p) alone, in the order of `Epochs`.
 
-    An epoch cuts every aspect's shuffled clips into batches and shuffles these; a last short batch is filled from the start of its own
-    order, so every clip is used in every epoch, however small its bucket.
+    batch: clips of the largest bucket; of the others there are as many as make the same tokens. frames: lengths to draw from, for each
+    batch among those that its clips have. Raises `UserError` if a bucket is shorter than all of them.
     """
 
     def __init__(self, cache: LatentCache, batch: int, frames: list[int], seed: int) -> None:
-        self.cache, self.size, self.frames, self.seed = cache, batch, frames, seed
-        self.per_epoch = sum(-(-len(places) // batch) for places in cache.clips.values())
-        self._epoch: tuple[int, list[tuple[str, list[int]]]] = (-1, [])
+        self.cache, self.frames, self.seed = cache, frames, seed
+        for bucket in cache.clips:
+            if bucket.frames < min(frames):
+                raise UserError(
+                    f"latent cache {cache.folder} holds clips of {bucket.frames} frames, frames is {frames}: add {bucket.frames}"
+                )
+        items = {bucket: len(places) for bucket, places in cache.clips.items()}
+        self.epochs = Epochs(items, batch_sizes(list(items), batch), seed)
+        self.per_epoch = self.epochs.per_epoch
 
     def __getitem__(self, place: int) -> LatentBatch:
-        epoch, i = divmod(place, self.per_epoch)
-        if self._epoch[0] != epoch:
-            self._epoch = epoch, list(self._plan(epoch))
-        aspect, ids = self._epoch[1][i]
-        frames = random.Random(f"frames/{self.seed}/{place}").choice(self.frames)
-        return self.cache.batch(aspect, ids, frames)
-
-    def _plan(self, epoch: int) -> Iterator[tuple[str, list[int]]]:
-        rng = random.Random(f"epoch/{self.seed}/{epoch}")
-        plan = []
-        for aspect, places in self.cache.clips.items():
-            order = rng.sample(range(len(places)), len(places))
-            order += (order * self.size)[: -len(order) % self.size]
-            plan += [(aspect, order[i : i + self.size]) for i in range(0, len(order), self.size)]
-        rng.shuffle(plan)
-        return iter(plan)
+        _, bucket, ids = self.epochs[place]
+        frames = random.Random(f"frames/{self.seed}/{place}").choice([T for T in self.frames if bucket.frames >= T])
+        return self.cache.batch(bucket, ids, frames)
 
 
 def _sha256(path: Path) -> str:

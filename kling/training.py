@@ -171,7 +171,7 @@ def draw_example(how: Drawing, batch: LatentBatch, place: int, transformer: Klin
             what, j = choose_keyframe(what, batch.times[i].tolist(), f, rng)
             lone.append(batch.keyframes[i, j])
         given.append(what)
-        prompts.append("" if rng.random() < how.text_drop else rng.choice(batch.captions[i]))
+        prompts.append("" if rng.random() < how.text_drop else rng.choices(batch.captions[i], batch.weights[i])[0])
     keyframes = torch.stack(lone)[:, :, None] if K else None  # (b, c, 1, h, w)
     state = build_state(given, batch.latents, keyframes, tuple(transformer.config.patch_size))
     has_camera = torch.tensor([camera is not None and rng.random() >= how.camera_drop for camera in batch.cameras])
@@ -221,16 +221,21 @@ class Validation:
 
 
 def held_out(cfg: Validation, data: DataConfig, frames: int, vae: AutoencoderKLKling) -> list[LatentBatch]:
-    """The clips of a validation, encoded, one to a batch. Raises `UserError` if the training data is a folder and `source` is empty."""
-    if data.source != "world" and not cfg.source:
-        raise UserError("validation.every is set but not validation.source: name a folder of videos that are not trained on")
-    data = DataConfig(**{**vars(data), "source": cfg.source or "world"})
+    """The clips of a validation, encoded, one to a batch.
+
+    Raises `UserError` if the training data is a folder or a manifest, of which nothing is held out, and `source` is empty.
+    """
+    if data.source != "world" and not cfg.source and not data.holdout:
+        raise UserError(
+            "validation.every is set but not validation.source: name videos that are not trained on, or keep some with data.holdout"
+        )
+    data = DataConfig(**{**vars(data), "source": cfg.source or data.source})
     source, clips = ClipSource(data, split="heldout"), []
     for i in range(cfg.clips):
         clip = source.clip(i, frames, data.aspects[i % len(data.aspects)])
         with torch.no_grad():
             z = vae.normalize(vae.encode(to_tensor(clip.video)[None].to(vae.device)).latent_dist.mode()).cpu()  # (1, c, f, h, w)
-        clips.append(LatentBatch([i], z, z[:, None, :, 0], torch.zeros(1, 1), [clip.captions], [clip.trajectory]))
+        clips.append(LatentBatch([i], z, z[:, None, :, 0], torch.zeros(1, 1), [clip.captions], [[1.0]], [clip.trajectory]))
     return clips
 
 

@@ -19,7 +19,7 @@ from kling.cache import CacheConfig, LatentCache, LatentSteps, fill_cache
 from kling.condition.tasks import TASKS
 from kling.config import load_config, save_config, to_dict
 from kling.data.image import write_png
-from kling.data.source import batches
+from kling.data.source import DataConfig, batches
 from kling.dit import KlingTransformer3DModel
 from kling.dit.cost import forward_flops
 from kling.errors import UserError, program, unknown
@@ -64,7 +64,7 @@ from kling.training import (
 class TrainDiTConfig:
     """Everything a run depends on.
 
-    vae: a VAE folder, or empty for the shipped one. cache: a latent cache; made from the preset `encode` if it is not complete.
+    vae: a VAE folder, or empty for the shipped one. cache: a latent cache; completed by the preset `encode` (empty: it is there).
     frames: pixel lengths to draw from, at most the cache's. tasks: how often each is drawn.
     text_drop, camera_drop: how often the text or the camera is left out, for guidance. scheduler: settings stored with the weights.
     init_from: a model folder to start from; conditions that `model` adds to it start at zero. lora: train low-rank weights on top of it.
@@ -150,7 +150,8 @@ def train(cfg: TrainDiTConfig, stop: StopSignal) -> None:
     data = LatentSteps(LatentCache(cfg.cache), cfg.batch, cfg.frames, cfg.seed)
     drawing = Drawing(cfg.seed, cfg.tasks, cfg.text_drop, cfg.camera_drop)
     density, shift = cfg.scheduler.get("density", "logit_normal"), cfg.scheduler.get("shift", 1.0)
-    held = held_out(cfg.validation, load_config(CacheConfig, cfg.encode).data, max(cfg.frames), vae) if cfg.validation.every else []
+    source = load_config(CacheConfig, cfg.encode).data if cfg.encode else DataConfig()
+    held = held_out(cfg.validation, source, max(cfg.frames), vae) if cfg.validation.every else []
 
     torch.manual_seed(cfg.seed)  # the initial weights; every later draw is counter-based
     model = build(cfg)
@@ -198,6 +199,8 @@ def train(cfg: TrainDiTConfig, stop: StopSignal) -> None:
         save_config(cfg, out / "config.yaml")
     guard = Guard()
     meter = Meter(device, matmul_ceiling(device, torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32))
+    if accelerator.is_main_process:
+        print(data.epochs.report(), file=sys.stderr)
 
     with (
         Watchdog(out, accelerator.process_index, cfg.watchdog) as watchdog,
@@ -208,8 +211,9 @@ def train(cfg: TrainDiTConfig, stop: StopSignal) -> None:
             for k, batch in enumerate(batches(feed, 0, (cfg.steps - done) * micro, cfg.workers)):
                 place = feed.place(k)
                 example = draw_example(drawing, batch, place, transformer, vae).to(device)
-                level = draw_sigma((cfg.batch,), generator(cfg.seed, "sigma", place), density, shift).to(device)  # (b,)
-                noise = noise_like(example.state.clean, cfg.seed, "noise", place, range(cfg.batch))  # (b, c, G, h, w)
+                b = len(batch.ids)  # clips of one shape, as many as make the tokens of `cfg.batch` of the largest
+                level = draw_sigma((b,), generator(cfg.seed, "sigma", place), density, shift).to(device)  # (b,)
+                noise = noise_like(example.state.clean, cfg.seed, "noise", place, range(b))  # (b, c, G, h, w)
                 used.append({"place": place, "clips": batch.ids})
                 meter.lap("data")
                 with accelerator.accumulate(net):
@@ -220,7 +224,7 @@ def train(cfg: TrainDiTConfig, stop: StopSignal) -> None:
                     meter.lap("backward")
                 tokens = example.state.token_sigma(level)[0].numel()
                 flops = 3 * forward_flops(transformer.config, tokens, text_encoder.num_tokens)
-                meter.add(level, losses, cfg.batch * tokens, cfg.batch * flops)
+                meter.add(level, losses, b * tokens, b * flops)
                 if not accelerator.sync_gradients:
                     continue
 
@@ -234,7 +238,7 @@ def train(cfg: TrainDiTConfig, stop: StopSignal) -> None:
                 meter.lap("optimizer")
                 done, places = done + 1, places + micro * layout.ranks
                 watchdog.beat()
-                clips = cfg.batch * micro * layout.ranks
+                clips = b * micro * layout.ranks
                 speed = meter.take(layout.ranks, accelerator.num_processes)
                 log.log(done, {**means, "grad_norm": norm, "skipped": guard.skipped, **speed}, clips=clips)
 
@@ -269,7 +273,12 @@ def train(cfg: TrainDiTConfig, stop: StopSignal) -> None:
 
 
 def complete_cache(cfg: TrainDiTConfig, vae: nn.Module, stop: StopSignal) -> None:
-    """Fill the latent cache if it is missing or unfinished. Shards that are done stay, so a signal may end it after any."""
+    """Fill the latent cache if it is missing or unfinished; without a preset it is taken as kling-encode left it.
+
+    Shards that are done stay, so a signal may end it after any.
+    """
+    if not cfg.encode:
+        return
     settings = load_config(CacheConfig, cfg.encode, [f"out={cfg.cache}"])
     for done, all_clips in fill_cache(settings, vae):
         print(f"latent cache {cfg.cache}: {done}/{all_clips} clips", file=sys.stderr)

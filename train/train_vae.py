@@ -19,7 +19,7 @@ from torch import Tensor
 from kling.config import load_config, save_config, to_dict
 from kling.data.image import write_png
 from kling.data.source import ClipSource, DataConfig, StepBatches, batches, check_data
-from kling.data.transforms import to_tensor, to_uint8
+from kling.data.transforms import to_batch, to_tensor, to_uint8
 from kling.errors import UserError, program, unknown
 from kling.metrics.pixel import psnr
 from kling.pipeline import load_vae
@@ -130,6 +130,8 @@ def train(cfg: TrainVAEConfig, stop: StopSignal) -> None:
     if accelerator.is_main_process:
         save_config(cfg, out / "config.yaml")
     data = StepBatches(ClipSource(cfg.data, cfg.seed), cfg.batch, accelerator.process_index, accelerator.num_processes)
+    if accelerator.is_main_process and (report := data.report()):
+        print(report, file=sys.stderr)
     micro = cfg.gradient_accumulation
 
     guard = Guard()
@@ -138,7 +140,7 @@ def train(cfg: TrainVAEConfig, stop: StopSignal) -> None:
             step = index // micro
             judged = critic is not None and step >= cfg.adversary.start
             with accelerator.accumulate(*([net, critic_net] if judged else [net])):
-                video = video.to(accelerator.device)  # (b, 3, T, H, W)
+                video = to_batch(video.to(accelerator.device))  # (b, 3, T, H, W)
                 recon, posterior = net(video, draw_path(cfg, index))
                 loss, terms = vae_loss(video, recon, posterior, cfg.loss)
                 if perceptual is not None:

@@ -32,6 +32,36 @@ def load_trajectory(path: str | Path, T: int, size: tuple[int, int] | None = Non
     size: (H, W) of the picture to be made; where the file's own was wider or taller, the intrinsics follow the crop.
     Raises `UserError` naming the file, and the frame, for what is not a camera path.
     """
+    times, path_taken = read_path(path)
+    when = torch.linspace(0, 1, T, dtype=times.dtype) * (times[-1] - times[0]) + times[0]  # (T,)
+    trajectory = resample(path_taken.relative(), times, when)
+    if size is not None:
+        trajectory = cropped(trajectory, *size)
+    return Trajectory(trajectory.c2w.float(), trajectory.intrinsics.float())
+
+
+def load_window(path: str | Path, when: Tensor, size: tuple[int, int], duration: float) -> Trajectory:
+    """The camera at the times `when` (T,), seconds into a video of `duration` seconds, relative to the first of them.
+
+    A RealEstate10K file whose time stamps lie beyond the video's end belongs to a longer one that it was cut from: it starts at 0.
+    Raises `UserError` if the path does not reach over all of `when`.
+    """
+    times, path_taken = read_path(path, timed=True)
+    if times[-1] > duration + 0.5:
+        times = times - times[0]
+    step = float((times[-1] - times[0]) / max(1, len(times) - 1))
+    if len(times) > 1 and (when[0] < times[0] - step or when[-1] > times[-1] + step):
+        given = f"{float(times[0]):.2f} … {float(times[-1]):.2f} s"
+        raise UserError(f"camera file {path} covers {given}, the clip {float(when[0]):.2f} … {float(when[-1]):.2f} s: give the whole path")
+    trajectory = cropped(resample(path_taken, times, when.to(times.dtype)).relative(), *size)
+    return Trajectory(trajectory.c2w.float(), trajectory.intrinsics.float())
+
+
+def read_path(path: str | Path, timed: bool = False) -> tuple[Tensor, Trajectory]:
+    """(times (n,), the poses as they stand in the file), float64. Times are seconds; a JSON file without fps has numbers, unless `timed`.
+
+    Raises `UserError` naming what is wrong and in which frame.
+    """
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -39,23 +69,23 @@ def load_trajectory(path: str | Path, T: int, size: tuple[int, int] | None = Non
         raise UserError(f"camera file {path} does not exist: check the path") from None
     except (OSError, ValueError) as error:
         raise UserError(f"camera file {path} cannot be read ({error}): give RealEstate10K text or JSON") from None
-    times, intrinsics, c2w = _from_json(path, text) if text.lstrip().startswith("{") else _from_text(path, text)
+    times, intrinsics, c2w = _from_json(path, text, timed) if text.lstrip().startswith("{") else _from_text(path, text)
     _check(path, intrinsics, c2w)
     R = rotation_matrix(quaternion(c2w[:, :, :3]))  # exact, whatever the file was rounded to
-    trajectory = resample(Trajectory(torch.cat([R, c2w[:, :, 3:]], dim=-1), intrinsics).relative(), times, T)
-    if size is not None:
-        trajectory = cropped(trajectory, *size)
-    return Trajectory(trajectory.c2w.float(), trajectory.intrinsics.float())
+    return times, Trajectory(torch.cat([R, c2w[:, :, 3:]], dim=-1), intrinsics)
 
 
-def save_trajectory(path: str | Path, trajectory: Trajectory, fps: float = 8.0) -> None:
-    """Write RealEstate10K text (.txt) or JSON (.json), whole or not at all. Raises `UserError` for other suffixes and unwritable places."""
+def save_trajectory(path: str | Path, trajectory: Trajectory, fps: float = 8.0, start: float = 0.0) -> None:
+    """Write RealEstate10K text (.txt, its first pose at `start` seconds) or JSON (.json, without a start), whole or not at all.
+
+    Raises `UserError` for other suffixes and unwritable places.
+    """
     path = Path(path)
     c2w, intrinsics = trajectory.c2w.double(), trajectory.intrinsics
     if path.suffix == ".json":
         text = json.dumps({"fps": fps, "intrinsics": intrinsics.tolist(), "c2w": trajectory.c2w.tolist()}) + "\n"
     elif path.suffix == ".txt":
-        stamps = [round(1e6 * t / fps) for t in range(len(trajectory))]
+        stamps = [round(1e6 * (start + t / fps)) for t in range(len(trajectory))]
         rows = zip(stamps, intrinsics.tolist(), inverse(c2w).flatten(1).tolist(), strict=True)
         text = "".join(f"{stamp} " + " ".join(f"{x:.9g}" for x in (*k, 0, 0, *w2c)) + "\n" for stamp, k, w2c in rows)
     else:
@@ -72,7 +102,7 @@ def save_trajectory(path: str | Path, trajectory: Trajectory, fps: float = 8.0) 
 
 
 def _from_text(path: Path, text: str) -> tuple[Tensor, Tensor, Tensor]:
-    """(times (n,), intrinsics (n, 4), c2w (n, 3, 4)) of RealEstate10K lines, float64."""
+    """(times (n,) in seconds, intrinsics (n, 4), c2w (n, 3, 4)) of RealEstate10K lines, float64."""
     lines = [line.split() for line in text.splitlines() if line.strip()]
     if lines and len(lines[0]) == 1:  # the url
         lines = lines[1:]
@@ -92,14 +122,14 @@ def _from_text(path: Path, text: str) -> tuple[Tensor, Tensor, Tensor]:
     if (distorted := table[:, 5:7].ne(0).any(1)).any():
         frame = int(distorted.int().argmax())
         raise UserError(f"camera file {path}, frame {frame} has lens distortion: undistort the camera and put 0 0 in columns 6 and 7")
-    return times, table[:, 1:5], inverse(table[:, 7:].unflatten(1, (3, 4)))
+    return times / 1e6, table[:, 1:5], inverse(table[:, 7:].unflatten(1, (3, 4)))
 
 
-def _from_json(path: Path, text: str) -> tuple[Tensor, Tensor, Tensor]:
+def _from_json(path: Path, text: str, timed: bool) -> tuple[Tensor, Tensor, Tensor]:
     """The same of `{fps, intrinsics, c2w}`; frames are evenly spaced."""
     try:
         data = json.loads(text)
-        intrinsics, c2w = data["intrinsics"], data["c2w"]
+        fps, intrinsics, c2w = data.get("fps", 0 if timed else 1), data["intrinsics"], data["c2w"]
         counts = len(intrinsics), len(c2w)
     except ValueError as error:
         raise UserError(f"camera file {path} is not JSON ({error})") from None
@@ -112,7 +142,9 @@ def _from_json(path: Path, text: str) -> tuple[Tensor, Tensor, Tensor]:
     for t, (k, pose) in enumerate(zip(intrinsics, c2w, strict=True)):
         if not (_numbers(k, 4) and isinstance(pose, list) and len(pose) == 3 and all(_numbers(row, 4) for row in pose)):
             raise UserError(f"camera file {path}, frame {t}: give 4 intrinsics and a 3x4 matrix of numbers")
-    times = torch.arange(counts[0], dtype=torch.float64)
+    if not isinstance(fps, int | float) or not fps > 0:
+        raise UserError(f"camera file {path} has fps {fps!r}: give a positive number of poses a second")
+    times = torch.arange(counts[0], dtype=torch.float64) / fps
     return times, torch.tensor(intrinsics, dtype=torch.float64), torch.tensor(c2w, dtype=torch.float64)
 
 
@@ -149,13 +181,12 @@ def inverse(pose: Tensor) -> Tensor:
     return torch.cat([Rᵀ, -Rᵀ @ pose[..., 3:]], dim=-1)
 
 
-def resample(trajectory: Trajectory, times: Tensor, T: int) -> Trajectory:
-    """T poses evenly spaced in time over the whole path: rotations by slerp, positions and intrinsics by lerp. times (n,) rising."""
+def resample(trajectory: Trajectory, times: Tensor, when: Tensor) -> Trajectory:
+    """The poses at `when` (T,) of a path given at `times` (n,), rising: rotations by slerp, positions and intrinsics by lerp."""
     R, o, K = trajectory.c2w[:, :, :3], trajectory.c2w[:, :, 3], trajectory.intrinsics
     q = quaternion(R)
     if len(times) == 1:
-        return Trajectory(trajectory.c2w.expand(T, -1, -1).clone(), K.expand(T, -1).clone())
-    when = torch.linspace(0, 1, T, dtype=times.dtype) * (times[-1] - times[0]) + times[0]  # (T,)
+        return Trajectory(trajectory.c2w.expand(len(when), -1, -1).clone(), K.expand(len(when), -1).clone())
     i = (torch.searchsorted(times, when, right=True) - 1).clamp(0, len(times) - 2)
     u = ((when - times[i]) / (times[i + 1] - times[i]))[:, None]  # (T, 1)
     turned = rotation_matrix(slerp(q[i], q[i + 1], u))

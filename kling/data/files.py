@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from kling.errors import UserError
@@ -30,20 +32,82 @@ OTHER_MAGIC = (
 )  # fmt: skip
 
 
-def head(path: Path) -> bytes:
+@dataclass(frozen=True)
+class Member:
+    """A file inside an uncompressed tar, read where it lies: `size` bytes from `start`."""
+
+    tar: Path
+    name: str
+    start: int
+    size: int
+
+    def __str__(self) -> str:
+        return f"{self.tar}/{self.name}"
+
+
+Source = Path | Member
+
+
+def as_source(path: str | Path | Member) -> Source:
+    return path if isinstance(path, Member) else Path(path)
+
+
+def file_of(source: Source) -> Path:
+    """The file on disk that holds the bytes."""
+    return source.tar if isinstance(source, Member) else source
+
+
+def member_of(source: Source) -> tuple[str, int, int] | None:
+    """How a manifest names a tar's member; None for a file of its own."""
+    return (source.name, source.start, source.size) if isinstance(source, Member) else None
+
+
+def url(source: Source) -> str:
+    """What FFmpeg opens. The protocol is spelled out: a name such as `http:x` would otherwise be one."""
+    file = f"file:{file_of(source).absolute()}"
+    return f"subfile,,start,{source.start},end,{source.start + source.size},,:{file}" if isinstance(source, Member) else file
+
+
+def stamp(source: Source) -> tuple[int, int]:
+    """(time of change in ns, bytes): when neither has moved, the contents are taken to be the same."""
+    stat = file_of(source).stat()
+    return stat.st_mtime_ns, source.size if isinstance(source, Member) else stat.st_size
+
+
+def read_bytes(source: Source, limit: int = -1) -> bytes:
+    with file_of(source).open("rb") as file:
+        if isinstance(source, Member):
+            file.seek(source.start)
+            limit = source.size if limit < 0 else min(limit, source.size)
+        return file.read(limit)
+
+
+def sha256(source: Source) -> str:
+    """Hash of the contents."""
+    with file_of(source).open("rb") as file:
+        if isinstance(source, Path):
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        file.seek(source.start)
+        digest, left = hashlib.sha256(), source.size
+        while left and (block := file.read(min(left, 1 << 20))):
+            digest.update(block)
+            left -= len(block)
+        return digest.hexdigest()
+
+
+def head(source: Source) -> bytes:
     """The first bytes of a file. Raises `UserError` if it is missing, a folder, unreadable or empty."""
-    if path.is_dir():
-        raise UserError(f"{path} is a folder: give a file")
+    if file_of(source).is_dir():
+        raise UserError(f"{source} is a folder: give a file")
     try:
-        with path.open("rb") as file:
-            start = file.read(HEAD)
+        start = read_bytes(source, HEAD)
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist: check the path") from None
+        raise UserError(f"{source} does not exist: check the path") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{path} cannot be read ({reason}): check the path and its permissions") from None
+        raise UserError(f"{source} cannot be read ({reason}): check the path and its permissions") from None
     if not start:
-        raise UserError(f"{path} is empty (0 bytes): download or export it again")
+        raise UserError(f"{source} is empty (0 bytes): download or export it again")
     return start
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from kling.data.files import head, sniff, writing, written
+from kling.data.files import Member, Source, as_source, head, read_bytes, sniff, writing, written
 from kling.data.transforms import Frames, fit
 from kling.errors import UserError
 
@@ -17,12 +18,12 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 SEVERAL = ("GIF", "WEBP", "PNG")  # formats in which more than one frame means an animation; a phone's JPEG may hide a second picture
 
 
-def read_image(path: str | Path) -> Tensor:
+def read_image(path: str | Path | Member) -> Tensor:
     """uint8 (H, W, 3). EXIF rotation is applied, transparency is laid on white, 16-bit greys keep their upper 8 bits.
 
     Raises `UserError` for what is not an image, an animation (give it as a video), or a damaged file.
     """
-    return torch.from_numpy(np.array(_rgb(_open(Path(path)))))
+    return torch.from_numpy(np.array(_rgb(_open(as_source(path)))))
 
 
 def read_mask(path: str | Path, H: int, W: int) -> Tensor:
@@ -54,11 +55,11 @@ def write_png_frames(folder: str | Path, frames: Frames) -> list[Path]:
     return paths
 
 
-def _open(path: Path) -> Image.Image:
+def _open(path: Source) -> Image.Image:
     """The decoded image, upright."""
     demuxer, kind = sniff(head(path))
     try:
-        image = Image.open(path, formats=FORMATS)
+        image = Image.open(BytesIO(read_bytes(path)) if isinstance(path, Member) else path, formats=FORMATS)
         if image.format in SEVERAL and getattr(image, "n_frames", 1) > 1:
             raise UserError(f"{path} is an animation of {image.n_frames} frames: give it as a video, or export one frame as PNG")
         if image.mode == "F":

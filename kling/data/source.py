@@ -1,4 +1,4 @@
-"""Where clips come from: the small world, or a folder of videos. A batch is a pure function of (seed, step), not of workers."""
+"""Where clips come from: the small world, or a manifest of real videos. A batch is a pure function of (seed, step), not of workers."""
 
 from __future__ import annotations
 
@@ -11,19 +11,22 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from kling.condition.camera import Trajectory
-from kling.data.transforms import to_tensor
+from kling.data.buckets import Epochs, batch_sizes
+from kling.data.clips import ClipSample, ManifestClips, held_out, open_manifest
+from kling.data.video import frame_rate
 from kling.data.world import FPS, World
 from kling.errors import UserError
-from kling.shapes import ASPECTS, aspect_size
+from kling.shapes import ASPECTS, aspect_size, latent_frames
 
 
 @dataclass
 class DataConfig:
     """What to train on.
 
-    source: "world", or a folder of videos with sidecar captions. frames: lengths to draw from, each 1 + 4k. aspects: names to draw from.
-    unconditional: a folder without captions is meant. skip_bad: leave out files that cannot be read, counted in the log.
+    source: "world", a manifest (kling-data scan), or a folder of videos with sidecar captions. frames: lengths to draw from, each 1 + 4k.
+    aspects: names to draw from, or to sort into. fps: of the clips. scale: times the small world's size. holdout: share of a manifest's
+    files kept from training, to evaluate on; with 0 the training clips are. reader: auto, pyav, decord or torchcodec.
+    unconditional: clips without captions are meant. skip_bad: leave out what cannot be used, counted in the log.
     """
 
     source: str = "world"
@@ -32,74 +35,78 @@ class DataConfig:
     fps: float = FPS
     unconditional: bool = False
     skip_bad: bool = False
-
-
-@dataclass(frozen=True)
-class ClipSample:
-    """One clip: video (T, H, W, 3) uint8, captions, and the camera where it is known."""
-
-    video: Tensor
-    captions: list[str]
-    trajectory: Trajectory | None
-    name: str
+    scale: int = 1
+    holdout: float = 0.0
+    reader: str = "auto"
 
 
 class ClipSource:
-    """Clips by index, at a length and an aspect. The world is endless; a folder goes round in a new order every epoch."""
+    """Clips by index, at a length and an aspect: of the endless world, or of a manifest (`manifest`, None for the world)."""
 
     def __init__(self, cfg: DataConfig, seed: int = 0, split: str = "train") -> None:
         self.cfg, self.seed, self.split = cfg, seed, split
-        self._folders: dict[tuple[int, str], object] = {}
+        self.manifest: ManifestClips | None = None
+        if cfg.source != "world":
+            manifest = held_out(open_manifest(cfg.source, cfg.skip_bad), cfg.holdout, evaluation=split != "train")
+            self.manifest = ManifestClips(
+                manifest,
+                cfg.frames,
+                cfg.aspects,
+                float(frame_rate(cfg.fps)),
+                scale=cfg.scale,
+                reader=cfg.reader,
+                seed=seed,
+                unconditional=cfg.unconditional,
+                skip_bad=cfg.skip_bad,
+            )
 
     def clip(self, index: int, frames: int, aspect: str) -> ClipSample:
-        if self.cfg.source == "world":
-            clip = World(self.seed, frames, aspect, self.split).clip(index)
-            captions = [text for texts in clip.captions.values() for text in texts]
-            return ClipSample(clip.video, captions, clip.trajectory, f"world/{self.seed}/{self.split}/{aspect}/{index}")
-        folder = self.folder(frames, aspect)
-        epoch, place = divmod(index, len(folder))
-        order = random.Random(f"order/{self.seed}/{epoch}").sample(range(len(folder)), len(folder))
-        item = folder.item(order[place])
-        return ClipSample(torch.as_tensor(item.video), item.captions or [""], None, item.source)
+        """Clip `index` at a length and an aspect; a manifest goes round among those that are long enough."""
+        if self.manifest:
+            return self.manifest.any(index, frames, aspect)
+        clip = World(self.seed, frames, aspect, self.split).clip(index)
+        captions = [text for texts in clip.captions.values() for text in texts]
+        return ClipSample(clip.video, captions, clip.trajectory, f"world/{self.seed}/{self.split}/{aspect}/{index}")
 
     def captions(self, index: int) -> list[str]:
         """Captions of clip `index`, without its pictures."""
-        cfg = self.cfg
-        if cfg.source == "world":
-            world = World(self.seed, cfg.frames[0], split=self.split)
-            return [text for texts in world.captions(world.scene(index)).values() for text in texts]
-        cuts = self.folder(cfg.frames[0], cfg.aspects[0]).cuts
-        return list(cuts[index % len(cuts)].captions) or [""]
-
-    def folder(self, frames: int, aspect: str):  # noqa: ANN201 - VideoFolder, imported only when a folder is read
-        from kling.data.folder import VideoFolder
-
-        key = frames, aspect
-        if key not in self._folders:
-            cfg = self.cfg
-            size = aspect_size(aspect)
-            self._folders[key] = VideoFolder(cfg.source, frames, cfg.fps, size, unconditional=cfg.unconditional, skip_bad=cfg.skip_bad)
-        return self._folders[key]
+        if self.manifest:
+            shots = self.manifest.manifest.shots
+            return [caption.text for caption in shots[index % len(shots)].captions] or [""]
+        world = World(self.seed, self.cfg.frames[0], split=self.split)
+        return [text for texts in world.captions(world.scene(index)).values() for text in texts]
 
 
 class StepBatches(Dataset):
-    """Batch of step s and rank r: video (b, 3, T, H, W) in [-1, 1]. Length and aspect are drawn once a step, the same on every rank.
+    """Batch of step s and rank r: uint8 (b, T, H, W, 3).
 
-    `batch` counts clips of the longest length; of a shorter one there are as many more as make the same frames, up to `MOST`.
+    The world's length and aspect are drawn once a step, the same on every rank; `batch` counts clips of the longest length, and of a
+    shorter one there are as many more as make the same frames, up to `MOST`. A manifest's clips come in the order of `Epochs`, `batch`
+    of the largest shape and of the others as many as make the same tokens.
     """
 
     MOST = 16
 
     def __init__(self, source: ClipSource, batch: int, rank: int = 0, ranks: int = 1) -> None:
         self.source, self.batch, self.rank, self.ranks = source, batch, rank, ranks
+        if source.manifest:
+            buckets = source.manifest.buckets
+            self.epochs = Epochs({b: len(pieces) for b, pieces in buckets.items()}, batch_sizes(list(buckets), batch), source.seed)
 
     def __getitem__(self, step: int) -> Tensor:
-        cfg = self.source.cfg
-        rng = random.Random(f"shape/{self.source.seed}/{step}")
-        frames, aspect = rng.choice(cfg.frames), rng.choice(cfg.aspects)
-        count = max(self.batch, min(self.MOST, self.batch * max(cfg.frames) // frames))
-        first = (step * self.ranks + self.rank) * max(self.batch, self.MOST)
-        return torch.stack([to_tensor(self.source.clip(first + i, frames, aspect).video) for i in range(count)])
+        source, place = self.source, step * self.ranks + self.rank
+        if source.manifest:
+            epoch, bucket, numbers = self.epochs[place]
+            return torch.stack([source.manifest.clip(bucket, number, epoch).video for number in numbers])
+        rng = random.Random(f"shape/{source.seed}/{step}")
+        frames, aspect = rng.choice(source.cfg.frames), rng.choice(source.cfg.aspects)
+        count = max(self.batch, min(self.MOST, self.batch * max(source.cfg.frames) // frames))
+        first = place * max(self.batch, self.MOST)
+        return torch.stack([torch.as_tensor(source.clip(first + i, frames, aspect).video) for i in range(count)])
+
+    def report(self) -> str:
+        """What is used, and how often. Nothing for the world, which does not end."""
+        return f"{self.source.manifest.report()}\n{self.epochs.report()}" if self.source.manifest else ""
 
 
 def batches(data: Dataset, start: int, steps: int, workers: int) -> Iterator:
@@ -119,11 +126,13 @@ def _start_worker(worker: int) -> None:
 
 def check_data(cfg: DataConfig) -> None:
     """Refuse a data section that cannot work, before anything is built."""
-    from kling.shapes import latent_frames
-
     for frames in cfg.frames:
         latent_frames(frames)
     for aspect in cfg.aspects:
         aspect_size(aspect)
     if not cfg.frames or not cfg.aspects:
         raise UserError("data.frames and data.aspects must not be empty: give at least one length and one aspect")
+    if cfg.scale < 1 or not 0 <= cfg.holdout < 1:
+        raise UserError(f"data.scale {cfg.scale} and data.holdout {cfg.holdout:g}: give 1 or more, and 0 to below 1")
+    if cfg.source == "world" and (cfg.scale, cfg.holdout, cfg.reader) != (1, 0.0, "auto"):
+        raise UserError("data.scale, data.holdout and data.reader are for a manifest: leave them out for the world")

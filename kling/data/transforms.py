@@ -24,6 +24,11 @@ def to_tensor(frames: Frames) -> Tensor:
     return frames.permute(3, 0, 1, 2).float().div_(127.5).sub_(1)
 
 
+def to_batch(frames: Tensor) -> Tensor:
+    """uint8 (b, T, H, W, 3) -> float32 (b, 3, T, H, W) in [-1, 1], on the device that it is on."""
+    return frames.permute(0, 4, 1, 2, 3).float().div_(127.5).sub_(1)
+
+
 def to_uint8(video: Tensor) -> Tensor:
     """(3, T, H, W) in [-1, 1] -> uint8 (T, H, W, 3) on the CPU, rounded and clamped. Raises `ValueError` on NaN or infinity."""
     if video.ndim != 4 or video.shape[0] != 3:
@@ -76,11 +81,19 @@ def _resize(picture: np.ndarray, h: int, w: int) -> np.ndarray:
 
 
 def _cover(picture: np.ndarray, H: int, W: int) -> np.ndarray:
-    h, w = picture.shape[:2]
+    return crop(_resize(picture, *cover_size(*picture.shape[:2], H, W)), H, W)
+
+
+def cover_size(h: int, w: int, H: int, W: int) -> tuple[int, int]:
+    """The size to which (h, w) is scaled so that it fills (H, W)."""
     scale = max(H / h, W / w)
-    h, w = max(H, round(h * scale)), max(W, round(w * scale))
-    top, left = (h - H) // 2, (w - W) // 2
-    return _resize(picture, h, w)[top : top + H, left : left + W]
+    return max(H, round(h * scale)), max(W, round(w * scale))
+
+
+def crop(picture: np.ndarray, H: int, W: int) -> np.ndarray:
+    """The centre (H, W) of a picture (h, w, ...) that is at least as large."""
+    top, left = (picture.shape[0] - H) // 2, (picture.shape[1] - W) // 2
+    return picture[top : top + H, left : left + W]
 
 
 def _contain(picture: np.ndarray, H: int, W: int, border: int, value: float = 0) -> np.ndarray:

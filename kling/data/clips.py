@@ -1,0 +1,191 @@
+"""The clips of a manifest at a model's lengths, aspects and rate. A folder of videos is a manifest that is made on the spot.
+
+A shot goes to the bucket of its nearest aspect and of the longest length that it fills, and gives as many clips, one after the other, as
+it holds; what is left over shifts them a little in every epoch, so that all of it is seen. Pictures are clips of one frame.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kling.condition.camera import Trajectory
+from kling.condition.poses import load_window
+from kling.data.buckets import Bucket
+from kling.data.decode import VideoInfo, probe
+from kling.data.files import Source, file_of, head, member_of, sha256, sniff, stamp
+from kling.data.image import read_image
+from kling.data.listing import Listing
+from kling.data.manifest import IMAGE, Manifest, Shot, read_manifest, relative
+from kling.data.reader import open_reader
+from kling.data.transforms import fit
+from kling.errors import UserError
+from kling.shapes import aspect_size
+
+NAMED = 3  # unusable files that one error line names
+
+
+@dataclass(frozen=True)
+class ClipSample:
+    """One clip: video (T, H, W, 3) uint8, captions with their weights, and the camera where it is known."""
+
+    video: Tensor
+    captions: list[str]
+    trajectory: Trajectory | None
+    name: str
+    weights: list[float] | None = None  # None: all alike
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The k-th clip of a shot of which `slack` frames are left over."""
+
+    shot: Shot
+    k: int
+    slack: int
+
+
+class ManifestClips:
+    """Clips of `manifest` by bucket. Raises `UserError` for clips that cannot be used (unless skip_bad) or have no caption.
+
+    lengths: pixel frames to cut; aspects: names to sort into; fps: of the clips; scale: times the small world's size.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        lengths: list[int],
+        aspects: list[str],
+        fps: float,
+        *,
+        scale: int = 1,
+        reader: str = "auto",
+        seed: int = 0,
+        unconditional: bool = False,
+        skip_bad: bool = False,
+    ) -> None:
+        self.manifest, self.fps, self.scale, self.reader, self.seed = manifest, fps, scale, reader, seed
+        self.buckets: dict[Bucket, list[Piece]] = {}
+        self.unused: list[str] = []  # of clips that are too short for every length
+        for shot in manifest.shots:
+            count = shot.count(fps)
+            fitting = [T for T in lengths if count >= T and (T == 1 or not shot.is_image)]
+            if not fitting:
+                what = "is a picture" if shot.is_image else f"is {shot.seconds:.2f} s long"
+                self.unused.append(f"{shot.name} {what}, which gives {count} frames at {fps:g} fps")
+                continue
+            T, aspect = max(fitting), min(aspects, key=lambda a: _off(shot, a))
+            pieces = [Piece(shot, k, count % T) for k in range(count // T)]
+            self.buckets.setdefault(Bucket(aspect, T), []).extend(pieces)
+        self.buckets = dict(sorted(self.buckets.items()))
+        if self.unused and (not skip_bad or not self.buckets):
+            named = "; ".join(self.unused[:NAMED]) + ("; ..." if len(self.unused) > NAMED else "")
+            raise UserError(
+                f"{len(self.unused)} of {len(manifest)} clips are too short for data.frames {lengths} ({named}): "
+                "add a shorter length (1 for pictures), or leave them out with data.skip_bad=true"
+            )
+        bare = [shot.name for shot in manifest.shots if not shot.captions]
+        if bare and not unconditional:
+            raise UserError(
+                f"{len(bare)} of {len(manifest)} clips have no caption ({', '.join(bare[:NAMED])}): write .txt files beside them and scan "
+                "again, run kling-data caption, or train without words by data.unconditional=true"
+            )
+
+    def clip(self, bucket: Bucket, number: int, epoch: int | None = None) -> ClipSample:
+        """Clip `number` of a bucket, shifted as `epoch` has it (None: not at all). Raises `UserError` if its file has changed."""
+        piece = self.buckets[bucket][number]
+        slack = 0 if epoch is None else random.Random(f"shift/{self.seed}/{epoch}/{piece.shot.name}").randint(0, piece.slack)
+        return self.cut(piece.shot, (piece.k * bucket.frames + slack) / self.fps, bucket.frames, bucket.aspect)
+
+    def identity(self, bucket: Bucket, number: int) -> list[object]:
+        """Everything that decides what clip `number` is: contents, stretch, words and camera."""
+        shot, k = self.buckets[bucket][number].shot, self.buckets[bucket][number].k
+        camera = sha256(self.manifest.folder / shot.camera) if shot.camera else None
+        return [shot.sha256, shot.start, shot.end, k, [asdict(caption) for caption in shot.captions], camera]
+
+    def any(self, index: int, frames: int, aspect: str) -> ClipSample:
+        """Clip `index` of those that are long enough, brought to an aspect whatever their own: for evaluation and statistics."""
+        enough = [piece for bucket, pieces in self.buckets.items() if bucket.frames >= frames for piece in pieces]
+        if not enough:
+            raise UserError(f"no clip of the manifest has {frames} frames at {self.fps:g} fps: ask for fewer in data.frames")
+        order = random.Random(f"any/{self.seed}").sample(range(len(enough)), len(enough))
+        piece = enough[order[index % len(enough)]]
+        return self.cut(piece.shot, piece.k * frames / self.fps, frames, aspect)
+
+    def cut(self, shot: Shot, offset: float, frames: int, aspect: str) -> ClipSample:
+        """`frames` frames of a shot from `offset` seconds into it, at an aspect's size."""
+        source, start, size = self.manifest.check(shot), shot.start + offset, aspect_size(aspect, self.scale)
+        if shot.is_image:
+            video = fit(read_image(source), *size)[None]
+        else:
+            times = [start + i / self.fps for i in range(frames)]
+            threads = 1 if torch.utils.data.get_worker_info() else 0
+            video = open_reader(source, self.reader, shot.video, threads).at(times, size)
+        camera = None
+        if shot.camera:
+            when = torch.arange(frames, dtype=torch.float64) / self.fps + start
+            camera = load_window(self.manifest.folder / shot.camera, when, size, shot.video.duration)
+        texts = [c.text for c in shot.captions] or [""]
+        return ClipSample(video, texts, camera, f"{shot.name}+{offset:.3f}", [c.weight for c in shot.captions] or [1.0])
+
+    def report(self) -> str:
+        """One line: what is used, and what is not and why."""
+        pieces = sum(len(pieces) for pieces in self.buckets.values())
+        line = f"{self.manifest.folder}: {pieces} clips from {len(self.manifest) - len(self.unused)} shots"
+        return line + (f", {len(self.unused)} too short ({'; '.join(self.unused[:NAMED])})" if self.unused else "")
+
+
+def open_manifest(path: str | Path, skip_bad: bool = False) -> Manifest:
+    """The manifest of a .jsonl file, or one made by probing a folder's videos (which does not decode them whole, as a scan does)."""
+    path = Path(path)
+    return folder_manifest(path, skip_bad) if path.is_dir() else read_manifest(path)
+
+
+def folder_manifest(root: Path, skip_bad: bool) -> Manifest:
+    """The videos and pictures below a folder, probed. Raises `UserError` that names the bad ones, unless skip_bad."""
+    shots, bad = [], []
+    for candidate in Listing().find([root]):
+        source, path = candidate.source, relative(file_of(candidate.source), root)
+        try:
+            if candidate.trouble:
+                raise UserError(candidate.trouble)
+            info, (mtime_ns, size) = _facts(source), stamp(source)
+            camera = relative(candidate.camera, root) if candidate.camera else None
+            shot = Shot(path, info, size, mtime_ns, sha256(source), 0.0, info.duration, captions=candidate.captions, camera=camera)
+            shots.append(replace(shot, member=member_of(source)))
+        except UserError as error:
+            bad.append(str(error))
+    if bad and not (skip_bad and shots):
+        named = "; ".join(bad[:NAMED]) + (f"; and {len(bad) - NAMED} more" if len(bad) > NAMED else "")
+        raise UserError(f"{root}: {len(bad)} files are unusable ({named}): repair or move them, or leave them out with data.skip_bad=true")
+    return Manifest(shots, root)
+
+
+def held_out(manifest: Manifest, share: float, evaluation: bool) -> Manifest:
+    """One side of a manifest: files whose hash falls below `share` are for evaluation, the others for training. Adding files moves none."""
+    if not share:
+        return manifest
+    kept = [shot for shot in manifest.shots if (int(shot.sha256[:8], 16) / 2**32 < share) == evaluation]
+    if not kept:
+        side = "evaluation" if evaluation else "training"
+        raise UserError(f"data.holdout {share:g} leaves no clip for {side} ({len(manifest)} clips in all): choose another share")
+    return Manifest(kept, manifest.folder)
+
+
+def _facts(source: Source) -> VideoInfo:
+    _, kind = sniff(head(source))
+    if not kind.endswith("image"):
+        return probe(source)
+    H, W = read_image(source).shape[:2]
+    return VideoInfo(W, H, 1, 1.0, 0.0, 0, kind.split()[1].lower(), "rgb24", container=IMAGE)
+
+
+def _off(shot: Shot, aspect: str) -> float:
+    """How far a shot's ratio is from an aspect's, in octaves."""
+    H, W = aspect_size(aspect)
+    return abs(math.log2((W / H) / (shot.video.width / shot.video.height)))

@@ -1,0 +1,274 @@
+"""Decoding with PyAV: what a video file holds, and its frames by their time stamps, upright, with square pixels and true colours."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cache, lru_cache, partial
+from itertools import pairwise
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+from av.video.reformatter import ColorPrimaries, Colorspace, ColorTrc, Interpolation, VideoReformatter
+from torch import Tensor
+
+from kling.data.files import Member, Source, as_source, head, sniff, stamp, url
+from kling.data.transforms import cover_size, crop, fit
+from kling.errors import UserError
+
+EPS = 1e-6  # seconds; ties between two frames go to the earlier one whatever the rounding
+# Chroma at full resolution and accurate rounding, together: without either, swscale darkens each pass by 1 to 2 levels of 255.
+TO_RGB = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.BITEXACT
+TO_SMALL_RGB = Interpolation.AREA | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.BITEXACT
+MAX_GAP = 600  # seconds for which a frame may stand; a longer one is a time stamp gone wrong, and would be filled with copies
+UNTAGGED = 2  # AVCOL_SPC_UNSPECIFIED
+HDR = (ColorTrc.SMPTE2084, ColorTrc.ARIB_STD_B67)  # PQ and HLG (phones): mapped to BT.709 by swscale
+COUNTED = ("avi", "mpeg", "h264", "hevc")  # containers that state few or no presentation times: frame i is shown at i / rate
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """What a file holds. Width and height are as read: after rotation, with square pixels."""
+
+    width: int
+    height: int
+    frames: int  # stored frames
+    fps: float  # mean rate
+    duration: float  # seconds, from the first frame to the end of the last
+    rotation: int  # degrees counter-clockwise that reading applies
+    codec: str
+    pix_fmt: str
+    origin: float | None = 0.0  # time stamp of the first frame, seconds; None where none are stored and frames are counted
+    gap: float = 0.0  # longest time from one frame to the next, seconds; 0 for a single frame
+    vfr: bool = False  # the rate varies
+    pixel_aspect: float = 1.0  # width of a stored pixel over its height
+    matrix: int = UNTAGGED  # AVColorSpace
+    container: str = ""  # FFmpeg's demuxer
+
+    def count(self, fps: float, start: float = 0.0) -> int:
+        """Frames that `read_video` gives at `fps` from `start`: up to half a stored frame past the last one."""
+        end = self.duration - 0.5 / self.fps + EPS
+        return max(0, math.floor((end - start) * fps) + 1)
+
+
+def probe(path: str | Path | Member) -> VideoInfo:
+    """Describe a video: its packets are counted and its first frame is decoded, so that a header cannot lie.
+
+    Raises `UserError` for what is not a video, holds no frame, cannot be decoded, or is cut short.
+    """
+    source = as_source(path)
+    head(source)
+    return _probe(source, *stamp(source))
+
+
+def pick(
+    source: Source, info: VideoInfo, times: Sequence[float], size: tuple[int, int], threads: int = 0
+) -> Iterator[tuple[float, Tensor]]:
+    """(stored time, frame uint8 (H, W, 3)) of the stored frame nearest to each of `times`, seconds, which must not fall.
+
+    size (H, W) is covered (`transforms.fit`). threads: of the decoder, 0 for as many as there are cores.
+    """
+    done, before = 0, None
+    for now in _decode(source, info, times[0], size, threads):
+        while before and done < len(times) and times[done] <= (before[0] + now[0]) / 2 + EPS:
+            yield before[0], before[1]()
+            done += 1
+        if done == len(times):
+            return
+        before = now
+    while before and done < len(times) and times[done] <= before[0] + 0.5 / info.fps + EPS:
+        yield before[0], before[1]()
+        done += 1
+    if done < len(times):
+        raise UserError(f"{source} is damaged {times[done]:.2f} s in ({done} of {len(times)} frames read): download or export it again")
+
+
+@contextmanager
+def open_video(source: Source, threads: int = 0, **options: str) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
+    """The container, its demuxer forced by the contents, and its first moving stream. `options` are the decoder's."""
+    demuxer, kind = sniff(head(source))
+    if demuxer is None:
+        remedy = "give it as an image" if kind.endswith("image") else "give an mp4, mov, webm, mkv, avi or gif"
+        raise UserError(f"{source} is not a video: it holds {kind} ({remedy})")
+    # Titles in Latin-1 or rotten tags are no reason to refuse the pictures.
+    with damage(source), av.open(url(source), format=demuxer, metadata_errors="replace") as container:
+        moving = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
+        if not len(container.streams):
+            raise UserError(f"{source} is damaged or incomplete (no stream in it): download or export it again")
+        if not moving:
+            others = ", ".join(sorted({s.type for s in container.streams}))
+            raise UserError(f"{source} has no video stream, only {others}: give a file with a moving picture")
+        moving[0].thread_type = "AUTO"
+        moving[0].codec_context.thread_count = threads
+        moving[0].codec_context.options = options
+        yield container, moving[0]
+
+
+@contextmanager
+def damage(source: Source) -> Iterator[None]:
+    """FFmpeg's complaints as a `UserError`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (av.FFmpegError, OSError) as error:
+        raise UserError(f"{source} is damaged or incomplete ({error.strerror}): download or export it again") from None
+
+
+def picture(
+    frame: av.VideoFrame,
+    pixel_aspect: Fraction | None,
+    scaler: VideoReformatter,
+    source: Source,
+    size: tuple[int, int] | None = None,
+) -> np.ndarray:
+    """uint8 (H, W, 3) as a player shows it: matrix and range as tagged, laid on white, square pixels, upright.
+
+    size (H, W) is covered; None keeps the frame's own. Where that shrinks the frame, the decoder's own scaler does it on the way to RGB,
+    a third of the work of converting every pixel first.
+    """
+    if frame.is_corrupt:
+        raise UserError(f"{source} is damaged at time stamp {frame.time} s: download or export it again")
+    # Pixels are squared by stretching the short side, so that nothing is lost.
+    aspect = pixel_aspect if pixel_aspect and 1 / 4 <= pixel_aspect <= 4 else Fraction(1)  # beyond that, a damaged header
+    width, height = round(frame.width * max(1, aspect)), round(frame.height / min(1, aspect))
+    turned, flip_y, flip_x = _turn(frame)
+    small = None
+    if size is not None:
+        small = cover_size(*((width, height) if turned else (height, width)), *size)
+        small = small[::-1] if turned else small
+    untagged = frame.colorspace == UNTAGGED
+    tone_map = {"dst_color_trc": ColorTrc.BT709, "dst_color_primaries": ColorPrimaries.BT709} if frame.color_trc in HDR else {}
+    alpha = any(component.is_alpha for component in frame.format.components)
+    direct = small is not None and not alpha and small[0] < frame.height and small[1] < frame.width
+    pixels = scaler.reformat(
+        frame,
+        *((small[1], small[0]) if direct else (width, height)),
+        "rgba" if alpha else "rgb24",
+        # Players read untagged video as BT.601 when it is small and as BT.709 when it is HD.
+        src_colorspace=(Colorspace.ITU709 if frame.height >= 720 else Colorspace.ITU601) if untagged else None,
+        interpolation=TO_SMALL_RGB if direct else TO_RGB,
+        threads=1,
+        **tone_map,
+    ).to_ndarray()
+    if alpha:
+        opacity = pixels[..., 3:].astype(np.uint16)
+        pixels = ((pixels[..., :3] * opacity + 255 * (255 - opacity) + 127) // 255).astype(np.uint8)
+    if turned:
+        pixels = pixels.swapaxes(0, 1)
+    pixels = pixels[:: -1 if flip_y else 1, :: -1 if flip_x else 1]
+    return pixels if size is None else crop(pixels, *size) if direct else np.asarray(fit(pixels, *size))
+
+
+def _turn(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
+    """How a frame is brought upright: (its axes are swapped first, then y is flipped, then x is)."""
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return False, False, False
+    # x' = ax + cy, y' = bx + dy, y downwards
+    a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5].tolist()
+    return (True, b < 0, c < 0) if abs(b) > abs(a) else (False, d < 0, a < 0)
+
+
+@lru_cache(maxsize=4096)
+def _probe(source: Source, mtime_ns: int, size: int) -> VideoInfo:
+    with open_video(source) as (container, stream):
+        packets = [(p.pts, p.is_discard, p.is_corrupt) for p in container.demux(stream) if p.size]
+        expected = max(len(packets), len(stream.index_entries))  # an mp4 lists its frames ahead; elsewhere the list is shorter
+        whole = [pts for pts, discard, corrupt in packets if not discard and not corrupt]
+        missing = expected - sum(not corrupt for *_, corrupt in packets)
+        fps = float(stream.average_rate or stream.guessed_rate or 25)
+        timed = container.format.name not in COUNTED and None not in whole
+        times = sorted(float(pts * stream.time_base) for pts in whole) if timed else []
+        demuxer, promised = container.format.name, _promised(stream)
+    if not whole:
+        raise UserError(f"{source} holds no whole frame: download or export it again")
+    if missing:
+        raise UserError(f"{source} is cut short ({missing} of {expected} frames are missing): download or export it again")
+    span = times[-1] - times[0] if timed else (len(whole) - 1) / fps
+    steps = [b - a for a, b in pairwise(times)] or [span / max(1, len(whole) - 1)]
+    if max(steps) > MAX_GAP:
+        raise UserError(
+            f"{source} has time stamps that jump by {max(steps):.0f} s: put them right with ffmpeg -i IN -vf setpts=N/FR/TB OUT"
+        )
+    if timed and span > 0 and abs(span * fps - (len(whole) - 1)) > 0.5:  # a variable rate, or a header that is wrong about it
+        fps = (len(whole) - 1) / span
+    if promised and timed and times[-1] + 1.5 / fps + 0.1 < promised:
+        raise UserError(f"{source} is cut short ({times[-1]:.2f} of {promised:.2f} s are there): download or export it again")
+    with open_video(source) as (container, stream):
+        first = next(container.decode(stream), None)
+        if first is None:
+            raise UserError(f"{source} holds no frame that can be decoded: export it again")
+        H, W = picture(first, stream.sample_aspect_ratio, VideoReformatter(), source).shape[:2]
+        codec, aspect = stream.codec_context.name, float(stream.sample_aspect_ratio or 1)
+    return VideoInfo(
+        W,
+        H,
+        len(whole),
+        fps,
+        span + 1 / fps,
+        first.rotation,
+        codec,
+        first.format.name,
+        origin=times[0] if timed else None,
+        gap=max(steps),
+        vfr=max(steps) - min(steps) > 0.1 / fps + 2e-3,  # Matroska rounds to milliseconds
+        pixel_aspect=aspect,
+        matrix=first.colorspace,
+        container=demuxer,
+    )
+
+
+def _promised(stream: av.VideoStream) -> float:
+    """Seconds that Matroska says its stream lasts (0 if it says nothing): a cut there leaves no other trace."""
+    try:
+        hours, minutes, seconds = stream.metadata.get("DURATION", "0:0:0").split(":")
+        return int(hours) * 3600 + int(minutes) * 60 + float(seconds)
+    except ValueError:
+        return 0.0
+
+
+def _decode(
+    source: Source, info: VideoInfo, start: float, size: tuple[int, int], threads: int
+) -> Iterator[tuple[float, Callable[[], Tensor]]]:
+    """(seconds since the first frame, how to get its picture), times rising, beginning at or before `start`."""
+    for seek in (start > 0 and info.origin is not None, False):  # again from the top if the first lands beyond `start`, or nowhere
+        with open_video(source, threads) as (container, stream):
+            skip_before = -math.inf
+            if seek:
+                container.seek(int((info.origin + start) / stream.time_base), stream=stream)
+                # Frames that no other needs, and that lie before the one which may stand at `start`, are not decoded at all.
+                skip_before = info.origin + start - info.gap - EPS
+            scaler, last = VideoReformatter(), -math.inf
+            for index, frame in enumerate(_frames(container, stream, skip_before)):
+                if info.origin is None:
+                    time = index / info.fps
+                elif frame.time is None:
+                    raise UserError(f"{source} is damaged (frame {index} has no time stamp): download or export it again")
+                else:
+                    time = frame.time - info.origin
+                if seek and index == 0 and time > start + EPS:
+                    break
+                if time > last:
+                    # cached: a slow video shows the same frame more than once
+                    yield time, cache(partial(_tensor, frame, stream.sample_aspect_ratio, scaler, source, size))
+                    last = time
+        if last > -math.inf:
+            return
+
+
+def _frames(container: av.container.InputContainer, stream: av.VideoStream, skip_before: float) -> Iterator[av.VideoFrame]:
+    """All frames from here on, less the non-reference ones that are shown before `skip_before` seconds."""
+    for packet in container.demux(stream):
+        early = packet.pts is not None and packet.pts * stream.time_base < skip_before
+        stream.codec_context.skip_frame = "NONREF" if early else "DEFAULT"
+        yield from packet.decode()
+
+
+def _tensor(*args: object) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(picture(*args)))

@@ -1,0 +1,174 @@
+"""The manifest: one JSON line for every clip that may be trained on, and what was found out about it.
+
+    {"path": "cats/a.mp4", "start": 0.0, "end": 5.12, "captions": [{"text": "a cat", "language": "en", "weight": 1.0}],
+     "video": {"width": 640, "height": 272, "frames": 250, "fps": 25.0, ...}, "bytes": 509868, "sha256": "5d41...", "measures": {...}, ...}
+
+Paths are relative to the manifest, or absolute. Times are seconds from the first frame. Keys of the user's own are refused, not lost.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kling.data.decode import VideoInfo
+from kling.data.files import Member, Source, stamp, written
+from kling.errors import UserError
+
+IMAGE = "image"  # VideoInfo.container of a still picture
+
+
+@dataclass(frozen=True)
+class Caption:
+    """One description. `weight` says how often training takes it, relative to the clip's others."""
+
+    text: str
+    language: str = ""
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Shot:
+    """One clip: a stretch of a video without a cut, or a picture."""
+
+    path: str
+    video: VideoInfo
+    bytes: int
+    mtime_ns: int
+    sha256: str
+    start: float = 0.0  # seconds
+    end: float = 0.0  # seconds; the end of the last frame
+    member: tuple[str, int, int] | None = None  # (name, start, bytes) where `path` is a tar
+    clock: tuple[float, tuple[tuple[float, int], ...]] | None = None  # (time of the first frame, (step, how often) …), seconds
+    captions: tuple[Caption, ...] = ()
+    camera: str | None = None  # a camera file, beside the manifest
+    measures: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_image(self) -> bool:
+        return self.video.container == IMAGE
+
+    @property
+    def name(self) -> str:
+        """A name for people: "cats/a.mp4@5.125"."""
+        inside = f"/{self.member[0]}" if self.member else ""
+        return f"{self.path}{inside}@{self.start:.3f}"
+
+    @property
+    def seconds(self) -> float:
+        return self.end - self.start
+
+    def count(self, fps: float) -> int:
+        """Frames that the clip gives at `fps`: 1 for a picture."""
+        whole = dataclasses.replace(self.video, duration=self.seconds)
+        return 1 if self.is_image else whole.count(fps)
+
+
+@dataclass(frozen=True)
+class Bad:
+    """A file that cannot be used, or a clip that was left out, and why."""
+
+    path: str
+    reason: str  # one word or two: what is counted
+    detail: str  # one line
+    bytes: int = 0
+    mtime_ns: int = 0
+    start: float = 0.0
+    shot: dict[str, Any] | None = None  # of a clip that a filter dropped: all that was measured
+
+
+class Manifest:
+    """The clips of a file, with the folder that their paths are relative to."""
+
+    def __init__(self, shots: Iterable[Shot], folder: str | Path = ".") -> None:
+        self.shots, self.folder = list(shots), Path(folder)
+
+    def __len__(self) -> int:
+        return len(self.shots)
+
+    def source(self, shot: Shot) -> Source:
+        path = self.folder / shot.path
+        return Member(path, *shot.member) if shot.member else path
+
+    def check(self, shot: Shot) -> Source:
+        """The clip's file, refused if it has changed since it was scanned."""
+        source = self.source(shot)
+        try:
+            now = stamp(source)
+        except OSError as error:
+            raise UserError(f"{source} cannot be read ({error.strerror}): restore it, or scan again") from None
+        if now != (shot.mtime_ns, shot.bytes):
+            raise UserError(f"{source} has changed since it was scanned: run kling-data scan again")
+        return source
+
+
+def read_manifest(path: str | Path) -> Manifest:
+    """Raises `UserError` with the line number for what is not a manifest, and if it is empty."""
+    path = Path(path)
+    shots = [shot_from(line, f"{path} line {number}") for number, line in read_lines(path)]
+    if not shots:
+        raise UserError(f"manifest {path} holds no clip: see the reasons in {quarantine_of(path)}")
+    return Manifest(shots, path.parent)
+
+
+def write_manifest(path: str | Path, shots: Iterable[Shot]) -> None:
+    write_lines(path, (dataclasses.asdict(shot) for shot in shots))
+
+
+def quarantine_of(manifest: Path) -> Path:
+    """Where a scan puts what cannot be used: manifest.jsonl -> quarantine.jsonl, cats.jsonl -> cats.quarantine.jsonl."""
+    return manifest.with_name("quarantine.jsonl" if manifest.stem == "manifest" else f"{manifest.stem}.quarantine.jsonl")
+
+
+def read_quarantine(path: str | Path) -> list[Bad]:
+    """The lines of a quarantine; [] if there is none."""
+    return [Bad(**line) for _, line in read_lines(Path(path))] if Path(path).is_file() else []
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number, object) of a jsonl file. Raises `UserError` naming the line."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: make it with kling-data scan") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read ({error}): give a jsonl file in UTF-8") from None
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{path} line {number} is not JSON ({error}): give one object a line") from None
+        if not isinstance(value, dict):
+            raise UserError(f"{path} line {number} holds a {type(value).__name__}: give one object a line")
+        yield number, value
+
+
+def write_lines(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write a jsonl file, whole or not at all."""
+    with written(path) as temporary:
+        temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def shot_from(row: dict[str, Any], where: str) -> Shot:
+    """A `Shot` of a manifest's line. Raises `UserError` that begins with `where`."""
+    try:
+        video = VideoInfo(**row["video"])
+        captions = tuple(Caption(**c) for c in row.get("captions", []))
+        member = tuple(row["member"]) if row.get("member") else None
+        clock = (row["clock"][0], tuple(map(tuple, row["clock"][1]))) if row.get("clock") else None
+        return Shot(**row | {"video": video, "captions": captions, "member": member, "clock": clock})
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{where} is not a line of a manifest ({error}): make it with kling-data scan") from None
+
+
+def relative(path: Path, folder: Path) -> str:
+    """How a manifest in `folder` names a file: relative if the file lies below, absolute otherwise."""
+    path, folder = Path(os.path.abspath(path)), Path(os.path.abspath(folder))
+    return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else path.as_posix()

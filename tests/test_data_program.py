@@ -1,0 +1,110 @@
+"""kling-data report and caption, as a person runs them."""
+
+from __future__ import annotations
+
+import base64
+import re
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from kling.data.manifest import read_manifest
+from kling.data.video import write_video
+
+sys.path[:0] = [str(Path(__file__).parents[1] / "train")]
+import data as program  # noqa: E402
+
+
+@pytest.fixture
+def scanned(tmp_path) -> Path:
+    rng = np.random.default_rng(0)
+    wall = cv2.resize(rng.integers(0, 256, (24, 64, 3), dtype=np.uint8), (640, 144), interpolation=cv2.INTER_CUBIC)
+    write_video(tmp_path / "pan.mp4", np.stack([wall[:, 8 * t : 8 * t + 256] for t in range(24)]), 12)
+    write_video(tmp_path / "still.mp4", np.stack([wall[:, :256]] * 24), 12)
+    write_video(tmp_path / "dim.mp4", np.stack([wall[:, t : t + 256] // 16 for t in range(24)]), 12)
+    (tmp_path / "pan.txt").write_text("<b>a wall</b> passes by\n一面墙\n", encoding="utf-8")
+    (tmp_path / "words.mp4").write_text("words")
+    (tmp_path / "filters.yaml").write_text("min_motion: 0.5\nmax_dark: 0.5\n")
+    out = tmp_path / "manifest.jsonl"
+    program.main(
+        ["scan", str(tmp_path), "--out", str(out), "--filters", str(tmp_path / "filters.yaml"), "--allow-bad", "0.5", "--workers", "1"]
+    )
+    return out
+
+
+def test_the_report_shows_what_was_kept_and_why_the_rest_was_not(scanned, capsys):
+    program.main(["report", str(scanned)])
+    assert capsys.readouterr().out.strip() == str(scanned.with_suffix(".html"))
+    page = scanned.with_suffix(".html").read_text(encoding="utf-8")
+    assert "&lt;b&gt;a wall&lt;/b&gt; passes by" in page and "<b>a wall" not in page
+    for said in ("Kept: 1 of 1", "Dropped, frozen: 1 of 1", "Dropped, near black: 1 of 1", "not a video", "words.mp4", "min_motion is 0.5"):
+        assert said in page
+    sheets = [cv2.imdecode(np.frombuffer(base64.b64decode(data), np.uint8), 1) for data in re.findall(r"base64,([^\"]+)", page)]
+    assert len(sheets) == 3 and all(sheet.shape[0] == 84 and sheet.shape[1] > 4 * 140 for sheet in sheets)
+    assert "http" not in page  # it opens anywhere, without a network
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """A tiny random LLaVA with its processor, as `save_pretrained` leaves a model."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import (
+        CLIPImageProcessorPil,
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        LlavaProcessor,
+        PreTrainedTokenizerFast,
+    )
+
+    folder = tmp_path_factory.mktemp("model")
+    words = ["<unk>", "<s>", "</s>", "<pad>", "<image>", *(f"word{i}" for i in range(60))]
+    raw = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>", bos_token="<s>", pad_token="<pad>")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    size = {"height": 28, "width": 28}
+    pictures = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size=size)
+    LlavaProcessor(
+        pictures, tokenizer, patch_size=14, vision_feature_select_strategy="default", num_additional_image_tokens=1
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    text = LlamaConfig(
+        vocab_size=len(words), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+        bos_token_id=1, eos_token_id=2, pad_token_id=3,
+    )  # fmt: skip
+    LlavaForConditionalGeneration(
+        LlavaConfig(vision_config=vision, text_config=text, image_token_index=4, vision_feature_layer=-1)
+    ).save_pretrained(folder)
+    return folder
+
+
+def test_a_local_model_writes_captions_once(scanned, model, capsys):
+    words = ["caption", str(scanned), "--model", str(model), "--language", "en", "zh"]
+    program.main(
+        ["scan", str(scanned.parent), "--out", str(scanned), "--allow-bad", "0.5", "--workers", "1"]
+    )  # without filters: three clips
+    program.main(words)
+    assert "4 captions written" in capsys.readouterr().out  # pan.mp4 has both
+    shots = {Path(s.path).stem: s for s in read_manifest(scanned).shots}
+    assert [c.text for c in shots["pan"].captions] == ["<b>a wall</b> passes by", "一面墙"]
+    assert [c.language for c in shots["still"].captions] == ["en", "zh"] and all("word" in c.text for c in shots["still"].captions)
+    program.main(words)
+    assert "0 captions written" in capsys.readouterr().out
+    program.main(["scan", str(scanned.parent), "--out", str(scanned), "--allow-bad", "0.5", "--workers", "1"])
+    assert {Path(s.path).stem: s for s in read_manifest(scanned).shots} == shots  # a second scan keeps them
+
+
+def test_what_is_not_a_model_is_refused(scanned, capsys):
+    for folder in (scanned.parent, scanned.parent / "none"):
+        with pytest.raises(SystemExit) as stop:
+            program.main(["caption", str(scanned), "--model", str(folder)])
+        assert stop.value.code == 2 and "caption model" in capsys.readouterr().err

@@ -1,0 +1,180 @@
+"""Turn real videos into a data set that loses nothing silently.
+
+kling-data scan VIDEOS table.csv shards.tar --out cats/manifest.jsonl      # again: goes on, and looks at what is new or has changed
+kling-data report cats/manifest.jsonl                                      # cats/manifest.html: what was kept, what was not, and why
+kling-data caption cats/manifest.jsonl --model MODEL --language en zh      # sentences for clips that have none
+kling-data camera cats/manifest.jsonl                                      # camera paths for clips that have none; checks the others
+kling-train-vae configs/vae/world.yaml data.source=cats/manifest.jsonl out=runs/cats
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+
+from tqdm import tqdm
+
+from kling.condition.poses import read_path
+from kling.config import load_config
+from kling.data.camera import METHODS, WIDTH, check_file, estimated
+from kling.data.camera_plot import draw_path
+from kling.data.captioner import PROMPTS, Captioner
+from kling.data.filters import Filters
+from kling.data.image import write_png
+from kling.data.listing import COLUMNS, Listing
+from kling.data.manifest import quarantine_of, read_manifest, read_quarantine, write_manifest
+from kling.data.report import write_report
+from kling.data.scan import Summary, scan
+from kling.errors import UserError, program
+
+EXIT_TOO_BAD = 3
+SAVE_EVERY = 20  # captions
+
+
+@program
+def main(argv: list[str] | None = None) -> None:
+    args = parser().parse_args(argv)
+    args.run(args)
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="kling-data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+
+    cmd = commands.add_parser("scan", help="look at every file once; write a manifest and a quarantine")
+    cmd.add_argument("paths", nargs="+", metavar="PATH", help="folders, videos, pictures, .csv, .tsv, .jsonl and WebDataset .tar files")
+    cmd.add_argument("--out", default="manifest.jsonl", help="the manifest (default %(default)s); quarantine.jsonl comes beside it")
+    cmd.add_argument("--map", nargs="+", default=[], metavar="FIELD=COLUMN", help=f"columns of tables; fields: {', '.join(COLUMNS)}")
+    cmd.add_argument("--root", help="folder of a table's relative paths (default: the table's)")
+    cmd.add_argument("--shots", action="store_true", help="split videos at their cuts (PySceneDetect)")
+    cmd.add_argument("--filters", metavar="YAML", help="thresholds, such as configs/data/filters.yaml")
+    cmd.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one for each core)")
+    cmd.add_argument(
+        "--seconds-per-minute", type=float, default=20.0, help="what decoding a minute of video may take (default %(default)s)"
+    )
+    cmd.add_argument(
+        "--allow-bad", type=float, default=0.05, metavar="SHARE", help="unusable files above which it fails (default %(default)s)"
+    )
+    cmd.set_defaults(run=run_scan)
+
+    cmd = commands.add_parser("report", help="an HTML page of a manifest and its quarantine")
+    cmd.add_argument("manifest")
+    cmd.add_argument("--out", help="the page (default: the manifest's name in .html)")
+    cmd.add_argument("--sheet", type=int, default=24, metavar="N", help="clips shown of each kind (default %(default)s)")
+    cmd.set_defaults(run=run_report)
+
+    cmd = commands.add_parser("caption", help="write captions with a local image-text-to-text model")
+    cmd.add_argument("manifest")
+    cmd.add_argument("--model", required=True, metavar="DIR", help="a transformers model with its processor")
+    cmd.add_argument("--language", nargs="+", default=["en"], choices=sorted(PROMPTS), help="one caption in each (default: en)")
+    cmd.add_argument("--prompt", help="what the model is asked, in place of our question")
+    cmd.add_argument("--frames", type=int, default=4, help="frames that it is shown (default %(default)s)")
+    cmd.add_argument("--device", default="cpu")
+    cmd.set_defaults(run=run_caption)
+
+    cmd = commands.add_parser("camera", help="estimate the cameras of a manifest's clips, or check one camera file")
+    cmd.add_argument("path", help="a manifest, or a camera file (RealEstate10K .txt, .json)")
+    cmd.add_argument("--method", choices=METHODS, default="rotation", help="rotation: a camera that turns on the spot; colmap: pycolmap")
+    cmd.add_argument("--video", help="the video of a camera file: its convention is checked against the picture")
+    cmd.add_argument("--png", help="where the path of a camera file is drawn (default: its name in .png)")
+    cmd.set_defaults(run=run_camera)
+    return top
+
+
+def run_scan(args: argparse.Namespace) -> None:
+    if args.workers < 1 or args.seconds_per_minute <= 0 or not 0 <= args.allow_bad <= 1:
+        raise UserError("--workers and --seconds-per-minute must be positive, --allow-bad between 0 and 1: put them right")
+    out = Path(args.out)
+    if out.suffix != ".jsonl":
+        raise UserError(f"--out {out}: end the manifest's name in .jsonl")
+    mapping = dict(word.split("=", 1) if "=" in word else _no_mapping(word) for word in args.map)
+    filters = load_config(Filters, args.filters) if args.filters else Filters()
+    listing = Listing(mapping, args.root)
+    candidates = listing.find(args.paths)
+    with tqdm(total=len(candidates), unit="file", desc=f"scan to {out}") as bar:
+        steps = scan(candidates, out, workers=args.workers, split=args.shots, filters=filters, per_minute=args.seconds_per_minute)
+        for step in steps:
+            if isinstance(step, Summary):
+                summary = step
+            else:
+                bar.update(step[0] - bar.n)
+    print(summary.table())
+    if listing.passed:
+        kinds = ", ".join(f"{suffix} {n}" for suffix, n in listing.passed.most_common())
+        print(f"{'neither video nor picture':<28}{sum(listing.passed.values()):>8}  ({kinds})")
+    if summary.bad_share > args.allow_bad:
+        share = f"{100 * summary.bad_share:.1f} % of the files are unusable, more than {100 * args.allow_bad:g} %"
+        print(f"error: {share}: see {quarantine_of(out)}, or accept them with --allow-bad {summary.bad_share + 0.005:.2f}", file=sys.stderr)
+        raise SystemExit(EXIT_TOO_BAD)
+
+
+def run_report(args: argparse.Namespace) -> None:
+    path = Path(args.manifest)
+    out = Path(args.out) if args.out else path.with_suffix(".html")
+    write_report(out, read_manifest(path), read_quarantine(quarantine_of(path)), args.sheet)
+    print(out)
+
+
+def run_caption(args: argparse.Namespace) -> None:
+    """Clips that have a caption in a language keep it, so the same command again goes on where it stopped."""
+    if args.frames < 1:
+        raise UserError(f"--frames {args.frames}: give at least 1")
+    path = Path(args.manifest)
+    manifest, captioner = read_manifest(path), Captioner(args.model, args.frames, device=args.device)
+    todo = [(i, x) for i, shot in enumerate(manifest.shots) for x in args.language if x not in {c.language for c in shot.captions}]
+    for done, (i, language) in enumerate(tqdm(todo, unit="caption"), 1):
+        shot = manifest.shots[i]
+        caption = captioner.describe(manifest, shot, args.prompt or PROMPTS[language], language)
+        manifest.shots[i] = replace(shot, captions=(*shot.captions, caption))
+        if done % SAVE_EVERY == 0 or done == len(todo):
+            write_manifest(path, manifest.shots)
+    print(f"{len(todo)} captions written to {path}, {sum(not s.captions for s in manifest.shots)} clips without one")
+
+
+def run_camera(args: argparse.Namespace) -> None:
+    path = Path(args.path)
+    if path.suffix != ".jsonl":
+        times, trajectory = read_path(path)
+        write_png(picture := Path(args.png or path.with_suffix(".png")), draw_path(trajectory.relative(), path.name))
+        error = check_file(path, Path(args.video)) if args.video else None
+        print(
+            f"{path}: {len(times)} poses"
+            + (f", points {error:.2f} pixels off at a width of {WIDTH}" if args.video else "")
+            + f" · {picture}"
+        )
+        return
+    manifest = read_manifest(path)
+    rows, failed = [], 0
+    for i, shot in enumerate(tqdm(manifest.shots, unit="clip")):
+        if shot.is_image:
+            continue
+        try:
+            if shot.camera is None:
+                manifest.shots[i] = shot = estimated(manifest, shot, args.method)
+            else:
+                error = check_file(manifest.folder / shot.camera, manifest.check(shot), shot.start, shot.end)
+                manifest.shots[i] = shot = replace(shot, measures=shot.measures | {"camera": {"method": "given", "error": round(error, 3)}})
+            rows.append(shot.measures["camera"])
+            write_manifest(path, manifest.shots)
+        except UserError as error:
+            failed += 1
+            print(f"{shot.name}: {error}", file=sys.stderr)
+    errors = [row["error"] for row in rows]
+    placed = [row["registered"] for row in rows if "registered" in row]
+    print(
+        f"{len(rows)} clips with a camera, {failed} without"
+        + (f" · median error {median(errors):.2f} px at a width of {WIDTH}" if rows else "")
+    )
+    print(f"frames registered: {100 * sum(placed) / len(placed):.1f} % of {len(placed)} estimated clips" if placed else "none estimated")
+
+
+def _no_mapping(word: str) -> tuple[str, str]:
+    raise UserError(f"--map {word}: give FIELD=COLUMN, such as path=video or path={{videoID}}.mp4")
+
+
+if __name__ == "__main__":
+    main()
