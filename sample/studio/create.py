@@ -127,12 +127,12 @@ class Form:
     def _advanced(self) -> None:
         settings = self.studio.pipe.scheduler.config
         with gr.Row():
-            own = {name: f"{settings[name]:g}" for name in ("num_inference_steps", "guidance_scale", "shift")}
-            for name, text in own.items():
-                most = MAX_STEPS if name == "num_inference_steps" else 50
-                least = 1 if name == "num_inference_steps" else 0
+            most = {"num_inference_steps": MAX_STEPS, "guidance_scale": 50, "shift": 50}
+            value = {"num_inference_steps": 0, "guidance_scale": settings.guidance_scale, "shift": settings.shift}
+            info = {"num_inference_steps": f"{t('own')} ({settings.num_inference_steps})"}
+            for name, limit in most.items():
                 self.fields[name] = gr.Number(
-                    None, label=t(name), placeholder=text, info=t("own"), minimum=least, maximum=most, min_width=120, elem_id=name
+                    value[name], label=t(name), info=info.get(name), minimum=0, maximum=limit, min_width=120, elem_id=name
                 )
             self.fields["sigma_c"] = gr.Number(0, label=t("sigma_c"), minimum=0, maximum=0.99, step=0.01, min_width=120)
 

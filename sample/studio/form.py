@@ -63,7 +63,7 @@ def request_of(fields: dict[str, Any], uploads: Any) -> Request:
         num_frames=1 if still else None,
         extend_to=given.number("extend_to", 0, MAX_SECONDS) or None,
         mode=given.choice("mode", MODES) or "std",
-        num_inference_steps=given.whole("num_inference_steps", 1, MAX_STEPS),
+        num_inference_steps=given.whole("num_inference_steps", 0, MAX_STEPS) or None,  # 0: the model's own
         guidance_scale=given.number("guidance_scale", 0, 50),
         shift=given.number("shift", 0.01, 50),
         sigma_c=given.number("sigma_c", 0, 0.99, 0.0),

@@ -12,8 +12,11 @@ from kling_programs.sample.studio.create import Form, Stage
 from kling_programs.sample.studio.events import CAMERA, QUICK, RAW, WITH_MASK, Events
 from kling_programs.sample.studio.form import request_of
 from kling_programs.sample.studio.jobs import Waiting
+from kling_programs.sample.studio.research import Research
 from kling_programs.sample.studio.studio import Step, Studio, public
 from kling_programs.sample.studio.words import I18N, WORDS, t
+
+from kling.errors import UserError
 
 HERE = Path(__file__).parent
 FONTS = ["system-ui", "-apple-system", "Segoe UI", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "Noto Sans SC", "sans-serif"]
@@ -29,6 +32,12 @@ def build(studio: Studio) -> gr.Blocks:
                 form = Form(studio)
             with gr.Column(scale=6, min_width=320):
                 stage = Stage()
+            research = Research(studio, form)
+            with gr.Tab(t("inspect"), id="inspect"):
+                research.tab()
+            if studio.run is not None:
+                with gr.Tab(t("training"), id="training"):
+                    research.training_tab(page, studio.run)
         events = Events(studio, form, stage)
         page.load(events.welcome, stage.mine, [stage.screen, stage.cards], **RAW)
         page.load(events.draw_camera, [form.fields[name] for name in CAMERA], form.drawing, **QUICK)
@@ -97,7 +106,7 @@ def api_of(studio: Studio) -> Any:
         fields = {name: value for name, value in locals().items() if name not in ("request", "camera", "studio")}
         try:
             if camera is not None and not isinstance(camera, dict):
-                raise ValueError
+                raise UserError('camera: give its axes by name, such as {"pan": 5}')
             work = studio.make(request.session_hash, request_of(fields | (camera or {}), studio.uploads))
             while True:
                 event = next(work)

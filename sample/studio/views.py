@@ -133,14 +133,14 @@ def url(path: Any) -> str:
 
 def timeline(frames: int, rows: list[dict[str, Any]]) -> str:
     """Keyframes on a line from the first frame to the last. rows: {"frame", "strength", "thumb"}."""
-    marks = "".join(
-        f'<div class="key" style="left:{100 * min(1, row["frame"] / max(1, frames - 1)):.1f}%">{row["thumb"]}<small>{row["frame"]}'
-        f"{'' if row['strength'] == 1 else f' · {row["strength"]:g}'}</small></div>"
-        for row in rows
-    )
-    return (
-        f'<div class="timeline"><div class="bar"></div>{marks}<small class="end">{frames - 1}</small><small class="begin">0</small></div>'
-    )
+
+    def mark(row: dict[str, Any]) -> str:
+        left = 100 * min(1, row["frame"] / max(1, frames - 1))
+        held = "" if row["strength"] == 1 else f" · {row['strength']:g}"
+        return f'<div class="key" style="left:{left:.1f}%">{row["thumb"]}<small>{row["frame"]}{held}</small></div>'
+
+    ends = f'<small class="begin">0</small><small class="end">{frames - 1}</small>'
+    return f'<div class="timeline"><div class="bar"></div>{"".join(map(mark, rows))}{ends}</div>'
 
 
 def drawings(lang: int, path: str, motion: str) -> str:

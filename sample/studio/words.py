@@ -71,7 +71,7 @@ WORDS: dict[str, tuple[str, str]] = {
     "std": ("std", "标准"),
     "pro": ("pro", "高品质"),
     "advanced": ("Advanced", "高级"),
-    "own": ("empty = the model's own", "留空则用模型默认值"),
+    "own": ("0 = the model's own", "0 为模型默认值"),
     "num_inference_steps": ("Steps", "步数"),
     "guidance_scale": ("Guidance", "提示词引导强度"),
     "shift": ("Shift", "噪声偏移"),
@@ -132,7 +132,7 @@ WORDS: dict[str, tuple[str, str]] = {
 
 def t(key: str) -> gr.I18n:
     """A fixed word of the page: the browser shows its own language."""
-    return I18N(key)
+    return I18N(OURS + key)
 
 
 def language(request: gr.Request | None) -> int:
@@ -146,4 +146,5 @@ def say(lang: int, key: str, **values: object) -> str:
     return WORDS[key][lang].format(**values)
 
 
-I18N = gr.I18n(en={k: v[0] for k, v in WORDS.items()}, zh={k: v[1] for k, v in WORDS.items()})
+OURS = "studio_"  # beside Gradio's own words
+I18N = gr.I18n(en={OURS + k: v[0] for k, v in WORDS.items()}, zh={OURS + k: v[1] for k, v in WORDS.items()})
