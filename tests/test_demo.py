@@ -183,36 +183,33 @@ def test_good_files_are_kept_by_their_contents(uploads):
     assert uploads.accept(None, "image") is None and len(list(uploads.store.iterdir())) == 3
 
 
-def test_bad_files_are_refused_without_their_folder_and_deleted(uploads, monkeypatch):
-    wide = uploads.arrivals / "wide.png"
+def test_bad_files_are_refused_without_their_folder_and_deleted(uploads):
+    wide, text, cut, words = (uploads.arrivals / name for name in ("wide.png", "t.mp4", "cut.mp4", "poses.txt"))
     Image.new("1", (6000, 6000)).save(wide)
-    text = uploads.arrivals / "t.mp4"
     text.write_text("#EXTM3U\nfile:///etc/passwd")
-    whole = clip(uploads.arrivals / "whole.mp4")
-    cut = uploads.arrivals / "cut.mp4"
-    cut.write_bytes(whole.read_bytes()[:900])
-    bad = [
-        (wide, "image", "megapixels"),
-        (text, "video", "not a video"),
-        (cut, "video", "cut.mp4"),
-        (png(uploads.arrivals / "x.txt"), "camera", ""),
-    ]
-    monkeypatch.setattr("kling_programs.sample.studio.uploads.MAX_FRAMES", 8)
-    decoded = []
-    monkeypatch.setattr("kling_programs.sample.studio.uploads.probe", lambda path: decoded.append(path))
-    bad.append((whole, "video", "9 frames"))
-    for file, kind, message in bad:
-        if file == cut:
-            monkeypatch.undo()
-            with pytest.raises(UserError, match=message) as error:
-                uploads.accept({"path": str(file)}, kind)
-            monkeypatch.setattr("kling_programs.sample.studio.uploads.MAX_FRAMES", 8)
-            monkeypatch.setattr("kling_programs.sample.studio.uploads.probe", lambda path: decoded.append(path))
-        else:
-            with pytest.raises(UserError, match=message) as error:
-                uploads.accept({"path": str(file)}, kind)
+    cut.write_bytes(clip(uploads.arrivals / "whole.mp4").read_bytes()[:900])
+    words.write_text("1 2 3")
+    for file, kind, message in [
+        (wide, "image", "megapixels"), (text, "video", "not a video"), (cut, "video", "cut.mp4 holds no whole frame"), (words, "camera", "3 columns"),
+    ]:  # fmt: skip
+        with pytest.raises(UserError, match=message) as error:
+            uploads.accept({"path": str(file)}, kind)
         assert str(uploads.arrivals) not in str(error.value) and not file.exists()
-    assert not decoded and not list(uploads.store.iterdir())
+    assert not list(uploads.store.iterdir())
+
+
+def test_a_video_is_measured_before_it_is_decoded(uploads, monkeypatch):
+    decoded = []
+    monkeypatch.setattr("kling_programs.sample.studio.uploads.probe", decoded.append)
+    for limit, value, message in (("MAX_FRAMES", 8, "9 frames"), ("MAX_FRAME", 100, "112x64"), ("MAX_BYTES", 50, "MiB")):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"kling_programs.sample.studio.uploads.{limit}", value)
+            file = clip(uploads.arrivals / "v.mp4")
+            with pytest.raises(UserError, match=message):
+                uploads.accept({"path": str(file)}, "video")
+            assert not decoded and not file.exists()
+    uploads.accept({"path": str(clip(uploads.arrivals / "v.mp4"))}, "video")
+    assert decoded
 
 
 def test_only_what_was_uploaded_can_be_named(uploads, tmp_path):

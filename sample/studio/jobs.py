@@ -110,6 +110,10 @@ class ModelQueue:
         """Jobs that wait for their turn."""
         return len(self._waiting)
 
+    @property
+    def running(self) -> bool:
+        return self._running is not None
+
     def _turn(self, job: Job) -> int:
         """Who was served longest ago comes first; `min` and `sorted` keep the order of arrival among equals."""
         return self._served.get(job.visitor, 0)
@@ -142,8 +146,11 @@ class ModelQueue:
                 end = _End(error=UserError("the device has no room for this: ask for fewer seconds"))
             except BaseException as error:  # handed to whoever waits; the thread must live
                 end = _End(error=error.with_traceback(None) if isinstance(error, Stopped) else error)
+            self._running = None
+            cut_off = end.error is not None
             job.events.put(end)
-            self._running = job = end = None
-            gc.collect()  # tensors of a job that was cut off in the middle
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            job = end = None
+            if cut_off:  # its tensors may hang on a traceback
+                gc.collect()
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()

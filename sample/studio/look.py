@@ -113,7 +113,7 @@ def attention_of(pipe: KlingPipeline, seen: Walk, layer: int, sigma: float, toke
 
     hook = transformer.blocks[layer].attn1.register_forward_pre_hook(watch, with_kwargs=True)
     try:
-        transformer(z, torch.full((1, 1), sigma, device=pipe.device), pipe.text_encoder.encode([seen.prompt]))
+        transformer(z, torch.full((1,), sigma, device=pipe.device), pipe.text_encoder.encode([seen.prompt]))
     finally:
         hook.remove()
     return found[0].view(grid).cpu()

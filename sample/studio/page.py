@@ -17,6 +17,7 @@ from kling_programs.sample.studio.studio import Step, Studio, public
 from kling_programs.sample.studio.words import I18N, WORDS, t
 
 from kling.errors import UserError
+from kling.pipeline import ASSETS
 
 HERE = Path(__file__).parent
 FONTS = ["system-ui", "-apple-system", "Segoe UI", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "Noto Sans SC", "sans-serif"]
@@ -26,7 +27,9 @@ MANY = 64  # requests that Gradio itself holds, small ones included; the model's
 def build(studio: Studio) -> gr.Blocks:
     """The page of a studio."""
     with gr.Blocks(title=WORDS["title"][0], analytics_enabled=False, delete_cache=(600, 3600)) as page:
-        gr.HTML(views.header(studio.pipe, Path(studio.model["path"]).name), padding=False)
+        gr.HTML(
+            views.header(studio.pipe, "shipped" if Path(studio.model["path"]) == ASSETS else Path(studio.model["path"]).name), padding=False
+        )
         with gr.Tabs(), gr.Tab(t("create"), id="create"), gr.Row(equal_height=False):
             with gr.Column(scale=5, min_width=320):
                 form = Form(studio)

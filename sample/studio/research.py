@@ -20,6 +20,7 @@ from kling_programs.sample.studio.words import language, say, t
 
 from kling.errors import UserError
 from kling.request import Request
+from kling.shapes import latent_of_frame, pixel_frames
 
 ZOOM = 6  # screen pixels of the picture to click on, along one of its own
 OWN = {"api_visibility": "private", "show_progress": "hidden"}
@@ -36,7 +37,7 @@ class Research:
 
     def _run(self, request: gr.Request, work: Work, outputs: int) -> Generator[Any, None, Any]:
         """Yield (status, nothing …) while a job waits and runs, and what else it tells as it is; return its result."""
-        lang, began, done = language(request), time.perf_counter(), None
+        lang, began = language(request), time.perf_counter()
         yield views.waiting(lang, 0), *[gr.skip()] * outputs
         try:
             events = self.studio.queue.run(request.session_hash, work)
@@ -52,9 +53,8 @@ class Research:
                     yield event
                 else:
                     yield [gr.skip()] * (1 + outputs)
-        except StopIteration as end:
-            done = end.value
-        return done
+        except StopIteration as done:
+            return done.value
 
     # ---- inside one request ----
 
@@ -130,7 +130,7 @@ class Research:
         pipe = self.studio.pipe
         side = pipe.vae.spatial_factor * pipe.transformer.config.patch_size[1]  # pixels along a token
         x, y = (int(v / ZOOM) for v in event.index)
-        token = (min(int(frame), len(walk.frames) - 1) + 3) // 4, y // side, x // side
+        token = latent_of_frame(min(int(frame), pixel_frames(walk.latents.shape[1]) - 1)), y // side, x // side
         sigma = check_number("sigma", sigma, 0, 1, 0.5)
         blocks = len(pipe.transformer.blocks)
         work: Work = lambda tell: look.attention_of(pipe, walk, min(int(layer), blocks - 1), sigma, token)  # noqa: E731
@@ -138,8 +138,8 @@ class Research:
         most = float(weight.flatten().topk(max(1, weight.numel() // 100)).values[-1])
         cells = []
         for j, plane in enumerate(weight):
-            t = 4 * j
-            cells.append((views.still(look.heat(walk.frames[t], plane, most)), f"{t} · {100 * float(plane.sum()):.0f} %"))
+            last = pixel_frames(j + 1) - 1  # of the pixel frames in latent frame j
+            cells.append((views.still(look.heat(walk.frames[last], plane, most)), f"{last} · {100 * float(plane.sum()):.0f} %"))
         yield "", views.grid(cells)
 
     @guarded
