@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> None:
     os.environ["GRADIO_TEMP_DIR"] = str(arrivals)  # before gradio is imported, as is the next one
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     try:
-        page, settings = prepare(args, arrivals)
+        _, page, settings = prepare(args, arrivals)
         page.launch(server_name=host, server_port=args.port, auth=auth, prevent_thread_lock=True, max_file_size=UPLOAD_LIMIT, **settings)
         print(
             f"kling studio: http://{'127.0.0.1' if host == '127.0.0.1' else socket.gethostname()}:{args.port}  (Ctrl+C ends it)", flush=True
@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def prepare(args: argparse.Namespace, arrivals: Path) -> tuple:
-    """The page, and the settings of its launch."""
+    """The studio, its page, and the settings of the launch."""
     try:
         from kling_programs.sample.studio.page import build, launch_settings
     except ModuleNotFoundError as error:
@@ -62,7 +62,7 @@ def prepare(args: argparse.Namespace, arrivals: Path) -> tuple:
     model = model_hashes(folder)
     shelf = Shelf(Path(args.out), model, args.keep)
     studio = Studio(pipe, model, shelf, Uploads(arrivals, shelf.inputs), Path(args.run) if args.run else None)
-    return build(studio), launch_settings(studio)
+    return studio, build(studio), launch_settings(studio)
 
 
 class Parser(argparse.ArgumentParser):
