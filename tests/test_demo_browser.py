@@ -162,7 +162,7 @@ def test_a_refused_upload_says_why_and_is_gone(page, site, tmp_path):  # noqa: F
     (tmp_path / "fake.png").write_bytes(b"GIF89a" + os.urandom(300))
     upload(page, "#first", tmp_path / "fake.png")
     page.wait_for_selector(":text('fake.png')")
-    page.wait_for_selector("#first input[type=file]")  # empty again
+    page.wait_for_selector("#first input[type=file]", state="attached")  # empty again
     assert not list(site.arrivals.rglob("fake.png"))
 
 

@@ -27,6 +27,7 @@ MANY = 64  # requests that Gradio itself holds, small ones included; the model's
 def build(studio: Studio) -> gr.Blocks:
     """The page of a studio."""
     with gr.Blocks(title=WORDS["title"][0], analytics_enabled=False, delete_cache=(600, 3600)) as page:
+        gr.api(api_of(studio), api_name="generate", concurrency_limit=None)  # first: an event of that name would take it
         gr.HTML(
             views.header(studio.pipe, "shipped" if Path(studio.model["path"]) == ASSETS else Path(studio.model["path"]).name), padding=False
         )
@@ -45,7 +46,6 @@ def build(studio: Studio) -> gr.Blocks:
         page.load(events.welcome, stage.mine, [stage.screen, stage.cards], **RAW)
         page.load(events.draw_camera, [form.fields[name] for name in CAMERA], form.drawing, **QUICK)
         page.load(events.explain, form.inputs, form.plan, js=WITH_MASK, **QUICK)
-        gr.api(api_of(studio), api_name="generate", concurrency_limit=None)
     return page.queue(default_concurrency_limit=None, max_size=MANY)
 
 
