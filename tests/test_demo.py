@@ -190,7 +190,8 @@ def test_bad_files_are_refused_without_their_folder_and_deleted(uploads):
     cut.write_bytes(clip(uploads.arrivals / "whole.mp4").read_bytes()[:900])
     words.write_text("1 2 3")
     for file, kind, message in [
-        (wide, "image", "megapixels"), (text, "video", "not a video"), (cut, "video", "cut.mp4 holds no whole frame"), (words, "camera", "3 columns"),
+        (wide, "image", "megapixels"),
+ (text, "video", "not a video"), (cut, "video", "cut.mp4 holds no whole frame"), (words, "camera", "3 columns"),
     ]:  # fmt: skip
         with pytest.raises(UserError, match=message) as error:
             uploads.accept({"path": str(file)}, kind)
@@ -265,7 +266,7 @@ def test_fields_become_the_request(uploads):
         "duration": 2,
     }
     request = request_of(fields | {"keyframes": [{"file": {"path": str(image)}, "frame": 8, "strength": 0.5}]}, uploads)
-    assert request.camera == {"pan": 5.0} and request.mode == "pro" and request.seed == 3 and request.aspect is None
+    assert request.camera == "pan=5" and request.mode == "pro" and request.seed == 3 and request.aspect is None
     assert Path(request.image).parent == uploads.store and request.keyframes[0][1:] == (8, 0.5)
     video = {"video": {"path": str(clip(uploads.arrivals / "v.mp4"))}, "strength": 0.4, "outpaint": "9:16"}
     assert request_of({**video, "use": "restyle"}, uploads).strength == 0.4

@@ -71,7 +71,7 @@ def path_svg(trajectory: Trajectory, label: str, width: int = 320, height: int =
     return _svg(parts, width, height, label)
 
 
-def motion_svg(trajectory: Trajectory, H: int, W: int, label: str, rows: int = 7, width: int = 320) -> str:
+def motion_svg(trajectory: Trajectory, H: int, W: int, label: str, rows: int = 5, width: int = 320) -> str:
     """Arrows on the first frame: where its points will be `AHEAD` frames later, if they lie `DEPTH` metres away."""
     height = round(width * H / W)
     start, end = motion_field(trajectory, rows, round(rows * W / H), min(AHEAD, len(trajectory) - 1))

@@ -29,6 +29,7 @@ class Form:
         self.studio = studio
         self.fields: dict[str, Any] = {}
         self._text()
+        self._go()
         with gr.Tabs(elem_id="inputs") as self.tabs:
             with gr.Tab(t("pictures"), id="pictures"):
                 self._pictures()
@@ -40,8 +41,6 @@ class Form:
                 self._size()
             with gr.Tab(t("advanced"), id="advanced"):
                 self._advanced()
-        self.plan = gr.HTML(elem_id="plan", padding=False)
-        self._go()
 
     @property
     def inputs(self) -> list[Any]:
@@ -80,8 +79,8 @@ class Form:
             self.key_image = self._picture("keyframe", "keyframes", elem_id="key", min_width=140)
             with gr.Column(min_width=140):
                 able = self._able("keyframes")["interactive"]
-                self.key_frame = gr.Slider(0, 160, 20, step=1, label=t("at"), interactive=able, elem_id="key-frame")
-                self.key_strength = gr.Slider(0.05, 1, 1, step=0.05, label=t("holds"), interactive=able)
+                self.key_frame = gr.Slider(0, 160, 20, step=1, label=t("at"), buttons=[], interactive=able, elem_id="key-frame")
+                self.key_strength = gr.Slider(0.05, 1, 1, step=0.05, label=t("holds"), buttons=[], interactive=able)
                 with gr.Row():
                     self.add_key = gr.Button(t("add_keyframe"), size="sm", interactive=able, elem_id="add-key", min_width=80)
                     self.clear_keys = gr.Button(t("clear_keyframes"), size="sm", interactive=able, min_width=60)
@@ -107,11 +106,13 @@ class Form:
         with gr.Row():
             for name in UNITS:
                 able = self._able("camera", t(f"{name}_is"))
-                self.fields[name] = gr.Slider(-LIMIT, LIMIT, 0, step=0.5, label=t(name), min_width=150, elem_id=f"axis-{name}", **able)
+                self.fields[name] = gr.Slider(
+                    -LIMIT, LIMIT, 0, step=0.5, label=t(name), min_width=170, buttons=[], elem_id=f"axis-{name}", **able
+                )
         with gr.Row():
-            self.fields["camera_scale"] = gr.Slider(0, 3, 1, step=0.1, label=t("camera_scale"), min_width=150)
-            self.fields["camera_guidance_scale"] = gr.Slider(1, 6, 1, step=0.5, label=t("camera_guidance_scale"), min_width=150)
-        self.fields["camera_file"] = gr.File(label=t("trajectory"), height=90, interactive=self._able("camera")["interactive"])
+            self.fields["camera_scale"] = gr.Slider(0, 3, 1, step=0.1, label=t("camera_scale"), min_width=170, buttons=[])
+            self.fields["camera_guidance_scale"] = gr.Slider(1, 6, 1, step=0.5, label=t("camera_guidance_scale"), min_width=170, buttons=[])
+        self.fields["camera_file"] = gr.File(label=t("trajectory"), height=130, interactive=self._able("camera")["interactive"])
         self.save_camera = gr.DownloadButton(t("save_trajectory"), size="sm", elem_id="save-camera")
 
     def _size(self) -> None:
@@ -137,12 +138,13 @@ class Form:
             self.fields["sigma_c"] = gr.Number(0, label=t("sigma_c"), minimum=0, maximum=0.99, step=0.01, min_width=120)
 
     def _go(self) -> None:
+        self.plan = gr.HTML(elem_id="plan", padding=False)
         with gr.Row(elem_classes="seed-row"):
             self.fields["mode"] = gr.Radio([(t(m), m) for m in MODES], value="std", label=t("mode"), min_width=140, scale=2)
             self.fields["seed"] = gr.Number(0, label=t("seed"), precision=0, minimum=0, maximum=2**32 - 1, min_width=110, elem_id="seed")
             with gr.Column(min_width=90, scale=1):
                 self.lock = gr.Checkbox(False, label=t("lock"), container=False, elem_id="lock")
-                self.dice = gr.Button("🎲", size="sm", min_width=50)
+                self.dice = gr.Button(t("dice"), size="sm", min_width=50)
         with gr.Row():
             self.generate = gr.Button(t("generate"), variant="primary", size="lg", scale=3, elem_id="generate", min_width=160)
             self.stop = gr.Button(t("stop"), variant="stop", size="lg", scale=1, elem_id="stop", interactive=False, min_width=80)

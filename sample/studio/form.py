@@ -55,7 +55,7 @@ def request_of(fields: dict[str, Any], uploads: Any) -> Request:
         strength=given.number("strength", 0, 1) if video and use == "restyle" else None,
         mask=_mask(fields.get("mask"), uploads) if video and use == "fill" else None,
         outpaint=given.choice("outpaint", ASPECTS) if video and use == "outpaint" else None,
-        camera=camera_file or axes or None,
+        camera=camera_file or ",".join(f"{name}={value:g}" for name, value in axes.items()) or None,
         camera_scale=given.number("camera_scale", 0, 10, 1.0),
         camera_guidance_scale=given.number("camera_guidance_scale", 0, 20, 1.0),
         aspect=given.choice("aspect", ASPECTS),

@@ -31,11 +31,12 @@ def build(studio: Studio) -> gr.Blocks:
         gr.HTML(
             views.header(studio.pipe, "shipped" if Path(studio.model["path"]) == ASSETS else Path(studio.model["path"]).name), padding=False
         )
-        with gr.Tabs(), gr.Tab(t("create"), id="create"), gr.Row(equal_height=False):
-            with gr.Column(scale=5, min_width=320):
-                form = Form(studio)
-            with gr.Column(scale=6, min_width=320):
-                stage = Stage()
+        with gr.Tabs():
+            with gr.Tab(t("create"), id="create"), gr.Row(equal_height=False):
+                with gr.Column(scale=5, min_width=320):
+                    form = Form(studio)
+                with gr.Column(scale=6, min_width=320, elem_classes="right"):
+                    stage = Stage()
             research = Research(studio, form)
             with gr.Tab(t("inspect"), id="inspect"):
                 research.tab()
@@ -55,7 +56,8 @@ def launch_settings(studio: Studio) -> dict[str, Any]:
         primary_hue="indigo", neutral_hue="slate", radius_size="md", spacing_size="sm", text_size="sm",
         font=FONTS, font_mono=["ui-monospace", "SFMono-Regular", "DejaVu Sans Mono", "monospace"],
     ).set(block_label_text_size="*text_xs", block_border_width="1px", button_primary_background_fill="*primary_600",
-          button_primary_text_color="white", button_primary_background_fill_hover="*primary_500")  # fmt: skip
+          button_primary_text_color="white", button_secondary_background_fill="*background_fill_primary",
+          button_secondary_border_color="*border_color_primary", button_border_width="1px", button_primary_background_fill_hover="*primary_500")  # fmt: skip
     return {
         "theme": theme,
         "css_paths": HERE / "page.css",

@@ -76,9 +76,9 @@ class Research:
                         picture = gr.Image(label=t("attention"), interactive=False, buttons=[], elem_id="click-me", format="png")
                         with gr.Row():
                             layers = len(pipe.transformer.blocks) - 1
-                            layer = gr.Slider(0, max(1, layers), layers // 2, step=1, label=t("layer"), min_width=90)
-                            sigma = gr.Slider(0.05, 0.95, 0.5, step=0.05, label=t("noise_level"), min_width=90)
-                            frame = gr.Slider(0, pipe.config.max_frames - 1, 0, step=4, label=t("latent_frame"), min_width=90)
+                            layer = gr.Slider(0, max(1, layers), layers // 2, step=1, label=t("layer"), min_width=150, buttons=[])
+                            sigma = gr.Slider(0.05, 0.95, 0.5, step=0.05, label=t("noise_level"), min_width=150, buttons=[])
+                            frame = gr.Slider(0, pipe.config.max_frames - 1, 0, step=4, label=t("latent_frame"), min_width=150, buttons=[])
                     attention = gr.HTML(padding=False, elem_id="attention")
             with gr.Tab(t("sweep"), id="sweep"):
                 scales = gr.Textbox("1, 2, 4, 8", label=t("scales"), elem_id="scales")

@@ -77,7 +77,7 @@ WORDS: dict[str, tuple[str, str]] = {
     "shift": ("Shift", "噪声偏移"),
     "sigma_c": ("σ_c, noise on what is given", "σ_c，条件噪声"),
     "seed": ("Seed", "种子"),
-    "dice": ("🎲", "🎲"),
+    "dice": ("⚄ new", "⚄ 换一个"),
     "lock": ("lock", "锁定"),
     "generate": ("Generate", "生成"),
     "stop": ("Stop", "停止"),
