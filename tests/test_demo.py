@@ -189,10 +189,13 @@ def test_bad_files_are_refused_without_their_folder_and_deleted(uploads):
     text.write_text("#EXTM3U\nfile:///etc/passwd")
     cut.write_bytes(clip(uploads.arrivals / "whole.mp4").read_bytes()[:900])
     words.write_text("1 2 3")
-    for file, kind, message in [
+    bad = [
         (wide, "image", "megapixels"),
- (text, "video", "not a video"), (cut, "video", "cut.mp4 holds no whole frame"), (words, "camera", "3 columns"),
-    ]:  # fmt: skip
+        (text, "video", "not a video"),
+        (cut, "video", "cut.mp4 holds no whole frame"),
+        (words, "camera", "3 columns"),
+    ]
+    for file, kind, message in bad:
         with pytest.raises(UserError, match=message) as error:
             uploads.accept({"path": str(file)}, kind)
         assert str(uploads.arrivals) not in str(error.value) and not file.exists()

@@ -52,12 +52,18 @@ def build(studio: Studio) -> gr.Blocks:
 
 def launch_settings(studio: Studio) -> dict[str, Any]:
     """What `launch` needs beside the address."""
-    theme = gr.themes.Base(
-        primary_hue="indigo", neutral_hue="slate", radius_size="md", spacing_size="sm", text_size="sm",
-        font=FONTS, font_mono=["ui-monospace", "SFMono-Regular", "DejaVu Sans Mono", "monospace"],
-    ).set(block_label_text_size="*text_xs", block_border_width="1px", button_primary_background_fill="*primary_600",
-          button_primary_text_color="white", button_secondary_background_fill="*background_fill_primary",
-          button_secondary_border_color="*border_color_primary", button_border_width="1px", button_primary_background_fill_hover="*primary_500")  # fmt: skip
+    mono = ["ui-monospace", "SFMono-Regular", "DejaVu Sans Mono", "monospace"]
+    sizes = {"radius_size": "md", "spacing_size": "sm", "text_size": "sm"}
+    theme = gr.themes.Base(primary_hue="indigo", neutral_hue="slate", font=FONTS, font_mono=mono, **sizes).set(
+        block_label_text_size="*text_xs",
+        block_border_width="1px",
+        button_border_width="1px",
+        button_primary_background_fill="*primary_600",
+        button_primary_background_fill_hover="*primary_500",
+        button_primary_text_color="white",
+        button_secondary_background_fill="*background_fill_primary",
+        button_secondary_border_color="*border_color_primary",
+    )
     return {
         "theme": theme,
         "css_paths": HERE / "page.css",
