@@ -107,7 +107,7 @@ class Form:
             for name in UNITS:
                 able = self._able("camera", t(f"{name}_is"))
                 self.fields[name] = gr.Slider(
-                    -LIMIT, LIMIT, 0, step=0.5, label=t(name), min_width=170, buttons=[], elem_id=f"axis-{name}", **able
+                    -LIMIT, LIMIT, 0, step=0.5, label=t(name), min_width=195, buttons=[], elem_id=f"axis-{name}", **able
                 )
         with gr.Row():
             self.fields["camera_scale"] = gr.Slider(0, 3, 1, step=0.1, label=t("camera_scale"), min_width=170, buttons=[])

@@ -112,7 +112,7 @@ def api_of(studio: Studio) -> Any:
     ) -> Iterator[dict]:
         """Make a video. Files are given with `handle_file`; the fields are those of the page, `camera` holds its axes.
 
-        Yields {"waiting": place} and {"step", "of"}; the last is {"video": file, "record": what replays it}.
+        Yields {"waiting": place} and {"step", "of"}; the last is {"video": file, "record": file}, the mp4 and its replay JSON.
         """
         fields = {name: value for name, value in locals().items() if name not in ("request", "camera", "studio")}
         try:
@@ -126,9 +126,13 @@ def api_of(studio: Studio) -> Any:
                 elif isinstance(event, Step):
                     yield {"step": event.step, "of": event.total}
         except StopIteration as done:
-            one = done.value
-            yield {"video": {"path": str(one.path), "url": views.url(one.path), "meta": {"_type": "gradio.FileData"}}, "record": one.record}
+            yield {"video": _file(done.value.path), "record": _file(done.value.record_path)}
         except Exception as error:
             raise public(error, request) from None
 
     return generate
+
+
+def _file(path: Path) -> dict[str, Any]:
+    """A file as a client downloads it."""
+    return {"path": str(path), "url": views.url(path), "meta": {"_type": "gradio.FileData"}}

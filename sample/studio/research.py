@@ -182,8 +182,8 @@ class Research:
         from kling_programs.sample.studio import runs
 
         with gr.Row():
-            loss = gr.LinePlot(x="step", y="value", color="curve", label=t("curves"), height=260, min_width=320)
-            by_sigma = gr.LinePlot(x="step", y="value", color="curve", label="loss / σ", height=260, min_width=320)
+            loss = gr.LinePlot(x="step", y="value", color="curve", label=t("curves"), height=320, min_width=300)
+            by_sigma = gr.LinePlot(x="step", y="value", color="curve", label="loss / σ", height=320, min_width=300)
         refresh = gr.Button(t("refresh"), size="sm")
         names = runs.checkpoints(run)
         picked = gr.CheckboxGroup(names, value=names[-2:], label=t("checkpoints"), elem_id="checkpoints")
