@@ -1,5 +1,7 @@
 """The studio in a real browser: from an empty page to a played video, for every task. Needs chromium (apt install chromium)."""
 
+# ruff: noqa: F811 - arguments are fixtures
+
 from __future__ import annotations
 
 import os
@@ -27,7 +29,7 @@ def browser() -> Iterator[playwright.Browser]:
 
 
 @pytest.fixture
-def page(browser, site) -> Iterator[playwright.Page]:  # noqa: F811
+def page(browser, site) -> Iterator[playwright.Page]:
     """An empty page of a new visitor. At the end: no error on the console, and nothing was asked of any other host."""
     context = browser.new_context(viewport={"width": 1440, "height": 1000}, locale="en-US")
     context.set_default_timeout(60_000)
@@ -73,7 +75,7 @@ def generate(page: playwright.Page) -> None:
     page.wait_for_function(PLAYING)
 
 
-def test_a_visitor_makes_a_video_and_goes_on_with_it(page, site):  # noqa: F811
+def test_a_visitor_makes_a_video_and_goes_on_with_it(page, site):
     """The smoke test: text to video, its last frame as a first frame, its extension."""
     page.fill("#prompt textarea", "<b>a red ball</b>")
     understood(page, "text to video")
@@ -119,7 +121,7 @@ def test_each_task_from_an_empty_page_to_a_played_video(page, task, tmp_path):
 
 
 @pytest.mark.slow
-def test_stop_stops_and_the_page_can_go_on(page, site):  # noqa: F811
+def test_stop_stops_and_the_page_can_go_on(page, site):
     tab(page, "Size")
     fill(page, "#duration input[type=number]", "20")
     tab(page, "Advanced")
@@ -138,7 +140,7 @@ def test_stop_stops_and_the_page_can_go_on(page, site):  # noqa: F811
 
 
 @pytest.mark.slow
-def test_a_closed_tab_stops_its_job(browser, site):  # noqa: F811
+def test_a_closed_tab_stops_its_job(browser, site):
     context = browser.new_context(locale="en-US")
     page = context.new_page()
     page.goto(site.url)
@@ -158,7 +160,7 @@ def test_a_closed_tab_stops_its_job(browser, site):  # noqa: F811
 
 
 @pytest.mark.slow
-def test_a_refused_upload_says_why_and_is_gone(page, site, tmp_path):  # noqa: F811
+def test_a_refused_upload_says_why_and_is_gone(page, site, tmp_path):
     (tmp_path / "fake.png").write_bytes(b"GIF89a" + os.urandom(300))
     upload(page, "#first", tmp_path / "fake.png")
     page.wait_for_selector(":text('fake.png')")
@@ -216,7 +218,7 @@ def test_the_inside_of_a_request(page, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("width", "locale"), [(1440, "zh-CN"), (390, "zh-CN"), (390, "en-US")])
-def test_nothing_is_wider_than_the_screen_and_chinese_is_chinese(browser, site, width, locale):  # noqa: F811
+def test_nothing_is_wider_than_the_screen_and_chinese_is_chinese(browser, site, width, locale):
     context = browser.new_context(viewport={"width": width, "height": 850}, locale=locale, color_scheme="dark")
     page = context.new_page()
     page.goto(site.url)

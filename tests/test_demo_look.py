@@ -1,5 +1,7 @@
 """What the studio shows of the camera and of the inside of a model, against closed forms and the model's own activations."""
 
+# ruff: noqa: F811 - arguments are fixtures
+
 from __future__ import annotations
 
 import math
