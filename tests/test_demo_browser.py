@@ -98,7 +98,7 @@ def test_each_task_from_an_empty_page_to_a_played_video(page, task, tmp_path):
             upload(page, "#last", png(tmp_path / "b.png", (100, 64)))
         understood(page, "image to video" if task == "image" else "first + last frame to video")
     elif task == "loop":
-        page.check("text=Loop: the end")
+        page.get_by_label("Loop: the end").check()
         understood(page, "first + last frame to video, loop")
     elif task == "camera":
         tab(page, "Camera")
