@@ -1,0 +1,170 @@
+"""The Create tab: the fields of one request on the left; the stage, where it is made and shown, on the right."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gradio as gr
+from kling_programs.sample.studio import views
+from kling_programs.sample.studio.form import FIELDS, MAX_PROMPT, MAX_SECONDS, MAX_STEPS, NEEDS, USES, missing
+from kling_programs.sample.studio.studio import Studio
+from kling_programs.sample.studio.words import t
+
+from kling.condition.axes import LIMIT, MOVES, UNITS
+from kling.request import MODES
+from kling.shapes import ASPECTS
+
+EXAMPLES = [
+    "a red ball rolls left on grass",
+    "a blue cube and a yellow ball on tiles, the camera pans right",
+    "一个绿色的球在沙地上转圈",
+    "一个红色的方块在雪地上上下弹跳",
+]
+
+
+class Form:
+    """The fields. `inputs` are their components in the order of `FIELDS`; the other attributes are what events of the page touch."""
+
+    def __init__(self, studio: Studio) -> None:
+        self.studio = studio
+        self.fields: dict[str, Any] = {}
+        self._text()
+        self._go()
+        with gr.Tabs(elem_id="inputs") as self.tabs:
+            with gr.Tab(t("pictures"), id="pictures"):
+                self._pictures()
+            with gr.Tab(t("video"), id="video"):
+                self._video()
+            with gr.Tab(t("camera"), id="camera"):
+                self._camera()
+            with gr.Tab(t("size"), id="size"):
+                self._size()
+            with gr.Tab(t("advanced"), id="advanced"):
+                self._advanced()
+
+    @property
+    def inputs(self) -> list[Any]:
+        return [self.fields[name] for name in FIELDS]
+
+    def _able(self, name: str, info: Any = None) -> dict[str, Any]:
+        """Greyed out, with the reason, where the model was not trained for it."""
+        if NEEDS.get(name) and (need := missing(self.studio.pipe, name)):
+            return {"interactive": False, "info": f"{t('unable')}: {need}"}
+        return {"interactive": True} | ({"info": info} if info is not None else {})
+
+    def _picture(self, label: str, name: str, **kwargs: Any) -> gr.Image:
+        need = missing(self.studio.pipe, name)
+        text = f"{t(label)} — {t('unable')}: {need}" if need else t(label)
+        sources = ["upload", "clipboard"]
+        return gr.Image(
+            label=text, type="filepath", image_mode=None, sources=sources, height=150, buttons=[], interactive=not need, **kwargs
+        )
+
+    def _text(self) -> None:
+        self.fields["prompt"] = prompt = gr.Textbox(
+            label=t("prompt"), placeholder=t("prompt_hint"), lines=3, max_length=MAX_PROMPT, elem_id="prompt"
+        )
+        examples = gr.Dataset(
+            label=t("examples"), components=[gr.Textbox(visible=False)], samples=[[e] for e in EXAMPLES], type="values", elem_id="examples"
+        )
+        examples.click(lambda row: row[0], examples, prompt, queue=False, api_visibility="private", show_progress="hidden")
+        self.fields["negative_prompt"] = gr.Textbox(label=t("negative_prompt"), placeholder=t("negative_hint"), max_length=MAX_PROMPT)
+
+    def _pictures(self) -> None:
+        with gr.Row():
+            self.fields["image"] = self._picture("first", "image", elem_id="first", min_width=140)
+            self.fields["last_image"] = self._picture("last", "last_image", elem_id="last", min_width=140)
+        self.fields["loop"] = gr.Checkbox(label=t("loop"), **self._able("loop"))
+        with gr.Row(equal_height=True):
+            self.key_image = self._picture("keyframe", "keyframes", elem_id="key", min_width=140)
+            with gr.Column(min_width=140):
+                able = self._able("keyframes")["interactive"]
+                self.key_frame = gr.Slider(0, 160, 20, step=1, label=t("at"), buttons=[], interactive=able, elem_id="key-frame")
+                self.key_strength = gr.Slider(0.05, 1, 1, step=0.05, label=t("holds"), buttons=[], interactive=able)
+                with gr.Row():
+                    self.add_key = gr.Button(t("add_keyframe"), size="sm", interactive=able, elem_id="add-key", min_width=80)
+                    self.clear_keys = gr.Button(t("clear_keyframes"), size="sm", interactive=able, min_width=60)
+        self.timeline = gr.HTML(padding=False, elem_id="timeline")
+        self.fields["keyframes"] = gr.JSON([], visible=False)
+
+    def _video(self) -> None:
+        self.fields["video"] = gr.Video(label=t("clip"), sources=["upload"], height=220, buttons=[], elem_id="clip")
+        reasons = {use: f" ({t('unable')})" if missing(self.studio.pipe, use) else "" for use in USES}
+        choices = [(f"{t(use)}{reasons[use]}" if reasons[use] else t(use), use) for use in USES]
+        self.fields["use"] = gr.Radio(choices, value="continue", label=t("use"), elem_id="use")
+        self.fields["strength"] = gr.Slider(0, 1, 0.4, step=0.05, label=t("strength"), visible=False)
+        with gr.Column(visible=False) as self.painting:
+            gr.Markdown(t("paint"))
+            self.fields["mask"] = gr.HTML(padding=False, elem_id="mask", html_template="${value}")
+        self.fields["outpaint"] = gr.Radio(list(ASPECTS), value="9:16", label=t("outpaint_to"), visible=False)
+
+    def _camera(self) -> None:
+        able = self._able("camera")
+        shots = [(t("static"), "static"), *((t(move), move) for move in MOVES)]
+        self.shot = gr.Radio(shots, value="static", label=t("shot"), elem_id="shot", **able)
+        self.drawing = gr.HTML(padding=False, elem_id="camera-drawing")
+        with gr.Row():
+            for name in UNITS:
+                able = self._able("camera", t(f"{name}_is"))
+                self.fields[name] = gr.Slider(
+                    -LIMIT, LIMIT, 0, step=0.5, label=t(name), min_width=195, buttons=[], elem_id=f"axis-{name}", **able
+                )
+        with gr.Row():
+            self.fields["camera_scale"] = gr.Slider(0, 3, 1, step=0.1, label=t("camera_scale"), min_width=170, buttons=[])
+            self.fields["camera_guidance_scale"] = gr.Slider(1, 6, 1, step=0.5, label=t("camera_guidance_scale"), min_width=170, buttons=[])
+        self.fields["camera_file"] = gr.File(label=t("trajectory"), height=130, interactive=self._able("camera")["interactive"])
+        self.save_camera = gr.DownloadButton(t("save_trajectory"), size="sm", elem_id="save-camera")
+
+    def _size(self) -> None:
+        self.fields["aspect"] = gr.Radio([(t("auto"), "auto"), *((a, a) for a in ASPECTS)], value="auto", label=t("aspect"))
+        pipe = self.studio.pipe
+        once = (pipe.config.max_frames - 1) / pipe.config.fps
+        self.fields["duration"] = gr.Slider(
+            0.5, MAX_SECONDS, min(5.0, once), step=0.5, label=t("duration"), info=t("duration_is"), elem_id="duration"
+        )
+        self.fields["extend_to"] = gr.Number(0, label=t("extend_to"), minimum=0, maximum=MAX_SECONDS, **self._able("continue"))
+        self.fields["still"] = gr.Checkbox(label=t("still"), **self._able("still"))
+
+    def _advanced(self) -> None:
+        settings = self.studio.pipe.scheduler.config
+        with gr.Row():
+            most = {"num_inference_steps": MAX_STEPS, "guidance_scale": 50, "shift": 50}
+            value = {"num_inference_steps": 0, "guidance_scale": settings.guidance_scale, "shift": settings.shift}
+            info = {"num_inference_steps": f"{t('own')} ({settings.num_inference_steps})"}
+            for name, limit in most.items():
+                self.fields[name] = gr.Number(
+                    value[name], label=t(name), info=info.get(name), minimum=0, maximum=limit, min_width=120, elem_id=name
+                )
+            self.fields["sigma_c"] = gr.Number(0, label=t("sigma_c"), minimum=0, maximum=0.99, step=0.01, min_width=120)
+
+    def _go(self) -> None:
+        self.plan = gr.HTML(elem_id="plan", padding=False)
+        with gr.Row(elem_classes="seed-row"):
+            self.fields["mode"] = gr.Radio([(t(m), m) for m in MODES], value="std", label=t("mode"), min_width=140, scale=2)
+            self.fields["seed"] = gr.Number(0, label=t("seed"), precision=0, minimum=0, maximum=2**32 - 1, min_width=110, elem_id="seed")
+            with gr.Column(min_width=90, scale=1):
+                self.lock = gr.Checkbox(False, label=t("lock"), container=False, elem_id="lock")
+                self.dice = gr.Button(t("dice"), size="sm", min_width=50)
+        with gr.Row():
+            self.generate = gr.Button(t("generate"), variant="primary", size="lg", scale=3, elem_id="generate", min_width=160)
+            self.stop = gr.Button(t("stop"), variant="stop", size="lg", scale=1, elem_id="stop", interactive=False, min_width=80)
+
+
+class Stage:
+    """Where a video is made, shown and gone on with; below it everything this browser has made."""
+
+    def __init__(self) -> None:
+        self.screen = gr.HTML(views.empty(0), padding=False, elem_id="stage")
+        with gr.Row():
+            self.use_last = gr.Button(t("use_last"), size="sm", min_width=120, elem_id="use-last")
+            self.extend = gr.Button(t("extend"), size="sm", min_width=70, elem_id="extend")
+            self.vary = gr.Button(t("vary"), size="sm", min_width=90, elem_id="vary")
+            self.compare = gr.Button(t("compare"), size="sm", min_width=70, elem_id="compare")
+            self.remove = gr.Button(t("remove"), size="sm", min_width=70, elem_id="remove")
+        gr.Markdown(t("results"))
+        choose = """element.addEventListener('click', (event) => {
+            const card = event.target.closest('[data-id]');
+            if (card) trigger('select', { value: card.dataset.id });
+        })"""
+        self.cards = gr.HTML(padding=False, elem_id="cards", js_on_load=choose)
+        self.mine = gr.BrowserState({"ids": [], "chosen": None, "comparing": False}, storage_key="kling-studio", secret="kling-studio")

@@ -1,0 +1,161 @@
+"""From what a page or a client sends to a `Request`, and what this model can do with it.
+
+Values come as JSON: nothing is believed. Every refusal is one line that names the field.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from kling.condition.axes import LIMIT, UNITS
+from kling.errors import UserError, unknown
+from kling.pipeline import KlingPipeline
+from kling.request import MODES, Request
+from kling.shapes import ASPECTS
+
+MAX_PROMPT = 2000  # characters
+MAX_STEPS = 100
+MAX_SECONDS = 60.0
+MAX_KEYFRAMES = 8
+USES = ("continue", "restyle", "fill", "outpaint")  # of a given video
+
+# The fields of the page, in the order in which they are sent.
+FIELDS = (
+    *("prompt", "negative_prompt", "image", "last_image", "keyframes", "loop"),
+    *("video", "use", "strength", "mask", "outpaint"),
+    *UNITS,
+    *("camera_file", "camera_scale", "camera_guidance_scale"),
+    *("aspect", "duration", "extend_to", "still", "mode"),
+    *("num_inference_steps", "guidance_scale", "shift", "sigma_c", "seed"),
+)
+
+
+def request_of(fields: dict[str, Any], uploads: Any) -> Request:
+    """The request that the fields describe; uploads: `Uploads`, which accepts or deletes the files. Raises `UserError`."""
+    unasked = {name: value for name, value in fields.items() if name not in FIELDS}
+    if unasked:
+        raise unknown("field", next(iter(unasked)), FIELDS)
+    given = Fields(fields)
+    video = uploads.accept(fields.get("video"), "video")
+    use = given.choice("use", USES) or "continue"
+    axes = {name: value for name in UNITS if (value := given.number(name, -LIMIT, LIMIT))}
+    camera_file = uploads.accept(fields.get("camera_file"), "camera")
+    if camera_file and axes:
+        raise UserError(f"both a trajectory file and {next(iter(axes))} were given: remove the file or set the sliders to 0")
+    still = given.flag("still")
+    return Request(
+        prompt=given.text("prompt"),
+        negative_prompt=given.text("negative_prompt"),
+        image=None if video else uploads.accept(fields.get("image"), "image"),
+        last_image=uploads.accept(fields.get("last_image"), "image"),
+        keyframes=[(uploads.accept(file, "image"), frame, strength) for file, frame, strength in given.keyframes()],
+        loop=given.flag("loop") and not video,
+        video=video,
+        strength=given.number("strength", 0, 1) if video and use == "restyle" else None,
+        mask=_mask(fields.get("mask"), uploads) if video and use == "fill" else None,
+        outpaint=given.choice("outpaint", ASPECTS) if video and use == "outpaint" else None,
+        camera=camera_file or ",".join(f"{name}={value:g}" for name, value in axes.items()) or None,
+        camera_scale=given.number("camera_scale", 0, 10, 1.0),
+        camera_guidance_scale=given.number("camera_guidance_scale", 0, 20, 1.0),
+        aspect=given.choice("aspect", ASPECTS),
+        duration=None if still else given.number("duration", 0.1, MAX_SECONDS),
+        num_frames=1 if still else None,
+        extend_to=given.number("extend_to", 0, MAX_SECONDS) or None,
+        mode=given.choice("mode", MODES) or "std",
+        num_inference_steps=given.whole("num_inference_steps", 0, MAX_STEPS) or None,  # 0: the model's own
+        guidance_scale=given.number("guidance_scale", 0, 50),
+        shift=given.number("shift", 0.01, 50),
+        sigma_c=given.number("sigma_c", 0, 0.99, 0.0),
+        seed=given.whole("seed", 0, 2**32 - 1) or 0,
+    )
+
+
+class Fields:
+    """Reading values of a stated type: absent, None and "" are the default, anything else of another type is refused."""
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        self.values = values
+
+    def text(self, name: str) -> str:
+        value = self.values.get(name) or ""
+        if not isinstance(value, str):
+            raise UserError(f"{name} is not text: write it in words")
+        if len(value) > MAX_PROMPT:
+            raise UserError(f"{name} of {len(value)} characters: give at most {MAX_PROMPT}")
+        return value
+
+    def number(self, name: str, low: float, high: float, default: float | None = None) -> float | None:
+        return check_number(name, self.values.get(name), low, high, default)
+
+    def whole(self, name: str, low: int, high: int) -> int | None:
+        value = self.number(name, low, high)
+        if value is not None and value != int(value):
+            raise UserError(f"{name} {value:g}: give a whole number")
+        return None if value is None else int(value)
+
+    def flag(self, name: str) -> bool:
+        value = self.values.get(name) or False
+        if not isinstance(value, bool):
+            raise UserError(f"{name}: give true or false")
+        return value
+
+    def choice(self, name: str, choices: Any) -> str | None:
+        value = self.values.get(name) or None
+        value = None if value == "auto" else value
+        if value is not None and (not isinstance(value, str) or value not in choices):
+            raise unknown(name, str(value)[:40], choices)
+        return value
+
+    def keyframes(self) -> list[tuple[Any, int, float]]:
+        """[{"file": upload, "frame": t, "strength": s}, …]"""
+        rows = self.values.get("keyframes") or []
+        if not isinstance(rows, list) or len(rows) > MAX_KEYFRAMES or not all(isinstance(row, dict) for row in rows):
+            raise UserError(f"keyframes: give a list of at most {MAX_KEYFRAMES}, each with file, frame and strength")
+        found = []
+        for row in rows:
+            frame = check_number("keyframe's frame", row.get("frame"), 0, 10_000)
+            if frame is None or frame != int(frame) or not row.get("file"):
+                raise UserError("keyframes: each needs a file and a whole frame number")
+            found.append((row["file"], int(frame), check_number("keyframe's strength", row.get("strength"), 0.01, 1, 1.0)))
+        return found
+
+
+def check_number(name: str, value: Any, low: float, high: float, default: float | None = None) -> float | None:
+    """A finite number in [low, high]; text and booleans are none."""
+    if value is None or value == "":
+        return default
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise UserError(f"{name} is not a number: give one from {low:g} to {high:g}")
+    if not low <= value <= high:
+        raise UserError(f"{name} {value:g}: give a number from {low:g} to {high:g}")
+    return float(value)
+
+
+def _mask(value: Any, uploads: Any) -> str:
+    """A drawing of the page (a data URL), or an uploaded picture."""
+    mask = uploads.accept_drawing(value) if isinstance(value, str) and value.startswith("data:") else uploads.accept(value, "image")
+    if mask is None:
+        raise UserError("nothing is marked: paint over what is to be made anew")
+    return mask
+
+
+# What of the page depends on which capability of the checkpoint.
+NEEDS = {
+    "image": "image",
+    "last_image": "last",
+    "keyframes": "keyframes",
+    "loop": "first_last",
+    "continue": "continuation",
+    "restyle": "restyle",
+    "fill": "inpaint",
+    "outpaint": "inpaint",
+    "camera": "camera",
+    "still": "text_to_image",
+}
+
+
+def missing(pipe: KlingPipeline, name: str) -> str | None:
+    """The capability that `name` needs and this model was not trained for; None if it can."""
+    need = NEEDS[name]
+    return None if need in pipe.config.capabilities else need

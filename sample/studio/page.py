@@ -1,0 +1,138 @@
+"""The page as a whole: its tabs, its look, its API."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from kling_programs.sample.studio import views
+from kling_programs.sample.studio.create import Form, Stage
+from kling_programs.sample.studio.events import CAMERA, QUICK, RAW, WITH_MASK, Events
+from kling_programs.sample.studio.form import request_of
+from kling_programs.sample.studio.jobs import Waiting
+from kling_programs.sample.studio.research import Research
+from kling_programs.sample.studio.studio import Step, Studio, public
+from kling_programs.sample.studio.words import I18N, WORDS, t
+
+from kling.errors import UserError
+from kling.pipeline import ASSETS
+
+HERE = Path(__file__).parent
+FONTS = ["system-ui", "-apple-system", "Segoe UI", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "Noto Sans SC", "sans-serif"]
+MANY = 64  # requests that Gradio itself holds, small ones included; the model's own queue is `ModelQueue`
+
+
+def build(studio: Studio) -> gr.Blocks:
+    """The page of a studio."""
+    with gr.Blocks(title=WORDS["title"][0], analytics_enabled=False, delete_cache=(600, 3600)) as page:
+        gr.api(api_of(studio), api_name="generate", concurrency_limit=None)  # first: an event of that name would take it
+        gr.HTML(
+            views.header(studio.pipe, "shipped" if Path(studio.model["path"]) == ASSETS else Path(studio.model["path"]).name), padding=False
+        )
+        with gr.Tabs():
+            with gr.Tab(t("create"), id="create"), gr.Row(equal_height=False):
+                with gr.Column(scale=5, min_width=320):
+                    form = Form(studio)
+                with gr.Column(scale=6, min_width=320, elem_classes="right"):
+                    stage = Stage()
+            research = Research(studio, form)
+            with gr.Tab(t("inspect"), id="inspect"):
+                research.tab()
+            if studio.run is not None:
+                with gr.Tab(t("training"), id="training"):
+                    research.training_tab(page, studio.run)
+        events = Events(studio, form, stage)
+        page.load(events.welcome, stage.mine, [stage.screen, stage.cards], **RAW)
+        page.load(events.draw_camera, [form.fields[name] for name in CAMERA], form.drawing, **QUICK)
+        page.load(events.explain, form.inputs, form.plan, js=WITH_MASK, **QUICK)
+    return page.queue(default_concurrency_limit=None, max_size=MANY)
+
+
+def launch_settings(studio: Studio) -> dict[str, Any]:
+    """What `launch` needs beside the address."""
+    mono = ["ui-monospace", "SFMono-Regular", "DejaVu Sans Mono", "monospace"]
+    sizes = {"radius_size": "md", "spacing_size": "sm", "text_size": "sm"}
+    theme = gr.themes.Base(primary_hue="indigo", neutral_hue="slate", font=FONTS, font_mono=mono, **sizes).set(
+        block_label_text_size="*text_xs",
+        block_border_width="1px",
+        button_border_width="1px",
+        button_primary_background_fill="*primary_600",
+        button_primary_background_fill_hover="*primary_500",
+        button_primary_text_color="white",
+        button_secondary_background_fill="*background_fill_primary",
+        button_secondary_border_color="*border_color_primary",
+    )
+    return {
+        "theme": theme,
+        "css_paths": HERE / "page.css",
+        "head": f"<script>{(HERE / 'page.js').read_text(encoding='utf-8')}</script>",
+        "i18n": I18N,
+        "allowed_paths": [str(studio.shelf.folder)],
+        "share": False,
+        "quiet": True,
+        "show_error": False,
+        "footer_links": ["api", "settings"],
+        "enable_monitoring": False,
+        "ssr_mode": False,
+    }
+
+
+def api_of(studio: Studio) -> Any:
+    """The function behind `/generate`."""
+
+    def generate(
+        request: gr.Request,
+        prompt: str = "",
+        negative_prompt: str = "",
+        image: dict | None = None,
+        last_image: dict | None = None,
+        keyframes: list[dict] | None = None,
+        loop: bool = False,
+        video: dict | None = None,
+        use: str = "continue",
+        strength: float | None = None,
+        mask: dict | None = None,
+        outpaint: str | None = None,
+        camera: dict | None = None,
+        camera_file: dict | None = None,
+        camera_scale: float = 1.0,
+        camera_guidance_scale: float = 1.0,
+        aspect: str | None = None,
+        duration: float = 5.0,
+        extend_to: float | None = None,
+        still: bool = False,
+        mode: str = "std",
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        shift: float | None = None,
+        sigma_c: float = 0.0,
+        seed: int = 0,
+    ) -> Iterator[dict]:
+        """Make a video. Files are given with `handle_file`; the fields are those of the page, `camera` holds its axes.
+
+        Yields {"waiting": place} and {"step", "of"}; the last is {"video": file, "record": file}, the mp4 and its replay JSON.
+        """
+        fields = {name: value for name, value in locals().items() if name not in ("request", "camera", "studio")}
+        try:
+            if camera is not None and not isinstance(camera, dict):
+                raise UserError('camera: give its axes by name, such as {"pan": 5}')
+            work = studio.make(request.session_hash, request_of(fields | (camera or {}), studio.uploads))
+            while True:
+                event = next(work)
+                if isinstance(event, Waiting):
+                    yield {"waiting": event.place}
+                elif isinstance(event, Step):
+                    yield {"step": event.step, "of": event.total}
+        except StopIteration as done:
+            yield {"video": _file(done.value.path), "record": _file(done.value.record_path)}
+        except Exception as error:
+            raise public(error, request) from None
+
+    return generate
+
+
+def _file(path: Path) -> dict[str, Any]:
+    """A file as a client downloads it."""
+    return {"path": str(path), "url": views.url(path), "meta": {"_type": "gradio.FileData"}}

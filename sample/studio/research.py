@@ -1,0 +1,224 @@
+"""The Inspect tab, and with --run the Training tab. Everything computes in turn with the videos, on the model's one thread."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+import cv2
+import gradio as gr
+import pandas as pd
+from kling_programs.sample.studio import look, views
+from kling_programs.sample.studio.create import Form
+from kling_programs.sample.studio.events import QUICK, RAW, WITH_MASK
+from kling_programs.sample.studio.form import FIELDS, check_number, request_of
+from kling_programs.sample.studio.jobs import Stopped, Tell, Waiting, Work
+from kling_programs.sample.studio.studio import Step, Studio, guarded, sample
+from kling_programs.sample.studio.words import language, say, t
+
+from kling.errors import UserError
+from kling.request import Request
+from kling.shapes import latent_of_frame, pixel_frames
+
+ZOOM = 6  # screen pixels of the picture to click on, along one of its own
+OWN = {"api_visibility": "private", "show_progress": "hidden"}
+
+
+class Research:
+    """Jobs that look inside, each told on its own line."""
+
+    def __init__(self, studio: Studio, form: Form) -> None:
+        self.studio, self.form = studio, form
+
+    def _asked(self, values: tuple) -> Request:
+        return request_of(dict(zip(FIELDS, values, strict=True)), self.studio.uploads)
+
+    def _run(self, request: gr.Request, work: Work, outputs: int) -> Generator[Any, None, Any]:
+        """Yield (status, nothing …) while a job waits and runs, and what else it tells as it is; return its result."""
+        lang, began = language(request), time.perf_counter()
+        yield views.waiting(lang, 0), *[gr.skip()] * outputs
+        try:
+            events = self.studio.queue.run(request.session_hash, work)
+            while True:
+                event = next(events)
+                if isinstance(event, Waiting) and event.place:
+                    yield views.waiting(lang, event.place), *[gr.skip()] * outputs
+                elif isinstance(event, Step):
+                    began = time.perf_counter() if event.step == 0 else began
+                    left = (time.perf_counter() - began) / event.step * (event.total - event.step) if event.step else None
+                    yield views.progress(lang, event.step, event.total, left, ""), *[gr.skip()] * outputs
+                elif not isinstance(event, Waiting):
+                    yield event
+                else:
+                    yield [gr.skip()] * (1 + outputs)
+        except StopIteration as done:
+            return done.value
+
+    # ---- inside one request ----
+
+    def tab(self) -> None:
+        pipe = self.studio.pipe
+        gr.Markdown(t("inspect_hint"))
+        self.status = gr.HTML(padding=False, elem_id="inspect-status")
+        with gr.Tabs():
+            with gr.Tab(t("look"), id="look"):
+                go = gr.Button(t("look"), variant="primary", elem_id="look")
+                with gr.Row():
+                    schedule = gr.LinePlot(x="step", y="sigma", label=t("schedule"), height=220, y_title="σ", min_width=280)
+                    channels = gr.HTML(padding=False, elem_id="channels")
+                steps = gr.HTML(padding=False, elem_id="steps", elem_classes="wide")
+                seen = gr.State(None)
+                gr.Markdown(t("attention_hint"))
+                with gr.Row():
+                    with gr.Column(min_width=300):
+                        picture = gr.Image(label=t("attention"), interactive=False, buttons=[], elem_id="click-me", format="png")
+                        with gr.Row():
+                            layers = len(pipe.transformer.blocks) - 1
+                            layer = gr.Slider(0, max(1, layers), layers // 2, step=1, label=t("layer"), min_width=150, buttons=[])
+                            sigma = gr.Slider(0.05, 0.95, 0.5, step=0.05, label=t("noise_level"), min_width=150, buttons=[])
+                            frame = gr.Slider(0, pipe.config.max_frames - 1, 0, step=4, label=t("latent_frame"), min_width=150, buttons=[])
+                    attention = gr.HTML(padding=False, elem_id="attention")
+            with gr.Tab(t("sweep"), id="sweep"):
+                scales = gr.Textbox("1, 2, 4, 8", label=t("scales"), elem_id="scales")
+                run = gr.Button(t("run_sweep"), variant="primary", elem_id="run-sweep")
+                swept = gr.HTML(padding=False, elem_id="swept")
+            with gr.Tab(t("vae"), id="vae"):
+                clip = gr.Video(label=t("clip"), sources=["upload"], height=200, buttons=[], elem_id="vae-clip")
+                again = gr.Button(t("reconstruct"), variant="primary", elem_id="reconstruct")
+                shown = gr.HTML(padding=False, elem_id="reconstruction")
+                quality = gr.LinePlot(x="frame", y="PSNR", label="PSNR (dB)", height=200)
+        stop = gr.Button(t("stop"), variant="stop", size="sm")
+        stop.click(self.stop, None, None, **QUICK)
+        go.click(self.look, self.form.inputs, [self.status, schedule, channels, steps, seen], js=WITH_MASK, **RAW).then(
+            self.first_frame, seen, picture, **OWN
+        )
+        picture.select(self.attend, [seen, layer, sigma, frame], [self.status, attention], **OWN)
+        frame.release(self.show_frame, [seen, frame], picture, **OWN)
+        run.click(self.sweep, [scales, *self.form.inputs], [self.status, swept], js=_shifted(1), **RAW)
+        again.click(self.reconstruct, clip, [self.status, shown, quality], **RAW)
+
+    def stop(self, request: gr.Request) -> None:
+        self.studio.queue.stop(request.session_hash)
+
+    @guarded
+    def look(self, request: gr.Request, *values: Any) -> Generator:
+        asked = self._asked(values)
+        lang = language(request)
+        try:
+            walk = yield from self._run(request, lambda tell: look.walk(self.studio.pipe, asked, tell), 4)
+        except Stopped:
+            yield views.ended(lang, "stopped"), *[gr.skip()] * 4
+            return
+        schedule = pd.DataFrame({"step": range(len(walk.sigmas)), "sigma": walk.sigmas})
+        rows = [(views.still(look.strip(frames)), f"{say(lang, 'step_axis')} {step}") for step, frames in walk.x0]
+        channels = views.grid([(views.still(look.channel_map(walk.latents)), f"{say(lang, 'channels')} × {say(lang, 'frame_axis')}")])
+        yield "", schedule, f'<div class="wide">{channels}</div>', views.grid(rows), walk
+
+    def first_frame(self, walk: look.Walk | None) -> Any:
+        return None if walk is None else _enlarged(walk.frames[0])
+
+    def show_frame(self, walk: look.Walk | None, frame: float) -> Any:
+        return None if walk is None else _enlarged(walk.frames[min(int(frame), len(walk.frames) - 1)])
+
+    @guarded
+    def attend(self, request: gr.Request, event: gr.SelectData, walk: Any, layer: float, sigma: float, frame: float) -> Generator:
+        """Where the token under the click looks."""
+        if walk is None:
+            return
+        pipe = self.studio.pipe
+        side = pipe.vae.spatial_factor * pipe.transformer.config.patch_size[1]  # pixels along a token
+        x, y = (int(v / ZOOM) for v in event.index)
+        token = latent_of_frame(min(int(frame), pixel_frames(walk.latents.shape[1]) - 1)), y // side, x // side
+        sigma = check_number("sigma", sigma, 0, 1, 0.5)
+        blocks = len(pipe.transformer.blocks)
+        work: Work = lambda tell: look.attention_of(pipe, walk, min(int(layer), blocks - 1), sigma, token)  # noqa: E731
+        weight = yield from self._run(request, work, 1)
+        most = float(weight.flatten().topk(max(1, weight.numel() // 100)).values[-1])
+        cells = []
+        for j, plane in enumerate(weight):
+            last = pixel_frames(j + 1) - 1  # of the pixel frames in latent frame j
+            cells.append((views.still(look.heat(walk.frames[last], plane, most)), f"{last} · {100 * float(plane.sum()):.0f} %"))
+        yield "", views.grid(cells)
+
+    @guarded
+    def sweep(self, request: gr.Request, scales: Any, *values: Any) -> Generator:
+        asked, wanted = self._asked(values), look.read_scales(scales)
+        yield from self._cells(request, lambda tell: look.sweep(self.studio.pipe, asked, wanted, tell))
+
+    def _cells(self, request: gr.Request, work: Work) -> Generator:
+        """Moving pictures that appear in a grid one by one, as the work tells them."""
+        cells: list[tuple[str, str]] = []
+        try:
+            for event in self._run(request, work, 1):
+                if isinstance(event, look.Cell):
+                    cells.append((views.moving(event.frames, self.studio.pipe.config.fps), event.name))
+                    yield gr.skip(), views.grid(cells)
+                else:
+                    yield event
+            yield "", gr.skip()
+        except Stopped:
+            yield views.ended(language(request), "stopped"), gr.skip()
+
+    @guarded
+    def reconstruct(self, request: gr.Request, payload: Any) -> Generator:
+        lang, path = language(request), self.studio.uploads.accept(payload, "video")
+        if path is None:
+            raise UserError("upload a clip first")
+        found = yield from self._run(request, lambda tell: look.reconstruct(self.studio.pipe, path), 2)
+        fps = self.studio.pipe.config.fps
+        both = f"PSNR {sum(found.psnr) / len(found.psnr):.2f} dB · SSIM {sum(found.ssim) / len(found.ssim):.3f}"
+        cells = [
+            (views.moving(found.original, fps), say(lang, "original")),
+            (views.moving(found.again, fps), f"{say(lang, 'reconstruction')} · {both}"),
+            (views.moving(found.error, fps), say(lang, "error_map")),
+        ]
+        yield "", views.grid(cells), pd.DataFrame({"frame": range(len(found.psnr)), "PSNR": found.psnr})
+
+    # ---- a training run ----
+
+    def training_tab(self, page: gr.Blocks, run: Path) -> None:
+        from kling_programs.sample.studio import runs
+
+        with gr.Row():
+            loss = gr.LinePlot(x="step", y="value", color="curve", label=t("curves"), height=320, min_width=300)
+            by_sigma = gr.LinePlot(x="step", y="value", color="curve", label="loss / σ", height=320, min_width=300)
+        refresh = gr.Button(t("refresh"), size="sm")
+        names = runs.checkpoints(run)
+        picked = gr.CheckboxGroup(names, value=names[-2:], label=t("checkpoints"), elem_id="checkpoints")
+        go = gr.Button(t("compare_checkpoints"), variant="primary", elem_id="compare-checkpoints")
+        status = gr.HTML(padding=False, elem_id="training-status")
+        grid = gr.HTML(padding=False, elem_id="by-checkpoint")
+
+        @guarded
+        def draw() -> Generator:
+            yield *runs.curves(run), gr.update(choices=runs.checkpoints(run))
+
+        @guarded
+        def compare(request: gr.Request, chosen: Any, *values: Any) -> Generator:
+            asked = self._asked(values)
+            if not isinstance(chosen, list) or not 1 <= len(chosen) <= 8:
+                raise UserError("checkpoints: choose one to eight of them")
+
+            def work(tell: Tell) -> None:
+                for name in chosen:
+                    pipe = runs.pipeline_of(run, name, self.studio.pipe.device)
+                    tell(look.Cell(name, sample(pipe, asked, tell, previews=False)[0]))
+
+            yield from self._cells(request, work)
+
+        shown = [loss, by_sigma, picked]
+        refresh.click(draw, None, shown, **OWN)
+        gr.Timer(30).tick(draw, None, shown, **OWN)
+        page.load(draw, None, shown, **OWN)
+        go.click(compare, [picked, *self.form.inputs], [status, grid], js=_shifted(1), **RAW)
+
+
+def _enlarged(frame: Any) -> Any:
+    return cv2.resize(frame, None, fx=ZOOM, fy=ZOOM, interpolation=cv2.INTER_CUBIC)
+
+
+def _shifted(by: int) -> str:
+    """The script that fills in the drawn mask, for events with `by` inputs before the form's."""
+    return f"(...v) => {{ v[{by + FIELDS.index('mask')}] = window.studioMask(); return v; }}"

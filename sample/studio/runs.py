@@ -1,0 +1,52 @@
+"""A training run as the page sees it: its checkpoints, a pipeline of each, its curves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from kling_programs.train.train_dit import TrainDiTConfig, build, pipeline
+
+from kling.config import load_config
+from kling.errors import UserError, unknown
+from kling.pipeline import KlingPipeline, load_vae
+from kling.runtime import checkpoint
+from kling.runtime.log import METRICS, read_metrics
+
+POINTS = 300  # of a curve
+
+
+def checkpoints(run: Path) -> list[str]:
+    """Names of the finished checkpoint folders, the oldest first."""
+    return sorted(path.name for path in run.glob("step-*") if (path / "manifest.json").is_file())
+
+
+def pipeline_of(run: Path, name: str, device: Any) -> KlingPipeline:
+    """A checkpoint's averaged weights as a user would get them. Raises `UserError` for a name that is not there, or damaged files."""
+    if name not in checkpoints(run):
+        raise unknown("checkpoint", name, checkpoints(run))
+    cfg = load_config(TrainDiTConfig, run / "config.yaml")
+    saved = checkpoint.load(run / name, ["ema"])
+    model = build(cfg)
+    left = model.load_state_dict(saved.tensors["ema"], strict=False)
+    if left.missing_keys or left.unexpected_keys:
+        raise UserError(f"checkpoint {name} is not of the model in config.yaml: {(left.missing_keys + left.unexpected_keys)[0]}")
+    pipe = pipeline(cfg, model.eval(), load_vae(cfg.vae)).to(device)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def curves(run: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """(step, value, curve) of the loss and the gradient's norm, and of the loss by σ; each value the mean over a stretch of steps."""
+    table = pd.DataFrame(read_metrics(run / METRICS))
+    if table.empty:
+        raise UserError(f"run {run.name} has logged nothing yet: wait for its first steps")
+    stretch = max(1, round(len(table) / POINTS))
+    table = table.groupby((table["step"] - 1) // stretch * stretch + stretch).mean(numeric_only=True).drop(columns="step")
+
+    def long(columns: list[str]) -> pd.DataFrame:
+        return table[columns].rename_axis("step").reset_index().melt("step", var_name="curve").dropna()
+
+    plain = [name for name in ("loss", "grad_norm") if name in table]
+    return long(plain), long([name for name in table if name.startswith("loss/")])

@@ -1,0 +1,167 @@
+"""HTML of what changes on the page. Everything that a visitor wrote is escaped."""
+
+from __future__ import annotations
+
+import base64
+import io
+from html import escape
+from typing import Any
+
+import numpy as np
+from kling_programs.sample.studio.shelf import Result
+from kling_programs.sample.studio.words import say
+from PIL import Image
+
+from kling.pipeline import KlingPipeline
+from kling.runtime.log import duration
+
+
+def moving(frames: np.ndarray, fps: float, width: int = 0) -> str:
+    """uint8 (T, H, W, 3) as an `<img>` that plays for ever, small enough to live inside the page."""
+    pictures = [Image.fromarray(frame) for frame in np.asarray(frames)]
+    data = io.BytesIO()
+    pictures[0].save(data, "WEBP", save_all=True, append_images=pictures[1:], duration=round(1000 / fps), loop=0, quality=80, method=0)
+    return _img(data.getvalue(), "webp", width)
+
+
+def still(picture: np.ndarray, width: int = 0) -> str:
+    """uint8 (H, W, 3) as an `<img>`."""
+    data = io.BytesIO()
+    Image.fromarray(np.asarray(picture)).save(data, "PNG")
+    return _img(data.getvalue(), "png", width)
+
+
+def _img(data: bytes, kind: str, width: int) -> str:
+    size = f' style="width:{width}px"' if width else ""
+    return f'<img class="frames" alt=""{size} src="data:image/{kind};base64,{base64.b64encode(data).decode()}">'
+
+
+def header(pipe: KlingPipeline, name: str) -> str:
+    """The model in one line: what it is called, how large it is, what it makes."""
+    size = sum(p.numel() for part in (pipe.vae, pipe.transformer, pipe.text_encoder) for p in part.parameters())
+    seconds = pipe.config.max_frames / pipe.config.fps
+    facts = [name, f"{size / 1e6:.1f} M", f"{pipe.config.max_frames} × {pipe.config.fps:g} fps ≈ {seconds:.1f} s", str(pipe.device)]
+    chips = "".join(f"<span>{escape(fact)}</span>" for fact in facts)
+    return f'<header class="top"><h1>kling <em>studio</em></h1><div class="chips">{chips}</div></header>'
+
+
+# ------------------------------------------------------------------------------------------------------------------- the stage
+
+
+def empty(lang: int) -> str:
+    return f'<div class="stage"><p class="hint">{say(lang, "empty")}</p></div>'
+
+
+def waiting(lang: int, place: int) -> str:
+    text = say(lang, "waiting", place=place) if place else say(lang, "starting")
+    return f'<div class="stage busy"><p class="hint">{text}</p><progress></progress></div>'
+
+
+def progress(lang: int, step: int, total: int, left: float | None, preview: str) -> str:
+    """preview: an `<img>`, or "" before the first."""
+    if step == total:
+        text = say(lang, "finishing")
+    else:
+        text = say(lang, "step", step=step, total=total)
+        text += "" if left is None else f" · {say(lang, 'left', left=duration(left))}"
+    bar = f'<progress max="{total}" value="{step}"></progress>'
+    body = preview or f'<p class="hint">{say(lang, "starting")}</p>'
+    return f'<div class="stage busy">{body}<p class="line">{text}</p>{bar}</div>'
+
+
+def ended(lang: int, key: str) -> str:
+    return f'<div class="stage"><p class="hint">{say(lang, key)}</p></div>'
+
+
+def failed(message: str) -> str:
+    return f'<div class="stage"><p class="hint bad" role="alert">{escape(message)}</p></div>'
+
+
+def result(lang: int, one: Result, other: Result | None = None) -> str:
+    """A finished video with its settings; with `other`, both side by side, playing as one."""
+    if other is not None:
+        sides = "".join(f"<figure>{_player(r)}{_caption(r)}</figure>" for r in (one, other))
+        return f'<div class="stage compare">{sides}</div>'
+    record = one.record
+    rows = {**record["request"], **record["settings"], "seconds": record["output"]["seconds"]}
+    rows = {name: value for name, value in rows.items() if value not in (None, "", [], False)}
+    table = "".join(f"<tr><th>{escape(name)}</th><td>{escape(_short(value))}</td></tr>" for name, value in rows.items())
+    links = f'<a download="{one.id}{one.path.suffix}" href="{url(one.path)}">{say(lang, "mp4")}</a>'
+    links += f'<a download="{one.id}.json" href="{url(one.record_path)}">{say(lang, "replay")}</a>'
+    details = f"<details><summary>{say(lang, 'settings')}</summary><table>{table}</table></details>"
+    line = f'<p class="line">{say(lang, "done", seconds=duration(record["output"]["seconds"]))} <span class="links">{links}</span></p>'
+    return f'<div class="stage">{_player(one)}{line}{details}</div>'
+
+
+def cards(lang: int, results: list[Result], chosen: str | None) -> str:
+    """Everything this browser has made, the newest first."""
+    if not results:
+        return f'<p class="hint">{say(lang, "no_results")}</p>'
+
+    def card(one: Result) -> str:
+        mark = ' aria-current="true"' if one.id == chosen else ""
+        picture = f'<video src="{url(one.path)}#t=0.1" muted loop playsinline preload="metadata"></video>'
+        picture = picture if one.path.suffix == ".mp4" else f'<img alt="" src="{url(one.path)}">'
+        return f'<button class="card" data-id="{one.id}"{mark}>{picture}{_caption(one)}</button>'
+
+    return f'<div class="cards">{"".join(map(card, results))}</div>'
+
+
+def _player(one: Result) -> str:
+    if one.path.suffix == ".png":
+        return f'<img class="frames" alt="" src="{url(one.path)}">'
+    return f'<video class="frames" src="{url(one.path)}" controls autoplay muted loop playsinline></video>'
+
+
+def _caption(one: Result) -> str:
+    request = one.record["request"]
+    return f"<span>{escape(request['prompt'][:80] or '—')}</span><small>{request['seed']}</small>"
+
+
+def _short(value: Any) -> str:
+    """A setting as text; of a file only its name."""
+    text = f"{value:.6g}" if isinstance(value, float) else str(value)
+    return text.rsplit("/", 1)[1] if text.startswith("/") else text
+
+
+def url(path: Any) -> str:
+    return f"gradio_api/file={path}"
+
+
+# ------------------------------------------------------------------------------------------------------------------ the inputs
+
+
+def timeline(frames: int, rows: list[dict[str, Any]]) -> str:
+    """Keyframes on a line from the first frame to the last. rows: {"frame", "strength", "thumb"}."""
+
+    def mark(row: dict[str, Any]) -> str:
+        left = 100 * min(1, row["frame"] / max(1, frames - 1))
+        held = "" if row["strength"] == 1 else f" · {row['strength']:g}"
+        return f'<div class="key" style="left:{left:.1f}%">{row["thumb"]}<small>{row["frame"]}{held}</small></div>'
+
+    ends = f'<small class="begin">0</small><small class="end">{frames - 1}</small>'
+    return f'<div class="timeline"><div class="bar"></div>{"".join(map(mark, rows))}{ends}</div>'
+
+
+def drawings(lang: int, path: str, motion: str) -> str:
+    figures = [(path, say(lang, "path")), (motion, say(lang, "motion"))]
+    return '<div class="drawings">' + "".join(f"<figure>{svg}<figcaption>{text}</figcaption></figure>" for svg, text in figures) + "</div>"
+
+
+def painter(picture: np.ndarray | None) -> str:
+    """A picture to paint on; page.js does the painting."""
+    if picture is None:
+        return ""
+    H, W = picture.shape[:2]
+    return f'<div class="painter">{still(picture)}<canvas width="{W}" height="{H}"></canvas></div>'
+
+
+def plan_line(text: str, bad: bool = False) -> str:
+    return f'<p class="plan{" bad" if bad else ""}">{escape(text)}</p>'
+
+
+def grid(cells: list[tuple[str, str]]) -> str:
+    """Pictures with a caption each: [(html, caption)]."""
+    return (
+        '<div class="grid">' + "".join(f"<figure>{body}<figcaption>{escape(text)}</figcaption></figure>" for body, text in cells) + "</div>"
+    )

@@ -1,0 +1,228 @@
+"""The studio in a real browser: from an empty page to a played video, for every task. Needs chromium (apt install chromium)."""
+
+# ruff: noqa: F811 - arguments are fixtures
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from test_demo import clip, png
+from test_demo_page import site  # noqa: F401 - a fixture
+
+playwright = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install 'kling[dev]'")
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine: apt install chromium")
+PLAYING = "(() => { const v = document.querySelector('#stage video'); return v && v.videoWidth > 0 && v.currentTime > 0 })()"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[playwright.Browser]:
+    with playwright.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser, site) -> Iterator[playwright.Page]:
+    """An empty page of a new visitor. At the end: no error on the console, and nothing was asked of any other host."""
+    context = browser.new_context(viewport={"width": 1440, "height": 1000}, locale="en-US")
+    context.set_default_timeout(60_000)
+    page = context.new_page()
+    wrong: list[str] = []
+    page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on("request", lambda r: None if r.url.startswith((site.url, "data:", "blob:")) else wrong.append(f"asked for {r.url}"))
+    page.goto(site.url)
+    page.wait_for_selector("#plan p")
+    tab(page, "Size")
+    fill(page, "#duration input[type=number]", "0.5")
+    tab(page, "Advanced")
+    fill(page, "#num_inference_steps input", "2")
+    tab(page, "Pictures")
+    yield page
+    context.close()
+    assert not wrong
+
+
+def tab(page: playwright.Page, name: str) -> None:
+    page.click(f"button[role=tab]:has-text('{name}')")
+
+
+def fill(page: playwright.Page, selector: str, value: str) -> None:
+    page.fill(selector, value)
+    page.press(selector, "Tab")
+
+
+def understood(page: playwright.Page, task: str) -> None:
+    page.wait_for_selector(f"#plan p:has-text('task: {task}')")
+
+
+def upload(page: playwright.Page, selector: str, file: Path) -> None:
+    page.set_input_files(f"{selector} input[type=file]", str(file))
+
+
+def generate(page: playwright.Page) -> None:
+    """Press Generate and see the video play."""
+    before = page.evaluate("document.querySelectorAll('.card').length")
+    page.click("#generate")
+    page.wait_for_function(f"document.querySelectorAll('.card').length > {before}")
+    page.wait_for_function(PLAYING)
+
+
+def test_a_visitor_makes_a_video_and_goes_on_with_it(page, site):
+    """The smoke test: text to video, its last frame as a first frame, its extension."""
+    page.fill("#prompt textarea", "<b>a red ball</b>")
+    understood(page, "text to video")
+    generate(page)
+    assert "<b>a red ball</b>" in page.inner_text(".card span")  # shown as written, not as markup
+    page.click("#extend")
+    understood(page, "continuation of a video")
+    generate(page)
+    newest = site.studio.shelf.get(page.get_attribute(".card", "data-id"))
+    assert newest.record["frames"]["shape"][0] == 9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["image", "first_last", "loop", "continuation", "restyle", "inpaint", "outpaint", "camera"])
+def test_each_task_from_an_empty_page_to_a_played_video(page, task, tmp_path):
+    page.fill("#prompt textarea", "a red ball")
+    if task in ("image", "first_last"):
+        upload(page, "#first", png(tmp_path / "a.png", (112, 64)))
+        if task == "first_last":
+            upload(page, "#last", png(tmp_path / "b.png", (100, 64)))
+        understood(page, "image to video" if task == "image" else "first + last frame to video")
+    elif task == "loop":
+        page.get_by_label("Loop: the end").check()
+        understood(page, "first + last frame to video, loop")
+    elif task == "camera":
+        tab(page, "Camera")
+        fill(page, "#axis-pan input[type=number]", "6")
+        understood(page, "text to video, camera")
+    else:
+        tab(page, "Video")
+        upload(page, "#clip", clip(tmp_path / "clip.mp4", 9))
+        understood(page, "continuation of a video")
+        choice = {"restyle": "restyle", "inpaint": "repaint a part", "outpaint": "show more around it"}.get(task)
+        if choice:
+            page.click(f"#use label:has-text('{choice}')")
+        if task == "inpaint":
+            box = page.wait_for_selector(".painter canvas").bounding_box()
+            page.mouse.move(box["x"] + box["width"] / 4, box["y"] + box["height"] / 2)
+            page.mouse.down()
+            page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2, steps=4)
+            page.mouse.up()
+    generate(page)
+
+
+@pytest.mark.slow
+def test_stop_stops_and_the_page_can_go_on(page, site):
+    tab(page, "Size")
+    fill(page, "#duration input[type=number]", "20")
+    tab(page, "Advanced")
+    fill(page, "#num_inference_steps input", "100")
+    page.click("#generate")
+    page.wait_for_selector("#stage progress[value]")
+    page.click("#stop")
+    page.wait_for_selector("#stage :text('Stopped')")
+    page.wait_for_selector("#generate:not([disabled])")
+    assert not site.studio.queue.running
+    tab(page, "Size")
+    fill(page, "#duration input[type=number]", "0.5")
+    tab(page, "Advanced")
+    fill(page, "#num_inference_steps input", "2")
+    generate(page)
+
+
+@pytest.mark.slow
+def test_a_closed_tab_stops_its_job(browser, site):
+    context = browser.new_context(locale="en-US")
+    page = context.new_page()
+    page.goto(site.url)
+    page.wait_for_selector("#plan p")
+    tab(page, "Advanced")
+    fill(page, "#num_inference_steps input", "100")
+    page.click("#generate")
+    page.wait_for_selector("#stage progress[value]")
+    context.close()
+    other = browser.new_page()
+    for _ in range(300):
+        if not site.studio.queue.running:
+            break
+        other.wait_for_timeout(100)
+    other.close()
+    assert not site.studio.queue.running
+
+
+@pytest.mark.slow
+def test_a_refused_upload_says_why_and_is_gone(page, site, tmp_path):
+    (tmp_path / "fake.png").write_bytes(b"GIF89a" + os.urandom(300))
+    upload(page, "#first", tmp_path / "fake.png")
+    page.wait_for_selector(":text('fake.png')")
+    page.wait_for_selector("#first input[type=file]", state="attached")  # empty again
+    assert not list(site.arrivals.rglob("fake.png"))
+
+
+@pytest.mark.slow
+def test_the_camera_s_drawing_follows_a_slider(page):
+    tab(page, "Camera")
+    page.wait_for_selector("#camera-drawing svg")
+    seen = {page.inner_html("#camera-drawing")}
+    for axis in ("pan", "dolly", "zoom"):
+        before = page.inner_html("#camera-drawing")
+        fill(page, f"#axis-{axis} input[type=number]", "7")
+        page.wait_for_function("(old) => document.querySelector('#camera-drawing').innerHTML !== old", arg=before)
+        seen.add(page.inner_html("#camera-drawing"))
+    assert len(seen) == 4
+    page.click("#shot label:has-text('forward and up')")
+    page.wait_for_function("document.querySelector('#axis-vertical input[type=number]').value == '7'")
+
+
+@pytest.mark.slow
+def test_two_videos_play_as_one(page):
+    for seed in ("1", "2"):
+        fill(page, "#seed input", seed)
+        generate(page)
+    page.click("#compare")
+    page.click(".card >> nth=1")
+    page.wait_for_function("document.querySelectorAll('.compare video').length == 2")
+    page.evaluate("document.querySelectorAll('.compare video').forEach(v => v.pause())")
+    page.evaluate("document.querySelectorAll('.compare video')[0].currentTime = 0.3")
+    page.wait_for_function("Math.abs(document.querySelectorAll('.compare video')[1].currentTime - 0.3) < 0.1")
+
+
+@pytest.mark.slow
+def test_the_inside_of_a_request(page, tmp_path):
+    page.fill("#prompt textarea", "a red ball")
+    tab(page, "Inspect")
+    page.click("button#look")
+    page.wait_for_selector("#steps img >> nth=1")
+    page.wait_for_selector("#channels img")
+    page.click("#click-me img", position={"x": 60, "y": 40})
+    page.wait_for_selector("#attention img")
+    tab(page, "Guidance sweep")
+    page.fill("#scales textarea, #scales input", "1, 3")
+    page.click("#run-sweep")
+    page.wait_for_selector("#swept figure >> nth=1")
+    page.click("button[role=tab]:text-is('VAE')")
+    upload(page, "#vae-clip", clip(tmp_path / "clip.mp4", 9))
+    page.wait_for_selector("#vae-clip video")
+    page.click("#reconstruct")
+    page.wait_for_selector("#reconstruction :text('PSNR')")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("width", "locale"), [(1440, "zh-CN"), (390, "zh-CN"), (390, "en-US")])
+def test_nothing_is_wider_than_the_screen_and_chinese_is_chinese(browser, site, width, locale):
+    context = browser.new_context(viewport={"width": width, "height": 850}, locale=locale, color_scheme="dark")
+    page = context.new_page()
+    page.goto(site.url)
+    page.wait_for_selector("#plan p")
+    assert page.inner_text("#generate") == ("生成" if locale == "zh-CN" else "Generate")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    context.close()
