@@ -25,9 +25,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(sys.argv[1:] if argv is None else argv)
     auth = check_auth(args.auth, args.listen)
     host = "0.0.0.0" if args.listen else "127.0.0.1"
-    check_port(host, args.port)
     if args.run and not (Path(args.run) / "metrics.jsonl").is_file():
         raise UserError(f"run folder '{args.run}' holds no metrics.jsonl: give the `out` of kling-train")
+    check_port(host, args.port)
     arrivals = Path(tempfile.mkdtemp(prefix="kling-demo-"))
     os.environ["GRADIO_TEMP_DIR"] = str(arrivals)  # before gradio is imported, as is the next one
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
