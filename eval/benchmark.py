@@ -6,7 +6,8 @@
     kling-eval benchmark import vbench --results evaluation_results/ --out out/vbench-scores
 
 Benchmarks: vbench, vbench-long, vbench-i2v, vbench-2.0, physics-iq; of worldscore only the results (import). Between check and import
-their own code runs, in its own environment: its pins cannot live here. `sample` goes on where it stopped; seeds follow from the file's place.
+their own code runs, in its own environment: its pins cannot live here. `sample` goes on where it stopped; a video's seed follows from its
+place in the list.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def sample(args: argparse.Namespace, jobs: list[Job]) -> None:
             continue
         image = Path(args.images) / job.image if job.image else None
         out = pipe(prompt=job.prompt, image=image, seed=derive_seed(0, args.name, k))
-        write_video(path, out.frames[0], out.fps)
+        write_video(path, out.frames[0], pipe.config.fps)
         print(f"{k + 1}/{len(jobs)} {job.file}", file=sys.stderr, flush=True)
 
 

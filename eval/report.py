@@ -2,8 +2,8 @@
 
     kling-eval report out/eval out/made runs/dit --out out/report.html
 
-A RUN is a folder that another suite wrote (scores.json), or a training run (metrics.jsonl). The file stands alone: pictures are inside, except for
-videos, which it links to. Runs whose protocol differs are marked, since their numbers do not compare.
+A RUN is a folder that another suite wrote (scores.json), or a training run (metrics.jsonl). The file stands alone: pictures are inside,
+except for videos, which it links to. Runs whose protocol differs are marked, since their numbers do not compare.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from kling.errors import UserError
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem; color: #222; background: #fff }
-table { border-collapse: collapse; display: block; overflow-x: auto } td, th { padding: .2rem .7rem; text-align: right; border-bottom: 1px solid #ddd }
+table { border-collapse: collapse; display: block; overflow-x: auto }
+td, th { padding: .2rem .7rem; text-align: right; border-bottom: 1px solid #ddd }
 td:first-child, th:first-child { text-align: left } th { font-weight: 600 } img { max-width: 100%; display: block; margin: .5rem 0 }
 .note { color: #666 } .bad { color: #b00020 } video { width: 14rem; margin: .2rem } svg { background: #fafafa; margin: .3rem }
 """
@@ -91,27 +92,25 @@ def plottable(row: dict[str, Any], name: str) -> bool:
 
 def table(text: str) -> str:
     """The markdown table of a report as HTML; lines around it as paragraphs."""
-    rows, out = [], []
+    rows: list[str] = []
+    out = []
     for line in [*text.splitlines(), ""]:
         if line.startswith("|"):
-            rows.append([html.escape(cell.strip()) for cell in line.strip("|").split("|")])
+            cells = [html.escape(cell.strip()) for cell in line.strip("|").split("|")]
+            if not all(cell.strip(":-") == "" and "-" in cell for cell in cells):  # the rule under the head
+                tag = "td" if rows else "th"
+                rows.append("<tr>" + "".join(f"<{tag}>{bold(cell)}</{tag}>" for cell in cells) + "</tr>")
             continue
         if rows:
-            cells = [
-                [f"<b>{cell[2:-2]}</b>" if cell.startswith("**") and len(cell) > 4 else cell for cell in row]
-                for row in rows
-                if set(row[0]) != {"-"}
-            ]
-            tag = ["th"] + ["td"] * (len(cells) - 1)
-            out.append(
-                "<table>"
-                + "".join("<tr>" + "".join(f"<{t}>{cell}</{t}>" for cell in row) for t, row in zip(tag, cells, strict=True))
-                + "</table>"
-            )
+            out.append(f"<table>{''.join(rows)}</table>")
             rows = []
         if line.strip():
             out.append(f"<p>{html.escape(line)}</p>")
     return "".join(out)
+
+
+def bold(cell: str) -> str:
+    return f"<b>{cell[2:-2]}</b>" if len(cell) > 4 and cell.startswith("**") and cell.endswith("**") else cell
 
 
 def videos(report: dict[str, Any]) -> str:

@@ -3,8 +3,8 @@
     kling-eval side-by-side made-a/ made-b/ --votes out/votes.sqlite            # opens a page (Gradio); --port N, --share
     kling-eval side-by-side made-a/ made-b/ --votes out/votes.sqlite --result   # prints the win rate, opens nothing
 
-Only names that both folders have are shown, each voter sees the pairs in an own order and each pair once, and nothing on the page tells the folders apart
-(videos are copied to names without meaning). Ties count half to each. Votes are kept in SQLite as they are given.
+Only names that both folders have are shown, each voter sees the pairs in an own order and each pair once, and nothing on the page tells
+the folders apart (videos are copied to names without meaning). Ties count half to each. Votes are kept in SQLite as they are given.
 """
 
 from __future__ import annotations

@@ -50,9 +50,8 @@ _SEMANTIC = {
     "temporal_style": Dimension("semantic", 0.0, 0.364),
     "overall_consistency": Dimension("semantic", 0.0, 0.364),
 }
-_VBENCH = Board(
-    {**_CONSISTENT, "temporal_flickering": Dimension("quality", 0.6293), **_LOOKS, **_SEMANTIC}, {"quality": 4.0, "semantic": 1.0}
-)
+_QUALITY = {**_CONSISTENT, "temporal_flickering": Dimension("quality", 0.6293), **_LOOKS}
+_VBENCH = Board({**_QUALITY, **_SEMANTIC}, {"quality": 4.0, "semantic": 1.0})
 _I2V = {
     "camera_motion": Dimension("i2v", weight=0.1),
     "i2v_subject": Dimension("i2v", 0.1462),
@@ -163,7 +162,7 @@ class Job:
 def vbench_jobs(name: str, info: Sequence[Mapping[str, object]]) -> list[Job]:
     """From a benchmark's full_info.json: `prompt-0.mp4` and on, five a prompt (25 for flicker, which is judged on the still ones of them).
 
-    VBench-2.0 wants three a prompt (20 for diversity) and at most 180 letters of it. A prompt that several dimensions share is sampled once.
+    VBench-2.0 wants three a prompt (20 for diversity) and at most 180 letters of it. A prompt that dimensions share is sampled once.
     VBench-I2V's camera prompts do not name their picture: it is that of the prompt without its camera words.
     """
     counts: dict[str, int] = {}

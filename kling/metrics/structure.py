@@ -24,6 +24,7 @@ RETURN = 0.5  # pixels of the enlarged picture that a point may miss its start b
 ENOUGH = 12  # points that fix a pose
 AGREE, SHARE = 2.0, 0.5  # a pose is found where this share of its points lies within so many enlarged pixels
 EVERY = 4  # frames between two adjustments of everything
+PERFECT = 0.2  # pixels: a turning camera that leaves no more needs no rival
 BETTER = 2.0  # times the error that a turning camera may leave and still be believed
 
 
@@ -61,11 +62,13 @@ def estimate_structure(video: Tensor, intrinsics: Tensor) -> Structure:
     known = ~np.isnan(rays[..., 0])  # (T, N)
     rays = np.nan_to_num(rays)
     turning = _turned(rays, known, focal)
-    moving = _moved(turning, rays, known, focal)
-    errors = [_quartile(scene, rays, known, focal) for scene in (turning, moving)]
-    simple = errors[0] <= BETTER * errors[1] + 0.1 * scale
-    model, best, error = ("turning", turning, errors[0]) if simple else ("moving", moving, errors[1])
-    good = ((_gap(best, rays, focal) < AGREE * max(1.0, error)) & known).sum(1)
+    model, best, error = "turning", turning, _quartile(turning, rays, known, focal)
+    if error > PERFECT * scale:
+        moving = _moved(turning, rays, known, focal)
+        other = _quartile(moving, rays, known, focal)
+        if error > BETTER * other + 0.1 * scale:
+            model, best, error = "moving", moving, other
+    good = ((_gap(best, rays, focal) < AGREE * min(max(1.0, error), scale)) & known).sum(1)
     found = (good >= ENOUGH) & (good >= SHARE * known.sum(1))
     found[0] = True
     c2w = torch.from_numpy(np.concatenate([best.R, best.o[..., None]], axis=-1)).float()
