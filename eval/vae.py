@@ -177,6 +177,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         latent_frames(T)
     if args.size and (len(args.size) != 2 or min(args.size) < 1):
         raise UserError(f"--size {'x'.join(map(str, args.size))}: give height x width, like 480x832")
+    if len(set(args.folders)) < len(args.folders):
+        raise UserError("one folder is given twice: give each VAE once")
     if args.n < 1:
         raise UserError(f"--n {args.n}: give at least 1")
     return args

@@ -293,10 +293,11 @@ def control_rows(video: Tensor, given: Given) -> Iterator[tuple[str, dict[str, R
     yield "frozen", {"motion": measure(frozen(video), Given(fps))["motion"]}
     yield "noise", {"motion": measure(noise(video, 0), Given(fps))["motion"]}
     turning, path = turned(video[0])
-    known = Given(8.0, camera=path)
+    known = Given(8.0, camera=path if given.camera else None)
     yield "turned", measure(turning, known)
-    for name, clip in (("frozen", frozen(turning)), ("noise", noise(turning, 0))):
-        yield name, {"camera": measure(clip, known)["camera"]}
+    if given.camera:
+        for name, clip in (("frozen", frozen(turning)), ("noise", noise(turning, 0))):
+            yield name, {"camera": measure(clip, known)["camera"]}
     if given.reference is not None:
         truth = given.reference[:CONTROL_FRAMES]
         for name, clip in (("truth", truth), ("shuffled", shuffled(truth, 0)), ("noise", noise(truth, 0))):

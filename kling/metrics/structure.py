@@ -1,7 +1,8 @@
 """The camera's path in any video, from points that are followed through it: no network, no knowledge of the scene.
 
 Corners are tracked (KLT, forward and back). A camera that only turns is tried first; then bundle adjustment over turns, positions and
-points, started from the essential matrix and from nothing. The simpler model stands unless the other explains clearly more.
+points, started from the essential matrix, from a plane's homography and from nothing. The simpler model stands unless the other explains
+clearly more.
 Points are homogeneous, (direction, inverse distance), so those at infinity are points like any other, and the start from nothing needs
 no depth (Yu and Gallup, "3D reconstruction from accidental motion", 2014).
 Positions are known up to one scale, which `translation_error` takes out.
@@ -20,6 +21,7 @@ from kling.condition.camera import Trajectory
 
 SHORT_SIDE = 256  # pixels; smaller pictures are enlarged before corners are sought
 CORNERS = 250  # followed at once
+QUALITY = 3e-4  # of the strongest corner; a bright thing on a soft ground must not hide it
 RETURN = 0.5  # pixels of the enlarged picture that a point may miss its start by, followed there and back
 ENOUGH = 12  # points that fix a pose
 AGREE, SHARE = 2.0, 0.5  # a pose is found where this share of its points lies within so many enlarged pixels
@@ -62,12 +64,13 @@ def estimate_structure(video: Tensor, intrinsics: Tensor) -> Structure:
     known = ~np.isnan(rays[..., 0])  # (T, N)
     rays = np.nan_to_num(rays)
     turning = _turned(rays, known, focal)
-    model, best, error = "turning", turning, _quartile(turning, rays, known, focal)
-    if error > PERFECT * scale:
+    model, best, errors = "turning", turning, _errors(turning, rays, known, focal)
+    if errors[1] > PERFECT * scale:
         moving = _moved(turning, rays, known, focal)
-        other = _quartile(moving, rays, known, focal)
-        if error > BETTER * other + 0.1 * scale:
-            model, best, error = "moving", moving, other
+        others = _errors(moving, rays, known, focal)
+        if (errors > BETTER * others + 0.1 * scale).any():
+            model, best, errors = "moving", moving, others
+    error = float(errors[1])
     good = ((_gap(best, rays, focal) < AGREE * min(max(1.0, error), scale)) & known).sum(1)
     found = (good >= ENOUGH) & (good >= SHARE * known.sum(1))
     found[0] = True
@@ -97,7 +100,7 @@ def _tracks(video: Tensor, scale: int) -> np.ndarray:
         free = np.full(grey.shape, 255, np.uint8)
         for i in alive:
             cv2.circle(free, tuple(int(x) for x in paths[i][t]), 6, 0, -1)
-        corners = cv2.goodFeaturesToTrack(grey, max(1, CORNERS - len(alive)), 0.005, 6, mask=free) if len(alive) < CORNERS else None
+        corners = cv2.goodFeaturesToTrack(grey, max(1, CORNERS - len(alive)), QUALITY, 6, mask=free) if len(alive) < CORNERS else None
         for corner in [] if corners is None else corners[:, 0]:
             paths.append(np.full((T, 2), np.nan))
             paths[-1][t] = corner
@@ -137,10 +140,13 @@ def _moved(turning: _Scene, rays: np.ndarray, known: np.ndarray, focal: np.ndarr
         return turning
     opening = known & (born == 0)[None]
     opening[stretch + 1 :] = False
-    starts = [_from_essential(rays, opening, focal, stretch, sign) for sign in (1, -1)] + [_from_nothing(turning, rays)]
+    starts = [_from_pose(rays, known, stretch, R, o) for R, o in _two_views(rays, opening, focal, stretch)] + [_from_nothing(turning, rays)]
     for start in starts:
-        _adjust(start, rays, opening, focal, frames=slice(1, stretch + 1), points=True, steps=25)
-    scene = min(starts, key=lambda start: _quartile(start, rays, opening, focal))
+        _adjust(start, rays, opening, focal, frames=slice(1, stretch + 1), points=True, steps=8)
+    gaps = [_gap(start, rays, focal)[opening] for start in starts]
+    most = 4 * min(np.median(gap) for gap in gaps)  # what fits nothing, as things that move, counts so much and no more
+    scene = starts[int(np.argmin([np.minimum(gap, most).mean() for gap in gaps]))]
+    _adjust(scene, rays, opening, focal, frames=slice(1, stretch + 1), points=True, steps=25)
     for t in range(1, T):
         new = born == t - 1 if t > 1 else born < 0
         if new.any():  # consistent with their first sight, at the usual distance
@@ -172,14 +178,30 @@ def _from_nothing(turning: _Scene, rays: np.ndarray) -> _Scene:
     return _Scene(np.stack([np.eye(3)] * len(rays)), np.zeros((len(rays), 3)), u)
 
 
-def _from_essential(rays: np.ndarray, known: np.ndarray, focal: np.ndarray, last: int, sign: int) -> _Scene:
-    """Even motion from frame 0 to `last`, whose pose is that of the essential matrix: the smaller turn, `sign` times its direction."""
+def _two_views(rays: np.ndarray, known: np.ndarray, focal: np.ndarray, last: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Where the camera may be at frame `last`, as (R, o) seen from frame 0: by the essential matrix, and by the homography of a plane.
+
+    A ground that fills the picture has two explanations (Faugeras and Lustman 1988), and the wrong one takes the sky for outliers.
+    So all are given.
+    """
     both = known[0] & known[last]
     a, b = rays[0, both], rays[last, both]
+    poses = []
     E, _ = cv2.findEssentialMat(a, b, np.eye(3), method=cv2.RANSAC, prob=0.999, threshold=1 / focal[0])
-    R1, R2, direction = cv2.decomposeEssentialMat(E[:3])
-    R = min((R1.T, R2.T), key=lambda R: -np.trace(R))  # camera to world
-    o = sign * (R @ direction[:, 0])
+    if E is not None:
+        R1, R2, direction = cv2.decomposeEssentialMat(E[:3])
+        R = max((R1, R2), key=np.trace)  # the smaller turn
+        poses += [(R, direction), (R, -direction)]
+    H, _ = cv2.findHomography(a, b, cv2.RANSAC, 2 / focal[0])
+    if H is not None:
+        _, turns, travels, _ = cv2.decomposeHomographyMat(H, np.eye(3))
+        poses += list(zip(turns, travels, strict=True))
+    poses = [(R.T, -(R.T @ t)[:, 0]) for R, t in poses if np.isfinite(R).all() and np.linalg.norm(t) > 1e-9]
+    return [(R, o / np.linalg.norm(o)) for R, o in poses]
+
+
+def _from_pose(rays: np.ndarray, known: np.ndarray, last: int, R: np.ndarray, o: np.ndarray) -> _Scene:
+    """Even motion from frame 0 to a pose at frame `last`, and the points of frame 0 where their two sights meet."""
     turn = cv2.Rodrigues(R)[0][:, 0]
     T, N = known.shape
     part = (np.arange(T) / last).clip(0, 1)
@@ -269,5 +291,7 @@ def _gap(scene: _Scene, rays: np.ndarray, focal: np.ndarray) -> np.ndarray:
     return np.linalg.norm((p[..., :2] / p[..., 2:].clip(1e-2) - rays) * focal[:, None, None], axis=-1)
 
 
-def _quartile(scene: _Scene, rays: np.ndarray, known: np.ndarray, focal: np.ndarray) -> float:
-    return float(np.quantile(_gap(scene, rays, focal)[known], 0.75)) if known.any() else float("inf")
+def _errors(scene: _Scene, rays: np.ndarray, known: np.ndarray, focal: np.ndarray) -> np.ndarray:
+    """Median and upper quartile of the distance of points from where the model puts them, in enlarged pixels: (2,)."""
+    gap = _gap(scene, rays, focal)[known]
+    return np.quantile(gap, [0.5, 0.75]) if len(gap) else np.full(2, np.inf)
