@@ -78,14 +78,14 @@ def task(folder: str, T: int) -> str:
 
 def open_vae(folder: str, device: torch.device) -> Any:
     """A VAE from its diffusers folder, ours or anyone's. Raises `UserError` if it is none."""
+    if not (Path(folder) / "config.json").is_file():
+        raise UserError(f"{folder} holds no config.json: give the folder of a VAE, such as model/vae")
     from diffusers import AutoModel
     from diffusers.utils import logging
 
     from kling.vae import AutoencoderKLKling
 
     logging.set_verbosity_error()
-    if not (Path(folder) / "config.json").is_file():
-        raise UserError(f"{folder} holds no config.json: give the folder of a VAE, such as model/vae")
     try:
         ours = f'"{AutoencoderKLKling.__name__}"' in (Path(folder) / "config.json").read_text(encoding="utf-8")
         vae = (AutoencoderKLKling if ours else AutoModel).from_pretrained(folder, local_files_only=True, use_safetensors=True)
