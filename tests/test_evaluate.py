@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from kling_programs.eval import evaluate as program
-from kling_programs.eval.evaluate import TASKS, Options, evaluate
+from kling_programs.eval import world as program
+from kling_programs.eval.evaluate import main
+from kling_programs.eval.world import TASKS, Options, evaluate
 from torch import Tensor
 
 from kling.data.world import World, render_scene
@@ -109,6 +110,6 @@ def test_what_a_model_cannot_do_is_left_out_by_name(tmp_path: Path, monkeypatch:
 )
 def test_bad_command_lines(argv: list[str], message: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as stop:
-        program.main(argv)
+        main(argv)
     assert stop.value.code == 2
     assert message in capsys.readouterr().err

@@ -44,6 +44,24 @@ def translation_error(estimate: Trajectory, asked: Trajectory, found: Tensor) ->
     return float(torch.where(found[1:], (a / a_far - b / far).norm(dim=1), WORST_TRANSLATION).mean())
 
 
+def summed_errors(estimate: Trajectory, asked: Trajectory, found: Tensor) -> dict[str, float]:
+    """RotErr in radians, relative TransErr and CamMC as CamI2V (He et al. 2024) sums them over the frames after the first.
+
+    Both paths are relative to frame 0 and divided by their own furthest distance from it. CamMC is the norm of the difference of the
+    3x4 poses. A frame without a pose counts the worst: π, 2, and the norm that both give together.
+    """
+    a, b = estimate.relative().c2w[1:].double(), asked.relative().c2w[1:].double()
+    a, b = (torch.cat([x[..., :3], x[..., 3:] / (x[..., 3].norm(dim=1).max() + 1e-9)], dim=-1) for x in (a, b))
+    cosine = ((a[..., :3].mT @ b[..., :3]).diagonal(dim1=1, dim2=2).sum(dim=1) - 1) / 2
+    known = found[1:]
+    worst = math.sqrt(8 + WORST_TRANSLATION**2)  # |R₁ - R₂| is √8 for half a turn
+    return {
+        "rotation": float(torch.where(known, cosine.clamp(-1, 1).acos(), math.pi).sum()),
+        "translation": float(torch.where(known, (a - b)[..., 3].norm(dim=1), WORST_TRANSLATION).sum()),
+        "cammc": float(torch.where(known, (a - b).flatten(1).norm(dim=1), worst).sum()),
+    }
+
+
 def axes_of(trajectory: Trajectory) -> dict[str, float]:
     """The axis values that best describe a path: `axes_trajectory` backwards, for any path.
 

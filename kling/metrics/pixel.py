@@ -38,6 +38,11 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     return (luminance * structure).mean(dim=(1, 2, 3)).view(batch, T, channels).mean(dim=2).float()
 
 
+def temporal_psnr(a: Tensor, b: Tensor) -> Tensor:
+    """PSNR in dB of the change from each frame to the next, (b, T-1): blind to what stays wrong, sharp on what flickers."""
+    return psnr(a[:, :, 1:] - a[:, :, :-1], b[:, :, 1:] - b[:, :, :-1])
+
+
 def flicker(video: Tensor) -> Tensor:
     """Mean absolute second difference in time, in levels of 255, (b,): steady motion hardly shows, what comes and goes does."""
     second = video[:, :, 2:] - 2 * video[:, :, 1:-1] + video[:, :, :-2]

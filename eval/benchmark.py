@@ -1,0 +1,180 @@
+"""Other people's benchmarks: sample what they ask for, check that all of it is there, and read the results that they write.
+
+    kling-eval benchmark sample vbench --info VBench_full_info.json --videos out/vbench [--model FOLDER]
+    kling-eval benchmark sample physics-iq --info descriptions.csv --images switch-frames/ --videos out/iq
+    kling-eval benchmark check vbench-i2v --info vbench2_i2v_full_info.json --videos out/i2v
+    kling-eval benchmark import vbench --results evaluation_results/ --out out/vbench-scores
+
+Benchmarks: vbench, vbench-long, vbench-i2v, vbench-2.0, physics-iq; of worldscore only the results (import). Between check and import
+their own code runs, in its own environment: its pins cannot live here. `sample` goes on where it stopped; a video's seed follows from its
+place in the list.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import csv
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from kling_programs.eval.common import Parser, protocol_hash, write_json, write_text
+
+from kling.data.files import head
+from kling.data.video import probe, write_video
+from kling.errors import UserError, unknown
+from kling.metrics.benchmarks import BOARDS, Job, board_scores, physics_iq, physics_iq_jobs, vbench_jobs, worldscore
+from kling.runtime.random import derive_seed
+
+ACTIONS = ("sample", "check", "import")
+NAMES = (*BOARDS, "physics-iq", "worldscore")
+
+
+def main(argv: list[str]) -> None:
+    args = parse(argv)
+    if args.action == "import":
+        results(args, argv)
+        return
+    jobs = read_jobs(args)
+    if args.action == "sample":
+        sample(args, jobs)
+    check(args, jobs)
+
+
+def read_jobs(args: argparse.Namespace) -> list[Job]:
+    path = Path(args.info)
+    head(path)
+    if args.name == "physics-iq":
+        with path.open(encoding="utf-8", newline="") as file:
+            return physics_iq_jobs(list(csv.DictReader(file)))
+    info = read_json(path)
+    if not isinstance(info, list):
+        raise UserError(f"{path} holds no list: give the benchmark's own full_info.json")
+    return vbench_jobs(args.name, info)
+
+
+def sample(args: argparse.Namespace, jobs: list[Job]) -> None:
+    """Make the videos that are not there yet."""
+    from kling.pipeline import ASSETS, KlingPipeline
+
+    pictures = {job.image for job in jobs if job.image}
+    if pictures and not args.images:
+        raise UserError(f"{args.name} starts from pictures: give --images, the folder that holds {sorted(pictures)[0]}")
+    for name in sorted(pictures):
+        head(Path(args.images) / name)
+    pipe = KlingPipeline.from_pretrained(args.model or ASSETS)
+    for k, job in enumerate(jobs):
+        path = Path(args.videos) / job.file
+        if path.is_file():
+            continue
+        image = Path(args.images) / job.image if job.image else None
+        out = pipe(prompt=job.prompt, image=image, seed=derive_seed(0, args.name, k))
+        write_video(path, out.frames[0], pipe.config.fps)
+        print(f"{k + 1}/{len(jobs)} {job.file}", file=sys.stderr, flush=True)
+
+
+def check(args: argparse.Namespace, jobs: list[Job]) -> None:
+    """Every video is there and can be read; the first that is not is an error."""
+    folder = Path(args.videos)
+    missing = [job.file for job in jobs if not (folder / job.file).is_file()]
+    if missing:
+        raise UserError(f"{folder} lacks {len(missing)} of {len(jobs)} videos, the first is '{missing[0]}': sample it")
+    lengths = {probe(folder / job.file).frames for job in jobs}
+    spread = str(min(lengths)) if len(lengths) == 1 else f"{min(lengths)} to {max(lengths)}"
+    print(f"{args.name}: all {len(jobs)} videos are there, {spread} frames each")
+
+
+def results(args: argparse.Namespace, argv: list[str]) -> None:
+    """The benchmark's own numbers, weighted as it does."""
+    found = read_results(args.name, Path(args.results))
+    table = "\n".join(["| | score |", "| --- | ---: |", *(f"| {name} | {100 * value:.2f} % |" for name, value in found.items())])
+    if args.name in ("physics-iq", "worldscore"):
+        table = "\n".join(["| | score |", "| --- | ---: |", *(f"| {name} | {value:.3f} |" for name, value in found.items())])
+    report: dict[str, Any] = {
+        "suite": "benchmark",
+        "name": args.name,
+        "options": vars(args),
+        "protocol": protocol_hash({"name": args.name}),
+    }
+    scores = {name: {"value": value, "low": value, "high": value, "n": 1} for name, value in found.items()}
+    report |= {"n": 1, "failures": {}, "scores": {args.name: scores}, "columns": {}, "table": table}
+    report["command"] = shlex.join(["kling-eval", "benchmark", *argv])
+    write_json(Path(args.out) / "scores.json", report)
+    write_text(Path(args.out) / "scores.md", table + "\n")
+    print(table)
+
+
+def read_results(name: str, path: Path) -> dict[str, float]:
+    """From a folder of VBench's `*_eval_results.json` ({dimension: [score, videos]}), Physics-IQ's CSV, or WorldScore's worldscore.json."""
+    if name == "physics-iq":
+        head(path)
+        with path.open(encoding="utf-8", newline="") as file:
+            return physics_iq([{key: parsed(path, key, value) for key, value in row.items()} for row in csv.DictReader(file)])
+    if name == "worldscore":
+        return worldscore({key: number(path, key, value) for key, value in read_json(path).items() if not key.startswith("WorldScore")})
+    files = sorted(path.rglob("*.json")) if path.is_dir() else [path]
+    raw: dict[str, float] = {}
+    for file in files:
+        content = read_json(file)
+        if isinstance(content, dict):  # lists are the prompts that VBench writes beside
+            raw |= {key: number(file, key, value[0] if isinstance(value, list) else value) for key, value in content.items()}
+    if not raw:
+        raise UserError(f"{path} holds no results: give the folder with *_eval_results.json")
+    if missing := [key for key in BOARDS[name].dimensions if key not in raw]:
+        print(f"not measured, counted as 0 as {name} does: {', '.join(missing)}", file=sys.stderr)
+    return board_scores(BOARDS[name], raw)
+
+
+def parsed(path: Path, key: str, value: str) -> Any:
+    """A cell of a CSV: a number, a list of numbers, or text."""
+    try:
+        return ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        if key.split("_perspective")[0].endswith(("mse", "iou_v1", "iou", "spatial")):
+            raise UserError(f"{path}, column {key}: '{value[:40]}' is no number and no list of numbers") from None
+        return value
+
+
+def number(path: Path, key: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise UserError(f"{path}: {key} is {value!r}, not a number: give the file that the benchmark wrote")
+    return float(value)
+
+
+def read_json(path: Path) -> Any:
+    head(path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}): give the benchmark's own file") from None
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = Parser("kling-eval benchmark", __doc__)
+    parser.add_argument("action", metavar="ACTION", help=", ".join(ACTIONS))
+    parser.add_argument("name", metavar="NAME", help=", ".join(NAMES))
+    parser.add_argument("--info", metavar="FILE", help="the benchmark's list of prompts (sample, check)")
+    parser.add_argument("--videos", metavar="FOLDER", help="where the videos are or go (sample, check)")
+    parser.add_argument("--images", metavar="FOLDER", help="the benchmark's pictures (sample)")
+    parser.add_argument("--model", metavar="FOLDER", help="default: the shipped one (sample)")
+    parser.add_argument("--results", metavar="PATH", help="what the benchmark wrote (import)")
+    parser.add_argument("--out", metavar="FOLDER", help="where the scores go (import)")
+    args = parser.parse_args(argv)
+    if args.action not in ACTIONS:
+        raise unknown("action", args.action, ACTIONS)
+    if args.name not in NAMES:
+        raise unknown("benchmark", args.name, NAMES)
+    if args.name == "worldscore" and args.action != "import":
+        raise UserError("worldscore's videos are made by its own world_generators: here its results can be imported")
+    needed = ("results", "out") if args.action == "import" else ("info", "videos")
+    allowed = {"sample": ("info", "videos", "images", "model"), "check": ("info", "videos"), "import": ("results", "out")}[args.action]
+    for option in ("info", "videos", "images", "model", "results", "out"):
+        value = getattr(args, option)
+        if value is None and option in needed:
+            raise UserError(f"{args.action} needs --{option}")
+        if value is not None and option not in allowed:
+            raise UserError(f"{args.action} has no use for --{option}: leave it out")
+    return args

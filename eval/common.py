@@ -1,0 +1,72 @@
+"""What the suites of kling-eval share: command lines, files, and the end of a run."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from kling.data.files import written
+from kling.errors import UserError
+from kling.metrics.controls import Order, violations
+from kling.metrics.report import Summary
+
+EXIT_WRONG_ORDER = 3
+VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif")
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose complaints are one line, like every other mistake."""
+
+    def __init__(self, prog: str, description: str | None) -> None:
+        super().__init__(prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+
+    def error(self, message: str) -> None:
+        raise UserError(f"{message} ({self.prog} --help lists everything)")
+
+
+def write_json(path: Path, value: Any) -> None:
+    with written(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_text(path: Path, text: str) -> None:
+    with written(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def files(folder: str | Path, endings: Sequence[str], what: str) -> dict[str, Path]:
+    """Files of a folder by stem. Raises `UserError` if it is no folder, holds none, or two share a stem."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder: give one with {what}")
+    found: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() in endings and not path.name.startswith("."):
+            if path.stem in found:
+                raise UserError(f"{path} and {found[path.stem].name} have one name: keep one of them")
+            found[path.stem] = path
+    if not found:
+        raise UserError(f"{folder} holds no {what}: files must end in {', '.join(endings)}")
+    return found
+
+
+def protocol_hash(protocol: Mapping[str, Any]) -> str:
+    """Twelve digits that two runs share only if they measured in the same way."""
+    return hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def check_order(orders: Sequence[Order], columns: Mapping[str, Mapping[str, Summary]]) -> None:
+    """End the run with exit code 3 if a metric ranks its controls wrongly. columns: by control, then task; measures are "task measure"."""
+    values = {
+        control: {f"{task} {name}": x["value"] for task, summary in by_task.items() for name, x in summary.items()}
+        for control, by_task in columns.items()
+    }
+    if lines := violations(orders, values):
+        for line in lines:
+            print(f"wrong order: {line}", file=sys.stderr)
+        raise SystemExit(EXIT_WRONG_ORDER)

@@ -1,0 +1,184 @@
+"""Diffusers VAEs beside each other on the same clips: quality, time, memory, and whether any of it grows with the length.
+
+    kling-eval vae kling/assets/vae wan21/vae --out out/vae                  # the first is what the others are compared with
+    kling-eval vae my/vae --videos clips/ --size 480x832 --out out/vae
+
+Without --videos the clips are held-out scenes of the small world. Any folder that diffusers' AutoModel opens will do, if it encodes video
+(b, 3, T, H, W). Each length has its own lines: PSNR, SSIM, temporal PSNR, flicker added, ms a frame each way, and the peak memory (CUDA's
+where there is one, else the process's, which only Linux tells) over what was held before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from kling_programs.eval.common import VIDEOS, Parser, check_order, files, protocol_hash, write_json, write_text
+from torch import Tensor
+
+from kling.data.transforms import to_tensor
+from kling.data.video import read_video
+from kling.data.world import World
+from kling.errors import UserError
+from kling.metrics.controls import Order, frozen, noise, shuffled
+from kling.metrics.pixel import flicker, psnr, ssim, temporal_psnr
+from kling.metrics.report import Line, Row, markdown, paired, summarise
+from kling.shapes import latent_frames
+
+QUALITY = (("psnr", "PSNR", "dB"), ("ssim", "SSIM", ""), ("temporal", "temporal PSNR", "dB"), ("flicker", "flicker added", "levels"))
+COST = (("encode", "encode", "ms a frame"), ("decode", "decode", "ms a frame"), ("memory", "peak memory", "MiB"))
+BEFORE = "less the first"  # of the lines that compare with the first folder
+
+
+def main(argv: list[str]) -> None:
+    args = parse(argv)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    clips = {T: load(args, T) for T in args.frames}
+    rows: dict[str, list[Row]] = defaultdict(list)
+    models = {}
+    for folder in args.folders:
+        vae = open_vae(folder, device)
+        models[folder] = {"class": type(vae).__name__, "parameters": sum(p.numel() for p in vae.parameters())}
+        for T, videos in clips.items():
+            for k, video in enumerate(videos):
+                rows[task(folder, T)].append(reconstruct(vae, video, device))
+                print(f"{folder}: {T} frames, clip {k + 1}/{len(videos)}", file=sys.stderr, flush=True)
+        del vae
+    scores = {name: summarise(found) for name, found in rows.items()}
+    first, *others = args.folders
+    for folder in others:
+        for T in args.frames:
+            scores[f"{task(folder, T)} {BEFORE}"] = paired(rows[task(first, T)], rows[task(folder, T)])
+    columns = controls(clips, args)
+    both = [(f, T) for f in args.folders for T in args.frames]
+    lines = [Line(task(f, T), name, f"{f}, {T} frames, {title}", unit) for f, T in both for name, title, unit in QUALITY + COST]
+    for f, T in both[len(args.frames) :]:
+        lines += [Line(f"{task(f, T)} {BEFORE}", name, f"{f} less {first}, {T} frames, {title}", unit) for name, title, unit in QUALITY]
+    table = markdown(lines, scores, columns)
+    protocol = {"suite": "vae", "version": 1, "frames": args.frames, "size": args.size, "videos": args.videos or "small world, held out"}
+    report = {"suite": "vae", "options": vars(args), "protocol": protocol_hash(protocol), "n": len(clips[args.frames[0]]), "failures": {}}
+    report |= {"models": models, "scores": scores, "columns": columns, "rows": rows, "table": table}
+    report["command"] = shlex.join(["kling-eval", "vae", *argv])
+    write_json(Path(args.out) / "scores.json", report)
+    write_text(Path(args.out) / "scores.md", table + "\n")
+    print(table)
+    orders = [Order(f"{task(f, T)} {name}", ("truth", "shuffled", "noise")) for f, T in both for name, _, _ in QUALITY[:3]]
+    check_order(orders, columns)
+
+
+def task(folder: str, T: int) -> str:
+    return f"{folder} {T}"
+
+
+def open_vae(folder: str, device: torch.device) -> Any:
+    """A VAE from its diffusers folder, ours or anyone's. Raises `UserError` if it is none."""
+    if not (Path(folder) / "config.json").is_file():
+        raise UserError(f"{folder} holds no config.json: give the folder of a VAE, such as model/vae")
+    from diffusers import AutoModel
+    from diffusers.utils import logging
+
+    from kling.vae import AutoencoderKLKling
+
+    logging.set_verbosity_error()
+    try:
+        ours = f'"{AutoencoderKLKling.__name__}"' in (Path(folder) / "config.json").read_text(encoding="utf-8")
+        vae = (AutoencoderKLKling if ours else AutoModel).from_pretrained(folder, local_files_only=True, use_safetensors=True)
+    except (OSError, ValueError, AttributeError, ImportError) as error:
+        raise UserError(
+            f"{folder} cannot be opened as a VAE ({str(error).splitlines()[0]}): give a diffusers folder with safetensors"
+        ) from None
+    if not hasattr(vae, "encode") or not hasattr(vae, "decode"):
+        raise UserError(f"{folder} is a {type(vae).__name__}, which neither encodes nor decodes: give the folder of a VAE")
+    return vae.to(device).eval()
+
+
+@torch.inference_mode()
+def reconstruct(vae: Any, video: Tensor, device: torch.device) -> Row:
+    """Encode (the mode, no noise) and decode one clip (T, H, W, 3) uint8, and measure."""
+    x, held = to_tensor(video)[None].to(device), memory(device, reset=True)
+    started = clock(device)
+    latents = vae.encode(x).latent_dist.mode()  # (1, c, f, h, w)
+    between = clock(device)
+    y = vae.decode(latents).sample.clamp(-1, 1)  # (1, 3, T, H, W)
+    ended, peak = clock(device), memory(device)
+    if y.shape != x.shape:
+        raise UserError(f"{type(vae).__name__} makes {tuple(y.shape)} of {tuple(x.shape)}: give frames and a size that it can keep")
+    T, grown = len(video), None if held is None or peak is None else (peak - held) / 2**20
+    return quality(y, x) | {"encode": 1e3 * (between - started) / T, "decode": 1e3 * (ended - between) / T, "memory": grown}
+
+
+def quality(y: Tensor, x: Tensor) -> Row:
+    """An answer against its clip, both (1, 3, T, H, W) in [-1, 1]; what lies between frames needs three of them."""
+    row = {"psnr": float(psnr(y, x).mean()), "ssim": float(ssim(y, x).mean())}
+    return row | ({"temporal": float(temporal_psnr(y, x).mean()), "flicker": float(flicker(y) - flicker(x))} if x.shape[2] > 2 else {})
+
+
+def clock(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def memory(device: torch.device, reset: bool = False) -> float | None:
+    """Peak bytes since the last reset; None where the system does not tell."""
+    if device.type == "cuda":
+        if reset:
+            torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.max_memory_allocated()
+    try:
+        if reset:
+            Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak becomes what is held now
+        peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+        return 1024 * float(peak.split()[1])
+    except (OSError, StopIteration):
+        return None
+
+
+def load(args: argparse.Namespace, T: int) -> list[Tensor]:
+    if not args.videos:
+        world = World(0, T, "16:9", split="heldout", size=args.size)
+        return [world.clip(k).video for k in range(args.n)]
+    paths = list(files(args.videos, VIDEOS, "videos").values())[: args.n]
+    return [read_video(path, num_frames=T, size=args.size).frames for path in paths]
+
+
+def controls(clips: dict[int, list[Tensor]], args: argparse.Namespace) -> dict[str, Any]:
+    """What the quality measures say of the clip itself and of three bad answers; the same for every folder."""
+    columns: dict[str, Any] = {}
+    answers = {"truth": lambda v: v, "frozen": frozen, "shuffled": lambda v: shuffled(v, 0), "noise": lambda v: noise(v, 0)}
+    for T, videos in clips.items():
+        for name, make in answers.items():
+            rows = [quality(to_tensor(make(video))[None], to_tensor(video)[None]) for video in videos[:2]]
+            columns.setdefault(name, {}).update({task(folder, T): summarise(rows) for folder in args.folders})
+    return columns
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = Parser("kling-eval vae", __doc__)
+    parser.add_argument("folders", metavar="FOLDER", nargs="+", help="of a VAE: config.json and safetensors")
+    parser.add_argument("--out", metavar="FOLDER", required=True)
+    parser.add_argument("--videos", metavar="FOLDER", help="clips; default: held-out scenes of the small world")
+    parser.add_argument("--frames", metavar="T,T", default="17,41", help="lengths, each 1 + 4k (17,41)")
+    parser.add_argument("--size", metavar="HxW", help="default: 64x112, or each video's own")
+    parser.add_argument("--n", metavar="N", type=int, default=8, help="clips (8)")
+    args = parser.parse_args(argv)
+    try:
+        args.frames = [int(x) for x in args.frames.split(",")]
+        args.size = tuple(int(x) for x in args.size.split("x")) if args.size else None
+    except ValueError:
+        raise UserError(f"--frames {args.frames} --size {args.size}: give whole numbers, like 17,41 and 480x832") from None
+    for T in args.frames:
+        latent_frames(T)
+    if args.size and (len(args.size) != 2 or min(args.size) < 1):
+        raise UserError(f"--size {'x'.join(map(str, args.size))}: give height x width, like 480x832")
+    if len(set(args.folders)) < len(args.folders):
+        raise UserError("one folder is given twice: give each VAE once")
+    if args.n < 1:
+        raise UserError(f"--n {args.n}: give at least 1")
+    return args

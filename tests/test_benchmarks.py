@@ -1,0 +1,220 @@
+"""Other people's benchmarks: files worked by hand, names as they want them; votes and reports."""
+
+from __future__ import annotations
+
+import csv
+import json
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from kling_programs.eval import side_by_side
+from kling_programs.eval.evaluate import main
+from kling_programs.eval.report import plot, table
+from kling_programs.eval.side_by_side import Votes, arrangement, chosen, win_rate
+
+from kling.data.video import write_video
+from kling.errors import UserError
+from kling.metrics.benchmarks import BOARDS, VIEWS, Job, board_scores, physics_iq, physics_iq_jobs, vbench_jobs, worldscore
+
+# ------------------------------------------------------------------------------------------------------------------- weighting
+
+
+def test_vbench_by_hand() -> None:
+    raw = {"subject_consistency": 0.95, "background_consistency": 0.96, "temporal_flickering": 0.98, "motion_smoothness": 0.97}
+    raw |= {"dynamic_degree": 0.6, "aesthetic_quality": 0.62, "imaging_quality": 0.65, "object_class": 0.9, "multiple_objects": 0.7}
+    raw |= {"human_action": 0.94, "color": 0.88, "spatial_relationship": 0.75, "scene": 0.5, "appearance_style": 0.24}
+    raw |= {"temporal_style": 0.25, "overall_consistency": 0.27}
+    scores = board_scores(BOARDS["vbench"], raw)
+    # quality: .9414383 .9458362 .9460480 .9056604 .62 .65 and half of .6, over 6.5
+    assert scores["quality"] == pytest.approx((0.9414383 + 0.9458362 + 0.9460480 + 0.9056604 + 0.62 + 0.65 + 0.3) / 6.5, abs=1e-6)
+    # semantic: .9 .7 .94 .88 .75 .6081245 .8401265 .6868132 .7417582, over 9
+    assert scores["semantic"] == pytest.approx(7.0468224 / 9, abs=1e-6)
+    assert scores["total"] == pytest.approx((4 * 0.8167666 + 0.7829803) / 5, abs=1e-6)
+    with pytest.raises(UserError, match="'colour' is no dimension"):
+        board_scores(BOARDS["vbench"], {"colour": 1.0})
+
+
+def test_vbench_i2v_and_2_by_hand() -> None:
+    i2v = dict.fromkeys(BOARDS["vbench-i2v"].dimensions, 1.0) | {"camera_motion": 0.3, "motion_smoothness": 0.9975, "dynamic_degree": 0.0}
+    scores = board_scores(BOARDS["vbench-i2v"], i2v)
+    assert scores["i2v"] == pytest.approx((0.03 + 2) / 2.1) and scores["quality"] == pytest.approx(5 / 5.5)
+    assert scores["total"] == pytest.approx((2.03 / 2.1 + 5 / 5.5) / 2)
+    two = board_scores(BOARDS["vbench-2.0"], {"Diversity": 0.5, "Composition": 0.7, "Material": 0.4})
+    assert two["creativity"] == pytest.approx(0.6) and two["physics"] == pytest.approx(0.1) and two["total"] == pytest.approx(0.14)
+    assert (
+        len(BOARDS["vbench-2.0"].dimensions) == 18 and len(BOARDS["vbench"].dimensions) == 16 and len(BOARDS["vbench-i2v"].dimensions) == 9
+    )
+
+
+def test_physics_iq_by_hand(tmp_path: Path) -> None:
+    row = {}
+    for view in VIEWS:
+        row |= {f"v1_mse_{view}": [0.02, 0.04], f"variance_mse_{view}": [0.01, 0.01]}
+        row |= {f"spatiotemporal_iou_v1_{view}": [0.1, 0.3], f"variance_spatiotemporal_iou_{view}": [0.4, 0.4]}
+        row |= {f"spatial_iou_v1_{view}": 0.3, f"variance_spatial_{view}": 0.5}
+        row |= {f"weighted_spatial_iou_v1_{view}": 0.1, f"variance_weighted_spatial_{view}": 0.4}
+    # (.2/.4 + .3/.5 + .1/.4) / 3 - (.03 - .01)
+    assert physics_iq([row])["total"] == pytest.approx(43.0)
+    with (tmp_path / "model.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["scenario", *row])
+        writer.writeheader()
+        writer.writerow({"scenario": "0001", **row})
+    main(["benchmark", "import", "physics-iq", "--results", str(tmp_path / "model.csv"), "--out", str(tmp_path / "out")])
+    assert json.loads((tmp_path / "out/scores.json").read_text())["scores"]["physics-iq"]["total"]["value"] == pytest.approx(43.0)
+
+
+def test_worldscore_by_hand() -> None:
+    static = ("camera_control", "object_control", "content_alignment", "3d_consistency", "photometric_consistency", "style_consistency")
+    aspects = dict.fromkeys(static, 0.5) | {"subjective_quality": 0.85}
+    assert worldscore(aspects) == pytest.approx({"static": 55, "dynamic": 38.5})
+    assert worldscore(aspects | dict.fromkeys(("motion_accuracy", "motion_magnitude", "motion_smoothness"), 0.55))[
+        "dynamic"
+    ] == pytest.approx(55)
+    with pytest.raises(UserError, match="subjective_quality is missing"):
+        worldscore(dict.fromkeys(static, 0.5))
+    with pytest.raises(UserError, match="between 0 and 1"):
+        worldscore(aspects | {"camera_control": 55.0})
+
+
+# ----------------------------------------------------------------------------------------------------------- names, and checks
+
+
+def test_jobs_have_the_names_that_are_wanted() -> None:
+    info = [{"prompt_en": "a cat", "dimension": ["color"]}, {"prompt_en": "a cat", "dimension": ["temporal_flickering"]}]
+    assert [job.file for job in vbench_jobs("vbench", info)] == [f"a cat-{i}.mp4" for i in range(25)]
+    i2v = [{"prompt_en": "a sea", "dimension": ["i2v_background"], "image_name": "a sea.jpg"}]
+    i2v += [{"prompt_en": "a sea, camera pans left", "dimension": ["camera_motion"]}]
+    jobs = vbench_jobs("vbench-i2v", i2v)
+    assert len(jobs) == 10 and {job.image for job in jobs} == {"a sea.jpg"} and jobs[-1].file == "a sea, camera pans left-4.mp4"
+    long = vbench_jobs("vbench-2.0", [{"prompt_en": "x" * 200, "dimension": ["Material"]}, {"prompt_en": "y", "dimension": ["Diversity"]}])
+    assert long[2].file == "x" * 180 + "-2.mp4" and len(long) == 23
+    row = {"description": "It falls.", "generated_video_name": "0001_perspective-left_trimmed-ball.mp4"}
+    switch = "0001_switch-frames_anyFPS_perspective-left_trimmed-ball.jpg"
+    assert physics_iq_jobs([row]) == [Job(row["generated_video_name"], "It falls.", 0, switch)]
+
+
+def test_check_names_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "info.json").write_text(json.dumps([{"prompt_en": "a cat", "dimension": ["color"]}]))
+    command = ["benchmark", "check", "vbench", "--info", str(tmp_path / "info.json"), "--videos", str(tmp_path / "videos")]
+    for i in range(4):
+        write_video(tmp_path / "videos" / f"a cat-{i}.mp4", torch.zeros(3, 16, 16, 3, dtype=torch.uint8), 8)
+    with pytest.raises(SystemExit):
+        main(command)
+    assert "lacks 1 of 5 videos, the first is 'a cat-4.mp4'" in capsys.readouterr().err
+    write_video(tmp_path / "videos" / "a cat-4.mp4", torch.zeros(3, 16, 16, 3, dtype=torch.uint8), 8)
+    main(command)
+    assert "all 5 videos are there, 3 frames each" in capsys.readouterr().out
+
+
+def test_import_reads_what_vbench_writes(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    raw = dict.fromkeys(BOARDS["vbench"].dimensions, 0.5)
+    for name, value in raw.items():
+        (tmp_path / f"{name}_eval_results.json").write_text(json.dumps({name: [value, [{"video_path": "x", "video_results": value}]]}))
+    (tmp_path / "full_info.json").write_text("[]")
+    main(["benchmark", "import", "vbench", "--results", str(tmp_path), "--out", str(tmp_path / "out")])
+    found = json.loads((tmp_path / "out/scores.json").read_text())["scores"]["vbench"]
+    assert found["total"]["value"] == pytest.approx(board_scores(BOARDS["vbench"], raw)["total"])
+    (tmp_path / "color_eval_results.json").write_text('{"color": ["much", []]}')
+    with pytest.raises(SystemExit):
+        main(["benchmark", "import", "vbench", "--results", str(tmp_path), "--out", str(tmp_path / "out")])
+    assert "color is 'much', not a number" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["grade", "vbench"], "unknown action 'grade'"),
+        (["check", "vbenhc"], "did you mean 'vbench'"),
+        (["import", "vbench", "--results", "x"], "import needs --out"),
+        (["check", "vbench", "--info", "x", "--videos", "y", "--model", "z"], "check has no use for --model"),
+        (["sample", "worldscore"], "its own world_generators"),
+    ],
+)
+def test_bad_benchmark_commands(argv: list[str], message: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["benchmark", *argv])
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------------------------- people
+
+
+def test_votes_are_kept_and_counted(tmp_path: Path) -> None:
+    votes = Votes(tmp_path / "v.sqlite", "a", "b")
+    writers = [threading.Thread(target=votes.add, args=(f"voter {i}", "clip", "a" if i < 6 else "tie", "b")) for i in range(8)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert Votes(tmp_path / "v.sqlite", "a", "b").counts() == {"a": 6, "b": 0, "tie": 2}  # reopened
+    assert votes.seen("voter 1") == {"clip"} and Votes(tmp_path / "v.sqlite", "a", "c").counts()["a"] == 0
+    rate, low, high = win_rate({"a": 6, "b": 0, "tie": 2})
+    assert rate == 0.875 and low == pytest.approx(0.5291, abs=1e-3) and high == pytest.approx(0.9776, abs=1e-3)  # Wilson, 7 of 8
+    (tmp_path / "text.sqlite").write_text("not a data base, not at all, whatever its name says" * 20)
+    with pytest.raises(UserError, match="cannot hold votes"):
+        Votes(tmp_path / "text.sqlite", "a", "b")
+
+
+def test_the_page_is_blind() -> None:
+    names = [f"clip {i}" for i in range(20)]
+    shown = [arrangement(f"voter {i}", names) for i in range(40)]
+    assert shown[0] == arrangement("voter 0", names[::-1]) != shown[1] and {name for name, _ in shown[0]} == set(names)
+    left = sum(side == "a" for voter in shown for _, side in voter)
+    assert 320 < left < 480  # of 800
+    assert [chosen(c, s) for c, s in (("left", "a"), ("right", "a"), ("left", "b"), ("right", "b"), ("tie", "b"))] == [
+        "a",
+        "b",
+        "b",
+        "a",
+        "tie",
+    ]
+
+
+@pytest.mark.slow
+def test_the_page_opens_and_takes_a_vote(tmp_path: Path) -> None:
+    client = pytest.importorskip("gradio_client")
+    for folder in ("one", "two"):
+        write_video(tmp_path / folder / "clip.mp4", torch.zeros(3, 16, 16, 3, dtype=torch.uint8), 8)
+    a, b = str(tmp_path / "one"), str(tmp_path / "two")
+    votes = Votes(tmp_path / "v.sqlite", a, b)
+    page = side_by_side.page(side_by_side.pairs(a, b), votes)
+    _, url, _ = page.launch(prevent_thread_lock=True, quiet=True)
+    try:
+        asked = client.Client(url, verbose=False)
+        assert "1 of 1" in asked.predict(fn_index=1)[-1]
+    finally:
+        page.close()
+    assert sum(votes.counts().values()) == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------- report
+
+
+def test_report_holds_tables_curves_and_failures(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for name, protocol in (("one", "p1"), ("two", "p2")):
+        (tmp_path / name).mkdir()
+        text = "|  | score |\n| --- | ---: |\n| PSNR <b> | **31.00 dB** |"
+        report = {"suite": "videos", "protocol": protocol, "n": 3, "table": text, "failures": {"c & d": "there is no such video"}}
+        (tmp_path / name / "scores.json").write_text(json.dumps(report))
+    (tmp_path / "dit").mkdir()
+    (tmp_path / "dit/metrics.jsonl").write_text(
+        "".join(json.dumps({"step": i, "loss": 1 / (i + 1), "note": "x"}) + "\n" for i in range(1000))
+    )
+    main(["report", *(str(tmp_path / name) for name in ("one", "two", "dit")), "--out", str(tmp_path / "r.html")])
+    page = (tmp_path / "r.html").read_text()
+    assert "<b>31.00 dB</b>" in page and "PSNR &lt;b&gt;" in page and "c &amp; d: there is no such video" in page
+    assert page.count("do not compare them") == 2 and "loss: " in page and "note: " not in page
+    with pytest.raises(SystemExit):
+        main(["report", str(tmp_path), "--out", str(tmp_path / "r.html")])
+    assert "neither scores.json nor metrics.jsonl" in capsys.readouterr().err
+
+
+def test_tables_and_curves() -> None:
+    assert (
+        table("words\n\n| a | b |\n| --- | ---: |\n| x | 1 |")
+        == "<p>words</p><table><tr><th>a</th><th>b</th></tr><tr><td>x</td><td>1</td></tr></table>"
+    )
+    assert "points='10.0,150.0 180.0,90.0 350.0,30.0'" in plot("loss", [(0, 0.0), (5, 1.0), (10, 2.0)])
+    assert plot("loss", [(0, 1.0)]) == ""

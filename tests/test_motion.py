@@ -1,0 +1,193 @@
+"""Motion and structure of any video, on pictures whose true motion is known in closed form."""
+
+from __future__ import annotations
+
+import math
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from kling.condition.axes import axes_trajectory
+from kling.data.transforms import to_tensor
+from kling.metrics.camera import rotation_error, summed_errors, translation_error
+from kling.metrics.continuation import drift, seam_rows
+from kling.metrics.controls import Order, frozen, noise, stepped, turned, violations
+from kling.metrics.motion import Flow, camera_classes, dynamic_degree, optical_flow, visible, warp_error
+from kling.metrics.pixel import temporal_psnr
+from kling.metrics.structure import estimate_structure
+
+cv2.setNumThreads(1)
+
+
+def texture(H: int, W: int, seed: int = 0) -> np.ndarray:
+    """A smooth random picture (H, W, 3) uint8 with detail everywhere."""
+    rng = np.random.default_rng(seed)
+    layers = [cv2.resize(rng.random((H // s, W // s, 3)).astype(np.float32), (W, H), interpolation=cv2.INTER_CUBIC) for s in (4, 8, 16)]
+    return (np.clip(sum(layers) / 3, 0, 1) * 255).astype(np.uint8)
+
+
+def window(big: np.ndarray, boxes: list[tuple[float, float, float]], H: int, W: int) -> Tensor:
+    """Frames (T, H, W, 3): for each (left, top, width) that part of a picture, at the clip's size."""
+    frames = []
+    for left, top, width in boxes:
+        s = width / W
+        M = np.array([[s, 0, left], [0, s, top]], np.float32)
+        frames.append(cv2.warpAffine(big, M, (W, H), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP))
+    return torch.from_numpy(np.stack(frames))
+
+
+def uniform(dx: float, dy: float, T: int = 3, H: int = 32, W: int = 48) -> Flow:
+    """The same motion everywhere."""
+    one = np.broadcast_to(np.array([dx, dy], np.float32), (T - 1, H, W, 2)).copy()
+    return Flow(one, -one)
+
+
+# -------------------------------------------------------------------------------------------------------------------- motion
+
+
+def test_flow_and_warp_error_of_a_known_shift() -> None:
+    big = texture(96, 160)
+    video = window(big, [(20 + 2 * t, 10, 96) for t in range(4)], 64, 96)
+    flow = optical_flow(video)
+    inner = flow.forward[:, 8:-8, 8:-8]
+    assert np.abs(inner - [-2, 0]).mean() < 0.1
+    assert flow.speed() == pytest.approx([2, 2, 2], abs=0.1)
+    right, blind = warp_error(video, flow), warp_error(video, uniform(0, 0, 4, 64, 96))
+    assert right < 1e-4 < 10 * 1e-4 < blind
+
+
+def test_what_leaves_the_picture_is_not_visible() -> None:
+    there = np.zeros((10, 20, 2), np.float32)
+    there[..., 0] = 6
+    seen = visible(there, -there)
+    assert seen[:, :14].all() and not seen[:, 14:].any()
+    assert not visible(there, there).any()  # does not come back
+
+
+def test_a_pair_without_anything_in_common_counts_as_the_worst() -> None:
+    video = noise(torch.zeros(3, 32, 48, 3, dtype=torch.uint8), 0)
+    lost = Flow(uniform(5, 0).forward, uniform(5, 0).forward)
+    assert warp_error(video, lost) == 1.0
+
+
+def test_dynamic_degree_has_vbench_threshold() -> None:
+    bound = 6 * 32 / 256  # pixels a frame at 8 fps, short side 32
+    assert dynamic_degree(uniform(1.01 * bound, 0, T=17), 8) and not dynamic_degree(uniform(0.99 * bound, 0, T=17), 8)
+    assert dynamic_degree(uniform(0.51 * bound, 0, T=17), 16)  # every second frame
+    one = uniform(0, 0, T=17)
+    one.forward[:3] = 5
+    assert not dynamic_degree(one, 8)  # three of the four that 17 frames need
+    one.forward[:4] = 5
+    assert dynamic_degree(one, 8)
+
+
+@pytest.mark.parametrize(
+    ("name", "step"),
+    [
+        ("pan_right", (3, 0, 0)),
+        ("pan_left", (-3, 0, 0)),
+        ("tilt_down", (0, 3, 0)),
+        ("tilt_up", (0, -3, 0)),
+        ("zoom_in", (3, 2, -6)),
+        ("zoom_out", (-3, -2, 6)),
+        ("static", (0, 0, 0)),
+    ],
+)
+def test_vbench_classes(name: str, step: tuple[float, float, float]) -> None:
+    start = (40, 30, 96)
+    video = window(texture(160, 240), [tuple(a + t * b for a, b in zip(start, step, strict=True)) for t in range(3)], 64, 96)
+    found = camera_classes(optical_flow(video))
+    assert name in found  # a zoom also reads as a pan: on a grid of ten VBench's midpoint lies right of the middle
+    assert found == {name} or name.startswith("zoom") and len({"zoom_in", "zoom_out", "static"} & found) == 1
+
+
+# ----------------------------------------------------------------------------------------------------------------- structure
+
+
+def test_a_turn_of_a_flat_picture_is_a_turn() -> None:
+    video, path = turned(torch.from_numpy(texture(96, 144)))
+    found = estimate_structure(video, path.intrinsics)
+    assert found.model == "turning" and bool(found.found.all())
+    assert rotation_error(found.trajectory, path, found.found) < 0.1
+    still = estimate_structure(frozen(video), path.intrinsics)
+    assert rotation_error(still.trajectory, path, still.found) == pytest.approx(2 * np.arange(1, 9).mean(), abs=0.05)
+
+
+def test_noise_has_no_path() -> None:
+    video = noise(torch.zeros(5, 96, 144, 3, dtype=torch.uint8), 0)
+    assert not estimate_structure(video, axes_trajectory({}, 5, 96, 144).intrinsics).found[1:].any()
+
+
+def two_planes(path, H: int, W: int) -> Tensor:
+    """Frames of two textured walls at different depths, by ray and plane: a scene with parallax, rendered without `kling.data.render`."""
+    near, far, frames = texture(512, 512, 1), texture(512, 512, 2), []
+    fx, fy = path.intrinsics[0, :2].double().numpy() * [W, H]
+    x, y = np.meshgrid((np.arange(W) + 0.5 - W / 2) / fx, (np.arange(H) + 0.5 - H / 2) / fy)
+    for pose in path.c2w.double().numpy():
+        d = np.stack([x, y, np.ones_like(x)], -1) @ pose[:, :3].T
+        picture = None
+        for wall, depth, scale in ((far, 9.0, 24.0), (near, 4.0, 48.0)):
+            hit = pose[:, 3] + d * ((depth - pose[2, 3]) / d[..., 2])[..., None]
+            at = (hit[..., :2] * scale + 256).astype(np.float32)
+            seen = cv2.remap(wall, at[..., 0], at[..., 1], cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT)
+            picture = seen if picture is None else np.where((hit[..., 1] > 0.3)[..., None], seen, picture)
+        frames.append(picture)
+    return torch.from_numpy(np.stack(frames))
+
+
+@pytest.mark.parametrize("axes", [{"horizontal": 4.0}, {"dolly": 3.0, "pan": 2.0}], ids=str)
+def test_travel_through_parallax(axes: dict[str, float]) -> None:
+    path = axes_trajectory(axes, 9, 128, 192)
+    found = estimate_structure(two_planes(path, 128, 192), path.intrinsics)
+    assert found.model == "moving" and bool(found.found.all())
+    assert rotation_error(found.trajectory, path, found.found) < 0.5
+    assert translation_error(found.trajectory, path, found.found) < 0.05
+
+
+def test_sums_as_cami2v_has_them() -> None:
+    still, pan, truck = (axes_trajectory(axes, 17, 64, 112) for axes in ({}, {"pan": 10.0}, {"horizontal": 10.0}))
+    known = torch.ones(17, dtype=torch.bool)
+    turn = summed_errors(still, pan, known)
+    assert turn["rotation"] == pytest.approx(math.radians(45) * sum(t / 16 for t in range(1, 17)), abs=1e-3)
+    travel = summed_errors(still, truck, known)
+    assert travel["translation"] == pytest.approx(travel["cammc"], abs=1e-6) and travel["translation"] == pytest.approx(8.5, abs=1e-4)
+    assert summed_errors(truck.scaled(0.2), truck, known)["translation"] == pytest.approx(0, abs=1e-4)
+    lost = summed_errors(pan, pan, known & False)
+    assert lost == pytest.approx({"rotation": 16 * math.pi, "translation": 32, "cammc": 16 * math.sqrt(12)})
+
+
+# --------------------------------------------------------------------------------------------- joins, drift, order of controls
+
+
+def test_temporal_psnr_forgives_what_stays_and_not_what_flickers() -> None:
+    video = torch.rand(1, 3, 4, 8, 8) - 0.5
+    assert float(temporal_psnr(video + 0.2, video).min()) > 100
+    flick = video + 0.2 * torch.tensor([0.0, 1, 0, 1]).view(1, 1, 4, 1, 1)
+    assert temporal_psnr(flick, video)[0].tolist() == pytest.approx([20.0] * 3, abs=1e-3)
+
+
+def test_drift_and_joins_of_known_steps() -> None:
+    flat = torch.full((12, 16, 20, 3), 100, dtype=torch.uint8)
+    flat[:, ::2, ::2] = 140
+    levels = torch.tensor([0] * 4 + [6] * 4 + [12] * 4, dtype=torch.uint8).view(-1, 1, 1, 1)
+    steps = drift(flat + levels, [4, 8])
+    assert steps["colour"] == pytest.approx(6 * math.sqrt(3), abs=1e-3) and steps["contrast"] == pytest.approx(0, abs=1e-6)
+    joins = seam_rows(to_tensor(flat + levels)[None], [4, 8], np.array([1, 1, 1, 3, 1, 1, 1, 3, 1, 1, 1.0]))
+    assert joins["colour"] == pytest.approx(6 * math.sqrt(3), abs=1e-2) and joins["velocity"] == 2 and joins["gap"] > 20
+    still = drift(flat, [4, 8])
+    assert max(still.values()) < 1e-6
+    faded = drift(stepped(flat, [4, 8]), [4, 8])
+    assert faded["contrast"] == pytest.approx(0.18, abs=0.02)  # 1, 0.8, 0.64
+
+
+def test_violations_are_named() -> None:
+    order = Order("error", ("truth", "frozen", "noise"), higher=False)
+    assert violations([order], {"truth": {"error": 0.0}, "frozen": {"error": 0.0}, "noise": {"error": 2.0}}) == []
+    wrong = violations([order], {"truth": {"error": 3.0}, "frozen": {"error": 1.0}, "noise": {"error": 2.0}})
+    assert wrong == ["error: truth 3 should be below frozen 1", "error: truth 3 should be below noise 2"]
+    for value in (1.0, math.nan):  # the ends must not tie
+        assert violations([order], {"truth": {"error": value}, "noise": {"error": 1.0}})
+    assert violations([order], {"truth": {}}) == []
