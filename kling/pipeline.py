@@ -218,6 +218,7 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         able = self.config.capabilities
         asked = {"camera": camera is not None, "continuation": hops, "control": request.control is not None}
         asked["diffusion_forcing"] = bool(request.frame_delay)
+        asked["text_to_image"] = request.loop and request.image is None  # the frame to come back to is made first
         for name in [task, *(name for name, wanted in asked.items() if wanted)]:
             if name not in able:
                 raise UserError(f"this model was not trained for '{name}': it can do {', '.join(able)}")

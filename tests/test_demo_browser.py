@@ -98,6 +98,7 @@ def test_each_task_from_an_empty_page_to_a_played_video(page, task, tmp_path):
             upload(page, "#last", png(tmp_path / "b.png", (100, 64)))
         understood(page, "image to video" if task == "image" else "first + last frame to video")
     elif task == "loop":
+        upload(page, "#first", png(tmp_path / "a.png", (112, 64)))  # without one the model must make pictures
         page.get_by_label("Loop: the end").check()
         understood(page, "first + last frame to video, loop")
     elif task == "camera":
@@ -112,7 +113,9 @@ def test_each_task_from_an_empty_page_to_a_played_video(page, task, tmp_path):
         if choice:
             page.click(f"#use label:has-text('{choice}')")
         if task == "inpaint":
-            box = page.wait_for_selector(".painter canvas").bounding_box()
+            box = page.locator(".painter canvas")
+            box.scroll_into_view_if_needed()
+            box = box.bounding_box()
             page.mouse.move(box["x"] + box["width"] / 4, box["y"] + box["height"] / 2)
             page.mouse.down()
             page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2, steps=4)

@@ -67,7 +67,7 @@ def launch_settings(studio: Studio) -> dict[str, Any]:
     return {
         "theme": theme,
         "css_paths": HERE / "page.css",
-        "head": f"<script>{(HERE / 'page.js').read_text(encoding='utf-8')}</script>",
+        "head": f"<script>{_read('page.js')}</script><style>{_read('phone.css')}</style>",
         "i18n": I18N,
         "allowed_paths": [str(studio.shelf.folder)],
         "share": False,
@@ -131,6 +131,10 @@ def api_of(studio: Studio) -> Any:
             raise public(error, request) from None
 
     return generate
+
+
+def _read(name: str) -> str:
+    return (HERE / name).read_text(encoding="utf-8")
 
 
 def _file(path: Path) -> dict[str, Any]:
