@@ -32,7 +32,7 @@ def build(studio: Studio) -> gr.Blocks:
             views.header(studio.pipe, "shipped" if Path(studio.model["path"]) == ASSETS else Path(studio.model["path"]).name), padding=False
         )
         with gr.Tabs():
-            with gr.Tab(t("create"), id="create"), gr.Row(equal_height=False):
+            with gr.Tab(t("create"), id="create"), gr.Row(equal_height=False, elem_classes="halves"):
                 with gr.Column(scale=5, min_width=320):
                     form = Form(studio)
                 with gr.Column(scale=6, min_width=320, elem_classes="right"):
