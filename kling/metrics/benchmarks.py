@@ -3,7 +3,8 @@
 Their metrics need their own environments, whose pins cannot live with ours. What is here is what lies between: the files to sample, and
 the published normalisation and weights on the results that they write. Sources, as of 2025:
 VBench `scripts/constant.py`, `scripts/cal_final_score.py`, `scripts/cal_i2v_final_score.py`, `VBench-2.0/scripts/cal_final_score.py`;
-Physics-IQ `calculate_iq_score.py`. WorldScore's aspects and sums follow ports and write-ups of it, not its own files: compare before you publish.
+Physics-IQ `calculate_iq_score.py`. WorldScore's aspects and sums follow ports and write-ups of it, not its own files:
+compare before you publish.
 """
 
 from __future__ import annotations
