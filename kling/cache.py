@@ -38,7 +38,6 @@ from kling.shapes import latent_frames
 from kling.vae import AutoencoderKLKling
 
 INDEX = "index.json"
-INNER = 2  # inner keyframes a clip, besides the ends
 
 
 def cache_key(vae: AutoencoderKLKling, settings: dict[str, Any]) -> str:

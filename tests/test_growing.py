@@ -14,7 +14,6 @@ from kling import KlingPipeline
 from kling.dit import KlingTransformer3DModel
 from kling.errors import UserError
 from kling.training import grow, set_checkpointing
-from kling.vae import AutoencoderKLKling
 
 train_dit = workers.train_dit
 SMALL = {"num_attention_heads": 2, "attention_head_dim": 32, "num_layers": 2, "ffn_dim": 64, "text_dim": 32}
@@ -24,14 +23,7 @@ CAMERA = {"camera_channels": 24, "camera_fold": "pool", "camera_downscale": 1, "
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    folder = tmp_path_factory.mktemp("parts")
-    AutoencoderKLKling(**workers.TINY_VAE).save_pretrained(folder / "vae")
-    (folder / "encode.yaml").write_text("{clips: 6, shard: 3, workers: 0, data: {frames: [1, 5]}}")
-    return [
-        "configs/dit/debug.yaml", "frames=[5]", "max_frames=5", "batch=2", "workers=0", "log_every=1", "save_every=100", "sample_every=0",
-        "samples=[]", "mixed_precision=fp32", "threads=1", f"vae={folder / 'vae'}", f"cache={folder / 'cache'}",
-        f"encode={folder / 'encode.yaml'}",
-    ]  # fmt: skip
+    return workers.debug_words(tmp_path_factory.mktemp("parts"), "batch=2", "save_every=100")
 
 
 @pytest.fixture(scope="module")

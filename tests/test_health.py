@@ -18,7 +18,6 @@ from kling.runtime.checkpoint import load_latest
 from kling.runtime.health import Guard, Watchdog
 from kling.runtime.meter import StepClock, matmul_ceiling
 from kling.training import level_quantiles
-from kling.vae import AutoencoderKLKling
 
 train_dit = workers.train_dit
 
@@ -77,14 +76,7 @@ def test_validation_levels_are_quantiles_of_the_training_density(density: str) -
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    folder = tmp_path_factory.mktemp("parts")
-    AutoencoderKLKling(**workers.TINY_VAE).save_pretrained(folder / "vae")
-    (folder / "encode.yaml").write_text("{clips: 6, shard: 3, workers: 0, data: {frames: [1, 5]}}")
-    return [
-        "configs/dit/debug.yaml", "frames=[5]", "max_frames=5", "batch=1", "workers=0", "log_every=1", "save_every=2", "sample_every=0",
-        "samples=[]", "mixed_precision=fp32", "threads=1", f"vae={folder / 'vae'}", f"cache={folder / 'cache'}",
-        f"encode={folder / 'encode.yaml'}",
-    ]  # fmt: skip
+    return workers.debug_words(tmp_path_factory.mktemp("parts"), "batch=1", "save_every=2")
 
 
 def metrics(run: Path) -> list[dict]:

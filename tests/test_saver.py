@@ -187,16 +187,7 @@ def weights(run: Path) -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    from kling.vae import AutoencoderKLKling
-
-    folder = tmp_path_factory.mktemp("parts")
-    AutoencoderKLKling(**workers.TINY_VAE).save_pretrained(folder / "vae")
-    (folder / "encode.yaml").write_text("{clips: 6, shard: 3, workers: 0, data: {frames: [1, 5]}}")
-    return [
-        "configs/dit/debug.yaml", "frames=[5]", "max_frames=5", "batch=1", "workers=0", "log_every=1", "save_every=2", "sample_every=0",
-        "samples=[]", "steps=16", "mixed_precision=fp32", "threads=1", f"vae={folder / 'vae'}", f"cache={folder / 'cache'}",
-        f"encode={folder / 'encode.yaml'}",
-    ]  # fmt: skip
+    return workers.debug_words(tmp_path_factory.mktemp("parts"), "batch=1", "save_every=2", "steps=16")
 
 
 @pytest.mark.timeout(1800)

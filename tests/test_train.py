@@ -160,11 +160,26 @@ def test_a_text_encoder_learns_that_phrasings_agree_resumes_exactly_and_serves_a
     assert np.mean(losses[-10:]) < min(np.mean(losses[:10]), np.log(16)) - 0.3  # log 16: it cannot tell 16 clips apart
 
     train(vae, cache, tmp_path / "dit", "steps=1", f"text_from={whole / 'export'}", "sample_every=0")
+    with pytest.raises(SystemExit):
+        train(vae, cache, tmp_path / "other", "steps=1", f"text_from={whole / 'export'}", "text.byte_layers=2")
     taught = load_file(whole / "export" / "diffusion_pytorch_model.safetensors")
     start = weights(tmp_path / "dit")
     name = "byte_embedding.weight"
     moved = (start[f"model/text_encoder.{name}"] - taught[name]).abs().max()
     assert moved < 0.01 < (taught[name] - taught[name].roll(1, 0)).abs().max()  # its weights, one small step on
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["text_from=nowhere"], "'nowhere' holds no text encoder"),
+        (["text_from=nowhere", "init_from=kling/assets"], "leave one out"),
+    ],
+)
+def test_a_text_encoder_that_cannot_be_taken_is_refused(vae, cache, tmp_path, capsys, words, message):
+    with pytest.raises(SystemExit) as end:
+        train(vae, cache, tmp_path / "run", "steps=1", *words)
+    assert end.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_a_folder_of_videos_trains_a_vae(tmp_path):

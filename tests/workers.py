@@ -22,6 +22,8 @@ import train_vae  # noqa: E402
 import yaml  # noqa: E402
 from accelerate.utils import FullyShardedDataParallelPlugin  # noqa: E402, F401 - imported here, it is not imported again by each process
 
+from kling.vae import AutoencoderKLKling  # noqa: E402
+
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["workers"])
 
@@ -29,6 +31,17 @@ TINY_VAE: dict[str, Any] = {
     "base_dim": 4, "decoder_base_dim": 4, "z_dim": 16, "dim_mult": [1, 1, 1], "num_res_blocks": 1, "temperal_downsample": [True, True],
     "patch_size": 2, "in_channels": 12, "out_channels": 12, "scale_factor_spatial": 8,
 }  # fmt: skip
+
+
+def debug_words(folder: Path, *words: str) -> list[str]:
+    """Arguments of kling-train for the debug preset on a tiny VAE and six clips of five frames, all below `folder`."""
+    AutoencoderKLKling(**TINY_VAE).save_pretrained(folder / "vae")
+    (folder / "encode.yaml").write_text("{clips: 6, shard: 3, workers: 0, data: {frames: [1, 5]}}")
+    return [
+        "configs/dit/debug.yaml", "frames=[5]", "max_frames=5", "workers=0", "log_every=1", "sample_every=0", "samples=[]",
+        "mixed_precision=fp32", "threads=1", f"vae={folder / 'vae'}", f"cache={folder / 'cache'}", f"encode={folder / 'encode.yaml'}",
+        *words,
+    ]  # fmt: skip
 
 
 def environment(config: str, ranks: int, **sizes: int) -> dict[str, str]:

@@ -131,6 +131,8 @@ def main(argv: list[str] | None = None) -> None:
             raise unknown("task", name, TASKS)
     for frames in cfg.frames:
         latent_frames(frames)
+    if cfg.text_from and cfg.init_from:
+        raise UserError("text_from and init_from are both set: the folder of init_from has its own text encoder, so leave one out")
     if cfg.lora.rank and not cfg.init_from:
         raise UserError("lora.rank is set but not init_from: name the model folder that the low-rank weights are for")
     with StopSignal() as stop:
@@ -292,11 +294,24 @@ def build(cfg: TrainDiTConfig) -> Trained:
         text = KlingPipeline.from_pretrained(cfg.init_from).text_encoder
         model = Trained(grow(cfg.init_from, cfg.model), text)
     else:
-        text = ByteTextEncoder.from_pretrained(cfg.text_from) if cfg.text_from else ByteTextEncoder(**cfg.text)
+        text = taught_text(cfg.text_from, cfg.text) if cfg.text_from else ByteTextEncoder(**cfg.text)
         model = Trained(KlingTransformer3DModel(**{"text_dim": text.config.out_dim, **cfg.model}), text)
     if cfg.lora.rank:
         add_lora(model, cfg.lora)
     return model.train()
+
+
+def taught_text(folder: str, settings: dict[str, Any]) -> ByteTextEncoder:
+    """The text encoder that kling-train-text exported. Raises `UserError` if there is none, or `settings` ask for another one."""
+    if not (Path(folder) / "config.json").is_file():
+        raise UserError(f"text_from '{folder}' holds no text encoder: give the `export` folder of kling-train-text")
+    text = ByteTextEncoder.from_pretrained(folder, torch_dtype=torch.float32)
+    for key, value in settings.items():
+        if key not in text.config:
+            raise unknown("key of text", key, [name for name in text.config if not name.startswith("_")])
+        if text.config[key] != value:
+            raise UserError(f"text_from {folder} has text.{key} = {text.config[key]!r}, not {value!r}: leave it as it is")
+    return text
 
 
 def pipeline(cfg: TrainDiTConfig, model: Trained, vae: nn.Module) -> KlingPipeline:

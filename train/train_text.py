@@ -78,16 +78,17 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("usage: kling-train-text CONFIG.yaml [key=value ...]")
     cfg = load_config(TrainTextConfig, argv[0], argv[1:])
     check_data(cfg.data)
-    train(cfg)
+    with StopSignal() as stop:
+        train(cfg, stop)
 
 
-def train(cfg: TrainTextConfig) -> None:
+def train(cfg: TrainTextConfig, stop: StopSignal) -> None:
     set_threads(cfg.threads)
     out = Path(cfg.out)
     accelerator = make_accelerator(out, cfg.mixed_precision, trackers=cfg.trackers)
     if accelerator.num_processes > 1:
         raise UserError(f"kling-train-text on {accelerator.num_processes} processes: it takes minutes on one; start one")
-    check_same_config(out, to_dict(cfg))
+    check_same_config(out, to_dict(cfg), defaults=to_dict(TrainTextConfig()))
     torch.manual_seed(cfg.seed)  # the initial weights; every later draw is counter-based
     model = ByteTextEncoder(**cfg.text).train()
     net, optimizer = accelerator.prepare(model, adamw(model, cfg.lr, weight_decay=cfg.weight_decay))
@@ -101,10 +102,7 @@ def train(cfg: TrainTextConfig) -> None:
     save_config(cfg, out / "config.yaml")
     data = CaptionPairs(ClipSource(cfg.data, cfg.seed), cfg.batch)
 
-    with (
-        StopSignal() as stop,
-        RunLog(out, cfg.steps, accelerator=accelerator, config=to_dict(cfg), start=start, log_every=cfg.log_every) as log,
-    ):
+    with RunLog(out, cfg.steps, accelerator=accelerator, config=to_dict(cfg), start=start, log_every=cfg.log_every) as log:
         for step, (first, second) in enumerate(batches(data, start, cfg.steps, cfg.workers), start=start):
             vectors = pool(net(*model.tokenize([*first, *second])))  # (2 b, e)
             loss, found = agreement_loss(*vectors.chunk(2), cfg.temperature)
@@ -118,6 +116,7 @@ def train(cfg: TrainTextConfig) -> None:
             log.log(done, {"loss": loss, "grad_norm": norm, "found": found}, clips=cfg.batch)
 
             stopping = stop.seen(accelerator)
+            saver.check()
             if stopping or done == cfg.steps or done % cfg.save_every == 0:
                 log.flush()
                 saver.save(done, run_tensors(model, optimizer.optimizer, ema), {"config": to_dict(cfg), "versions": versions()})

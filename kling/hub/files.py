@@ -12,7 +12,6 @@ from torch import Tensor
 from kling.errors import UserError
 
 Shapes = dict[str, tuple[int, ...]]
-SHARD_BYTES = 5 * 10**9
 
 
 def weight_files(path: str | Path) -> list[Path]:

@@ -116,14 +116,6 @@ def set_threads(n: int | None) -> None:
         torch.set_num_threads(n)
 
 
-def set_deterministic(on: bool = True) -> None:
-    """Make operations repeatable bit for bit on the same machine, at some cost in speed. One that cannot be warns and runs."""
-    if on:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(on, warn_only=True)
-    torch.backends.cudnn.benchmark = not on
-
-
 class StopSignal:
     """Turns the first SIGTERM, SIGUSR1 or SIGINT into a flag, so that a loop can finish its step, save, and exit with `EXIT_STOPPED`.
 
