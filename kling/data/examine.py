@@ -74,7 +74,12 @@ def examine(
     edges = [begin, *(cut for cut in cuts if begin < cut < last), last]
     return [
         dataclasses.replace(
-            shot, start=round(a, 6), end=round(b, 6), clock=clock_of([t for t in times if a <= t < b]), measures=meter.summary(a, b)
+            shot,
+            start=round(a, 6),
+            end=round(b, 6),
+            video=dataclasses.replace(info, keyframes=tuple(key for key in info.keyframes if a < key < b)),
+            clock=clock_of([t for t in times if a <= t < b]),
+            measures=meter.summary(a, b),
         )
         for a, b in pairwise(edges)
     ]

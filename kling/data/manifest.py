@@ -159,7 +159,7 @@ def write_lines(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
 def shot_from(row: dict[str, Any], where: str) -> Shot:
     """A `Shot` of a manifest's line. Raises `UserError` that begins with `where`."""
     try:
-        video = VideoInfo(**row["video"])
+        video = VideoInfo(**row["video"] | {"keyframes": tuple(row["video"].get("keyframes", ()))})
         captions = tuple(Caption(**c) for c in row.get("captions", []))
         member = tuple(row["member"]) if row.get("member") else None
         clock = (row["clock"][0], tuple(map(tuple, row["clock"][1]))) if row.get("clock") else None

@@ -44,6 +44,7 @@ FIGURES: tuple[tuple[str, Callable[[Shot], float | None]], ...] = (
     ("sharpness", lambda s: s.measures.get("sharpness")),
     ("near black, share of the time", lambda s: s.measures.get("dark")),
     ("letterbox, share of the picture", lambda s: s.measures.get("letterbox")),
+    ("writing, share of the picture", lambda s: s.measures.get("text")),
     ("words in a caption", lambda s: len(s.captions[0].text.split()) if s.captions else 0),
 )
 

@@ -28,6 +28,7 @@ from kling.data.listing import Candidate
 from kling.data.manifest import Bad, Shot, quarantine_of, read_manifest, relative, shot_from, write_lines, write_manifest
 from kling.errors import UserError
 
+FINDS = 2  # raised when `examine` finds out more: what was examined before is examined anew
 GRACE = 10.0  # seconds beyond its budget after which a worker that does not answer is killed
 
 
@@ -146,7 +147,7 @@ class Memory:
             now = stamp(candidate.source)
         except OSError:
             now = (0, 0)
-        return json.dumps([str(candidate.source), *now, candidate.start, candidate.end, self.split], ensure_ascii=False)
+        return json.dumps([str(candidate.source), *now, candidate.start, candidate.end, self.split, FINDS], ensure_ascii=False)
 
 
 # ----------------------------------------------------------------------------------------------------------------- processes
