@@ -208,7 +208,9 @@ class CacheWriter:
 
     def _write(self, name: str, shards: dict[str, dict[str, Any]]) -> None:
         index = {"key": self.key, "settings": self.settings, "shards": dict(sorted(shards.items()))}
-        write_atomic(self.folder / name, json.dumps(index, indent=1))
+        text, path = json.dumps(index, indent=1), self.folder / name
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:  # several trainings may start at once on a cache that is whole
+            write_atomic(path, text)
 
 
 class _Clips(Dataset):
