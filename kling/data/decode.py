@@ -82,9 +82,7 @@ def pick(
             yield time, frame()
             found += 1
         if found < len(run):
-            raise UserError(
-                f"{source} is damaged {run[found]:.2f} s in ({found} of {len(run)} frames read): download or export it again"
-            )
+            raise UserError(f"{source} is damaged {run[found]:.2f} s in ({found} of {len(run)} frames read): download or export it again")
 
 
 @contextmanager
@@ -262,7 +260,7 @@ def _runs(times: Sequence[float], keyframes: Sequence[float]) -> list[list[float
 
 
 def _nearest(frames: Iterable[Stamped], times: Sequence[float], tail: float) -> Iterator[Stamped]:
-    """The frame nearest to each of `times`; past the last frame, for times at most `tail` seconds later. Fewer if the frames end earlier."""
+    """The frame nearest to each of `times`; the last one also for times up to `tail` seconds later. Fewer if the frames end before that."""
     done, before = 0, None
     for now in frames:
         while before and done < len(times) and times[done] <= (before[0] + now[0]) / 2 + EPS:
