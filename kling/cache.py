@@ -4,6 +4,7 @@
     cache/index.0.json          the shards that process 0 has made so far
     cache/00000.safetensors     latents (n, c, f, h, w) fp16, normalised; keyframes (n, K, c, h, w); camera
     cache/00000.json            captions and names
+    cache/text/                 umT5's embeddings of the captions, a file each, for published weights
 
 The encoding of a prefix is the prefix of the encoding, so one long encoding serves every shorter length. Lone frames that training
 appends as keyframes are encoded on their own: the last frame of every length, and inner ones drawn once a clip. A shard holds clips of one
@@ -60,13 +61,15 @@ def keyframe_times(clip: int | str, ends: list[int], seed: int) -> list[int]:
 class CacheConfig:
     """What a cache is made of.
 
-    out: its folder. vae: a VAE folder, or empty for the shipped one. clips: how many of the endless world, shared out over `data.aspects`
-    by `shares`; a manifest is encoded whole. data.frames: the lengths that training will use; of the world the longest is encoded, of a
-    manifest's shot the longest that it fills. shard: clips in a file.
+    out: its folder. vae: a VAE folder, or empty for that of `model`, or the shipped one. model: published weights that will be trained,
+    whose umT5 reads the captions; empty for our own text encoder, which reads them in training. clips: how many of the endless world,
+    shared out over `data.aspects` by `shares`; a manifest is encoded whole. data.frames: the lengths that training will use; of the
+    world the longest is encoded, of a manifest's shot the longest that it fills. shard: clips in a file.
     """
 
     out: str = "runs/cache"
     vae: str = ""
+    model: str = ""
     clips: int | None = None
     shares: list[float] | None = None
     shard: int = 50
@@ -115,6 +118,18 @@ def fill_cache(
     if rank == 0:
         writer.finish(plan)
     wait()
+
+
+def text_folder(cache: str | Path) -> Path:
+    """Where a cache keeps umT5's embeddings."""
+    return Path(cache) / "text"
+
+
+def captions_of(folder: str | Path) -> list[str]:
+    """Every caption of a finished cache once, sorted, and the empty one, which stands for a prompt that is left out."""
+    shards = json.loads((Path(folder) / INDEX).read_text(encoding="utf-8"))["shards"]
+    rows = (row for name in shards for row in json.loads((Path(folder) / name).with_suffix(".json").read_text(encoding="utf-8")))
+    return sorted({"", *(caption for row in rows for caption in row["captions"])})
 
 
 def settings_of(cfg: CacheConfig) -> dict[str, Any]:
@@ -281,7 +296,7 @@ class LatentCache:
             raise UserError(f"latent cache {folder} is damaged: {INDEX} is not readable; delete the folder and run kling-encode") from None
         if key is not None and index["key"] != key:
             raise UserError(f"latent cache {folder} was made with another VAE or other settings: delete it and run kling-encode")
-        self.settings = index["settings"]
+        self.key, self.settings = index["key"], index["settings"]
         self.clips: dict[Bucket, list[tuple[str, int]]] = {}  # -> (shard, row)
         self._rows: dict[str, list[dict]] = {}
         for name, entry in index["shards"].items():
@@ -294,6 +309,11 @@ class LatentCache:
 
     def __len__(self) -> int:
         return sum(len(places) for places in self.clips.values())
+
+    def check_vae(self, vae: AutoencoderKLKling) -> None:
+        """Raises `UserError` unless these are latents of this VAE."""
+        if cache_key(vae, self.settings) != self.key:
+            raise UserError(f"latent cache {self.folder} was made with another VAE: give that one with vae=, or make the cache anew")
 
     def batch(self, bucket: Bucket, ids: list[int], frames: int) -> LatentBatch:
         """The clips `ids` of a bucket, their first `frames` pixel frames."""

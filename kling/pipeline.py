@@ -391,8 +391,8 @@ def signal(
 
 
 def load_vae(path: str | Path = "") -> AutoencoderKLKling:
-    """A VAE folder, the `vae` of a pipeline folder, or the shipped one for an empty path, ready to encode."""
-    folder = Path(path) if path else ASSETS / "vae"
+    """A VAE folder, the `vae` of a pipeline folder or hub id, or the shipped one for an empty path, ready to encode."""
+    folder = find_folder(path) if path else ASSETS / "vae"
     if not (folder / "config.json").is_file():
         folder = folder / "vae"
     if not (folder / "config.json").is_file():

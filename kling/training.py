@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -30,39 +30,31 @@ from kling.pipeline import KlingPipeline, signal
 from kling.runtime.parallel import Layout
 from kling.runtime.random import noise_like
 from kling.text import ByteTextEncoder
+from kling.text.umt5 import UMT5TextEncoder
 from kling.vae import AutoencoderKLKling
 
-EXTRAS = ("num_kinds", "camera_channels", "camera_fold", "camera_downscale", "camera_residual_blocks")
 CHECKPOINTING = ("none", "selective", "full")
 
 
 class Trained(nn.Module):
-    """What the optimizer sees: the transformer and the text encoder as one module, so that one wrapper serves both on many processes."""
+    """What the optimizer sees: the transformer and a text encoder of ours as one module, so that one wrapper serves both on many
+    processes. umT5 is no part of it: its embeddings come from the cache."""
 
-    def __init__(self, transformer: KlingTransformer3DModel, text_encoder: ByteTextEncoder) -> None:
+    def __init__(self, transformer: KlingTransformer3DModel, text_encoder: ByteTextEncoder | UMT5TextEncoder) -> None:
         super().__init__()
         self.transformer, self.text_encoder = transformer, text_encoder
 
-    def forward(
-        self, state: State, z: Tensor, level: Tensor, ids: Tensor, lengths: Tensor, rays: Tensor | None, has_camera: Tensor
-    ) -> Tensor:
-        text = self.text_encoder(ids, lengths)  # (b, l, e)
+    def words(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
+        """What `forward` takes of the prompts: byte ids (b, s) and lengths (b,), or umT5's embeddings (b, l, e)."""
+        if isinstance(self.text_encoder, UMT5TextEncoder):
+            return (self.text_encoder.encode(prompts, self.transformer.device).float(),)
+        return self.text_encoder.tokenize(prompts)
+
+    def forward(self, state: State, z: Tensor, level: Tensor, words: tuple[Tensor, ...], rays: Tensor | None, has_camera: Tensor) -> Tensor:
+        text = words[0] if len(words) == 1 else self.text_encoder(*words)  # (b, l, e)
         return self.transformer(
             z, state.token_sigma(level), text, positions=state.position, kinds=state.kind, camera=rays, camera_mask=has_camera
         ).sample  # (b, c, G, h, w)
-
-
-def grow(folder: str | Path, model: Mapping[str, Any]) -> KlingTransformer3DModel:
-    """The transformer of a model folder with the conditions of `model` added to those it has: new inputs start at zero, so its output
-    is unchanged. Raises `UserError` for a key that differs and is no condition, or that changes one which is trained already."""
-    had = KlingTransformer3DModel.load_config(Path(folder) / "transformer")
-    changed = {key: value for key, value in model.items() if key in had and had[key] != value}
-    for key, value in changed.items():
-        if key not in EXTRAS:
-            raise UserError(f"init_from {folder} has model.{key} = {had[key]!r}, not {value!r}: only {', '.join(EXTRAS)} can be added")
-        if had["num_kinds"] if key == "num_kinds" else had["camera_channels"]:
-            raise UserError(f"init_from {folder} was trained with model.{key} = {had[key]!r}: leave it as it is")
-    return KlingTransformer3DModel.from_pretrained(Path(folder) / "transformer", torch_dtype=torch.float32, **changed)
 
 
 @dataclass
@@ -279,13 +271,20 @@ def validation_loss(
 
 
 def export(pipe: KlingPipeline, folder: Path) -> None:
-    """The folder that `KlingPipeline.from_pretrained` reads, weights in bf16; whole or absent."""
+    """The folder that `KlingPipeline.from_pretrained` reads, what was trained in bf16; whole or absent.
+
+    Of published weights umT5 is copied, and the VAE keeps its precision: no training has touched them.
+    """
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    for name in ("vae", "transformer", "text_encoder"):
+    published = isinstance(pipe.text_encoder, UMT5TextEncoder)
+    if published:
+        pipe.text_encoder.save_pretrained(temporary)
+    for name in ("vae", "transformer") if published else ("vae", "transformer", "text_encoder"):
         part = getattr(pipe, name)
         part.save_config(temporary / name)
-        weights = {key: t.detach().to("cpu", torch.bfloat16).contiguous() for key, t in part.state_dict().items()}
+        dtype = torch.float32 if published and name == "vae" else torch.bfloat16
+        weights = {key: t.detach().to("cpu", dtype).contiguous() for key, t in part.state_dict().items()}
         save_file(weights, temporary / name / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
     pipe.scheduler.save_pretrained(temporary / "scheduler")
     pipe.save_config(temporary)

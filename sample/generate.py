@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
     for path in paths:
         check_place(path, kind, {*inputs, str(Path(args.replay or "").absolute())})
 
-    from kling.runtime.inference import Machine, pick_device, set_up
+    from kling.runtime.inference import Machine, pick_device, set_up, write_ratios
 
     machine, device = Machine(**given(args, MACHINE)), pick_device(args.device)
     if rank := int(os.environ.get("RANK", "0")):  # of processes that share a clip, the first one speaks and writes
@@ -106,6 +106,8 @@ def main(argv: list[str] | None = None) -> None:
             raise SystemExit(EXIT_DIFFERENT)
         if before:
             print(f"identical to {args.replay}: {len(frames)} frames, sha256 {record['frames']['sha256']}")
+    if (args.cache or "").startswith("calibrate") and not rank:
+        print(f"{write_ratios(pipe, args.cache)} · the ratios of these weights, for --cache mag=FILE")
 
 
 def sample(pipe: KlingPipeline, request: Request, plan: Plan) -> tuple[np.ndarray, torch.Tensor]:
@@ -222,7 +224,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--offload", metavar="model|group", help="keep one part, or one block, on the device at a time")
     add("--fp8", action="store_true", default=None, help="store the transformer in 8 bits")
     add("--attention", metavar="NAME", help="native, math, cudnn, flex, xformers, flash, flash3 or sage")
-    add("--cache", metavar="NAME=X", help="skip work that changes little: first-block=0.1, taylorseer=5 or mag=RATIOS.json")
+    add(
+        "--cache",
+        metavar="NAME=X",
+        help="skip work that changes little: first-block=0.1, taylorseer=5 or mag=RATIOS.json (made by calibrate=RATIOS.json)",
+    )
     add("--context-parallel", metavar="N", type=int, help="share each clip between the N processes that torchrun started")
 
     add = parser.add_argument_group("output").add_argument
