@@ -2,7 +2,8 @@
 
     cache/index.json            what it was made from (a key), and its shards with their sizes and SHA-256; there when all are
     cache/index.0.json          the shards that process 0 has made so far
-    cache/00000.safetensors     latents (n, c, f, h, w) fp16, normalised; keyframes (n, K, c, h, w); camera
+    cache/00000.safetensors     latents (n, c, f, h, w) fp16, normalised; keyframes (n, K, c, h, w); camera; for image-to-video weights also
+                                shown (n, c, f, h, w), the first frame before nothing but grey, and seen (n, i, e), CLIP's tokens of it
     cache/00000.json            captions and names
     cache/text/                 umT5's embeddings of the captions, a file each, for published weights
 
@@ -62,14 +63,16 @@ class CacheConfig:
     """What a cache is made of.
 
     out: its folder. vae: a VAE folder, or empty for that of `model`, or the shipped one. model: published weights that will be trained,
-    whose umT5 reads the captions; empty for our own text encoder, which reads them in training. clips: how many of the endless world,
-    shared out over `data.aspects` by `shares`; a manifest is encoded whole. data.frames: the lengths that training will use; of the
-    world the longest is encoded, of a manifest's shot the longest that it fills. shard: clips in a file.
+    whose umT5 reads the captions; empty for our own text encoder, which reads them in training. image: keep also what image-to-video
+    weights are shown of a first frame. clips: how many of the endless world, shared out over `data.aspects` by `shares`; a manifest is
+    encoded whole. data.frames: the lengths that training will use; of the world the longest is encoded, of a manifest's shot the longest
+    that it fills. shard: clips in a file.
     """
 
     out: str = "runs/cache"
     vae: str = ""
     model: str = ""
+    image: bool = False
     clips: int | None = None
     shares: list[float] | None = None
     shard: int = 50
@@ -90,11 +93,13 @@ class Shard:
 
 
 def fill_cache(
-    cfg: CacheConfig, vae: AutoencoderKLKling, rank: int = 0, ranks: int = 1, wait: Callable[[], None] = lambda: None
-) -> Iterator[tuple[int, int]]:
+    cfg: CacheConfig, vae: AutoencoderKLKling, rank: int = 0, ranks: int = 1, wait: Callable[[], None] = lambda: None,
+    see: Callable[[Tensor], Tensor] | None = None,
+) -> Iterator[tuple[int, int]]:  # fmt: skip
     """Encode what is not there yet; yields (clips done, clips in all) after every shard, the ones found included.
 
     Process `rank` of `ranks` takes every ranks-th of the missing shards; `wait` returns when all of them have come to it.
+    see: a picture uint8 (H, W, 3) -> CLIP's tokens of it (i, e), for `cfg.image` and weights that take them.
     """
     check_data(cfg.data)
     source = ClipSource(cfg.data, cfg.seed)
@@ -111,7 +116,12 @@ def fill_cache(
         ends = sorted(T for T in set(cfg.data.frames) if 1 < T <= shard.bucket.frames)
         samples = [next(clips) for _ in shard.numbers]
         ids = [sample.name for sample in samples] if source.manifest else shard.numbers
-        writer.add(shard, *encode_clips(vae, samples, ids, ends, cfg.seed))
+        tensors, rows = encode_clips(vae, samples, ids, ends, cfg.seed)
+        if cfg.image:
+            tensors["shown"] = torch.cat([encode_first(vae, sample.video) for sample in samples]).half().cpu()
+        if cfg.image and see is not None:
+            tensors["seen"] = torch.stack([see(torch.as_tensor(sample.video[0])) for sample in samples]).half().cpu()
+        writer.add(shard, tensors, rows)
         done += len(shard.numbers)
         yield done, total
     wait()
@@ -120,25 +130,14 @@ def fill_cache(
     wait()
 
 
-def text_folder(cache: str | Path) -> Path:
-    """Where a cache keeps umT5's embeddings."""
-    return Path(cache) / "text"
-
-
-def captions_of(folder: str | Path) -> list[str]:
-    """Every caption of a finished cache once, sorted, and the empty one, which stands for a prompt that is left out."""
-    shards = json.loads((Path(folder) / INDEX).read_text(encoding="utf-8"))["shards"]
-    rows = (row for name in shards for row in json.loads((Path(folder) / name).with_suffix(".json").read_text(encoding="utf-8")))
-    return sorted({"", *(caption for row in rows for caption in row["captions"])})
-
-
 def settings_of(cfg: CacheConfig) -> dict[str, Any]:
     """What decides the contents besides the VAE and the clips' own. A later field changes no key while it stands at its default."""
     plain, always = asdict(DataConfig()), ("source", "frames", "aspects", "fps", "unconditional", "skip_bad")
     data = {name: value for name, value in asdict(cfg.data).items() if name in always or value != plain[name]}
     data.pop("reader", None)  # all readers give the same frames
     of_world = {"clips": cfg.clips, "shares": _shares(cfg)} if cfg.data.source == "world" else {}
-    return {"data": data, "seed": cfg.seed, "shard": cfg.shard, **of_world}
+    of_image = {"image": True} if cfg.image else {}
+    return {"data": data, "seed": cfg.seed, "shard": cfg.shard, **of_world, **of_image}
 
 
 def _shares(cfg: CacheConfig) -> list[float]:
@@ -270,9 +269,18 @@ def encode_clips(
     return {name: t.cpu().contiguous() for name, t in tensors.items()}, rows
 
 
+@torch.no_grad()
+def encode_first(vae: AutoencoderKLKling, video: Any) -> Tensor:
+    """The first frame of uint8 (T, H, W, 3) before nothing but grey, as image-to-video weights are shown it: (1, c, f, h, w)."""
+    shown = to_tensor(video)[None].to(vae.device)  # (1, 3, T, H, W)
+    shown[:, :, 1:] = 0
+    return vae.normalize(vae.encode(shown).latent_dist.mode())
+
+
 @dataclass(frozen=True)
 class LatentBatch:
-    """A batch of one shape, cut to one length. `times` are the pixel frames of the lone `keyframes`; `cameras` is None where unknown."""
+    """A batch of one shape, cut to one length. `times` are the pixel frames of the lone `keyframes`; `cameras` is None where unknown,
+    `shown` and `seen` where the cache was made without `image`."""
 
     ids: list[int]
     latents: Tensor  # (b, c, f, h, w)
@@ -281,6 +289,8 @@ class LatentBatch:
     captions: list[list[str]]
     weights: list[list[float]]  # of the captions: how often each is taken
     cameras: list[Trajectory | None]
+    shown: Tensor | None = None  # (b, c, f, h, w)
+    seen: Tensor | None = None  # (b, i, e)
 
 
 class LatentCache:
@@ -310,6 +320,11 @@ class LatentCache:
     def __len__(self) -> int:
         return sum(len(places) for places in self.clips.values())
 
+    @property
+    def holds(self) -> set[str]:
+        """Names of what is kept of every clip."""
+        return set(self._shard(next(iter(self._rows))).keys())
+
     def check_vae(self, vae: AutoencoderKLKling) -> None:
         """Raises `UserError` unless these are latents of this VAE."""
         if cache_key(vae, self.settings) != self.key:
@@ -318,14 +333,14 @@ class LatentCache:
     def batch(self, bucket: Bucket, ids: list[int], frames: int) -> LatentBatch:
         """The clips `ids` of a bucket, their first `frames` pixel frames."""
         f = latent_frames(frames)
-        columns: dict[str, list[Tensor]] = {name: [] for name in ("latents", "keyframes", "keyframe_times", "c2w", "intrinsics")}
+        columns: dict[str, list[Tensor]] = {}
         captions, weights = [], []
         for i in ids:
             shard, row = self.clips[bucket][i]
             file = self._shard(shard)
-            for name, column in columns.items():
+            for name in file.keys():  # noqa: SIM118 - no dict
                 part = file.get_slice(name)
-                column.append(part[row, :, :f] if name == "latents" else part[row])
+                columns.setdefault(name, []).append(part[row, :, :f] if name in ("latents", "shown") else part[row])
             captions.append(self._rows[shard][row]["captions"])
             weights.append(self._rows[shard][row].get("weights", [1.0] * len(captions[-1])))
         stacked = {name: torch.stack(column) for name, column in columns.items()}
@@ -334,7 +349,8 @@ class LatentCache:
             for c2w, k in zip(stacked["c2w"], stacked["intrinsics"], strict=True)
         ]
         lone = stacked["keyframes"].float(), stacked["keyframe_times"]
-        return LatentBatch(ids, stacked["latents"].float(), *lone, captions, weights, cameras)
+        first = {name: stacked[name].float() for name in ("shown", "seen") if name in stacked}
+        return LatentBatch(ids, stacked["latents"].float(), *lone, captions, weights, cameras, **first)
 
     def _shard(self, name: str) -> Any:
         if name not in self._open:

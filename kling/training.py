@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from torch.utils.data import Dataset
 
 from kling.cache import LatentBatch
+from kling.condition.concat import concat_channels, concat_groups
 from kling.condition.state import Given, State, build_state
 from kling.condition.tasks import TASKS, draw_task, keyframe_share
 from kling.data.source import ClipSource, DataConfig
@@ -25,7 +26,7 @@ from kling.dit import KlingTransformer3DModel
 from kling.errors import UserError, unknown
 from kling.flow.loss import flow_loss
 from kling.flow.path import velocity
-from kling.flow.time import shift_sigma
+from kling.flow.time import level_at, press
 from kling.pipeline import KlingPipeline, signal
 from kling.runtime.parallel import Layout
 from kling.runtime.random import noise_like
@@ -50,10 +51,19 @@ class Trained(nn.Module):
             return (self.text_encoder.encode(prompts, self.transformer.device).float(),)
         return self.text_encoder.tokenize(prompts)
 
-    def forward(self, state: State, z: Tensor, level: Tensor, words: tuple[Tensor, ...], rays: Tensor | None, has_camera: Tensor) -> Tensor:
+    def forward(self, example: Example, z: Tensor, level: Tensor, words: tuple[Tensor, ...]) -> Tensor:
+        """Velocity of z (b, c, G, h, w) at levels (b,)."""
         text = words[0] if len(words) == 1 else self.text_encoder(*words)  # (b, l, e)
+        state = example.state
         return self.transformer(
-            z, state.token_sigma(level), text, positions=state.position, kinds=state.kind, camera=rays, camera_mask=has_camera
+            z if example.concat is None else torch.cat([z, example.concat], dim=1),
+            state.token_sigma(level),
+            text,
+            positions=state.position,
+            kinds=state.kind,
+            camera=example.rays,
+            camera_mask=example.has_camera,
+            encoder_hidden_states_image=example.seen,
         ).sample  # (b, c, G, h, w)
 
 
@@ -143,10 +153,12 @@ class Example:
     prompts: list[str]
     rays: Tensor | None  # (b, 24, G, h', w'), zeros where a clip has no camera; None for a model without a camera input
     has_camera: Tensor  # (b,)
+    concat: Tensor | None = None  # (b, ·, F, h, w) what is given, for weights that take it beside the noise
+    seen: Tensor | None = None  # (b, i, e) what CLIP sees of the first frame, for weights that take that, zeros where none is given
 
     def to(self, device: torch.device) -> Example:
-        rays = None if self.rays is None else self.rays.to(device)
-        return Example(self.state.to(device), self.prompts, rays, self.has_camera.to(device))
+        moved = {name: t.to(device) for name in ("rays", "has_camera", "concat", "seen") if (t := getattr(self, name)) is not None}
+        return replace(self, state=self.state.to(device), **moved)
 
 
 def draw_example(how: Drawing, batch: LatentBatch, place: int, transformer: KlingTransformer3DModel, vae: AutoencoderKLKling) -> Example:
@@ -167,7 +179,21 @@ def draw_example(how: Drawing, batch: LatentBatch, place: int, transformer: Klin
     keyframes = torch.stack(lone)[:, :, None] if K else None  # (b, c, 1, h, w)
     state = build_state(given, batch.latents, keyframes, tuple(transformer.config.patch_size))
     has_camera = torch.tensor([camera is not None and rng.random() >= how.camera_drop for camera in batch.cameras])
-    return Example(state, prompts, batch_rays(batch, given, transformer, vae), has_camera)
+    example = Example(state, prompts, batch_rays(batch, given, transformer, vae), has_camera)
+    return beside(example, batch, given, transformer)
+
+
+def beside(example: Example, batch: LatentBatch, given: list[Given], transformer: KlingTransformer3DModel) -> Example:
+    """The same example for weights that take what is given beside the noise: nothing of the clip itself is given any more."""
+    config, state, b = transformer.config, example.state, len(given)
+    if config.image_dim is not None:
+        seen = torch.zeros(b, 1, config.image_dim) if batch.seen is None else batch.seen
+        example = replace(example, seen=seen * torch.tensor([what.known > 0 for what in given])[:, None, None])
+    if not (groups := concat_groups(config.in_channels, config.out_channels)):
+        return example
+    shown = torch.zeros_like(batch.latents) if batch.shown is None else batch.shown
+    concat = concat_channels(replace(state, clean=shown) if "clean" in groups else state, groups)
+    return replace(example, state=build_state([Given()] * b, batch.latents, None, state.patch), concat=concat)
 
 
 def batch_rays(batch: LatentBatch, given: list[Given], transformer: KlingTransformer3DModel, vae: AutoencoderKLKling) -> Tensor | None:
@@ -231,10 +257,9 @@ def held_out(cfg: Validation, data: DataConfig, frames: int, vae: AutoencoderKLK
     return clips
 
 
-def level_quantiles(count: int, density: str, shift: float) -> Tensor:
+def level_quantiles(count: int, density: str, shift: float, within: tuple[float, float] = (0.0, 1.0)) -> Tensor:
     """(count,) levels in the middle of equal shares of the training density: its quantiles (i + ½) / count."""
-    q = (torch.arange(count) + 0.5) / count
-    return shift_sigma(torch.special.ndtri(q).sigmoid() if density == "logit_normal" else q, shift)
+    return press(level_at((torch.arange(count) + 0.5) / count, density, shift), within, density, shift)
 
 
 @torch.no_grad()
@@ -258,7 +283,8 @@ def validation_loss(
         given = [Given()]
         state = build_state(given, batch.latents, None, tuple(model.transformer.config.patch_size))
         has_camera = torch.tensor([batch.cameras[0] is not None])
-        example = Example(state, [batch.captions[0][0]], batch_rays(batch, given, model.transformer, vae), has_camera).to(device)
+        example = Example(state, [batch.captions[0][0]], batch_rays(batch, given, model.transformer, vae), has_camera)
+        example = beside(example, batch, given, model.transformer).to(device)
         for q, level in enumerate(levels):
             noise = noise_like(example.state.clean, 0, "validation", q, batch.ids)
             v = run(example, level[None].to(device), noise)  # (1, c, f, h, w)
@@ -273,15 +299,17 @@ def validation_loss(
 def export(pipe: KlingPipeline, folder: Path) -> None:
     """The folder that `KlingPipeline.from_pretrained` reads, what was trained in bf16; whole or absent.
 
-    Of published weights umT5 is copied, and the VAE keeps its precision: no training has touched them.
+    Of published weights the encoders are copied, and the VAE keeps its precision: no training has touched them.
     """
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     published = isinstance(pipe.text_encoder, UMT5TextEncoder)
-    if published:
-        pipe.text_encoder.save_pretrained(temporary)
-    for name in ("vae", "transformer") if published else ("vae", "transformer", "text_encoder"):
-        part = getattr(pipe, name)
+    for name in ("text_encoder", "image_encoder", "image_processor") if published else ():
+        if (part := getattr(pipe, name)) is not None:
+            part.save_pretrained(temporary if name == "text_encoder" else temporary / name)
+    for name in ("vae", "transformer", "transformer_2") if published else ("vae", "transformer", "text_encoder"):
+        if (part := getattr(pipe, name)) is None:
+            continue
         part.save_config(temporary / name)
         dtype = torch.float32 if published and name == "vae" else torch.bfloat16
         weights = {key: t.detach().to("cpu", dtype).contiguous() for key, t in part.state_dict().items()}
@@ -292,10 +320,10 @@ def export(pipe: KlingPipeline, folder: Path) -> None:
     temporary.rename(folder)
 
 
-def export_lora(pipe: KlingPipeline, folder: Path) -> None:
+def export_lora(transformer: KlingTransformer3DModel, folder: Path) -> None:
     """The low-rank weights alone, as `pytorch_lora_weights.safetensors` in diffusers' format."""
     from diffusers.loaders import WanLoraLoaderMixin
     from peft import get_peft_model_state_dict
 
-    layers, settings = get_peft_model_state_dict(pipe.transformer), pipe.transformer.peft_config["default"].to_dict()
+    layers, settings = get_peft_model_state_dict(transformer), transformer.peft_config["default"].to_dict()
     WanLoraLoaderMixin.save_lora_weights(folder, layers, transformer_lora_adapter_metadata=settings)

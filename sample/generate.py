@@ -46,7 +46,7 @@ if TYPE_CHECKING:  # diffusers takes seconds to import: a typing mistake should 
 
 FORMATS = {"mp4": tuple(WRITABLE), "gif": (".gif",), "png-frames": ("",), "png": (".png",)}  # and the endings of their names
 REPLAY_TAKES = {"replay", "output", "model", "device", "format", "fps", "save_latents", "dry_run"}
-WEIGHTS = ("transformer", "transformer_2", "vae", "checkpoint", "lora", "lora_2")  # beside those of the folder
+WEIGHTS = ("transformer", "transformer_2", "vae", "checkpoint", "lora", "lora_2", "text_cache")  # beside those of the folder
 MACHINE = ("offload", "fp8", "attention", "cache", "context_parallel")
 REPLAY_TAKES |= {*WEIGHTS, *MACHINE, "dtype"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -215,6 +215,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--transformer-2", metavar="FILE", type=a_path, help="the same for the low-noise expert")
     add("--vae", metavar="FILE", type=a_path, help="the same for the VAE")
     add("--checkpoint", metavar="NAME", help="whose settings to take, where the files do not tell, such as wan2.1-i2v-14b-480p")
+    add("--text-cache", metavar="FOLDER", type=a_path, help="keep umT5's embeddings of prompts here: known ones do not load it again")
     add("--lora", metavar="FILE[:SCALE]", type=a_lora, action="append", help="repeat for more")
     add("--lora-2", metavar="FILE[:SCALE]", type=a_lora, action="append", help="for the low-noise expert")
 

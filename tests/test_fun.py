@@ -16,7 +16,7 @@ from kling import KlingPipeline, KlingTransformer3DModel
 from kling.condition.axes import axes_trajectory
 from kling.condition.camera import camera_signal
 from kling.data.transforms import to_tensor
-from kling.hub.load import widen_inputs
+from kling.start import widen_inputs
 
 H, W, FRAMES, STEPS = 32, 48, 9, 3
 F, HH, WW = 3, 4, 6

@@ -166,12 +166,14 @@ def test_kling_sample_takes_it_all(folder: Path, tmp_path: Path, capsys, monkeyp
     argv = ["a ball", "--model", str(folder), "--checkpoint", ROW, "--dtype", "fp32", "--size", "48x32", "--num-frames", "5"]
     argv += ["--num-inference-steps", "2", "--seed", "1", "--output", str(tmp_path / "a.mp4"), "--device", "cpu"]
     extra = ["--lora", f"{tmp_path / 'l.safetensors'}:0.5", "--attention", "math", "--cache", "first-block=0.2", "--fp8"]
+    extra += ["--text-cache", str(tmp_path / "text")]
     code, out, err = run(capsys, *argv, *extra)
     assert code == 0, err
     assert seen["lora"] == ["high0"] and seen["backend"] == "_native_math" and seen["cache"].threshold == 0.2
     assert seen["stored"] == torch.float8_e4m3fn and (tmp_path / "a.mp4").stat().st_size > 0
     record = json.loads((tmp_path / "a.json").read_text())
     assert str(tmp_path / "l.safetensors") in record["model"]["sha256"]
+    assert len(list((tmp_path / "text").rglob("*.safetensors"))) == 2, "the prompt's embedding and the negative one's"
 
 
 @pytest.mark.parametrize(

@@ -7,22 +7,27 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny_wan
 import torch
 import workers
-from diffusers import UniPCMultistepScheduler, WanPipeline
+from diffusers import UniPCMultistepScheduler, WanImageToVideoPipeline, WanPipeline
 from kling_programs.sample.export import main as kling_export
 from kling_programs.train import encode
+from PIL import Image
 from safetensors.torch import load_file
 
 from kling import KlingPipeline, KlingTransformer3DModel
-from kling.cache import LatentCache, captions_of
-from kling.start import grow
+from kling.cache import LatentCache
+from kling.condition.state import Given, build_state
+from kling.data.source import ClipSource, DataConfig
+from kling.start import captions_of, grow
 from kling.text.umt5 import UMT5TextEncoder
+from kling.training import Example, beside
 
 train_dit = workers.train_dit
-ROW = "wan2.1-t2v-1.3b"
+ROW, I2V = "wan2.1-t2v-1.3b", "wan2.1-i2v-14b-480p"
 FP32 = {"torch_dtype": torch.float32}
 CAMERA = {"camera_channels": 24, "camera_fold": "pool", "camera_downscale": 1, "camera_residual_blocks": 0}
 
@@ -35,9 +40,12 @@ def wan(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def cache(wan: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Five clips of the small world, encoded by the Wan folder's VAE and umT5."""
-    out = tmp_path_factory.mktemp("cache") / "cache"
-    words = ["configs/cache/world.yaml", "clips=5", "shard=3", "data.frames=[1,5]", "workers=0", "threads=1"]
-    encode.main([*words, f"model={wan}", f"out={out}"])
+    return encoded(wan, tmp_path_factory.mktemp("cache") / "cache", "clips=5", "shard=3")
+
+
+def encoded(wan: Path, out: Path, *more: str) -> Path:
+    words = ["configs/cache/world.yaml", "data.frames=[1,5]", "workers=0", "threads=1"]
+    encode.main([*words, f"model={wan}", f"out={out}", *more])
     return out
 
 
@@ -134,6 +142,62 @@ def test_conditions_grow_onto_wan_and_learn(wan: Path, cache: Path, tmp_path: Pa
     assert (made(pipe, image=image, camera="pan=5") - made(pipe, image=image)).abs().max() > 0
 
 
+def test_image_weights_are_shown_what_they_were_shown(tmp_path: Path) -> None:
+    """The extra channels and CLIP's tokens of a training example, against those that diffusers' image pipeline makes of the same frame."""
+    wan = tiny_wan.saved("i2v", tmp_path / "wan")
+    clips = ["clips=2", "shard=2", "data.aspects=['16:9']", "shares=[1]"]
+    cache = LatentCache(encoded(wan, tmp_path / "cache", *clips, "image=true"))
+    bucket = next(iter(cache.clips))
+    batch = cache.batch(bucket, [0, 1], 5)
+    source = ClipSource(DataConfig(frames=[1, 5], aspects=["16:9"]), seed=0)
+    theirs = WanImageToVideoPipeline.from_pretrained(wan)
+    model = KlingTransformer3DModel.from_pretrained(wan / "transformer")
+    given = [Given(known=1), Given()]
+    state = build_state(given, batch.latents, None)
+    example = beside(Example(state, ["", ""], None, torch.zeros(2, dtype=torch.bool)), batch, given, model)
+    frame = Image.fromarray(source.clip(0, 5, "16:9").video[0])
+    H, W = frame.height, frame.width
+    pixels = theirs.video_processor.preprocess(frame, height=H, width=W)
+    with torch.no_grad():
+        _, condition = theirs.prepare_latents(pixels, 1, 16, H, W, 5, torch.float32, torch.device("cpu"), torch.Generator())
+        seen = theirs.encode_image(frame)
+    torch.testing.assert_close(example.concat[:1], condition, atol=2e-3, rtol=2e-3)  # fp16 in the cache
+    torch.testing.assert_close(example.seen[:1], seen, atol=2e-3, rtol=2e-3)
+    assert not example.concat[1].any() and not example.seen[1].any(), "nothing given, nothing shown"
+    assert example.state.mask.all() and torch.equal(example.state.clean, batch.latents), "all of the clip is made, the first frame too"
+
+    train_dit.main(
+        [*words(wan, cache.folder, tmp_path / "run", "lora.rank=0", "lr=1e-3", "tasks={image: 1, text: 1}", "checkpoint=" + I2V)]
+    )
+    pipe = KlingPipeline.from_pretrained(tmp_path / "run" / "export", **FP32)
+    out = pipe("a ball", image=np.asarray(frame), size="48x32", num_frames=5, num_inference_steps=1, output_type="latent").latents
+    assert out.isfinite().all() and pipe.image_encoder is not None and pipe.config.capabilities[0] == "image"
+    moved = (pipe.transformer.patch_embedding.weight - model.patch_embedding.weight).abs().amax((0, 2, 3, 4))
+    assert (moved > 1e-4).all(), "every input channel is trained"
+
+
+def test_one_of_two_experts_is_trained_at_its_own_levels(cache: Path, tmp_path: Path) -> None:
+    wan = tiny_wan.saved("t2v-a14b", tmp_path / "wan")
+    a14b = ["checkpoint=wan2.2-t2v-a14b", "lora.rank=0", "lr=1e-3", "expert=low", "steps=2", "batch=4"]
+    train_dit.main([*words(wan, cache, tmp_path / "run", *a14b)])
+    for part, changed in (("transformer", False), ("transformer_2", True)):
+        before, after = weights(wan / part), weights(tmp_path / "run" / "export" / part)
+        assert torch.equal(before["proj_out.weight"].bfloat16(), after["proj_out.weight"]) != changed, part
+    levels = [line for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines() if "loss/" in line]
+    assert levels and KlingPipeline.from_pretrained(tmp_path / "run" / "export", **FP32).config.boundary_ratio == 0.875
+
+
+def test_channels_grow_onto_text_weights(wan: Path, cache: Path, tmp_path: Path) -> None:
+    """The channel group of Fun Camera, on weights that had none: it starts at zero, and learns from the first frames in the cache."""
+    train_dit.main([*words(wan, cache, tmp_path, "lora.rank=0", "lr=1e-3", "model.in_channels=32", "tasks={image: 1, continuation: 1}")])
+    had = KlingTransformer3DModel.from_pretrained(wan / "transformer")
+    pipe = KlingPipeline.from_pretrained(tmp_path / "export", **FP32)
+    assert had.config.in_channels == 16 and pipe.groups == ("first",)
+    assert pipe.transformer.patch_embedding.weight[:, 16:].abs().amax() > 0
+    image = torch.randint(0, 256, (32, 48, 3), dtype=torch.uint8).numpy()
+    assert (made(pipe, image=image) - made(pipe)).abs().max() > 0
+
+
 def test_resuming_is_exact(wan: Path, cache: Path, tmp_path: Path) -> None:
     train_dit.main([*words(wan, cache, tmp_path / "whole", "lora.rank=2", "steps=4", "save_every=2")])
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
@@ -155,6 +219,10 @@ def test_resuming_is_exact(wan: Path, cache: Path, tmp_path: Path) -> None:
         (["vae=kling/assets"], "made with another VAE"),
         (["checkpoint=wan2.1-t2v"], "unknown checkpoint 'wan2.1-t2v'"),
         (["init_from=null"], "set but not init_from"),
+        (["expert=low"], "one transformer: leave it out"),
+        (["model.in_channels=33"], "33 input channels"),
+        (["model.in_channels=36", "tasks={image: 1}"], "holds none: kling-encode with image=true"),
+        (["model.in_channels=32", "tasks={keyframes: 1}"], "cannot learn tasks.keyframes so: text, image, continuation"),
     ],
 )
 def test_mistakes_are_one_line(more: list[str], message: str, wan: Path, cache: Path, tmp_path: Path, capsys) -> None:

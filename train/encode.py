@@ -9,16 +9,21 @@ accelerate launch --num_processes 8 train/encode.py configs/cache/manifest.yaml 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 
+import torch
+from torch import Tensor
 from tqdm import tqdm
 
-from kling.cache import CacheConfig, captions_of, fill_cache, text_folder
+from kling.cache import CacheConfig, fill_cache
 from kling.config import load_config
 from kling.errors import UserError, program
+from kling.hub.clip import load_image_encoder, see
 from kling.hub.load import find_folder
 from kling.pipeline import load_vae
 from kling.runtime.accelerator import make_accelerator, set_threads
+from kling.start import captions_of, text_folder
 from kling.text.umt5 import UMT5TextEncoder
 
 
@@ -31,14 +36,23 @@ def main(argv: list[str] | None = None) -> None:
     set_threads(cfg.threads)
     accelerator = make_accelerator(cfg.out, "fp32")
     rank, ranks = accelerator.process_index, accelerator.num_processes
-    text = UMT5TextEncoder(find_folder(cfg.model), cache=text_folder(cfg.out)) if cfg.model else None
+    folder = find_folder(cfg.model)
+    text = UMT5TextEncoder(folder, cache=text_folder(cfg.out)) if cfg.model else None
     vae = load_vae(cfg.vae or cfg.model).to(accelerator.device)
-    steps = fill_cache(cfg, vae, rank, ranks, accelerator.wait_for_everyone)
+    eye = clip(folder, accelerator.device) if cfg.image and cfg.model and (folder / "image_encoder").is_dir() else None
+    steps = fill_cache(cfg, vae, rank, ranks, accelerator.wait_for_everyone, eye)
     show(steps, "clip", f"encode to {cfg.out}", accelerator.is_main_process)
     if text is not None:
-        del vae
+        del vae, eye
         steps = text.learn(captions_of(cfg.out)[rank::ranks], accelerator.device)
         show(steps, "caption", f"encode to {text.cache}", accelerator.is_main_process)
+
+
+def clip(folder: Path, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """What CLIP of this model folder sees of a picture uint8 (H, W, 3): tokens (i, e)."""
+    parts = load_image_encoder(folder)
+    encoder = parts["image_encoder"].to(device)
+    return lambda picture: see(encoder, parts["image_processor"], [picture], device)[0]
 
 
 def show(steps: Iterable[tuple[int, int]], unit: str, title: str, visible: bool) -> None:

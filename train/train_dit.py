@@ -16,7 +16,7 @@ import torch
 from diffusers import SchedulerMixin
 from torch import Tensor, nn
 
-from kling.cache import CacheConfig, LatentBatch, LatentCache, LatentSteps, captions_of, fill_cache, text_folder
+from kling.cache import CacheConfig, LatentBatch, LatentCache, LatentSteps, fill_cache
 from kling.condition.tasks import TASKS
 from kling.config import load_config, save_config, to_dict
 from kling.data.image import write_png
@@ -41,7 +41,7 @@ from kling.runtime.parallel import check_draws, lay_out, same_rng, scalar, split
 from kling.runtime.random import generator, noise_like
 from kling.runtime.saver import Saver, find_latest, load_run_tensors, run_tensors, versions
 from kling.shapes import latent_frames
-from kling.start import Start, check_fit, new_scheduler, open_start, taught_text
+from kling.start import Start, captions_of, check_fit, new_scheduler, open_start, taught_text, text_folder
 from kling.text import ByteTextEncoder
 from kling.training import (
     Drawing,
@@ -70,7 +70,8 @@ class TrainDiTConfig:
     frames: pixel lengths to draw from, at most the cache's. tasks: how often each is drawn.
     text_drop, camera_drop: how often the text or the camera is left out, for guidance. scheduler: settings stored with the weights.
     init_from: a model folder to start from, ours or published; conditions that `model` adds to it start at zero. checkpoint: the
-    registry's name of it, where its files do not tell. lora: train low-rank weights on top of it.
+    registry's name of it, where its files do not tell. expert: of two, the one to train, high or low.
+    lora: train low-rank weights on top of it.
     text_from: a text encoder from kling-train-text, under a new transformer.
     samples: what is drawn every `sample_every` steps, as fields of `Request`. keep_every: checkpoints of these steps stay for good.
     activation_checkpointing: none, selective or full. compile: regional `torch.compile`, each kind of block once.
@@ -95,6 +96,7 @@ class TrainDiTConfig:
     scheduler: dict[str, Any] = field(default_factory=dict)
     init_from: str | None = None
     checkpoint: str | None = None
+    expert: str = ""
     text_from: str | None = None
     lora: Lora = field(default_factory=Lora)
     vae: str = ""
@@ -139,8 +141,10 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("text_from and init_from are both set: the folder of init_from has its own text encoder, so leave one out")
     if cfg.lora.rank and not cfg.init_from:
         raise UserError("lora.rank is set but not init_from: name the model folder that the low-rank weights are for")
-    if cfg.checkpoint and not cfg.init_from:
-        raise UserError("checkpoint is set but not init_from: it tells what published weights are, so name their folder")
+    if (cfg.checkpoint or cfg.expert) and not cfg.init_from:
+        raise UserError("checkpoint or expert is set but not init_from: they tell which published weights to train, so name their folder")
+    if cfg.expert and cfg.sample_every:
+        raise UserError("sample_every is set, and samples need both experts: leave it at 0, and sample from the export")
     cfg.vae = cfg.vae or cfg.init_from or ""
     with StopSignal() as stop:
         train(cfg, stop)
@@ -152,7 +156,8 @@ def train(cfg: TrainDiTConfig, stop: StopSignal) -> None:
     accelerator = make_accelerator(out, cfg.mixed_precision, cfg.gradient_accumulation, cfg.trackers)
     layout, device, micro = lay_out(accelerator), accelerator.device, cfg.gradient_accumulation
     checkpoint.check_same_config(out, to_dict(cfg), defaults=to_dict(TrainDiTConfig()))
-    start = open_start(cfg.init_from, cfg.checkpoint) if cfg.init_from else None
+    start = open_start(cfg.init_from, cfg.checkpoint, cfg.expert) if cfg.init_from else None
+    within = start.within if start else (0.0, 1.0)
     vae = load_vae(cfg.vae).to(device)
     if accelerator.is_main_process:
         complete_cache(cfg, vae, stop)
@@ -172,7 +177,7 @@ def train(cfg: TrainDiTConfig, stop: StopSignal) -> None:
     torch.manual_seed(cfg.seed)  # the initial weights; every later draw is counter-based
     model = build(cfg, start)
     transformer, text_encoder = model.transformer, model.text_encoder
-    check_fit(vae, transformer)
+    check_fit(vae, transformer, cfg.tasks, cache)
     split_sequence(transformer, layout, device, cfg.context_parallel)
     set_checkpointing(transformer, cfg.activation_checkpointing)
     if cfg.compile:
@@ -199,11 +204,11 @@ def train(cfg: TrainDiTConfig, stop: StopSignal) -> None:
         """The network's velocity (b, c, G, h, w) for a batch at levels (b,)."""
         words = model.words(example.prompts)
         with accelerator.autocast():
-            return net(example.state, example.state.noised(level, noise), level, words, example.rays, example.has_camera)
+            return net(example, example.state.noised(level, noise), level, words)
 
     def validate() -> dict[str, float]:
         """Loss of the averaged weights on held-out clips at fixed levels; weights and generators are as before after it."""
-        levels = level_quantiles(cfg.validation.quantiles, density, shift)
+        levels = level_quantiles(cfg.validation.quantiles, density, shift, within)
         with ema.swap(model), same_rng(device):
             sums, counts = total(accelerator, validation_loss(predict, held, levels, layout, model, vae, device))
         losses = (sums / counts).tolist()
@@ -229,7 +234,7 @@ def train(cfg: TrainDiTConfig, stop: StopSignal) -> None:
                 place = feed.place(k)
                 example = draw_example(drawing, batch, place, transformer, vae).to(device)
                 b = len(batch.ids)  # clips of one shape, as many as make the tokens of `cfg.batch` of the largest
-                level = draw_sigma((b,), generator(cfg.seed, "sigma", place), density, shift).to(device)  # (b,)
+                level = draw_sigma((b,), generator(cfg.seed, "sigma", place), density, shift, within).to(device)  # (b,)
                 noise = noise_like(example.state.clean, cfg.seed, "noise", place, range(b))  # (b, c, G, h, w)
                 used.append({"place": place, "clips": batch.ids})
                 meter.lap("data")
@@ -343,7 +348,8 @@ def pipeline(cfg: TrainDiTConfig, model: Trained, vae: nn.Module, start: Start |
     able += ["text_to_image"] if 1 in cfg.frames else []
     settings = {"scheduler": scheduler_of(cfg, start), "max_frames": cfg.max_frames}
     settings["capabilities"] = list(dict.fromkeys([*kept.get("capabilities", ()), *able]))
-    return KlingPipeline(vae, model.transformer, model.text_encoder, **{**kept, **settings})
+    models = start.beside(model.transformer) if start else {"transformer": model.transformer}
+    return KlingPipeline(vae, text_encoder=model.text_encoder, **{**models, **kept, **settings})
 
 
 def draw_samples(pipe: KlingPipeline, cfg: TrainDiTConfig, picture: Path, write: bool) -> None:
@@ -368,11 +374,12 @@ def publish(cfg: TrainDiTConfig, vae: nn.Module, out: Path, start: Start | None)
     average = EMA(model, cfg.ema)
     average.load_state_dict(saved.tensors["ema"])
     with average.swap(model):
-        pipe = pipeline(cfg, model, vae, start)
         if cfg.lora.rank:
-            export_lora(pipe, out / "lora")
+            export_lora(model.transformer, out / "lora")
             if not cfg.lora.merge:
                 return
+        pipe = pipeline(cfg, model, vae, start)
+        if cfg.lora.rank:
             pipe.fuse_lora()
         export(pipe, out / "export")
 

@@ -15,6 +15,7 @@ from kling.dit import KlingTransformer3DModel
 from kling.errors import UserError
 from kling.flow.plain import shift_key
 from kling.flow.scheduler import KlingFlowScheduler
+from kling.hub.clip import load_image_encoder
 from kling.hub.detect import build_of, transformer_config, transformer_names
 from kling.hub.files import read_shapes, read_tensors
 from kling.hub.keys import strip_prefix, vae_name
@@ -98,6 +99,8 @@ def load(
         parts["vae"] = load_vae_file(vae, folder)
     if wan or has_umt5(folder):
         parts["text_encoder"] = UMT5TextEncoder(folder, dtype, cache=text_cache)
+    elif text_cache is not None:
+        raise UserError(f"text_cache {text_cache} is for umT5, and {folder} has a small text encoder of its own: leave it out")
     else:
         parts["text_encoder"] = loaded(folder, "text_encoder", ByteTextEncoder, weights, torch_dtype=dtype)
     if weights and has(index, "image_encoder"):
@@ -206,21 +209,6 @@ def load_vae_file(path: str | Path, folder: Path) -> AutoencoderKLKling:
         raise UserError(f"{path} is not the VAE that {folder}/vae/config.json describes: {', '.join(odd[:12])} differ")
     model.load_state_dict(tensors, assign=True)
     return model.eval()
-
-
-def load_image_encoder(folder: Path) -> dict[str, Any]:
-    """CLIP's image half and its preprocessing, which the Wan 2.1 image models are also shown the picture through."""
-    from transformers import CLIPImageProcessor, CLIPVisionModel
-
-    try:
-        return {
-            "image_encoder": CLIPVisionModel.from_pretrained(folder / "image_encoder", dtype=torch.float32, use_safetensors=True).eval(),
-            "image_processor": CLIPImageProcessor.from_pretrained(folder / "image_processor"),
-        }
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"model {folder} is incomplete: its image encoder cannot be loaded ({str(error).strip().splitlines()[0]})"
-        ) from None
 
 
 def load_scheduler(folder: Path) -> SchedulerMixin:

@@ -29,7 +29,7 @@ def pipeline_of(run: Path, name: str, device: Any) -> KlingPipeline:
         raise unknown("checkpoint", name, checkpoints(run))
     cfg = load_config(TrainDiTConfig, run / "config.yaml")
     saved = checkpoint.load(run / name, ["ema"])
-    start = open_start(cfg.init_from, cfg.checkpoint) if cfg.init_from else None
+    start = open_start(cfg.init_from, cfg.checkpoint, cfg.expert) if cfg.init_from else None
     model = build(cfg, start)
     left = model.load_state_dict(saved.tensors["ema"], strict=False)
     if left.missing_keys or left.unexpected_keys:
