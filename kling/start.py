@@ -55,9 +55,9 @@ class Start:
         boundary = self.settings.get("boundary_ratio")
         return {"": (0.0, 1.0), "high": (boundary, 1.0), "low": (0.0, boundary)}[self.expert]
 
-    def transformer(self, model: Mapping[str, Any]) -> KlingTransformer3DModel:
+    def transformer(self, model: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> KlingTransformer3DModel:
         """What is trained, with the conditions of `model` added; see `grow`."""
-        return grow(self.folder / PARTS[self.expert], model)
+        return grow(self.folder / PARTS[self.expert], model, dtype)
 
     def beside(self, trained: KlingTransformer3DModel) -> dict[str, Any]:
         """The models of a pipeline around a trained transformer, but VAE and text encoder: the other expert, and CLIP."""
@@ -131,7 +131,7 @@ def new_scheduler(settings: Mapping[str, Any]) -> KlingFlowScheduler:
     return KlingFlowScheduler(**settings)
 
 
-def grow(folder: str | Path, model: Mapping[str, Any]) -> KlingTransformer3DModel:
+def grow(folder: str | Path, model: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> KlingTransformer3DModel:
     """The transformer of a folder with the conditions of `model` added to those it has: new inputs start at zero, so its output is
     unchanged. Raises `UserError` for a key that differs and is no condition, or that changes one which is trained already."""
     with torch.device("meta"):
@@ -148,7 +148,7 @@ def grow(folder: str | Path, model: Mapping[str, Any]) -> KlingTransformer3DMode
             raise UserError(f"init_from {folder} was trained with model.{key} = {had[key]!r}: leave it as it is")
         changed[key] = value
     in_channels = changed.pop("in_channels", had["in_channels"])
-    grown = KlingTransformer3DModel.from_pretrained(folder, torch_dtype=torch.float32, **changed)
+    grown = KlingTransformer3DModel.from_pretrained(folder, torch_dtype=dtype, **changed)
     return grown if in_channels == had["in_channels"] else widen_inputs(grown, in_channels)
 
 

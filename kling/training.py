@@ -72,12 +72,14 @@ class Lora:
     """Low-rank training: the weights of `init_from` stay, and W becomes W + alpha / rank · B A in the layers whose names end in `targets`.
 
     rank: 0 trains the model itself. merge: export the whole model with B A added in, besides the small file of A and B alone.
+    half: hold the weights that stay in bf16, which takes mixed_precision=bf16.
     """
 
     rank: int = 0
     alpha: float = 16.0
     targets: list[str] = field(default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"])
     merge: bool = False
+    half: bool = False
 
 
 def add_lora(model: Trained, lora: Lora) -> None:
@@ -91,6 +93,9 @@ def add_lora(model: Trained, lora: Lora) -> None:
             raise UserError(f"lora.targets '{target}' is the end of no layer's name: try to_q, to_k, to_v, to_out.0, ffn.net.2")
     model.requires_grad_(False)
     model.transformer.add_adapter(LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=lora.targets))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()  # peft makes them as the weights beside them are
 
 
 def set_checkpointing(transformer: KlingTransformer3DModel, what: str) -> None:

@@ -47,7 +47,7 @@ if TYPE_CHECKING:  # diffusers takes seconds to import: a typing mistake should 
 FORMATS = {"mp4": tuple(WRITABLE), "gif": (".gif",), "png-frames": ("",), "png": (".png",)}  # and the endings of their names
 REPLAY_TAKES = {"replay", "output", "model", "device", "format", "fps", "save_latents", "dry_run"}
 WEIGHTS = ("transformer", "transformer_2", "vae", "checkpoint", "lora", "lora_2", "text_cache")  # beside those of the folder
-MACHINE = ("offload", "fp8", "attention", "cache", "context_parallel")
+MACHINE = ("offload", "fp8", "attention", "cache", "context_parallel", "tiles")
 REPLAY_TAKES |= {*WEIGHTS, *MACHINE, "dtype"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 EXIT_DIFFERENT = 1
@@ -230,6 +230,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         metavar="NAME=X",
         help="skip work that changes little: first-block=0.1, taylorseer=5 or mag=RATIOS.json (made by calibrate=RATIOS.json)",
     )
+    add("--tiles", metavar="PIXELS", type=int, help="the VAE works in overlapping squares of this side, such as 256")
     add("--context-parallel", metavar="N", type=int, help="share each clip between the N processes that torchrun started")
 
     add = parser.add_argument_group("output").add_argument

@@ -159,17 +159,18 @@ def test_kling_sample_takes_it_all(folder: Path, tmp_path: Path, capsys, monkeyp
 
     def look(pipe: KlingPipeline, *args: object) -> None:
         seen.update(cache=pipe.transformer._cache_config, backend=pipe.transformer.blocks[0].attn1.processor._attention_backend)
-        seen.update(lora=pipe.get_active_adapters(), stored=pipe.transformer.blocks[0].attn1.to_k.weight.dtype)
+        seen.update(tiles=pipe.vae.tiles.size, lora=pipe.get_active_adapters(), stored=pipe.transformer.blocks[0].attn1.to_k.weight.dtype)
 
     sample = generate.sample
     monkeypatch.setattr(generate, "sample", lambda pipe, *args: look(pipe) or sample(pipe, *args))
     argv = ["a ball", "--model", str(folder), "--checkpoint", ROW, "--dtype", "fp32", "--size", "48x32", "--num-frames", "5"]
     argv += ["--num-inference-steps", "2", "--seed", "1", "--output", str(tmp_path / "a.mp4"), "--device", "cpu"]
     extra = ["--lora", f"{tmp_path / 'l.safetensors'}:0.5", "--attention", "math", "--cache", "first-block=0.2", "--fp8"]
-    extra += ["--text-cache", str(tmp_path / "text")]
+    extra += ["--text-cache", str(tmp_path / "text"), "--tiles", "32"]
     code, out, err = run(capsys, *argv, *extra)
     assert code == 0, err
     assert seen["lora"] == ["high0"] and seen["backend"] == "_native_math" and seen["cache"].threshold == 0.2
+    assert seen["tiles"] == 32
     assert seen["stored"] == torch.float8_e4m3fn and (tmp_path / "a.mp4").stat().st_size > 0
     record = json.loads((tmp_path / "a.json").read_text())
     assert str(tmp_path / "l.safetensors") in record["model"]["sha256"]
@@ -181,6 +182,7 @@ def test_kling_sample_takes_it_all(folder: Path, tmp_path: Path, capsys, monkeyp
     [
         (["--offload", "group"], "--offload group"),
         (["--attention", "flash"], "needs a CUDA device"),
+        (["--tiles", "100"], "tiles of 100.*multiples of 8"),
         (["--dtype", "int8"], "dtype 'int8'.*fp32, bf16, fp16"),
         (["--checkpoint", "wan"], "unknown checkpoint 'wan'"),
         (["--transformer", "none.safetensors"], "none.safetensors' do not exist"),
@@ -231,6 +233,16 @@ def test_a_dry_run_needs_no_weights_and_names_the_setting_that_fits(large: Path)
     peaks = [estimate(pipe, plan, Machine(offload=way)).peak for way in (None, "model", "group")]
     assert peaks[0] >= peaks[1] > peaks[2]
     assert estimate(pipe, plan, Machine(context_parallel=4)).activations == pytest.approx(memory.activations / 4, rel=0.01)
+
+
+def test_tiles_are_advised_where_decoding_is_what_does_not_fit(large: Path) -> None:
+    pipe = KlingPipeline.from_pretrained(large, weights=False)
+    with torch.device("meta"):
+        pipe.vae = AutoencoderKLKling()
+    plan = pipe.plan(Request("a"))
+    whole, tiled = (estimate(pipe, plan, Machine(tiles=tiles)).decoding for tiles in (None, 256))
+    assert whole > 20 * 2**30 and tiled == pytest.approx(whole * 256**2 / (720 * 1280))
+    assert advice(pipe, plan, Machine(), 20 * 2**30).startswith("does not fit; --offload group --tiles 256 would")
 
 
 @pytest.mark.slow

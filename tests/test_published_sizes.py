@@ -18,7 +18,7 @@ from kling import AutoencoderKLKling, KlingPipeline, KlingTransformer3DModel
 from kling.hub.detect import build_of, transformer_config
 from kling.hub.registry import by_name
 
-# transformer/config.json of the -Diffusers repositories, what differs from the defaults of the class (which are those of T2V-14B)
+# transformer/config.json of the -Diffusers repositories: what differs from the defaults of the class, which are T2V-14B's (and A14B's)
 SMALL = {"num_attention_heads": 12, "num_layers": 30, "ffn_dim": 8960}
 IMAGE = {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120}
 TRANSFORMERS = {
@@ -26,7 +26,6 @@ TRANSFORMERS = {
     "wan2.1-t2v-14b": {},
     "wan2.1-i2v-14b-480p": IMAGE,
     "wan2.1-flf2v-14b-720p": IMAGE | {"pos_embed_seq_len": 2 * 257},
-    "wan2.2-t2v-a14b": {},
     "wan2.2-i2v-a14b": {"in_channels": 36},
     "wan2.2-ti2v-5b": {"num_attention_heads": 24, "num_layers": 30, "ffn_dim": 14336, "in_channels": 48, "out_channels": 48},
 }

@@ -31,7 +31,7 @@ from kling.flow.time import draw_sigma
 from kling.pipeline import KlingPipeline, load_vae
 from kling.request import Request
 from kling.runtime import checkpoint
-from kling.runtime.accelerator import EXIT_STOPPED, StopSignal, make_accelerator, set_threads
+from kling.runtime.accelerator import EXIT_STOPPED, StopSignal, make_accelerator, set_threads, wrap_what_is_there
 from kling.runtime.ema import EMA
 from kling.runtime.health import Guard, Watchdog
 from kling.runtime.log import RunLog
@@ -155,6 +155,8 @@ def train(cfg: TrainDiTConfig, stop: StopSignal) -> None:
     out = Path(cfg.out)
     accelerator = make_accelerator(out, cfg.mixed_precision, cfg.gradient_accumulation, cfg.trackers)
     layout, device, micro = lay_out(accelerator), accelerator.device, cfg.gradient_accumulation
+    if cfg.lora.half and accelerator.mixed_precision != "bf16":
+        raise UserError("lora.half holds weights in bf16, and this run does not compute in it: set mixed_precision=bf16, or leave it out")
     checkpoint.check_same_config(out, to_dict(cfg), defaults=to_dict(TrainDiTConfig()))
     start = open_start(cfg.init_from, cfg.checkpoint, cfg.expert) if cfg.init_from else None
     within = start.within if start else (0.0, 1.0)
@@ -183,6 +185,7 @@ def train(cfg: TrainDiTConfig, stop: StopSignal) -> None:
     if cfg.compile:
         transformer.compile_repeated_blocks()
     optimizer = adamw(model, cfg.lr, betas=tuple(cfg.betas), weight_decay=cfg.weight_decay)
+    wrap_what_is_there(accelerator, model)
     net, optimizer = accelerator.prepare(model, optimizer)
     ema = EMA(model, cfg.ema)
     saver = Saver(out, cfg.keep_last, cfg.keep_every, accelerator=accelerator, background=cfg.save_in_background)
@@ -326,7 +329,8 @@ def complete_text(cfg: TrainDiTConfig, start: Start, held: list[LatentBatch], de
 def build(cfg: TrainDiTConfig, start: Start | None) -> Trained:
     """The models to train: new, or those to start from, grown by the conditions that `model` adds, or with low-rank weights."""
     if start:
-        model = Trained(start.transformer(cfg.model), start.text(cfg.text, cfg.cache))
+        frozen = torch.bfloat16 if cfg.lora.rank and cfg.lora.half else torch.float32
+        model = Trained(start.transformer(cfg.model, frozen), start.text(cfg.text, cfg.cache))
     else:
         text = taught_text(cfg.text_from, cfg.text) if cfg.text_from else ByteTextEncoder(**cfg.text)
         model = Trained(KlingTransformer3DModel(**{"text_dim": text.config.out_dim, **cfg.model}), text)

@@ -1,6 +1,7 @@
 """How a pipeline runs on this machine: where its weights lie, how small, which attention, what steps may reuse. All of it is diffusers'.
 
-Nothing here changes what is computed, but for two that say so: fp8 rounds the weights, and a step cache skips work that it guesses.
+Nothing here changes what is computed, but for three that say so: fp8 rounds the weights, a step cache skips work that it guesses, and
+the VAE's tiles see less than the whole picture.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class Machine:
     offload: "model" keeps one part at a time on the device, "group" one block at a time. fp8: transformers stored in 8 bits.
     attention: a name of `ATTENTIONS`. cache: "first-block=THRESHOLD", "mag=RATIOS.json[:THRESHOLD]" or "taylorseer=INTERVAL"; or
     "calibrate=RATIOS.json", which skips nothing and writes what "mag" needs.
-    context_parallel: devices that share the tokens of one clip.
+    context_parallel: devices that share the tokens of one clip. tiles: pixels along the side of the squares that the VAE works in.
     """
 
     offload: str | None = None
@@ -48,6 +49,7 @@ class Machine:
     attention: str | None = None
     cache: str | None = None
     context_parallel: int = 1
+    tiles: int | None = None
 
     def __post_init__(self) -> None:
         if self.offload is not None and self.offload not in OFFLOADS:
@@ -77,6 +79,9 @@ def set_up(pipe: Any, machine: Machine, device: torch.device, steps: int) -> Non
             model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=model.dtype)
     if machine.cache is not None:
         set_cache(pipe, machine.cache, steps)
+    if machine.tiles is not None:
+        s = pipe.vae.spatial_factor
+        pipe.vae.enable_tiling(machine.tiles, machine.tiles // 4 // s * s)
     if machine.context_parallel > 1:
         device = join_processes(machine.context_parallel, device)
     place(pipe, machine.offload, device)
