@@ -33,7 +33,7 @@ from kling.condition.camera import Trajectory
 from kling.data.buckets import Bucket, Epochs, batch_sizes
 from kling.data.clips import ClipSample
 from kling.data.source import ClipSource, DataConfig, batches, check_data
-from kling.data.transforms import to_tensor
+from kling.encoding import encode_clips, first_frames
 from kling.errors import UserError
 from kling.runtime.checkpoint import write_atomic
 from kling.shapes import latent_frames
@@ -51,13 +51,6 @@ def cache_key(vae: AutoencoderKLKling, settings: dict[str, Any]) -> str:
     return digest.hexdigest()
 
 
-def keyframe_times(clip: int | str, ends: list[int], seed: int) -> list[int]:
-    """Pixel frames of a clip that are encoded alone: the last of every length, then one drawn inside the first and the last length."""
-    rng = random.Random(f"keyframes/{seed}/{clip}")
-    inner = [rng.randint(1, max(1, ends[i] - 2)) for i in (0, -1)] if ends else []
-    return [T - 1 for T in ends] + inner
-
-
 @dataclass
 class CacheConfig:
     """What a cache is made of.
@@ -66,7 +59,8 @@ class CacheConfig:
     whose umT5 reads the captions; empty for our own text encoder, which reads them in training. image: keep also what image-to-video
     weights are shown of a first frame. clips: how many of the endless world, shared out over `data.aspects` by `shares`; a manifest is
     encoded whole. data.frames: the lengths that training will use; of the world the longest is encoded, of a manifest's shot the longest
-    that it fills. shard: clips in a file.
+    that it fills. shorter: how many other clips of the world of each shorter length, {1: 9000} for pictures, which cost little and show
+    much. shard: clips in a file.
     """
 
     out: str = "runs/cache"
@@ -74,6 +68,7 @@ class CacheConfig:
     model: str = ""
     image: bool = False
     clips: int | None = None
+    shorter: dict[int, int] = field(default_factory=dict)
     shares: list[float] | None = None
     shard: int = 50
     seed: int = 0
@@ -117,11 +112,7 @@ def fill_cache(
         samples = [next(clips) for _ in shard.numbers]
         ids = [sample.name for sample in samples] if source.manifest else shard.numbers
         tensors, rows = encode_clips(vae, samples, ids, ends, cfg.seed)
-        if cfg.image:
-            tensors["shown"] = torch.cat([encode_first(vae, sample.video) for sample in samples]).half().cpu()
-        if cfg.image and see is not None:
-            tensors["seen"] = torch.stack([see(torch.as_tensor(sample.video[0])) for sample in samples]).half().cpu()
-        writer.add(shard, tensors, rows)
+        writer.add(shard, tensors | (first_frames(vae, samples, see) if cfg.image else {}), rows)
         done += len(shard.numbers)
         yield done, total
     wait()
@@ -136,6 +127,8 @@ def settings_of(cfg: CacheConfig) -> dict[str, Any]:
     data = {name: value for name, value in asdict(cfg.data).items() if name in always or value != plain[name]}
     data.pop("reader", None)  # all readers give the same frames
     of_world = {"clips": cfg.clips, "shares": _shares(cfg)} if cfg.data.source == "world" else {}
+    if cfg.data.source == "world" and cfg.shorter:
+        of_world["shorter"] = {str(frames): clips for frames, clips in cfg.shorter.items()}  # as JSON gives it back
     of_image = {"image": True} if cfg.image else {}
     return {"data": data, "seed": cfg.seed, "shard": cfg.shard, **of_world, **of_image}
 
@@ -146,24 +139,29 @@ def _shares(cfg: CacheConfig) -> list[float]:
 
 def _plan(cfg: CacheConfig, source: ClipSource) -> Iterator[Shard]:
     """The shards of a cache, in order. Raises `UserError` for settings that do not fit the source."""
-    buckets: list[tuple[Bucket, int]] = []
+    buckets: list[tuple[Bucket, range]] = []
     if source.manifest:
-        if cfg.clips is not None or cfg.shares is not None:
-            raise UserError("clips and shares are for the world, and a manifest is encoded whole: leave them out")
-        buckets = [(bucket, len(pieces)) for bucket, pieces in source.manifest.buckets.items()]
+        if cfg.clips is not None or cfg.shares is not None or cfg.shorter:
+            raise UserError("clips, shorter and shares are for the world, and a manifest is encoded whole: leave them out")
+        buckets = [(bucket, range(len(pieces))) for bucket, pieces in source.manifest.buckets.items()]
     else:
         if cfg.clips is None or len(_shares(cfg)) != len(cfg.data.aspects):
             raise UserError(
                 f"clips {cfg.clips}, shares {_shares(cfg)} for aspects {cfg.data.aspects}: give the first, and a share for each aspect"
             )
-        shares = _shares(cfg)
-        bounds = [0, *(round(cfg.clips * upto / sum(shares)) for upto in accumulate(shares))]  # rounded so that they sum to `clips`
-        sizes = [end - begin for begin, end in pairwise(bounds)]
-        buckets = [(Bucket(aspect, max(cfg.data.frames)), n) for aspect, n in zip(cfg.data.aspects, sizes, strict=True)]
+        longest, used = max(cfg.data.frames), dict.fromkeys(cfg.data.aspects, 0)
+        if odd := [T for T in cfg.shorter if T not in cfg.data.frames or longest == T]:
+            raise UserError(f"shorter has clips of {odd[0]} frames, data.frames is {cfg.data.frames}: name shorter ones of these")
+        for frames, clips in {longest: cfg.clips, **cfg.shorter}.items():
+            shares = _shares(cfg)
+            bounds = [0, *(round(clips * upto / sum(shares)) for upto in accumulate(shares))]  # rounded so that they sum to `clips`
+            for aspect, n in zip(cfg.data.aspects, (end - begin for begin, end in pairwise(bounds)), strict=True):
+                buckets.append((Bucket(aspect, frames), range(used[aspect], used[aspect] + n)))  # other scenes than the longer ones'
+                used[aspect] += n
     place = 0
-    for bucket, n in buckets:
-        for first in range(0, n, cfg.shard):
-            numbers = list(range(first, min(n, first + cfg.shard)))
+    for bucket, all_numbers in buckets:
+        for first in range(0, len(all_numbers), cfg.shard):
+            numbers = list(all_numbers[first : first + cfg.shard])
             what = [source.manifest.identity(bucket, i) for i in numbers] if source.manifest else numbers
             digest = hashlib.sha256(json.dumps([bucket, what]).encode()).hexdigest()
             yield Shard(f"{place:05d}.safetensors", bucket, numbers, digest)
@@ -222,7 +220,9 @@ class CacheWriter:
 
     def _write(self, name: str, shards: dict[str, dict[str, Any]]) -> None:
         index = {"key": self.key, "settings": self.settings, "shards": dict(sorted(shards.items()))}
-        write_atomic(self.folder / name, json.dumps(index, indent=1))
+        text, path = json.dumps(index, indent=1), self.folder / name
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:  # several trainings may start at once on a cache that is whole
+            write_atomic(path, text)
 
 
 class _Clips(Dataset):
@@ -237,44 +237,6 @@ class _Clips(Dataset):
         if self.source.manifest:
             return self.source.manifest.clip(bucket, number)
         return self.source.clip(number, bucket.frames, bucket.aspect)
-
-
-@torch.no_grad()
-def encode_clips(
-    vae: AutoencoderKLKling, clips: list[ClipSample], ids: list[Any], ends: list[int], seed: int
-) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """The tensors and rows of one shard. ids: of its clips, for the draws. ends: the lengths whose last frame training may append."""
-    latents, lone, at, c2w, intrinsics, rows = [], [], [], [], [], []
-    for name, clip in zip(ids, clips, strict=True):
-        video = to_tensor(clip.video)[None].to(vae.device)  # (1, 3, T, H, W)
-        times = keyframe_times(name, ends, seed)
-        frames = video[:, :, times].transpose(0, 2)  # (K, 3, 1, H, W)
-        latents.append(vae.normalize(vae.encode(video).latent_dist.mode())[0])  # (c, f, h, w)
-        single = (
-            vae.normalize(vae.encode(frames).latent_dist.mode())[:, :, 0] if times else latents[-1].new_zeros(0, *latents[-1][:, 0].shape)
-        )
-        lone.append(single)  # (K, c, h, w)
-        at.append(torch.tensor(times, dtype=torch.long))
-        camera, T = clip.trajectory, len(clip.video)
-        c2w.append(camera.c2w if camera else torch.zeros(T, 3, 4))
-        intrinsics.append(camera.intrinsics if camera else torch.zeros(T, 4))  # zero focal length: no camera known
-        rows.append({"name": clip.name, "captions": clip.captions, "weights": clip.weights or [1.0] * len(clip.captions)})
-    tensors = {
-        "latents": torch.stack(latents).half(),
-        "keyframes": torch.stack(lone).half(),
-        "keyframe_times": torch.stack(at),
-        "c2w": torch.stack(c2w),
-        "intrinsics": torch.stack(intrinsics),
-    }
-    return {name: t.cpu().contiguous() for name, t in tensors.items()}, rows
-
-
-@torch.no_grad()
-def encode_first(vae: AutoencoderKLKling, video: Any) -> Tensor:
-    """The first frame of uint8 (T, H, W, 3) before nothing but grey, as image-to-video weights are shown it: (1, c, f, h, w)."""
-    shown = to_tensor(video)[None].to(vae.device)  # (1, 3, T, H, W)
-    shown[:, :, 1:] = 0
-    return vae.normalize(vae.encode(shown).latent_dist.mode())
 
 
 @dataclass(frozen=True)
