@@ -83,7 +83,7 @@ def test_a_grown_model_computes_the_same_until_it_is_trained(words: list[str], b
     pipe = KlingPipeline.from_pretrained(tmp_path / "export")
     assert {"image", "first_last", "camera"} <= set(pipe.config.capabilities)
     assert pipe.transformer.control_adapter.conv.weight.abs().max() > 0, "the new inputs learn"
-    with pytest.raises(UserError, match="model.num_layers = 2, not 3: only num_kinds"):
+    with pytest.raises(UserError, match="model.num_layers = 2, not 3: only in_channels, num_kinds"):
         grow(base / "transformer", {"num_layers": 3})
     with pytest.raises(UserError, match="was trained with model.num_kinds = 2"):
         grow(tmp_path / "export" / "transformer", {"num_kinds": 4})

@@ -47,7 +47,7 @@ def level_at(quantile: Tensor, density: str, shift: float) -> Tensor:
 
 def quantile_of(sigma: Tensor, density: str, shift: float) -> Tensor:
     """Inverse of `level_at`."""
-    plain = shift_sigma(sigma, 1 / shift)
+    plain = shift_sigma(sigma, 1 / shift).clamp(0, 1)  # 1 comes back a rounding above it
     return torch.special.ndtr(plain.logit()) if density == "logit_normal" else plain
 
 

@@ -124,6 +124,9 @@ def set_cache(pipe: Any, text: str, steps: int) -> None:
         raise UserError(f"--cache {text} reuses passes over the whole clip, and these weights make it block by block: leave it out")
     for number, model in enumerate(pipe.experts):
         model.enable_cache(cache_config(text, steps, model, number, len(pipe.experts)))
+        if text.startswith("calibrate"):
+            model.mag_ratios = {}
+            model.register_forward_hook(note_ratios)
 
 
 def cache_config(text: str, steps: int, model: Any, number: int, experts: int) -> Any:
@@ -163,12 +166,19 @@ def read_ratios(path: str, experts: int) -> list[list[float]]:
     return rows
 
 
+def note_ratios(model: Any, *_: Any) -> None:
+    """After every pass: keep what diffusers has measured of this walk so far, which it forgets when the walk ends."""
+    states = model.blocks[0]._diffusers_hook.get_hook(HEAD_HOOK).state_manager
+    model.mag_ratios[states.context.name] = list(states.get_state().calibration_ratios)
+
+
 def write_ratios(pipe: Any, text: str) -> Path:
     """After a walk with `calibrate=PATH`: what each expert's blocks add to the prompt's tokens, in size, over what they added a step
     before (MagCache: Ma et al. 2025, arXiv 2506.09045)."""
     path = Path(text.partition("=")[2])
-    hooks = [model.blocks[0]._diffusers_hook.get_hook(HEAD_HOOK) for model in pipe.experts]
-    rows = [hook.state_manager._state_cache["prompt"].calibration_ratios for hook in hooks]
+    rows = [model.mag_ratios.get("prompt", []) for model in pipe.experts]
+    if not all(rows):
+        raise UserError("--cache calibrate: one of the experts had no step in this walk: take more with --num-inference-steps")
     try:
         path.write_text(json.dumps(rows), encoding="utf-8")
     except OSError as error:
