@@ -13,7 +13,7 @@ from torch import Tensor
 from kling.condition.state import State
 from kling.dit import KlingTransformer3DModel
 from kling.dit.history import History
-from kling.flow.guidance import guided_velocity
+from kling.flow.guidance import Guidance
 from kling.flow.plain import PlainWalk
 from kling.flow.scheduler import KlingFlowScheduler
 from kling.flow.walk import Predict, Scheduler, Step, walk, walk_blocks
@@ -90,16 +90,18 @@ class Sampler:
     def _predict(self, state: State, signals: Signals, history: dict[str, History] | None = None) -> Predict:
         """What gives the guided velocity of a clip. The expert and its guidance follow from the level."""
         plan = self.plan
+        guided = Guidance(plan.guidance_interval, plan.guidance_every)
 
         def predict(z: Tensor, tokens: Tensor, level: Tensor) -> Tensor:
-            second = len(self.experts) > 1 and float(level.max()) < self.boundary
+            highest = float(level.max())
+            second = len(self.experts) > 1 and highest < self.boundary
             expert, guidance = self.experts[second], plan.guidance_scale_2 if second else plan.guidance_scale
 
             def velocity(which: str, camera: bool) -> Tensor:
                 past = None if history is None else history[which]
                 return self._velocity(expert, state, signals, which, camera, z, tokens, past)
 
-            return guided_velocity(velocity, guidance, plan.camera_guidance_scale, signals.rays is not None)
+            return guided(velocity, guidance, plan.camera_guidance_scale, signals.rays is not None, highest)
 
         return predict
 
