@@ -25,11 +25,11 @@ from torch import Tensor, nn
 
 from kling.dit.block import KlingTransformerBlock
 from kling.dit.camera import CameraAdapter
+from kling.dit.constants import Constants
 from kling.dit.embedding import ConditionEmbedder, KindEmbedding
 from kling.dit.history import History
 from kling.errors import UserError, unknown
-from kling.nn.modulation import Modulation, TokenIndex, modulate, noise_levels
-from kling.nn.norm import LayerNorm
+from kling.nn.modulation import ModulatedNorm, Modulation, TokenIndex, noise_levels
 from kling.nn.patch import PatchEmbed, unpatchify
 from kling.nn.rope import RotaryPosEmbed
 from kling.shapes import token_grid
@@ -106,7 +106,7 @@ class KlingTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
             KlingTransformerBlock(dim, ffn_dim, num_attention_heads, bool(qk_norm), cross_attn_norm, eps, added_kv_proj_dim)
             for _ in range(num_layers)
         )
-        self.norm_out = LayerNorm(dim, eps, elementwise_affine=False)
+        self.norm_out = ModulatedNorm(dim, eps)
         self.proj_out = nn.Linear(dim, (out_channels or in_channels) * math.prod(patch_size))
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
 
@@ -148,6 +148,7 @@ class KlingTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
         camera_mask: Tensor | None = None,
         encoder_hidden_states_image: Tensor | None = None,
         history: History | None = None,
+        constants: Constants | None = None,
         attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = True,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
@@ -164,6 +165,7 @@ class KlingTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
             camera_mask: (b,) True where the sample has a camera. Default: all have.
             encoder_hidden_states_image: (b, i, image_dim) image-encoder tokens of the older Wan I2V weights.
             history: frames before these, which block-causal weights attend to as well.
+            constants: what earlier steps of the same walk have found and this one may use again.
 
         Returns:
             `.sample` (b, out_channels, G, h, w).
@@ -173,7 +175,9 @@ class KlingTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
         """
         patch = tuple(self.config.patch_size)
         grid = token_grid(*hidden_states.shape[2:], patch)
-        rotation = self.rope(self._positions(positions, grid[0], hidden_states), *grid[1:])  # (b | 1, n, 1, head_dim / 2)
+        rotation = None if constants is None else constants.rotation
+        if rotation is None:
+            rotation = self.rope(self._positions(positions, grid[0], hidden_states), *grid[1:])  # (b | 1, n, 1, head_dim / 2)
 
         x = self.patch_embedding(hidden_states)  # (b, n, d)
         x = self._add_kinds(x, kinds, grid)
@@ -189,15 +193,18 @@ class KlingTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
 
         if history is not None and self._parallel_config is not None:
             raise UserError("block-causal sampling cannot share its tokens between devices: leave context parallelism off")
+        if constants is not None:
+            constants.rotation = rotation
         for i, block in enumerate(self.blocks):
             past = None if history is None else history.layers[i]
+            kept = None if constants is None else constants.layers[i]
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                x = self._gradient_checkpointing_func(block, x, text, modulation, rotation, image, past)
+                x = self._gradient_checkpointing_func(block, x, text, modulation, rotation, image, past, kept)
             else:
-                x = block(x, text, modulation, rotation, image, past)
+                x = block(x, text, modulation, rotation, image, past, kept)
 
         out = Modulation(temb[:, None], index) + self.scale_shift_table  # (u, 2, d)
-        x = modulate(self.norm_out(x.float()), out.vector(0), out.vector(1)).to(x.dtype)
+        x = self.norm_out(x, out.vector(0), out.vector(1))
         velocity = unpatchify(self.proj_out(x), grid, patch)  # (b, c, G, h, w)
         return Transformer2DModelOutput(sample=velocity) if return_dict else (velocity,)
 
