@@ -10,6 +10,7 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
 
 from kling.nn.norm import RMSNorm
+from kling.nn.packing import Packing, attend_packed
 from kling.nn.rope import rotate
 
 
@@ -46,6 +47,7 @@ class AttentionProcessor:
         encoder_hidden_states_image: Tensor | None = None,  # (b, i, added_kv_proj_dim)
         history: KeyValues | None = None,
         kept: Kept | None = None,  # of the text's keys and values; not for self-attention, whose tokens change
+        packing: tuple[Packing, Packing] | None = None,  # of the tokens and of what they attend to, where both are (1, N, ·)
     ) -> Tensor:
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         # context-parallel attention exchanges keys between devices; text is whole on each of them
@@ -57,7 +59,7 @@ class AttentionProcessor:
             query, key = rotate(query, rotary_emb), rotate(key, rotary_emb)
         if history is not None:
             key, value = history.join(key, value)
-        out = self.attend(query, key, value, parallel)
+        out = self.attend(query, key, value, parallel, packing)
 
         if encoder_hidden_states_image is not None:
             layers = attn.add_k_proj, attn.norm_added_k, attn.add_v_proj
@@ -73,7 +75,11 @@ class AttentionProcessor:
         """Of tokens (b, l, ·), each (b, l, heads, head_dim)."""
         return norm_k(to_k(context)).unflatten(2, (attn.heads, -1)), to_v(context).unflatten(2, (attn.heads, -1))
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, parallel_config: object | None) -> Tensor:
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, parallel_config: object | None, packing: tuple[Packing, Packing] | None = None
+    ) -> Tensor:
+        if packing is not None:
+            return attend_packed(query, key, value, lambda q, k, v: self.attend(q, k, v, None), *packing)
         out = dispatch_attention_fn(query, key, value, backend=self._attention_backend, parallel_config=parallel_config)
         return out.flatten(2, 3).type_as(query)  # (b, n, d)
 
@@ -108,5 +114,7 @@ class Attention(nn.Module, AttentionModuleMixin):
         encoder_hidden_states_image: Tensor | None = None,
         history: KeyValues | None = None,
         kept: Kept | None = None,
+        packing: tuple[Packing, Packing] | None = None,
     ) -> Tensor:
-        return self.processor(self, hidden_states, encoder_hidden_states, rotary_emb, encoder_hidden_states_image, history, kept)
+        image = encoder_hidden_states_image
+        return self.processor(self, hidden_states, encoder_hidden_states, rotary_emb, image, history, kept, packing)
