@@ -8,7 +8,6 @@ from collections.abc import Generator
 from typing import Any
 
 import gradio as gr
-from kling_programs.sample.generate import describe
 from kling_programs.sample.studio import camera, views
 from kling_programs.sample.studio.create import Form, Stage
 from kling_programs.sample.studio.form import FIELDS, Fields, check_number, request_of
@@ -89,9 +88,9 @@ class Events:
         """One line that says which task was understood, or what is wrong."""
         try:
             asked = request_of(dict(zip(FIELDS, values, strict=True)), self.studio.uploads)
-            return views.plan_line(describe(self.studio.pipe.plan(asked), asked))
+            return views.understood(language(request), self.studio.pipe.plan(asked), asked)
         except Exception as error:
-            return views.plan_line(public(error, request).message, bad=True)
+            return views.mistake(public(error, request).message)
 
     @guarded
     def add_keyframe(self, request: gr.Request, picture: Any, frame: Any, strength: Any, rows: Any, seconds: Any) -> Generator:
@@ -118,7 +117,7 @@ class Events:
             yield ""
             return
         asked = Request(video=video, aspect=Fields({"aspect": aspect}).choice("aspect", ASPECTS))
-        yield views.painter(fit(read_video(video, num_frames=1).frames[0], *clip_size(asked)).numpy())
+        yield views.painter(fit(read_video(video, num_frames=1).frames[0], *clip_size(asked, self.studio.sizes)).numpy())
 
     # ---- the camera ----
 
@@ -129,8 +128,7 @@ class Events:
     def trajectory(self, *values: Any) -> tuple[Any, int, int]:
         """The path that the camera fields ask for, over the clip, and the clip's (H, W)."""
         given = Fields(dict(zip(CAMERA, values, strict=True)))
-        aspect = given.choice("aspect", ASPECTS)
-        H, W = ASPECTS[aspect or "16:9"]
+        H, W = clip_size(Request(aspect=given.choice("aspect", ASPECTS)), self.studio.sizes)
         T = asked_frames(Request(duration=given.number("duration", 0.1, 180)), self.studio.pipe.config.fps)
         file = self.studio.uploads.accept(given.values["camera_file"], "camera")
         axes = {name: given.number(name, -LIMIT, LIMIT, 0.0) for name in UNITS}
@@ -142,7 +140,7 @@ class Events:
         try:
             path, H, W = self.trajectory(*values)
         except Exception as error:
-            return views.plan_line(public(error, request).message, bad=True)
+            return views.mistake(public(error, request).message)
         return views.drawings(lang, camera.path_svg(path, say(lang, "path")), camera.motion_svg(path, H, W, say(lang, "motion")))
 
     @guarded

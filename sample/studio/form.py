@@ -46,7 +46,7 @@ def request_of(fields: dict[str, Any], uploads: Any) -> Request:
     still = given.flag("still")
     return Request(
         prompt=given.text("prompt"),
-        negative_prompt=given.text("negative_prompt"),
+        negative_prompt=given.text("negative_prompt") or None,  # the checkpoint's own
         image=None if video else uploads.accept(fields.get("image"), "image"),
         last_image=uploads.accept(fields.get("last_image"), "image"),
         keyframes=[(uploads.accept(file, "image"), frame, strength) for file, frame, strength in given.keyframes()],
@@ -150,12 +150,13 @@ NEEDS = {
     "restyle": "restyle",
     "fill": "inpaint",
     "outpaint": "inpaint",
-    "camera": "camera",
     "still": "text_to_image",
+    "extend_to": "continuation",
+    **dict.fromkeys(("camera", *UNITS, "camera_file", "camera_scale", "camera_guidance_scale"), "camera"),
 }
 
 
 def missing(pipe: KlingPipeline, name: str) -> str | None:
-    """The capability that `name` needs and this model was not trained for; None if it can."""
-    need = NEEDS[name]
-    return None if need in pipe.config.capabilities else need
+    """The capability that field or use `name` needs and this model was not trained for; None if it can."""
+    need = NEEDS.get(name)
+    return None if need is None or need in pipe.config.capabilities else need
