@@ -116,7 +116,6 @@ class Form:
                 self.fields[name] = gr.Slider(low, high, 1, step=step, label=t(name), min_width=170, buttons=[], **self._able(name))
         able = self._able("camera_file")["interactive"]
         self.fields["camera_file"] = gr.File(label=t("trajectory"), height=130, interactive=able, elem_id="camera-file")
-        self.save_camera = gr.DownloadButton(t("save_trajectory"), size="sm", elem_id="save-camera")
 
     def _size(self) -> None:
         aspects = [(t("auto"), "auto"), *((a, a) for a in self.studio.sizes)]
@@ -134,9 +133,8 @@ class Form:
             for name, most in {"num_inference_steps": MAX_STEPS, "guidance_scale": 50, "shift": 50}.items():
                 own = self.studio.pipe.setting(name)
                 own = " / ".join(f"{g:g}" for g in dict.fromkeys(own)) if isinstance(own, list | tuple) else f"{own:g}"
-                self.fields[name] = gr.Number(
-                    None, label=t(name), placeholder=own, info=t("own"), minimum=0, maximum=most, min_width=120, elem_id=name
-                )
+                info = f"{t('own')} ({own})"
+                self.fields[name] = gr.Number(0, label=t(name), info=info, minimum=0, maximum=most, min_width=120, elem_id=name)
             self.fields["sigma_c"] = gr.Number(
                 0, label=t("sigma_c"), info=t("sigma_c_is"), minimum=0, maximum=0.99, step=0.01, min_width=120
             )

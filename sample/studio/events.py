@@ -17,7 +17,7 @@ from kling_programs.sample.studio.studio import Step, Studio, guarded, public
 from kling_programs.sample.studio.words import language, say
 
 from kling.condition.axes import LIMIT, MOVES, UNITS, axes_trajectory, parse_axes
-from kling.condition.poses import load_trajectory, save_trajectory
+from kling.condition.poses import load_trajectory, trajectory_json
 from kling.data.image import read_image, write_png
 from kling.data.transforms import fit
 from kling.data.video import read_video
@@ -67,7 +67,6 @@ class Events:
         form.shot.input(self.master_shot, form.shot, [fields[name] for name in UNITS], **QUICK)
         for name in CAMERA:
             fields[name].change(self.draw_camera, [fields[n] for n in CAMERA], form.drawing, **QUICK)
-        form.save_camera.click(self.save_camera, [fields[n] for n in CAMERA], form.save_camera, **RAW)
 
         form.dice.click(lambda: secrets.randbelow(2**31), None, fields["seed"], **QUICK)
         planned = [c for name, c in fields.items() if name not in ("mask", "seed") and hasattr(c, "change")]
@@ -141,13 +140,8 @@ class Events:
             path, H, W = self.trajectory(*values)
         except Exception as error:
             return views.mistake(public(error, request).message)
-        return views.drawings(lang, camera.path_svg(path, say(lang, "path")), camera.motion_svg(path, H, W, say(lang, "motion")))
-
-    @guarded
-    def save_camera(self, request: gr.Request, *values: Any) -> Generator:
-        path = self.studio.shelf.inputs / f"path-{secrets.token_hex(6)}.json"
-        save_trajectory(path, self.trajectory(*values)[0], self.studio.pipe.config.fps)
-        yield str(path)
+        drawn = camera.path_svg(path, say(lang, "path")), camera.motion_svg(path, H, W, say(lang, "motion"))
+        return views.drawings(lang, *drawn, trajectory_json(path, self.studio.pipe.config.fps))
 
     # ---- the stage ----
 

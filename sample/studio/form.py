@@ -64,8 +64,8 @@ def request_of(fields: dict[str, Any], uploads: Any) -> Request:
         extend_to=given.number("extend_to", 0, MAX_SECONDS) or None,
         mode=given.choice("mode", MODES) or "std",
         num_inference_steps=given.whole("num_inference_steps", 0, MAX_STEPS) or None,  # 0: the model's own
-        guidance_scale=given.number("guidance_scale", 0, 50),
-        shift=given.number("shift", 0.01, 50),
+        guidance_scale=given.number("guidance_scale", 0, 50) or None,
+        shift=given.number("shift", 0, 50) or None,
         sigma_c=given.number("sigma_c", 0, 0.99, 0.0),
         seed=given.whole("seed", 0, 2**32 - 1) or 0,
     )

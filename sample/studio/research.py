@@ -197,7 +197,7 @@ class Research:
         from kling_programs.sample.studio import runs
 
         with gr.Row():
-            loss = gr.LinePlot(x="step", y="value", color="curve", label=t("curves"), height=320, min_width=300)
+            loss = gr.LinePlot(x="step", y="value", color="curve", label=t("curves"), height=320, min_width=300, elem_id="curves")
             by_sigma = gr.LinePlot(x="step", y="value", color="curve", label="loss / σ", height=320, min_width=300)
         refresh = gr.Button(t("refresh"), size="sm")
         names = runs.checkpoints(run)

@@ -170,8 +170,11 @@ def timeline(frames: int, rows: list[dict[str, Any]]) -> str:
     return f'<div class="timeline"><div class="bar"></div>{"".join(map(mark, rows))}{ends}</div>'
 
 
-def drawings(lang: int, path: str, motion: str) -> str:
-    figures = [(path, say(lang, "path")), (motion, say(lang, "motion"))]
+def drawings(lang: int, path: str, motion: str, file: str) -> str:
+    """Both drawings of a camera, and its trajectory as a JSON file to download, which the link itself holds."""
+    href = f"data:application/json;base64,{base64.b64encode(file.encode()).decode()}"
+    save = f'<a download="camera-path.json" href="{href}">{say(lang, "save_trajectory")}</a>'
+    figures = [(path, f"{say(lang, 'path')} · {save}"), (motion, say(lang, "motion"))]
     return '<div class="drawings">' + "".join(f"<figure>{svg}<figcaption>{text}</figcaption></figure>" for svg, text in figures) + "</div>"
 
 
