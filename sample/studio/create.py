@@ -48,16 +48,14 @@ class Form:
     def _able(self, name: str, info: Any = None) -> dict[str, Any]:
         """Greyed out, with the reason, where the model was not trained for it."""
         if need := missing(self.studio.pipe, name):
-            return {"interactive": False, "info": _reason(need)}
+            return {"interactive": False, "info": t(f"unable_{need}")}
         return {"interactive": True} | ({"info": info} if info is not None else {})
 
     def _picture(self, label: str, name: str, **kwargs: Any) -> gr.Image:
-        need = missing(self.studio.pipe, name)
-        text = f"{t(label)} — {_reason(need)}" if need else t(label)
+        able = not missing(self.studio.pipe, name)
+        text = t(label) if able else t(f"{label}_unable")
         sources = ["upload", "clipboard"]
-        return gr.Image(
-            label=text, type="filepath", image_mode=None, sources=sources, height=150, buttons=[], interactive=not need, **kwargs
-        )
+        return gr.Image(label=text, type="filepath", image_mode=None, sources=sources, height=150, buttons=[], interactive=able, **kwargs)
 
     def _text(self) -> None:
         self.fields["prompt"] = prompt = gr.Textbox(
@@ -90,7 +88,7 @@ class Form:
     def _video(self) -> None:
         self.fields["video"] = gr.Video(label=t("clip"), sources=["upload"], height=220, buttons=[], elem_id="clip")
         needs = {use: missing(self.studio.pipe, use) for use in USES}
-        choices = [(f"{t(use)} ({t('unable')})" if needs[use] else t(use), use) for use in USES]
+        choices = [(t(f"{use}_unable") if needs[use] else t(use), use) for use in USES]
         grey = [f"without-{number}" for number, use in enumerate(USES, 1) if needs[use]]  # page.css greys these choices out
         self.fields["use"] = gr.Radio(choices, value="continue", label=t("use"), elem_id="use", elem_classes=grey)
         self.fields["strength"] = gr.Slider(0, 1, 0.4, step=0.05, label=t("strength"), visible=False)
@@ -101,20 +99,19 @@ class Form:
         self.fields["outpaint"] = gr.Radio(aspects, value=aspects[-1], label=t("outpaint_to"), visible=False)
 
     def _camera(self) -> None:
-        able = self._able("camera")
+        able = not missing(self.studio.pipe, "camera")
         shots = [(t("static"), "static"), *((t(move), move) for move in MOVES)]
-        self.shot = gr.Radio(shots, value="static", label=t("shot"), elem_id="shot", **able)
+        self.shot = gr.Radio(shots, value="static", label=t("shot"), elem_id="shot", **self._able("camera"))
         self.drawing = gr.HTML(padding=False, elem_id="camera-drawing")
         with gr.Row():
             for name in UNITS:
-                able = self._able(name, t(f"{name}_is"))
                 self.fields[name] = gr.Slider(
-                    -LIMIT, LIMIT, 0, step=0.5, label=t(name), min_width=195, buttons=[], elem_id=f"axis-{name}", **able
-                )
+                    -LIMIT, LIMIT, 0, step=0.5, label=t(name), info=t(f"{name}_is"), min_width=195, buttons=[], interactive=able,
+                    elem_id=f"axis-{name}",
+                )  # fmt: skip
         with gr.Row():
             for name, (low, high, step) in {"camera_scale": (0, 3, 0.1), "camera_guidance_scale": (1, 6, 0.5)}.items():
-                self.fields[name] = gr.Slider(low, high, 1, step=step, label=t(name), min_width=170, buttons=[], **self._able(name))
-        able = self._able("camera_file")["interactive"]
+                self.fields[name] = gr.Slider(low, high, 1, step=step, label=t(name), min_width=170, buttons=[], interactive=able)
         self.fields["camera_file"] = gr.File(label=t("trajectory"), height=130, interactive=able, elem_id="camera-file")
 
     def _size(self) -> None:
@@ -170,8 +167,3 @@ class Stage:
         })"""
         self.cards = gr.HTML(padding=False, elem_id="cards", js_on_load=choose)
         self.mine = gr.BrowserState({"ids": [], "chosen": None, "comparing": False}, storage_key="kling-studio", secret="kling-studio")
-
-
-def _reason(need: str) -> str:
-    """Why a field is greyed out."""
-    return f"{t('unable')}: {t(f'task_{need}')}"

@@ -152,7 +152,7 @@ NEEDS = {
     "outpaint": "inpaint",
     "still": "text_to_image",
     "extend_to": "continuation",
-    **dict.fromkeys(("camera", *UNITS, "camera_file", "camera_scale", "camera_guidance_scale"), "camera"),
+    "camera": "camera",
 }
 
 

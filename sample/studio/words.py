@@ -91,7 +91,6 @@ WORDS: dict[str, tuple[str, str]] = {
     "compare": ("Compare", "对比"),
     "remove": ("Remove", "移除"),
     "settings": ("Exact settings", "完整参数"),
-    "unable": ("not trained into this model", "该模型未训练此功能"),
     "empty": ("Your video will appear here", "视频将显示在这里"),
     "empty_hint": ("Write a sentence or take an example, then press Generate", "写一句话或点一个示例，然后按“生成”"),
     "then": ("then {count} more", "再续写 {count} 段"),
@@ -153,6 +152,14 @@ CHINESE_TASKS = {
     "restyle": "视频风格重绘",
 }
 WORDS |= {f"task_{name}": (TASKS[name], chinese) for name, chinese in CHINESE_TASKS.items()} | {"task_camera": ("camera", "镜头")}
+
+# Gradio translates one word of a label, so what is put together is put together here: why a control is greyed out.
+NOT_TRAINED = ("not trained into this model", "该模型未训练此功能")
+WORDS |= {f"unable_{name}": (f"{NOT_TRAINED[0]}: {WORDS[f'task_{name}'][0]}", NOT_TRAINED[1]) for name in (*CHINESE_TASKS, "camera")}
+WORDS |= {
+    f"{name}_unable": (f"{WORDS[name][0]} ({NOT_TRAINED[0]})", f"{WORDS[name][1]}（{NOT_TRAINED[1]}）")
+    for name in ("first", "last", "keyframe", "continue", "restyle", "fill", "outpaint")
+}
 
 
 def t(key: str) -> gr.I18n:
