@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import base64
 import gc
 import io
@@ -29,9 +30,10 @@ from kling_programs.sample.studio.chinese import LINES, in_chinese
 from kling_programs.sample.studio.events import Events
 from kling_programs.sample.studio.form import FIELDS, request_of
 from kling_programs.sample.studio.jobs import Busy, ModelQueue, Stopped, Waiting
+from kling_programs.sample.studio.page import build
 from kling_programs.sample.studio.research import Research
 from kling_programs.sample.studio.shelf import Shelf
-from kling_programs.sample.studio.studio import Step, sample, without_folders
+from kling_programs.sample.studio.studio import Step, Studio, sample, without_folders
 from kling_programs.sample.studio.uploads import Uploads
 from kling_programs.sample.studio.words import CHINESE_TASKS, WORDS
 from test_generate import save_tiny
@@ -400,17 +402,15 @@ def test_what_visitors_commonly_meet_is_said_in_chinese(pipe, uploads, tmp_path,
     assert in_chinese("prompt of 9999 characters: give at most 2000") == "提示词有 9999 个字符：最多 2000 个"
 
 
-def _poses(folder: Path) -> str:
-    save_trajectory(folder / "p.json", axes_trajectory({"pan": 3}, 9, H, W), 8)
+def _poses(folder: Path, frames: int = 9) -> str:
+    save_trajectory(folder / "p.json", axes_trajectory({"pan": 3}, frames, H, W), 8)
     return str(folder / "p.json")
 
 
 def _cut_short(folder: Path) -> bytes:
     """An mp4 whose header promises more frames than are there."""
-    file = folder / "long.mkv"
     write_video(folder / "long.mp4", np.random.default_rng(0).integers(0, 256, (41, H, W, 3), dtype=np.uint8), 8)
     data = (folder / "long.mp4").read_bytes()
-    del file
     return data[: len(data) * 2 // 3]
 
 
@@ -420,7 +420,7 @@ def test_the_task_that_was_understood_is_said_in_both_languages(pipe, tmp_path):
     english, chinese = (views.understood(lang, pipe.plan(request), request) for lang in (0, 1))
     assert "<b>first + last frame to video · loop · camera pan=6 dolly=4</b> 41 frames · 5.1 s · 80×80" in english
     assert "<b>首尾帧生视频 · 循环 · 镜头 pan=6 dolly=4</b> 41 帧 · 5.1 秒 · 80×80" in chinese
-    long = Request(duration=15, camera=_poses(tmp_path), seed=3)
+    long = Request(duration=15, camera=_poses(tmp_path, 121), seed=3)
     assert "text to video · then 3 more · camera from a file" in views.understood(0, pipe.plan(long), long) and str(tmp_path) not in english
 
 
@@ -472,6 +472,29 @@ def test_mistakes_are_one_line(argv, message, capsys):
         demo.main(argv)
     error = capsys.readouterr().err
     assert exit.value.code == 2 and message in error and error.count("\n") == 1 and error.startswith("error: ")
+
+
+def test_weights_go_to_the_asked_device(tmp_path):
+    save_tiny(tmp_path / "model", ["text"])
+    args = argparse.Namespace(model=str(tmp_path / "model"), device="meta", out=str(tmp_path / "out"), keep=5, run=None)
+    studio, page, _ = demo.prepare(args, tmp_path)
+    assert studio.pipe.transformer.device.type == studio.pipe.vae.device.type == "meta"
+    assert any("<span>meta</span>" in str(getattr(block, "value", "")) for block in page.blocks.values())
+
+
+def test_a_folder_of_wan_weights_opens_with_its_own_settings(tmp_path):
+    from tiny_wan import saved
+
+    pipe = KlingPipeline.from_pretrained(saved("t2v", tmp_path / "wan"), checkpoint="wan2.1-t2v-1.3b")
+    shelf = Shelf(tmp_path / "out", {"path": "wan", "sha256": {}})
+    studio = Studio(pipe, shelf.model, shelf, Uploads(tmp_path, shelf.inputs))
+    page = build(studio)
+    labels = [str(getattr(block, "info", "")) for block in page.blocks.values()]
+    assert any("(50)" in label for label in labels)  # steps
+    request = request_of({"prompt": "a ball", "aspect": "9:16", "num_inference_steps": 0}, studio.uploads)
+    line = views.understood(0, pipe.plan(request), request)
+    assert f"{studio.sizes['9:16'][1]}×{studio.sizes['9:16'][0]} · 16 fps · 50 steps" in line
+    assert request.negative_prompt is None and request.guidance_scale is None
 
 
 def test_a_record_of_the_page_replays(pipe, tmp_path):

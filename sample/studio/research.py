@@ -23,7 +23,7 @@ from kling.errors import UserError
 from kling.request import Request
 from kling.shapes import latent_of_frame, pixel_frames
 
-ZOOM = 6  # screen pixels of the picture to click on, along one of its own
+CLICKED = 672  # width of the picture to click on, about
 WALKS = 4  # visitors whose last look inside is kept, for clicks on its tokens
 OWN = {"api_visibility": "private", "show_progress": "hidden"}
 
@@ -141,7 +141,8 @@ class Research:
             raise UserError(say(language(request), "look_again"))
         pipe, lang = self.studio.pipe, language(request)
         side = pipe.vae.spatial_factor * pipe.transformer.config.patch_size[1]  # pixels along a token
-        x, y = (int(v / ZOOM) for v in event.index)
+        H, W = walk.frames.shape[1:3]
+        x, y = (min(int(v / _zoom(W)), most - 1) for v, most in zip(event.index, (W, H), strict=True))
         token = latent_of_frame(min(int(frame), pixel_frames(walk.latents.shape[1]) - 1)), y // side, x // side
         sigma = check_number("sigma", sigma, 0, 1, 0.5)
         blocks = len(pipe.transformer.blocks)
@@ -228,8 +229,14 @@ class Research:
         go.click(compare, [picked, *self.form.inputs], [status, grid], js=_shifted(1), **RAW)
 
 
+def _zoom(W: int) -> int:
+    """Screen pixels along one of a picture W wide."""
+    return max(1, round(CLICKED / W))
+
+
 def _enlarged(frame: Any) -> Any:
-    return cv2.resize(frame, None, fx=ZOOM, fy=ZOOM, interpolation=cv2.INTER_CUBIC)
+    zoom = _zoom(frame.shape[1])
+    return cv2.resize(frame, None, fx=zoom, fy=zoom, interpolation=cv2.INTER_CUBIC)
 
 
 def _shifted(by: int) -> str:
