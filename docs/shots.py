@@ -17,7 +17,7 @@ from playwright.sync_api import Browser, Page, sync_playwright
 
 HERE = Path(__file__).parent
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-PATIENCE = 600_000  # ms; sampling on a busy machine
+PATIENCE = 1_800_000  # ms; sampling on a busy machine
 
 
 def main(options: list[str]) -> None:
