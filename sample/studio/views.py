@@ -8,7 +8,6 @@ from html import escape
 from typing import Any
 
 import numpy as np
-import torch
 from kling_programs.sample.studio.shelf import Result
 from kling_programs.sample.studio.words import say
 from PIL import Image
@@ -41,7 +40,8 @@ def _img(data: bytes, kind: str, width: int) -> str:
 
 def header(pipe: KlingPipeline, name: str) -> str:
     """The model in one line: what it is called, how large it is, what it makes."""
-    size = sum(p.numel() for part in pipe.components.values() if isinstance(part, torch.nn.Module) for p in part.parameters())
+    parts = [part for part in (pipe.vae, *pipe.experts, pipe.text_encoder) if hasattr(part, "parameters")]  # umT5 comes and goes
+    size = sum(p.numel() for part in parts for p in part.parameters())
     seconds = pipe.config.max_frames / pipe.config.fps
     facts = [name, f"{size / 1e6:.1f} M", f"{pipe.config.max_frames} × {pipe.config.fps:g} fps ≈ {seconds:.1f} s", str(pipe.device)]
     chips = "".join(f"<span>{escape(fact)}</span>" for fact in facts)
