@@ -266,6 +266,7 @@ class LatentBatch:
     captions: list[list[str]]
     weights: list[list[float]]  # of the captions: how often each is taken
     cameras: list[Trajectory | None]
+    names: list[str] = field(default_factory=list)
 
 
 class LatentCache:
@@ -299,7 +300,7 @@ class LatentCache:
         """The clips `ids` of a bucket, their first `frames` pixel frames."""
         f = latent_frames(frames)
         columns: dict[str, list[Tensor]] = {name: [] for name in ("latents", "keyframes", "keyframe_times", "c2w", "intrinsics")}
-        captions, weights = [], []
+        captions, weights, names = [], [], []
         for i in ids:
             shard, row = self.clips[bucket][i]
             file = self._shard(shard)
@@ -307,6 +308,7 @@ class LatentCache:
                 part = file.get_slice(name)
                 column.append(part[row, :, :f] if name == "latents" else part[row])
             captions.append(self._rows[shard][row]["captions"])
+            names.append(self._rows[shard][row]["name"])
             weights.append(self._rows[shard][row].get("weights", [1.0] * len(captions[-1])))
         stacked = {name: torch.stack(column) for name, column in columns.items()}
         cameras = [
@@ -314,7 +316,7 @@ class LatentCache:
             for c2w, k in zip(stacked["c2w"], stacked["intrinsics"], strict=True)
         ]
         lone = stacked["keyframes"].float(), stacked["keyframe_times"]
-        return LatentBatch(ids, stacked["latents"].float(), *lone, captions, weights, cameras)
+        return LatentBatch(ids, stacked["latents"].float(), *lone, captions, weights, cameras, names)
 
     def _shard(self, name: str) -> Any:
         if name not in self._open:

@@ -31,7 +31,7 @@ LEVELS |= {
     "memory": 5,
     "pipeline": 6,
 }
-LEVELS |= {"training": 7, "__init__": 7}
+LEVELS |= {"training": 7, "__init__": 7, "validation": 8}
 
 
 def name(path: Path) -> str:

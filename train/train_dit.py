@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from kling.cache import CacheConfig, LatentCache, LatentSteps, fill_cache
 from kling.condition.tasks import TASKS
 from kling.config import load_config, save_config, to_dict
-from kling.data.image import write_png
+from kling.data.clips import ClipSample
 from kling.data.source import DataConfig, batches
 from kling.dit import KlingTransformer3DModel
 from kling.dit.cost import forward_flops
@@ -30,7 +30,7 @@ from kling.flow.time import draw_sigma
 from kling.pipeline import KlingPipeline, load_vae
 from kling.request import Request
 from kling.runtime import checkpoint
-from kling.runtime.accelerator import EXIT_STOPPED, StopSignal, make_accelerator, set_threads
+from kling.runtime.accelerator import EXIT_STOPPED, Accelerator, StopSignal, make_accelerator, set_threads
 from kling.runtime.ema import EMA
 from kling.runtime.health import Guard, Watchdog
 from kling.runtime.log import RunLog
@@ -47,17 +47,15 @@ from kling.training import (
     Lora,
     Places,
     Trained,
-    Validation,
     add_lora,
+    check_divides,
     draw_example,
     export,
     export_lora,
     grow,
-    held_out,
-    level_quantiles,
     set_checkpointing,
-    validation_loss,
 )
+from kling.validation import Validation, draw_samples, encode, held_out, level_quantiles, task_requests, validation_loss
 
 
 @dataclass
@@ -69,7 +67,8 @@ class TrainDiTConfig:
     text_drop, camera_drop: how often the text or the camera is left out, for guidance. scheduler: settings stored with the weights.
     init_from: a model folder to start from; conditions that `model` adds to it start at zero. lora: train low-rank weights on top of it.
     text_from: a text encoder from kling-train-text, under a new transformer.
-    samples: what is drawn every `sample_every` steps, as fields of `Request`. keep_every: checkpoints of these steps stay for good.
+    samples: what is drawn every `sample_every` steps, as fields of `Request`. sample_tasks: and a held-out clip for each task of `tasks`.
+    keep_every: checkpoints of these steps stay for good.
     activation_checkpointing: none, selective or full. compile: regional `torch.compile`, each kind of block once.
     context_parallel: ulysses or ring, how the processes of a group cut attention (configs/accelerate/fsdp2_cp.yaml says how many).
     watchdog: seconds without a step after which every process writes where it stands; 0 is off.
@@ -104,6 +103,7 @@ class TrainDiTConfig:
     validation: Validation = field(default_factory=Validation)
     samples: list[dict[str, Any]] = field(default_factory=list)
     sample_every: int = 0
+    sample_tasks: bool = False
     save_every: int = 500
     save_in_background: bool = True
     keep_last: int = 2
@@ -135,6 +135,8 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("text_from and init_from are both set: the folder of init_from has its own text encoder, so leave one out")
     if cfg.lora.rank and not cfg.init_from:
         raise UserError("lora.rank is set but not init_from: name the model folder that the low-rank weights are for")
+    if cfg.sample_tasks and not cfg.sample_every:
+        raise UserError("sample_tasks is set but not sample_every: say every how many steps")
     with StopSignal() as stop:
         train(cfg, stop)
 
@@ -146,19 +148,20 @@ def train(cfg: TrainDiTConfig, stop: StopSignal) -> None:
     layout, device, micro = lay_out(accelerator), accelerator.device, cfg.gradient_accumulation
     checkpoint.check_same_config(out, to_dict(cfg), defaults=to_dict(TrainDiTConfig()))
     vae = load_vae(cfg.vae).to(device)
-    if accelerator.is_main_process:
-        complete_cache(cfg, vae, stop)
-    accelerator.wait_for_everyone()
+    complete_cache(cfg, vae, stop, accelerator)
     data = LatentSteps(LatentCache(cfg.cache), cfg.batch, cfg.frames, cfg.seed)
     drawing = Drawing(cfg.seed, cfg.tasks, cfg.text_drop, cfg.camera_drop)
     density, shift = cfg.scheduler.get("density", "logit_normal"), cfg.scheduler.get("shift", 1.0)
     source = load_config(CacheConfig, cfg.encode).data if cfg.encode else DataConfig()
-    held = held_out(cfg.validation, source, max(cfg.frames), vae) if cfg.validation.every else []
+    clips = held_out(cfg.validation, source, max(cfg.frames)) if cfg.validation.every or cfg.sample_tasks else []
+    held = encode(clips, vae) if cfg.validation.every else []
+    asked = requests(cfg, clips) if cfg.sample_every else []
 
     torch.manual_seed(cfg.seed)  # the initial weights; every later draw is counter-based
     model = build(cfg)
     transformer, text_encoder = model.transformer, model.text_encoder
-    split_sequence(transformer, layout, device, cfg.context_parallel)
+    split_sequence(transformer, layout, accelerator, cfg.context_parallel)
+    check_divides(data, cfg.tasks, transformer, layout.split)
     set_checkpointing(transformer, cfg.activation_checkpointing)
     if cfg.compile:
         transformer.compile_repeated_blocks()
@@ -170,12 +173,8 @@ def train(cfg: TrainDiTConfig, stop: StopSignal) -> None:
     def resume(done: int = 0) -> tuple[int, int]:
         """Load the newest good checkpoint, if there is one. Updates made, and places of the data used, until then."""
         saver.wait()
-        saved = find_latest(accelerator, out)
+        saved = find_latest(accelerator, out, lost=done)
         if saved is None:
-            if done:
-                raise UserError(
-                    f"updates are not finite, and there is no checkpoint to go back to (step {done}): lower lr, or raise warmup"
-                )
             return 0, 0
         load_run_tensors(saved, model, optimizer.optimizer, ema)
         return saved.step, saved.meta.get("places", saved.step * micro * layout.ranks)
@@ -216,7 +215,7 @@ def train(cfg: TrainDiTConfig, stop: StopSignal) -> None:
                 b = len(batch.ids)  # clips of one shape, as many as make the tokens of `cfg.batch` of the largest
                 level = draw_sigma((b,), generator(cfg.seed, "sigma", place), density, shift).to(device)  # (b,)
                 noise = noise_like(example.state.clean, cfg.seed, "noise", place, range(b))  # (b, c, G, h, w)
-                used.append({"place": place, "clips": batch.ids})
+                used.append({"place": place, "clips": batch.names})
                 meter.lap("data")
                 with accelerator.accumulate(net):
                     v = predict(example, level, noise)
@@ -232,7 +231,8 @@ def train(cfg: TrainDiTConfig, stop: StopSignal) -> None:
 
                 norm = scalar(accelerator.clip_grad_norm_(model.parameters(), cfg.clip_grad))
                 means = meter.total(accelerator)
-                set_lr(optimizer, lr_at(done, lr=cfg.lr, warmup=cfg.warmup, steps=cfg.steps, schedule=cfg.schedule, floor=cfg.floor))
+                lr = lr_at(done, lr=cfg.lr, warmup=cfg.warmup, steps=cfg.steps, schedule=cfg.schedule, floor=cfg.floor)
+                set_lr(optimizer, lr)
                 if guard.sound(means["loss"], norm) or accelerator.scaler is not None:  # the scaler of fp16 leaves them out itself
                     optimizer.step()
                     ema.update(model, done)
@@ -242,7 +242,7 @@ def train(cfg: TrainDiTConfig, stop: StopSignal) -> None:
                 watchdog.beat()
                 clips = b * micro * layout.ranks
                 speed = meter.take(layout.ranks, accelerator.num_processes)
-                log.log(done, {**means, "grad_norm": norm, "skipped": guard.skipped, **speed}, clips=clips)
+                log.log(done, {**means, "lr": lr, "grad_norm": norm, "skipped": guard.skipped, **speed}, clips=clips)
 
                 if guard.rollback(used, out, accelerator.process_index):
                     done, places = resume(done)
@@ -259,10 +259,11 @@ def train(cfg: TrainDiTConfig, stop: StopSignal) -> None:
                 if held and (last or done % cfg.validation.every == 0) and not stopping:
                     log.log(done, validate())
                     meter.lap("validation")
-                if cfg.samples and cfg.sample_every and (last or done % cfg.sample_every == 0) and not stopping:
+                if asked and (last or done % cfg.sample_every == 0) and not stopping:
                     if accelerator.is_main_process or layout.sharded:  # sharded weights need all processes
+                        picture = out / "samples" / f"{done:08d}.png" if accelerator.is_main_process else None
                         with ema.swap(model), same_rng(device):
-                            draw_samples(pipeline(cfg, model, vae), cfg, out / "samples" / f"{done:08d}.png", accelerator.is_main_process)
+                            draw_samples(pipeline(cfg, model, vae), asked, picture)
                     meter.lap("samples")
                 if stopping:
                     saver.wait()
@@ -274,18 +275,28 @@ def train(cfg: TrainDiTConfig, stop: StopSignal) -> None:
     accelerator.wait_for_everyone()
 
 
-def complete_cache(cfg: TrainDiTConfig, vae: nn.Module, stop: StopSignal) -> None:
-    """Fill the latent cache if it is missing or unfinished; without a preset it is taken as kling-encode left it.
+def complete_cache(cfg: TrainDiTConfig, vae: nn.Module, stop: StopSignal, accelerator: Accelerator) -> None:
+    """Fill the latent cache if it is missing or unfinished, each process its share; without a preset it is taken as kling-encode left it.
 
     Shards that are done stay, so a signal may end it after any.
     """
     if not cfg.encode:
         return
     settings = load_config(CacheConfig, cfg.encode, [f"out={cfg.cache}"])
-    for done, all_clips in fill_cache(settings, vae):
-        print(f"latent cache {cfg.cache}: {done}/{all_clips} clips", file=sys.stderr)
-        if stop and done < all_clips:
+    for done, total_clips in fill_cache(settings, vae, accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone):
+        if accelerator.is_main_process:
+            print(f"latent cache {cfg.cache}: {done}/{total_clips} clips", file=sys.stderr)
+        if stop and done < total_clips:
             raise SystemExit(EXIT_STOPPED)
+
+
+def requests(cfg: TrainDiTConfig, clips: list[ClipSample]) -> list[Request]:
+    """What is drawn while training. Raises `UserError` for a field that no request has."""
+    try:
+        asked = [Request(**fields) for fields in cfg.samples]
+    except TypeError as error:
+        raise UserError(f"samples: {str(error).removeprefix('Request.__init__() ')}; its keys are the fields of Request") from None
+    return asked + (task_requests(clips[0], [name for name, weight in cfg.tasks.items() if weight]) if cfg.sample_tasks else [])
 
 
 def build(cfg: TrainDiTConfig) -> Trained:
@@ -321,20 +332,6 @@ def pipeline(cfg: TrainDiTConfig, model: Trained, vae: nn.Module) -> KlingPipeli
     able += ["text_to_image"] if 1 in cfg.frames else []
     scheduler = KlingFlowScheduler(**cfg.scheduler)
     return KlingPipeline(vae, model.transformer, model.text_encoder, scheduler, capabilities=able, max_frames=cfg.max_frames)
-
-
-def draw_samples(pipe: KlingPipeline, cfg: TrainDiTConfig, picture: Path, write: bool) -> None:
-    """One row of frames for each of `cfg.samples`."""
-    rows = []
-    pipe.transformer.eval()
-    for fields in cfg.samples:
-        frames = torch.from_numpy(pipe(Request(**fields)).frames[0])  # (T, H, W, 3)
-        picks = torch.linspace(0, len(frames) - 1, 6).round().long()
-        rows.append(torch.cat(list(frames[picks]), dim=1))
-    pipe.transformer.train()
-    if write:
-        picture.parent.mkdir(parents=True, exist_ok=True)
-        write_png(picture, torch.cat(rows).numpy())
 
 
 def publish(cfg: TrainDiTConfig, vae: nn.Module, out: Path) -> None:
