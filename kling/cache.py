@@ -62,12 +62,14 @@ class CacheConfig:
 
     out: its folder. vae: a VAE folder, or empty for the shipped one. clips: how many of the endless world, shared out over `data.aspects`
     by `shares`; a manifest is encoded whole. data.frames: the lengths that training will use; of the world the longest is encoded, of a
-    manifest's shot the longest that it fills. shard: clips in a file.
+    manifest's shot the longest that it fills. shorter: how many other clips of the world of each shorter length, {1: 9000} for pictures,
+    which cost little and show much. shard: clips in a file.
     """
 
     out: str = "runs/cache"
     vae: str = ""
     clips: int | None = None
+    shorter: dict[int, int] = field(default_factory=dict)
     shares: list[float] | None = None
     shard: int = 50
     seed: int = 0
@@ -122,7 +124,11 @@ def settings_of(cfg: CacheConfig) -> dict[str, Any]:
     plain, always = asdict(DataConfig()), ("source", "frames", "aspects", "fps", "unconditional", "skip_bad")
     data = {name: value for name, value in asdict(cfg.data).items() if name in always or value != plain[name]}
     data.pop("reader", None)  # all readers give the same frames
-    of_world = {"clips": cfg.clips, "shares": _shares(cfg)} if cfg.data.source == "world" else {}
+    of_world = (
+        {"clips": cfg.clips, "shares": _shares(cfg), **({"shorter": cfg.shorter} if cfg.shorter else {})}
+        if cfg.data.source == "world"
+        else {}
+    )
     return {"data": data, "seed": cfg.seed, "shard": cfg.shard, **of_world}
 
 
@@ -132,24 +138,29 @@ def _shares(cfg: CacheConfig) -> list[float]:
 
 def _plan(cfg: CacheConfig, source: ClipSource) -> Iterator[Shard]:
     """The shards of a cache, in order. Raises `UserError` for settings that do not fit the source."""
-    buckets: list[tuple[Bucket, int]] = []
+    buckets: list[tuple[Bucket, range]] = []
     if source.manifest:
-        if cfg.clips is not None or cfg.shares is not None:
-            raise UserError("clips and shares are for the world, and a manifest is encoded whole: leave them out")
-        buckets = [(bucket, len(pieces)) for bucket, pieces in source.manifest.buckets.items()]
+        if cfg.clips is not None or cfg.shares is not None or cfg.shorter:
+            raise UserError("clips, shorter and shares are for the world, and a manifest is encoded whole: leave them out")
+        buckets = [(bucket, range(len(pieces))) for bucket, pieces in source.manifest.buckets.items()]
     else:
         if cfg.clips is None or len(_shares(cfg)) != len(cfg.data.aspects):
             raise UserError(
                 f"clips {cfg.clips}, shares {_shares(cfg)} for aspects {cfg.data.aspects}: give the first, and a share for each aspect"
             )
-        shares = _shares(cfg)
-        bounds = [0, *(round(cfg.clips * upto / sum(shares)) for upto in accumulate(shares))]  # rounded so that they sum to `clips`
-        sizes = [end - begin for begin, end in pairwise(bounds)]
-        buckets = [(Bucket(aspect, max(cfg.data.frames)), n) for aspect, n in zip(cfg.data.aspects, sizes, strict=True)]
+        longest, used = max(cfg.data.frames), dict.fromkeys(cfg.data.aspects, 0)
+        if odd := [T for T in cfg.shorter if T not in cfg.data.frames or longest == T]:
+            raise UserError(f"shorter has clips of {odd[0]} frames, data.frames is {cfg.data.frames}: name shorter ones of these")
+        for frames, clips in {longest: cfg.clips, **cfg.shorter}.items():
+            shares = _shares(cfg)
+            bounds = [0, *(round(clips * upto / sum(shares)) for upto in accumulate(shares))]  # rounded so that they sum to `clips`
+            for aspect, n in zip(cfg.data.aspects, (end - begin for begin, end in pairwise(bounds)), strict=True):
+                buckets.append((Bucket(aspect, frames), range(used[aspect], used[aspect] + n)))  # other scenes than the longer ones'
+                used[aspect] += n
     place = 0
-    for bucket, n in buckets:
-        for first in range(0, n, cfg.shard):
-            numbers = list(range(first, min(n, first + cfg.shard)))
+    for bucket, all_numbers in buckets:
+        for first in range(0, len(all_numbers), cfg.shard):
+            numbers = list(all_numbers[first : first + cfg.shard])
             what = [source.manifest.identity(bucket, i) for i in numbers] if source.manifest else numbers
             digest = hashlib.sha256(json.dumps([bucket, what]).encode()).hexdigest()
             yield Shard(f"{place:05d}.safetensors", bucket, numbers, digest)
@@ -208,7 +219,9 @@ class CacheWriter:
 
     def _write(self, name: str, shards: dict[str, dict[str, Any]]) -> None:
         index = {"key": self.key, "settings": self.settings, "shards": dict(sorted(shards.items()))}
-        write_atomic(self.folder / name, json.dumps(index, indent=1))
+        text, path = json.dumps(index, indent=1), self.folder / name
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:  # several trainings may start at once on a cache that is whole
+            write_atomic(path, text)
 
 
 class _Clips(Dataset):

@@ -268,3 +268,20 @@ def test_the_world_still_needs_a_number_of_clips_and_a_manifest_none(manifest, t
         list(fill_cache(CacheConfig(out=str(tmp_path), clips=3, data=config(manifest)), vae))
     with pytest.raises(UserError, match="clips None"):
         list(fill_cache(CacheConfig(out=str(tmp_path)), vae))
+
+
+def test_more_pictures_than_clips_of_other_scenes_of_the_world(tmp_path, vae):
+    """Short clips are cheap: a cache may hold many more of them, and a batch of them the tokens of a batch of long ones."""
+    data = DataConfig(frames=[1, 5, 9])
+    cfg = CacheConfig(out=str(tmp_path), clips=5, shorter={5: 5, 1: 20}, shard=3, workers=0, data=data)
+    list(fill_cache(cfg, vae))
+    cache = LatentCache(tmp_path)
+    assert {str(b): len(c) for b, c in cache.clips.items() if b.aspect == "16:9"} == {"16:9 x 9": 3, "16:9 x 5": 3, "16:9 x 1": 12}
+    steps = LatentSteps(cache, 2, [1, 5, 9], 0)
+    batches = [steps[p] for p in range(4 * steps.per_epoch)]
+    assert {b.latents.shape[2] for b in batches} == {1, 2, 3} and max(b.latents.shape[0] for b in batches) == 6
+    first = {row.half().numpy().tobytes() for b in batches for row in b.latents[:, :, 0]}
+    assert len(first) == len(cache), "all scenes differ"
+    for wrong in ({7: 1}, {9: 1}):
+        with pytest.raises(UserError, match=f"clips of {next(iter(wrong))} frames"):
+            list(fill_cache(CacheConfig(out=str(tmp_path / "w"), clips=2, shorter=wrong, data=data), vae))

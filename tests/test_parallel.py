@@ -113,11 +113,22 @@ def test_bf16_shards_train_as_bf16_alone(words: list[str], tmp_path: Path) -> No
     assert losses[1] == pytest.approx(losses[0], rel=0.01) and losses[0] != losses[1]
 
 
+def test_muon_turns_whole_matrices_when_their_rows_are_cut(words: list[str], tmp_path: Path) -> None:
+    words = [*words, "optimizer=muon", f"steps={STEPS}"]
+    workers.train_dit.main([*words, f"out={tmp_path / 'alone'}", "gradient_accumulation=2"])
+    assert workers.run([*words, f"out={tmp_path / 'cut'}"], workers.environment("fsdp2", 2, dp_shard=2)) == [0, 0]
+    assert_same_run(tmp_path / "cut", tmp_path / "alone")
+
+
 def test_a_run_goes_on_with_another_number_of_processes(
     words: list[str], alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """1 -> 2 sharded -> 4 -> 1: every clip of the row of batches once, with the same noise; and the same losses and weights."""
-    words, seen = [*words, f"out={tmp_path / 'run'}"], tmp_path / "seen"
+    """1 -> 2 sharded -> 4 -> 1, with samples and validation while sharded: every clip of the row of batches once, with the same noise; and
+    the same losses and gradients."""
+    seen = tmp_path / "seen"
+    straight = [*words, f"steps={STEPS}", "gradient_accumulation=4", f"out={tmp_path / 'straight-run'}"]
+    words = [*words, f"out={tmp_path / 'run'}", "validation.every=3", "validation.clips=3", "validation.quantiles=2", "sample_every=3",
+             "samples=[{prompt: a ball, num_frames: 5, num_inference_steps: 1}]"]  # fmt: skip
     monkeypatch.setenv("SEEN", str(seen))
     monkeypatch.setattr(workers.train_dit, "draw_example", workers.train_dit.draw_example)
     monkeypatch.setattr(workers.train_dit, "noise_like", workers.train_dit.noise_like)
@@ -127,12 +138,15 @@ def test_a_run_goes_on_with_another_number_of_processes(
         env = workers.environment(config, ranks, **sizes) | {"SEEN": str(seen)}
         assert workers.run([*words, f"steps={steps}", f"gradient_accumulation={4 // ranks}"], env, first=workers.record) == [0] * ranks
     workers.train_dit.main([*words, f"steps={STEPS}", "gradient_accumulation=4"])
+    lines = [line for line in metrics(tmp_path / "run") if "validation/loss" not in line]
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert_same_run(tmp_path / "run", alone)
+    assert (tmp_path / "run" / "samples" / "00000003.png").is_file()
 
     several = workers.recorded(seen)
     assert [place for place, *_ in several] == list(range(4 * STEPS)), "none lost, none repeated"
     monkeypatch.setenv("SEEN", str(tmp_path / "straight"))
-    workers.train_dit.main([*words, f"out={tmp_path / 'straight-run'}", f"steps={STEPS}", "gradient_accumulation=4"])
+    workers.train_dit.main(straight)
     assert several == workers.recorded(tmp_path / "straight"), "the same clips and noise"
 
 

@@ -35,7 +35,7 @@ from kling.runtime.ema import EMA
 from kling.runtime.health import Guard, Watchdog
 from kling.runtime.log import RunLog
 from kling.runtime.meter import Meter, matmul_ceiling
-from kling.runtime.optim import adamw, lr_at, set_lr
+from kling.runtime.optim import lr_at, make_optimizer, set_lr
 from kling.runtime.parallel import check_draws, lay_out, same_rng, scalar, split_sequence, total, trained
 from kling.runtime.random import generator, noise_like
 from kling.runtime.saver import Saver, find_latest, load_run_tensors, run_tensors, versions
@@ -63,7 +63,7 @@ class TrainDiTConfig:
     """Everything a run depends on.
 
     vae: a VAE folder, or empty for the shipped one. cache: a latent cache; completed by the preset `encode` (empty: it is there).
-    frames: pixel lengths to draw from, at most the cache's. tasks: how often each is drawn.
+    optimizer: adamw or muon, with the same lr. frames: pixel lengths to draw from, at most the cache's. tasks: how often each is drawn.
     text_drop, camera_drop: how often the text or the camera is left out, for guidance. scheduler: settings stored with the weights.
     init_from: a model folder to start from; conditions that `model` adds to it start at zero. lora: train low-rank weights on top of it.
     text_from: a text encoder from kling-train-text, under a new transformer.
@@ -78,6 +78,7 @@ class TrainDiTConfig:
     steps: int = 1000
     seed: int = 0
     batch: int = 16
+    optimizer: str = "adamw"
     lr: float = 1e-3
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     warmup: int = 100
@@ -165,7 +166,7 @@ def train(cfg: TrainDiTConfig, stop: StopSignal) -> None:
     set_checkpointing(transformer, cfg.activation_checkpointing)
     if cfg.compile:
         transformer.compile_repeated_blocks()
-    optimizer = adamw(model, cfg.lr, betas=tuple(cfg.betas), weight_decay=cfg.weight_decay)
+    optimizer = make_optimizer(cfg.optimizer, model, cfg.lr, betas=cfg.betas, weight_decay=cfg.weight_decay)
     net, optimizer = accelerator.prepare(model, optimizer)
     ema = EMA(model, cfg.ema)
     saver = Saver(out, cfg.keep_last, cfg.keep_every, accelerator=accelerator, background=cfg.save_in_background)
