@@ -87,7 +87,7 @@ def together(what: Callable[..., None], arguments: list[tuple]) -> None:
     for process in processes:
         process.start()
     for process in processes:
-        process.join(280)
+        process.join()
     assert [process.exitcode for process in processes] == [0] * len(processes)
 
 
