@@ -212,6 +212,8 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             tokens=max(latent_frames(hop.frames) + appended(hop) for hop in hops) * (h // patch[1]) * (w // patch[2]),
             block_frames=self.config.get("block_frames") or 0,
             frame_delay=request.frame_delay,
+            guidance_interval=request.guidance_interval or (0.0, 1.0),
+            guidance_every=request.guidance_every,
         )
         return plan, inputs, camera
 

@@ -203,6 +203,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument_group("sampling; defaults are the checkpoint's own").add_argument
     add("--num-inference-steps", metavar="N", type=int)
     add("--guidance-scale", metavar="X", type=float, help="how hard the prompt pulls; 1 is plain")
+    add("--guidance-interval", metavar="LOW:HIGH", type=an_interval, help="noise levels with guidance, such as 0.2:0.9; faster (0:1)")
+    add("--guidance-every", metavar="N", type=int, help="compute guidance anew at every N-th step only; faster (1)")
     add("--shift", metavar="X", type=float, help="more puts more steps where there is much noise")
     add("--sigma-c", metavar="X", type=float, help="noise put on what is given, 0 to below 1 (0)")
     add("--seed", metavar="N", type=a_seed, help="default: drawn at random and printed")
@@ -269,6 +271,12 @@ def a_seed(text: str) -> int:
     if not text.isdecimal() or int(text) >= 2**32:
         raise argparse.ArgumentTypeError(f"'{text}' is no seed: give a whole number from 0 to {2**32 - 1}")
     return int(text)
+
+
+def an_interval(text: str) -> tuple[float, float]:
+    if not (found := re.fullmatch(r"(\d*\.?\d+):(\d*\.?\d+)", text)):
+        raise argparse.ArgumentTypeError(f"'{text}': write two noise levels as LOW:HIGH, such as 0.2:0.9")
+    return float(found[1]), float(found[2])
 
 
 def a_keyframe(text: str) -> tuple[str, int, float]:

@@ -16,11 +16,19 @@ from kling.runtime.log import METRICS, read_metrics
 from kling.start import open_start
 
 POINTS = 300  # of a curve
+MOST = 8  # checkpoints compared at once
 
 
 def checkpoints(run: Path) -> list[str]:
     """Names of the finished checkpoint folders, the oldest first."""
     return sorted(path.name for path in run.glob("step-*") if (path / "manifest.json").is_file())
+
+
+def choice(names: Any) -> list[str]:
+    """The checkpoints that a visitor ticked. Raises `UserError` for none, or more than `MOST`."""
+    if not isinstance(names, list) or not 1 <= len(names) <= MOST:
+        raise UserError("checkpoints: choose one to eight of them")
+    return names
 
 
 def pipeline_of(run: Path, name: str, device: Any) -> KlingPipeline:
