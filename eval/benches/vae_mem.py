@@ -31,7 +31,9 @@ def rows(bench: Bench) -> Iterator[Row]:
         for frames in lengths:
             for which, found in peaks.items():
                 target = f"{__name__}:{half}"
-                found.append(peak(target, {"which": which, "frames": frames, "device": bench.device.type}, bench.device.type, bench.threads))
+                found.append(
+                    peak(target, {"which": which, "frames": frames, "device": bench.device.type}, bench.device.type, bench.threads)
+                )
             ours, peer = (found[-1] for found in peaks.values())
             row: Row = {"case": f"{half} {frames} frames", "peer": "diffusers", "ours MiB": ours, "peer MiB": peer, "share": ours / peer}
             if half == "decode" and frames == lengths[-1]:

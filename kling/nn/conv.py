@@ -89,16 +89,15 @@ class CausalConv3d(nn.Conv3d):
         (kt, kh, kw), (st, sh, sw), (pt, ph, pw) = self.kernel_size, self.stride, self.padding
         if self.kernel_size == (1, 1, 1):
             return F.linear(x, self.weight.flatten(1), self.bias)
-        lone = state is None and x.shape[1] == 1 and kt == 2 * pt + 1  # before a lone frame there are only zeros: its own tap is the whole sum
-        if started(state, self):
-            history = state.history(self, kt - st, x)
-        else:
-            history = x.new_zeros(()).expand(x.shape[0], 0 if lone else 2 * pt, *x.shape[2:])
+        b, T, H, W, _ = x.shape
+        if state is None and (kt, pt) == (3, 1) and T:  # a whole clip
+            frames = self.window(x, zeros(x, min(1, T - 1)), state, norm)
+            # before frame 0 there are only zeros: its own tap is the whole sum (of 3 frames a third of the products would be with zeros)
+            first = conv(frames[:, -T], self.weight[:, :, -1], self.bias, (sh, sw), (ph, pw))[:, None]  # (b, 1, H', W', c')
+            return first if T == 1 else torch.cat([first, conv(frames, self.weight, self.bias, self.stride, (0, ph, pw))], dim=1)
+        history = state.history(self, kt - st, x) if started(state, self) else zeros(x, 2 * pt)
         frames = self.window(x, history, state, norm)  # (b, k + T, H, W, c)
-        if lone:
-            return conv(frames[:, 0], self.weight[:, :, -1], self.bias, (sh, sw), (ph, pw))[:, None]
         if frames.shape[1] < kt:
-            b, _, H, W, _ = x.shape
             return x.new_empty(b, 0, (H + 2 * ph - kh) // sh + 1, (W + 2 * pw - kw) // sw + 1, self.out_channels)
         return conv(frames, self.weight, self.bias, self.stride, (0, ph, pw))
 
@@ -114,6 +113,11 @@ class CausalConv3d(nn.Conv3d):
             return norm(x, history, frames)
         frames[:, history.shape[1] :] = x
         return frames
+
+
+def zeros(x: Tensor, k: int) -> Tensor:
+    """k empty frames before x (b, t, h, w, c): (b, k, h, w, c)."""
+    return x.new_zeros(()).expand(x.shape[0], k, *x.shape[2:])
 
 
 class PointConv2d(nn.Conv2d):
