@@ -20,28 +20,16 @@ class ChannelNorm(nn.Module):
 
 
 class NormSilu(ChannelNorm):
-    """silu(y), with history before it in time: x (b, t, h, w, c), history (b, k, h, w, c) -> (b, k + t, h, w, c).
+    """silu(y), written behind its history in time: x (b, t, h, w, c), history (b, k, h, w, c) -> (b, k + t, h, w, c)."""
 
-    Given `frames` of that shape with the history in place, writes the rest of them and returns them; such a call has no gradients.
-    """
-
-    def forward(self, x: Tensor, history: Tensor, frames: Tensor | None = None) -> Tensor:
-        if frames is None:
-            return HistoryNormSilu.apply(x, self.gamma.flatten(), history)
-        norm_silu(x, self.gamma.flatten(), frames[:, history.shape[1] :])
-        return frames
+    def forward(self, x: Tensor, history: Tensor) -> Tensor:
+        return HistoryNormSilu.apply(x, self.gamma.flatten(), history)
 
 
 def per_length(x: Tensor) -> Tensor:
     """√c / ‖x‖ of each point: (..., c) -> (..., 1)."""
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32)).clamp_min(1e-12)
     return (x.shape[-1] ** 0.5 / length).to(x.dtype)
-
-
-def norm_silu(x: Tensor, gamma: Tensor, out: Tensor) -> None:
-    """out <- silu(√c · x / ‖x‖ · γ), three passes over it in place. x and out (..., c), gamma (c,)."""
-    torch.mul(x, per_length(x), out=out)
-    F.silu(out.mul_(gamma), inplace=True)
 
 
 class HistoryNormSilu(torch.autograd.Function):
@@ -56,7 +44,8 @@ class HistoryNormSilu(torch.autograd.Function):
         k = history.shape[1]
         y = x.new_empty(x.shape[0], k + x.shape[1], *x.shape[2:])  # (b, k + t, h, w, c)
         y[:, :k] = history
-        norm_silu(x, gamma, y[:, k:])
+        new = torch.mul(x, per_length(x), out=y[:, k:])
+        F.silu(new.mul_(gamma), inplace=True)
         ctx.save_for_backward(x, gamma)
         return y
 

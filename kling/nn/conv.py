@@ -1,8 +1,10 @@
 """Causal 3-D convolution, and resampling of time and space, for whole clips and for streams in one code path.
 
 Every temporal module is called as `module(x, state)`. A `state` of None means: x starts a stream and nothing is kept of it. With a
-`StreamState`, each convolution keeps there the frames it has seen, the last few of which it still needs when the next chunk comes:
-the outputs of the chunks, joined in time, are the output of the whole.
+`StreamState`, each convolution finds there the few frames that it still needs of the chunk before, and leaves those that the next one
+will need: the outputs of the chunks, joined in time, are the output of the whole.
+
+A convolution sees one window [history | new] in one tensor. Norm and activation write straight into it, so nothing is padded or joined.
 
 Activations lie channels-last, as contiguous tensors (b, t, h, w, c): norms, attention and 1x1 convolutions read the channels of a point
 side by side, time and space fold into the batch without a copy, and oneDNN and cuDNN have their fastest kernels for it.
@@ -21,15 +23,14 @@ from kling.nn.channel_norm import NormSilu
 
 
 class StreamState:
-    """What a stream remembers between chunks: for each causal convolution its window, the frames [history | new] it saw last.
+    """What a stream remembers between chunks: for each causal convolution the last few frames that it saw.
 
-    Without gradients a window is written in place, chunk after chunk; with them every chunk has a window of its own, whose history
-    carries gradients to the chunk before. Belongs to one stream of one model, so any number of streams may run on a model at once.
-    The encoder and the decoder of a model hold different modules, so one state may serve both.
+    Belongs to one stream of one model, so any number of streams may run on a model at once. The encoder and the decoder of a model hold
+    different modules, so one state may serve both. With gradients on, the frames carry them across chunks.
     """
 
     def __init__(self) -> None:
-        self.windows: dict[nn.Module, Tensor] = {}  # (b, k + t, h, w, c) each
+        self.tails: dict[nn.Module, Tensor] = {}  # (b, k, h, w, c) each; k = kernel - stride, at most 2
         self.parts: dict[object, StreamState] = {}  # a tiled picture is one stream for each tile
 
     def part(self, key: object) -> StreamState:
@@ -38,24 +39,15 @@ class StreamState:
 
     def started(self, module: nn.Module) -> bool:
         """True once `module` has seen a chunk of this stream."""
-        return module in self.windows or any(part.started(module) for part in self.parts.values())
+        return module in self.tails or any(part.started(module) for part in self.parts.values())
 
-    def history(self, module: nn.Module, k: int, x: Tensor) -> Tensor:
-        """The k frames before x (b, t, h, w, c). Raises `UserError` if x is not of this stream's batch and size."""
-        last = self.windows[module][:, -k:]
-        if last[:, 0].shape != x[:, 0].shape:
-            was, now = (f"batch {y.shape[0]} of {y.shape[3]}x{y.shape[2]}" for y in (last, x))
+    def history(self, module: nn.Module, x: Tensor) -> Tensor:
+        """The frames before x (b, t, h, w, c). Raises `UserError` if x is not of this stream's batch and size."""
+        tail = self.tails[module]
+        if tail[:, 0].shape != x[:, 0].shape:
+            was, now = (f"batch {y.shape[0]} of {y.shape[3]}x{y.shape[2]}" for y in (tail, x))
             raise UserError(f"a stream that began with {was} cannot go on with {now}: give each stream a StreamState of its own")
-        return last
-
-    def window(self, module: nn.Module, history: Tensor, x: Tensor) -> Tensor:
-        """The window of `module` for x (b, t, h, w, c), its history in place and the rest to be written; the last one again if it fits."""
-        b, k, t = x.shape[0], history.shape[1], x.shape[1]
-        frames = self.windows.get(module)
-        if frames is None or frames.shape[1] != k + t or frames.requires_grad:
-            frames = self.windows[module] = x.new_empty(b, k + t, *x.shape[2:])
-        frames[:, :k] = history if t >= k else history.clone()  # they would overlap
-        return frames
+        return tail
 
 
 def started(state: StreamState | None, module: nn.Module) -> bool:
@@ -82,7 +74,7 @@ class CausalConv3d(nn.Conv3d):
     """3-D convolution whose output frame t sees input frames <= t only. x (b, T, H, W, c) -> (b, T', H', W', c').
 
     `padding` (t, h, w) as in `nn.Conv3d`, but all 2t frames of time padding go before the first frame. With `norm`, the convolution sees
-    silu(norm(x)), which is written straight into its window. A chunk too short for one output gives zero frames.
+    silu(norm(x)). A chunk too short for one output gives zero frames.
     """
 
     def forward(self, x: Tensor, state: StreamState | None = None, norm: NormSilu | None = None) -> Tensor:
@@ -90,29 +82,18 @@ class CausalConv3d(nn.Conv3d):
         if self.kernel_size == (1, 1, 1):
             return F.linear(x, self.weight.flatten(1), self.bias)
         b, T, H, W, _ = x.shape
-        if state is None and (kt, pt) == (3, 1) and T:  # a whole clip
-            frames = self.window(x, zeros(x, min(1, T - 1)), state, norm)
+        clip = state is None and (kt, pt) == (3, 1) and T > 0
+        history = state.history(self, x) if started(state, self) else zeros(x, min(1, T - 1) if clip else 2 * pt)
+        frames = torch.cat([history, x], dim=1) if norm is None else norm(x, history)  # (b, k + T, H, W, c)
+        if clip:
             # before frame 0 there are only zeros: its own tap is the whole sum (of 3 frames a third of the products would be with zeros)
             first = conv(frames[:, -T], self.weight[:, :, -1], self.bias, (sh, sw), (ph, pw))[:, None]  # (b, 1, H', W', c')
             return first if T == 1 else torch.cat([first, conv(frames, self.weight, self.bias, self.stride, (0, ph, pw))], dim=1)
-        history = state.history(self, kt - st, x) if started(state, self) else zeros(x, 2 * pt)
-        frames = self.window(x, history, state, norm)  # (b, k + T, H, W, c)
+        if state is not None:
+            state.tails[self] = frames[:, st - kt :].clone()  # a copy: a view would keep the whole window alive
         if frames.shape[1] < kt:
             return x.new_empty(b, 0, (H + 2 * ph - kh) // sh + 1, (W + 2 * pw - kw) // sw + 1, self.out_channels)
         return conv(frames, self.weight, self.bias, self.stride, (0, ph, pw))
-
-    def window(self, x: Tensor, history: Tensor, state: StreamState | None, norm: NormSilu | None) -> Tensor:
-        """[history | x] or [history | silu(norm(x))]: (b, T, H, W, c), (b, k, H, W, c) -> (b, k + T, H, W, c), kept in `state`."""
-        if torch.is_grad_enabled():
-            frames = torch.cat([history, x], dim=1) if norm is None else norm(x, history)
-            if state is not None:
-                state.windows[self] = frames
-            return frames
-        frames = (state or StreamState()).window(self, history, x)
-        if norm is not None:
-            return norm(x, history, frames)
-        frames[:, history.shape[1] :] = x
-        return frames
 
 
 def zeros(x: Tensor, k: int) -> Tensor:
