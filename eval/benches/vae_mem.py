@@ -6,6 +6,8 @@ Pictures of 256x256 through a narrow VAE, each length in a process of its own, w
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from diffusers import AutoencoderKLWan
@@ -14,6 +16,8 @@ from kling_programs.eval.benches.memory import peak, slope
 from kling_programs.eval.benches.vae import HALVES, config, shape
 from torch import Tensor
 
+from kling.data.transforms import to_uint8
+from kling.data.video import VideoWriter
 from kling.vae import AutoencoderKLKling
 
 SIDE, BASE, BLOCKS = 256, 8, 1
@@ -48,14 +52,15 @@ Work = tuple[Callable[[], object], Callable[[], object]]
 
 
 def decode(which: str, frames: int, device: str) -> Work:
-    """Every frame is looked at and let go, as by a writer of files."""
+    """Into a file; ours frame by frame as they are made, diffusers' once it has them all."""
     model, height, width = prepare(which, device)
     short, z = (torch.randn(shape("decode", n, height, width), device=device, dtype=model.dtype) for n in (9, frames))
 
     @torch.no_grad()
     def work(z: Tensor) -> None:
-        for chunk in model.decode_stream(z) if which == "ours" else [model.decode(z).sample]:
-            chunk.mean()
+        with TemporaryDirectory() as folder, VideoWriter(Path(folder) / "clip.mp4", fps=8) as file:
+            for video in model.decode_stream(z) if which == "ours" else [model.decode(z).sample]:
+                file.write(to_uint8(video[0]))
 
     return lambda: work(short), lambda: work(z)
 
