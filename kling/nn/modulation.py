@@ -42,8 +42,8 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 class ModulatedNorm(nn.Module):
     """Layer norm without weights of its own: tokens (b, n, d) are normalised, then x · (1 + scale) + shift with vectors (b, g, 1, d).
 
-    In fp32, returned in the dtype of x. While sampling on a CPU, vectors that all tokens share go in as the norm's weight and bias: one sweep
-    over memory instead of two (five in bf16).
+    In fp32, returned in the dtype of x. While sampling on a CPU, vectors that all tokens share go in as the norm's weight and bias: one
+    sweep over memory instead of two (five in bf16).
     """
 
     def __init__(self, dim: int, eps: float = 1e-6) -> None:
