@@ -47,7 +47,7 @@ if TYPE_CHECKING:  # diffusers takes seconds to import: a typing mistake should 
 FORMATS = {"mp4": tuple(WRITABLE), "gif": (".gif",), "png-frames": ("",), "png": (".png",)}  # and the endings of their names
 REPLAY_TAKES = {"replay", "output", "model", "device", "format", "fps", "save_latents", "dry_run"}
 WEIGHTS = ("transformer", "transformer_2", "vae", "checkpoint", "lora", "lora_2")  # beside those of the folder
-MACHINE = ("offload", "fp8", "attention", "cache", "context_parallel")
+MACHINE = ("offload", "fp8", "attention", "cache", "context_parallel", "compile")
 REPLAY_TAKES |= {*WEIGHTS, *MACHINE, "dtype"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 EXIT_DIFFERENT = 1
@@ -225,6 +225,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--fp8", action="store_true", default=None, help="store the transformer in 8 bits")
     add("--attention", metavar="NAME", help="native, math, cudnn, flex, xformers, flash, flash3 or sage")
     add("--cache", metavar="NAME=X", help="skip work that changes little: first-block=0.1, taylorseer=5 or mag=RATIOS.json")
+    add("--compile", action="store_true", default=None, help="compile the transformer's block: faster steps after a slow first one")
     add("--context-parallel", metavar="N", type=int, help="share each clip between the N processes that torchrun started")
 
     add = parser.add_argument_group("output").add_argument

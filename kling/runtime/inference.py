@@ -39,7 +39,7 @@ class Machine:
 
     offload: "model" keeps one part at a time on the device, "group" one block at a time. fp8: transformers stored in 8 bits.
     attention: a name of `ATTENTIONS`. cache: "first-block=THRESHOLD", "mag=RATIOS.json[:THRESHOLD]" or "taylorseer=INTERVAL".
-    context_parallel: devices that share the tokens of one clip.
+    context_parallel: devices that share the tokens of one clip. compile: `torch.compile` of the transformer's block, once for all of them.
     """
 
     offload: str | None = None
@@ -47,6 +47,7 @@ class Machine:
     attention: str | None = None
     cache: str | None = None
     context_parallel: int = 1
+    compile: bool = False
 
     def __post_init__(self) -> None:
         if self.offload is not None and self.offload not in OFFLOADS:
@@ -81,6 +82,9 @@ def set_up(pipe: Any, machine: Machine, device: torch.device, steps: int) -> Non
     place(pipe, machine.offload, device)
     if machine.context_parallel > 1:
         share_tokens(pipe.experts, machine.context_parallel)
+    if machine.compile:
+        for model in pipe.experts:
+            model.compile_repeated_blocks()
 
 
 def place(pipe: Any, offload: str | None, device: torch.device) -> None:
