@@ -116,8 +116,8 @@ class Sampler:
         """One pass of one expert: z (1, c, G, h, w) and its level (1,), or each token's (1, G, h', w') -> velocity (1, c, G, h, w)."""
         dtype = expert.dtype
         x = z if signals.concat is None else torch.cat([z, signals.concat], dim=1)
-        # step caches keep what they reuse apart by these names
-        with expert.cache_context(which if camera else "no camera") if expert.is_cache_enabled else nullcontext():
+        branch = which if camera or signals.rays is None else "no camera"  # step caches keep what they reuse apart by these names
+        with expert.cache_context(branch) if expert.is_cache_enabled else nullcontext():
             return expert(
                 x.to(dtype),
                 sigma,

@@ -37,6 +37,16 @@ def test_logit_normal_matches_its_quantiles():
         assert float(sigma.quantile(q)) == pytest.approx(float(z.sigmoid()), abs=0.01)
 
 
+@pytest.mark.parametrize("density", ["logit_normal", "uniform"])
+@pytest.mark.parametrize("within", [(0.875, 1.0), (0.0, 0.875)])
+def test_an_expert_s_levels_are_those_of_the_density_that_fall_to_it(density: str, within: tuple[float, float]):
+    every, own = (draw_sigma((40000,), torch.Generator().manual_seed(0), density, 5.0, **kw) for kw in ({}, {"within": within}))
+    inside = every[(every > within[0]) & (every < within[1])]  # the definition: leave the others out
+    assert within[0] <= own.min() and own.max() <= within[1]
+    for q in (0.05, 0.3, 0.5, 0.7, 0.95):
+        assert float(own.quantile(q)) == pytest.approx(float(inside.quantile(q)), abs=0.01)
+
+
 @pytest.mark.parametrize("call", [lambda: sigma_grid(0), lambda: sigma_grid(4, -1), lambda: draw_sigma((1,), torch.Generator(), "beta")])
 def test_bad_clocks_are_refused(call):
     with pytest.raises(UserError):
