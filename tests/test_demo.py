@@ -416,7 +416,7 @@ def _cut_short(folder: Path) -> bytes:
 
 def test_the_task_that_was_understood_is_said_in_both_languages(pipe, tmp_path):
     assert set(CHINESE_TASKS) == set(PLANNED)
-    request = Request("a ball", image=str(png(tmp_path / "a.png")), loop=True, camera="pan=6,dolly=4", num_frames=41)
+    request = Request("a ball", image=str(png(tmp_path / "a.png", (30, 30))), loop=True, camera="pan=6,dolly=4", num_frames=41)
     english, chinese = (views.understood(lang, pipe.plan(request), request) for lang in (0, 1))
     assert "<b>first + last frame to video · loop · camera pan=6 dolly=4</b> 41 frames · 5.1 s · 80×80" in english
     assert "<b>首尾帧生视频 · 循环 · 镜头 pan=6 dolly=4</b> 41 帧 · 5.1 秒 · 80×80" in chinese
