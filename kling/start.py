@@ -26,10 +26,9 @@ from kling.text import ByteTextEncoder
 from kling.text.umt5 import UMT5TextEncoder
 from kling.vae import AutoencoderKLKling
 
+# keys of the transformer's config that a training may add to a model: inputs that start at zero
 EXTRAS = ("in_channels", "num_kinds", "camera_channels", "camera_fold", "camera_downscale", "camera_residual_blocks")
-
-
-PARTS = {"": "transformer", "high": "transformer", "low": "transformer_2"}
+PARTS = {"": "transformer", "high": "transformer", "low": "transformer_2"}  # expert -> its folder
 
 
 @dataclass(frozen=True)
@@ -61,13 +60,10 @@ class Start:
 
     def beside(self, trained: KlingTransformer3DModel) -> dict[str, Any]:
         """The models of a pipeline around a trained transformer, but VAE and text encoder: the other expert, and CLIP."""
-        parts = {"transformer": trained}
+        parts = {PARTS[self.expert]: trained}
         if self.expert:
             other = next(name for name in PARTS.values() if name != PARTS[self.expert])
-            parts = {
-                PARTS[self.expert]: trained,
-                other: loaded(self.folder, other, KlingTransformer3DModel, torch_dtype=torch.bfloat16).to(trained.device),
-            }
+            parts[other] = loaded(self.folder, other, KlingTransformer3DModel, torch_dtype=torch.bfloat16).to(trained.device)
         if (self.folder / "image_encoder").is_dir():
             parts |= load_image_encoder(self.folder)
             parts["image_encoder"].to(trained.device)
@@ -148,7 +144,7 @@ def grow(folder: str | Path, model: Mapping[str, Any], dtype: torch.dtype = torc
             raise UserError(f"init_from {folder} was trained with model.{key} = {had[key]!r}: leave it as it is")
         changed[key] = value
     in_channels = changed.pop("in_channels", had["in_channels"])
-    grown = KlingTransformer3DModel.from_pretrained(folder, torch_dtype=dtype, **changed)
+    grown = loaded(Path(folder).parent, Path(folder).name, KlingTransformer3DModel, torch_dtype=dtype, **changed)
     return grown if in_channels == had["in_channels"] else widen_inputs(grown, in_channels)
 
 
