@@ -26,7 +26,8 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto
 table { border-collapse: collapse; display: block; overflow-x: auto }
 td, th { padding: .2rem .7rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap }
 td:first-child, th:first-child { text-align: left; white-space: normal; min-width: 9rem; position: sticky; left: 0; background: #fff }
-th { font-weight: 600 } h2, .note { overflow-wrap: anywhere } figure { display: inline-block; margin: .2rem } img { max-width: 100%; display: block; margin: .5rem 0 }
+th { font-weight: 600 } h2, .note { overflow-wrap: anywhere } figure { display: inline-block; margin: .2rem }
+img { max-width: 100%; display: block; margin: .5rem 0 }
 .note { color: #666 } .bad { color: #b00020 } video { width: 14rem; display: block } svg { background: #fafafa; margin: .3rem }
 """
 POINTS = 400  # of a curve; more are averaged
