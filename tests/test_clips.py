@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from kling import KlingPipeline
 from kling.cache import CacheConfig, LatentCache, LatentSteps, fill_cache
 from kling.data.buckets import Bucket, Epochs, batch_sizes
 from kling.data.clips import ManifestClips, folder_manifest, held_out
@@ -22,6 +25,12 @@ from kling.data.video import read_video, write_video
 from kling.errors import UserError
 from tests.test_pipeline import tiny_pipeline
 from tests.test_video import smooth
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT / "train")]
+import encode as encode_program  # noqa: E402
+import train_dit  # noqa: E402
+import train_vae  # noqa: E402
 
 ASPECTS = ["16:9", "9:16", "1:1"]
 
@@ -261,8 +270,51 @@ def test_a_changed_clip_or_a_cut_shard_is_made_anew_and_no_other(manifest, root,
     assert {name for name in before if before[name] != after[name]} == {"00000.safetensors", "00004.safetensors"}
 
 
+def test_pictures_and_videos_train_together(manifest, tmp_path, vae, capsys, monkeypatch):
+    """All three programs on one manifest of videos of several shapes and a picture, as a person runs them."""
+    monkeypatch.chdir(ROOT)
+    smaller = ["model.base_dim=4", "model.decoder_base_dim=4", "model.dim_mult=[1,1,1]"]
+    data = [f"data.source={manifest}", "data.frames=[1,5,9]", "workers=0", "threads=1"]
+    words = ["configs/vae/debug.yaml", *smaller, *data, f"out={tmp_path / 'vae'}", "steps=3", "batch=1", "eval_clips=1", "log_every=1"]
+    train_vae.main(words)
+    vae.save_pretrained(tmp_path / "tiny")
+    known = [f"vae={tmp_path / 'tiny'}", "workers=0", "threads=1"]
+    encode_program.main(["configs/cache/manifest.yaml", *data, *known, f"out={tmp_path / 'cache'}"])
+    model = "model={in_channels: 4, out_channels: 4}"
+    words = [
+        "configs/dit/debug.yaml", *known, f"cache={tmp_path / 'cache'}", "encode=", "frames=[1,5,9]", "max_frames=9", "batch=2", model,
+        "steps=7", "save_every=7", "sample_every=7", "samples=[{prompt: a cat, num_frames: 5}, {prompt: 猫, num_frames: 1}]", "log_every=1",
+    ]  # fmt: skip
+    train_dit.main([*words, f"out={tmp_path / 'dit'}"])
+    said = capsys.readouterr().err
+    for line in ("16:9 x 1: 1 clips in 1 batches of 6, each clip 6 times", "16:9 x 9: 3 clips in 2 batches of 2, each clip 1 or 2 times"):
+        assert line in said
+    for run, steps in (("vae", 3), ("dit", 7)):
+        rows = [json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
+        losses = [row["loss"] for row in rows if "loss" in row]
+        assert len(losses) == steps and all(math.isfinite(loss) for loss in losses)
+    assert KlingPipeline.from_pretrained(tmp_path / "dit" / "export").config.max_frames == 9
+
+
 def test_the_world_still_needs_a_number_of_clips_and_a_manifest_none(manifest, tmp_path, vae):
     with pytest.raises(UserError, match="manifest is encoded whole"):
         list(fill_cache(CacheConfig(out=str(tmp_path), clips=3, data=config(manifest)), vae))
     with pytest.raises(UserError, match="clips None"):
         list(fill_cache(CacheConfig(out=str(tmp_path)), vae))
+
+
+def test_more_pictures_than_clips_of_other_scenes_of_the_world(tmp_path, vae):
+    """Short clips are cheap: a cache may hold many more of them, and a batch of them the tokens of a batch of long ones."""
+    data = DataConfig(frames=[1, 5, 9])
+    cfg = CacheConfig(out=str(tmp_path), clips=5, shorter={5: 5, 1: 20}, shard=3, workers=0, data=data)
+    list(fill_cache(cfg, vae))
+    cache = LatentCache(tmp_path)
+    assert {str(b): len(c) for b, c in cache.clips.items() if b.aspect == "16:9"} == {"16:9 x 9": 3, "16:9 x 5": 3, "16:9 x 1": 12}
+    steps = LatentSteps(cache, 2, [1, 5, 9], 0)
+    batches = [steps[p] for p in range(4 * steps.per_epoch)]
+    assert {b.latents.shape[2] for b in batches} == {1, 2, 3} and max(b.latents.shape[0] for b in batches) == 6
+    first = {row.half().numpy().tobytes() for b in batches for row in b.latents[:, :, 0]}
+    assert len(first) == len(cache), "all scenes differ"
+    for wrong in ({7: 1}, {9: 1}):
+        with pytest.raises(UserError, match=f"clips of {next(iter(wrong))} frames"):
+            list(fill_cache(CacheConfig(out=str(tmp_path / "w"), clips=2, shorter=wrong, data=data), vae))

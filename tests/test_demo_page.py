@@ -35,13 +35,13 @@ SHORT = {"duration": 0.5, "num_inference_steps": 2}
 class Site:
     """A running page and what is behind it."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, run: Path | None = None, unable: tuple[str, ...] = ("text_to_image",)) -> None:
         self.arrivals, self.out = folder / "arrivals", folder / "out"
         self.arrivals.mkdir()
         os.environ["GRADIO_TEMP_DIR"] = str(self.arrivals)
         model = folder / "model"
-        save_tiny(model, [*(task for task in TASKS if task not in ("text_to_image", "keyframes")), "camera"])
-        args = argparse.Namespace(model=str(model), device="cpu", out=str(self.out), keep=50, run=None)
+        save_tiny(model, [task for task in (*TASKS, "camera") if task not in unable])
+        args = argparse.Namespace(model=str(model), device="cpu", out=str(self.out), keep=50, run=None if run is None else str(run))
         self.studio, page, settings = demo.prepare(args, self.arrivals)
         _, self.url, _ = page.launch(server_name="127.0.0.1", server_port=None, prevent_thread_lock=True, max_file_size="1mb", **settings)
         self.close = page.close
@@ -130,7 +130,8 @@ def test_what_must_not_pass_is_refused_without_a_trace_or_a_path(site, tmp_path)
         ({"camera": {"pan": "x"}}, "pan"),
         ({"camera": {"pam": 1}}, "pam"),
         ({"camera": [1]}, "camera"),
-        ({"keyframes": [{"file": mine, "frame": 2}]}, "not trained"),
+        ({"still": True}, "not trained"),
+        ({"keyframes": [{"file": mine, "frame": 99}]}, "frame 99"),
         ({"mode": "../x"}, "mode"),
         ({"loop": 3}, "loop"),
         ({"video": mine}, "not a video"),

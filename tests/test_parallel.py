@@ -92,6 +92,13 @@ def test_processes_and_accumulation_change_nothing(
     assert bool(sharded) == (config != "ddp"), "a sharded run writes each process's rows"
 
 
+def test_muon_turns_whole_matrices_when_their_rows_are_cut(words: list[str], tmp_path: Path) -> None:
+    words = [*words, "optimizer=muon", f"steps={STEPS}"]
+    workers.train_dit.main([*words, f"out={tmp_path / 'alone'}", "gradient_accumulation=2"])
+    assert workers.run([*words, f"out={tmp_path / 'cut'}"], workers.environment("fsdp2", 2, dp_shard=2)) == [0, 0]
+    assert_same_run(tmp_path / "cut", tmp_path / "alone")
+
+
 def test_a_run_goes_on_with_another_number_of_processes(words: list[str], alone: Path, tmp_path: Path) -> None:
     """1 -> 2 sharded -> 1, resharded on the way, with samples and validation while sharded."""
     words = [*words, f"out={tmp_path}"]

@@ -21,7 +21,7 @@ from kling.runtime.checkpoint import load, save
 from kling.runtime.ema import EMA
 from kling.runtime.log import RunLog, duration, read_metrics
 from kling.runtime.meter import Meter
-from kling.runtime.optim import adamw, lr_at, set_lr
+from kling.runtime.optim import adamw, load_optimizer_tensors, lr_at, make_optimizer, muon, optimizer_tensors, set_lr
 from kling.runtime.random import derive_seed, generator, noise_like, permutation, uniform
 
 
@@ -99,6 +99,56 @@ def test_vectors_do_not_decay() -> None:
     assert {g["lr"] for g in optimizer.param_groups} == {0.25}
     with pytest.raises(UserError, match="nothing to train"):
         adamw(model.requires_grad_(False), lr=1)
+
+
+@pytest.mark.parametrize("shape", [(12, 40), (40, 12), (16, 8, 3, 3, 3)])
+def test_muon_steps_along_the_nearest_orthogonal_matrix(shape: tuple[int, ...]) -> None:
+    """The step against singular vectors from LAPACK: same directions, all singular values about one, and AdamW's size."""
+    p = nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
+    before, grad = p.detach().clone(), torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    grad[: len(grad) // 2] *= 0.2  # weak directions
+    model = nn.Module()
+    model.weight, p.grad = p, grad
+    muon(model, lr=0.1, weight_decay=0.5).step()
+    u, _, vh = torch.linalg.svd(grad.flatten(1), full_matrices=False)
+    along = u.T @ ((1 - 0.1 * 0.5) * before - p.detach()).flatten(1) @ vh.T  # u diag(along) vh is the step
+    along = along / (0.1 * 0.2 * max(grad.flatten(1).shape) ** 0.5)
+    values = along.diagonal()
+    assert (along - values.diag()).abs().max() < 1e-3 and values.min() > 0.65 and values.max() < 1.25
+
+
+def test_muon_is_adamw_where_there_is_no_matrix(tmp_path: Path) -> None:
+    """Vectors, narrow matrices and embeddings step as torch's own AdamW; its momentum is saved and comes back."""
+
+    def made() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.ModuleDict({"words": nn.Embedding(30, 8), "wide": nn.Linear(8, 16), "narrow": nn.Linear(16, 2)})
+
+    def grads(model: nn.Module, step: int) -> None:
+        for k, p in enumerate(model.parameters()):
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(10 * step + k))
+
+    ours, theirs, again = made(), made(), made()
+    optimizer, plain = (
+        muon(ours, lr=1e-2, weight_decay=0.1),
+        torch.optim.AdamW(theirs.parameters(), lr=1e-2, betas=(0.9, 0.95), weight_decay=0.0),
+    )
+    for step in range(3):
+        grads(ours, step), grads(theirs, step)
+        optimizer.step(), plain.step()
+        if step == 1:
+            again.load_state_dict(ours.state_dict())
+            second = muon(again, lr=1e-2, weight_decay=0.1)
+            save(tmp_path, 2, {"optimizer": optimizer_tensors(optimizer, ours)})
+            state = load(tmp_path / "step-00000002").tensors["optimizer"]
+            load_optimizer_tensors(second, again, state)
+    assert {key.rpartition("/")[2] for key in state if key.startswith("wide.weight")} == {"momentum"}
+    for name, p in ours.named_parameters():
+        assert torch.equal(p, theirs.get_parameter(name)) == (name != "wide.weight"), name
+    grads(again, 2), second.step()
+    assert all(torch.equal(p, again.get_parameter(name)) for name, p in ours.named_parameters())
+    with pytest.raises(UserError, match="did you mean 'muon'"):
+        make_optimizer("muom", made(), 1e-3)
 
 
 def test_ema_is_the_average_and_swap_gives_the_weights_back(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from kling.runtime.accelerator import EXIT_STOPPED, StopSignal, make_accelerator
 from kling.runtime.checkpoint import check_same_config
 from kling.runtime.ema import EMA
 from kling.runtime.log import RunLog
-from kling.runtime.optim import adamw, lr_at, set_lr
+from kling.runtime.optim import lr_at, make_optimizer, set_lr
 from kling.runtime.saver import Saver, find_latest, load_run_tensors, run_tensors, versions
 from kling.text import ByteTextEncoder
 from kling.text.agree import agreement_loss, pool
@@ -37,6 +37,7 @@ class TrainTextConfig:
     steps: int = 500
     seed: int = 0
     batch: int = 96
+    optimizer: str = "adamw"
     lr: float = 1e-3
     warmup: int = 50
     schedule: str = "cosine"
@@ -91,7 +92,7 @@ def train(cfg: TrainTextConfig, stop: StopSignal) -> None:
     check_same_config(out, to_dict(cfg), defaults=to_dict(TrainTextConfig()))
     torch.manual_seed(cfg.seed)  # the initial weights; every later draw is counter-based
     model = ByteTextEncoder(**cfg.text).train()
-    net, optimizer = accelerator.prepare(model, adamw(model, cfg.lr, weight_decay=cfg.weight_decay))
+    net, optimizer = accelerator.prepare(model, make_optimizer(cfg.optimizer, model, cfg.lr, weight_decay=cfg.weight_decay))
     ema = EMA(model, cfg.ema)
     saver = Saver(out, cfg.keep_last, accelerator=accelerator)
 

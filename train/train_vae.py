@@ -28,7 +28,7 @@ from kling.runtime.accelerator import EXIT_STOPPED, StopSignal, make_accelerator
 from kling.runtime.ema import EMA
 from kling.runtime.health import LIMIT, Guard
 from kling.runtime.log import RunLog
-from kling.runtime.optim import adamw, lr_at, set_lr
+from kling.runtime.optim import adamw, lr_at, make_optimizer, set_lr
 from kling.runtime.parallel import scalar
 from kling.runtime.saver import Saver, find_latest, load_run_tensors, run_tensors, versions
 from kling.vae import AutoencoderKLKling, LossWeights, vae_loss
@@ -42,8 +42,8 @@ PARTS = ("encoder", "quant_conv", "post_quant_conv", "decoder")
 class TrainVAEConfig:
     """Everything a run depends on. `model` holds the keys of `AutoencoderKLKling`.
 
-    init_from: a VAE folder to start from, in place of `model`. freeze: parts that stay as they are; with [encoder, quant_conv] a decoder
-    gets better under a transformer that is already trained, since the latents do not move.
+    optimizer: adamw or muon, with the same lr. init_from: a VAE folder to start from, in place of `model`. freeze: parts that stay as
+    they are; with [encoder, quant_conv] a decoder gets better under a transformer that is already trained, since the latents do not move.
     paths: how often clips go through whole, streamed in chunks, or in blended tiles, so that the loss sees what sampling does.
     adversary: a discriminator that joins later. perceptual: weight, and a local file of VGG-16.
     """
@@ -52,6 +52,7 @@ class TrainVAEConfig:
     steps: int = 1000
     seed: int = 0
     batch: int = 4
+    optimizer: str = "adamw"
     lr: float = 1e-3
     warmup: int = 50
     schedule: str = "cosine"
@@ -115,7 +116,7 @@ def train(cfg: TrainVAEConfig, stop: StopSignal) -> None:
         getattr(model, name).requires_grad_(False)
     critic = PatchDiscriminator3d(cfg.adversary.width, cfg.adversary.layers) if cfg.adversary.weight else None
     perceptual = Perceptual(cfg.perceptual_weights).to(accelerator.device) if cfg.perceptual else None
-    net, optimizer = accelerator.prepare(Autoencoding(model), adamw(model, cfg.lr, weight_decay=cfg.weight_decay))
+    net, optimizer = accelerator.prepare(Autoencoding(model), make_optimizer(cfg.optimizer, model, cfg.lr, weight_decay=cfg.weight_decay))
     if critic is not None:
         critic_net, critic_optimizer = accelerator.prepare(critic, adamw(critic, cfg.adversary.lr, betas=(0.5, 0.9), weight_decay=0.0))
     ema = EMA(model, cfg.ema)

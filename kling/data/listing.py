@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import ast
 import csv
+import math
 import os
 import re
 import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from kling.data.files import Member, Source, head, read_bytes, sniff
+from kling.data.files import Member, Source, file_of, head, member_of, read_bytes, sniff
 from kling.data.manifest import Caption, read_lines
 from kling.data.sidecar import caption, captions_from, find_camera, parse_captions, read_captions
 from kling.errors import UserError, unknown
@@ -61,7 +62,10 @@ class Listing:
                 raise unknown("field", name, COLUMNS)
 
     def find(self, paths: Iterable[str | Path]) -> list[Candidate]:
-        """Everything below `paths`, each file once, in the order of the names. Raises `UserError` for a path or a table that is wrong."""
+        """Everything below `paths`, each file once, in the order of the names; captions of one that is named again are added to it.
+
+        Raises `UserError` for a path or a table that is wrong.
+        """
         found: dict[tuple, Candidate] = {}
         for path in map(Path, paths):
             if path.is_dir():
@@ -76,7 +80,8 @@ class Listing:
                 head(path)  # refuses what is missing
                 candidates = iter([beside(path)])
             for one in candidates:
-                found.setdefault((str(one.source), one.start, one.end), one)
+                key = (os.path.abspath(file_of(one.source)), member_of(one.source), one.start, one.end)
+                found[key] = _joined(found[key], one) if key in found else one
         if not found:
             seen = f" ({sum(self.passed.values())} other files)" if self.passed else ""
             raise UserError(
@@ -158,6 +163,11 @@ class Listing:
             raise UserError(f"{where}: timestamp {stamps!r}: give [start, end], or a list of such pairs") from None
 
 
+def _joined(first: Candidate, again: Candidate) -> Candidate:
+    new = tuple(caption for caption in again.captions if caption not in first.captions)
+    return replace(first, captions=first.captions + new, camera=first.camera or again.camera, trouble=first.trouble or again.trouble)
+
+
 def beside(path: Path) -> Candidate:
     """A file with what lies beside it."""
     try:
@@ -199,10 +209,13 @@ def seconds(value: Any, where: str) -> float | None:
             total = 0.0
             for part in value.split(":"):
                 total = 60 * total + float(part)
-            return total
-        return float(value)
+        else:
+            total = float(value)
     except (TypeError, ValueError):
-        raise UserError(f"{where}: time {value!r}: give seconds, or h:mm:ss.sss") from None
+        total = math.nan
+    if not 0 <= total < math.inf:
+        raise UserError(f"{where}: time {value!r}: give seconds, or h:mm:ss.sss")
+    return total
 
 
 def _captions(row: dict[str, Any], value: Any, where: str) -> tuple[Caption, ...] | list[Caption]:

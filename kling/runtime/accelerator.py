@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.parallelism_config import ParallelismConfig
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, FullyShardedDataParallelPlugin, GradientAccumulationPlugin
+from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from kling.errors import UserError, unknown
@@ -67,6 +68,14 @@ def make_accelerator(
         param = torch.bfloat16 if precision == "bf16" else None
         accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(param, torch.float32, cast_forward_inputs=False)
     return accelerator
+
+
+def wrap_what_is_there(accelerator: Accelerator, model: nn.Module) -> None:
+    """Of the classes that the launcher's configuration names for FSDP, keep those that the model has: accelerate refuses the others, and
+    a training from published weights has no text encoder of ours."""
+    if accelerator.is_fsdp2:
+        plugin, there = accelerator.state.fsdp_plugin, {type(module).__name__ for module in model.modules()}
+        plugin.transformer_cls_names_to_wrap = [name for name in plugin.transformer_cls_names_to_wrap if name in there]
 
 
 def _shard_on_cpu(accelerator: Accelerator) -> None:

@@ -1,4 +1,4 @@
-"""AdamW, its state by name, and its learning rate, as functions.
+"""AdamW or Muon, its state by name, and its learning rate, as functions.
 
 The learning rate is a closed form of the step, set by the loop: Accelerate's wrapped schedulers advance once per process, and a
 closed form has no state to save.
@@ -11,9 +11,11 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.optim import AdamW
 
 from kling.errors import UserError, unknown
 from kling.runtime.checkpoint import Rows, restore
+from kling.runtime.muon import Muon, is_matrix
 
 SCHEDULES = ("constant", "cosine")
 
@@ -24,15 +26,49 @@ def adamw(
     betas: tuple[float, float] = (0.9, 0.95),
     weight_decay: float = 0.01,
     eps: float = 1e-8,
-) -> torch.optim.AdamW:
+) -> AdamW:
     """AdamW over the parameters that train. Vectors and scalars (norms, biases, gates) do not decay: only matrices and kernels do."""
+    params = trainable(named)
+    decay, plain = [p for p in params if p.ndim >= 2], [p for p in params if p.ndim < 2]
+    groups = [{"params": decay, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return AdamW([g for g in groups if g["params"]], lr=lr, betas=tuple(betas), eps=eps, fused=True)
+
+
+def muon(
+    model: nn.Module,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.95),
+    weight_decay: float = 0.01,
+    momentum: float = 0.95,
+) -> Muon:
+    """Muon over the matrices and kernels that train, and AdamW over the rest: vectors, scalars and embeddings, whose rows are looked up
+    one at a time. `lr` is of AdamW's size for both."""
+    looked_up = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    params = trainable(model)
+    turned = [p for p in params if is_matrix(p) and id(p) not in looked_up]
+    inside = {id(p) for p in turned}
+    plain = [p for p in params if id(p) not in inside]
+    groups = [{"params": turned, "weight_decay": weight_decay, "momentum": momentum}, {"params": plain, "weight_decay": 0.0}]
+    return Muon([g for g in groups if g["params"]], lr=lr, betas=tuple(betas))
+
+
+def make_optimizer(name: str, model: nn.Module, lr: float, betas: Iterable[float] = (0.9, 0.95), weight_decay: float = 0.01) -> AdamW:
+    """The optimizer of a config's `optimizer:`. Raises `UserError` for a name that is none."""
+    if name not in OPTIMIZERS:
+        raise unknown("optimizer", name, OPTIMIZERS)
+    return OPTIMIZERS[name](model, lr, betas=tuple(betas), weight_decay=weight_decay)
+
+
+OPTIMIZERS = {"adamw": adamw, "muon": muon}
+
+
+def trainable(named: nn.Module | Iterable[tuple[str, Tensor]]) -> list[Tensor]:
+    """The parameters that train. Raises `UserError` if there are none."""
     named = named.named_parameters() if isinstance(named, nn.Module) else named
     params = [p for _, p in named if p.requires_grad]
     if not params:
         raise UserError("nothing to train: no parameter has requires_grad")
-    decay, plain = [p for p in params if p.ndim >= 2], [p for p in params if p.ndim < 2]
-    groups = [{"params": decay, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=tuple(betas), eps=eps, fused=True)
+    return params
 
 
 def lr_at(step: int, *, lr: float, warmup: int = 0, steps: int | None = None, schedule: str = "constant", floor: float = 0.0) -> float:
@@ -60,7 +96,7 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
-    """The optimizer's state as {"<parameter name>/<exp_avg | exp_avg_sq | step>": tensor}; learning rates are the loop's, not state."""
+    """The optimizer's state as {"<parameter name>/<exp_avg | exp_avg_sq | step | momentum>": tensor}; learning rates are the loop's."""
     names = {id(p): name for name, p in model.named_parameters()}
     return {f"{names[id(p)]}/{key}": value for p, state in optimizer.state.items() for key, value in state.items()}
 
