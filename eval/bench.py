@@ -1,242 +1,105 @@
-"""Our parts against what one would use in their place, on the same work in one run, as ratios.
+"""Our parts against what one would use in their place: the same weights, the same work, one run.
 
-kling-bench data                     # clip readers, the loader against a plain DataLoader over PyAV, memory over 2,000 clips
-kling-bench data --quick --json out/bench.json
+kling-bench                                      # all suites on the CPU: about an hour
+kling-bench dit attn --quick                     # a look, not a measurement: minutes
+kling-bench dit --device cuda --json out/dit.json    # and out/dit.png where sizes grow
 
-Runs alternate (A B B A ...), so that a busy machine slows both alike; a ratio is the median over the pairs. The first pair of every table
-is a thing against itself: how far from 1 that lies is how far the others can be trusted.
+dit        the transformer against diffusers' Wan: forward, with backward, compiled, memory
+attn       its share of a pass; packed clips of many lengths against padded ones
+vae        the VAE against diffusers' Wan VAE: encode and decode
+vae-mem    what a decode and an encode hold in memory as clips grow
+sampler    what a step costs outside the network, and what step caches save and lose
+video      clips out of files, resized: our reader against decord, torchcodec and plain PyAV
+loader     batches for training: ours against a plain DataLoader; cached latents; memory over many clips
+train      steps from cached latents: seconds outside forward and backward, checkpointing
+scaling    encode, sample and decode over frames and sizes
+
+Before anything is timed, the ceilings of this device are measured, and every result is held against the peer's in fp64. A thing against
+itself comes first in each suite: more than 3 % from 1, and nothing is judged. Exit code 3: a result was wrong.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
-import os
-import platform
-import tempfile
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from fractions import Fraction
-from importlib import metadata
+import sys
+from collections.abc import Iterator
 from pathlib import Path
-from statistics import median
 from typing import Any
 
-import av
-import cv2
-import numpy as np
-import psutil
 import torch
-import torch.nn.functional as F
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from kling_programs.eval.benches.machine import ceilings, describe, pin
+from kling_programs.eval.benches.measure import Bench, Row
+from kling_programs.eval.benches.plot import plot
 
-from kling.data.buckets import Bucket
-from kling.data.clips import ManifestClips, folder_manifest
-from kling.data.decode import probe
 from kling.data.files import written
-from kling.data.reader import READERS, open_reader
-from kling.data.transforms import to_batch
-from kling.errors import UserError, program
+from kling.errors import UserError, program, unknown
+from kling.runtime.inference import pick_device
 
-FRAMES, FPS = 17, 8.0
-SECONDS = 12  # of every made video
-GROWTH = 0.05  # of memory that is allowed
-
-Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Scale:
-    """How much is measured."""
-
-    height: int  # of the made videos
-    clips: int  # in one timed run
-    pairs: int
-    memory_clips: int
-
-
-FULL, QUICK = Scale(720, 12, 7, 2000), Scale(360, 6, 3, 200)
+SUITES = ("dit", "attn", "vae", "vae-mem", "sampler", "video", "loader", "train", "scaling")
+ON_CPU = ("video", "loader")  # whatever the device
 
 
 @program
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="kling-bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("suite", choices=sorted(SUITES))
-    parser.add_argument("--quick", action="store_true", help="smaller and fewer: a look, not a measurement")
-    parser.add_argument("--workers", type=int, default=1, help="processes of both loaders (default %(default)s)")
-    parser.add_argument("--json", metavar="FILE", help="also write the rows here")
+    parser.add_argument("suites", nargs="*", metavar="SUITE", help="default: all")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="smaller and fewer")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows here, and a picture of those with sizes beside it")
+    parser.add_argument("--threads", type=int, default=1, help="of the CPU (default %(default)s)")
+    parser.add_argument("--core", type=int, help="which one a single thread stays on (default: the last)")
+    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    if args.workers < 1:
-        raise UserError(f"--workers {args.workers}: give at least 1")
-    torch.set_num_threads(1)
-    rows = SUITES[args.suite](QUICK if args.quick else FULL, args.workers)
-    for row in rows:
-        print("  ".join(f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}" for name, value in row.items()))
-    if args.json:
-        with written(args.json) as temporary:
-            temporary.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+    for suite in args.suites:
+        if suite not in SUITES:
+            raise unknown("suite", suite, SUITES)
+    if args.threads < 1:
+        raise UserError(f"--threads {args.threads}: give at least 1")
+
+    device = pick_device(args.device)
+    core = pin(args.core, args.threads)
+    torch.manual_seed(args.seed)
+    report: dict[str, Any] = {"machine": describe(device, core, args.seed), "quick": args.quick, "ceilings": ceilings(device, args.quick)}
+    print(json.dumps(report["machine"], ensure_ascii=False))
+    for name, top in report["ceilings"].items():
+        print(f"ceiling  {name:<18} {top / 1e9:10.1f} {'GB/s' if name == 'copy' else 'GF/s'}")
+    report["rows"] = []
+    try:
+        for suite in args.suites or SUITES:
+            bench = Bench(torch.device("cpu") if suite in ON_CPU else device, args.quick, args.threads, args.seed, report["ceilings"])
+            for row in rows_of(suite, bench):
+                report["rows"].append({"suite": suite, **row})
+                print(line(report["rows"][-1]), flush=True)
+    finally:  # also what there is of a run that was stopped
+        if args.json:
+            save(report, args.json)
+    if any("wrong" in row for row in report["rows"]):
+        raise SystemExit(3)
 
 
-def machine() -> Row:
-    """Where and with what this was measured."""
-    versions = {name: metadata.version(name) for name in ("torch", "av", "numpy", "opencv-python-headless")}
-    return {"python": platform.python_version(), "cpus": os.cpu_count(), "load": os.getloadavg()[0], "time": time.time(), **versions}
+def rows_of(suite: str, bench: Bench) -> Iterator[Row]:
+    """Each suite is a module with one function, `rows`."""
+    return importlib.import_module(f"kling_programs.eval.benches.{suite.replace('-', '_')}").rows(bench)
 
 
-def ratio(a: Callable[[], None], b: Callable[[], None], pairs: int) -> tuple[float, float, float]:
-    """(median of b's time over a's, median seconds of a, of b), in alternating order."""
-    times: list[tuple[float, float]] = []
-    for i in range(pairs):
-        first, second = (a, b) if i % 2 == 0 else (b, a)
-        begin = time.perf_counter()
-        first()
-        middle = time.perf_counter()
-        second()
-        one, two = middle - begin, time.perf_counter() - middle
-        times.append((one, two) if i % 2 == 0 else (two, one))
-    return median(y / x for x, y in times), median(x for x, _ in times), median(y for _, y in times)
+def line(row: Row) -> str:
+    """One row in words."""
+    shown = (f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}" for name, value in row.items() if name != "suite")
+    return f"{row['suite']:<8} " + "  ".join(shown)
 
 
-# ------------------------------------------------------------------------------------------------------------------- data
+def save(report: dict[str, Any], path: Path) -> None:
+    """The report, and beside it, as PNG, what grows with frames or tokens."""
+    with written(path) as temporary:
+        temporary.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    try:
+        if plot(report["rows"], path.with_suffix(".png")):
+            print(f"written  {path}, {path.with_suffix('.png')}", file=sys.stderr)
+    except ImportError:
+        print("no picture: matplotlib is absent (pip install 'kling[bench]')", file=sys.stderr)
 
-
-def suite_data(scale: Scale, workers: int) -> list[Row]:
-    rows: list[Row] = []
-    with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder)
-        for gop in (12, 240):
-            make_video(root / f"gop{gop}.mp4", scale.height, gop)
-            rows += readers(root / f"gop{gop}.mp4", scale, gop)
-        rows += loaders(root, scale, workers)
-        (root / "small").mkdir()
-        make_video(root / "small" / "a.mp4", 180, 12)
-        rows.append(memory(root / "small", scale, workers))
-    return rows
-
-
-def make_video(path: Path, height: int, gop: int) -> None:
-    """H.264 of a texture that drifts and brightens, 24 frames a second, with B-frames."""
-    H, W = height, height * 16 // 9 // 2 * 2
-    rng = np.random.default_rng(0)
-    wall = cv2.resize(rng.integers(0, 256, (H // 6, W // 3, 3), dtype=np.uint8), (2 * W, H), interpolation=cv2.INTER_CUBIC)
-    with av.open(str(path), "w") as out:
-        stream = out.add_stream("libx264", rate=24, options={"g": str(gop), "preset": "veryfast", "crf": "23"})
-        stream.width, stream.height, stream.pix_fmt = W, H, "yuv420p"
-        for t in range(24 * SECONDS):
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(np.roll(wall, -3 * t, axis=1)[:, :W]), format="rgb24")
-            frame.pts, frame.time_base = t, Fraction(1, 24)
-            out.mux(stream.encode(frame))
-        out.mux(stream.encode())
-
-
-def starts(count: int) -> list[float]:
-    """Where the clips of a run begin, seconds."""
-    return (np.random.default_rng(1).random(count) * (SECONDS - FRAMES / FPS - 0.1)).tolist()
-
-
-def readers(path: Path, scale: Scale, gop: int) -> list[Row]:
-    """Clips a second of each reader, opening included, to 256x448; how many times as long the others take as pyav."""
-    info, size = probe(path), (256, 448)
-
-    def run(name: str) -> Callable[[], None]:
-        def read() -> None:
-            for start in starts(scale.clips):
-                open_reader(path, name, info, threads=1).at([start + i / FPS for i in range(FRAMES)], size)
-
-        return read
-
-    rows = []
-    for label, name in (("pyav again", "pyav"), *((name, name) for name in READERS if name != "pyav")):
-        row: Row = {"suite": "reader", "file": f"{scale.height}p gop {gop}", "reader": label}
-        try:
-            run(name)()
-        except UserError as error:
-            rows.append(row | {"absent": str(error)})
-            continue
-        times, ours, theirs = ratio(run("pyav"), run(name), scale.pairs)
-        rows.append(row | {"clips/s": scale.clips / theirs, "pyav clips/s": scale.clips / ours, "time over pyav's": times})
-    return rows
-
-
-class Ours(Dataset):
-    """Clips as training reads them: uint8, resized in the decoder."""
-
-    def __init__(self, root: Path, count: int, size: int = 4) -> None:
-        manifest = folder_manifest(root, skip_bad=False)
-        self.clips = ManifestClips(manifest, [FRAMES], ["16:9"], FPS, scale=size, unconditional=True)
-        self.shots, self.starts = manifest.shots, starts(count)
-        assert list(self.clips.buckets) == [Bucket("16:9", FRAMES)]
-
-    def __len__(self) -> int:
-        return len(self.starts)
-
-    def __getitem__(self, i: int) -> Tensor:
-        return self.clips.cut(self.shots[i % len(self.shots)], self.starts[i], FRAMES, "16:9").video
-
-
-class Plain(Dataset):
-    """The same clips as one writes it the first time: seek, decode, RGB arrays, float tensors, `interpolate`."""
-
-    def __init__(self, root: Path, count: int) -> None:
-        self.paths, self.starts = sorted(root.glob("*.mp4")), starts(count)
-
-    def __len__(self) -> int:
-        return len(self.starts)
-
-    def __getitem__(self, i: int) -> Tensor:
-        start, frames = self.starts[i], []
-        wanted = [start + k / FPS for k in range(FRAMES)]
-        with av.open(str(self.paths[i % len(self.paths)])) as container:
-            stream = container.streams.video[0]
-            container.seek(int(start / stream.time_base), stream=stream)
-            for frame in container.decode(stream):
-                while len(frames) < FRAMES and frame.time >= wanted[len(frames)] - 0.5 / 24:
-                    frames.append(torch.from_numpy(frame.to_ndarray(format="rgb24")))
-                if len(frames) == FRAMES:
-                    break
-        video = torch.stack(frames).permute(0, 3, 1, 2).float() / 127.5 - 1  # (T, 3, H, W)
-        return F.interpolate(video, (256, 448), mode="bilinear", antialias=True).transpose(0, 1)  # (3, T, H, W)
-
-
-def loaders(root: Path, scale: Scale, workers: int) -> list[Row]:
-    """Batches of float tensors, ready for a model, from the same files with the same number of workers."""
-
-    def run(data: Dataset, finish: Callable[[Tensor], Tensor]) -> Callable[[], None]:
-        def load() -> None:
-            for batch in DataLoader(data, batch_size=2, num_workers=workers, worker_init_fn=_one_thread):
-                finish(batch)
-
-        return load
-
-    ours, plain = run(Ours(root, scale.clips), to_batch), run(Plain(root, scale.clips), lambda batch: batch)
-    rows = []
-    for label, other in (("ours again", ours), ("plain DataLoader over PyAV", plain)):
-        times, mine, theirs = ratio(ours, other, scale.pairs)
-        row: Row = {"suite": "loader", "workers": workers, "loader": label, "clips/s": scale.clips / theirs}
-        rows.append(row | {"our clips/s": scale.clips / mine, "time over ours": times, "goal": ">= 1.5" if other is plain else "1"})
-    return rows
-
-
-def memory(root: Path, scale: Scale, workers: int) -> Row:
-    """Resident memory of the loader and its workers over many clips, from the first tenth to the end."""
-    data, seen, sizes = Ours(root, scale.memory_clips, size=1), 0, []
-    for batch in DataLoader(data, batch_size=2, num_workers=workers, worker_init_fn=_one_thread):
-        seen += len(batch)
-        if seen >= scale.memory_clips // 10 and seen % max(2, scale.memory_clips // 20) < 2:
-            me = psutil.Process()
-            sizes.append(sum(p.memory_info().rss for p in (me, *me.children(recursive=True))) / 2**20)
-    growth = max(sizes[-3:]) / sizes[0] - 1
-    row: Row = {"suite": "memory", "clips": seen, "MiB at a tenth": sizes[0], "MiB at the end": sizes[-1]}
-    return row | {"growth %": 100 * growth, "goal": f"< {100 * GROWTH:g}"}
-
-
-def _one_thread(_: int) -> None:
-    torch.set_num_threads(1)
-
-
-SUITES = {"data": suite_data}
 
 if __name__ == "__main__":
     main()

@@ -26,7 +26,7 @@ from kling_programs.eval.common import Parser, protocol_hash, write_json, write_
 from kling.data.files import head
 from kling.data.video import probe, write_video
 from kling.errors import UserError, unknown
-from kling.metrics.benchmarks import BOARDS, Job, board_scores, physics_iq, physics_iq_jobs, vbench_jobs, worldscore
+from kling.metrics.benchmarks import BOARDS, Job, board_scores, physics_iq, physics_iq_jobs, vbench_jobs, worldscore, worldscore_aspects
 from kling.runtime.random import derive_seed
 
 ACTIONS = ("sample", "check", "import")
@@ -108,13 +108,13 @@ def results(args: argparse.Namespace, argv: list[str]) -> None:
 
 
 def read_results(name: str, path: Path) -> dict[str, float]:
-    """From a folder of VBench's `*_eval_results.json` ({dimension: [score, videos]}), Physics-IQ's CSV, or WorldScore's worldscore.json."""
+    """From a folder of VBench's `*_eval_results.json` ({dimension: [score, videos]}), Physics-IQ's CSV, or what WorldScore wrote."""
     if name == "physics-iq":
         head(path)
         with path.open(encoding="utf-8", newline="") as file:
             return physics_iq([{key: parsed(path, key, value) for key, value in row.items()} for row in csv.DictReader(file)])
     if name == "worldscore":
-        return worldscore({key: number(path, key, value) for key, value in read_json(path).items() if not key.startswith("WorldScore")})
+        return read_worldscore(path)
     files = sorted(path.rglob("*.json")) if path.is_dir() else [path]
     raw: dict[str, float] = {}
     for file in files:
@@ -126,6 +126,27 @@ def read_results(name: str, path: Path) -> dict[str, float]:
     if missing := [key for key in BOARDS[name].dimensions if key not in raw]:
         print(f"not measured, counted as 0 as {name} does: {', '.join(missing)}", file=sys.stderr)
     return board_scores(BOARDS[name], raw)
+
+
+def read_worldscore(path: Path) -> dict[str, float]:
+    """From worldscore.json, or from the folder of a model's run, which holds static/ and dynamic/ with an evaluation.json an instance.
+
+    The file's own sums must be those that its aspects give.
+    """
+    if path.is_dir():
+        files = [(movement, file) for movement in ("static", "dynamic") for file in sorted((path / movement).rglob("evaluation.json"))]
+        if not files:
+            raise UserError(f"{path} holds no static/ or dynamic/ with evaluation.json files: give the folder that WorldScore evaluated")
+        aspects = worldscore_aspects([(movement, read_json(file)) for movement, file in files])
+        return aspects | worldscore(aspects)
+    found = {key: number(path, key, value) for key, value in read_json(path).items()}
+    aspects = {key: value for key, value in found.items() if not key.startswith("WorldScore-")}
+    sums = worldscore(aspects)
+    for name, value in sums.items():
+        stated = found.get(f"WorldScore-{name.capitalize()}", value)
+        if abs(stated - value) > 0.011:
+            raise UserError(f"{path}: WorldScore-{name.capitalize()} is {stated}, its aspects give {value}: the file was changed")
+    return aspects | sums
 
 
 def parsed(path: Path, key: str, value: str) -> Any:

@@ -2,8 +2,10 @@
 
     cache/index.json            what it was made from (a key), and its shards with their sizes and SHA-256; there when all are
     cache/index.0.json          the shards that process 0 has made so far
-    cache/00000.safetensors     latents (n, c, f, h, w) fp16, normalised; keyframes (n, K, c, h, w); camera
+    cache/00000.safetensors     latents (n, c, f, h, w) fp16, normalised; keyframes (n, K, c, h, w); camera; for image-to-video weights also
+                                shown (n, c, f, h, w), the first frame before nothing but grey, and seen (n, i, e), CLIP's tokens of it
     cache/00000.json            captions and names
+    cache/text/                 umT5's embeddings of the captions, a file each, for published weights
 
 The encoding of a prefix is the prefix of the encoding, so one long encoding serves every shorter length. Lone frames that training
 appends as keyframes are encoded on their own: the last frame of every length, and inner ones drawn once a clip. A shard holds clips of one
@@ -31,7 +33,7 @@ from kling.condition.camera import Trajectory
 from kling.data.buckets import Bucket, Epochs, batch_sizes
 from kling.data.clips import ClipSample
 from kling.data.source import ClipSource, DataConfig, batches, check_data
-from kling.data.transforms import to_tensor
+from kling.encoding import encode_clips, first_frames
 from kling.errors import UserError
 from kling.runtime.checkpoint import write_atomic
 from kling.shapes import latent_frames
@@ -49,25 +51,22 @@ def cache_key(vae: AutoencoderKLKling, settings: dict[str, Any]) -> str:
     return digest.hexdigest()
 
 
-def keyframe_times(clip: int | str, ends: list[int], seed: int) -> list[int]:
-    """Pixel frames of a clip that are encoded alone: the last of every length, then one drawn inside the first and the last length."""
-    rng = random.Random(f"keyframes/{seed}/{clip}")
-    inner = [rng.randint(1, max(1, ends[i] - 2)) for i in (0, -1)] if ends else []
-    return [T - 1 for T in ends] + inner
-
-
 @dataclass
 class CacheConfig:
     """What a cache is made of.
 
-    out: its folder. vae: a VAE folder, or empty for the shipped one. clips: how many of the endless world, shared out over `data.aspects`
-    by `shares`; a manifest is encoded whole. data.frames: the lengths that training will use; of the world the longest is encoded, of a
-    manifest's shot the longest that it fills. shorter: how many other clips of the world of each shorter length, {1: 9000} for pictures,
-    which cost little and show much. shard: clips in a file.
+    out: its folder. vae: a VAE folder, or empty for that of `model`, or the shipped one. model: published weights that will be trained,
+    whose umT5 reads the captions; empty for our own text encoder, which reads them in training. image: keep also what image-to-video
+    weights are shown of a first frame. clips: how many of the endless world, shared out over `data.aspects` by `shares`; a manifest is
+    encoded whole. data.frames: the lengths that training will use; of the world the longest is encoded, of a manifest's shot the longest
+    that it fills. shorter: how many other clips of the world of each shorter length, {1: 9000} for pictures, which cost little and show
+    much. shard: clips in a file.
     """
 
     out: str = "runs/cache"
     vae: str = ""
+    model: str = ""
+    image: bool = False
     clips: int | None = None
     shorter: dict[int, int] = field(default_factory=dict)
     shares: list[float] | None = None
@@ -89,11 +88,13 @@ class Shard:
 
 
 def fill_cache(
-    cfg: CacheConfig, vae: AutoencoderKLKling, rank: int = 0, ranks: int = 1, wait: Callable[[], None] = lambda: None
-) -> Iterator[tuple[int, int]]:
+    cfg: CacheConfig, vae: AutoencoderKLKling, rank: int = 0, ranks: int = 1, wait: Callable[[], None] = lambda: None,
+    see: Callable[[Tensor], Tensor] | None = None,
+) -> Iterator[tuple[int, int]]:  # fmt: skip
     """Encode what is not there yet; yields (clips done, clips in all) after every shard, the ones found included.
 
     Process `rank` of `ranks` takes every ranks-th of the missing shards; `wait` returns when all of them have come to it.
+    see: a picture uint8 (H, W, 3) -> CLIP's tokens of it (i, e), for `cfg.image` and weights that take them.
     """
     check_data(cfg.data)
     source = ClipSource(cfg.data, cfg.seed)
@@ -110,7 +111,8 @@ def fill_cache(
         ends = sorted(T for T in set(cfg.data.frames) if 1 < T <= shard.bucket.frames)
         samples = [next(clips) for _ in shard.numbers]
         ids = [sample.name for sample in samples] if source.manifest else shard.numbers
-        writer.add(shard, *encode_clips(vae, samples, ids, ends, cfg.seed))
+        tensors, rows = encode_clips(vae, samples, ids, ends, cfg.seed)
+        writer.add(shard, tensors | (first_frames(vae, samples, see) if cfg.image else {}), rows)
         done += len(shard.numbers)
         yield done, total
     wait()
@@ -124,12 +126,11 @@ def settings_of(cfg: CacheConfig) -> dict[str, Any]:
     plain, always = asdict(DataConfig()), ("source", "frames", "aspects", "fps", "unconditional", "skip_bad")
     data = {name: value for name, value in asdict(cfg.data).items() if name in always or value != plain[name]}
     data.pop("reader", None)  # all readers give the same frames
-    of_world = (
-        {"clips": cfg.clips, "shares": _shares(cfg), **({"shorter": cfg.shorter} if cfg.shorter else {})}
-        if cfg.data.source == "world"
-        else {}
-    )
-    return {"data": data, "seed": cfg.seed, "shard": cfg.shard, **of_world}
+    of_world = {"clips": cfg.clips, "shares": _shares(cfg)} if cfg.data.source == "world" else {}
+    if cfg.data.source == "world" and cfg.shorter:
+        of_world["shorter"] = {str(frames): clips for frames, clips in cfg.shorter.items()}  # as JSON gives it back
+    of_image = {"image": True} if cfg.image else {}
+    return {"data": data, "seed": cfg.seed, "shard": cfg.shard, **of_world, **of_image}
 
 
 def _shares(cfg: CacheConfig) -> list[float]:
@@ -238,39 +239,10 @@ class _Clips(Dataset):
         return self.source.clip(number, bucket.frames, bucket.aspect)
 
 
-@torch.no_grad()
-def encode_clips(
-    vae: AutoencoderKLKling, clips: list[ClipSample], ids: list[Any], ends: list[int], seed: int
-) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """The tensors and rows of one shard. ids: of its clips, for the draws. ends: the lengths whose last frame training may append."""
-    latents, lone, at, c2w, intrinsics, rows = [], [], [], [], [], []
-    for name, clip in zip(ids, clips, strict=True):
-        video = to_tensor(clip.video)[None].to(vae.device)  # (1, 3, T, H, W)
-        times = keyframe_times(name, ends, seed)
-        frames = video[:, :, times].transpose(0, 2)  # (K, 3, 1, H, W)
-        latents.append(vae.normalize(vae.encode(video).latent_dist.mode())[0])  # (c, f, h, w)
-        single = (
-            vae.normalize(vae.encode(frames).latent_dist.mode())[:, :, 0] if times else latents[-1].new_zeros(0, *latents[-1][:, 0].shape)
-        )
-        lone.append(single)  # (K, c, h, w)
-        at.append(torch.tensor(times, dtype=torch.long))
-        camera, T = clip.trajectory, len(clip.video)
-        c2w.append(camera.c2w if camera else torch.zeros(T, 3, 4))
-        intrinsics.append(camera.intrinsics if camera else torch.zeros(T, 4))  # zero focal length: no camera known
-        rows.append({"name": clip.name, "captions": clip.captions, "weights": clip.weights or [1.0] * len(clip.captions)})
-    tensors = {
-        "latents": torch.stack(latents).half(),
-        "keyframes": torch.stack(lone).half(),
-        "keyframe_times": torch.stack(at),
-        "c2w": torch.stack(c2w),
-        "intrinsics": torch.stack(intrinsics),
-    }
-    return {name: t.cpu().contiguous() for name, t in tensors.items()}, rows
-
-
 @dataclass(frozen=True)
 class LatentBatch:
-    """A batch of one shape, cut to one length. `times` are the pixel frames of the lone `keyframes`; `cameras` is None where unknown."""
+    """A batch of one shape, cut to one length. `times` are the pixel frames of the lone `keyframes`; `cameras` is None where unknown,
+    `shown` and `seen` where the cache was made without `image`."""
 
     ids: list[int]
     latents: Tensor  # (b, c, f, h, w)
@@ -279,6 +251,8 @@ class LatentBatch:
     captions: list[list[str]]
     weights: list[list[float]]  # of the captions: how often each is taken
     cameras: list[Trajectory | None]
+    shown: Tensor | None = None  # (b, c, f, h, w)
+    seen: Tensor | None = None  # (b, i, e)
     names: list[str] = field(default_factory=list)
 
 
@@ -295,7 +269,7 @@ class LatentCache:
             raise UserError(f"latent cache {folder} is damaged: {INDEX} is not readable; delete the folder and run kling-encode") from None
         if key is not None and index["key"] != key:
             raise UserError(f"latent cache {folder} was made with another VAE or other settings: delete it and run kling-encode")
-        self.settings = index["settings"]
+        self.key, self.settings = index["key"], index["settings"]
         self.clips: dict[Bucket, list[tuple[str, int]]] = {}  # -> (shard, row)
         self._rows: dict[str, list[dict]] = {}
         for name, entry in index["shards"].items():
@@ -309,17 +283,27 @@ class LatentCache:
     def __len__(self) -> int:
         return sum(len(places) for places in self.clips.values())
 
+    @property
+    def holds(self) -> set[str]:
+        """Names of what is kept of every clip."""
+        return set(self._shard(next(iter(self._rows))).keys())
+
+    def check_vae(self, vae: AutoencoderKLKling) -> None:
+        """Raises `UserError` unless these are latents of this VAE."""
+        if cache_key(vae, self.settings) != self.key:
+            raise UserError(f"latent cache {self.folder} was made with another VAE: give that one with vae=, or make the cache anew")
+
     def batch(self, bucket: Bucket, ids: list[int], frames: int) -> LatentBatch:
         """The clips `ids` of a bucket, their first `frames` pixel frames."""
         f = latent_frames(frames)
-        columns: dict[str, list[Tensor]] = {name: [] for name in ("latents", "keyframes", "keyframe_times", "c2w", "intrinsics")}
+        columns: dict[str, list[Tensor]] = {}
         captions, weights, names = [], [], []
         for i in ids:
             shard, row = self.clips[bucket][i]
             file = self._shard(shard)
-            for name, column in columns.items():
+            for name in file.keys():  # noqa: SIM118 - no dict
                 part = file.get_slice(name)
-                column.append(part[row, :, :f] if name == "latents" else part[row])
+                columns.setdefault(name, []).append(part[row, :, :f] if name in ("latents", "shown") else part[row])
             captions.append(self._rows[shard][row]["captions"])
             names.append(self._rows[shard][row]["name"])
             weights.append(self._rows[shard][row].get("weights", [1.0] * len(captions[-1])))
@@ -329,7 +313,8 @@ class LatentCache:
             for c2w, k in zip(stacked["c2w"], stacked["intrinsics"], strict=True)
         ]
         lone = stacked["keyframes"].float(), stacked["keyframe_times"]
-        return LatentBatch(ids, stacked["latents"].float(), *lone, captions, weights, cameras, names)
+        first = {name: stacked[name].float() for name in ("shown", "seen") if name in stacked}
+        return LatentBatch(ids, stacked["latents"].float(), *lone, captions, weights, cameras, **first, names=names)
 
     def _shard(self, name: str) -> Any:
         if name not in self._open:

@@ -22,6 +22,7 @@ ROTATED, NUMBERS = 4, 5
 # Feature maps of a frame at full size that the VAE's decoder keeps, counting smaller ones and the stream's tails (measured 14.4 for the
 # Wan 2.1 type and 18.6 for the 2.2 one, fp32), while it makes four frames.
 MAPS, FRAMES = 19, 4
+TILES = 256  # pixels: what is advised
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,8 @@ def estimate(pipe: Any, plan: Plan, machine: Machine) -> Memory:
     attention = dim * (4 * ROTATED + number * NUMBERS)
     wide = pipe.vae.config.decoder_base_dim or pipe.vae.config.base_dim
     patch = pipe.vae.config.patch_size or 1
-    pixels = plan.height * plan.width // patch**2 * FRAMES
+    side = machine.tiles or max(plan.height, plan.width)
+    pixels = min(plan.height, side) * min(plan.width, side) // patch**2 * FRAMES
     stored = 1 if machine.fp8 else None
     weights = [_bytes(model, stored) for model in experts]
     return Memory(
@@ -77,12 +79,18 @@ def advice(pipe: Any, plan: Plan, machine: Machine, room: int, room_is_main: boo
     """The first setting, from the fastest to the smallest, with which the request fits in `room` bytes; or that none does."""
     if estimate(pipe, plan, machine).peak <= room:
         return "fits"
-    ways = [replace(machine, offload=offload, fp8=fp8) for offload in (None, "model", "group") for fp8 in (machine.fp8, True)]
+    ways = [
+        replace(machine, offload=offload, fp8=fp8, tiles=tiles)
+        for tiles in (machine.tiles, machine.tiles or TILES)
+        for offload in (None, "model", "group")
+        for fp8 in (machine.fp8, True)
+    ]
     if room_is_main:  # there is nowhere to move weights to
         ways = [way for way in ways if way.offload is None]
     for way in ways:
         if (memory := estimate(pipe, plan, way)).peak <= room:
             flags = [f"--offload {way.offload}"] * (way.offload is not None) + ["--fp8"] * way.fp8
+            flags += [f"--tiles {way.tiles}"] * (way.tiles is not None)
             return f"does not fit; {' '.join(flags)} would, with {size(memory.peak)}"
     return "does not fit, whatever is offloaded: ask for fewer frames or a smaller --size, or share it with --context-parallel"
 

@@ -27,6 +27,7 @@ from kling.dit import KlingTransformer3DModel
 from kling.errors import UserError
 from kling.flow.plain import shift_key
 from kling.flow.scheduler import KlingFlowScheduler
+from kling.hub.clip import see
 from kling.hub.load import find_folder, load
 from kling.hub.lora import add_loras
 from kling.inputs import Inputs, asked_frames, read_inputs
@@ -169,7 +170,7 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
 
     def fuse_lora(self, lora_scale: float = 1.0) -> None:
         """Add what was loaded into the weights themselves, times `lora_scale`; no cost in sampling is left."""
-        for model in self.experts:
+        for model in (model for model in self.experts if hasattr(model, "peft_config")):
             model.fuse_lora(lora_scale)
             model.unload_lora()
 
@@ -211,6 +212,8 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             tokens=max(latent_frames(hop.frames) + appended(hop) for hop in hops) * (h // patch[1]) * (w // patch[2]),
             block_frames=self.config.get("block_frames") or 0,
             frame_delay=request.frame_delay,
+            guidance_interval=request.guidance_interval or (0.0, 1.0),
+            guidance_every=request.guidance_every,
         )
         return plan, inputs, camera
 
@@ -359,12 +362,9 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         pictures = [inputs.image] if inputs.image is not None else []
         if config.pos_embed_seq_len is not None:
             pictures += [picture for picture, _, _ in inputs.keyframes[-1:]]
-        device = self._execution_device
         shown = pictures or [torch.zeros(inputs.height, inputs.width, 3, dtype=torch.uint8)]
-        pixels = self.image_processor(images=[picture.numpy() for picture in shown], return_tensors="pt").pixel_values
-        pixels = pixels.to(device, self.image_encoder.dtype)
-        tokens = self.image_encoder(pixels, output_hidden_states=True).hidden_states[-2]  # (1 or 2, i, image_dim)
-        return tokens.to(device) if pictures else torch.zeros_like(tokens, device=device)
+        tokens = see(self.image_encoder, self.image_processor, shown, self._execution_device)  # (1 or 2, i, image_dim)
+        return tokens if pictures else torch.zeros_like(tokens)
 
     def encode(self, frames: Tensor) -> Tensor:
         """(T, H, W, 3) uint8 -> normalised latents (1, c, f, h, w) on the CPU."""
@@ -391,8 +391,8 @@ def signal(
 
 
 def load_vae(path: str | Path = "") -> AutoencoderKLKling:
-    """A VAE folder, the `vae` of a pipeline folder, or the shipped one for an empty path, ready to encode."""
-    folder = Path(path) if path else ASSETS / "vae"
+    """A VAE folder, the `vae` of a pipeline folder or hub id, or the shipped one for an empty path, ready to encode."""
+    folder = find_folder(path) if path else ASSETS / "vae"
     if not (folder / "config.json").is_file():
         folder = folder / "vae"
     if not (folder / "config.json").is_file():

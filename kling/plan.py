@@ -61,6 +61,8 @@ class Plan:
     tokens: int  # of the longest hop
     block_frames: int = 0  # latent frames made at a time; 0: all
     frame_delay: int = 0  # steps by which each latent frame is behind the one before
+    guidance_interval: tuple[float, float] = (0.0, 1.0)  # noise levels at which there is guidance
+    guidance_every: int = 1  # of those steps, how many share one computation of it
 
     @property
     def frames(self) -> int:

@@ -36,6 +36,7 @@ class Request:
     aspect, duration (seconds) or num_frames (1 + 4k): what is not given follows from the pictures and the model.
     extend_to: seconds; the clip is continued in hops until it is that long.
     mode: "std" or "pro". Steps, guidance and shift default to the checkpoint's settings for the mode.
+    guidance_interval: noise levels (low, high) at which there is guidance; guidance_every: how many steps share one computation of it.
     sigma_c: conditioning noise of what is given. frame_delay: steps by which each latent frame trails the one before (diffusion forcing).
     seed: of the first video; video i of `num_videos` has seed + i, and is the same alone or among others.
     """
@@ -62,6 +63,8 @@ class Request:
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
     camera_guidance_scale: float = 1.0
+    guidance_interval: tuple[float, float] | None = None
+    guidance_every: int = 1
     shift: float | None = None
     sigma_c: float = 0.0
     frame_delay: int = 0
@@ -94,7 +97,11 @@ class Request:
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= 0):
                 raise UserError(f"{name} {value}: give a number of 0 or more")
-        for name in ("num_videos", "num_inference_steps"):
+        if self.guidance_interval is not None:
+            low, high = self.guidance_interval = tuple(self.guidance_interval)
+            if not 0 <= low < high <= 1:
+                raise UserError(f"guidance_interval {low:g} to {high:g}: give two noise levels, the lower first, from 0 to 1")
+        for name in ("num_videos", "num_inference_steps", "guidance_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name} {value}: give at least 1")

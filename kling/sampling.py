@@ -12,8 +12,9 @@ from torch import Tensor
 
 from kling.condition.state import State
 from kling.dit import KlingTransformer3DModel
+from kling.dit.constants import Constants
 from kling.dit.history import History
-from kling.flow.guidance import guided_velocity
+from kling.flow.guidance import Guidance
 from kling.flow.plain import PlainWalk
 from kling.flow.scheduler import KlingFlowScheduler
 from kling.flow.walk import Predict, Scheduler, Step, walk, walk_blocks
@@ -90,36 +91,47 @@ class Sampler:
     def _predict(self, state: State, signals: Signals, history: dict[str, History] | None = None) -> Predict:
         """What gives the guided velocity of a clip. The expert and its guidance follow from the level."""
         plan = self.plan
+        constants: dict[tuple[bool, str], Constants] = {}
+        guided = Guidance(plan.guidance_interval, plan.guidance_every)
 
         def predict(z: Tensor, tokens: Tensor, level: Tensor) -> Tensor:
-            second = len(self.experts) > 1 and float(level.max()) < self.boundary
+            highest, sigma = float(level.max()), level[:, 0] if state.free and level.shape[1] == 1 else tokens
+            second = len(self.experts) > 1 and highest < self.boundary
             expert, guidance = self.experts[second], plan.guidance_scale_2 if second else plan.guidance_scale
 
             def velocity(which: str, camera: bool) -> Tensor:
                 past = None if history is None else history[which]
-                return self._velocity(expert, state, signals, which, camera, z, tokens, past)
+                kept = constants.setdefault((second, which), Constants(len(expert.blocks))) if text_counts(tokens, signals) else None
+                return self._velocity(expert, state, signals, which, camera, z, sigma, past, kept)
 
-            return guided_velocity(velocity, guidance, plan.camera_guidance_scale, signals.rays is not None)
+            return guided(velocity, guidance, plan.camera_guidance_scale, signals.rays is not None, highest)
 
         return predict
 
     @staticmethod
     def _velocity(
-        expert: KlingTransformer3DModel, state: State, signals: Signals, which: str, camera: bool, z: Tensor, tokens: Tensor,
-        history: History | None,
+        expert: KlingTransformer3DModel, state: State, signals: Signals, which: str, camera: bool, z: Tensor, sigma: Tensor,
+        history: History | None, constants: Constants | None = None,
     ) -> Tensor:  # fmt: skip
-        """One pass of one expert: z (1, c, G, h, w) and the level of each token (1, G, h', w') -> velocity (1, c, G, h, w)."""
+        """One pass of one expert: z (1, c, G, h, w) and its level (1,), or each token's (1, G, h', w') -> velocity (1, c, G, h, w)."""
         dtype = expert.dtype
         x = z if signals.concat is None else torch.cat([z, signals.concat], dim=1)
-        # step caches keep what they reuse apart by these names
-        with expert.cache_context(which if camera else "no camera") if expert.is_cache_enabled else nullcontext():
+        branch = which if camera or signals.rays is None else "no camera"  # step caches keep what they reuse apart by these names
+        with expert.cache_context(branch) if expert.is_cache_enabled else nullcontext():
             return expert(
                 x.to(dtype),
-                tokens,
+                sigma,
                 signals.text[which].to(dtype),
                 positions=state.position,
                 kinds=state.kind,
                 camera=signals.rays if camera else None,
                 encoder_hidden_states_image=None if signals.image is None else signals.image.to(dtype),
                 history=history,
+                constants=constants,
             ).sample.float()
+
+
+def text_counts(tokens: Tensor, signals: Signals) -> bool:
+    """Whether the text's keys and values are worth keeping: with 16 times as many tokens of video they are below 1 % of a pass, and for
+    512 text tokens the largest models would hold 800 MB of them."""
+    return tokens.numel() < 16 * signals.text["prompt"].shape[1]

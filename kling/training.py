@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import random
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from torch.utils.data import Dataset
 
 from kling.cache import LatentBatch, LatentSteps
+from kling.condition.concat import concat_channels, concat_groups
 from kling.condition.state import Given, State, build_state
 from kling.condition.tasks import TASKS, draw_task, keyframe_share
 from kling.dit import KlingTransformer3DModel
@@ -26,39 +27,40 @@ from kling.pipeline import KlingPipeline, signal
 from kling.runtime.parallel import Layout
 from kling.shapes import token_grid
 from kling.text import ByteTextEncoder
+from kling.text.umt5 import UMT5TextEncoder
 from kling.vae import AutoencoderKLKling
 
-EXTRAS = ("num_kinds", "camera_channels", "camera_fold", "camera_downscale", "camera_residual_blocks")
 CHECKPOINTING = ("none", "selective", "full")
 
 
 class Trained(nn.Module):
-    """What the optimizer sees: the transformer and the text encoder as one module, so that one wrapper serves both on many processes."""
+    """What the optimizer sees: the transformer and a text encoder of ours as one module, so that one wrapper serves both on many
+    processes. umT5 is no part of it: its embeddings come from the cache."""
 
-    def __init__(self, transformer: KlingTransformer3DModel, text_encoder: ByteTextEncoder) -> None:
+    def __init__(self, transformer: KlingTransformer3DModel, text_encoder: ByteTextEncoder | UMT5TextEncoder) -> None:
         super().__init__()
         self.transformer, self.text_encoder = transformer, text_encoder
 
-    def forward(
-        self, state: State, z: Tensor, level: Tensor, ids: Tensor, lengths: Tensor, rays: Tensor | None, has_camera: Tensor
-    ) -> Tensor:
-        text = self.text_encoder(ids, lengths)  # (b, l, e)
+    def words(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
+        """What `forward` takes of the prompts: byte ids (b, s) and lengths (b,), or umT5's embeddings (b, l, e)."""
+        if isinstance(self.text_encoder, UMT5TextEncoder):
+            return (self.text_encoder.encode(prompts, self.transformer.device).float(),)
+        return self.text_encoder.tokenize(prompts)
+
+    def forward(self, example: Example, z: Tensor, level: Tensor, words: tuple[Tensor, ...]) -> Tensor:
+        """Velocity of z (b, c, G, h, w) at levels (b,)."""
+        text = words[0] if len(words) == 1 else self.text_encoder(*words)  # (b, l, e)
+        state = example.state
         return self.transformer(
-            z, state.token_sigma(level), text, positions=state.position, kinds=state.kind, camera=rays, camera_mask=has_camera
+            z if example.concat is None else torch.cat([z, example.concat], dim=1),
+            state.token_sigma(level),
+            text,
+            positions=state.position,
+            kinds=state.kind,
+            camera=example.rays,
+            camera_mask=example.has_camera,
+            encoder_hidden_states_image=example.seen,
         ).sample  # (b, c, G, h, w)
-
-
-def grow(folder: str | Path, model: Mapping[str, Any]) -> KlingTransformer3DModel:
-    """The transformer of a model folder with the conditions of `model` added to those it has: new inputs start at zero, so its output
-    is unchanged. Raises `UserError` for a key that differs and is no condition, or that changes one which is trained already."""
-    had = KlingTransformer3DModel.load_config(Path(folder) / "transformer")
-    changed = {key: value for key, value in model.items() if key in had and had[key] != value}
-    for key, value in changed.items():
-        if key not in EXTRAS:
-            raise UserError(f"init_from {folder} has model.{key} = {had[key]!r}, not {value!r}: only {', '.join(EXTRAS)} can be added")
-        if had["num_kinds"] if key == "num_kinds" else had["camera_channels"]:
-            raise UserError(f"init_from {folder} was trained with model.{key} = {had[key]!r}: leave it as it is")
-    return KlingTransformer3DModel.from_pretrained(Path(folder) / "transformer", torch_dtype=torch.float32, **changed)
 
 
 @dataclass
@@ -66,12 +68,14 @@ class Lora:
     """Low-rank training: the weights of `init_from` stay, and W becomes W + alpha / rank · B A in the layers whose names end in `targets`.
 
     rank: 0 trains the model itself. merge: export the whole model with B A added in, besides the small file of A and B alone.
+    half: hold the weights that stay in bf16, which takes mixed_precision=bf16.
     """
 
     rank: int = 0
     alpha: float = 16.0
     targets: list[str] = field(default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"])
     merge: bool = False
+    half: bool = False
 
 
 def add_lora(model: Trained, lora: Lora) -> None:
@@ -85,6 +89,9 @@ def add_lora(model: Trained, lora: Lora) -> None:
             raise UserError(f"lora.targets '{target}' is the end of no layer's name: try to_q, to_k, to_v, to_out.0, ffn.net.2")
     model.requires_grad_(False)
     model.transformer.add_adapter(LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=lora.targets))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()  # peft makes them as the weights beside them are
 
 
 def set_checkpointing(transformer: KlingTransformer3DModel, what: str) -> None:
@@ -161,10 +168,12 @@ class Example:
     prompts: list[str]
     rays: Tensor | None  # (b, 24, G, h', w'), zeros where a clip has no camera; None for a model without a camera input
     has_camera: Tensor  # (b,)
+    concat: Tensor | None = None  # (b, ·, F, h, w) what is given, for weights that take it beside the noise
+    seen: Tensor | None = None  # (b, i, e) what CLIP sees of the first frame, for weights that take that, zeros where none is given
 
     def to(self, device: torch.device) -> Example:
-        rays = None if self.rays is None else self.rays.to(device)
-        return Example(self.state.to(device), self.prompts, rays, self.has_camera.to(device))
+        moved = {name: t.to(device) for name in ("rays", "has_camera", "concat", "seen") if (t := getattr(self, name)) is not None}
+        return replace(self, state=self.state.to(device), **moved)
 
 
 def draw_example(how: Drawing, batch: LatentBatch, place: int, transformer: KlingTransformer3DModel, vae: AutoencoderKLKling) -> Example:
@@ -185,7 +194,21 @@ def draw_example(how: Drawing, batch: LatentBatch, place: int, transformer: Klin
     keyframes = torch.stack(lone)[:, :, None] if K else None  # (b, c, 1, h, w)
     state = build_state(given, batch.latents, keyframes, tuple(transformer.config.patch_size))
     has_camera = torch.tensor([camera is not None and rng.random() >= how.camera_drop for camera in batch.cameras])
-    return Example(state, prompts, batch_rays(batch, given, transformer, vae), has_camera)
+    example = Example(state, prompts, batch_rays(batch, given, transformer, vae), has_camera)
+    return beside(example, batch, given, transformer)
+
+
+def beside(example: Example, batch: LatentBatch, given: list[Given], transformer: KlingTransformer3DModel) -> Example:
+    """The same example for weights that take what is given beside the noise: nothing of the clip itself is given any more."""
+    config, state, b = transformer.config, example.state, len(given)
+    if config.image_dim is not None:
+        seen = torch.zeros(b, 1, config.image_dim) if batch.seen is None else batch.seen
+        example = replace(example, seen=seen * torch.tensor([what.known > 0 for what in given])[:, None, None])
+    if not (groups := concat_groups(config.in_channels, config.out_channels)):
+        return example
+    shown = torch.zeros_like(batch.latents) if batch.shown is None else batch.shown
+    concat = concat_channels(replace(state, clean=shown) if "clean" in groups else state, groups)
+    return replace(example, state=build_state([Given()] * b, batch.latents, None, state.patch), concat=concat)
 
 
 def batch_rays(batch: LatentBatch, given: list[Given], transformer: KlingTransformer3DModel, vae: AutoencoderKLKling) -> Tensor | None:
@@ -217,13 +240,22 @@ def choose_keyframe(what: Given, times: list[int], f: int, rng: random.Random) -
 
 
 def export(pipe: KlingPipeline, folder: Path) -> None:
-    """The folder that `KlingPipeline.from_pretrained` reads, weights in bf16; whole or absent."""
+    """The folder that `KlingPipeline.from_pretrained` reads, what was trained in bf16; whole or absent.
+
+    Of published weights the encoders are copied, and the VAE keeps its precision: no training has touched them.
+    """
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    for name in ("vae", "transformer", "text_encoder"):
-        part = getattr(pipe, name)
+    published = isinstance(pipe.text_encoder, UMT5TextEncoder)
+    for name in ("text_encoder", "image_encoder", "image_processor") if published else ():
+        if (part := getattr(pipe, name)) is not None:
+            part.save_pretrained(temporary if name == "text_encoder" else temporary / name)
+    for name in ("vae", "transformer", "transformer_2") if published else ("vae", "transformer", "text_encoder"):
+        if (part := getattr(pipe, name)) is None:
+            continue
         part.save_config(temporary / name)
-        weights = {key: t.detach().to("cpu", torch.bfloat16).contiguous() for key, t in part.state_dict().items()}
+        dtype = torch.float32 if published and name == "vae" else torch.bfloat16
+        weights = {key: t.detach().to("cpu", dtype).contiguous() for key, t in part.state_dict().items()}
         save_file(weights, temporary / name / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
     pipe.scheduler.save_pretrained(temporary / "scheduler")
     pipe.save_config(temporary)
@@ -231,10 +263,10 @@ def export(pipe: KlingPipeline, folder: Path) -> None:
     temporary.rename(folder)
 
 
-def export_lora(pipe: KlingPipeline, folder: Path) -> None:
+def export_lora(transformer: KlingTransformer3DModel, folder: Path) -> None:
     """The low-rank weights alone, as `pytorch_lora_weights.safetensors` in diffusers' format."""
     from diffusers.loaders import WanLoraLoaderMixin
     from peft import get_peft_model_state_dict
 
-    layers, settings = get_peft_model_state_dict(pipe.transformer), pipe.transformer.peft_config["default"].to_dict()
+    layers, settings = get_peft_model_state_dict(transformer), transformer.peft_config["default"].to_dict()
     WanLoraLoaderMixin.save_lora_weights(folder, layers, transformer_lora_adapter_metadata=settings)

@@ -19,12 +19,12 @@ from kling.data.transforms import to_tensor
 from kling.errors import UserError
 from kling.flow.loss import flow_loss
 from kling.flow.path import velocity
-from kling.flow.time import shift_sigma
+from kling.flow.time import level_at, press
 from kling.pipeline import KlingPipeline
 from kling.request import Request
 from kling.runtime.parallel import Layout
 from kling.runtime.random import noise_like
-from kling.training import Example, Trained, batch_rays
+from kling.training import Example, Trained, batch_rays, beside
 from kling.vae import AutoencoderKLKling
 
 
@@ -63,10 +63,9 @@ def encode(clips: list[ClipSample], vae: AutoencoderKLKling) -> list[LatentBatch
     return batches
 
 
-def level_quantiles(count: int, density: str, shift: float) -> Tensor:
+def level_quantiles(count: int, density: str, shift: float, within: tuple[float, float] = (0.0, 1.0)) -> Tensor:
     """(count,) levels in the middle of equal shares of the training density: its quantiles (i + ½) / count."""
-    q = (torch.arange(count) + 0.5) / count
-    return shift_sigma(torch.special.ndtri(q).sigmoid() if density == "logit_normal" else q, shift)
+    return press(level_at((torch.arange(count) + 0.5) / count, density, shift), within, density, shift)
 
 
 @torch.no_grad()
@@ -90,7 +89,8 @@ def validation_loss(
         given = [Given()]
         state = build_state(given, batch.latents, None, tuple(model.transformer.config.patch_size))
         has_camera = torch.tensor([batch.cameras[0] is not None])
-        example = Example(state, [batch.captions[0][0]], batch_rays(batch, given, model.transformer, vae), has_camera).to(device)
+        example = Example(state, [batch.captions[0][0]], batch_rays(batch, given, model.transformer, vae), has_camera)
+        example = beside(example, batch, given, model.transformer).to(device)
         for q, level in enumerate(levels):
             noise = noise_like(example.state.clean, 0, "validation", q, batch.ids)
             v = run(example, level[None].to(device), noise)  # (1, c, f, h, w)

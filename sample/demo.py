@@ -56,8 +56,10 @@ def prepare(args: argparse.Namespace, arrivals: Path) -> tuple:
     from kling_programs.sample.studio.uploads import Uploads
 
     from kling.record import model_hashes
+    from kling.runtime.inference import pick_device
 
     folder, pipe = load_pipeline(args.model, args.device)
+    pipe.to(pick_device(args.device))
     pipe.set_progress_bar_config(disable=True)
     model = model_hashes(folder)
     shelf = Shelf(Path(args.out), model, args.keep)

@@ -46,8 +46,8 @@ if TYPE_CHECKING:  # diffusers takes seconds to import: a typing mistake should 
 
 FORMATS = {"mp4": tuple(WRITABLE), "gif": (".gif",), "png-frames": ("",), "png": (".png",)}  # and the endings of their names
 REPLAY_TAKES = {"replay", "output", "model", "device", "format", "fps", "save_latents", "dry_run"}
-WEIGHTS = ("transformer", "transformer_2", "vae", "checkpoint", "lora", "lora_2")  # beside those of the folder
-MACHINE = ("offload", "fp8", "attention", "cache", "context_parallel")
+WEIGHTS = ("transformer", "transformer_2", "vae", "checkpoint", "lora", "lora_2", "text_cache")  # beside those of the folder
+MACHINE = ("offload", "fp8", "attention", "cache", "context_parallel", "tiles", "compile")
 REPLAY_TAKES |= {*WEIGHTS, *MACHINE, "dtype"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 EXIT_DIFFERENT = 1
@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
     for path in paths:
         check_place(path, kind, {*inputs, str(Path(args.replay or "").absolute())})
 
-    from kling.runtime.inference import Machine, pick_device, set_up
+    from kling.runtime.inference import Machine, pick_device, set_up, write_ratios
 
     machine, device = Machine(**given(args, MACHINE)), pick_device(args.device)
     if rank := int(os.environ.get("RANK", "0")):  # of processes that share a clip, the first one speaks and writes
@@ -106,6 +106,8 @@ def main(argv: list[str] | None = None) -> None:
             raise SystemExit(EXIT_DIFFERENT)
         if before:
             print(f"identical to {args.replay}: {len(frames)} frames, sha256 {record['frames']['sha256']}")
+    if (args.cache or "").startswith("calibrate") and not rank:
+        print(f"{write_ratios(pipe, args.cache)} · the ratios of these weights, for --cache mag=FILE")
 
 
 def sample(pipe: KlingPipeline, request: Request, plan: Plan) -> tuple[np.ndarray, torch.Tensor]:
@@ -201,6 +203,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument_group("sampling; defaults are the checkpoint's own").add_argument
     add("--num-inference-steps", metavar="N", type=int)
     add("--guidance-scale", metavar="X", type=float, help="how hard the prompt pulls; 1 is plain")
+    add("--guidance-interval", metavar=("LOW", "HIGH"), nargs=2, type=float, help="noise levels with guidance, as in 0.2 0.9; faster")
+    add("--guidance-every", metavar="N", type=int, help="compute guidance anew at every N-th step only; faster (1)")
     add("--shift", metavar="X", type=float, help="more puts more steps where there is much noise")
     add("--sigma-c", metavar="X", type=float, help="noise put on what is given, 0 to below 1 (0)")
     add("--seed", metavar="N", type=a_seed, help="default: drawn at random and printed")
@@ -213,6 +217,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--transformer-2", metavar="FILE", type=a_path, help="the same for the low-noise expert")
     add("--vae", metavar="FILE", type=a_path, help="the same for the VAE")
     add("--checkpoint", metavar="NAME", help="whose settings to take, where the files do not tell, such as wan2.1-i2v-14b-480p")
+    add("--text-cache", metavar="FOLDER", type=a_path, help="keep umT5's embeddings of prompts here: known ones do not load it again")
     add("--lora", metavar="FILE[:SCALE]", type=a_lora, action="append", help="repeat for more")
     add("--lora-2", metavar="FILE[:SCALE]", type=a_lora, action="append", help="for the low-noise expert")
 
@@ -222,7 +227,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--offload", metavar="model|group", help="keep one part, or one block, on the device at a time")
     add("--fp8", action="store_true", default=None, help="store the transformer in 8 bits")
     add("--attention", metavar="NAME", help="native, math, cudnn, flex, xformers, flash, flash3 or sage")
-    add("--cache", metavar="NAME=X", help="skip work that changes little: first-block=0.1, taylorseer=5 or mag=RATIOS.json")
+    add("--cache", metavar="NAME=X", help="reuse steps: first-block=0.1, taylorseer=5 or mag=FILE.json (which calibrate=FILE.json makes)")
+    add("--tiles", metavar="PIXELS", type=int, help="the VAE works in overlapping squares of this side, such as 256")
+    add("--compile", action="store_true", default=None, help="compile the transformer's block: faster steps after a slow first one")
     add("--context-parallel", metavar="N", type=int, help="share each clip between the N processes that torchrun started")
 
     add = parser.add_argument_group("output").add_argument

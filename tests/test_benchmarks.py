@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from kling_programs.eval import side_by_side
+from kling_programs.eval.benchmark import read_results
 from kling_programs.eval.evaluate import main
 from kling_programs.eval.report import plot, table
 from kling_programs.eval.side_by_side import Votes, arrangement, chosen, win_rate
@@ -65,17 +66,48 @@ def test_physics_iq_by_hand(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out/scores.json").read_text())["scores"]["physics-iq"]["total"]["value"] == pytest.approx(43.0)
 
 
+STATIC = ("camera_control", "object_control", "content_alignment", "3d_consistency", "photometric_consistency", "style_consistency")
+
+
 def test_worldscore_by_hand() -> None:
-    static = ("camera_control", "object_control", "content_alignment", "3d_consistency", "photometric_consistency", "style_consistency")
-    aspects = dict.fromkeys(static, 0.5) | {"subjective_quality": 0.85}
-    assert worldscore(aspects) == pytest.approx({"static": 55, "dynamic": 38.5})
-    assert worldscore(aspects | dict.fromkeys(("motion_accuracy", "motion_magnitude", "motion_smoothness"), 0.55))[
-        "dynamic"
-    ] == pytest.approx(55)
+    aspects = dict.fromkeys(STATIC, 50.0) | {"subjective_quality": 85.0}
+    assert worldscore(aspects) == {"static": 55, "dynamic": 38.5}
+    assert worldscore(aspects | dict.fromkeys(("motion_accuracy", "motion_magnitude", "motion_smoothness"), 55.0))["dynamic"] == 55
     with pytest.raises(UserError, match="subjective_quality is missing"):
-        worldscore(dict.fromkeys(static, 0.5))
-    with pytest.raises(UserError, match="between 0 and 1"):
-        worldscore(aspects | {"camera_control": 55.0})
+        worldscore(dict.fromkeys(STATIC, 50.0))
+    with pytest.raises(UserError, match="between 0 and 100"):
+        worldscore(aspects | {"camera_control": 101.0})
+
+
+def test_worldscore_reads_what_its_run_wrote(tmp_path: Path) -> None:
+    """As `run_evaluate.py` of the benchmark: two static instances, one dynamic; metrics average before they are rounded."""
+
+    def put(folder: str, **aspects: dict[str, float]) -> None:
+        (tmp_path / folder).mkdir(parents=True)
+        scores = {aspect: {metric: {"score": 9.0, "score_normalized": x} for metric, x in m.items()} for aspect, m in aspects.items()}
+        (tmp_path / folder / "evaluation.json").write_text(json.dumps(scores | {"content_alignment": {"clip_score": {}}}))
+
+    put(
+        "static/photorealistic/indoor/rooms/a",
+        camera_control={"camera_error": 0.2},
+        subjective_quality={"clip_iqa+": 0.1, "clip_aesthetic": 0.5},
+    )
+    put(
+        "static/photorealistic/indoor/rooms/b",
+        camera_control={"camera_error": 0.4},
+        subjective_quality={"clip_iqa+": 0.3, "clip_aesthetic": 0.5},
+    )
+    put("dynamic/stylized/fluids/c", motion_accuracy={"motion_accuracy": 0.6}, camera_control={"camera_error": 1.0})
+    scores = read_results("worldscore", tmp_path)
+    assert scores["camera_control"] == 30 and scores["subjective_quality"] == 35 and scores["motion_accuracy"] == 60
+    assert scores["static"] == round((30 + 35) / 7, 2) and scores["dynamic"] == round((30 + 35 + 60) / 10, 2)
+
+    written = {name: value for name, value in scores.items() if name not in ("static", "dynamic")}
+    (tmp_path / "worldscore.json").write_text(json.dumps(written | {"WorldScore-Static": 9.29, "WorldScore-Dynamic": 12.5}))
+    assert read_results("worldscore", tmp_path / "worldscore.json") == scores
+    (tmp_path / "worldscore.json").write_text(json.dumps(written | {"WorldScore-Static": 9.4}))
+    with pytest.raises(UserError, match="is 9.4, its aspects give 9.29"):
+        read_results("worldscore", tmp_path / "worldscore.json")
 
 
 # ----------------------------------------------------------------------------------------------------------- names, and checks

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from kling import KlingPipeline
 from kling.cache import CacheConfig, LatentCache, LatentSteps, fill_cache
 from kling.data.buckets import Bucket, Epochs, batch_sizes
 from kling.data.clips import ManifestClips, folder_manifest, held_out
@@ -24,6 +27,12 @@ from kling.runtime.parallel import Layout
 from kling.training import Places
 from tests.test_pipeline import tiny_pipeline
 from tests.test_video import smooth
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT / "train")]
+import encode as encode_program  # noqa: E402
+import train_dit  # noqa: E402
+import train_vae  # noqa: E402
 
 ASPECTS = ["16:9", "9:16", "1:1"]
 
@@ -139,6 +148,8 @@ def test_what_cannot_be_used_is_named_or_counted(root, manifest, tmp_path):
     with pytest.raises(UserError, match=r"1 files are unusable \(.*x.mp4 is not a video.*skip_bad"):
         folder_manifest(tmp_path, skip_bad=False)
     assert len(folder_manifest(tmp_path, skip_bad=True)) == 1
+    with pytest.raises(UserError, match="decord does not notice damage: make a manifest"):
+        ClipSource(config(tmp_path, reader="decord", skip_bad=True))
     for wrong in (dict(scale=0), dict(holdout=1.0), dict(source="world", holdout=0.1), dict(source="world", reader="decord")):
         with pytest.raises(UserError):
             check_data(config(manifest, **wrong))
@@ -261,6 +272,32 @@ def test_a_changed_clip_or_a_cut_shard_is_made_anew_and_no_other(manifest, root,
         manifest.write_bytes(original)
     after = shards(tmp_path)
     assert {name for name in before if before[name] != after[name]} == {"00000.safetensors", "00004.safetensors"}
+
+
+def test_pictures_and_videos_train_together(manifest, tmp_path, vae, capsys, monkeypatch):
+    """All three programs on one manifest of videos of several shapes and a picture, as a person runs them."""
+    monkeypatch.chdir(ROOT)
+    smaller = ["model.base_dim=4", "model.decoder_base_dim=4", "model.dim_mult=[1,1,1]"]
+    data = [f"data.source={manifest}", "data.frames=[1,5,9]", "workers=0", "threads=1"]
+    words = ["configs/vae/debug.yaml", *smaller, *data, f"out={tmp_path / 'vae'}", "steps=3", "batch=1", "eval_clips=1", "log_every=1"]
+    train_vae.main(words)
+    vae.save_pretrained(tmp_path / "tiny")
+    known = [f"vae={tmp_path / 'tiny'}", "workers=0", "threads=1"]
+    encode_program.main(["configs/cache/manifest.yaml", *data, *known, f"out={tmp_path / 'cache'}"])
+    model = "model={in_channels: 4, out_channels: 4}"
+    words = [
+        "configs/dit/debug.yaml", *known, f"cache={tmp_path / 'cache'}", "encode=", "frames=[1,5,9]", "max_frames=9", "batch=2", model,
+        "steps=7", "save_every=7", "sample_every=7", "samples=[{prompt: a cat, num_frames: 5}, {prompt: 猫, num_frames: 1}]", "log_every=1",
+    ]  # fmt: skip
+    train_dit.main([*words, f"out={tmp_path / 'dit'}"])
+    said = capsys.readouterr().err
+    for line in ("16:9 x 1: 1 clips in 1 batches of 6, each clip 6 times", "16:9 x 9: 3 clips in 2 batches of 2, each clip 1 or 2 times"):
+        assert line in said
+    for run, steps in (("vae", 3), ("dit", 7)):
+        rows = [json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
+        losses = [row["loss"] for row in rows if "loss" in row]
+        assert len(losses) == steps and all(math.isfinite(loss) for loss in losses)
+    assert KlingPipeline.from_pretrained(tmp_path / "dit" / "export").config.max_frames == 9
 
 
 def test_the_world_still_needs_a_number_of_clips_and_a_manifest_none(manifest, tmp_path, vae):

@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 from kling_programs.eval import world as program
+from kling_programs.eval.cases import TASKS, held_out
 from kling_programs.eval.evaluate import main
-from kling_programs.eval.world import TASKS, Options, evaluate
+from kling_programs.eval.world import Options, evaluate
 from torch import Tensor
 
-from kling.data.world import World, render_scene
+from kling.data.world import render_scene
 from kling.errors import UserError
 from kling.metrics.ruler import Ruler
 
@@ -34,7 +35,7 @@ class Oracle:
     device = torch.device("cpu")
 
     def __init__(self) -> None:
-        world = World(0, program.FRAMES, program.ASPECT, split="heldout", max_things=1)
+        world = held_out(0, program.FRAMES, max_things=1)
         cases = [make(world, k) for make in TASKS.values() for k in range(N)]
         self.truth = {key(case.request): render_scene(case.scene) for case in cases}
         self.calls = 0
@@ -63,7 +64,7 @@ def taught(make: Callable[[Options], Ruler] = program.make_ruler) -> Ruler:
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Clips of 17 frames and one set of detectors, so that the whole takes seconds."""
     monkeypatch.setattr(program, "make_ruler", ruler)
-    for name, value in {"FRAMES": 17, "LONG": 21, "HALF": 9, "CONTROLS": 1, "VAE_CLIPS": 1}.items():
+    for name, value in {"FRAMES": 17, "LONG": 21, "CONTROLS": 1, "PICTURES": 1}.items():
         monkeypatch.setattr(program, name, value)
 
 
@@ -84,10 +85,20 @@ def test_the_truth_scores_full_marks_and_a_second_run_makes_nothing(tmp_path: Pa
     assert {path.stem for path in (tmp_path / "out/strips").glob("*.png")} == set(TASKS)
     json.dumps(report, allow_nan=False)
 
-    assert pipe.calls == N * len(TASKS)
+    n = {task: max(x["n"] for x in summary.values()) for task, summary in scores.items()}
+    assert n["text-en"] == n["camera"] == N and n["image"] == n["image below VAE"] == n["continuation"] == n["vae-17"] == 1
+    assert report["columns"]["truth"]["text-en"]["colour"]["n"] == N and report["columns"]["noise"]["camera"]["rotation"]["n"] == 1
+
+    made = N * 3 + 3
+    assert pipe.calls == made
+    cases = tmp_path / "out/cases.jsonl"
+    first, second = cases.read_bytes().splitlines(keepends=True)
+    cases.write_bytes(second + first[:100])  # killed while it wrote the first case, which another worker had got
     again = evaluate(pipe, options, {"sha256": {"a": "1"}})
-    assert pipe.calls == N * len(TASKS)
-    assert again["scores"] == scores
+    assert pipe.calls == made, "clips that are there are not made again"
+    assert again["scores"] == scores and again["columns"] == report["columns"]
+    assert sorted(cases.read_bytes().splitlines()) != sorted([first.strip(), second.strip()]), "measured anew: no seconds"
+    assert {json.loads(line)["k"] for line in cases.read_text().splitlines()} == {0, 1}
     with pytest.raises(UserError, match="other weights"):
         evaluate(pipe, options, {"sha256": {"a": "2"}})
 
@@ -106,10 +117,30 @@ def test_what_a_model_cannot_do_is_left_out_by_name(tmp_path: Path, monkeypatch:
 
 @pytest.mark.parametrize(
     ("argv", "message"),
-    [(["moon", "--out", "x"], "unknown suite 'moon'"), (["world"], "--out"), (["world", "--out", "x", "--n", "0"], "--n 0")],
+    [
+        (["moon", "--out", "x"], "unknown suite 'moon'"),
+        (["world"], "--out"),
+        (["world", "--out", "x", "--n", "0"], "--n 0"),
+        (["world", "--out", "x", "--workers", "0"], "--workers 0"),
+    ],
 )
 def test_bad_command_lines(argv: list[str], message: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as stop:
         main(argv)
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_cases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shipped model, which they load, at one step: the rows are those of one process."""
+    monkeypatch.undo()
+    from kling.pipeline import ASSETS
+
+    pipe, rows = program.load(ASSETS), []
+    for workers in (2, 1):
+        out = tmp_path / str(workers)
+        evaluate(pipe, Options(str(out), n=2, steps=1, examples=24, workers=workers), {"sha256": {}}, ASSETS)
+        cases = [json.loads(line) for line in (out / "cases.jsonl").read_text().splitlines()]
+        rows.append({case["k"]: case["rows"] for case in cases})
+    assert set(rows[0]) == {0, 1} and rows[0] == rows[1]

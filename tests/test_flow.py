@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
 from kling.errors import UserError
-from kling.flow.guidance import guided_velocity
+from kling.flow.guidance import Guidance, guided_velocity
 from kling.flow.loss import flow_loss
 from kling.flow.path import to_noise, to_x0, velocity
+from kling.flow.plain import PlainWalk
+from kling.flow.scheduler import KlingFlowScheduler
 from kling.flow.time import draw_sigma, shift_sigma, sigma_grid
+from kling.flow.unipc import is_unipc
 
 
 def test_the_path_inverts():
@@ -31,6 +35,16 @@ def test_logit_normal_matches_its_quantiles():
     for q in (0.1, 0.5, 0.9):
         z = torch.distributions.Normal(0, 1).icdf(torch.tensor(q))
         assert float(sigma.quantile(q)) == pytest.approx(float(z.sigmoid()), abs=0.01)
+
+
+@pytest.mark.parametrize("density", ["logit_normal", "uniform"])
+@pytest.mark.parametrize("within", [(0.875, 1.0), (0.0, 0.875)])
+def test_an_expert_s_levels_are_those_of_the_density_that_fall_to_it(density: str, within: tuple[float, float]):
+    every, own = (draw_sigma((40000,), torch.Generator().manual_seed(0), density, 5.0, **kw) for kw in ({}, {"within": within}))
+    inside = every[(every > within[0]) & (every < within[1])]  # the definition: leave the others out
+    assert within[0] <= own.min() and own.max() <= within[1]
+    for q in (0.05, 0.3, 0.5, 0.7, 0.95):
+        assert float(own.quantile(q)) == pytest.approx(float(inside.quantile(q)), abs=0.01)
 
 
 @pytest.mark.parametrize("call", [lambda: sigma_grid(0), lambda: sigma_grid(4, -1), lambda: draw_sigma((1,), torch.Generator(), "beta")])
@@ -60,3 +74,65 @@ def test_guidance_is_its_formula_and_costs_no_needless_pass():
     assert float(guided_velocity(predict, 3.0, 2.0, True)) == 5 + 2 * (5 - 2) + 1 * (5 - 3)
     calls.clear()
     assert float(guided_velocity(predict, 1.0, 1.0, True)) == 5 and calls == [("prompt", True)]
+
+
+def test_guidance_on_a_part_of_the_walk():
+    """Levels 1, 0.8 … 0; inside the interval every second step computes it, and those between add the last change again."""
+    calls = []
+
+    def predict(which: str, camera: bool) -> torch.Tensor:
+        calls.append(which)
+        return torch.tensor(float(len(calls)) if which == "prompt" else 0.0)
+
+    guided, made = Guidance((0.15, 0.85), every=2), []
+    for level in (1.0, 0.8, 0.6, 0.4, 0.2, 0.0):
+        made.append(float(guided(predict, 3.0, 1.0, False, level)))
+    assert "".join(which[0] for which in calls) == "p" + "pn" + "p" + "pn" + "p" + "p"
+    first, second = 2 * 2.0, 2 * 5.0  # (g - 1)(prompt - negative), where prompt counts the calls
+    assert made == [1.0, 2 + first, 4 + first, 5 + second, 7 + second, 8.0]
+
+
+SHAPE = (1, 2, 3, 4, 4)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 8, 20])
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_unipc_is_that_of_diffusers(steps: int, shift: float):
+    settings = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "num_train_timesteps": 1000, "flow_shift": shift}
+    theirs, ours = (UniPCMultistepScheduler(**settings) for _ in range(2))
+    theirs.set_timesteps(steps)
+    walk = PlainWalk(ours, steps, "cpu", shift)
+    assert walk._unipc is not None
+    z = a = b = torch.randn(SHAPE)
+    everything, nothing = torch.ones(1, 1, 3, 4, 4), torch.zeros(SHAPE)
+    for i, t in enumerate(theirs.timesteps):
+        a = theirs.step((3 * a).sin() + a, t, a, return_dict=False)[0]
+        level = walk.sigmas[i]
+        b, _ = walk.step((3 * b).sin() + b, level, walk.sigmas[i + 1], b, everything, nothing)
+        torch.testing.assert_close(b, a, atol=2e-5, rtol=2e-5)
+    assert (b - z).norm() > 0.1 * z.norm()
+
+
+def test_other_forms_of_unipc_stay_with_diffusers():
+    for change in ({"solver_order": 3}, {"solver_type": "bh1"}, {"disable_corrector": [0]}):
+        settings = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, **change}
+        assert not is_unipc(UniPCMultistepScheduler(**settings))
+    assert not is_unipc(FlowMatchEulerDiscreteScheduler())
+
+
+@pytest.mark.parametrize("solver", ["euler", "adams"])
+def test_a_step_is_the_general_formula_where_levels_differ(solver: str):
+    """x0 = z - σ v where m > 0, c where m = 0; z <- x0 + (σ⁺/σ)(z - x0) where σ > 0, unchanged where σ = 0."""
+    scheduler = KlingFlowScheduler(solver=solver)
+    scheduler.set_timesteps(4)
+    z, c, v = (torch.randn(SHAPE, dtype=torch.float64) for _ in range(3))
+    mask = torch.tensor([0.0, 1.0, 0.5]).view(1, 1, 3, 1, 1).expand(1, 1, 3, 4, 4)
+    sigma, after = (torch.where(mask > 0, mask * level, 0.02).double() for level in (0.75, 0.5))
+    sigma[:, :, 1, :2], after[:, :, 1, :2] = 0.0, 0.0  # arrived
+    got, x0 = scheduler.step(v, sigma, after, z, mask, c)
+    expected = torch.where(mask > 0, z - sigma * v, c)
+    torch.testing.assert_close(x0(), expected)
+    moved = z - (sigma - after) * v
+    torch.testing.assert_close(got, torch.where(mask > 0, torch.where(sigma > 0, moved, z), z))
+    ratio = after[mask.expand_as(after) == 1].max() / 0.75
+    torch.testing.assert_close(got[:, :, 1, 2:], expected[:, :, 1, 2:] + ratio * (z - expected)[:, :, 1, 2:])

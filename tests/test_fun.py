@@ -16,7 +16,7 @@ from kling import KlingPipeline, KlingTransformer3DModel
 from kling.condition.axes import axes_trajectory
 from kling.condition.camera import camera_signal
 from kling.data.transforms import to_tensor
-from kling.hub.load import widen_inputs
+from kling.start import widen_inputs
 
 H, W, FRAMES, STEPS = 32, 48, 9, 3
 F, HH, WW = 3, 4, 6
@@ -32,8 +32,8 @@ def load(folder: Path, in_channels: int, checkpoint: str, **config: object) -> K
 
 
 def published_walk(pipe: KlingPipeline, noise: Tensor, y: Tensor, **signals: Tensor) -> Tensor:
-    """The loop of VideoX-Fun's pipelines: y beside the noise, plain guidance, UniPC at shift 5."""
-    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0)
+    """The loop of VideoX-Fun's pipelines: y beside the noise, plain guidance, UniPC at shift 3."""
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
     scheduler.set_timesteps(STEPS)
     text, negative = (pipe.text_encoder.encode([prompt]) for prompt in ("a ball", pipe.setting("negative_prompt")))
     z = noise

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from kling import KlingPipeline
 from kling.dit import KlingTransformer3DModel
 from kling.errors import UserError
-from kling.training import grow, set_checkpointing
+from kling.start import grow
+from kling.training import set_checkpointing
 
 train_dit = workers.train_dit
 SMALL = {"num_attention_heads": 2, "attention_head_dim": 32, "num_layers": 2, "ffn_dim": 64, "text_dim": 32}
@@ -82,7 +83,7 @@ def test_lora_mistakes(words: list[str], tmp_path: Path, capsys: pytest.CaptureF
 
 def test_a_grown_model_computes_the_same_until_it_is_trained(words: list[str], base: Path, tmp_path: Path) -> None:
     had = KlingTransformer3DModel.from_pretrained(base / "transformer")
-    grown = grow(base, {"num_kinds": 2, **CAMERA})
+    grown = grow(base / "transformer", {"num_kinds": 2, **CAMERA})
     assert had.kind_embedding is None and had.control_adapter is None and grown.config.num_kinds == 2
     z, sigma, text = torch.randn(1, 16, 2, 4, 6), torch.tensor([0.6]), torch.randn(1, 4, grown.config.text_dim)
     with torch.no_grad():
@@ -94,10 +95,10 @@ def test_a_grown_model_computes_the_same_until_it_is_trained(words: list[str], b
     pipe = KlingPipeline.from_pretrained(tmp_path / "export")
     assert {"image", "first_last", "camera"} <= set(pipe.config.capabilities)
     assert pipe.transformer.control_adapter.conv.weight.abs().max() > 0, "the new inputs learn"
-    with pytest.raises(UserError, match="model.num_layers = 2, not 3: only num_kinds"):
-        grow(base, {"num_layers": 3})
+    with pytest.raises(UserError, match="model.num_layers = 2, not 3: only in_channels, num_kinds"):
+        grow(base / "transformer", {"num_layers": 3})
     with pytest.raises(UserError, match="was trained with model.num_kinds = 2"):
-        grow(tmp_path / "export", {"num_kinds": 4})
+        grow(tmp_path / "export" / "transformer", {"num_kinds": 4})
 
 
 @pytest.mark.parametrize("what", ["selective", "full"])

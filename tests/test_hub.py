@@ -130,7 +130,7 @@ def test_unknown_files_are_refused_with_their_odd_names(change, message: str, tm
 # ---- files ----
 
 
-@pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "model."])
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "model.", "model._fsdp_wrapped_module."])
 @pytest.mark.parametrize("naming", ["original", "diffusers"])
 def test_single_files_load_in_both_namings(naming: str, prefix: str, tmp_path: Path) -> None:
     model = tiny_wan.transformer()

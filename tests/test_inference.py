@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from kling import AutoencoderKLKling, KlingPipeline, KlingTransformer3DModel, Request
 from kling.errors import UserError
 from kling.memory import advice, estimate
-from kling.runtime.inference import Machine, set_up, share_tokens
+from kling.runtime.inference import Machine, read_ratios, set_up, share_tokens, write_ratios
 
 ROW = "wan2.1-t2v-1.3b"
 CPU = torch.device("cpu")
@@ -39,7 +39,7 @@ def plain(folder: Path) -> torch.Tensor:
 
 
 def ratios(path: Path, value: float) -> str:
-    path.write_text(json.dumps([value] * 4))
+    path.write_text(json.dumps([[value] * 4]))
     return str(path)
 
 
@@ -66,6 +66,36 @@ def test_a_cache_skips_work_and_forgets_between_videos(cache: str, folder: Path,
     assert torch.equal(pipe("a ball", **steps).latents, first)
 
 
+@pytest.mark.parametrize("layout", ["t2v", "t2v-a14b"])
+def test_calibration_measures_what_mag_needs(layout: str, tmp_path: Path) -> None:
+    """The ratios of what the blocks add, against hooks of our own around them; and `mag` takes the file."""
+    pipe = KlingPipeline.from_pretrained(
+        tiny_wan.saved(layout, tmp_path / "wan"), checkpoint="wan2.2-t2v-a14b" if "a14b" in layout else ROW, torch_dtype=torch.float32
+    )
+    added: list[list[torch.Tensor]] = [[] for _ in pipe.experts]
+    for number, model in enumerate(pipe.experts):
+        enters: list[torch.Tensor] = []
+        model.blocks[0].register_forward_pre_hook(lambda _, args, enters=enters: enters.append(args[0]))
+        model.blocks[-1].register_forward_hook(lambda _, args, out, number=number, enters=enters: added[number].append(out - enters[-1]))
+    machine = Machine(cache=f"calibrate={tmp_path / 'ratios.json'}")
+    set_up(pipe, machine, CPU, steps=6)
+    steps = SHORT | {"num_inference_steps": 6}
+    pipe("a ball", **steps)
+    rows = json.loads(write_ratios(pipe, machine.cache).read_text())
+    assert len(rows) == len(pipe.experts) and sum(map(len, rows)) == 6
+    for row, residuals in zip(rows, added, strict=True):
+        sizes = [r.norm(dim=-1) for r in residuals[::2]]  # with guidance, every other pass is of the prompt
+        expected = [1.0] + [float((b / (a + 1e-8)).mean()) for a, b in zip(sizes, sizes[1:], strict=False)]
+        assert row == pytest.approx(expected, rel=1e-4)
+    again = KlingPipeline.from_pretrained(
+        tmp_path / "wan", checkpoint="wan2.2-t2v-a14b" if "a14b" in layout else ROW, torch_dtype=torch.float32
+    )
+    set_up(again, Machine(cache=f"mag={tmp_path / 'ratios.json'}:1e9"), CPU, steps=6)
+    assert again("a ball", **steps).latents.isfinite().all()
+    with pytest.raises(UserError, match=f"ratios of {len(rows)} experts and this model has {3 - len(rows)}"):
+        read_ratios(str(tmp_path / "ratios.json"), 3 - len(rows))
+
+
 # ---- attention, fp8, offload, context parallelism ----
 
 
@@ -78,6 +108,14 @@ def test_attention_and_fp8_reach_every_layer(folder: Path, plain: torch.Tensor) 
     assert 0 < (rounded - plain).norm() < 0.3 * plain.norm()
 
 
+def test_compiling_is_asked_of_every_block(folder: Path, plain: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[object] = []
+    monkeypatch.setattr(torch, "compile", lambda call, *_, **__: calls.append(call) or call)  # which takes a minute on a core
+    pipe = fresh(folder)
+    set_up(pipe, Machine(compile=True), CPU, steps=4)
+    assert len(calls) == len(pipe.transformer.blocks) and torch.equal(pipe("a ball", **SHORT).latents, plain)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -88,7 +126,8 @@ def test_attention_and_fp8_reach_every_layer(folder: Path, plain: torch.Tensor) 
         ({"offload": "blocks"}, "offload 'blocks'.*model, group"),
         ({"cache": "teacache=1"}, "cache 'teacache=1'"),
         ({"cache": "first-block=x"}, "write a number after the =, as in first-block=0.1"),
-        ({"cache": "mag=0.1"}, "needs the ratios of these weights"),
+        ({"cache": "mag=0.1"}, "needs the ratios of these weights.*--cache calibrate=ratios.json"),
+        ({"cache": "calibrate"}, "say where to write the ratios"),
         ({"context_parallel": 2}, "needs 2 processes and this is one of 1: start it with torchrun"),
     ],
 )
@@ -128,19 +167,22 @@ def test_kling_sample_takes_it_all(folder: Path, tmp_path: Path, capsys, monkeyp
 
     def look(pipe: KlingPipeline, *args: object) -> None:
         seen.update(cache=pipe.transformer._cache_config, backend=pipe.transformer.blocks[0].attn1.processor._attention_backend)
-        seen.update(lora=pipe.get_active_adapters(), stored=pipe.transformer.blocks[0].attn1.to_k.weight.dtype)
+        seen.update(tiles=pipe.vae.tiles.size, lora=pipe.get_active_adapters(), stored=pipe.transformer.blocks[0].attn1.to_k.weight.dtype)
 
     sample = generate.sample
     monkeypatch.setattr(generate, "sample", lambda pipe, *args: look(pipe) or sample(pipe, *args))
     argv = ["a ball", "--model", str(folder), "--checkpoint", ROW, "--dtype", "fp32", "--size", "48x32", "--num-frames", "5"]
     argv += ["--num-inference-steps", "2", "--seed", "1", "--output", str(tmp_path / "a.mp4"), "--device", "cpu"]
     extra = ["--lora", f"{tmp_path / 'l.safetensors'}:0.5", "--attention", "math", "--cache", "first-block=0.2", "--fp8"]
+    extra += ["--text-cache", str(tmp_path / "text"), "--tiles", "32"]
     code, out, err = run(capsys, *argv, *extra)
     assert code == 0, err
     assert seen["lora"] == ["high0"] and seen["backend"] == "_native_math" and seen["cache"].threshold == 0.2
+    assert seen["tiles"] == 32
     assert seen["stored"] == torch.float8_e4m3fn and (tmp_path / "a.mp4").stat().st_size > 0
     record = json.loads((tmp_path / "a.json").read_text())
     assert str(tmp_path / "l.safetensors") in record["model"]["sha256"]
+    assert len(list((tmp_path / "text").rglob("*.safetensors"))) == 2, "the prompt's embedding and the negative one's"
 
 
 @pytest.mark.parametrize(
@@ -148,6 +190,7 @@ def test_kling_sample_takes_it_all(folder: Path, tmp_path: Path, capsys, monkeyp
     [
         (["--offload", "group"], "--offload group"),
         (["--attention", "flash"], "needs a CUDA device"),
+        (["--tiles", "100"], "tiles of 100.*multiples of 8"),
         (["--dtype", "int8"], "dtype 'int8'.*fp32, bf16, fp16"),
         (["--checkpoint", "wan"], "unknown checkpoint 'wan'"),
         (["--transformer", "none.safetensors"], "none.safetensors' do not exist"),
@@ -200,6 +243,16 @@ def test_a_dry_run_needs_no_weights_and_names_the_setting_that_fits(large: Path)
     assert estimate(pipe, plan, Machine(context_parallel=4)).activations == pytest.approx(memory.activations / 4, rel=0.01)
 
 
+def test_tiles_are_advised_where_decoding_is_what_does_not_fit(large: Path) -> None:
+    pipe = KlingPipeline.from_pretrained(large, weights=False)
+    with torch.device("meta"):
+        pipe.vae = AutoencoderKLKling()
+    plan = pipe.plan(Request("a"))
+    whole, tiled = (estimate(pipe, plan, Machine(tiles=tiles)).decoding for tiles in (None, 256))
+    assert whole > 20 * 2**30 and tiled == pytest.approx(whole * 256**2 / (720 * 1280))
+    assert advice(pipe, plan, Machine(), 20 * 2**30).startswith("does not fit; --offload group --tiles 256 would")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_rule_for_activations_is_what_the_profiler_measures(dtype: torch.dtype, tmp_path: Path) -> None:
@@ -207,6 +260,7 @@ def test_the_rule_for_activations_is_what_the_profiler_measures(dtype: torch.dty
 
     config = {"num_attention_heads": 1, "attention_head_dim": 128, "text_dim": 32, "freq_dim": 32, "ffn_dim": 512, "num_layers": 2}
     model = KlingTransformer3DModel(**config).to(dtype).eval()
+    model.set_attention_backend("native")  # a choice counts for the whole process, and another test may have made one
     z, text = torch.randn(1, 16, 2, 32, 32, dtype=dtype), torch.randn(1, 16, 32, dtype=dtype)
     with torch.no_grad(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
         model(z, torch.tensor([0.5]), text)

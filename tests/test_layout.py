@@ -25,13 +25,14 @@ LEVELS |= {
     "inputs": 3,
     "record": 3,
     "hub": 4,
-    "cache": 4,
+    "encoding": 4,
+    "cache": 5,
     "plan": 4,
     "sampling": 5,
     "memory": 5,
     "pipeline": 6,
 }
-LEVELS |= {"training": 7, "__init__": 7, "validation": 8}
+LEVELS |= {"start": 7, "training": 7, "__init__": 7, "validation": 8}
 
 
 def name(path: Path) -> str:

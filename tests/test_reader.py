@@ -14,6 +14,7 @@ import pytest
 import torch
 from av.video.reformatter import ColorRange, Colorspace
 
+from kling.data import decode
 from kling.data.decode import probe
 from kling.data.reader import open_reader
 from kling.data.transforms import fit
@@ -50,6 +51,37 @@ def test_every_good_file_looks_as_in_ffmpeg(corpus, name):
     times = [t / 120 for t in (0, 10, 20, 30, 60, 90, 120, 125, 130, 240)] if info.vfr else [i / info.fps for i in range(info.frames)]
     got = open_reader(path).at(times)
     assert np.abs(got.numpy().astype(int) - want).mean() <= 2
+    some = sorted({len(times) // 3, len(times) // 2, len(times) - 1})
+    assert torch.equal(open_reader(path).at([times[i] for i in some]), got[some])
+
+
+def count_decoded(monkeypatch: pytest.MonkeyPatch) -> list[av.VideoFrame]:
+    """All frames that the reader decodes from now on."""
+    seen: list[av.VideoFrame] = []
+    real = decode._frames
+    monkeypatch.setattr(decode, "_frames", lambda *args: (seen.append(frame) or frame for frame in real(*args)))
+    return seen
+
+
+@pytest.mark.parametrize("codec", ["libx264", "libx265", "libvpx-vp9", "mpeg2video"])
+def test_frames_that_nothing_needs_are_not_decoded(tmp_path, monkeypatch, codec):
+    options = {"libx264": {"g": "40", "bf": "3"}, "libx265": {"x265-params": "log-level=none:bframes=3:b-adapt=0"}}.get(codec, {"g": "40"})
+    path = make(tmp_path / "a.mkv", codec, n=40, fps=12 if codec != "mpeg2video" else 25, **options)
+    info = probe(path)
+    whole, seen = open_reader(path).at([i / info.fps for i in range(40)]), count_decoded(monkeypatch)
+    places = [7, 11, 14, 19, 23, 28, 35]
+    assert torch.equal(open_reader(path, info=info).at([i / info.fps for i in places]), whole[places])
+    if codec == "libx264":
+        assert len(seen) < 30
+
+
+def test_key_frames_are_jumped_to(tmp_path, monkeypatch):
+    path = make(tmp_path / "a.mp4", n=40, fps=4, g="8", sc_threshold="0")
+    info = probe(path)
+    assert info.keyframes == (0, 2, 4, 6, 8)
+    whole, seen = open_reader(path).at([i / 4 for i in range(40)]), count_decoded(monkeypatch)
+    assert torch.equal(open_reader(path, info=info).at([0, 4.25, 9.75]), whole[[0, 17, 39]])
+    assert len(seen) <= 2 + 4 + 8
 
 
 @pytest.mark.parametrize("matrix", [Colorspace.ITU709, 6, Colorspace.BT2020])

@@ -11,6 +11,7 @@ import torch
 from kling.errors import UserError
 from kling.text import ByteTextEncoder
 from kling.text.agree import agreement_loss, pool
+from kling.text.encoder import TOGETHER
 
 SMALL = {"byte_dim": 32, "out_dim": 48, "head_dim": 16, "ffn_mult": 2, "max_bytes": 63}
 PROMPTS = ["", "a red ball", "一个红色的球在草地上滚动", "a much longer prompt, nearly as long as the encoder reads it", "é"]
@@ -33,6 +34,13 @@ def test_batching_never_changes_a_prompt(encoder: ByteTextEncoder) -> None:
     assert together.shape == (len(PROMPTS), 16, 48)
     for prompt, expected in zip(PROMPTS, together, strict=True):
         torch.testing.assert_close(encoder.encode([prompt])[0], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_many_prompts_of_all_lengths_come_back_in_their_order(encoder: ByteTextEncoder) -> None:
+    prompts = ["a" * (37 * i % 60) for i in range(2 * TOGETHER + 5)]
+    together = encoder.encode(prompts)
+    for i in range(0, len(prompts), 7):
+        assert torch.allclose(together[i], encoder.encode([prompts[i]])[0], atol=1e-5), i
 
 
 def test_output_is_zero_past_the_end_and_only_there(encoder: ByteTextEncoder) -> None:

@@ -2,20 +2,29 @@
 
 kling-encode configs/cache/world.yaml vae=runs/vae/export out=runs/cache     # again: goes on, and remakes what is damaged or has changed
 kling-encode configs/cache/manifest.yaml data.source=cats/manifest.jsonl vae=runs/vae/export out=runs/cats-cache
+kling-encode configs/cache/wan.yaml data.source=cats/manifest.jsonl model=Wan-AI/Wan2.1-T2V-1.3B-Diffusers out=runs/cats-wan
 accelerate launch --num_processes 8 train/encode.py configs/cache/manifest.yaml ...                 # every process takes its share
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
 
+import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from kling.cache import CacheConfig, fill_cache
 from kling.config import load_config
 from kling.errors import UserError, program
+from kling.hub.clip import load_image_encoder, see
+from kling.hub.load import find_folder
 from kling.pipeline import load_vae
 from kling.runtime.accelerator import make_accelerator, set_threads
+from kling.start import captions_of, text_folder
+from kling.text.umt5 import UMT5TextEncoder
 
 
 @program
@@ -26,9 +35,29 @@ def main(argv: list[str] | None = None) -> None:
     cfg = load_config(CacheConfig, argv[0], argv[1:])
     set_threads(cfg.threads)
     accelerator = make_accelerator(cfg.out, "fp32")
-    vae = load_vae(cfg.vae).to(accelerator.device)
-    steps = fill_cache(cfg, vae, accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone)
-    with tqdm(unit="clip", desc=f"encode to {cfg.out}", disable=not accelerator.is_main_process) as bar:
+    rank, ranks = accelerator.process_index, accelerator.num_processes
+    folder = find_folder(cfg.model)
+    text = UMT5TextEncoder(folder, cache=text_folder(cfg.out)) if cfg.model else None
+    vae = load_vae(cfg.vae or cfg.model).to(accelerator.device)
+    eye = clip(folder, accelerator.device) if cfg.image and cfg.model and (folder / "image_encoder").is_dir() else None
+    steps = fill_cache(cfg, vae, rank, ranks, accelerator.wait_for_everyone, eye)
+    show(steps, "clip", f"encode to {cfg.out}", accelerator.is_main_process)
+    if text is not None:
+        del vae, eye
+        steps = text.learn(captions_of(cfg.out)[rank::ranks], accelerator.device)
+        show(steps, "caption", f"encode to {text.cache}", accelerator.is_main_process)
+
+
+def clip(folder: Path, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """What CLIP of this model folder sees of a picture uint8 (H, W, 3): tokens (i, e)."""
+    parts = load_image_encoder(folder)
+    encoder = parts["image_encoder"].to(device)
+    return lambda picture: see(encoder, parts["image_processor"], [picture], device)[0]
+
+
+def show(steps: Iterable[tuple[int, int]], unit: str, title: str, visible: bool) -> None:
+    """Walk through steps that say (done, of how many), with a bar."""
+    with tqdm(unit=unit, desc=title, disable=not visible) as bar:
         for done, total in steps:
             bar.total = total
             bar.update(done - bar.n)

@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("usage: kling-plan configs/dit/PRESET.yaml [gpus=64 memory=80 tflops=800 mfu=0.4 clips=N height=480 width=832]")
     preset = read_preset(argv[0])
     if "model" not in preset or "frames" not in preset:
-        raise UserError(f"preset '{argv[0]}' has no model and frames: give one of configs/dit")
+        raise UserError(f"preset '{argv[0]}' has no model and frames: give one that says its sizes, such as configs/dit/1.3b.yaml")
     plan = load_config(PlanConfig, None, argv[1:])
     if plan.gpus < 1 or plan.memory <= 0 or not 0 < plan.mfu <= 1:
         raise UserError(f"gpus {plan.gpus}, memory {plan.memory}, mfu {plan.mfu}: give positive numbers, and an mfu of at most 1")

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import SchedulerMixin
 from torch import Tensor, nn
 
-from kling.cache import CacheConfig, LatentCache, LatentSteps, fill_cache
+from kling.cache import CacheConfig, LatentBatch, LatentCache, LatentSteps, fill_cache
 from kling.condition.tasks import TASKS
 from kling.config import load_config, save_config, to_dict
 from kling.data.clips import ClipSample
@@ -25,12 +26,12 @@ from kling.dit.cost import forward_flops
 from kling.errors import UserError, program, unknown
 from kling.flow.loss import flow_loss
 from kling.flow.path import velocity
-from kling.flow.scheduler import KlingFlowScheduler
+from kling.flow.plain import shift_key
 from kling.flow.time import draw_sigma
 from kling.pipeline import KlingPipeline, load_vae
 from kling.request import Request
 from kling.runtime import checkpoint
-from kling.runtime.accelerator import EXIT_STOPPED, Accelerator, StopSignal, make_accelerator, set_threads
+from kling.runtime.accelerator import EXIT_STOPPED, Accelerator, StopSignal, make_accelerator, set_threads, wrap_what_is_there
 from kling.runtime.ema import EMA
 from kling.runtime.health import Guard, Watchdog
 from kling.runtime.log import RunLog
@@ -40,6 +41,7 @@ from kling.runtime.parallel import check_draws, lay_out, same_rng, scalar, split
 from kling.runtime.random import generator, noise_like
 from kling.runtime.saver import Saver, find_latest, load_run_tensors, run_tensors, versions
 from kling.shapes import latent_frames
+from kling.start import Start, captions_of, check_fit, new_scheduler, open_start, taught_text, text_folder
 from kling.text import ByteTextEncoder
 from kling.training import (
     Drawing,
@@ -52,7 +54,6 @@ from kling.training import (
     draw_example,
     export,
     export_lora,
-    grow,
     set_checkpointing,
 )
 from kling.validation import Validation, draw_samples, encode, held_out, level_quantiles, task_requests, validation_loss
@@ -62,14 +63,18 @@ from kling.validation import Validation, draw_samples, encode, held_out, level_q
 class TrainDiTConfig:
     """Everything a run depends on.
 
-    vae: a VAE folder, or empty for the shipped one. cache: a latent cache; completed by the preset `encode` (empty: it is there).
-    optimizer: adamw or muon, with the same lr. frames: pixel lengths to draw from, at most the cache's. tasks: how often each is drawn.
+    vae: a VAE folder, or empty for that of `init_from`, or the shipped one. optimizer: adamw or muon, with the same lr.
+    cache: a latent cache; completed by the preset `encode` (empty: it is there).
+    frames: pixel lengths to draw from, at most the cache's. tasks: how often each is drawn.
     text_drop, camera_drop: how often the text or the camera is left out, for guidance. scheduler: settings stored with the weights.
-    init_from: a model folder to start from; conditions that `model` adds to it start at zero. lora: train low-rank weights on top of it.
+    init_from: a model folder to start from, ours or published; conditions that `model` adds to it start at zero. checkpoint: the
+    registry's name of it, where its files do not tell. expert: of two, the one to train, high or low.
+    lora: train low-rank weights on top of it.
     text_from: a text encoder from kling-train-text, under a new transformer.
     samples: what is drawn every `sample_every` steps, as fields of `Request`. sample_tasks: and a held-out clip for each task of `tasks`.
     keep_every: checkpoints of these steps stay for good.
     activation_checkpointing: none, selective or full. compile: regional `torch.compile`, each kind of block once.
+    bf16_reduction: processes exchange gradients in bf16, half the bytes.
     context_parallel: ulysses or ring, how the processes of a group cut attention (configs/accelerate/fsdp2_cp.yaml says how many).
     watchdog: seconds without a step after which every process writes where it stands; 0 is off.
     """
@@ -91,6 +96,8 @@ class TrainDiTConfig:
     text: dict[str, Any] = field(default_factory=dict)
     scheduler: dict[str, Any] = field(default_factory=dict)
     init_from: str | None = None
+    checkpoint: str | None = None
+    expert: str = ""
     text_from: str | None = None
     lora: Lora = field(default_factory=Lora)
     vae: str = ""
@@ -112,6 +119,7 @@ class TrainDiTConfig:
     log_every: int = 20
     mixed_precision: str = "auto"
     gradient_accumulation: int = 1
+    bf16_reduction: bool = False
     activation_checkpointing: str = "none"
     compile: bool = False
     context_parallel: str = "ulysses"
@@ -136,8 +144,13 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("text_from and init_from are both set: the folder of init_from has its own text encoder, so leave one out")
     if cfg.lora.rank and not cfg.init_from:
         raise UserError("lora.rank is set but not init_from: name the model folder that the low-rank weights are for")
+    if (cfg.checkpoint or cfg.expert) and not cfg.init_from:
+        raise UserError("checkpoint or expert is set but not init_from: they tell which published weights to train, so name their folder")
+    if cfg.expert and cfg.sample_every:
+        raise UserError("sample_every is set, and samples need both experts: leave it at 0, and sample from the export")
     if cfg.sample_tasks and not cfg.sample_every:
         raise UserError("sample_tasks is set but not sample_every: say every how many steps")
+    cfg.vae = cfg.vae or cfg.init_from or ""
     with StopSignal() as stop:
         train(cfg, stop)
 
@@ -145,28 +158,40 @@ def main(argv: list[str] | None = None) -> None:
 def train(cfg: TrainDiTConfig, stop: StopSignal) -> None:
     set_threads(cfg.threads)
     out = Path(cfg.out)
-    accelerator = make_accelerator(out, cfg.mixed_precision, cfg.gradient_accumulation, cfg.trackers)
+    accelerator = make_accelerator(out, cfg.mixed_precision, cfg.gradient_accumulation, cfg.trackers, bf16_reduction=cfg.bf16_reduction)
     layout, device, micro = lay_out(accelerator), accelerator.device, cfg.gradient_accumulation
+    if cfg.lora.half and accelerator.mixed_precision != "bf16":
+        raise UserError("lora.half holds weights in bf16, and this run does not compute in it: set mixed_precision=bf16, or leave it out")
     checkpoint.check_same_config(out, to_dict(cfg), defaults=to_dict(TrainDiTConfig()))
+    start = open_start(cfg.init_from, cfg.checkpoint, cfg.expert) if cfg.init_from else None
+    within = start.within if start else (0.0, 1.0)
     vae = load_vae(cfg.vae).to(device)
     complete_cache(cfg, vae, stop, accelerator)
-    data = LatentSteps(LatentCache(cfg.cache), cfg.batch, cfg.frames, cfg.seed)
+    cache = LatentCache(cfg.cache)
+    cache.check_vae(vae)
+    data = LatentSteps(cache, cfg.batch, cfg.frames, cfg.seed)
     drawing = Drawing(cfg.seed, cfg.tasks, cfg.text_drop, cfg.camera_drop)
-    density, shift = cfg.scheduler.get("density", "logit_normal"), cfg.scheduler.get("shift", 1.0)
+    scheduler = scheduler_of(cfg, start)
+    density, shift = cfg.scheduler.get("density", scheduler.config.get("density", "logit_normal")), scheduler.config[shift_key(scheduler)]
     source = load_config(CacheConfig, cfg.encode).data if cfg.encode else DataConfig()
     clips = held_out(cfg.validation, source, max(cfg.frames)) if cfg.validation.every or cfg.sample_tasks else []
     held = encode(clips, vae) if cfg.validation.every else []
     asked = requests(cfg, clips) if cfg.sample_every else []
+    if start and start.published and accelerator.is_main_process:
+        complete_text(cfg, start, asked, held, device, stop)
+    accelerator.wait_for_everyone()
 
     torch.manual_seed(cfg.seed)  # the initial weights; every later draw is counter-based
-    model = build(cfg)
+    model = build(cfg, start)
     transformer, text_encoder = model.transformer, model.text_encoder
+    check_fit(vae, transformer, cfg.tasks, cache)
     split_sequence(transformer, layout, accelerator, cfg.context_parallel)
     check_divides(data, cfg.tasks, transformer, layout.split)
     set_checkpointing(transformer, cfg.activation_checkpointing)
     if cfg.compile:
         transformer.compile_repeated_blocks()
     optimizer = make_optimizer(cfg.optimizer, model, cfg.lr, betas=cfg.betas, weight_decay=cfg.weight_decay)
+    wrap_what_is_there(accelerator, model)
     net, optimizer = accelerator.prepare(model, optimizer)
     ema = EMA(model, cfg.ema)
     saver = Saver(out, cfg.keep_last, cfg.keep_every, accelerator=accelerator, background=cfg.save_in_background)
@@ -182,13 +207,13 @@ def train(cfg: TrainDiTConfig, stop: StopSignal) -> None:
 
     def predict(example: Example, level: Tensor, noise: Tensor) -> Tensor:
         """The network's velocity (b, c, G, h, w) for a batch at levels (b,)."""
-        ids, lengths = text_encoder.tokenize(example.prompts)
+        words = model.words(example.prompts)
         with accelerator.autocast():
-            return net(example.state, example.state.noised(level, noise), level, ids, lengths, example.rays, example.has_camera)
+            return net(example, example.state.noised(level, noise), level, words)
 
     def validate() -> dict[str, float]:
         """Loss of the averaged weights on held-out clips at fixed levels; weights and generators are as before after it."""
-        levels = level_quantiles(cfg.validation.quantiles, density, shift)
+        levels = level_quantiles(cfg.validation.quantiles, density, shift, within)
         with ema.swap(model), same_rng(device):
             sums, counts = total(accelerator, validation_loss(predict, held, levels, layout, model, vae, device))
         losses = (sums / counts).tolist()
@@ -214,7 +239,7 @@ def train(cfg: TrainDiTConfig, stop: StopSignal) -> None:
                 place = feed.place(k)
                 example = draw_example(drawing, batch, place, transformer, vae).to(device)
                 b = len(batch.ids)  # clips of one shape, as many as make the tokens of `cfg.batch` of the largest
-                level = draw_sigma((b,), generator(cfg.seed, "sigma", place), density, shift).to(device)  # (b,)
+                level = draw_sigma((b,), generator(cfg.seed, "sigma", place), density, shift, within).to(device)  # (b,)
                 noise = noise_like(example.state.clean, cfg.seed, "noise", place, range(b))  # (b, c, G, h, w)
                 used.append({"place": place, "clips": batch.names})
                 meter.lap("data")
@@ -264,7 +289,7 @@ def train(cfg: TrainDiTConfig, stop: StopSignal) -> None:
                     if accelerator.is_main_process or layout.sharded:  # sharded weights need all processes
                         picture = out / "samples" / f"{done:08d}.png" if accelerator.is_main_process else None
                         with ema.swap(model), same_rng(device):
-                            draw_samples(pipeline(cfg, model, vae), asked, picture)
+                            draw_samples(pipeline(cfg, model, vae, start), asked, picture)
                     meter.lap("samples")
                 if stopping:
                     saver.wait()
@@ -272,7 +297,7 @@ def train(cfg: TrainDiTConfig, stop: StopSignal) -> None:
 
     saver.wait()
     if accelerator.is_main_process:
-        publish(cfg, vae, out)
+        publish(cfg, vae, out, start)
     accelerator.wait_for_everyone()
 
 
@@ -300,11 +325,26 @@ def requests(cfg: TrainDiTConfig, clips: list[ClipSample]) -> list[Request]:
     return asked + (task_requests(clips[0], [name for name, weight in cfg.tasks.items() if weight]) if cfg.sample_tasks else [])
 
 
-def build(cfg: TrainDiTConfig) -> Trained:
-    """The models to train: new, or those of `init_from`, grown by the conditions that `model` adds, or with low-rank weights."""
-    if cfg.init_from:
-        text = KlingPipeline.from_pretrained(cfg.init_from).text_encoder
-        model = Trained(grow(cfg.init_from, cfg.model), text)
+def complete_text(
+    cfg: TrainDiTConfig, start: Start, asked: list[Request], held: list[LatentBatch], device: torch.device, stop: StopSignal
+) -> None:
+    """Have umT5 read every prompt that training will meet, before the transformer takes its place on the device.
+
+    kling-encode has read the captions already, if it was given the model.
+    """
+    prompts = {start.settings["defaults"]["negative_prompt"], *(request.negative_prompt or "" for request in asked)} if asked else set()
+    prompts |= {*captions_of(cfg.cache), *(clip.captions[0][0] for clip in held), *(request.prompt for request in asked)}
+    for done, new in start.text(cfg.text, cfg.cache).learn(sorted(prompts), device):
+        print(f"text embeddings {text_folder(cfg.cache)}: {done}/{new}", file=sys.stderr)
+        if stop and done < new:
+            raise SystemExit(EXIT_STOPPED)
+
+
+def build(cfg: TrainDiTConfig, start: Start | None) -> Trained:
+    """The models to train: new, or those to start from, grown by the conditions that `model` adds, or with low-rank weights."""
+    if start:
+        frozen = torch.bfloat16 if cfg.lora.rank and cfg.lora.half else torch.float32
+        model = Trained(start.transformer(cfg.model, frozen), start.text(cfg.text, cfg.cache))
     else:
         text = taught_text(cfg.text_from, cfg.text) if cfg.text_from else ByteTextEncoder(**cfg.text)
         model = Trained(KlingTransformer3DModel(**{"text_dim": text.config.out_dim, **cfg.model}), text)
@@ -313,41 +353,37 @@ def build(cfg: TrainDiTConfig) -> Trained:
     return model.train()
 
 
-def taught_text(folder: str, settings: dict[str, Any]) -> ByteTextEncoder:
-    """The text encoder that kling-train-text exported. Raises `UserError` if there is none, or `settings` ask for another one."""
-    if not (Path(folder) / "config.json").is_file():
-        raise UserError(f"text_from '{folder}' holds no text encoder: give the `export` folder of kling-train-text")
-    text = ByteTextEncoder.from_pretrained(folder, torch_dtype=torch.float32)
-    for key, value in settings.items():
-        if key not in text.config:
-            raise unknown("key of text", key, [name for name in text.config if not name.startswith("_")])
-        if text.config[key] != value:
-            raise UserError(f"text_from {folder} has text.{key} = {text.config[key]!r}, not {value!r}: leave it as it is")
-    return text
+def scheduler_of(cfg: TrainDiTConfig, start: Start | None) -> SchedulerMixin:
+    """What is stored with the weights, and says at which levels they are trained."""
+    return start.scheduler(cfg.scheduler) if start else new_scheduler(cfg.scheduler)
 
 
-def pipeline(cfg: TrainDiTConfig, model: Trained, vae: nn.Module) -> KlingPipeline:
-    """The models as a user gets them."""
+def pipeline(cfg: TrainDiTConfig, model: Trained, vae: nn.Module, start: Start | None) -> KlingPipeline:
+    """The models as a user gets them. What they could do before, they can do still."""
+    kept = start.settings if start else {}
     able = [name for name, weight in cfg.tasks.items() if weight > 0]
     able += ["camera"] if model.transformer.config.camera_channels and cfg.camera_drop < 1 else []
     able += ["text_to_image"] if 1 in cfg.frames else []
-    scheduler = KlingFlowScheduler(**cfg.scheduler)
-    return KlingPipeline(vae, model.transformer, model.text_encoder, scheduler, capabilities=able, max_frames=cfg.max_frames)
+    settings = {"scheduler": scheduler_of(cfg, start), "max_frames": cfg.max_frames}
+    settings["capabilities"] = list(dict.fromkeys([*kept.get("capabilities", ()), *able]))
+    models = start.beside(model.transformer) if start else {"transformer": model.transformer}
+    return KlingPipeline(vae, text_encoder=model.text_encoder, **{**models, **kept, **settings})
 
 
-def publish(cfg: TrainDiTConfig, vae: nn.Module, out: Path) -> None:
+def publish(cfg: TrainDiTConfig, vae: nn.Module, out: Path, start: Start | None) -> None:
     """Export the averaged weights of the last checkpoint: what is published is what was saved and checked, however it was sharded."""
     saved = checkpoint.load_latest(out)
-    model = build(cfg)
+    model = build(cfg, start)
     checkpoint.restore(saved.tensors["model"], trained(model))
     average = EMA(model, cfg.ema)
     average.load_state_dict(saved.tensors["ema"])
     with average.swap(model):
-        pipe = pipeline(cfg, model, vae)
         if cfg.lora.rank:
-            export_lora(pipe, out / "lora")
+            export_lora(model.transformer, out / "lora")
             if not cfg.lora.merge:
                 return
+        pipe = pipeline(cfg, model, vae, start)
+        if cfg.lora.rank:
             pipe.fuse_lora()
         export(pipe, out / "export")
 

@@ -42,10 +42,11 @@ def concat_groups(in_channels: int, z: int) -> tuple[str, ...]:
 def concat_channels(state: State, groups: tuple[str, ...], control: Tensor | None = None) -> Tensor:
     """(b, channels, F, h, w), beside the noise of the target frames. `control`: latents (b, z, F, h, w); 0 where there is none."""
     clean, mask = state.clean[:, :, : state.frames], state.mask[:, :, : state.frames]
+    given = given_pixels(state)
     parts = {
         "control": torch.zeros_like(clean) if control is None else control.to(clean),
-        "mask": given_pixels(state),
-        "clean": clean if bool(given_pixels(state).any()) else torch.zeros_like(clean),  # nothing given: nothing, not grey
+        "mask": given,
+        "clean": clean * given.amax((1, 2, 3, 4), keepdim=True),  # nothing given: nothing, not grey
         "first": clean * (mask == 0),
     }
     return torch.cat([parts[group] for group in groups], dim=1)

@@ -75,6 +75,11 @@ def read_path(path: str | Path, timed: bool = False) -> tuple[Tensor, Trajectory
     return times, Trajectory(torch.cat([R, c2w[:, :, 3:]], dim=-1), intrinsics)
 
 
+def trajectory_json(trajectory: Trajectory, fps: float) -> str:
+    """The text of a JSON trajectory file: one pose a frame, `fps` of them a second."""
+    return json.dumps({"fps": fps, "intrinsics": trajectory.intrinsics.tolist(), "c2w": trajectory.c2w.tolist()}) + "\n"
+
+
 def save_trajectory(path: str | Path, trajectory: Trajectory, fps: float = 8.0, start: float = 0.0) -> None:
     """Write RealEstate10K text (.txt, its first pose at `start` seconds) or JSON (.json, without a start), whole or not at all.
 
@@ -83,7 +88,7 @@ def save_trajectory(path: str | Path, trajectory: Trajectory, fps: float = 8.0, 
     path = Path(path)
     c2w, intrinsics = trajectory.c2w.double(), trajectory.intrinsics
     if path.suffix == ".json":
-        text = json.dumps({"fps": fps, "intrinsics": intrinsics.tolist(), "c2w": trajectory.c2w.tolist()}) + "\n"
+        text = trajectory_json(trajectory, fps)
     elif path.suffix == ".txt":
         stamps = [round(1e6 * (start + t / fps)) for t in range(len(trajectory))]
         rows = zip(stamps, intrinsics.tolist(), inverse(c2w).flatten(1).tolist(), strict=True)

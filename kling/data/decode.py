@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -26,6 +27,7 @@ EPS = 1e-6  # seconds; ties between two frames go to the earlier one whatever th
 TO_RGB = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.BITEXACT
 TO_SMALL_RGB = Interpolation.AREA | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.BITEXACT
 MAX_GAP = 600  # seconds for which a frame may stand; a longer one is a time stamp gone wrong, and would be filled with copies
+JUMP = 1.0  # seconds: a key frame so far ahead of the last picked frame is worth opening the file again for
 UNTAGGED = 2  # AVCOL_SPC_UNSPECIFIED
 HDR = (ColorTrc.SMPTE2084, ColorTrc.ARIB_STD_B67)  # PQ and HLG (phones): mapped to BT.709 by swscale
 COUNTED = ("avi", "mpeg", "h264", "hevc")  # containers that state few or no presentation times: frame i is shown at i / rate
@@ -49,6 +51,7 @@ class VideoInfo:
     pixel_aspect: float = 1.0  # width of a stored pixel over its height
     matrix: int = UNTAGGED  # AVColorSpace
     container: str = ""  # FFmpeg's demuxer
+    keyframes: tuple[float, ...] = ()  # times of key frames that are `JUMP` or more apart, seconds
 
     def count(self, fps: float, start: float = 0.0) -> int:
         """Frames that `read_video` gives at `fps` from `start`: up to half a stored frame past the last one."""
@@ -73,19 +76,13 @@ def pick(
 
     size (H, W) is covered (`transforms.fit`). threads: of the decoder, 0 for as many as there are cores.
     """
-    done, before = 0, None
-    for now in _decode(source, info, times[0], size, threads):
-        while before and done < len(times) and times[done] <= (before[0] + now[0]) / 2 + EPS:
-            yield before[0], before[1]()
-            done += 1
-        if done == len(times):
-            return
-        before = now
-    while before and done < len(times) and times[done] <= before[0] + 0.5 / info.fps + EPS:
-        yield before[0], before[1]()
-        done += 1
-    if done < len(times):
-        raise UserError(f"{source} is damaged {times[done]:.2f} s in ({done} of {len(times)} frames read): download or export it again")
+    for run in _runs(times, info.keyframes):
+        found = 0
+        for time, frame in _nearest(_decode(source, info, run, size, threads), run, 0.5 / info.fps):
+            yield time, frame()
+            found += 1
+        if found < len(run):
+            raise UserError(f"{source} is damaged {run[found]:.2f} s in ({found} of {len(run)} frames read): download or export it again")
 
 
 @contextmanager
@@ -178,13 +175,14 @@ def _turn(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
 @lru_cache(maxsize=4096)
 def _probe(source: Source, mtime_ns: int, size: int) -> VideoInfo:
     with open_video(source) as (container, stream):
-        packets = [(p.pts, p.is_discard, p.is_corrupt) for p in container.demux(stream) if p.size]
+        packets = [(p.pts, p.is_keyframe, p.is_discard, p.is_corrupt) for p in container.demux(stream) if p.size]
         expected = max(len(packets), len(stream.index_entries))  # an mp4 lists its frames ahead; elsewhere the list is shorter
-        whole = [pts for pts, discard, corrupt in packets if not discard and not corrupt]
+        whole = [(pts, key) for pts, key, discard, corrupt in packets if not discard and not corrupt]
         missing = expected - sum(not corrupt for *_, corrupt in packets)
         fps = float(stream.average_rate or stream.guessed_rate or 25)
-        timed = container.format.name not in COUNTED and None not in whole
-        times = sorted(float(pts * stream.time_base) for pts in whole) if timed else []
+        timed = container.format.name not in COUNTED and all(pts is not None for pts, _ in whole)
+        times = sorted(float(pts * stream.time_base) for pts, _ in whole) if timed else []
+        keys = sorted(float(pts * stream.time_base) - times[0] for pts, key in whole if key) if timed else []
         demuxer, promised = container.format.name, _promised(stream)
     if not whole:
         raise UserError(f"{source} holds no whole frame: download or export it again")
@@ -221,7 +219,17 @@ def _probe(source: Source, mtime_ns: int, size: int) -> VideoInfo:
         pixel_aspect=aspect,
         matrix=first.colorspace,
         container=demuxer,
+        keyframes=_thinned(keys),
     )
+
+
+def _thinned(keys: Sequence[float]) -> tuple[float, ...]:
+    """Those of the rising times that are `JUMP` or more after the one before."""
+    kept: list[float] = []
+    for key in keys:
+        if not kept or key >= kept[-1] + JUMP:
+            kept.append(round(key, 6))
+    return tuple(kept)
 
 
 def _promised(stream: av.VideoStream) -> float:
@@ -233,19 +241,51 @@ def _promised(stream: av.VideoStream) -> float:
         return 0.0
 
 
-def _decode(
-    source: Source, info: VideoInfo, start: float, size: tuple[int, int], threads: int
-) -> Iterator[tuple[float, Callable[[], Tensor]]]:
-    """(seconds since the first frame, how to get its picture), times rising, beginning at or before `start`."""
+Stamped = tuple[float, Callable[[], Tensor]]  # seconds since the first frame, and how to get its picture
+
+
+def _runs(times: Sequence[float], keyframes: Sequence[float]) -> list[list[float]]:
+    """`times` in runs, cut where a key frame spares the decoder `JUMP` seconds or more.
+
+    >>> _runs([0.0, 0.5, 30.0, 31.5], keyframes=[0.0, 10.0, 20.0, 31.0])
+    [[0.0, 0.5], [30.0, 31.5]]
+    """
+    runs = [[times[0]]]
+    for before, after in pairwise(times):
+        place = bisect_right(keyframes, after)
+        if place and keyframes[place - 1] >= before + JUMP:
+            runs.append([])
+        runs[-1].append(after)
+    return runs
+
+
+def _nearest(frames: Iterable[Stamped], times: Sequence[float], tail: float) -> Iterator[Stamped]:
+    """The frame nearest to each of `times`; the last one also for times up to `tail` seconds later. Fewer if the frames end before that."""
+    done, before = 0, None
+    for now in frames:
+        while before and done < len(times) and times[done] <= (before[0] + now[0]) / 2 + EPS:
+            yield before
+            done += 1
+        if done == len(times):
+            return
+        before = now
+    while before and done < len(times) and times[done] <= before[0] + tail + EPS:
+        yield before
+        done += 1
+
+
+def _decode(source: Source, info: VideoInfo, times: Sequence[float], size: tuple[int, int], threads: int) -> Iterator[Stamped]:
+    """Every frame that may be the nearest to one of `times`, and some between them, in the order of their times."""
+    start = times[0]
     for seek in (start > 0 and info.origin is not None, False):  # again from the top if the first lands beyond `start`, or nowhere
         with open_video(source, threads) as (container, stream):
-            skip_before = -math.inf
+            wanted, reach = list(times), math.inf
+            if info.origin is not None:
+                wanted, reach = [info.origin + time for time in times], max(info.gap, 1 / info.fps) / 2 + 2 * EPS
             if seek:
-                container.seek(int((info.origin + start) / stream.time_base), stream=stream)
-                # Frames that no other needs, and that lie before the one which may stand at `start`, are not decoded at all.
-                skip_before = info.origin + start - info.gap - EPS
+                container.seek(int(wanted[0] / stream.time_base), stream=stream)
             scaler, last = VideoReformatter(), -math.inf
-            for index, frame in enumerate(_frames(container, stream, skip_before)):
+            for index, frame in enumerate(_frames(container, stream, wanted, reach)):
                 if info.origin is None:
                     time = index / info.fps
                 elif frame.time is None:
@@ -262,12 +302,19 @@ def _decode(
             return
 
 
-def _frames(container: av.container.InputContainer, stream: av.VideoStream, skip_before: float) -> Iterator[av.VideoFrame]:
-    """All frames from here on, less the non-reference ones that are shown before `skip_before` seconds."""
+def _frames(
+    container: av.container.InputContainer, stream: av.VideoStream, wanted: Sequence[float], reach: float
+) -> Iterator[av.VideoFrame]:
+    """The frames from here on, less those that no other needs and that are shown more than `reach` seconds from all times in `wanted`."""
     for packet in container.demux(stream):
-        early = packet.pts is not None and packet.pts * stream.time_base < skip_before
-        stream.codec_context.skip_frame = "NONREF" if early else "DEFAULT"
+        idle = packet.pts is not None and not _near(float(packet.pts * stream.time_base), wanted, reach)
+        stream.codec_context.skip_frame = "NONREF" if idle else "DEFAULT"
         yield from packet.decode()
+
+
+def _near(time: float, wanted: Sequence[float], reach: float) -> bool:
+    place = bisect_left(wanted, time - reach)
+    return place < len(wanted) and wanted[place] <= time + reach
 
 
 def _tensor(*args: object) -> Tensor:

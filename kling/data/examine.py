@@ -26,6 +26,9 @@ REASONS = (
     ("is not a video", "not a video"),
     ("cut short", "cut short"),
     ("took longer", "too slow"),
+    ("was meant for", "stretch"),
+    ("is a folder", "not a file"),
+    ("is a pipe", "not a file"),
     ("time stamps that jump", "time stamps"),
     ("caption", "caption file"),
     ("camera", "camera file"),
@@ -69,12 +72,17 @@ def examine(
     if start is not None or end is not None:
         begin, last = start or 0.0, min(last, end or last)
         if not begin < last:
-            raise UserError(f"{source} is {info.duration:.2f} s long, damaged or not the one that {start} … {end} s was meant for")
+            raise UserError(f"{source} is {info.duration:.2f} s long: it is not the file that {start} … {end} s was meant for")
     shot = Shot(path, info, size, mtime_ns, sha256(source), member=member_of(source))
     edges = [begin, *(cut for cut in cuts if begin < cut < last), last]
     return [
         dataclasses.replace(
-            shot, start=round(a, 6), end=round(b, 6), clock=clock_of([t for t in times if a <= t < b]), measures=meter.summary(a, b)
+            shot,
+            start=round(a, 6),
+            end=round(b, 6),
+            video=dataclasses.replace(info, keyframes=tuple(key for key in info.keyframes if a < key < b)),
+            clock=clock_of([t for t in times if a <= t < b]),
+            measures=meter.summary(a, b),
         )
         for a, b in pairwise(edges)
     ]

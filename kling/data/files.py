@@ -99,6 +99,8 @@ def head(source: Source) -> bytes:
     """The first bytes of a file. Raises `UserError` if it is missing, a folder, unreadable or empty."""
     if file_of(source).is_dir():
         raise UserError(f"{source} is a folder: give a file")
+    if file_of(source).is_fifo() or file_of(source).is_char_device():
+        raise UserError(f"{source} is a pipe or a device: give a file")  # reading it might wait for ever
     try:
         start = read_bytes(source, HEAD)
     except FileNotFoundError:

@@ -32,6 +32,7 @@ class Filters:
     min_sharpness: float | None = None  # blurred below
     max_dark: float | None = None
     max_letterbox: float | None = None
+    max_text: float | None = None  # writing laid over the picture
     duplicate: int | None = None
 
 
@@ -42,6 +43,7 @@ RULES = (
     ("too small", lambda s: min(s.video.width, s.video.height), "min_side", 1, True),
     ("near black", lambda s: s.measures.get("dark"), "max_dark", -1, True),
     ("letterbox", lambda s: s.measures.get("letterbox"), "max_letterbox", -1, True),
+    ("text overlay", lambda s: s.measures.get("text"), "max_text", -1, False),
     ("blurred", lambda s: s.measures.get("sharpness"), "min_sharpness", 1, True),
     ("frozen", lambda s: s.measures.get("motion"), "min_motion", 1, False),
     ("too fast", lambda s: s.measures.get("motion"), "max_motion", -1, False),

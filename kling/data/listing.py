@@ -1,23 +1,24 @@
 """What there is to scan: the videos and pictures of folders, csv and jsonl tables, and WebDataset tar shards, with their captions.
 
 A table needs a column with the file. Well-known names are found by themselves (OpenVid `video`, Panda and Koala `videoID`, ...); others are
-mapped, with a template where the column is only part of the name: {"path": "{videoID}.mp4", "caption": "text"}.
+mapped, with a template where the column is only part of the name: {"path": "{videoID}.mp4", "caption": ["text", "text_zh"]}.
 """
 
 from __future__ import annotations
 
 import ast
 import csv
+import math
 import os
 import re
 import tarfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from kling.data.files import Member, Source, head, read_bytes, sniff
+from kling.data.files import Member, Source, file_of, head, member_of, read_bytes, sniff
 from kling.data.manifest import Caption, read_lines
 from kling.data.sidecar import caption, captions_from, find_camera, parse_captions, read_captions
 from kling.errors import UserError, unknown
@@ -51,17 +52,24 @@ class Candidate:
 class Listing:
     """Walks what a person names. `passed` counts, by suffix, the files in folders and tars that hold neither video nor picture.
 
-    mapping: field of `COLUMNS` -> column or template. root: the folder of a table's relative paths; default the table's own.
+    mapping: field of `COLUMNS` -> column or template, or several for captions. root: the folder of a table's relative paths; default the
+    table's own.
     """
 
-    def __init__(self, mapping: Mapping[str, str] | None = None, root: str | Path | None = None) -> None:
-        self.mapping, self.root, self.passed = dict(mapping or {}), root, Counter[str]()
-        for name in self.mapping:
+    def __init__(self, mapping: Mapping[str, str | Sequence[str]] | None = None, root: str | Path | None = None) -> None:
+        self.mapping = {name: [columns] if isinstance(columns, str) else list(columns) for name, columns in (mapping or {}).items()}
+        self.root, self.passed = root, Counter[str]()
+        for name, columns in self.mapping.items():
             if name not in COLUMNS:
                 raise unknown("field", name, COLUMNS)
+            if len(columns) > 1 and name != "caption":
+                raise UserError(f"{name} is mapped to {', '.join(columns)}: choose one; only captions may have several columns")
 
     def find(self, paths: Iterable[str | Path]) -> list[Candidate]:
-        """Everything below `paths`, each file once, in the order of the names. Raises `UserError` for a path or a table that is wrong."""
+        """Everything below `paths`, each file once, in the order of the names; captions of one that is named again are added to it.
+
+        Raises `UserError` for a path or a table that is wrong.
+        """
         found: dict[tuple, Candidate] = {}
         for path in map(Path, paths):
             if path.is_dir():
@@ -76,7 +84,8 @@ class Listing:
                 head(path)  # refuses what is missing
                 candidates = iter([beside(path)])
             for one in candidates:
-                found.setdefault((str(one.source), one.start, one.end), one)
+                key = (os.path.abspath(file_of(one.source)), member_of(one.source), one.start, one.end)
+                found[key] = _joined(found[key], one) if key in found else one
         if not found:
             seen = f" ({sum(self.passed.values())} other files)" if self.passed else ""
             raise UserError(
@@ -124,27 +133,40 @@ class Listing:
             path = self._field(row, "path", where)
             if path is None:
                 raise UserError(f"{where} names no file; its columns are {', '.join(row)}: map one with path=COLUMN or path={{COLUMN}}.mp4")
-            captions = _captions(row, self._field(row, "caption", where), where)
+            captions = [c for value in self._fields(row, "caption", where) for c in _captions(value, where)]
             camera = self._field(row, "camera", where)
-            media = root / str(path)
+            media, stretches = root / str(path), self._stretches(row, where)
             there = beside(media)
-            for i, (start, end) in enumerate(self._stretches(row, where)):
-                # Panda: a list of captions, one for each of a list of stretches
-                own = captions[i : i + 1] if isinstance(captions, list) else captions
+            shares = [tuple(captions)] * len(stretches)
+            if len(captions) > 1 and len(stretches) > 1:  # Panda: a list of captions, one for each of a list of stretches
+                if len(captions) != len(stretches):
+                    raise UserError(
+                        f"{where} has {len(captions)} captions for {len(stretches)} stretches: give one for each, or one for all"
+                    )
+                shares = [(one,) for one in captions]
+            for own, (start, end) in zip(shares, stretches, strict=True):
                 yield Candidate(media, own or there.captions, start, end, root / str(camera) if camera else there.camera, there.trouble)
 
     def _field(self, row: dict[str, Any], field: str, where: str) -> Any:
         """The value of a field in a row, None where it has none."""
-        if column := self.mapping.get(field):
+        return next(iter(self._fields(row, field, where)), None)
+
+    def _fields(self, row: dict[str, Any], field: str, where: str) -> list[Any]:
+        """The values of a field in a row: of all columns that it is mapped to, or else of the first well-known one that is not empty."""
+        if field not in self.mapping:
+            return [row[name] for name in COLUMNS[field] if row.get(name) not in (None, "")][:1]
+        values = []
+        for column in self.mapping[field]:
             if "{" in column:
                 try:
-                    return column.format(**row)
+                    values.append(column.format(**row))
                 except (KeyError, IndexError, ValueError) as error:
                     raise UserError(f"{where} has no column {error} for {field}={column}: its columns are {', '.join(row)}") from None
-            if column not in row:
+            elif column in row:
+                values.append(row[column])
+            else:
                 raise unknown(f"column in {where}:", column, row)
-            return row[column]
-        return next((row[name] for name in COLUMNS[field] if row.get(name) not in (None, "")), None)
+        return values
 
     def _stretches(self, row: dict[str, Any], where: str) -> list[tuple[float | None, float | None]]:
         stamps = self._field(row, "timestamp", where)
@@ -156,6 +178,11 @@ class Listing:
             return [(seconds(a, where), seconds(b, where)) for a, b in pairs]
         except (ValueError, SyntaxError, TypeError, IndexError, KeyError):
             raise UserError(f"{where}: timestamp {stamps!r}: give [start, end], or a list of such pairs") from None
+
+
+def _joined(first: Candidate, again: Candidate) -> Candidate:
+    new = tuple(caption for caption in again.captions if caption not in first.captions)
+    return replace(first, captions=first.captions + new, camera=first.camera or again.camera, trouble=first.trouble or again.trouble)
 
 
 def beside(path: Path) -> Candidate:
@@ -199,23 +226,25 @@ def seconds(value: Any, where: str) -> float | None:
             total = 0.0
             for part in value.split(":"):
                 total = 60 * total + float(part)
-            return total
-        return float(value)
+        else:
+            total = float(value)
     except (TypeError, ValueError):
-        raise UserError(f"{where}: time {value!r}: give seconds, or h:mm:ss.sss") from None
+        total = math.nan
+    if not 0 <= total < math.inf:
+        raise UserError(f"{where}: time {value!r}: give seconds, or h:mm:ss.sss")
+    return total
 
 
-def _captions(row: dict[str, Any], value: Any, where: str) -> tuple[Caption, ...] | list[Caption]:
-    """The captions of a table's row: a list where there is one for each stretch (Panda), else a tuple."""
+def _captions(value: Any, where: str) -> list[Caption]:
+    """The captions in a table's cell: a text, or a list of them, in csv written as Python or JSON does."""
     if isinstance(value, str) and value.startswith("[") and value.endswith("]"):
         try:
             value = ast.literal_eval(value)
         except (ValueError, SyntaxError):
-            return (caption(value),)  # a sentence in brackets
-        return [caption(str(text)) for text in value]
+            return [caption(value)]  # a sentence in brackets
     if isinstance(value, list):
-        return tuple(captions_from({"captions": value}, where))
-    return (caption(str(value)),) if value not in (None, "") and str(value).strip() else ()
+        return captions_from({"captions": value}, where)
+    return [caption(str(value))] if value not in (None, "") and str(value).strip() else []
 
 
 def _read_csv(path: Path) -> Iterator[tuple[int, dict[str, str]]]:

@@ -153,13 +153,18 @@ def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 def write_lines(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
     """Write a jsonl file, whole or not at all."""
     with written(path) as temporary:
-        temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        temporary.write_bytes(b"".join(as_line(row) for row in rows))
+
+
+def as_line(row: dict[str, Any]) -> bytes:
+    """One line of a jsonl file in UTF-8. Bytes of a file's name that are not UTF-8 become JSON's own escapes, and come back when read."""
+    return (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
 
 
 def shot_from(row: dict[str, Any], where: str) -> Shot:
     """A `Shot` of a manifest's line. Raises `UserError` that begins with `where`."""
     try:
-        video = VideoInfo(**row["video"])
+        video = VideoInfo(**row["video"] | {"keyframes": tuple(row["video"].get("keyframes", ()))})
         captions = tuple(Caption(**c) for c in row.get("captions", []))
         member = tuple(row["member"]) if row.get("member") else None
         clock = (row["clock"][0], tuple(map(tuple, row["clock"][1]))) if row.get("clock") else None

@@ -44,6 +44,7 @@ FIGURES: tuple[tuple[str, Callable[[Shot], float | None]], ...] = (
     ("sharpness", lambda s: s.measures.get("sharpness")),
     ("near black, share of the time", lambda s: s.measures.get("dark")),
     ("letterbox, share of the picture", lambda s: s.measures.get("letterbox")),
+    ("writing, share of the picture", lambda s: s.measures.get("text")),
     ("words in a caption", lambda s: len(s.captions[0].text.split()) if s.captions else 0),
 )
 
@@ -80,7 +81,7 @@ def write_report(path: str | Path, manifest: Manifest, refused: Sequence[Bad], s
     title = f"<title>{_text(manifest.folder.absolute().name)}</title><style>{STYLE}</style>"
     page = f'<!doctype html><html lang="en">{head}{title}<body>{"".join(parts)}</body></html>\n'
     with written(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+        temporary.write_text(page, encoding="utf-8", errors="backslashreplace")  # names that are not UTF-8
 
 
 def histogram(name: str, values: list[float]) -> str:

@@ -21,13 +21,14 @@ from typing import Any
 
 import cv2
 
-from kling.data.examine import examine, reason_of
-from kling.data.files import file_of, member_of, stamp
+from kling.data.examine import CutDetector, examine, reason_of
+from kling.data.files import file_of, member_of, stamp, writing
 from kling.data.filters import Filters, sift
 from kling.data.listing import Candidate
-from kling.data.manifest import Bad, Shot, quarantine_of, read_manifest, relative, shot_from, write_lines, write_manifest
+from kling.data.manifest import Bad, Shot, as_line, quarantine_of, read_manifest, relative, shot_from, write_lines, write_manifest
 from kling.errors import UserError
 
+FINDS = 2  # raised when `examine` finds out more: what was examined before is examined anew
 GRACE = 10.0  # seconds beyond its budget after which a worker that does not answer is killed
 
 
@@ -67,8 +68,15 @@ def scan(
     filters: Filters | None = None,
     per_minute: float = 20.0,
 ) -> Iterator[tuple[int, int] | Summary]:
-    """Yields (files done, files in all) as it goes, and the `Summary` last, when the manifest and the quarantine are written."""
+    """Yields (files done, files in all) as it goes, and the `Summary` last, when the manifest and the quarantine are written.
+
+    Raises `UserError` before any file is looked at if PySceneDetect is needed and missing, or `manifest` holds something else.
+    """
     manifest = Path(manifest)
+    if split:
+        CutDetector(1.0)
+    # what was added to a manifest since, such as captions by a model and estimated cameras, is kept
+    added = {_identity(shot): shot for shot in read_manifest(manifest).shots} if manifest.is_file() and manifest.stat().st_size else {}
     memory = Memory(manifest.with_suffix(".scan.jsonl"), split)
     keys = [memory.key(c) for c in candidates]
     todo = [i for i, key in enumerate(keys) if key not in memory and not candidates[i].trouble]
@@ -80,8 +88,6 @@ def scan(
         memory.add(keys[todo[place]], answer)
         done += 1
         yield done, len(candidates)
-    # what was added to a manifest since, such as captions by a model and estimated cameras, is kept
-    added = {_identity(shot): shot for shot in read_manifest(manifest).shots} if manifest.is_file() and manifest.stat().st_size else {}
     shots, bad = [], []
     for candidate, key in zip(candidates, keys, strict=True):
         found = {"error": candidate.trouble} if candidate.trouble else memory[key]
@@ -121,10 +127,10 @@ class Memory:
             for line in path.read_bytes().splitlines(keepends=True):
                 try:
                     entry = json.loads(line)
-                except ValueError:  # a kill cut it off
+                    self._found[entry.pop("key")] = entry
+                except (ValueError, KeyError, TypeError, AttributeError):  # a kill cut it off
                     break
                 whole += len(line)
-                self._found[entry.pop("key")] = entry
             with path.open("r+b") as file:
                 file.truncate(whole)
 
@@ -137,16 +143,17 @@ class Memory:
 
     def add(self, key: str, found: dict[str, Any]) -> None:
         self._found[key] = found
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"key": key, **found}, ensure_ascii=False) + "\n")
+        with writing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        with writing(self.path), self.path.open("ab") as file:
+            file.write(as_line({"key": key, **found}))
 
     def key(self, candidate: Candidate) -> str:
         try:
             now = stamp(candidate.source)
         except OSError:
             now = (0, 0)
-        return json.dumps([str(candidate.source), *now, candidate.start, candidate.end, self.split], ensure_ascii=False)
+        return json.dumps([str(candidate.source), *now, candidate.start, candidate.end, self.split, FINDS], ensure_ascii=False)
 
 
 # ----------------------------------------------------------------------------------------------------------------- processes

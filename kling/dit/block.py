@@ -8,9 +8,10 @@ from diffusers.models.attention import FeedForward
 from torch import Tensor, nn
 
 from kling.dit.history import LayerHistory
-from kling.nn.attention import Attention
-from kling.nn.modulation import Modulation, gate, modulate
+from kling.nn.attention import Attention, Kept
+from kling.nn.modulation import ModulatedNorm, Modulation, gate
 from kling.nn.norm import LayerNorm
+from kling.nn.packing import Packing
 
 
 class KlingTransformerBlock(nn.Module):
@@ -27,11 +28,11 @@ class KlingTransformerBlock(nn.Module):
         added_kv_proj_dim: int | None = None,
     ) -> None:
         super().__init__()
-        self.norm1 = LayerNorm(dim, eps, elementwise_affine=False)
+        self.norm1 = ModulatedNorm(dim, eps)
         self.attn1 = Attention(dim, num_heads, eps, qk_norm)
         self.norm2 = LayerNorm(dim, eps) if cross_attn_norm else nn.Identity()
         self.attn2 = Attention(dim, num_heads, eps, qk_norm, added_kv_proj_dim)
-        self.norm3 = LayerNorm(dim, eps, elementwise_affine=False)
+        self.norm3 = ModulatedNorm(dim, eps)
         self.ffn = FeedForward(dim, inner_dim=ffn_dim, activation_fn="gelu-approximate")
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
 
@@ -43,18 +44,22 @@ class KlingTransformerBlock(nn.Module):
         rotary_emb: Tensor,  # (b | 1, n, 1, head_dim / 2) complex
         encoder_hidden_states_image: Tensor | None = None,  # (b, i, d)
         history: LayerHistory | None = None,
+        kept: Kept | None = None,  # keys and values of the text, from an earlier step
+        packing: tuple[Packing, Packing] | None = None,  # of tokens and text, where many shapes are one row
     ) -> Tensor:
-        x, dtype = hidden_states, hidden_states.dtype
+        x = hidden_states
+        own, cross = (None, None) if packing is None else ((packing[0], packing[0]), packing)
         temb = temb + self.scale_shift_table  # shift, scale and gate of attention, then of the feed-forward
 
-        y = modulate(self.norm1(x.float()), temb.vector(0), temb.vector(1)).to(dtype)
-        x = gate(x.float(), self.attn1(y, rotary_emb=rotary_emb, history=history).float(), temb.vector(2)).to(dtype)
+        y = self.norm1(x, temb.vector(0), temb.vector(1))
+        x = gate(x, self.attn1(y, rotary_emb=rotary_emb, history=history, packing=own), temb.vector(2))
 
         y = self.norm2(x)
-        x = x + self.attn2(y, encoder_hidden_states, encoder_hidden_states_image=encoder_hidden_states_image)
+        image = encoder_hidden_states_image
+        x = x + self.attn2(y, encoder_hidden_states, encoder_hidden_states_image=image, kept=kept, packing=cross)
 
-        y = modulate(self.norm3(x.float()), temb.vector(3), temb.vector(4)).to(dtype)
-        return gate(x.float(), self.ffn(y).float(), temb.vector(5)).to(dtype)
+        y = self.norm3(x, temb.vector(3), temb.vector(4))
+        return gate(x, self.ffn(y), temb.vector(5))
 
 
 # step caches of diffusers (FirstBlockCache, MagCache, TaylorSeer) look up here what a block returns

@@ -25,11 +25,12 @@ from torch import Tensor, nn
 
 from kling.dit.block import KlingTransformerBlock
 from kling.dit.camera import CameraAdapter
+from kling.dit.constants import Constants
 from kling.dit.embedding import ConditionEmbedder, KindEmbedding
 from kling.dit.history import History
 from kling.errors import UserError, unknown
-from kling.nn.modulation import Modulation, TokenIndex, modulate, noise_levels
-from kling.nn.norm import LayerNorm
+from kling.nn.modulation import ModulatedNorm, Modulation, TokenIndex, noise_levels
+from kling.nn.packing import Packing
 from kling.nn.patch import PatchEmbed, unpatchify
 from kling.nn.rope import RotaryPosEmbed
 from kling.shapes import token_grid
@@ -106,7 +107,7 @@ class KlingTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
             KlingTransformerBlock(dim, ffn_dim, num_attention_heads, bool(qk_norm), cross_attn_norm, eps, added_kv_proj_dim)
             for _ in range(num_layers)
         )
-        self.norm_out = LayerNorm(dim, eps, elementwise_affine=False)
+        self.norm_out = ModulatedNorm(dim, eps)
         self.proj_out = nn.Linear(dim, (out_channels or in_channels) * math.prod(patch_size))
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
 
@@ -148,6 +149,7 @@ class KlingTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
         camera_mask: Tensor | None = None,
         encoder_hidden_states_image: Tensor | None = None,
         history: History | None = None,
+        constants: Constants | None = None,
         attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = True,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
@@ -164,6 +166,7 @@ class KlingTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
             camera_mask: (b,) True where the sample has a camera. Default: all have.
             encoder_hidden_states_image: (b, i, image_dim) image-encoder tokens of the older Wan I2V weights.
             history: frames before these, which block-causal weights attend to as well.
+            constants: what earlier steps of the same walk have found and this one may use again.
 
         Returns:
             `.sample` (b, out_channels, G, h, w).
@@ -171,35 +174,73 @@ class KlingTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
         Raises:
             UserError: an input that this model has no use for, or of a shape that does not fit the latents.
         """
-        patch = tuple(self.config.patch_size)
-        grid = token_grid(*hidden_states.shape[2:], patch)
-        rotation = self.rope(self._positions(positions, grid[0], hidden_states), *grid[1:])  # (b | 1, n, 1, head_dim / 2)
-
-        x = self.patch_embedding(hidden_states)  # (b, n, d)
-        x = self._add_kinds(x, kinds, grid)
-        x = self._add_camera(x, camera, camera_mask)
-
         if encoder_hidden_states_image is not None and self.config.image_dim is None:
             raise UserError("image tokens were given but this model has no image branch (image_dim is None): leave them out")
+        if history is not None and self._parallel_config is not None:
+            raise UserError("block-causal sampling cannot share its tokens between devices: leave context parallelism off")
+        patch = tuple(self.config.patch_size)
+        grid = token_grid(*hidden_states.shape[2:], patch)
+        rotation = None if constants is None else constants.rotation
+        if rotation is None:
+            rotation = self.rope(self._positions(positions, grid[0], hidden_states), *grid[1:])  # (b | 1, n, 1, head_dim / 2)
+        if constants is not None:
+            constants.rotation = rotation
+
+        x = self._embed(hidden_states, grid, kinds, camera, camera_mask)  # (b, n, d)
         levels, index = noise_levels(sigma, grid)  # (u,), (b, g)
         if self._parallel_config is not None and index.shape[1] > 1:
             index = self.token_index(index, x.shape[1])
         temb, vectors, text, image = self.condition_embedder(levels, encoder_hidden_states, encoder_hidden_states_image)
         modulation = Modulation(vectors, index)  # (u, 6, d)
 
-        if history is not None and self._parallel_config is not None:
-            raise UserError("block-causal sampling cannot share its tokens between devices: leave context parallelism off")
         for i, block in enumerate(self.blocks):
             past = None if history is None else history.layers[i]
-            if torch.is_grad_enabled() and self.gradient_checkpointing:
-                x = self._gradient_checkpointing_func(block, x, text, modulation, rotation, image, past)
-            else:
-                x = block(x, text, modulation, rotation, image, past)
-
-        out = Modulation(temb[:, None], index) + self.scale_shift_table  # (u, 2, d)
-        x = modulate(self.norm_out(x.float()), out.vector(0), out.vector(1)).to(x.dtype)
-        velocity = unpatchify(self.proj_out(x), grid, patch)  # (b, c, G, h, w)
+            kept = None if constants is None else constants.layers[i]
+            x = self._run(block, x, text, modulation, rotation, image, past, kept)
+        velocity = unpatchify(self._head(x, temb, index), grid, patch)  # (b, c, G, h, w)
         return Transformer2DModelOutput(sample=velocity) if return_dict else (velocity,)
+
+    def forward_packed(self, batches: list[dict[str, Tensor | None]]) -> list[Tensor]:
+        """As `forward`, for batches of different shapes in one pass without padding: pictures beside clips.
+
+        batches: of each, `hidden_states`, `sigma` and `encoder_hidden_states`, and if wanted `positions`, `kinds`, `camera`, `camera_mask`.
+        Returns the velocity (b, c, G, h, w) of each.
+        """
+        if self._parallel_config is not None:
+            raise UserError("packed batches cannot share their tokens between devices: leave context parallelism off")
+        patch = tuple(self.config.patch_size)
+        grids, tokens, rotations, levels, indices = [], [], [], [], []
+        for batch in batches:
+            z, extras = batch["hidden_states"], [batch.get(name) for name in ("kinds", "camera", "camera_mask")]
+            grid = token_grid(*z.shape[2:], patch)
+            x = self._embed(z, grid, *extras)  # (b, n, d)
+            rotation = self.rope(self._positions(batch.get("positions"), grid[0], z), *grid[1:])
+            level, index = noise_levels(batch["sigma"], grid)  # (u,), (b, g)
+            indices.append(self.token_index(index, x.shape[1]) + sum(map(len, levels)))  # (b, n), into all levels
+            grids.append(grid), tokens.append(x), levels.append(level), rotations.append(rotation.expand(len(x), -1, -1, -1))
+        texts = [batch["encoder_hidden_states"] for batch in batches]
+        packing = tuple(Packing(tuple(tuple(x.shape[:2]) for x in parts)) for parts in (tokens, texts))
+
+        x, rotation, index = Packing.join(tokens), Packing.join(rotations), Packing.join(indices)  # (1, N, ...) each
+        temb, vectors, text, _ = self.condition_embedder(torch.cat(levels), Packing.join(texts))
+        for block in self.blocks:
+            x = self._run(block, x, text, Modulation(vectors, index), rotation, None, None, None, packing)
+        parts = packing[0].split(self._head(x, temb, index))
+        return [unpatchify(part, grid, patch) for part, grid in zip(parts, grids, strict=True)]
+
+    def _embed(self, z: Tensor, grid: tuple[int, int, int], kinds: Tensor | None, camera: Tensor | None, mask: Tensor | None) -> Tensor:
+        """Latents (b, c, G, h, w) -> tokens (b, n, d), with what is added to them."""
+        return self._add_camera(self._add_kinds(self.patch_embedding(z), kinds, grid), camera, mask)
+
+    def _run(self, block: KlingTransformerBlock, *args: Any) -> Tensor:
+        """One block, its activations kept or computed again in the backward pass."""
+        again = torch.is_grad_enabled() and self.gradient_checkpointing
+        return self._gradient_checkpointing_func(block, *args) if again else block(*args)
+
+    def _head(self, x: Tensor, temb: Tensor, index: Tensor) -> Tensor:
+        """(b, n, d) -> (b, n, patch · c), modulated by the embedded levels (u, d)."""
+        out = Modulation(temb[:, None], index) + self.scale_shift_table  # (u, 2, d)
+        return self.proj_out(self.norm_out(x, out.vector(0), out.vector(1)))
 
     def _positions(self, positions: Tensor | None, frames: int, latents: Tensor) -> Tensor:
         if positions is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -12,9 +13,14 @@ def velocity(x0: Tensor, noise: Tensor) -> Tensor:
 
 def to_x0(z: Tensor, v: Tensor, sigma: Tensor) -> Tensor:
     """x0 = z - sigma v."""
-    return z - sigma * v
+    return torch.addcmul(z, sigma, v, value=-1)
 
 
 def to_noise(z: Tensor, v: Tensor, sigma: Tensor) -> Tensor:
     """eps = z + (1 - sigma) v."""
     return z + (1 - sigma) * v
+
+
+def where_made(mask: Tensor, made: Tensor, given: Tensor) -> Tensor:
+    """`made` where m > 0 and `given` elsewhere; `made` itself, and no sweep over memory, where everything is made."""
+    return made if bool((mask > 0).all()) else torch.where(mask > 0, made, given)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from diffusers import ConfigMixin, SchedulerMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
 from kling.errors import unknown
-from kling.flow.path import to_x0
+from kling.flow.path import to_x0, where_made
 from kling.flow.time import sigma_grid
 
 
@@ -19,7 +21,8 @@ def euler(v: Tensor, previous: Tensor, step: Tensor, previous_step: Tensor) -> T
 
 def adams(v: Tensor, previous: Tensor, step: Tensor, previous_step: Tensor) -> Tensor:
     """Second-order Adams-Bashforth on uneven steps: no extra evaluation; first order where an element has not moved before."""
-    return v + torch.where(previous_step > 0, step / (2 * previous_step.clamp(min=1e-12)), 0.0) * (v - previous)
+    ahead = torch.where(previous_step > 0, step / (2 * previous_step.clamp(min=1e-12)), 0.0)  # (b, 1, G, h, w)
+    return torch.lerp(previous, v, 1 + ahead.to(v.dtype))  # v + ahead (v - previous)
 
 
 SOLVERS = {"euler": euler, "adams": adams, "renoise": euler}  # renoise: see `KlingFlowScheduler.step`
@@ -69,26 +72,30 @@ class KlingFlowScheduler(SchedulerMixin, ConfigMixin):
 
     def step(
         self, v: Tensor, sigma: Tensor, next_sigma: Tensor, z: Tensor, mask: Tensor, clean: Tensor, noise: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """One step: x0 = z - sigma v where m > 0, c where m = 0; z <- x0 + (sigma+ / sigma)(z - x0), unchanged where sigma = 0.
+    ) -> tuple[Tensor, Callable[[], Tensor]]:
+        """One step: x0 = z - sigma v where m > 0, c where m = 0; z <- z - (sigma - sigma+) v, which is x0 + (sigma+ / sigma)(z - x0).
+
+        What is given, or has arrived, has sigma+ = sigma and stays as it is.
 
         The solver "renoise" of few-step weights (consistency and distribution-matching distillation: Yin et al. 2024, arXiv 2405.14867)
         walks to x0 in one go and comes back with fresh noise: z <- (1 - sigma+) x0 + sigma+ eps.
 
         Args:
             v: (b, c, G, h, w) guided velocity at `sigma`.
-            sigma, next_sigma: (b, 1, G, h, w) levels of every element before and after.
+            sigma, next_sigma: levels of every element before and after, (b, 1, G, h, w) or what spreads to it.
             z, mask, clean: as in `State`.
             noise: eps (b, c, G, h, w), for "renoise" only.
 
-        Returns z at the next level, and the clip as it looks from here.
+        Returns z at the next level, and what computes x0, the clip as it looks from here.
         """
         step = sigma - next_sigma
         previous, previous_step = self._previous or (v, torch.zeros_like(step))
         self._previous = v, step
         v = self._solve(v, previous, step, previous_step)
-        x0 = torch.where(mask > 0, to_x0(z, v, sigma), clean)
+
+        def x0() -> Tensor:
+            return where_made(mask, to_x0(z, v, sigma), clean)
+
         if self.renoises:
-            return torch.where((sigma > 0) & (sigma > next_sigma), (1 - next_sigma) * x0 + next_sigma * noise, z), x0
-        ratio = torch.where(sigma > 0, next_sigma / sigma.clamp(min=1e-12), 1.0)
-        return torch.where(sigma > 0, x0 + ratio * (z - x0), z), x0
+            return torch.where((sigma > 0) & (sigma > next_sigma), (1 - next_sigma) * x0() + next_sigma * noise, z), x0
+        return torch.addcmul(z, step, v, value=-1), x0

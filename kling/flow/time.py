@@ -15,15 +15,40 @@ def shift_sigma(sigma: Tensor, shift: float) -> Tensor:
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
-def draw_sigma(shape: tuple[int, ...], generator: Generator, density: str = "logit_normal", shift: float = 1.0) -> Tensor:
-    """Training levels in (0, 1). `logit_normal` is sigmoid(N(0, 1)), thin at both ends."""
+def draw_sigma(
+    shape: tuple[int, ...],
+    generator: Generator,
+    density: str = "logit_normal",
+    shift: float = 1.0,
+    within: tuple[float, float] = (0.0, 1.0),
+) -> Tensor:
+    """Training levels in (0, 1), or `within` two levels, as one of two experts sees them. `logit_normal` is sigmoid(N(0, 1))."""
     if density == "logit_normal":
         sigma = torch.randn(shape, generator=generator).sigmoid()
     elif density == "uniform":
         sigma = torch.rand(shape, generator=generator)
     else:
         raise unknown("density", density, DENSITIES)
-    return shift_sigma(sigma, shift).clamp(1e-4, 1 - 1e-4)
+    return press(shift_sigma(sigma, shift).clamp(1e-4, 1 - 1e-4), within, density, shift)
+
+
+def press(sigma: Tensor, within: tuple[float, float], density: str, shift: float) -> Tensor:
+    """Draws of a density -> draws of the same density cut to `within`: quantiles stay in their order."""
+    if within == (0.0, 1.0):
+        return sigma
+    low, high = quantile_of(torch.tensor(within, dtype=torch.float64), density, shift)
+    return level_at(low + (high - low) * quantile_of(sigma.double(), density, shift), density, shift).to(sigma.dtype)
+
+
+def level_at(quantile: Tensor, density: str, shift: float) -> Tensor:
+    """The level below which this share of the training density lies."""
+    return shift_sigma(torch.special.ndtri(quantile).sigmoid() if density == "logit_normal" else quantile, shift)
+
+
+def quantile_of(sigma: Tensor, density: str, shift: float) -> Tensor:
+    """Inverse of `level_at`."""
+    plain = shift_sigma(sigma, 1 / shift).clamp(0, 1)  # 1 comes back a rounding above it
+    return torch.special.ndtr(plain.logit()) if density == "logit_normal" else plain
 
 
 def sigma_grid(steps: int, shift: float = 1.0) -> Tensor:

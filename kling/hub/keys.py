@@ -34,7 +34,8 @@ BLOCK = (
     ("norm3.", "norm2."), ("norm2.", "norm3."),  # in the order of use the original's are 1, 3, 2
     ("modulation", "scale_shift_table"),
 )  # fmt: skip
-PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.", "module.")  # of repackaged and training checkpoints
+# of repackaged and training checkpoints
+PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model._fsdp_wrapped_module.", "model.", "module.")
 
 
 def transformer_name(original: str) -> str:

@@ -15,6 +15,7 @@ from kling.dit import KlingTransformer3DModel
 from kling.errors import UserError
 from kling.flow.plain import shift_key
 from kling.flow.scheduler import KlingFlowScheduler
+from kling.hub.clip import load_image_encoder
 from kling.hub.detect import build_of, transformer_config, transformer_names
 from kling.hub.files import read_shapes, read_tensors
 from kling.hub.keys import strip_prefix, vae_name
@@ -69,6 +70,7 @@ def load(
     transformer_2: str | Path | None = None,
     vae: str | Path | None = None,
     weights: bool = True,
+    text_cache: str | Path | None = None,
 ) -> dict[str, Any]:
     """Every argument of `KlingPipeline` from a folder of ours, or a Wan folder in diffusers layout.
 
@@ -76,6 +78,7 @@ def load(
     checkpoint: the registry's name of what they are, where the files do not tell.
     dtype: of the transformers and the text encoder, by default fp32 for ours and bf16 for Wan's, whose VAE runs in fp32 all the same.
     weights: False builds everything without them, on the meta device: enough to plan with.
+    text_cache: a folder where umT5's embeddings of prompts are kept.
     """
     index = read_index(folder)
     kind = index.get("_class_name")
@@ -94,8 +97,10 @@ def load(
         parts["vae"] = loaded(folder, "vae", AutoencoderKLKling, weights, torch_dtype=precise)
     else:
         parts["vae"] = load_vae_file(vae, folder)
-    if wan or (folder / "tokenizer").is_dir():
-        parts["text_encoder"] = UMT5TextEncoder(folder, dtype)
+    if wan or has_umt5(folder):
+        parts["text_encoder"] = UMT5TextEncoder(folder, dtype, cache=text_cache)
+    elif text_cache is not None:
+        raise UserError(f"text_cache {text_cache} is for umT5, and {folder} has a small text encoder of its own: leave it out")
     else:
         parts["text_encoder"] = loaded(folder, "text_encoder", ByteTextEncoder, weights, torch_dtype=dtype)
     if weights and has(index, "image_encoder"):
@@ -120,6 +125,11 @@ def load(
 def has(index: dict[str, Any], name: str) -> bool:
     """Whether a pipeline folder lists this part."""
     return bool(index.get(name) and index[name][0])
+
+
+def has_umt5(folder: Path) -> bool:
+    """Whether prompts are umT5's: our own encoder needs no tokenizer."""
+    return (folder / "tokenizer").is_dir()
 
 
 def settings_of(row: Checkpoint, boundary: float | None) -> dict[str, Any]:
@@ -185,19 +195,6 @@ def load_transformer(path: str | Path, dtype: torch.dtype = torch.float32, weigh
     return model.eval()
 
 
-def widen_inputs(model: KlingTransformer3DModel, in_channels: int) -> KlingTransformer3DModel:
-    """The same transformer with more input channels, whose weights are 0: where the training of a new channel group starts."""
-    config = {key: value for key, value in model.config.items() if not key.startswith("_")} | {"in_channels": in_channels}
-    with torch.device("meta"):
-        wide = KlingTransformer3DModel(**config)
-    state = dict(model.state_dict())
-    weight = state["patch_embedding.weight"]  # (d, c, pt, ph, pw)
-    zeros = weight.new_zeros(len(weight), in_channels - weight.shape[1], *weight.shape[2:])
-    state["patch_embedding.weight"] = torch.cat([weight, zeros], dim=1)
-    wide.load_state_dict(state, assign=True)
-    return wide.train(model.training)
-
-
 def load_vae_file(path: str | Path, folder: Path) -> AutoencoderKLKling:
     """A VAE from safetensors in original or diffusers naming. Its config is the folder's: no tensor tells the statistics of the latents."""
     config = AutoencoderKLKling.load_config(folder / "vae")
@@ -212,21 +209,6 @@ def load_vae_file(path: str | Path, folder: Path) -> AutoencoderKLKling:
         raise UserError(f"{path} is not the VAE that {folder}/vae/config.json describes: {', '.join(odd[:12])} differ")
     model.load_state_dict(tensors, assign=True)
     return model.eval()
-
-
-def load_image_encoder(folder: Path) -> dict[str, Any]:
-    """CLIP's image half and its preprocessing, which the Wan 2.1 image models are also shown the picture through."""
-    from transformers import CLIPImageProcessor, CLIPVisionModel
-
-    try:
-        return {
-            "image_encoder": CLIPVisionModel.from_pretrained(folder / "image_encoder", dtype=torch.float32, use_safetensors=True).eval(),
-            "image_processor": CLIPImageProcessor.from_pretrained(folder / "image_processor"),
-        }
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"model {folder} is incomplete: its image encoder cannot be loaded ({str(error).strip().splitlines()[0]})"
-        ) from None
 
 
 def load_scheduler(folder: Path) -> SchedulerMixin:

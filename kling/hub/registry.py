@@ -1,7 +1,15 @@
 """The published checkpoints, one row each: how they are built, what they can do, and the settings their authors sample with.
 
-Sources: the `wan/configs` of Wan-Video/Wan2.1 and Wan2.2, the scheduler configs of the -Diffusers repositories, the model cards of
-alibaba-pai (Fun) and the inference configs of Self-Forcing and Causal-Forcing. VACE and Animate may come later.
+Sources, read on 2026-11-22 (sizes of other aspects have the same area):
+
+Wan 2.1   generate.py: shift 5, 3 for images at 480p, 16 for both ends; 40 steps for I2V, else 50; guidance 5. README: 8 and 6 for 1.3B.
+Wan 2.2   wan/configs/wan_{t2v_A14B,i2v_A14B,ti2v_5B}.py: shift, steps, boundary, guidance (low noise, high noise), frames and fps.
+Fun       VideoX-Fun, examples/wan2.1_fun/predict_*.py: 81 frames of 480x832, 50 steps, guidance 6; for UniPC shift 3 at 480p.
+Self-Forcing, Causal-Forcing
+          their configs/*dmd*.yaml and READMEs; VideoX-Fun, examples/wan2.1_causal_forcing/predict_t2v.py: levels 1000, 750, 500 and 250 at
+          shift 5, no guidance, 3 latent frames at a time or 1. Causal-Forcing++ gives its first frame more steps: not here.
+
+VACE and Animate may come later.
 """
 
 from __future__ import annotations
@@ -87,23 +95,23 @@ CHECKPOINTS = (
         "wan2.2-ti2v-5b", "Wan-AI/Wan2.2-TI2V-5B-Diffusers", Build(3072, 30, z=48), (*TEXT, "image"), 5.0, 50,
         fps=24.0, frames=121, sizes=P704,
     ),
-    Checkpoint("wan2.1-fun-inp-1.3b", "alibaba-pai/Wan2.1-Fun-1.3B-InP", Build(*SMALL, extra=20, image=True), FUN, 5.0, 50, (6.0, 6.0)),
-    Checkpoint("wan2.1-fun-inp-14b", "alibaba-pai/Wan2.1-Fun-14B-InP", I2V, FUN, 5.0, 50, (6.0, 6.0)),
+    Checkpoint("wan2.1-fun-inp-1.3b", "alibaba-pai/Wan2.1-Fun-1.3B-InP", Build(*SMALL, extra=20, image=True), FUN, 3.0, 50, (6.0, 6.0)),
+    Checkpoint("wan2.1-fun-inp-14b", "alibaba-pai/Wan2.1-Fun-14B-InP", I2V, FUN, 3.0, 50, (6.0, 6.0)),
     Checkpoint(
         "wan2.1-fun-control-1.3b", "alibaba-pai/Wan2.1-Fun-1.3B-Control", Build(*SMALL, extra=32, image=True),
-        ("text", "image", "control"), 5.0, 50, (6.0, 6.0),
+        ("text", "image", "control"), 3.0, 50, (6.0, 6.0),
     ),
     Checkpoint(
         "wan2.1-fun-control-14b", "alibaba-pai/Wan2.1-Fun-14B-Control", Build(*LARGE, extra=32, image=True),
-        ("text", "image", "control"), 5.0, 50, (6.0, 6.0),
+        ("text", "image", "control"), 3.0, 50, (6.0, 6.0),
     ),
     Checkpoint(
         "wan2.1-fun-camera-1.3b", "alibaba-pai/Wan2.1-Fun-V1.1-1.3B-Control-Camera", Build(*SMALL, extra=16, image=True, camera=True),
-        ("image", "camera"), 5.0, 50, (6.0, 6.0),
+        ("image", "camera"), 3.0, 50, (6.0, 6.0),
     ),
     Checkpoint(
         "wan2.1-fun-camera-14b", "alibaba-pai/Wan2.1-Fun-V1.1-14B-Control-Camera", Build(*LARGE, extra=16, image=True, camera=True),
-        ("image", "camera"), 5.0, 50, (6.0, 6.0),
+        ("image", "camera"), 3.0, 50, (6.0, 6.0),
     ),
     Checkpoint(
         "self-forcing-1.3b", "gdhe17/Self-Forcing", Build(*SMALL), ("text",), 5.0, 4, ONE, sampler="renoise", block=3,

@@ -3,8 +3,7 @@
 Their metrics need their own environments, whose pins cannot live with ours. What is here is what lies between: the files to sample, and
 the published normalisation and weights on the results that they write. Sources, as of 2025:
 VBench `scripts/constant.py`, `scripts/cal_final_score.py`, `scripts/cal_i2v_final_score.py`, `VBench-2.0/scripts/cal_final_score.py`;
-Physics-IQ `calculate_iq_score.py`. WorldScore's aspects and sums follow ports and write-ups of it, not its own files:
-compare before you publish.
+Physics-IQ `calculate_iq_score.py`; WorldScore `worldscore/run_evaluate.py`.
 """
 
 from __future__ import annotations
@@ -131,10 +130,26 @@ STATIC = (*STATIC, "subjective_quality")
 DYNAMIC = ("motion_accuracy", "motion_magnitude", "motion_smoothness")
 
 
-def worldscore(aspects: Mapping[str, float]) -> dict[str, float]:
-    """WorldScore-Static (mean of seven) and -Dynamic (of all ten), 0 to 100, from aspects normalised to [0, 1], as it stores them.
+def worldscore_aspects(instances: Sequence[tuple[str, Mapping[str, Mapping[str, Mapping[str, float]]]]]) -> dict[str, float]:
+    """Aspects, 0 to 100 with two decimals, as `calculate_mean_scores` has them, from (movement, evaluation.json) of every instance.
 
-    A model that was not asked the dynamic ones counts 0 there, as its paper's table does.
+    An evaluation is {aspect: {metric: {"score_normalized": x}}}. Means over instances, then over the metrics of an aspect; of the
+    "static" instances only the static aspects count, of the "dynamic" ones only the dynamic. What nothing measured is 0.
+    """
+    found: dict[str, dict[str, list[float]]] = {name: {} for name in (*STATIC, *DYNAMIC)}
+    for movement, evaluation in instances:
+        for aspect in set(evaluation) & set(STATIC if movement == "static" else DYNAMIC):
+            for metric, score in evaluation[aspect].items():
+                if score:
+                    found[aspect].setdefault(metric, []).append(score["score_normalized"])
+    means = {aspect: [sum(x) / len(x) for x in metrics.values()] for aspect, metrics in found.items()}
+    return {aspect: round(100 * sum(x) / len(x), 2) if x else 0.0 for aspect, x in means.items()}
+
+
+def worldscore(aspects: Mapping[str, float]) -> dict[str, float]:
+    """WorldScore-Static (mean of seven) and -Dynamic (of all ten) from aspects of 0 to 100, as `calculate_worldscore` has them.
+
+    A model that makes no motion counts 0 in the three dynamic aspects, as upstream has it.
     """
     if unknown := sorted(set(aspects) - {*STATIC, *DYNAMIC}):
         raise UserError(f"'{unknown[0]}' is no aspect of WorldScore: it has {', '.join((*STATIC, *DYNAMIC))}")
@@ -142,9 +157,9 @@ def worldscore(aspects: Mapping[str, float]) -> dict[str, float]:
         raise UserError(f"WorldScore: {missing[0]} is missing: run its own evaluation of every static aspect first")
     static = [aspects[name] for name in STATIC]
     both = static + [aspects.get(name, 0.0) for name in DYNAMIC]
-    if not all(0 <= x <= 1 and math.isfinite(x) for x in both):
-        raise UserError("WorldScore: give normalised scores between 0 and 1, the `score_normalized` of its evaluation.json")
-    return {"static": 100 * sum(static) / len(static), "dynamic": 100 * sum(both) / len(both)}
+    if not all(0 <= x <= 100 and math.isfinite(x) for x in both):
+        raise UserError("WorldScore: a score is not between 0 and 100: give the worldscore.json that its run_evaluate.py wrote")
+    return {"static": round(sum(static) / len(static), 2), "dynamic": round(sum(both) / len(both), 2)}
 
 
 # ------------------------------------------------------------------------------------------------------------- files to sample

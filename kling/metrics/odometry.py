@@ -47,7 +47,7 @@ class Estimate:
     """What the frames say about the camera."""
 
     trajectory: Trajectory  # relative to frame 0
-    correlation: Tensor  # (T,) of each frame with its prediction from the frame before; 1 at frame 0
+    correlation: Tensor  # (T,) of each frame with its prediction from the frame before; 1 at frame 0, 0 from the first that was lost
 
     @property
     def registered(self) -> Tensor:
@@ -97,6 +97,10 @@ def estimate_trajectory(video: Tensor, stage: Stage) -> Estimate:
     for t in range(1, T):
         near = [anchors[i] for i in sorted({0, *(t - k for k in REFERENCES if k <= t)}, reverse=True)]
         pose, correlation[t] = _aligned(poses[-1].moved(velocity), near, maps[t], f0, stage)
+        if correlation[t] <= MIN_CORRELATION:  # lost, and so is all that follows
+            correlation[t:] = 0
+            poses += [poses[-1]] * (T - t)
+            break
         velocity = poses[-1].step_to(pose)
         poses.append(pose)
         anchors.append(_anchor(pose, maps[t], f0))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
 
 Z95 = 1.959964
 
@@ -24,13 +25,23 @@ def wilson(hits: int, n: int, z: float = Z95) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def bootstrap(values: Sequence[float], seed: int = 0, draws: int = 2000) -> tuple[float, float]:
-    """95 % percentile interval of the mean by resampling with a fixed seed. (nan, nan) for no values."""
+def row_means(x: Tensor) -> Tensor:
+    """(draws, n) -> (draws,)"""
+    return x.mean(dim=1)
+
+
+def row_medians(x: Tensor) -> Tensor:
+    """(draws, n) -> (draws,); of an even n the mean of the two in the middle."""
+    return x.quantile(0.5, dim=1)
+
+
+def bootstrap(values: Sequence[float], seed: int = 0, draws: int = 2000, of: Callable[[Tensor], Tensor] = row_means) -> tuple[float, float]:
+    """95 % percentile interval of the mean, or of another statistic `of` rows, by resampling with a fixed seed; nan for no values."""
     if not values:
         return math.nan, math.nan
     x = torch.tensor(values, dtype=torch.float64)
     picks = torch.randint(len(x), (draws, len(x)), generator=torch.Generator().manual_seed(seed))
-    low, high = x[picks].mean(dim=1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    low, high = of(x[picks]).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return low, high
 
 

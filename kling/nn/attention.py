@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 from diffusers.models.attention import AttentionModuleMixin
@@ -9,6 +10,7 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
 
 from kling.nn.norm import RMSNorm
+from kling.nn.packing import Packing, attend_packed
 from kling.nn.rope import rotate
 
 
@@ -16,6 +18,18 @@ class KeyValues(Protocol):
     """Keys and values (b, n, heads, head_dim) of earlier tokens, to attend to beside the present ones."""
 
     def join(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+Kept = dict[str, tuple[Tensor, Tensor]]  # keys and values that stay over the steps of a walk, by what they are of
+
+
+def once(kept: Kept | None, name: str, make: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """What `make` gives, made only the first time where there is something to keep it in."""
+    if kept is None:
+        return make()
+    if name not in kept:
+        kept[name] = make()
+    return kept[name]
 
 
 class AttentionProcessor:
@@ -32,28 +46,37 @@ class AttentionProcessor:
         rotary_emb: Tensor | None = None,  # (b | 1, n, 1, head_dim / 2) complex
         encoder_hidden_states_image: Tensor | None = None,  # (b, i, added_kv_proj_dim)
         history: KeyValues | None = None,
+        kept: Kept | None = None,  # of the text's keys and values; not for self-attention, whose tokens change
+        packing: tuple[Packing, Packing] | None = None,  # of the tokens and of what they attend to, where both are (1, N, ·)
     ) -> Tensor:
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         # context-parallel attention exchanges keys between devices; text is whole on each of them
         parallel = self._parallel_config if encoder_hidden_states is None else None
 
         query = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))  # (b, n, heads, head_dim)
-        key = attn.norm_k(attn.to_k(context)).unflatten(2, (attn.heads, -1))
-        value = attn.to_v(context).unflatten(2, (attn.heads, -1))
+        key, value = once(kept, "text", lambda: self.keys_values(attn, context, attn.to_k, attn.norm_k, attn.to_v))
         if rotary_emb is not None:
             query, key = rotate(query, rotary_emb), rotate(key, rotary_emb)
         if history is not None:
             key, value = history.join(key, value)
-        out = self.attend(query, key, value, parallel)
+        if packing is not None:
+            out = attend_packed(query, key, value, lambda q, k, v: self.attend(q, k, v, None), *packing)
+        else:
+            out = self.attend(query, key, value, parallel)
 
         if encoder_hidden_states_image is not None:
-            key = attn.norm_added_k(attn.add_k_proj(encoder_hidden_states_image)).unflatten(2, (attn.heads, -1))
-            value = attn.add_v_proj(encoder_hidden_states_image).unflatten(2, (attn.heads, -1))
+            layers = attn.add_k_proj, attn.norm_added_k, attn.add_v_proj
+            key, value = once(kept, "image", lambda: self.keys_values(attn, encoder_hidden_states_image, *layers))
             out = out + self.attend(query, key, value, None)
 
         for layer in attn.to_out:
             out = layer(out)
         return out
+
+    @staticmethod
+    def keys_values(attn: Attention, context: Tensor, to_k: nn.Module, norm_k: nn.Module, to_v: nn.Module) -> tuple[Tensor, Tensor]:
+        """Of tokens (b, l, ·), each (b, l, heads, head_dim)."""
+        return norm_k(to_k(context)).unflatten(2, (attn.heads, -1)), to_v(context).unflatten(2, (attn.heads, -1))
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, parallel_config: object | None) -> Tensor:
         out = dispatch_attention_fn(query, key, value, backend=self._attention_backend, parallel_config=parallel_config)
@@ -89,5 +112,8 @@ class Attention(nn.Module, AttentionModuleMixin):
         rotary_emb: Tensor | None = None,
         encoder_hidden_states_image: Tensor | None = None,
         history: KeyValues | None = None,
+        kept: Kept | None = None,
+        packing: tuple[Packing, Packing] | None = None,
     ) -> Tensor:
-        return self.processor(self, hidden_states, encoder_hidden_states, rotary_emb, encoder_hidden_states_image, history)
+        image = encoder_hidden_states_image
+        return self.processor(self, hidden_states, encoder_hidden_states, rotary_emb, image, history, kept, packing)

@@ -39,10 +39,28 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(shift, runs, 1 + scale).flatten(1, 2)
 
 
+class ModulatedNorm(nn.Module):
+    """Layer norm without weights of its own: tokens (b, n, d) are normalised, then x · (1 + scale) + shift with vectors (b, g, 1, d).
+
+    In fp32, returned in the dtype of x. While sampling on a CPU, vectors that all tokens share go in as the norm's weight and bias: one
+    sweep over memory instead of two (five in bf16).
+    """
+
+    def __init__(self, dim: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.shape, self.eps = (dim,), eps
+
+    def forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        if shift.numel() == self.shape[0] and x.device.type == "cpu" and not torch.is_grad_enabled():
+            return F.layer_norm(x, self.shape, 1 + scale.flatten(), shift.flatten(), self.eps)
+        return modulate(F.layer_norm(x.float(), self.shape, eps=self.eps), shift, scale).to(x.dtype)
+
+
 def gate(x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
-    """x + update · gate for tokens (b, n, d) and a vector (b, g, 1, d)."""
+    """x + update · gate for tokens (b, n, d) and a vector (b, g, 1, d). The sum is formed in fp32 and rounded once to the dtype of x, and
+    the gate is rounded to it before."""
     runs = (gate.shape[1], -1)
-    return torch.addcmul(x.unflatten(1, runs), update.unflatten(1, runs), gate).flatten(1, 2)
+    return torch.addcmul(x.unflatten(1, runs), update.unflatten(1, runs), gate.to(x.dtype)).flatten(1, 2)
 
 
 def noise_levels(sigma: Tensor, grid: tuple[int, int, int]) -> tuple[Tensor, Tensor]:

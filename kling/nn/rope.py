@@ -36,7 +36,8 @@ class RotaryPosEmbed(nn.Module):
         rows = torch.arange(height, device=frames.device)
         columns = torch.arange(width, device=frames.device)
         t, h, w = (rotary_angles(p, d, self.theta) for p, d in zip((frames, rows, columns), self.dims, strict=True))
-        angles = torch.cat(
+        t, h, w = (torch.polar(torch.ones_like(a), a).to(torch.complex64) for a in (t, h, w))  # few: one for each place on an axis
+        table = torch.cat(
             [
                 t[:, :, None, None].expand(b, G, height, width, -1),
                 h[:, None].expand(b, G, height, width, -1),
@@ -44,7 +45,7 @@ class RotaryPosEmbed(nn.Module):
             ],
             dim=-1,
         )
-        return torch.polar(torch.ones_like(angles), angles).flatten(1, 3)[:, :, None].to(torch.complex64)
+        return table.flatten(1, 3)[:, :, None]
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:

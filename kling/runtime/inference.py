@@ -1,13 +1,13 @@
 """How a pipeline runs on this machine: where its weights lie, how small, which attention, what steps may reuse. All of it is diffusers'.
 
-Nothing here changes what is computed, but for two that say so: fp8 rounds the weights, and a step cache skips work that it guesses.
+Nothing here changes what is computed, but for three that say so: fp8 rounds the weights, a step cache skips work that it guesses, and
+the VAE's tiles see less than the whole picture.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,8 @@ ATTENTIONS = {  # ours -> diffusers', and whether it runs on a CPU
     "sage": ("sage", False),
 }
 BRANCHES = [r"blocks\.\d+\.(attn1|attn2|ffn)"]  # what TaylorSeer predicts; diffusers' own patterns match nothing in a Wan block
-CACHES = ("first-block", "mag", "taylorseer")
+CACHES = ("first-block", "mag", "taylorseer", "calibrate")
+HEAD_HOOK = "mag_cache_leader_block_hook"  # where diffusers keeps what MagCache measures
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,10 @@ class Machine:
     """What can be asked for.
 
     offload: "model" keeps one part at a time on the device, "group" one block at a time. fp8: transformers stored in 8 bits.
-    attention: a name of `ATTENTIONS`. cache: "first-block=THRESHOLD", "mag=RATIOS.json[:THRESHOLD]" or "taylorseer=INTERVAL".
-    context_parallel: devices that share the tokens of one clip.
+    attention: a name of `ATTENTIONS`. cache: "first-block=THRESHOLD", "mag=RATIOS.json[:THRESHOLD]" or "taylorseer=INTERVAL"; or
+    "calibrate=RATIOS.json", which skips nothing and writes what "mag" needs.
+    context_parallel: devices that share the tokens of one clip. tiles: pixels along the side of the squares that the VAE works in.
+    compile: `torch.compile` of the transformer's block, once for all of them.
     """
 
     offload: str | None = None
@@ -47,6 +50,8 @@ class Machine:
     attention: str | None = None
     cache: str | None = None
     context_parallel: int = 1
+    tiles: int | None = None
+    compile: bool = False
 
     def __post_init__(self) -> None:
         if self.offload is not None and self.offload not in OFFLOADS:
@@ -76,11 +81,17 @@ def set_up(pipe: Any, machine: Machine, device: torch.device, steps: int) -> Non
             model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=model.dtype)
     if machine.cache is not None:
         set_cache(pipe, machine.cache, steps)
+    if machine.tiles is not None:
+        s = pipe.vae.spatial_factor
+        pipe.vae.enable_tiling(machine.tiles, machine.tiles // 4 // s * s)
     if machine.context_parallel > 1:
         device = join_processes(machine.context_parallel, device)
     place(pipe, machine.offload, device)
     if machine.context_parallel > 1:
         share_tokens(pipe.experts, machine.context_parallel)
+    if machine.compile:
+        for model in pipe.experts:
+            model.compile_repeated_blocks()
 
 
 def place(pipe: Any, offload: str | None, device: torch.device) -> None:
@@ -116,37 +127,68 @@ def set_cache(pipe: Any, text: str, steps: int) -> None:
     """Let steps reuse what earlier ones computed; each expert has a cache of its own."""
     if pipe.config.get("block_frames"):
         raise UserError(f"--cache {text} reuses passes over the whole clip, and these weights make it block by block: leave it out")
-    for model in pipe.experts:
-        model.enable_cache(cache_config(text, steps, lambda model=model: model))
+    for number, model in enumerate(pipe.experts):
+        model.enable_cache(cache_config(text, steps, model, number, len(pipe.experts)))
+        if text.startswith("calibrate"):
+            model.mag_ratios = {}
+            model.register_forward_hook(note_ratios)
 
 
-def cache_config(text: str, steps: int, model: Callable[[], Any]) -> Any:
-    """`NAME=VALUE` as diffusers' configuration; see `Machine`."""
+def cache_config(text: str, steps: int, model: Any, number: int, experts: int) -> Any:
+    """`NAME=VALUE` as diffusers' configuration for expert `number` of `experts`; see `Machine`."""
     name, _, value = text.partition("=")
     try:
         if name == "first-block":
             return FirstBlockCacheConfig(threshold=float(value or 0.1))
         if name == "taylorseer":
-            dtype = next(model().parameters()).dtype
+            dtype = next(model.parameters()).dtype
             return TaylorSeerCacheConfig(cache_interval=int(value or 5), taylor_factors_dtype=dtype, cache_identifiers=BRANCHES)
+        if name == "calibrate":
+            if not value:
+                raise UserError("--cache calibrate: say where to write the ratios, as in calibrate=ratios.json")
+            return MagCacheConfig(calibrate=True, num_inference_steps=steps + 1)  # never at its end, where it would forget them
         path, _, threshold = value.partition(":")
-        return MagCacheConfig(threshold=float(threshold or 0.06), num_inference_steps=steps, mag_ratios=read_ratios(path))
+        ratios = read_ratios(path, experts)[number]
+        own = steps if experts == 1 else len(ratios)  # which steps fall to which expert depends on their number
+        return MagCacheConfig(threshold=float(threshold or 0.06), num_inference_steps=own, mag_ratios=ratios)
     except ValueError as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"--cache {text}: write a number after the =, as in {name}={'5' if name == 'taylorseer' else '0.1'}") from None
 
 
-def read_ratios(path: str) -> list[float]:
-    """MagCache's ratios of residual sizes, one a step: a JSON list that a calibration of these weights gave."""
+def read_ratios(path: str, experts: int) -> list[list[float]]:
+    """MagCache's ratios of residual sizes, a list for each expert with one a step, as `write_ratios` wrote them."""
     try:
-        ratios = json.loads(Path(path).read_text(encoding="utf-8"))
-        return [float(ratio) for ratio in ratios]
+        rows = [[float(ratio) for ratio in row] for row in json.loads(Path(path).read_text(encoding="utf-8"))]
     except (OSError, ValueError, TypeError):
         raise UserError(
-            f"--cache mag needs the ratios of these weights, and '{path}' is no JSON list of numbers: write mag=RATIOS.json, "
-            "from diffusers' MagCacheConfig(calibrate=True), or use first-block"
+            f"--cache mag needs the ratios of these weights, and '{path}' is no JSON with a list of numbers for each expert: "
+            "make it once with --cache calibrate=ratios.json, or use first-block"
         ) from None
+    if len(rows) != experts or not all(rows):
+        raise UserError(f"--cache mag: '{path}' holds the ratios of {len(rows)} experts and this model has {experts}: calibrate it")
+    return rows
+
+
+def note_ratios(model: Any, *_: Any) -> None:
+    """After every pass: keep what diffusers has measured of this walk so far, which it forgets when the walk ends."""
+    states = model.blocks[0]._diffusers_hook.get_hook(HEAD_HOOK).state_manager
+    model.mag_ratios[states.context.name] = list(states.get_state().calibration_ratios)
+
+
+def write_ratios(pipe: Any, text: str) -> Path:
+    """After a walk with `calibrate=PATH`: what each expert's blocks add to the prompt's tokens, in size, over what they added a step
+    before (MagCache: Ma et al. 2025, arXiv 2506.09045)."""
+    path = Path(text.partition("=")[2])
+    rows = [model.mag_ratios.get("prompt", []) for model in pipe.experts]
+    if not all(rows):
+        raise UserError("--cache calibrate: one of the experts had no step in this walk: take more with --num-inference-steps")
+    try:
+        path.write_text(json.dumps(rows), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}): the ratios are {rows}") from None
+    return path
 
 
 def join_processes(count: int, device: torch.device) -> torch.device:

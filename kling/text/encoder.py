@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from kling.errors import UserError
 
 BEGIN = 256  # the mark before the first byte; alone, it is the empty prompt
+TOGETHER = 32  # prompts that are padded alike
 
 
 class EncoderLayer(nn.Module):
@@ -96,7 +97,16 @@ class ByteTextEncoder(ModelMixin, ConfigMixin):
         return ids, torch.tensor(lengths, device=self.device)
 
     def forward(self, ids: Tensor, lengths: Tensor) -> Tensor:
-        """Byte ids (b, s) and lengths (b,) -> (b, num_tokens, out_dim)."""
+        """Byte ids (b, s) and lengths (b,) -> (b, num_tokens, out_dim). Prompts of like length go together: padding is half of a batch."""
+        order = lengths.argsort()
+        fold, parts = self.config.fold, []
+        for rows in order.split(TOGETHER):
+            width = -(-int(lengths[rows[-1]]) // fold) * fold
+            parts.append(self._encode(ids[rows, :width], lengths[rows]))
+        return torch.cat(parts)[order.argsort()]
+
+    def _encode(self, ids: Tensor, lengths: Tensor) -> Tensor:
+        """The same for prompts that are padded alike."""
         b, s = ids.shape
         places = torch.arange(s, device=ids.device)
         seen = places < lengths[:, None]  # (b, s) not padding

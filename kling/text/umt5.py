@@ -1,7 +1,7 @@
 """Prompts for the published Wan weights: umT5 embeddings, cleaned and padded as the Wan pipelines do it.
 
 The encoder is larger than most transformers it serves, and is needed for a moment only. So it is loaded when a prompt comes that has not
-been seen, and freed at once: the embeddings, a few megabytes each, are kept instead, in memory and, if a folder is given, on disk.
+been seen, and freed at once: the embeddings, a few megabytes each, are kept instead, in memory or, if a folder is given, on disk.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import hashlib
 import html
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from kling.errors import UserError
 
 PARTS = ("tokenizer", "text_encoder")
 MAX_TOKENS = 512
+END = 2**20  # bytes
 
 
 def clean_prompt(prompt: str) -> str:
@@ -42,18 +44,13 @@ class UMT5TextEncoder:
     """Prompts -> (b, max_tokens, e), exactly 0 past a prompt's end.
 
     folder: holds `tokenizer/` and `text_encoder/`, as in a Wan folder. dtype: of the weights while they run.
-    cache: a folder of embeddings that outlives the process. keep: do not free the encoder between prompts.
+    cache: a folder of embeddings, one file a prompt, that outlives the process; without it they are kept in memory.
     """
 
     def __init__(
-        self,
-        folder: str | Path,
-        dtype: torch.dtype = torch.bfloat16,
-        max_tokens: int = MAX_TOKENS,
-        cache: str | Path | None = None,
-        keep: bool = False,
+        self, folder: str | Path, dtype: torch.dtype = torch.bfloat16, max_tokens: int = MAX_TOKENS, cache: str | Path | None = None
     ) -> None:
-        self.folder, self.dtype, self.max_tokens, self.keep = Path(folder), dtype, max_tokens, keep
+        self.folder, self.dtype, self.max_tokens = Path(folder), dtype, max_tokens
         self.cache = None if cache is None else Path(cache)
         for part in PARTS:
             if not (self.folder / part).is_dir():
@@ -66,16 +63,28 @@ class UMT5TextEncoder:
         """Whether the encoder is in memory."""
         return self._loaded is not None
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the transformer sees of every prompt."""
+        return self.max_tokens
+
     def encode(self, prompts: Sequence[str], device: torch.device | str = "cpu") -> Tensor:
         """Prompts -> (b, max_tokens, e) on `device`. Longer prompts are cut off, as in the Wan pipelines."""
-        cleaned = [clean_prompt(prompt) for prompt in prompts]
-        unknown = [prompt for prompt in dict.fromkeys(cleaned) if self._recall(prompt) is None]
-        for prompt in unknown:
-            self._remember(prompt, self._run(prompt, device))
-        if unknown and not self.keep:
-            self.free()
-        rows = [self._known[prompt] for prompt in cleaned]
+        for _ in self.learn(prompts, device):
+            pass
+        rows = [self._recall(clean_prompt(prompt)) for prompt in prompts]
         return torch.stack([torch.cat([row, row.new_zeros(self.max_tokens - len(row), row.shape[1])]) for row in rows]).to(device)
+
+    def learn(self, prompts: Iterable[str], device: torch.device | str = "cpu") -> Iterator[tuple[int, int]]:
+        """Encode what is not known yet, then free the encoder. Yields (done, all of them) before the first one and after each."""
+        unknown = [prompt for prompt in dict.fromkeys(map(clean_prompt, prompts)) if not self._knows(prompt)]
+        yield 0, len(unknown)
+        try:
+            for done, prompt in enumerate(unknown, start=1):
+                self._remember(prompt, self._run(prompt, device))
+                yield done, len(unknown)
+        finally:
+            self.free()
 
     def free(self) -> None:
         """Give the encoder's memory back."""
@@ -110,20 +119,40 @@ class UMT5TextEncoder:
 
     # ---- the embeddings that are known ----
 
-    def _file(self, prompt: str) -> Path:
-        """Named by all that decides the embedding: the encoder's files, its dtype and the prompt."""
-        weights = sorted((path.name, path.stat().st_size) for part in PARTS for path in (self.folder / part).iterdir())
-        key = hashlib.sha256(repr((weights, str(self.dtype), self.max_tokens, prompt)).encode()).hexdigest()
-        return self.cache / f"{key[:32]}.safetensors"
+    @cached_property
+    def _identity(self) -> bytes:
+        """Hash of the files' names, sizes and ends: weights of many gigabytes that differ, differ there."""
+        digest = hashlib.sha256()
+        for path in sorted(path for part in PARTS for path in (self.folder / part).iterdir() if path.is_file()):
+            size = path.stat().st_size
+            with path.open("rb") as file:
+                start = file.read(END)
+                file.seek(max(0, size - END))
+                digest.update(repr((path.name, size)).encode() + start + file.read(END))
+        return digest.digest()
 
-    def _recall(self, prompt: str) -> Tensor | None:
-        if prompt not in self._known and self.cache is not None and (path := self._file(prompt)).is_file():
-            self._known[prompt] = load_file(path)["text"]
-        return self._known.get(prompt)
+    def _file(self, prompt: str) -> Path:
+        """Named by all that decides the embedding: the encoder, its dtype, the length and the prompt."""
+        key = hashlib.sha256(self._identity + repr((str(self.dtype), self.max_tokens, prompt)).encode()).hexdigest()
+        return self.cache / key[:2] / f"{key[2:32]}.safetensors"
+
+    def _knows(self, prompt: str) -> bool:
+        return prompt in self._known if self.cache is None else self._file(prompt).is_file()
+
+    def _recall(self, prompt: str) -> Tensor:
+        """(l, e)"""
+        if self.cache is None:
+            return self._known[prompt]
+        file = self._file(prompt)
+        try:
+            return load_file(file)["text"]
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"embedding {file} is damaged ({error}): delete it, and it is made again") from None
 
     def _remember(self, prompt: str, text: Tensor) -> None:
-        self._known[prompt] = text
-        if self.cache is not None:
-            self.cache.mkdir(parents=True, exist_ok=True)
-            with written(self._file(prompt)) as temporary:
-                save_file({"text": text.contiguous()}, temporary)
+        if self.cache is None:
+            self._known[prompt] = text
+            return
+        file = self._file(prompt)
+        with written(file) as temporary:
+            save_file({"text": text.contiguous()}, temporary)

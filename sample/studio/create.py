@@ -6,17 +6,16 @@ from typing import Any
 
 import gradio as gr
 from kling_programs.sample.studio import views
-from kling_programs.sample.studio.form import FIELDS, MAX_PROMPT, MAX_SECONDS, MAX_STEPS, NEEDS, USES, missing
+from kling_programs.sample.studio.form import FIELDS, MAX_PROMPT, MAX_SECONDS, MAX_STEPS, USES, missing
 from kling_programs.sample.studio.studio import Studio
 from kling_programs.sample.studio.words import t
 
 from kling.condition.axes import LIMIT, MOVES, UNITS
 from kling.request import MODES
-from kling.shapes import ASPECTS
 
 EXAMPLES = [
     "a red ball rolls left on grass",
-    "a blue cube and a yellow ball on tiles, the camera pans right",
+    "a yellow cube on tiles, the camera pans right",
     "一个绿色的球在沙地上转圈",
     "一个红色的方块在雪地上上下弹跳",
 ]
@@ -48,17 +47,15 @@ class Form:
 
     def _able(self, name: str, info: Any = None) -> dict[str, Any]:
         """Greyed out, with the reason, where the model was not trained for it."""
-        if NEEDS.get(name) and (need := missing(self.studio.pipe, name)):
-            return {"interactive": False, "info": f"{t('unable')}: {need}"}
+        if need := missing(self.studio.pipe, name):
+            return {"interactive": False, "info": t(f"unable_{need}")}
         return {"interactive": True} | ({"info": info} if info is not None else {})
 
     def _picture(self, label: str, name: str, **kwargs: Any) -> gr.Image:
-        need = missing(self.studio.pipe, name)
-        text = f"{t(label)} — {t('unable')}: {need}" if need else t(label)
+        able = not missing(self.studio.pipe, name)
+        text = t(label) if able else t(f"{label}_unable")
         sources = ["upload", "clipboard"]
-        return gr.Image(
-            label=text, type="filepath", image_mode=None, sources=sources, height=150, buttons=[], interactive=not need, **kwargs
-        )
+        return gr.Image(label=text, type="filepath", image_mode=None, sources=sources, height=150, buttons=[], interactive=able, **kwargs)
 
     def _text(self) -> None:
         self.fields["prompt"] = prompt = gr.Textbox(
@@ -68,7 +65,8 @@ class Form:
             label=t("examples"), components=[gr.Textbox(visible=False)], samples=[[e] for e in EXAMPLES], type="values", elem_id="examples"
         )
         examples.click(lambda row: row[0], examples, prompt, queue=False, api_visibility="private", show_progress="hidden")
-        self.fields["negative_prompt"] = gr.Textbox(label=t("negative_prompt"), placeholder=t("negative_hint"), max_length=MAX_PROMPT)
+        own = self.studio.pipe.setting("negative_prompt") or t("negative_hint")
+        self.fields["negative_prompt"] = gr.Textbox(label=t("negative_prompt"), placeholder=own, max_length=MAX_PROMPT)
 
     def _pictures(self) -> None:
         with gr.Row():
@@ -89,62 +87,63 @@ class Form:
 
     def _video(self) -> None:
         self.fields["video"] = gr.Video(label=t("clip"), sources=["upload"], height=220, buttons=[], elem_id="clip")
-        reasons = {use: f" ({t('unable')})" if missing(self.studio.pipe, use) else "" for use in USES}
-        choices = [(f"{t(use)}{reasons[use]}" if reasons[use] else t(use), use) for use in USES]
-        self.fields["use"] = gr.Radio(choices, value="continue", label=t("use"), elem_id="use")
+        needs = {use: missing(self.studio.pipe, use) for use in USES}
+        choices = [(t(f"{use}_unable") if needs[use] else t(use), use) for use in USES]
+        grey = [f"without-{number}" for number, use in enumerate(USES, 1) if needs[use]]  # page.css greys these choices out
+        self.fields["use"] = gr.Radio(choices, value="continue", label=t("use"), elem_id="use", elem_classes=grey)
         self.fields["strength"] = gr.Slider(0, 1, 0.4, step=0.05, label=t("strength"), visible=False)
         with gr.Column(visible=False) as self.painting:
             gr.Markdown(t("paint"))
             self.fields["mask"] = gr.HTML(padding=False, elem_id="mask", html_template="${value}")
-        self.fields["outpaint"] = gr.Radio(list(ASPECTS), value="9:16", label=t("outpaint_to"), visible=False)
+        aspects = list(self.studio.sizes)
+        self.fields["outpaint"] = gr.Radio(aspects, value=aspects[-1], label=t("outpaint_to"), visible=False)
 
     def _camera(self) -> None:
-        able = self._able("camera")
+        able = not missing(self.studio.pipe, "camera")
         shots = [(t("static"), "static"), *((t(move), move) for move in MOVES)]
-        self.shot = gr.Radio(shots, value="static", label=t("shot"), elem_id="shot", **able)
+        self.shot = gr.Radio(shots, value="static", label=t("shot"), elem_id="shot", **self._able("camera"))
         self.drawing = gr.HTML(padding=False, elem_id="camera-drawing")
         with gr.Row():
             for name in UNITS:
-                able = self._able("camera", t(f"{name}_is"))
                 self.fields[name] = gr.Slider(
-                    -LIMIT, LIMIT, 0, step=0.5, label=t(name), min_width=195, buttons=[], elem_id=f"axis-{name}", **able
-                )
+                    -LIMIT, LIMIT, 0, step=0.5, label=t(name), info=t(f"{name}_is"), min_width=195, buttons=[], interactive=able,
+                    elem_id=f"axis-{name}",
+                )  # fmt: skip
         with gr.Row():
-            self.fields["camera_scale"] = gr.Slider(0, 3, 1, step=0.1, label=t("camera_scale"), min_width=170, buttons=[])
-            self.fields["camera_guidance_scale"] = gr.Slider(1, 6, 1, step=0.5, label=t("camera_guidance_scale"), min_width=170, buttons=[])
-        self.fields["camera_file"] = gr.File(label=t("trajectory"), height=130, interactive=self._able("camera")["interactive"])
-        self.save_camera = gr.DownloadButton(t("save_trajectory"), size="sm", elem_id="save-camera")
+            for name, (low, high, step) in {"camera_scale": (0, 3, 0.1), "camera_guidance_scale": (1, 6, 0.5)}.items():
+                self.fields[name] = gr.Slider(low, high, 1, step=step, label=t(name), min_width=170, buttons=[], interactive=able)
+        self.fields["camera_file"] = gr.File(label=t("trajectory"), height=130, interactive=able, elem_id="camera-file")
 
     def _size(self) -> None:
-        self.fields["aspect"] = gr.Radio([(t("auto"), "auto"), *((a, a) for a in ASPECTS)], value="auto", label=t("aspect"))
+        aspects = [(t("auto"), "auto"), *((a, a) for a in self.studio.sizes)]
+        self.fields["aspect"] = gr.Radio(aspects, value="auto", label=t("aspect"), elem_id="aspect")
         pipe = self.studio.pipe
         once = (pipe.config.max_frames - 1) / pipe.config.fps
         self.fields["duration"] = gr.Slider(
             0.5, MAX_SECONDS, min(5.0, once), step=0.5, label=t("duration"), info=t("duration_is"), elem_id="duration"
         )
-        self.fields["extend_to"] = gr.Number(0, label=t("extend_to"), minimum=0, maximum=MAX_SECONDS, **self._able("continue"))
-        self.fields["still"] = gr.Checkbox(label=t("still"), **self._able("still"))
+        self.fields["extend_to"] = gr.Number(0, label=t("extend_to"), minimum=0, maximum=MAX_SECONDS, **self._able("extend_to"))
+        self.fields["still"] = gr.Checkbox(label=t("still"), elem_id="still", **self._able("still"))
 
     def _advanced(self) -> None:
-        settings = self.studio.pipe.scheduler.config
         with gr.Row():
-            most = {"num_inference_steps": MAX_STEPS, "guidance_scale": 50, "shift": 50}
-            value = {"num_inference_steps": 0, "guidance_scale": settings.guidance_scale, "shift": settings.shift}
-            info = {"num_inference_steps": f"{t('own')} ({settings.num_inference_steps})"}
-            for name, limit in most.items():
-                self.fields[name] = gr.Number(
-                    value[name], label=t(name), info=info.get(name), minimum=0, maximum=limit, min_width=120, elem_id=name
-                )
-            self.fields["sigma_c"] = gr.Number(0, label=t("sigma_c"), minimum=0, maximum=0.99, step=0.01, min_width=120)
+            for name, most in {"num_inference_steps": MAX_STEPS, "guidance_scale": 50, "shift": 50}.items():
+                own = self.studio.pipe.setting(name)
+                own = " / ".join(f"{g:g}" for g in dict.fromkeys(own)) if isinstance(own, list | tuple) else f"{own:g}"
+                info = f"{t('own')} ({own})"
+                self.fields[name] = gr.Number(0, label=t(name), info=info, minimum=0, maximum=most, min_width=120, elem_id=name)
+            self.fields["sigma_c"] = gr.Number(
+                0, label=t("sigma_c"), info=t("sigma_c_is"), minimum=0, maximum=0.99, step=0.01, min_width=120
+            )
 
     def _go(self) -> None:
         self.plan = gr.HTML(elem_id="plan", padding=False)
         with gr.Row(elem_classes="seed-row"):
             self.fields["mode"] = gr.Radio([(t(m), m) for m in MODES], value="std", label=t("mode"), min_width=140, scale=2)
             self.fields["seed"] = gr.Number(0, label=t("seed"), precision=0, minimum=0, maximum=2**32 - 1, min_width=110, elem_id="seed")
-            with gr.Column(min_width=90, scale=1):
+            with gr.Column(min_width=90, scale=1, elem_classes="seed-tools"):
                 self.lock = gr.Checkbox(False, label=t("lock"), container=False, elem_id="lock")
-                self.dice = gr.Button(t("dice"), size="sm", min_width=50)
+                self.dice = gr.Button(t("dice"), size="sm", min_width=50, elem_id="dice")
         with gr.Row():
             self.generate = gr.Button(t("generate"), variant="primary", size="lg", scale=3, elem_id="generate", min_width=160)
             self.stop = gr.Button(t("stop"), variant="stop", size="lg", scale=1, elem_id="stop", interactive=False, min_width=80)
@@ -155,7 +154,7 @@ class Stage:
 
     def __init__(self) -> None:
         self.screen = gr.HTML(views.empty(0), padding=False, elem_id="stage")
-        with gr.Row():
+        with gr.Row(elem_classes="tools"):  # hidden by page.css until a video is on the stage
             self.use_last = gr.Button(t("use_last"), size="sm", min_width=120, elem_id="use-last")
             self.extend = gr.Button(t("extend"), size="sm", min_width=70, elem_id="extend")
             self.vary = gr.Button(t("vary"), size="sm", min_width=90, elem_id="vary")

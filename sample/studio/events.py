@@ -8,7 +8,6 @@ from collections.abc import Generator
 from typing import Any
 
 import gradio as gr
-from kling_programs.sample.generate import describe
 from kling_programs.sample.studio import camera, views
 from kling_programs.sample.studio.create import Form, Stage
 from kling_programs.sample.studio.form import FIELDS, Fields, check_number, request_of
@@ -18,7 +17,7 @@ from kling_programs.sample.studio.studio import Step, Studio, guarded, public
 from kling_programs.sample.studio.words import language, say
 
 from kling.condition.axes import LIMIT, MOVES, UNITS, axes_trajectory, parse_axes
-from kling.condition.poses import load_trajectory, save_trajectory
+from kling.condition.poses import load_trajectory, trajectory_json
 from kling.data.image import read_image, write_png
 from kling.data.transforms import fit
 from kling.data.video import read_video
@@ -68,7 +67,6 @@ class Events:
         form.shot.input(self.master_shot, form.shot, [fields[name] for name in UNITS], **QUICK)
         for name in CAMERA:
             fields[name].change(self.draw_camera, [fields[n] for n in CAMERA], form.drawing, **QUICK)
-        form.save_camera.click(self.save_camera, [fields[n] for n in CAMERA], form.save_camera, **RAW)
 
         form.dice.click(lambda: secrets.randbelow(2**31), None, fields["seed"], **QUICK)
         planned = [c for name, c in fields.items() if name not in ("mask", "seed") and hasattr(c, "change")]
@@ -89,9 +87,9 @@ class Events:
         """One line that says which task was understood, or what is wrong."""
         try:
             asked = request_of(dict(zip(FIELDS, values, strict=True)), self.studio.uploads)
-            return views.plan_line(describe(self.studio.pipe.plan(asked), asked))
+            return views.understood(language(request), self.studio.pipe.plan(asked), asked)
         except Exception as error:
-            return views.plan_line(public(error, request).message, bad=True)
+            return views.mistake(public(error, request).message)
 
     @guarded
     def add_keyframe(self, request: gr.Request, picture: Any, frame: Any, strength: Any, rows: Any, seconds: Any) -> Generator:
@@ -118,7 +116,7 @@ class Events:
             yield ""
             return
         asked = Request(video=video, aspect=Fields({"aspect": aspect}).choice("aspect", ASPECTS))
-        yield views.painter(fit(read_video(video, num_frames=1).frames[0], *clip_size(asked)).numpy())
+        yield views.painter(fit(read_video(video, num_frames=1).frames[0], *clip_size(asked, self.studio.sizes)).numpy())
 
     # ---- the camera ----
 
@@ -129,8 +127,7 @@ class Events:
     def trajectory(self, *values: Any) -> tuple[Any, int, int]:
         """The path that the camera fields ask for, over the clip, and the clip's (H, W)."""
         given = Fields(dict(zip(CAMERA, values, strict=True)))
-        aspect = given.choice("aspect", ASPECTS)
-        H, W = ASPECTS[aspect or "16:9"]
+        H, W = clip_size(Request(aspect=given.choice("aspect", ASPECTS)), self.studio.sizes)
         T = asked_frames(Request(duration=given.number("duration", 0.1, 180)), self.studio.pipe.config.fps)
         file = self.studio.uploads.accept(given.values["camera_file"], "camera")
         axes = {name: given.number(name, -LIMIT, LIMIT, 0.0) for name in UNITS}
@@ -142,14 +139,9 @@ class Events:
         try:
             path, H, W = self.trajectory(*values)
         except Exception as error:
-            return views.plan_line(public(error, request).message, bad=True)
-        return views.drawings(lang, camera.path_svg(path, say(lang, "path")), camera.motion_svg(path, H, W, say(lang, "motion")))
-
-    @guarded
-    def save_camera(self, request: gr.Request, *values: Any) -> Generator:
-        path = self.studio.shelf.inputs / f"path-{secrets.token_hex(6)}.json"
-        save_trajectory(path, self.trajectory(*values)[0], self.studio.pipe.config.fps)
-        yield str(path)
+            return views.mistake(public(error, request).message)
+        drawn = camera.path_svg(path, say(lang, "path")), camera.motion_svg(path, H, W, say(lang, "motion"))
+        return views.drawings(lang, *drawn, trajectory_json(path, self.studio.pipe.config.fps))
 
     # ---- the stage ----
 

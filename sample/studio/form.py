@@ -46,7 +46,7 @@ def request_of(fields: dict[str, Any], uploads: Any) -> Request:
     still = given.flag("still")
     return Request(
         prompt=given.text("prompt"),
-        negative_prompt=given.text("negative_prompt"),
+        negative_prompt=given.text("negative_prompt") or None,  # the checkpoint's own
         image=None if video else uploads.accept(fields.get("image"), "image"),
         last_image=uploads.accept(fields.get("last_image"), "image"),
         keyframes=[(uploads.accept(file, "image"), frame, strength) for file, frame, strength in given.keyframes()],
@@ -64,8 +64,8 @@ def request_of(fields: dict[str, Any], uploads: Any) -> Request:
         extend_to=given.number("extend_to", 0, MAX_SECONDS) or None,
         mode=given.choice("mode", MODES) or "std",
         num_inference_steps=given.whole("num_inference_steps", 0, MAX_STEPS) or None,  # 0: the model's own
-        guidance_scale=given.number("guidance_scale", 0, 50),
-        shift=given.number("shift", 0.01, 50),
+        guidance_scale=given.number("guidance_scale", 0, 50) or None,
+        shift=given.number("shift", 0, 50) or None,
         sigma_c=given.number("sigma_c", 0, 0.99, 0.0),
         seed=given.whole("seed", 0, 2**32 - 1) or 0,
     )
@@ -150,12 +150,13 @@ NEEDS = {
     "restyle": "restyle",
     "fill": "inpaint",
     "outpaint": "inpaint",
-    "camera": "camera",
     "still": "text_to_image",
+    "extend_to": "continuation",
+    "camera": "camera",
 }
 
 
 def missing(pipe: KlingPipeline, name: str) -> str | None:
-    """The capability that `name` needs and this model was not trained for; None if it can."""
-    need = NEEDS[name]
-    return None if need in pipe.config.capabilities else need
+    """The capability that field or use `name` needs and this model was not trained for; None if it can."""
+    need = NEEDS.get(name)
+    return None if need is None or need in pipe.config.capabilities else need

@@ -21,7 +21,7 @@ from kling.nn.rope import rotate
 from kling.pipeline import KlingPipeline
 from kling.request import Request
 from kling.runtime.random import generator
-from kling.shapes import latent_frames, latent_size, nearest_frames, token_grid
+from kling.shapes import ASPECTS, latent_frames, latent_size, nearest_frames, token_grid
 
 ROWS = 6  # steps of which x̂₀ is shown
 COLUMNS = 5  # frames of each
@@ -49,9 +49,12 @@ def walk(pipe: KlingPipeline, request: Request, tell: Tell) -> Walk:
     shown = {round(s) for s in np.linspace(1, plan.num_inference_steps, min(ROWS, plan.num_inference_steps))}
     seen: list[tuple[int, np.ndarray]] = []
     latents: list[Tensor] = []
+    sigmas: list[float] = []
 
     def advance(pipe: KlingPipeline, step: int, timestep: Any, state: dict) -> dict:
         tell(Step(step + 1, plan.total_steps))
+        if step < plan.num_inference_steps:
+            sigmas.append(timestep / 1000)
         if step + 1 in shown:
             seen.append((step + 1, pipe.decode(state["x0"][:, :, :f])[0].numpy()))
         if step + 1 == plan.num_inference_steps:
@@ -60,8 +63,7 @@ def walk(pipe: KlingPipeline, request: Request, tell: Tell) -> Walk:
 
     tell(Step(0, plan.total_steps))
     frames = pipe(request, callback_on_step_end=advance).frames[0]
-    sigmas = [float(s) for s in pipe.scheduler.sigmas]
-    return Walk(sigmas, seen, latents[0], frames, request.prompt, plan.fps)
+    return Walk([*sigmas, 0.0], seen, latents[0], frames, request.prompt, plan.fps)
 
 
 def strip(frames: np.ndarray, columns: int = COLUMNS) -> np.ndarray:
@@ -92,12 +94,14 @@ def attention_of(pipe: KlingPipeline, seen: Walk, layer: int, sigma: float, toke
     """How one token divides its self-attention over all others, mean over the heads: (f, h', w'), sums to 1.
 
     The clip that was made is noised to `sigma` and given to the transformer once, with its prompt, as text to video.
-    token: (frame, row, column) on the token grid.
+    token: (frame, row, column) on the token grid. Raises `UserError` for weights that are given more than the latents.
     """
+    if pipe.groups:
+        raise UserError("attention cannot be shown for weights that take the given frames as extra channels: choose another model")
     transformer = pipe.transformer
-    x0 = seen.latents[None].to(pipe.device)  # (1, c, f, h, w)
+    x0 = seen.latents[None].to(pipe.device, transformer.dtype)  # (1, c, f, h, w)
     grid = token_grid(*x0.shape[2:], tuple(transformer.config.patch_size))
-    noise = torch.randn(x0.shape, generator=generator(seed, "noise", 0)).to(pipe.device)
+    noise = torch.randn(x0.shape, generator=generator(seed, "noise", 0)).to(x0)
     z = (1 - sigma) * x0 + sigma * noise
     chosen = (token[0] * grid[1] + token[1]) * grid[2] + token[2]
     found: list[Tensor] = []
@@ -113,7 +117,8 @@ def attention_of(pipe: KlingPipeline, seen: Walk, layer: int, sigma: float, toke
 
     hook = transformer.blocks[layer].attn1.register_forward_pre_hook(watch, with_kwargs=True)
     try:
-        transformer(z, torch.full((1,), sigma, device=pipe.device), pipe.text_encoder.encode([seen.prompt]))
+        text = pipe.text_encoder.encode([seen.prompt]).to(z)  # (1, l, e)
+        transformer(z, torch.full((1,), sigma, device=z.device), text)
     finally:
         hook.remove()
     return found[0].view(grid).cpu()
@@ -122,10 +127,10 @@ def attention_of(pipe: KlingPipeline, seen: Walk, layer: int, sigma: float, toke
 def heat(frame: np.ndarray, weight: Tensor, most: float) -> np.ndarray:
     """A frame (H, W, 3) under the attention (h', w') that falls on it; `most` is full heat."""
     H, W = frame.shape[:2]
-    level = cv2.resize((weight / most).clamp(0, 1).numpy(), (W, H), interpolation=cv2.INTER_LINEAR)[..., None]
+    level = cv2.resize((weight / most).clamp(0, 1).numpy(), (W, H), interpolation=cv2.INTER_CUBIC).clip(0, 1)[..., None]
     hot = cv2.cvtColor(cv2.applyColorMap((level * 255).astype(np.uint8), cv2.COLORMAP_INFERNO), cv2.COLOR_BGR2RGB)
     grey = frame.mean(-1, keepdims=True).repeat(3, -1)
-    return (0.45 * grey * (1 - level) + hot * (0.35 + 0.65 * level)).clip(0, 255).astype(np.uint8)
+    return (0.6 * grey * (1 - level) + hot * (0.25 + 0.75 * level)).clip(0, 255).astype(np.uint8)
 
 
 # ------------------------------------------------------------------------------------------------------------- guidance and VAE
@@ -160,7 +165,7 @@ class Reconstruction:
 @torch.no_grad()
 def reconstruct(pipe: KlingPipeline, path: str) -> Reconstruction:
     """A clip of at most the model's length, through the VAE and back."""
-    H, W = clip_size(Request(video=path))
+    H, W = clip_size(Request(video=path), pipe.config.get("sizes") or ASPECTS)
     latent_size(H, W, pipe.vae.spatial_factor)
     frames = read_video(path, fps=pipe.config.fps).frames
     frames = fit(frames[: min(nearest_frames(len(frames))[0], pipe.config.max_frames)], H, W)  # (T, H, W, 3)

@@ -22,6 +22,7 @@ from kling.pipeline import ASSETS
 HERE = Path(__file__).parent
 FONTS = ["system-ui", "-apple-system", "Segoe UI", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "Noto Sans SC", "sans-serif"]
 MANY = 64  # requests that Gradio itself holds, small ones included; the model's own queue is `ModelQueue`
+SESSIONS = 32  # visitors of whom Gradio keeps a copy of the page, 0.35 MB each; it would keep 10 000, and every call of the API is one
 
 
 def build(studio: Studio) -> gr.Blocks:
@@ -75,6 +76,7 @@ def launch_settings(studio: Studio) -> dict[str, Any]:
         "show_error": False,
         "footer_links": ["api", "settings"],
         "enable_monitoring": False,
+        "state_session_capacity": SESSIONS,
         "ssr_mode": False,
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import OrderedDict
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ from kling.errors import UserError
 from kling.request import Request
 from kling.shapes import latent_of_frame, pixel_frames
 
-ZOOM = 6  # screen pixels of the picture to click on, along one of its own
+CLICKED = 672  # width of the picture to click on, about
+WALKS = 4  # visitors whose last look inside is kept, for clicks on its tokens
 OWN = {"api_visibility": "private", "show_progress": "hidden"}
 
 
@@ -31,6 +33,7 @@ class Research:
 
     def __init__(self, studio: Studio, form: Form) -> None:
         self.studio, self.form = studio, form
+        self._walks: OrderedDict[str, look.Walk] = OrderedDict()  # session -> what was seen last
 
     def _asked(self, values: tuple) -> Request:
         return request_of(dict(zip(FIELDS, values, strict=True)), self.studio.uploads)
@@ -38,17 +41,18 @@ class Research:
     def _run(self, request: gr.Request, work: Work, outputs: int) -> Generator[Any, None, Any]:
         """Yield (status, nothing …) while a job waits and runs, and what else it tells as it is; return its result."""
         lang, began = language(request), time.perf_counter()
-        yield views.waiting(lang, 0), *[gr.skip()] * outputs
+        yield views.working(say(lang, "starting")), *[gr.skip()] * outputs
         try:
             events = self.studio.queue.run(request.session_hash, work)
             while True:
                 event = next(events)
                 if isinstance(event, Waiting) and event.place:
-                    yield views.waiting(lang, event.place), *[gr.skip()] * outputs
+                    yield views.working(say(lang, "waiting", place=event.place)), *[gr.skip()] * outputs
                 elif isinstance(event, Step):
                     began = time.perf_counter() if event.step == 0 else began
                     left = (time.perf_counter() - began) / event.step * (event.total - event.step) if event.step else None
-                    yield views.progress(lang, event.step, event.total, left, ""), *[gr.skip()] * outputs
+                    status = views.working(views.steps_told(lang, event.step, event.total, left), event.step, event.total)
+                    yield status, *[gr.skip()] * outputs
                 elif not isinstance(event, Waiting):
                     yield event
                 else:
@@ -64,14 +68,15 @@ class Research:
         self.status = gr.HTML(padding=False, elem_id="inspect-status")
         with gr.Tabs():
             with gr.Tab(t("look"), id="look"):
-                go = gr.Button(t("look"), variant="primary", elem_id="look")
-                with gr.Row():
-                    schedule = gr.LinePlot(x="step", y="sigma", label=t("schedule"), height=220, y_title="σ", min_width=280)
-                    channels = gr.HTML(padding=False, elem_id="channels")
-                steps = gr.HTML(padding=False, elem_id="steps", elem_classes="wide")
-                seen = gr.State(None)
+                go = self._go("look")
+                with gr.Row(elem_classes="halves"):
+                    with gr.Column(min_width=300):
+                        schedule = gr.LinePlot(x="step", y="sigma", label=t("schedule"), height=220, y_title="σ")
+                        steps = gr.HTML(padding=False, elem_id="steps", elem_classes="wide")
+                    with gr.Column(min_width=300):
+                        channels = gr.HTML(padding=False, elem_id="channels", elem_classes="wide")
                 gr.Markdown(t("attention_hint"))
-                with gr.Row():
+                with gr.Row(elem_classes="halves"):
                     with gr.Column(min_width=300):
                         picture = gr.Image(label=t("attention"), interactive=False, buttons=[], elem_id="click-me", format="png")
                         with gr.Row():
@@ -79,25 +84,29 @@ class Research:
                             layer = gr.Slider(0, max(1, layers), layers // 2, step=1, label=t("layer"), min_width=150, buttons=[])
                             sigma = gr.Slider(0.05, 0.95, 0.5, step=0.05, label=t("noise_level"), min_width=150, buttons=[])
                             frame = gr.Slider(0, pipe.config.max_frames - 1, 0, step=4, label=t("latent_frame"), min_width=150, buttons=[])
-                    attention = gr.HTML(padding=False, elem_id="attention")
+                    with gr.Column(min_width=300):
+                        attention = gr.HTML(padding=False, elem_id="attention")
             with gr.Tab(t("sweep"), id="sweep"):
                 scales = gr.Textbox("1, 2, 4, 8", label=t("scales"), elem_id="scales")
-                run = gr.Button(t("run_sweep"), variant="primary", elem_id="run-sweep")
+                run = self._go("run_sweep", "run-sweep")
                 swept = gr.HTML(padding=False, elem_id="swept")
             with gr.Tab(t("vae"), id="vae"):
                 clip = gr.Video(label=t("clip"), sources=["upload"], height=200, buttons=[], elem_id="vae-clip")
-                again = gr.Button(t("reconstruct"), variant="primary", elem_id="reconstruct")
+                again = self._go("reconstruct")
                 shown = gr.HTML(padding=False, elem_id="reconstruction")
                 quality = gr.LinePlot(x="frame", y="PSNR", label="PSNR (dB)", height=200)
-        stop = gr.Button(t("stop"), variant="stop", size="sm")
-        stop.click(self.stop, None, None, **QUICK)
-        go.click(self.look, self.form.inputs, [self.status, schedule, channels, steps, seen], js=WITH_MASK, **RAW).then(
-            self.first_frame, seen, picture, **OWN
-        )
-        picture.select(self.attend, [seen, layer, sigma, frame], [self.status, attention], **OWN)
-        frame.release(self.show_frame, [seen, frame], picture, **OWN)
+        go.click(self.look, self.form.inputs, [self.status, schedule, channels, steps, picture, attention], js=WITH_MASK, **RAW)
+        picture.select(self.attend, [layer, sigma, frame], [self.status, attention], **OWN)
+        frame.release(self.show_frame, frame, picture, **OWN)
         run.click(self.sweep, [scales, *self.form.inputs], [self.status, swept], js=_shifted(1), **RAW)
         again.click(self.reconstruct, clip, [self.status, shown, quality], **RAW)
+
+    def _go(self, word: str, name: str | None = None) -> gr.Button:
+        """The button that starts something, beside one that stops it."""
+        with gr.Row():
+            go = gr.Button(t(word), variant="primary", scale=4, elem_id=name or word)
+            gr.Button(t("stop"), variant="stop", scale=1, min_width=80).click(self.stop, None, None, **QUICK)
+        return go
 
     def stop(self, request: gr.Request) -> None:
         self.studio.queue.stop(request.session_hash)
@@ -107,29 +116,33 @@ class Research:
         asked = self._asked(values)
         lang = language(request)
         try:
-            walk = yield from self._run(request, lambda tell: look.walk(self.studio.pipe, asked, tell), 4)
+            walk = yield from self._run(request, lambda tell: look.walk(self.studio.pipe, asked, tell), 5)
         except Stopped:
-            yield views.ended(lang, "stopped"), *[gr.skip()] * 4
+            yield views.told(say(lang, "stopped")), *[gr.skip()] * 5
             return
+        self._walks.pop(request.session_hash, None)
+        self._walks[request.session_hash] = walk
+        while len(self._walks) > WALKS:
+            self._walks.popitem(last=False)
         schedule = pd.DataFrame({"step": range(len(walk.sigmas)), "sigma": walk.sigmas})
         rows = [(views.still(look.strip(frames)), f"{say(lang, 'step_axis')} {step}") for step, frames in walk.x0]
         channels = views.grid([(views.still(look.channel_map(walk.latents)), f"{say(lang, 'channels')} × {say(lang, 'frame_axis')}")])
-        yield "", schedule, f'<div class="wide">{channels}</div>', views.grid(rows), walk
+        yield "", schedule, channels, views.grid(rows), _enlarged(walk.frames[0]), ""
 
-    def first_frame(self, walk: look.Walk | None) -> Any:
-        return None if walk is None else _enlarged(walk.frames[0])
-
-    def show_frame(self, walk: look.Walk | None, frame: float) -> Any:
+    def show_frame(self, request: gr.Request, frame: float) -> Any:
+        walk = self._walks.get(request.session_hash)
         return None if walk is None else _enlarged(walk.frames[min(int(frame), len(walk.frames) - 1)])
 
     @guarded
-    def attend(self, request: gr.Request, event: gr.SelectData, walk: Any, layer: float, sigma: float, frame: float) -> Generator:
+    def attend(self, request: gr.Request, event: gr.SelectData, layer: float, sigma: float, frame: float) -> Generator:
         """Where the token under the click looks."""
+        walk = self._walks.get(request.session_hash)
         if walk is None:
-            return
-        pipe = self.studio.pipe
+            raise UserError(say(language(request), "look_again"))
+        pipe, lang = self.studio.pipe, language(request)
         side = pipe.vae.spatial_factor * pipe.transformer.config.patch_size[1]  # pixels along a token
-        x, y = (int(v / ZOOM) for v in event.index)
+        H, W = walk.frames.shape[1:3]
+        x, y = (min(int(v / _zoom(W)), most - 1) for v, most in zip(event.index, (W, H), strict=True))
         token = latent_of_frame(min(int(frame), pixel_frames(walk.latents.shape[1]) - 1)), y // side, x // side
         sigma = check_number("sigma", sigma, 0, 1, 0.5)
         blocks = len(pipe.transformer.blocks)
@@ -139,7 +152,10 @@ class Research:
         cells = []
         for j, plane in enumerate(weight):
             last = pixel_frames(j + 1) - 1  # of the pixel frames in latent frame j
-            cells.append((views.still(look.heat(walk.frames[last], plane, most)), f"{last} · {100 * float(plane.sum()):.0f} %"))
+            shown = look.heat(walk.frames[last], plane, most)
+            if j == token[0]:  # the token itself, framed
+                cv2.rectangle(shown, (token[2] * side, token[1] * side), ((token[2] + 1) * side - 1, (token[1] + 1) * side - 1), (255,) * 3)
+            cells.append((views.still(shown), f"{say(lang, 'frame_axis')} {last} · {100 * float(plane.sum()):.0f} %"))
         yield "", views.grid(cells)
 
     @guarded
@@ -159,7 +175,7 @@ class Research:
                     yield event
             yield "", gr.skip()
         except Stopped:
-            yield views.ended(language(request), "stopped"), gr.skip()
+            yield views.told(say(language(request), "stopped")), gr.skip()
 
     @guarded
     def reconstruct(self, request: gr.Request, payload: Any) -> Generator:
@@ -182,12 +198,12 @@ class Research:
         from kling_programs.sample.studio import runs
 
         with gr.Row():
-            loss = gr.LinePlot(x="step", y="value", color="curve", label=t("curves"), height=320, min_width=300)
+            loss = gr.LinePlot(x="step", y="value", color="curve", label=t("curves"), height=320, min_width=300, elem_id="curves")
             by_sigma = gr.LinePlot(x="step", y="value", color="curve", label="loss / σ", height=320, min_width=300)
         refresh = gr.Button(t("refresh"), size="sm")
         names = runs.checkpoints(run)
         picked = gr.CheckboxGroup(names, value=names[-2:], label=t("checkpoints"), elem_id="checkpoints")
-        go = gr.Button(t("compare_checkpoints"), variant="primary", elem_id="compare-checkpoints")
+        go = self._go("compare_checkpoints", "compare-checkpoints")
         status = gr.HTML(padding=False, elem_id="training-status")
         grid = gr.HTML(padding=False, elem_id="by-checkpoint")
 
@@ -197,12 +213,10 @@ class Research:
 
         @guarded
         def compare(request: gr.Request, chosen: Any, *values: Any) -> Generator:
-            asked = self._asked(values)
-            if not isinstance(chosen, list) or not 1 <= len(chosen) <= 8:
-                raise UserError("checkpoints: choose one to eight of them")
+            asked, names = self._asked(values), runs.choice(chosen)
 
             def work(tell: Tell) -> None:
-                for name in chosen:
+                for name in names:
                     pipe = runs.pipeline_of(run, name, self.studio.pipe.device)
                     tell(look.Cell(name, sample(pipe, asked, tell, previews=False)[0]))
 
@@ -215,8 +229,14 @@ class Research:
         go.click(compare, [picked, *self.form.inputs], [status, grid], js=_shifted(1), **RAW)
 
 
+def _zoom(W: int) -> int:
+    """Screen pixels along one of a picture W wide."""
+    return max(1, round(CLICKED / W))
+
+
 def _enlarged(frame: Any) -> Any:
-    return cv2.resize(frame, None, fx=ZOOM, fy=ZOOM, interpolation=cv2.INTER_CUBIC)
+    zoom = _zoom(frame.shape[1])
+    return cv2.resize(frame, None, fx=zoom, fy=zoom, interpolation=cv2.INTER_CUBIC)
 
 
 def _shifted(by: int) -> str:

@@ -13,13 +13,22 @@ from kling.errors import UserError, unknown
 from kling.pipeline import KlingPipeline, load_vae
 from kling.runtime import checkpoint
 from kling.runtime.log import METRICS, read_metrics
+from kling.start import open_start
 
 POINTS = 300  # of a curve
+MOST = 8  # checkpoints compared at once
 
 
 def checkpoints(run: Path) -> list[str]:
     """Names of the finished checkpoint folders, the oldest first."""
     return sorted(path.name for path in run.glob("step-*") if (path / "manifest.json").is_file())
+
+
+def choice(names: Any) -> list[str]:
+    """The checkpoints that a visitor ticked. Raises `UserError` for none, or more than `MOST`."""
+    if not isinstance(names, list) or not 1 <= len(names) <= MOST:
+        raise UserError("checkpoints: choose one to eight of them")
+    return names
 
 
 def pipeline_of(run: Path, name: str, device: Any) -> KlingPipeline:
@@ -28,11 +37,12 @@ def pipeline_of(run: Path, name: str, device: Any) -> KlingPipeline:
         raise unknown("checkpoint", name, checkpoints(run))
     cfg = load_config(TrainDiTConfig, run / "config.yaml")
     saved = checkpoint.load(run / name, ["ema"])
-    model = build(cfg)
+    start = open_start(cfg.init_from, cfg.checkpoint, cfg.expert) if cfg.init_from else None
+    model = build(cfg, start)
     left = model.load_state_dict(saved.tensors["ema"], strict=False)
     if left.missing_keys or left.unexpected_keys:
         raise UserError(f"checkpoint {name} is not of the model in config.yaml: {(left.missing_keys + left.unexpected_keys)[0]}")
-    pipe = pipeline(cfg, model.eval(), load_vae(cfg.vae)).to(device)
+    pipe = pipeline(cfg, model.eval(), load_vae(cfg.vae), start).to(device)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import gradio as gr
 import numpy as np
+from kling_programs.sample.studio.chinese import in_chinese
 from kling_programs.sample.studio.jobs import ModelQueue, Stopped, Tell
 from kling_programs.sample.studio.shelf import Result, Shelf
 from kling_programs.sample.studio.uploads import Uploads
@@ -21,7 +22,7 @@ from kling.errors import UserError
 from kling.pipeline import KlingPipeline
 from kling.plan import Plan
 from kling.request import Request
-from kling.shapes import latent_frames
+from kling.shapes import ASPECTS, latent_frames
 
 log = logging.getLogger(__name__)
 PREVIEW_SHARE = 0.2  # previews take at most this part of the time
@@ -46,6 +47,11 @@ class Studio:
     uploads: Uploads
     run: Path | None = None
     queue: ModelQueue = field(default_factory=ModelQueue)
+
+    @property
+    def sizes(self) -> dict[str, tuple[int, int]]:
+        """aspect -> (H, W) of this model."""
+        return self.pipe.config.get("sizes") or ASPECTS
 
     def make(self, visitor: str, request: Request) -> Generator[Any, None, Result]:
         """Sample a request in turn: yields `Waiting` and `Step`, returns the finished result."""
@@ -99,7 +105,8 @@ def public(error: BaseException, request: gr.Request | None = None) -> gr.Error:
     if isinstance(error, gr.Error):
         return error
     if isinstance(error, UserError):
-        return gr.Error(without_folders(str(error)), print_exception=False, title="")
+        line = without_folders(str(error))
+        return gr.Error(in_chinese(line) if lang else line, print_exception=False, title="")
     if isinstance(error, Stopped):
         return gr.Error(say(lang, "stopped"), print_exception=False, title="")
     log.error("a request failed", exc_info=error)

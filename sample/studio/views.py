@@ -13,6 +13,8 @@ from kling_programs.sample.studio.words import say
 from PIL import Image
 
 from kling.pipeline import KlingPipeline
+from kling.plan import Plan
+from kling.request import Request
 from kling.runtime.log import duration
 
 
@@ -38,7 +40,8 @@ def _img(data: bytes, kind: str, width: int) -> str:
 
 def header(pipe: KlingPipeline, name: str) -> str:
     """The model in one line: what it is called, how large it is, what it makes."""
-    size = sum(p.numel() for part in (pipe.vae, pipe.transformer, pipe.text_encoder) for p in part.parameters())
+    parts = [part for part in (pipe.vae, *pipe.experts, pipe.text_encoder) if hasattr(part, "parameters")]  # umT5 comes and goes
+    size = sum(p.numel() for part in parts for p in part.parameters())
     seconds = pipe.config.max_frames / pipe.config.fps
     facts = [name, f"{size / 1e6:.1f} M", f"{pipe.config.max_frames} × {pipe.config.fps:g} fps ≈ {seconds:.1f} s", str(pipe.device)]
     chips = "".join(f"<span>{escape(fact)}</span>" for fact in facts)
@@ -48,8 +51,15 @@ def header(pipe: KlingPipeline, name: str) -> str:
 # ------------------------------------------------------------------------------------------------------------------- the stage
 
 
+FILM = (  # three frames of a film, the middle one to be played
+    '<svg class="film" viewBox="0 0 120 56" aria-hidden="true">'
+    '<rect x="1" y="8" width="34" height="40" rx="5"/><rect x="85" y="8" width="34" height="40" rx="5"/>'
+    '<rect class="now" x="27" y="2" width="66" height="52" rx="7"/><path d="M53 18l17 10l-17 10z"/></svg>'
+)
+
+
 def empty(lang: int) -> str:
-    return f'<div class="stage"><p class="hint">{say(lang, "empty")}</p></div>'
+    return f'<div class="stage">{FILM}<p class="hint">{say(lang, "empty")}<br><small>{say(lang, "empty_hint")}</small></p></div>'
 
 
 def waiting(lang: int, place: int) -> str:
@@ -59,14 +69,18 @@ def waiting(lang: int, place: int) -> str:
 
 def progress(lang: int, step: int, total: int, left: float | None, preview: str) -> str:
     """preview: an `<img>`, or "" before the first."""
-    if step == total:
-        text = say(lang, "finishing")
-    else:
-        text = say(lang, "step", step=step, total=total)
-        text += "" if left is None else f" · {say(lang, 'left', left=duration(left))}"
+    text = steps_told(lang, step, total, left)
     bar = f'<progress max="{total}" value="{step}"></progress>'
     body = preview or f'<p class="hint">{say(lang, "starting")}</p>'
     return f'<div class="stage busy">{body}<p class="line">{text}</p>{bar}</div>'
+
+
+def steps_told(lang: int, step: int, total: int, left: float | None) -> str:
+    """How far a walk is, and how long it takes yet (left: seconds, if that is known)."""
+    if step == total:
+        return say(lang, "finishing")
+    text = say(lang, "step", step=step, total=total)
+    return text if left is None else f"{text} · {say(lang, 'left', left=duration(left))}"
 
 
 def ended(lang: int, key: str) -> str:
@@ -81,7 +95,7 @@ def result(lang: int, one: Result, other: Result | None = None) -> str:
     """A finished video with its settings; with `other`, both side by side, playing as one."""
     if other is not None:
         sides = "".join(f"<figure>{_player(r)}{_caption(r)}</figure>" for r in (one, other))
-        return f'<div class="stage compare">{sides}</div>'
+        return f'<div class="stage done compare">{sides}</div>'
     record = one.record
     rows = {**record["request"], **record["settings"], "seconds": record["output"]["seconds"]}
     rows = {name: value for name, value in rows.items() if value not in (None, "", [], False)}
@@ -90,7 +104,7 @@ def result(lang: int, one: Result, other: Result | None = None) -> str:
     links += f'<a download="{one.id}.json" href="{url(one.record_path)}">{say(lang, "replay")}</a>'
     details = f"<details><summary>{say(lang, 'settings')}</summary><table>{table}</table></details>"
     line = f'<p class="line">{say(lang, "done", seconds=duration(record["output"]["seconds"]))} <span class="links">{links}</span></p>'
-    return f'<div class="stage">{_player(one)}{line}{details}</div>'
+    return f'<div class="stage done">{_player(one)}{line}{details}</div>'
 
 
 def cards(lang: int, results: list[Result], chosen: str | None) -> str:
@@ -128,6 +142,19 @@ def url(path: Any) -> str:
     return f"gradio_api/file={path}"
 
 
+# -------------------------------------------------------------------------------------------------------- what looks inside, below
+
+
+def working(text: str, step: int | None = None, total: int = 1) -> str:
+    """One line for a job that is under way."""
+    bar = "<progress></progress>" if step is None else f'<progress max="{total}" value="{step}"></progress>'
+    return f'<div class="working"><span>{escape(text)}</span>{bar}</div>'
+
+
+def told(text: str) -> str:
+    return f'<div class="working"><span>{escape(text)}</span></div>'
+
+
 # ------------------------------------------------------------------------------------------------------------------ the inputs
 
 
@@ -143,8 +170,11 @@ def timeline(frames: int, rows: list[dict[str, Any]]) -> str:
     return f'<div class="timeline"><div class="bar"></div>{"".join(map(mark, rows))}{ends}</div>'
 
 
-def drawings(lang: int, path: str, motion: str) -> str:
-    figures = [(path, say(lang, "path")), (motion, say(lang, "motion"))]
+def drawings(lang: int, path: str, motion: str, file: str) -> str:
+    """Both drawings of a camera, and its trajectory as a JSON file to download, which the link itself holds."""
+    href = f"data:application/json;base64,{base64.b64encode(file.encode()).decode()}"
+    save = f'<a download="camera-path.json" href="{href}">{say(lang, "save_trajectory")}</a>'
+    figures = [(path, f"{say(lang, 'path')} · {save}"), (motion, say(lang, "motion"))]
     return '<div class="drawings">' + "".join(f"<figure>{svg}<figcaption>{text}</figcaption></figure>" for svg, text in figures) + "</div>"
 
 
@@ -156,8 +186,24 @@ def painter(picture: np.ndarray | None) -> str:
     return f'<div class="painter">{still(picture)}<canvas width="{W}" height="{H}"></canvas></div>'
 
 
-def plan_line(text: str, bad: bool = False) -> str:
-    return f'<p class="plan{" bad" if bad else ""}">{escape(text)}</p>'
+def understood(lang: int, plan: Plan, request: Request) -> str:
+    """The task as it was understood, and what will be made, in one line."""
+    task = [say(lang, f"task_{plan.task}")]
+    if len(plan.hops) > 1 and not plan.hops[0].overlap:
+        task.append(say(lang, "then", count=len(plan.hops) - 1))
+    if request.loop:
+        task.append(say(lang, "with_loop"))
+    if isinstance(request.camera, str):
+        from_file = request.camera.endswith((".json", ".txt"))
+        task.append(say(lang, "camera_from_file") if from_file else f"{say(lang, 'task_camera')} {request.camera.replace(',', ' ')}")
+    size = f"{plan.width}×{plan.height}"
+    seconds, steps = f"{plan.frames / plan.fps:.1f}", plan.num_inference_steps
+    facts = say(lang, "facts", frames=plan.frames, seconds=seconds, size=size, fps=f"{plan.fps:g}", steps=steps)
+    return f'<p class="plan"><b>{escape(" · ".join(task))}</b> {escape(facts)}</p>'
+
+
+def mistake(text: str) -> str:
+    return f'<p class="plan bad">{escape(text)}</p>'
 
 
 def grid(cells: list[tuple[str, str]]) -> str:

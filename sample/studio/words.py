@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gradio as gr
 
+from kling.plan import TASKS
+
 WORDS: dict[str, tuple[str, str]] = {
     "title": ("kling studio", "可灵工作室"),
     "create": ("Create", "创作"),
@@ -57,7 +59,7 @@ WORDS: dict[str, tuple[str, str]] = {
     "path": ("The camera's path", "镜头轨迹"),
     "motion": ("The first frame's motion over one second, 4 m away", "首帧画面在一秒内的运动（距离 4 米）"),
     "trajectory": ("Trajectory file (RealEstate10K .txt, or .json)", "轨迹文件（RealEstate10K .txt 或 .json）"),
-    "save_trajectory": ("Download this path", "下载当前轨迹"),
+    "save_trajectory": ("download it", "下载"),
     "camera_scale": ("Travel × ", "位移倍数"),
     "camera_guidance_scale": ("Camera guidance", "镜头引导强度"),
     "size": ("Size", "尺寸"),
@@ -75,21 +77,29 @@ WORDS: dict[str, tuple[str, str]] = {
     "num_inference_steps": ("Steps", "步数"),
     "guidance_scale": ("Guidance", "提示词引导强度"),
     "shift": ("Shift", "噪声偏移"),
-    "sigma_c": ("σ_c, noise on what is given", "σ_c，条件噪声"),
+    "sigma_c": ("σ_c", "σ_c"),
+    "sigma_c_is": ("noise on what is given", "加在给定内容上的噪声"),
     "seed": ("Seed", "种子"),
     "dice": ("⚄ new", "⚄ 换一个"),
     "lock": ("lock", "锁定"),
     "generate": ("Generate", "生成"),
     "stop": ("Stop", "停止"),
     "results": ("Your videos", "我的作品"),
-    "use_last": ("Start from its last frame", "以尾帧为首帧"),
+    "use_last": ("Use last frame", "以尾帧为首帧"),
     "extend": ("Extend", "延长"),
     "vary": ("Vary seed", "换种子重做"),
     "compare": ("Compare", "对比"),
     "remove": ("Remove", "移除"),
     "settings": ("Exact settings", "完整参数"),
-    "unable": ("not trained into this model", "该模型未训练此功能"),
     "empty": ("Your video will appear here", "视频将显示在这里"),
+    "empty_hint": ("Write a sentence or take an example, then press Generate", "写一句话或点一个示例，然后按“生成”"),
+    "then": ("then {count} more", "再续写 {count} 段"),
+    "with_loop": ("loop", "循环"),
+    "facts": (
+        "{frames} frames · {seconds} s · {size} · {fps} fps · {steps} steps",
+        "{frames} 帧 · {seconds} 秒 · {size} · {fps} fps · {steps} 步",
+    ),
+    "camera_from_file": ("camera from a file", "镜头取自文件"),
     "no_results": ("Nothing yet", "还没有作品"),
     "waiting": ("Waiting: {place} before you", "排队中：前面还有 {place} 个"),
     "starting": ("Starting", "准备中"),
@@ -110,6 +120,7 @@ WORDS: dict[str, tuple[str, str]] = {
     "channels": ("Latents by channel", "各通道的潜变量"),
     "attention": ("Attention", "注意力"),
     "attention_hint": ("Click a point: where does its token look, in every frame?", "点击画面一点：它的 token 在各帧关注哪里？"),
+    "look_again": ("Press Look inside first", "请先按“查看内部过程”"),
     "layer": ("Layer", "层"),
     "noise_level": ("σ", "σ"),
     "latent_frame": ("Frame of the token", "token 所在帧"),
@@ -127,6 +138,27 @@ WORDS: dict[str, tuple[str, str]] = {
     "compare_checkpoints": ("Same seed, each checkpoint", "同一种子，逐个检查点"),
     "curves": ("Training curves", "训练曲线"),
     "refresh": ("Refresh", "刷新"),
+}
+
+CHINESE_TASKS = {
+    "text_to_image": "文生图",
+    "text": "文生视频",
+    "image": "图生视频",
+    "last": "尾帧生视频",
+    "first_last": "首尾帧生视频",
+    "keyframes": "关键帧生视频",
+    "continuation": "视频续写",
+    "inpaint": "视频局部重绘",
+    "restyle": "视频风格重绘",
+}
+WORDS |= {f"task_{name}": (TASKS[name], chinese) for name, chinese in CHINESE_TASKS.items()} | {"task_camera": ("camera", "镜头")}
+
+# Gradio translates one word of a label, so what is put together is put together here: why a control is greyed out.
+NOT_TRAINED = ("not trained into this model", "该模型未训练此功能")
+WORDS |= {f"unable_{name}": (f"{NOT_TRAINED[0]}: {WORDS[f'task_{name}'][0]}", NOT_TRAINED[1]) for name in (*CHINESE_TASKS, "camera")}
+WORDS |= {
+    f"{name}_unable": (f"{WORDS[name][0]} ({NOT_TRAINED[0]})", f"{WORDS[name][1]}（{NOT_TRAINED[1]}）")
+    for name in ("first", "last", "keyframe", "continue", "restyle", "fill", "outpaint")
 }
 
 
