@@ -110,7 +110,7 @@ def test_bf16_shards_train_as_bf16_alone(words: list[str], tmp_path: Path) -> No
     workers.train_dit.main([*words, f"out={tmp_path / 'alone'}", "gradient_accumulation=2"])
     assert workers.run([*words, f"out={tmp_path / 'shards'}"], workers.environment("fsdp2", 2, dp_shard=2)) == [0, 0]
     losses = [[line["loss"] for line in metrics(tmp_path / name)] for name in ("alone", "shards")]
-    assert losses[1] == pytest.approx(losses[0], rel=0.01) and losses[0] != losses[1]
+    assert losses[1] == pytest.approx(losses[0], rel=0.01)
 
 
 @pytest.mark.slow
