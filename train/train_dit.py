@@ -75,6 +75,7 @@ class TrainDiTConfig:
     text_from: a text encoder from kling-train-text, under a new transformer.
     samples: what is drawn every `sample_every` steps, as fields of `Request`. keep_every: checkpoints of these steps stay for good.
     activation_checkpointing: none, selective or full. compile: regional `torch.compile`, each kind of block once.
+    bf16_reduction: processes exchange gradients in bf16, half the bytes.
     context_parallel: ulysses or ring, how the processes of a group cut attention (configs/accelerate/fsdp2_cp.yaml says how many).
     watchdog: seconds without a step after which every process writes where it stands; 0 is off.
     """
@@ -118,6 +119,7 @@ class TrainDiTConfig:
     log_every: int = 20
     mixed_precision: str = "auto"
     gradient_accumulation: int = 1
+    bf16_reduction: bool = False
     activation_checkpointing: str = "none"
     compile: bool = False
     context_parallel: str = "ulysses"
@@ -154,7 +156,7 @@ def main(argv: list[str] | None = None) -> None:
 def train(cfg: TrainDiTConfig, stop: StopSignal) -> None:
     set_threads(cfg.threads)
     out = Path(cfg.out)
-    accelerator = make_accelerator(out, cfg.mixed_precision, cfg.gradient_accumulation, cfg.trackers)
+    accelerator = make_accelerator(out, cfg.mixed_precision, cfg.gradient_accumulation, cfg.trackers, bf16_reduction=cfg.bf16_reduction)
     layout, device, micro = lay_out(accelerator), accelerator.device, cfg.gradient_accumulation
     if cfg.lora.half and accelerator.mixed_precision != "bf16":
         raise UserError("lora.half holds weights in bf16, and this run does not compute in it: set mixed_precision=bf16, or leave it out")
