@@ -2,7 +2,7 @@
 
 A camera that only turns is tried first; then bundle adjustment over turns, positions and points from many starts: the essential matrix,
 a plane's homography, turns that many points share, pycolmap if asked, and nothing. The simpler model stands unless the other explains
-clearly more.
+twice as many sights: a path that bends to explain a moving object gains less, one that travels gains more.
 Points are homogeneous, (direction, inverse distance), so those at infinity are points like any other, and the start from nothing needs
 no depth (Yu and Gallup, "3D reconstruction from accidental motion", 2014).
 Positions are known up to one scale, which `translation_error` takes out.
@@ -28,7 +28,7 @@ PERFECT = 0.2  # pixels: a turning camera that leaves no more needs no rival
 SAMPLES, TURNS = 300, 6  # pairs of points drawn, and different turns tried, for the pose of a second view
 DISTINCT, ALONG = 0.02, 0.97  # radians by which two turns, and cosine by which two travels, must differ to be two
 HOPEFUL = 3  # paths that are followed to the end
-BETTER = 2.0  # times the error that a turning camera may leave and still be believed
+HALF = 0.5  # of what a moving camera explains: a turning one that explains no less is believed, for the rest may move on its own
 
 
 @dataclass(frozen=True)
@@ -68,16 +68,18 @@ def estimate_structure(video: Tensor, intrinsics: Tensor, colmap: bool = False) 
     known = ~np.isnan(rays[..., 0])  # (T, N)
     rays = np.nan_to_num(rays)
     turning = _turned(rays, known, focal)
-    model, best, errors = "turning", turning, _errors(turning, rays, known, focal)
-    if errors[1] > PERFECT * scale:
+    gap = _gap(turning, rays, focal)[known]
+    model, best, error = "turning", turning, float(np.quantile(gap, 0.75)) if len(gap) else np.inf
+    if len(gap) and error > PERFECT * scale:
         moving = {"moving": _moved(turning, rays, known, focal)}
         if colmap and (path := colmap_path(video, intrinsics, scale)) is not None:
             moving["colmap"] = _placed(path, rays, known, focal)
         scene = _best_first(list(moving.values()), rays, known, focal)[0]
-        others = _errors(scene, rays, known, focal)
-        if (errors > BETTER * others + 0.1 * scale).any():
-            model, best, errors = next(name for name, other in moving.items() if other is scene), scene, others
-    error = float(errors[1])
+        turned, moved = _gap(turning, rays, focal)[known], _gap(scene, rays, focal)[known]
+        near = 2 * np.median(moved) + 0.1 * scale
+        if (turned < near).mean() < HALF * (moved < near).mean():
+            model, best = next(name for name, other in moving.items() if other is scene), scene
+            error = float(np.quantile(moved, 0.75))
     good = ((_gap(best, rays, focal) < AGREE * min(max(1.0, error), scale)) & known).sum(1)
     found = (good >= ENOUGH) & (good >= SHARE * known.sum(1))
     found[0] = True
@@ -350,9 +352,3 @@ def _jacobians(scene: _Scene, focal: np.ndarray) -> tuple[np.ndarray, np.ndarray
 def _gap(scene: _Scene, rays: np.ndarray, focal: np.ndarray) -> np.ndarray:
     p = scene.seen()
     return np.linalg.norm((p[..., :2] / p[..., 2:].clip(1e-2) - rays) * focal[:, None, None], axis=-1)
-
-
-def _errors(scene: _Scene, rays: np.ndarray, known: np.ndarray, focal: np.ndarray) -> np.ndarray:
-    """Median and upper quartile of the distance of points from where the model puts them, in enlarged pixels: (2,)."""
-    gap = _gap(scene, rays, focal)[known]
-    return np.quantile(gap, [0.5, 0.75]) if len(gap) else np.full(2, np.inf)
