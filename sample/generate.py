@@ -227,7 +227,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--offload", metavar="model|group", help="keep one part, or one block, on the device at a time")
     add("--fp8", action="store_true", default=None, help="store the transformer in 8 bits")
     add("--attention", metavar="NAME", help="native, math, cudnn, flex, xformers, flash, flash3 or sage")
-    add("--cache", metavar="NAME=X", help="skip work: first-block=0.1, taylorseer=5, mag=RATIOS.json (made by calibrate=RATIOS.json)")
+    add("--cache", metavar="NAME=X", help="reuse steps: first-block=0.1, taylorseer=5 or mag=FILE.json (which calibrate=FILE.json makes)")
     add("--tiles", metavar="PIXELS", type=int, help="the VAE works in overlapping squares of this side, such as 256")
     add("--compile", action="store_true", default=None, help="compile the transformer's block: faster steps after a slow first one")
     add("--context-parallel", metavar="N", type=int, help="share each clip between the N processes that torchrun started")

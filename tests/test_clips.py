@@ -146,6 +146,8 @@ def test_what_cannot_be_used_is_named_or_counted(root, manifest, tmp_path):
     with pytest.raises(UserError, match=r"1 files are unusable \(.*x.mp4 is not a video.*skip_bad"):
         folder_manifest(tmp_path, skip_bad=False)
     assert len(folder_manifest(tmp_path, skip_bad=True)) == 1
+    with pytest.raises(UserError, match="decord does not notice damage: make a manifest"):
+        ClipSource(config(tmp_path, reader="decord", skip_bad=True))
     for wrong in (dict(scale=0), dict(holdout=1.0), dict(source="world", holdout=0.1), dict(source="world", reader="decord")):
         with pytest.raises(UserError):
             check_data(config(manifest, **wrong))

@@ -274,6 +274,22 @@ def test_a_file_named_twice_keeps_the_captions_of_both(tmp_path):
     assert [caption.text for caption in one.captions] == ["first", "second", "third"]
 
 
+def test_every_caption_of_a_row_is_kept(tmp_path):
+    """Two columns, a list in one cell, and lists beside lists of stretches, in csv and in jsonl."""
+    (tmp_path / "t.csv").write_text("name,en,zh\na.mp4,a cat,一只猫\nb.mp4,\"['one', 'two']\",\n")
+    found = Listing({"path": "name", "caption": ["en", "zh"]}).find([tmp_path / "t.csv"])
+    assert [[(c.text, c.language) for c in one.captions] for one in found] == [
+        [("a cat", "en"), ("一只猫", "zh")], [("one", "en"), ("two", "en")],
+    ]  # fmt: skip
+    for name, row in (
+        ("p.csv", "videoID,caption,timestamp\nc,\"['one', 'two']\",\"[[0, 1], ['0:00:01.5', 3]]\"\n"),
+        ("p.jsonl", '{"videoID": "c", "caption": ["one", "two"], "timestamp": [[0, 1], [1.5, 3]]}\n'),
+    ):
+        (tmp_path / name).write_text(row)
+        found = Listing().find([tmp_path / name])
+        assert [(one.start, one.end, [c.text for c in one.captions]) for one in found] == [(0, 1, ["one"]), (1.5, 3, ["two"])]
+
+
 def test_odd_things_in_a_folder_cost_nothing_but_themselves(tmp_path):
     """A pipe would be waited for; a dead link; a name that is not UTF-8 must survive two trips through JSON."""
     folder = tmp_path / "in"
@@ -332,6 +348,10 @@ MISTAKES = {
     "no workers": (lambda f: [str(f / "films"), "--workers", "0"], "--workers"),
     "no time": (lambda f: [str(f / "films"), "--seconds-per-minute", "0"], "--seconds-per-minute"),
     "more than everything": (lambda f: [str(f / "films"), "--allow-bad", "2"], "--allow-bad"),
+    "two columns for one file": (lambda f: [str(f / "films"), "--map", "path=a", "path=b"], "path is mapped to a, b"),
+    "captions without a stretch": (
+        lambda f: [put(f, "t.csv", "video,caption,timestamp\na,\"['x','y','z']\",\"[[0,1],[1,2]]\"\n")], "3 captions for 2 stretches",
+    ),
     "half a mapping": (lambda f: [str(f / "films"), "--map", "path"], "give FIELD=COLUMN"),
 }  # fmt: skip
 

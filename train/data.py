@@ -91,7 +91,12 @@ def run_scan(args: argparse.Namespace) -> None:
     out = Path(args.out)
     if out.suffix != ".jsonl":
         raise UserError(f"--out {out}: end the manifest's name in .jsonl")
-    mapping = dict(word.split("=", 1) if "=" in word else _no_mapping(word) for word in args.map)
+    mapping: dict[str, list[str]] = {}
+    for word in args.map:
+        field, given, column = word.partition("=")
+        if not given:
+            raise UserError(f"--map {word}: give FIELD=COLUMN, such as path=video or path={{videoID}}.mp4")
+        mapping.setdefault(field, []).append(column)
     filters = load_config(Filters, args.filters) if args.filters else Filters()
     listing = Listing(mapping, args.root)
     candidates = listing.find(args.paths)
@@ -170,10 +175,6 @@ def run_camera(args: argparse.Namespace) -> None:
         + (f" · median error {median(errors):.2f} px at a width of {WIDTH}" if rows else "")
     )
     print(f"frames registered: {100 * sum(placed) / len(placed):.1f} % of {len(placed)} estimated clips" if placed else "none estimated")
-
-
-def _no_mapping(word: str) -> tuple[str, str]:
-    raise UserError(f"--map {word}: give FIELD=COLUMN, such as path=video or path={{videoID}}.mp4")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Clips out of files: ours against decord, torchcodec and plain PyAV, opening included, shrunk to 256x448.
 
-Ours (`kling.data.decode`) leaves out frames that no other needs before a clip, and shrinks inside FFmpeg. Plain PyAV decodes them all and
-resizes as tensors, which is what one writes first.
+Ours (`kling.data.decode`) leaves out frames that neither the clip nor another frame needs, and shrinks inside FFmpeg. Plain PyAV decodes
+them all and resizes as tensors, which is what one writes first.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
+from av.video.reformatter import ColorRange, Colorspace
 from kling_programs.eval.benches.measure import Bench, Row, Run, absent
 from torch import Tensor
 
@@ -66,8 +67,11 @@ def make_video(path: Path, height: int, gop: int) -> None:
     with av.open(str(path), "w") as out:
         stream = out.add_stream("libx264", rate=24, options={"g": str(gop), "preset": "veryfast", "crf": "23"})
         stream.width, stream.height, stream.pix_fmt = W, H, "yuv420p"
+        # decoders guess differently at the matrix of an untagged HD file, so none but ours may read one
+        stream.codec_context.colorspace, stream.codec_context.color_range = Colorspace.ITU709, ColorRange.MPEG
         for t in range(24 * SECONDS):
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(np.roll(wall, -3 * t, axis=1)[:, :W]), format="rgb24")
+            frame = frame.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG)
             frame.pts, frame.time_base = t, Fraction(1, 24)
             out.mux(stream.encode(frame))
         out.mux(stream.encode())

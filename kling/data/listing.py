@@ -1,7 +1,7 @@
 """What there is to scan: the videos and pictures of folders, csv and jsonl tables, and WebDataset tar shards, with their captions.
 
 A table needs a column with the file. Well-known names are found by themselves (OpenVid `video`, Panda and Koala `videoID`, ...); others are
-mapped, with a template where the column is only part of the name: {"path": "{videoID}.mp4", "caption": "text"}.
+mapped, with a template where the column is only part of the name: {"path": "{videoID}.mp4", "caption": ["text", "text_zh"]}.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 import re
 import tarfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -52,14 +52,18 @@ class Candidate:
 class Listing:
     """Walks what a person names. `passed` counts, by suffix, the files in folders and tars that hold neither video nor picture.
 
-    mapping: field of `COLUMNS` -> column or template. root: the folder of a table's relative paths; default the table's own.
+    mapping: field of `COLUMNS` -> column or template, or several for captions. root: the folder of a table's relative paths; default the
+    table's own.
     """
 
-    def __init__(self, mapping: Mapping[str, str] | None = None, root: str | Path | None = None) -> None:
-        self.mapping, self.root, self.passed = dict(mapping or {}), root, Counter[str]()
-        for name in self.mapping:
+    def __init__(self, mapping: Mapping[str, str | Sequence[str]] | None = None, root: str | Path | None = None) -> None:
+        self.mapping = {name: [columns] if isinstance(columns, str) else list(columns) for name, columns in (mapping or {}).items()}
+        self.root, self.passed = root, Counter[str]()
+        for name, columns in self.mapping.items():
             if name not in COLUMNS:
                 raise unknown("field", name, COLUMNS)
+            if len(columns) > 1 and name != "caption":
+                raise UserError(f"{name} is mapped to {', '.join(columns)}: choose one; only captions may have several columns")
 
     def find(self, paths: Iterable[str | Path]) -> list[Candidate]:
         """Everything below `paths`, each file once, in the order of the names; captions of one that is named again are added to it.
@@ -129,27 +133,40 @@ class Listing:
             path = self._field(row, "path", where)
             if path is None:
                 raise UserError(f"{where} names no file; its columns are {', '.join(row)}: map one with path=COLUMN or path={{COLUMN}}.mp4")
-            captions = _captions(row, self._field(row, "caption", where), where)
+            captions = [c for value in self._fields(row, "caption", where) for c in _captions(value, where)]
             camera = self._field(row, "camera", where)
-            media = root / str(path)
+            media, stretches = root / str(path), self._stretches(row, where)
             there = beside(media)
-            for i, (start, end) in enumerate(self._stretches(row, where)):
-                # Panda: a list of captions, one for each of a list of stretches
-                own = captions[i : i + 1] if isinstance(captions, list) else captions
+            shares = [tuple(captions)] * len(stretches)
+            if len(captions) > 1 and len(stretches) > 1:  # Panda: a list of captions, one for each of a list of stretches
+                if len(captions) != len(stretches):
+                    raise UserError(
+                        f"{where} has {len(captions)} captions for {len(stretches)} stretches: give one for each, or one for all"
+                    )
+                shares = [(one,) for one in captions]
+            for own, (start, end) in zip(shares, stretches, strict=True):
                 yield Candidate(media, own or there.captions, start, end, root / str(camera) if camera else there.camera, there.trouble)
 
     def _field(self, row: dict[str, Any], field: str, where: str) -> Any:
         """The value of a field in a row, None where it has none."""
-        if column := self.mapping.get(field):
+        return next(iter(self._fields(row, field, where)), None)
+
+    def _fields(self, row: dict[str, Any], field: str, where: str) -> list[Any]:
+        """The values of a field in a row: of all columns that it is mapped to, or else of the first well-known one that is not empty."""
+        if field not in self.mapping:
+            return [row[name] for name in COLUMNS[field] if row.get(name) not in (None, "")][:1]
+        values = []
+        for column in self.mapping[field]:
             if "{" in column:
                 try:
-                    return column.format(**row)
+                    values.append(column.format(**row))
                 except (KeyError, IndexError, ValueError) as error:
                     raise UserError(f"{where} has no column {error} for {field}={column}: its columns are {', '.join(row)}") from None
-            if column not in row:
+            elif column in row:
+                values.append(row[column])
+            else:
                 raise unknown(f"column in {where}:", column, row)
-            return row[column]
-        return next((row[name] for name in COLUMNS[field] if row.get(name) not in (None, "")), None)
+        return values
 
     def _stretches(self, row: dict[str, Any], where: str) -> list[tuple[float | None, float | None]]:
         stamps = self._field(row, "timestamp", where)
@@ -218,17 +235,16 @@ def seconds(value: Any, where: str) -> float | None:
     return total
 
 
-def _captions(row: dict[str, Any], value: Any, where: str) -> tuple[Caption, ...] | list[Caption]:
-    """The captions of a table's row: a list where there is one for each stretch (Panda), else a tuple."""
+def _captions(value: Any, where: str) -> list[Caption]:
+    """The captions in a table's cell: a text, or a list of them, in csv written as Python or JSON does."""
     if isinstance(value, str) and value.startswith("[") and value.endswith("]"):
         try:
             value = ast.literal_eval(value)
         except (ValueError, SyntaxError):
-            return (caption(value),)  # a sentence in brackets
-        return [caption(str(text)) for text in value]
+            return [caption(value)]  # a sentence in brackets
     if isinstance(value, list):
-        return tuple(captions_from({"captions": value}, where))
-    return (caption(str(value)),) if value not in (None, "") and str(value).strip() else ()
+        return captions_from({"captions": value}, where)
+    return [caption(str(value))] if value not in (None, "") and str(value).strip() else []
 
 
 def _read_csv(path: Path) -> Iterator[tuple[int, dict[str, str]]]:

@@ -108,7 +108,7 @@ READERS = {"pyav": PyAVReader, "decord": DecordReader, "torchcodec": TorchcodecR
 def open_reader(path: str | Path | Member, backend: str = "auto", info: VideoInfo | None = None, threads: int = 0) -> Reader:
     """A reader of one file. info: what a scan found (otherwise the file is probed). threads: 0 for as many as there are cores.
 
-    auto is pyav: it measured faster than decord and torchcodec on the files that these can read (`kling-bench data`), and it alone tells
+    auto is pyav: it measured faster than decord and torchcodec on the files that these can read (`kling-bench video`), and it alone tells
     of damage. Raises `UserError` for a file that the backend must not read.
     """
     if backend not in ("auto", *READERS):

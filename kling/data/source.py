@@ -6,6 +6,7 @@ import random
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -47,6 +48,8 @@ class ClipSource:
         self.cfg, self.seed, self.split = cfg, seed, split
         self.manifest: ManifestClips | None = None
         if cfg.source != "world":
+            if cfg.reader not in ("auto", "pyav") and Path(cfg.source).is_dir():
+                raise UserError(f"data.reader {cfg.reader} does not notice damage: make a manifest of {cfg.source} with kling-data scan")
             manifest = held_out(open_manifest(cfg.source, cfg.skip_bad), cfg.holdout, evaluation=split != "train")
             self.manifest = ManifestClips(
                 manifest,
