@@ -1,6 +1,6 @@
 """Our parts against what one would use in their place: the same weights, the same work, one run.
 
-kling-bench                                      # all suites on the CPU: some 40 minutes
+kling-bench                                      # all suites on the CPU: about an hour
 kling-bench dit attn --quick                     # a look, not a measurement: minutes
 kling-bench dit --device cuda --json out/dit.json    # and out/dit.png where sizes grow
 

@@ -24,9 +24,11 @@ from kling.errors import UserError
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem; color: #222; background: #fff }
 table { border-collapse: collapse; display: block; overflow-x: auto }
-td, th { padding: .2rem .7rem; text-align: right; border-bottom: 1px solid #ddd }
-td:first-child, th:first-child { text-align: left } th { font-weight: 600 } img { max-width: 100%; display: block; margin: .5rem 0 }
-.note { color: #666 } .bad { color: #b00020 } video { width: 14rem; margin: .2rem } svg { background: #fafafa; margin: .3rem }
+td, th { padding: .2rem .7rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap }
+td:first-child, th:first-child { text-align: left; white-space: normal; min-width: 9rem; position: sticky; left: 0; background: #fff }
+th { font-weight: 600 } h2, .note { overflow-wrap: anywhere } figure { display: inline-block; margin: .2rem }
+img { max-width: 100%; display: block; margin: .5rem 0 }
+.note { color: #666 } .bad { color: #b00020 } video { width: 14rem; display: block } svg { background: #fafafa; margin: .3rem }
 """
 POINTS = 400  # of a curve; more are averaged
 SHOWN = 6  # videos at each end
@@ -80,7 +82,7 @@ def section(folder: Path, report: dict[str, Any] | None, steps: list[dict[str, f
             parts.append(f"<p class=bad>{len(failures)} failed and count as worst:</p><ul>{items}</ul>")
         parts.append(videos(report))
     parts += [f"<p class=note>{path.stem}</p><img alt='{path.stem}' src='{inlined(path)}'>" for path in sorted(folder.glob("strips/*.png"))]
-    names = [name for name in dict.fromkeys(key for row in steps for key in row) if name != "step"]
+    names = [name for name in dict.fromkeys(key for row in steps for key in row) if name not in ("step", "time")]
     parts += [plot(name, [(row["step"], row[name]) for row in steps if plottable(row, name)]) for name in names]
     return "".join(parts)
 
@@ -122,10 +124,14 @@ def videos(report: dict[str, Any]) -> str:
     half = min(SHOWN, (len(ranked) + 1) // 2)
     parts = []
     for title, names in (("worst first", ranked[:half]), ("best first", ranked[half:][::-1][:half])):
-        clips = [found[name].absolute().as_uri() for name in names if name in found]
+        clips = [(name, found[name].absolute().as_uri()) for name in names if name in found]
         parts.append(
             f"<p class=note>{title}</p>"
-            + "".join(f"<video src='{html.escape(uri, quote=True)}' controls muted loop></video>" for uri in clips)
+            + "".join(  # the fragment makes a browser show a frame before it plays
+                f"<figure><video src='{html.escape(uri, quote=True)}#t=0.01' preload=metadata controls muted loop></video>"
+                f"<figcaption class=note>{html.escape(name)}</figcaption></figure>"
+                for name, uri in clips
+            )
         )
     return "".join(parts)
 

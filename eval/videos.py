@@ -2,7 +2,7 @@
 
     kling-eval videos made/ --out out/made      flicker, warp error, dynamic degree; and with
       --reference true/                         PSNR, SSIM, temporal PSNR, VMAF against the file of the same name
-      --cameras paths/                          RotErr, TransErr, CamMC, VBench's camera class against NAME.txt or NAME.json
+      --cameras paths/ [--colmap]               RotErr, TransErr, CamMC, VBench's camera class against NAME.txt or NAME.json
       --keyframes pictures/                     how near frame F comes to NAME@F.png
       --seams 41:32                             the joins at 41, 73, 105, …, and what drifts from hop to hop
 
@@ -22,6 +22,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,7 @@ class Given:
     camera: Trajectory | None = None
     keyframes: dict[int, Tensor] = field(default_factory=dict)  # frame -> (H, W, 3) uint8; -1 is the last
     seams: list[int] = field(default_factory=list)
+    colmap: bool = False  # whether pycolmap may place the camera too
 
 
 def main(argv: list[str]) -> None:
@@ -168,7 +170,7 @@ def load(
         raise UserError("there is no such video")
     video = read_video(made[name]).frames
     T, H, W, _ = video.shape
-    given = Given(probe(made[name]).fps, seams=[t for t in seams(args.seams, T)] if args.seams else [])
+    given = Given(probe(made[name]).fps, seams=[t for t in seams(args.seams, T)] if args.seams else [], colmap=args.colmap)
     if beside["reference"]:
         if name not in beside["reference"]:
             raise UserError(f"{args.reference} has no video of that name")
@@ -224,7 +226,7 @@ def measure(video: Tensor, given: Given, seconds: dict[str, float] | None = None
     if given.reference is not None:
         done("reference", reference_row(video, given.reference))
     if given.camera is not None:
-        done("camera", camera_row(video, given.camera, camera_classes(flow)))
+        done("camera", camera_row(video, given, camera_classes(flow)))
     if given.keyframes:
         pairs = [(to_tensor(video[f][None])[None], to_tensor(picture[None])[None]) for f, picture in given.keyframes.items()]
         near = sum(float(psnr(a, b)) for a, b in pairs) / len(pairs)
@@ -242,9 +244,10 @@ def reference_row(video: Tensor, reference: Tensor) -> Row:
     return row | {"vmaf": vmaf(video, reference)}
 
 
-def camera_row(video: Tensor, asked: Trajectory, classes: set[str]) -> Row:
+def camera_row(video: Tensor, given: Given, classes: set[str]) -> Row:
     """The estimated path against the asked one; the class where the asked path is one of VBench's seven."""
-    estimate = estimate_structure(video, asked.intrinsics)
+    asked = given.camera
+    estimate = estimate_structure(video, asked.intrinsics, given.colmap)
     found = estimate.found
     sums = summed_errors(estimate.trajectory, asked, found)
     name = vbench_class(asked)
@@ -293,7 +296,7 @@ def control_rows(video: Tensor, given: Given) -> Iterator[tuple[str, dict[str, R
     yield "frozen", {"motion": measure(frozen(video), Given(fps))["motion"]}
     yield "noise", {"motion": measure(noise(video, 0), Given(fps))["motion"]}
     turning, path = turned(video[0])
-    known = Given(8.0, camera=path if given.camera else None)
+    known = Given(8.0, camera=path if given.camera else None, colmap=given.colmap)
     yield "turned", measure(turning, known)
     if given.camera:
         for name, clip in (("frozen", frozen(turning)), ("noise", noise(turning, 0))):
@@ -329,7 +332,8 @@ def report(
     scores = {task: summarise([rows[name][task] for name in names if task in rows[name]]) for task in tasks}
     columns = {name: {task: summarise(found) for task, found in by_task.items()} for name, by_task in controls.items()}
     lines = [Line(m.task, m.name, m.title, m.unit) for m in MEASURES]
-    protocol = {"suite": "videos", "version": 1, "measures": [dataclasses.astuple(m)[:3] for m in MEASURES], "seams": args.seams}
+    protocol = {"suite": "videos", "version": 2, "measures": [dataclasses.astuple(m)[:3] for m in MEASURES], "seams": args.seams}
+    protocol["colmap"] = args.colmap
     table = markdown(lines, scores, columns)
     head = f"n = {len(names)}, of which {len(failures)} failed and count as worst; protocol {protocol_hash(protocol)}"
     notes = "; ".join(f"{task} {s:.2f} s" for task, s in seconds.items())
@@ -370,6 +374,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--out", metavar="FOLDER", required=True)
     parser.add_argument("--reference", metavar="FOLDER", help="what they should be, by the same names")
     parser.add_argument("--cameras", metavar="FOLDER", help="paths that were asked for, RealEstate10K text or JSON")
+    parser.add_argument("--colmap", action="store_true", help="let pycolmap place cameras too, where it explains a clip better; slow")
     parser.add_argument("--keyframes", metavar="FOLDER", help="pictures NAME@FRAME.png")
     parser.add_argument("--seams", metavar="FRAMES", help="where hops begin: 41,73 or 41:32")
     parser.add_argument("--n", metavar="N", type=int, help="only the first N names")
@@ -378,4 +383,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         raise UserError(f"--n {args.n}: give at least 1")
     if args.seams:
         seams(args.seams, 2)
+    if args.colmap and not args.cameras:
+        raise UserError("--colmap places cameras: give --cameras, the paths that were asked for")
+    if args.colmap and find_spec("pycolmap") is None:
+        raise UserError("--colmap needs pycolmap: pip install 'kling[colmap]'")
     return args

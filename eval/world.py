@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 from kling_programs.eval.cases import ASPECT, FRAMES, LONG, ORDERS, TABLE, TASKS, Case, half, held_out, labels, with_camera
-from kling_programs.eval.common import Parser, check_order, write_json
+from kling_programs.eval.common import Parser, check_order, protocol_hash, write_json
 from torch import Tensor
 
 from kling.data.files import head, written
@@ -286,7 +286,12 @@ def report(options: Options, model: dict[str, Any], records: list[Record], left_
     ]
     with written(Path(options.out) / "scores.md") as temporary:
         temporary.write_text("\n\n".join([" · ".join(notes) + "; bold = reached", table, *strips]) + "\n", encoding="utf-8")
+    measured_as = {"suite": "world", "version": PROTOCOL, "frames": FRAMES, "pictures": PICTURES, "controls": CONTROLS}
+    measured_as |= {"examples": options.examples, "seed": options.seed, "steps": options.steps}
     return {
+        "suite": "world",
+        "protocol": protocol_hash(measured_as),
+        "failures": {},
         "options": dataclasses.asdict(options),
         "model": model,
         "n": n,

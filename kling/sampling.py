@@ -95,14 +95,14 @@ class Sampler:
         guided = Guidance(plan.guidance_interval, plan.guidance_every)
 
         def predict(z: Tensor, tokens: Tensor, level: Tensor) -> Tensor:
-            highest = float(level.max())
+            highest, sigma = float(level.max()), level[:, 0] if state.free and level.shape[1] == 1 else tokens
             second = len(self.experts) > 1 and highest < self.boundary
             expert, guidance = self.experts[second], plan.guidance_scale_2 if second else plan.guidance_scale
 
             def velocity(which: str, camera: bool) -> Tensor:
                 past = None if history is None else history[which]
                 kept = constants.setdefault((second, which), Constants(len(expert.blocks))) if text_counts(tokens, signals) else None
-                return self._velocity(expert, state, signals, which, camera, z, tokens, past, kept)
+                return self._velocity(expert, state, signals, which, camera, z, sigma, past, kept)
 
             return guided(velocity, guidance, plan.camera_guidance_scale, signals.rays is not None, highest)
 
@@ -110,17 +110,17 @@ class Sampler:
 
     @staticmethod
     def _velocity(
-        expert: KlingTransformer3DModel, state: State, signals: Signals, which: str, camera: bool, z: Tensor, tokens: Tensor,
+        expert: KlingTransformer3DModel, state: State, signals: Signals, which: str, camera: bool, z: Tensor, sigma: Tensor,
         history: History | None, constants: Constants | None = None,
     ) -> Tensor:  # fmt: skip
-        """One pass of one expert: z (1, c, G, h, w) and the level of each token (1, G, h', w') -> velocity (1, c, G, h, w)."""
+        """One pass of one expert: z (1, c, G, h, w) and its level (1,), or each token's (1, G, h', w') -> velocity (1, c, G, h, w)."""
         dtype = expert.dtype
         x = z if signals.concat is None else torch.cat([z, signals.concat], dim=1)
         branch = which if camera or signals.rays is None else "no camera"  # step caches keep what they reuse apart by these names
         with expert.cache_context(branch) if expert.is_cache_enabled else nullcontext():
             return expert(
                 x.to(dtype),
-                tokens,
+                sigma,
                 signals.text[which].to(dtype),
                 positions=state.position,
                 kinds=state.kind,

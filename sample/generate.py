@@ -47,7 +47,7 @@ if TYPE_CHECKING:  # diffusers takes seconds to import: a typing mistake should 
 FORMATS = {"mp4": tuple(WRITABLE), "gif": (".gif",), "png-frames": ("",), "png": (".png",)}  # and the endings of their names
 REPLAY_TAKES = {"replay", "output", "model", "device", "format", "fps", "save_latents", "dry_run"}
 WEIGHTS = ("transformer", "transformer_2", "vae", "checkpoint", "lora", "lora_2", "text_cache")  # beside those of the folder
-MACHINE = ("offload", "fp8", "attention", "cache", "context_parallel", "tiles")
+MACHINE = ("offload", "fp8", "attention", "cache", "context_parallel", "tiles", "compile")
 REPLAY_TAKES |= {*WEIGHTS, *MACHINE, "dtype"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 EXIT_DIFFERENT = 1
@@ -203,7 +203,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument_group("sampling; defaults are the checkpoint's own").add_argument
     add("--num-inference-steps", metavar="N", type=int)
     add("--guidance-scale", metavar="X", type=float, help="how hard the prompt pulls; 1 is plain")
-    add("--guidance-interval", metavar="LOW:HIGH", type=an_interval, help="noise levels with guidance, such as 0.2:0.9; faster (0:1)")
+    add("--guidance-interval", metavar=("LOW", "HIGH"), nargs=2, type=float, help="noise levels with guidance, as in 0.2 0.9; faster")
     add("--guidance-every", metavar="N", type=int, help="compute guidance anew at every N-th step only; faster (1)")
     add("--shift", metavar="X", type=float, help="more puts more steps where there is much noise")
     add("--sigma-c", metavar="X", type=float, help="noise put on what is given, 0 to below 1 (0)")
@@ -227,12 +227,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--offload", metavar="model|group", help="keep one part, or one block, on the device at a time")
     add("--fp8", action="store_true", default=None, help="store the transformer in 8 bits")
     add("--attention", metavar="NAME", help="native, math, cudnn, flex, xformers, flash, flash3 or sage")
-    add(
-        "--cache",
-        metavar="NAME=X",
-        help="skip work that changes little: first-block=0.1, taylorseer=5 or mag=RATIOS.json (made by calibrate=RATIOS.json)",
-    )
+    add("--cache", metavar="NAME=X", help="reuse steps: first-block=0.1, taylorseer=5 or mag=FILE.json (which calibrate=FILE.json makes)")
     add("--tiles", metavar="PIXELS", type=int, help="the VAE works in overlapping squares of this side, such as 256")
+    add("--compile", action="store_true", default=None, help="compile the transformer's block: faster steps after a slow first one")
     add("--context-parallel", metavar="N", type=int, help="share each clip between the N processes that torchrun started")
 
     add = parser.add_argument_group("output").add_argument
@@ -271,12 +268,6 @@ def a_seed(text: str) -> int:
     if not text.isdecimal() or int(text) >= 2**32:
         raise argparse.ArgumentTypeError(f"'{text}' is no seed: give a whole number from 0 to {2**32 - 1}")
     return int(text)
-
-
-def an_interval(text: str) -> tuple[float, float]:
-    if not (found := re.fullmatch(r"(\d*\.?\d+):(\d*\.?\d+)", text)):
-        raise argparse.ArgumentTypeError(f"'{text}': write two noise levels as LOW:HIGH, such as 0.2:0.9")
-    return float(found[1]), float(found[2])
 
 
 def a_keyframe(text: str) -> tuple[str, int, float]:

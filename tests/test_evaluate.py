@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 from collections.abc import Callable
@@ -136,11 +135,12 @@ def test_bad_command_lines(argv: list[str], message: str, capsys: pytest.Capture
 def test_two_processes_share_the_cases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The shipped model, which they load, at one step: the rows are those of one process."""
     monkeypatch.undo()
-    rows = []
+    from kling.pipeline import ASSETS
+
+    pipe, rows = program.load(ASSETS), []
     for workers in (2, 1):
         out = tmp_path / str(workers)
-        with contextlib.suppress(SystemExit):  # two cases may not rank the controls
-            main(["world", "--quick", "--n", "2", "--steps", "1", "--out", str(out), "--workers", str(workers)])
+        evaluate(pipe, Options(str(out), n=2, steps=1, examples=24, workers=workers), {"sha256": {}}, ASSETS)
         cases = [json.loads(line) for line in (out / "cases.jsonl").read_text().splitlines()]
         rows.append({case["k"]: case["rows"] for case in cases})
     assert set(rows[0]) == {0, 1} and rows[0] == rows[1]

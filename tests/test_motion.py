@@ -13,6 +13,7 @@ from torch import Tensor
 from kling.condition.axes import axes_trajectory
 from kling.data.transforms import to_tensor
 from kling.metrics.camera import rotation_error, summed_errors, translation_error
+from kling.metrics.colmap import colmap_path
 from kling.metrics.continuation import drift, seam_rows
 from kling.metrics.controls import Order, frozen, noise, stepped, turned, violations
 from kling.metrics.motion import Flow, camera_classes, dynamic_degree, optical_flow, visible, warp_error
@@ -124,9 +125,8 @@ def test_noise_has_no_path() -> None:
 def two_planes(path, H: int, W: int) -> Tensor:
     """Frames of two textured walls at different depths, by ray and plane: a scene with parallax, rendered without `kling.data.render`."""
     near, far, frames = texture(512, 512, 1), texture(512, 512, 2), []
-    fx, fy = path.intrinsics[0, :2].double().numpy() * [W, H]
-    x, y = np.meshgrid((np.arange(W) + 0.5 - W / 2) / fx, (np.arange(H) + 0.5 - H / 2) / fy)
-    for pose in path.c2w.double().numpy():
+    for pose, K in zip(path.c2w.double().numpy(), path.intrinsics.double().numpy(), strict=True):
+        x, y = np.meshgrid((np.arange(W) + 0.5 - W / 2) / (K[0] * W), (np.arange(H) + 0.5 - H / 2) / (K[1] * H))
         d = np.stack([x, y, np.ones_like(x)], -1) @ pose[:, :3].T
         picture = None
         for wall, depth, scale in ((far, 9.0, 24.0), (near, 4.0, 48.0)):
@@ -145,6 +145,20 @@ def test_travel_through_parallax(axes: dict[str, float]) -> None:
     assert found.model == "moving" and bool(found.found.all())
     assert rotation_error(found.trajectory, path, found.found) < 0.5
     assert translation_error(found.trajectory, path, found.found) < 0.05
+
+
+@pytest.mark.slow
+def test_pycolmap_is_one_of_the_methods() -> None:
+    pytest.importorskip("pycolmap")
+    path = axes_trajectory({"horizontal": 8.0, "zoom": 3.0}, 9, 128, 192)  # intrinsics that change, too
+    video = two_planes(path, 128, 192)
+    placed = colmap_path(video, path.intrinsics, 2)
+    every = torch.ones(9, dtype=torch.bool)
+    assert placed is not None
+    assert rotation_error(placed, path, every) < 0.5 and translation_error(placed, path, every) < 0.03
+    found = estimate_structure(video, path.intrinsics, colmap=True)
+    assert found.model in ("moving", "colmap") and translation_error(found.trajectory, path, found.found) < 0.03
+    assert colmap_path(noise(video, 0), path.intrinsics, 2) is None
 
 
 def test_sums_as_cami2v_has_them() -> None:

@@ -199,6 +199,8 @@ def test_accelerator_mistakes(tmp_path: Path) -> None:
         make_accelerator(tmp_path, trackers=["wandbb"])
     with pytest.raises(UserError, match="gradient_accumulation 0"):
         make_accelerator(tmp_path, gradient_accumulation=0)
+    with pytest.raises(UserError, match="bf16_reduction on a CPU needs sharded weights"):
+        make_accelerator(tmp_path, bf16_reduction=True)
 
 
 def test_gradient_accumulation_steps_once_per_group(tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ from kling.config import read_yaml
 from kling.data.transforms import to_tensor
 from kling.data.world import World
 from kling.errors import UserError
-from kling.nn.conv import CausalConv3d, conv3d, patchify, unpatchify
+from kling.nn.channel_norm import NormSilu
+from kling.nn.conv import CausalConv3d, DoublingConv2d, HalvingConv2d, conv, patchify, unpatchify
 from kling.pipeline import load_vae
 from kling.vae import AutoencoderKLKling, LossWeights, StreamState, split_latents, vae_loss
 from kling.vae.tiling import Tiles, in_tiles
@@ -140,16 +141,35 @@ def test_stream_memory_is_flat(model: AutoencoderKLKling) -> None:
     for chunk in split_latents(noise(model, 6), 1):
         model.decode(chunk, state)
         kept.append(sum(t.untyped_storage().nbytes() for t in state.tails.values()))
-    assert len(set(kept[1:])) == 1
+    assert len(set(kept[1:])) == 1 and len(state.tails) > 10
     frames = model.decode_stream(noise(model, 1).expand(-1, -1, 10**9, -1, -1))
     assert next(frames).shape[2] == 1  # handed out before the rest is looked at
 
 
 @torch.no_grad()
 def test_tail_owns_its_memory() -> None:
-    conv, state = CausalConv3d(2, 2, 3, padding=1), StreamState()
-    conv(torch.randn(1, 2, 50, 4, 4), state)
-    assert state.tails[conv].untyped_storage().nbytes() == 2 * 2 * 4 * 4 * 4
+    layer, norm, state = CausalConv3d(2, 2, 3, padding=1), NormSilu(2), StreamState()
+    layer(torch.randn(1, 50, 4, 4, 2), state, norm)
+    assert state.tails[layer].untyped_storage().nbytes() == 2 * 2 * 4 * 4 * 4
+
+
+def test_stream_goes_on_with_and_without_gradients(model: AutoencoderKLKling) -> None:
+    latents, state, outs = noise(model, 6), StreamState(), []
+    for i, chunk in enumerate(split_latents(latents, 1)):
+        with torch.set_grad_enabled(i in (1, 2, 4)):
+            outs.append(model.decode(chunk, state).sample)
+    sum(y.square().sum() for y in outs if y.requires_grad).backward()
+    torch.testing.assert_close(torch.cat(outs, dim=2), model.decode(latents).sample, **CLOSE)
+
+
+def test_gradients_of_a_stream_are_those_of_the_whole(model: AutoencoderKLKling) -> None:
+    latents, state = noise(model, 3), StreamState()
+    ours = torch.cat([model.decode(chunk, state).sample for chunk in split_latents(latents, 1)], dim=2)
+    whole = model.decode(latents).sample
+    parameters = list(model.decoder.parameters())
+    pairs = zip(*(torch.autograd.grad(y.square().mean(), parameters) for y in (ours, whole)), strict=True)
+    for a, b in pairs:
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
 
 
 # ---- training ----
@@ -172,6 +192,22 @@ def test_gradients_reach_every_parameter(model: AutoencoderKLKling) -> None:
     model.disable_gradient_checkpointing()
 
 
+def test_mixed_precision_gives_nearly_the_same_gradients() -> None:
+    torch.manual_seed(0)
+    model, video = AutoencoderKLKling(**WAN21), clip(5, H=16, W=16)
+    model.load_state_dict(wan(WAN21).state_dict())
+
+    def gradient(enabled: bool) -> Tensor:
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            out = model(video)
+        (out.sample.float() - video).square().mean().backward()
+        assert out.sample.dtype == (torch.bfloat16 if enabled else torch.float32)
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    assert F.cosine_similarity(gradient(True), gradient(False), dim=0) > 0.99
+
+
 def test_loss() -> None:
     video, weights = clip(5, b=2), LossWeights(pixel=1, edge=2, motion=3, kl=4)
     unit = DiagonalGaussianDistribution(torch.zeros(2, 8, 2, 4, 4))
@@ -188,29 +224,67 @@ def test_loss() -> None:
     assert vae_loss(video[:, :, :1], video[:, :, :1], unit, weights)[1]["motion"] == 0
 
 
-@pytest.mark.parametrize("batch", [1, 2])
-def test_conv3d_is_torchs(batch: int) -> None:
-    x = torch.randn(batch, 3, 5, 6, 7, requires_grad=True)
-    conv = torch.nn.Conv3d(3, 4, 3)
-    args = (x, conv.weight, conv.bias, (2, 1, 1), (0, 1, 1))
-    ours, theirs = conv3d(*args), F.conv3d(*args)
-    torch.testing.assert_close(ours, theirs, **CLOSE)
-    ours_grad, theirs_grad = (torch.autograd.grad(y.square().sum(), args[:3]) for y in (ours, theirs))
-    for a, b in zip(ours_grad, theirs_grad, strict=True):
+def last(x: Tensor) -> Tensor:
+    """Channels last, as inside the VAE."""
+    return x.movedim(1, -1).contiguous()
+
+
+def same_with_gradients(ours: Tensor, theirs: Tensor, inputs: list[Tensor]) -> None:
+    """Outputs, channels last and first, and the gradients of a weighted sum of squares."""
+    assert ours.is_contiguous()
+    torch.testing.assert_close(ours, last(theirs), **CLOSE)
+    weights = torch.rand(theirs.shape, dtype=theirs.dtype)
+    for a, b in zip(*(torch.autograd.grad((y * w * y).sum(), inputs) for y, w in ((ours, last(weights)), (theirs, weights))), strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_convolutions_are_torchs(batch: int) -> None:
+    torch.manual_seed(batch)
+    x = torch.randn(batch, 3, 5, 6, 8, requires_grad=True)
+    args = (torch.randn(4, 3, 3, 3, 3, requires_grad=True), torch.randn(4, requires_grad=True), (2, 1, 1), (0, 1, 1))
+    same_with_gradients(conv(last(x), *args), F.conv3d(x, *args), [x, *args[:2]])
     with torch.autocast("cpu", torch.bfloat16):
-        assert conv3d(*args).dtype == torch.bfloat16
+        assert conv(last(x), *args).dtype == torch.bfloat16
+
+    picture = x[:, :, 0]
+    down, up = HalvingConv2d(3, 4, 3, stride=2), DoublingConv2d(3, 4, 3, padding=1)
+    theirs = F.conv2d(F.pad(picture, (0, 1, 0, 1)), down.weight, down.bias, stride=2)
+    same_with_gradients(down(last(picture)), theirs, [x, *down.parameters()])
+    theirs = F.conv2d(F.interpolate(picture, scale_factor=2, mode="nearest-exact"), up.weight, up.bias, padding=1)
+    same_with_gradients(up(last(picture)), theirs, [x, *up.parameters()])
 
 
 def test_a_lone_frame_is_a_clip_of_one() -> None:
     torch.manual_seed(0)
-    conv, x = CausalConv3d(4, 6, 3, padding=1), torch.randn(2, 4, 1, 6, 8)
-    torch.testing.assert_close(conv(x), F.conv3d(F.pad(x, (0, 0, 0, 0, 2, 0)), conv.weight, conv.bias, padding=(0, 1, 1)))
+    layer, x = CausalConv3d(4, 6, 3, padding=1), torch.randn(2, 4, 1, 6, 8, requires_grad=True)
+    theirs = F.conv3d(F.pad(x, (0, 0, 0, 0, 2, 0)), layer.weight, layer.bias, padding=(0, 1, 1))
+    same_with_gradients(layer(last(x)), theirs, [x, *layer.parameters()])
+
+
+def test_norm_silu_is_autograds() -> None:
+    """Against F.normalize in fp64, history in front, and a point that is all zeros."""
+    torch.manual_seed(0)
+    norm = NormSilu(5).double()
+    torch.nn.init.uniform_(norm.gamma, 0.5, 1.5)
+    x, history = (torch.randn(2, 5, t, 3, 4, dtype=torch.float64, requires_grad=True) for t in (3, 2))
+    with torch.no_grad():
+        x[:, :, 1, 1, 1] = 0
+    theirs = torch.cat([history, F.silu(F.normalize(x, dim=1) * 5**0.5 * norm.gamma)], dim=2)
+    at = torch.ones(1, 1, 3, 1, 1).index_fill(2, torch.tensor(1), 0)  # the gradient at zero has no meaning
+    ours = norm(last(x), last(history))
+    torch.testing.assert_close(ours, last(theirs), atol=1e-6, rtol=0)
+    grads = [torch.autograd.grad((y**3).sum(), [x, history, norm.gamma]) for y in (ours, theirs)]
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(*((g * at if g.shape == x.shape else g) for g in (a, b)), atol=1e-5, rtol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(norm(last(x), last(history)), ours)
 
 
 def test_patchify_inverse() -> None:
     video = clip(2)
-    assert torch.equal(unpatchify(patchify(video, 2), 2), video)
+    for p in (1, 2, 4):
+        assert torch.equal(unpatchify(patchify(video, p), p), video)
 
 
 # ---- tiles ----

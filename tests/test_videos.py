@@ -95,6 +95,7 @@ def test_classes_of_paths() -> None:
         (["videos", ".", "--out", "x"], "holds no videos"),
         (["videos", ".", "--out", "x", "--seams", "41:"], "--seams 41:"),
         (["videos", ".", "--out", "x", "--n", "0"], "--n 0"),
+        (["videos", ".", "--out", "x", "--colmap"], "give --cameras"),
     ],
 )
 def test_mistakes_are_one_line(

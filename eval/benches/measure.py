@@ -118,6 +118,11 @@ class Bench:
         """Seconds of one run alone: the median over as many as a comparison makes."""
         return median(a for a, _ in self._times(run, run, wall))
 
+    def once(self, run: Run) -> float:
+        """Seconds of a single run, for what takes long."""
+        seconds = clock(run, self.device)
+        return seconds.wall if self.device.type == "cuda" or self.threads > 1 else seconds.cpu
+
     def judge(self, value: float, goal: float | None, dtype: torch.dtype = torch.float32, at_most: bool = False) -> Row:
         """Whether a goal is reached, or why that cannot be said here."""
         if goal is None:

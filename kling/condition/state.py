@@ -13,6 +13,7 @@ G = F target frames + K appended ones. The noise level of a token is  sigma_tok 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -71,6 +72,10 @@ class State:
         level = level.view(*level.shape, *(1,) * (2 - level.ndim))[:, None, :, None, None]  # (b, 1, G or 1, 1, 1)
         return torch.where(self.mask > 0, self.mask * level, self.sigma_c)
 
+    def spread_sigma(self, level: Tensor) -> Tensor:
+        """As `sigma`, but (b, 1, 1 or G, 1, 1), which spreads over all elements, where nothing is given."""
+        return level.view(*level.shape, *(1,) * (2 - level.ndim))[:, None, :, None, None] if self.free else self.sigma(level)
+
     def noised(self, level: Tensor, noise: Tensor) -> Tensor:
         """z = (1 - sigma_tok) c + sigma_tok eps. At level 1 this is where sampling starts; in training c is the true clip everywhere."""
         sigma = self.sigma(level)  # (b, 1, G, h, w)
@@ -83,6 +88,11 @@ class State:
     def finish(self, z: Tensor) -> Tensor:
         """The clip: given elements restored exactly, appended frames cut off. (b, c, F, h, w)"""
         return torch.where(self.mask > 0, z, self.clean)[:, :, : self.frames]
+
+    @cached_property
+    def free(self) -> bool:
+        """Whether nothing is given, so that every element is at the schedule's own level."""
+        return bool((self.mask == 1).all())
 
     @property
     def plain(self) -> bool:

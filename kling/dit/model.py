@@ -206,6 +206,8 @@ class KlingTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
         batches: of each, `hidden_states`, `sigma` and `encoder_hidden_states`, and if wanted `positions`, `kinds`, `camera`, `camera_mask`.
         Returns the velocity (b, c, G, h, w) of each.
         """
+        if self._parallel_config is not None:
+            raise UserError("packed batches cannot share their tokens between devices: leave context parallelism off")
         patch = tuple(self.config.patch_size)
         grids, tokens, rotations, levels, indices = [], [], [], [], []
         for batch in batches:

@@ -13,11 +13,12 @@ def guided_velocity(predict: Callable[[str, bool], Tensor], guidance_scale: floa
 
         v = v(text, cam) + (g - 1) (v(text, cam) - v(negative, cam)) + (g_cam - 1) (v(text, cam) - v(text, no cam))
 
-    predict(text, camera): the velocity with text "prompt" or "negative", with the camera or without. A scale of 1 costs no extra pass.
+    predict(text, camera): the velocity with text "prompt" or "negative", with the camera or without; each a tensor of its own, which may be
+    written into. A scale of 1 costs no extra pass.
     """
     v = full = predict("prompt", camera)
     if guidance_scale != 1:
-        v = torch.lerp(predict("negative", camera), full, guidance_scale)  # one sweep over memory
+        v = predict("negative", camera).lerp_(full, guidance_scale)  # one sweep over memory, into the negative's own
     if camera and camera_guidance_scale != 1:
         v = v + torch.sub(full, predict("prompt", False)).mul_(camera_guidance_scale - 1)
     return v

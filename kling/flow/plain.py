@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from diffusers import SchedulerMixin
 from torch import Tensor
@@ -29,16 +31,21 @@ class PlainWalk:
         self._steps = 0
         self._unipc = UniPC(self.scheduler.sigmas.tolist()) if is_unipc(scheduler) else None
 
-    def step(self, v: Tensor, sigma: Tensor, next_sigma: Tensor, z: Tensor, mask: Tensor, clean: Tensor) -> tuple[Tensor, Tensor]:
+    def step(
+        self, v: Tensor, sigma: Tensor, next_sigma: Tensor, z: Tensor, mask: Tensor, clean: Tensor
+    ) -> tuple[Tensor, Callable[[], Tensor]]:
         """As `KlingFlowScheduler.step`, for one level: given elements (m = 0) stay as they are."""
         level = self.scheduler.sigmas[self._steps].to(z.device)
-        x0 = to_x0(z, v, level)
+
+        def x0() -> Tensor:
+            return to_x0(z, v, level)
+
         if self._unipc is not None:
-            moved = self._unipc.step(x0, z)
+            moved = self._unipc.step(x0(), z)
         else:
             moved = self.scheduler.step(v, self.timesteps[self._steps], z, return_dict=False)[0]
         self._steps += 1
-        return where_made(mask, moved, z), where_made(mask, x0, clean)
+        return where_made(mask, moved, z), lambda: where_made(mask, x0(), clean)
 
 
 def shift_key(scheduler: SchedulerMixin) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from diffusers import ConfigMixin, SchedulerMixin
 from diffusers.configuration_utils import register_to_config
@@ -70,7 +72,7 @@ class KlingFlowScheduler(SchedulerMixin, ConfigMixin):
 
     def step(
         self, v: Tensor, sigma: Tensor, next_sigma: Tensor, z: Tensor, mask: Tensor, clean: Tensor, noise: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Callable[[], Tensor]]:
         """One step: x0 = z - sigma v where m > 0, c where m = 0; z <- z - (sigma - sigma+) v, which is x0 + (sigma+ / sigma)(z - x0).
 
         What is given, or has arrived, has sigma+ = sigma and stays as it is.
@@ -80,17 +82,20 @@ class KlingFlowScheduler(SchedulerMixin, ConfigMixin):
 
         Args:
             v: (b, c, G, h, w) guided velocity at `sigma`.
-            sigma, next_sigma: (b, 1, G, h, w) levels of every element before and after.
+            sigma, next_sigma: levels of every element before and after, (b, 1, G, h, w) or what spreads to it.
             z, mask, clean: as in `State`.
             noise: eps (b, c, G, h, w), for "renoise" only.
 
-        Returns z at the next level, and the clip as it looks from here.
+        Returns z at the next level, and what computes x0, the clip as it looks from here.
         """
         step = sigma - next_sigma
         previous, previous_step = self._previous or (v, torch.zeros_like(step))
         self._previous = v, step
         v = self._solve(v, previous, step, previous_step)
-        x0 = where_made(mask, to_x0(z, v, sigma), clean)
+
+        def x0() -> Tensor:
+            return where_made(mask, to_x0(z, v, sigma), clean)
+
         if self.renoises:
-            return torch.where((sigma > 0) & (sigma > next_sigma), (1 - next_sigma) * x0 + next_sigma * noise, z), x0
+            return torch.where((sigma > 0) & (sigma > next_sigma), (1 - next_sigma) * x0() + next_sigma * noise, z), x0
         return torch.addcmul(z, step, v, value=-1), x0

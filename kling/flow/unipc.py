@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from math import expm1, inf, log
 
+import torch
 from diffusers import SchedulerMixin, UniPCMultistepScheduler
 from torch import Tensor
 
@@ -70,14 +71,14 @@ class UniPC:
         b1, b2 = phi / e, 2 * (phi / minus_h - 0.5) / e
         past = (b2 - b1) / (rk - 1)  # ρ₁ and ρ₂ of the paper's R ρ = b
         now = b1 - past
-        slope = past * move / rk
-        return weighted((keep, self.start), (move - slope - now * move, self.x0s[-1]), (slope, self.x0s[-2]), (now * move, x0))
+        slope, ours = past * move / rk, self.start  # corrected before, so no one else has it
+        return weighted((keep, ours), (move - slope - now * move, self.x0s[-1]), (slope, self.x0s[-2]), (now * move, x0), into=ours)
 
 
-def weighted(*terms: tuple[float, Tensor]) -> Tensor:
-    """Sum of weight · tensor, one sweep over memory for each."""
+def weighted(*terms: tuple[float, Tensor], into: Tensor | None = None) -> Tensor:
+    """Sum of weight · tensor, one sweep over memory for each. into: the first tensor, if it is not needed any more."""
     (weight, first), *rest = terms
-    total = first * weight
+    total = torch.mul(first, weight, out=into)
     for weight, x in rest:
         total.add_(x, alpha=weight)
     return total

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from itertools import pairwise
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -13,12 +14,18 @@ from kling.condition.state import State
 from kling.flow.time import frame_grid
 
 
-class Step(NamedTuple):
-    """What is there after a step: its timestep (1000 σ, of the noisiest frame), z (b, c, G, h, w), and the clip as it looks from here."""
+class Step:
+    """What is there after a step: its timestep (1000 σ, of the noisiest frame), z (b, c, G, h, w), and x0, the clip as it looks from here.
 
-    timestep: float
-    z: Tensor
-    x0: Tensor
+    x0 costs a sweep over memory, and is computed when it is first asked for.
+    """
+
+    def __init__(self, timestep: float, z: Tensor, find_x0: Callable[[], Tensor]) -> None:
+        self.timestep, self.z, self._find_x0 = timestep, z, find_x0
+
+    @cached_property
+    def x0(self) -> Tensor:
+        return self._find_x0()
 
 
 class Scheduler(Protocol):
@@ -26,7 +33,7 @@ class Scheduler(Protocol):
 
     def step(
         self, v: Tensor, sigma: Tensor, next_sigma: Tensor, z: Tensor, mask: Tensor, clean: Tensor, **noise: Tensor
-    ) -> tuple[Tensor, Tensor]: ...
+    ) -> tuple[Tensor, Callable[[], Tensor]]: ...
 
 
 # predict(z, level of each token (b, G, h', w'), level (b, 1 or G)) -> guided velocity; fresh(step) -> noise like z
@@ -43,9 +50,9 @@ def walk(state: State, scheduler: Scheduler, predict: Predict, noise: Tensor, fr
     for i, (level, next_level) in enumerate(pairwise(grid[:, None])):  # (1, 1 or G) each
         v = predict(z, state.token_sigma(level), level)
         again = {"noise": fresh(i)} if getattr(scheduler, "renoises", False) else {}
-        z, x0 = scheduler.step(v, state.sigma(level), state.sigma(next_level), z, state.mask, state.clean, **again)
-        z, x0 = z.to(noise.dtype), x0.to(noise.dtype)
-        yield Step(1000 * float(level.max()), z, x0)
+        z, x0 = scheduler.step(v, state.spread_sigma(level), state.spread_sigma(next_level), z, state.mask, state.clean, **again)
+        z = z.to(noise.dtype)
+        yield Step(1000 * float(level.max()), z, lambda x0=x0: x0().to(noise.dtype))
 
 
 def walk_blocks(
@@ -70,5 +77,5 @@ def walk_blocks(
         for step in walk(block, scheduler(), predict(block), noise[:, :, start:end], fresh(start, end)):
             z, x0 = z.clone(), x0.clone()
             z[:, :, start:end], x0[:, :, start:end] = step.z, step.x0
-            yield Step(step.timestep, z, x0)
+            yield Step(step.timestep, z, lambda x0=x0: x0)
         remember(block, block.finish(step.z))

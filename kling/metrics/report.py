@@ -54,8 +54,12 @@ def paired(a: Sequence[Row], b: Sequence[Row]) -> Summary:
 
 
 def markdown(lines: Sequence[Line], scores: Mapping[str, Summary], columns: Mapping[str, Mapping[str, Summary]]) -> str:
-    """The table. scores: by task. columns: by heading (truth, controls), then by task; a cell is empty where nothing was measured."""
-    head = ["", "score", "95 % interval", "n", "to reach", "chance", *columns]
+    """The table. scores: by task. columns: by heading (truth, controls), then by task; a cell is empty where nothing was measured.
+
+    The columns of targets and of chance are there if a line has them.
+    """
+    aims, guesses = any(line.target for line in lines), any(line.chance is not None for line in lines)
+    head = ["", "score", "95 % interval", "n", *(["to reach"] * aims), *(["chance"] * guesses), *columns]
     body = []
     for line in lines:
         if line.measure not in scores.get(line.task, {}):
@@ -65,11 +69,10 @@ def markdown(lines: Sequence[Line], scores: Mapping[str, Summary], columns: Mapp
         cells = [
             line.title,
             f"{mark}{_number(score['value'], line.unit)}{mark}",
-            f"{_number(score['low'], line.unit)} to {_number(score['high'], line.unit)}",
+            f"{_number(score['low'], line.unit).split()[0]} to {_number(score['high'], line.unit)}",
             str(score["n"]),
-            _target(line),
-            "" if line.chance is None else _number(line.chance, line.unit),
         ]
+        cells += [_target(line)] * aims + ["" if line.chance is None else _number(line.chance, line.unit)] * guesses
         for measured in columns.values():
             other = measured.get(line.task, {}).get(line.measure)
             cells.append("" if other is None else _number(other["value"], line.unit))

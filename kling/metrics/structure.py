@@ -1,8 +1,8 @@
 """The camera's path in any video, from points that are followed through it: no network, no knowledge of the scene.
 
-Corners are tracked (KLT, forward and back). A camera that only turns is tried first; then bundle adjustment over turns, positions and
-points, started from the essential matrix, from a plane's homography and from nothing. The simpler model stands unless the other explains
-clearly more.
+A camera that only turns is tried first; then bundle adjustment over turns, positions and points from many starts: the essential matrix,
+a plane's homography, turns that many points share, pycolmap if asked, and nothing. The simpler model stands unless the other explains
+twice as many sights: a path that bends to explain a moving object gains less, one that travels gains more.
 Points are homogeneous, (direction, inverse distance), so those at infinity are points like any other, and the start from nothing needs
 no depth (Yu and Gallup, "3D reconstruction from accidental motion", 2014).
 Positions are known up to one scale, which `translation_error` takes out.
@@ -18,16 +18,17 @@ import torch
 from torch import Tensor
 
 from kling.condition.camera import Trajectory
+from kling.metrics.colmap import colmap_path
+from kling.metrics.tracks import SHORT_SIDE, follow_points
 
-SHORT_SIDE = 256  # pixels; smaller pictures are enlarged before corners are sought
-CORNERS = 250  # followed at once
-QUALITY = 3e-4  # of the strongest corner; a bright thing on a soft ground must not hide it
-RETURN = 0.5  # pixels of the enlarged picture that a point may miss its start by, followed there and back
 ENOUGH = 12  # points that fix a pose
 AGREE, SHARE = 2.0, 0.5  # a pose is found where this share of its points lies within so many enlarged pixels
 EVERY = 4  # frames between two adjustments of everything
 PERFECT = 0.2  # pixels: a turning camera that leaves no more needs no rival
-BETTER = 2.0  # times the error that a turning camera may leave and still be believed
+SAMPLES, TURNS = 300, 6  # pairs of points drawn, and different turns tried, for the pose of a second view
+DISTINCT, ALONG = 0.02, 0.97  # radians by which two turns, and cosine by which two travels, must differ to be two
+HOPEFUL = 3  # paths that are followed to the end
+HALF = 0.5  # of what a moving camera explains: a turning one that explains no less is believed, for the rest may move on its own
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Structure:
 
     trajectory: Trajectory  # relative to frame 0; intrinsics as given
     found: Tensor  # (T,) bool; it ends at the first frame whose pose was not found
-    model: str  # "turning" or "moving"
+    model: str  # "turning", "moving", or "colmap" for a moving camera that pycolmap placed
     error: float  # pixels: upper quartile of the distance between points and where the model puts them
 
 
@@ -53,60 +54,37 @@ class _Scene:
         return np.einsum("tji,tnj->tni", self.R, self.u[None, :, :3] - self.u[None, :, 3:] * self.o[:, None])
 
 
-def estimate_structure(video: Tensor, intrinsics: Tensor) -> Structure:
-    """The path of a clip (T, H, W, 3) uint8 whose intrinsics (T, 4), normalised by width and height, are known."""
+def estimate_structure(video: Tensor, intrinsics: Tensor, colmap: bool = False) -> Structure:
+    """The path of a clip (T, H, W, 3) uint8 whose intrinsics (T, 4), normalised by width and height, are known.
+
+    colmap: let pycolmap place the camera too; its path stands if, after the same adjustment, it leaves the least error.
+    """
     T, H, W, _ = video.shape
     scale = max(1, round(SHORT_SIDE / min(H, W)))
     K = intrinsics.double().numpy()
-    xy = _tracks(video, scale) / [W * scale, H * scale]  # (T, N, 2), nan where a point is not seen
+    xy = follow_points(video, scale) / [W * scale, H * scale]  # (T, N, 2), nan where a point is not seen
     rays = (xy - K[:, None, 2:]) / K[:, None, :2]  # (T, N, 2) on the plane z = 1
     focal = K[:, 0] * W * scale  # (T,) enlarged pixels
     known = ~np.isnan(rays[..., 0])  # (T, N)
     rays = np.nan_to_num(rays)
     turning = _turned(rays, known, focal)
-    model, best, errors = "turning", turning, _errors(turning, rays, known, focal)
-    if errors[1] > PERFECT * scale:
-        moving = _moved(turning, rays, known, focal)
-        others = _errors(moving, rays, known, focal)
-        if (errors > BETTER * others + 0.1 * scale).any():
-            model, best, errors = "moving", moving, others
-    error = float(errors[1])
+    gap = _gap(turning, rays, focal)[known]
+    model, best, error = "turning", turning, float(np.quantile(gap, 0.75)) if len(gap) else np.inf
+    if len(gap) and error > PERFECT * scale:
+        moving = {"moving": _moved(turning, rays, known, focal)}
+        if colmap and (path := colmap_path(video, intrinsics, scale)) is not None:
+            moving["colmap"] = _placed(path, rays, known, focal)
+        scene = _best_first(list(moving.values()), rays, known, focal)[0]
+        turned, moved = _gap(turning, rays, focal)[known], _gap(scene, rays, focal)[known]
+        near = 2 * np.median(moved) + 0.1 * scale
+        if (turned < near).mean() < HALF * (moved < near).mean():
+            model, best = next(name for name, other in moving.items() if other is scene), scene
+            error = float(np.quantile(moved, 0.75))
     good = ((_gap(best, rays, focal) < AGREE * min(max(1.0, error), scale)) & known).sum(1)
     found = (good >= ENOUGH) & (good >= SHARE * known.sum(1))
     found[0] = True
     c2w = torch.from_numpy(np.concatenate([best.R, best.o[..., None]], axis=-1)).float()
     return Structure(Trajectory(c2w, intrinsics), torch.from_numpy(np.cumprod(found).astype(bool)), model, error / scale)
-
-
-def _tracks(video: Tensor, scale: int) -> np.ndarray:
-    """Pixel positions (T, N, 2) in the enlarged picture, pixel centres at +0.5; nan before a point appears and after it is lost."""
-    T, H, W, _ = video.shape
-    greys = [cv2.resize(cv2.cvtColor(f, cv2.COLOR_RGB2GRAY), (W * scale, H * scale), interpolation=cv2.INTER_CUBIC) for f in video.numpy()]
-    paths: list[np.ndarray] = []  # each (T, 2)
-    alive: list[int] = []
-    options = {"winSize": (21, 21), "maxLevel": 3, "criteria": (cv2.TERM_CRITERIA_EPS | cv2.TERM_CRITERIA_COUNT, 30, 0.003)}
-    for t, grey in enumerate(greys):
-        if alive:
-            before = np.stack([paths[i][t - 1] for i in alive]).astype(np.float32)[:, None]
-            after, ok, _ = cv2.calcOpticalFlowPyrLK(greys[t - 1], grey, before, None, **options)
-            back, ok_back, _ = cv2.calcOpticalFlowPyrLK(grey, greys[t - 1], after, None, **options)
-            kept = (ok & ok_back)[:, 0].astype(bool) & (np.linalg.norm(back - before, axis=-1)[:, 0] < RETURN)
-            kept &= ((after[:, 0] > 2) & (after[:, 0] < np.array([W, H]) * scale - 3)).all(-1)
-            for i, place in zip(alive, after[:, 0], strict=True):
-                paths[i][t] = place
-            for i in (i for i, k in zip(alive, kept, strict=True) if not k):
-                paths[i][t] = np.nan
-            alive = [i for i, k in zip(alive, kept, strict=True) if k]
-        free = np.full(grey.shape, 255, np.uint8)
-        for i in alive:
-            cv2.circle(free, tuple(int(x) for x in paths[i][t]), 6, 0, -1)
-        corners = cv2.goodFeaturesToTrack(grey, max(1, CORNERS - len(alive)), QUALITY, 6, mask=free) if len(alive) < CORNERS else None
-        for corner in [] if corners is None else corners[:, 0]:
-            paths.append(np.full((T, 2), np.nan))
-            paths[-1][t] = corner
-            alive.append(len(paths) - 1)
-    seen_often = [p for p in paths if np.isfinite(p[:, 0]).sum() >= 3]
-    return np.stack(seen_often, axis=1) + 0.5 if seen_often else np.full((T, 0, 2), np.nan)
 
 
 def _turned(rays: np.ndarray, known: np.ndarray, focal: np.ndarray) -> _Scene:
@@ -132,9 +110,11 @@ def _turned(rays: np.ndarray, known: np.ndarray, focal: np.ndarray) -> _Scene:
 
 
 def _moved(turning: _Scene, rays: np.ndarray, known: np.ndarray, focal: np.ndarray) -> _Scene:
-    """Poses and points together: a first stretch from two starts, of which the better goes on, frame by frame."""
-    T, N = known.shape
-    born = np.where(known.any(0), known.argmax(0), T)  # (N,) frame in which a point is first seen
+    """Poses and points together: a first stretch from many starts, of which the best few go on to the end, where the best one stands.
+
+    The first frames alone cannot tell: where a moving object holds a third of the points, a wrong path often explains more of them.
+    """
+    born = np.where(known.any(0), known.argmax(0), len(known))  # (N,) frame in which a point is first seen
     stretch = _stretch(known)
     if (born == 0).sum() < ENOUGH or stretch < 2:
         return turning
@@ -143,10 +123,34 @@ def _moved(turning: _Scene, rays: np.ndarray, known: np.ndarray, focal: np.ndarr
     starts = [_from_pose(rays, known, stretch, R, o) for R, o in _two_views(rays, opening, focal, stretch)] + [_from_nothing(turning, rays)]
     for start in starts:
         _adjust(start, rays, opening, focal, frames=slice(1, stretch + 1), points=True, steps=8)
-    gaps = [_gap(start, rays, focal)[opening] for start in starts]
-    most = 4 * min(np.median(gap) for gap in gaps)  # what fits nothing, as things that move, counts so much and no more
-    scene = starts[int(np.argmin([np.minimum(gap, most).mean() for gap in gaps]))]
-    _adjust(scene, rays, opening, focal, frames=slice(1, stretch + 1), points=True, steps=25)
+    hopeful: list[_Scene] = []
+    for start in _best_first(starts, rays, opening, focal):
+        if len(hopeful) < HOPEFUL and all(_differ(start, other, stretch) for other in hopeful):
+            hopeful.append(start)
+    for scene in hopeful:
+        _go_on(scene, rays, known, born, stretch, focal)
+    return _best_first(hopeful, rays, known, focal)[0]
+
+
+def _best_first(scenes: list[_Scene], rays: np.ndarray, known: np.ndarray, focal: np.ndarray) -> list[_Scene]:
+    """By the mean distance of points from where they should be; what fits nothing, as things that move, counts so much and no more."""
+    gaps = [_gap(scene, rays, focal)[known] for scene in scenes]
+    most = 4 * min(np.median(gap) for gap in gaps)
+    return [scenes[i] for i in np.argsort([np.minimum(gap, most).mean() for gap in gaps])]
+
+
+def _differ(one: _Scene, other: _Scene, frame: int) -> bool:
+    """Whether two scenes have other turns or directions of travel at a frame."""
+    a, b = one.o[frame], other.o[frame]
+    along = a @ b / max(np.linalg.norm(a) * np.linalg.norm(b), 1e-9)
+    return np.trace(one.R[frame] @ other.R[frame].T) < 3 - DISTINCT**2 or along < ALONG
+
+
+def _go_on(scene: _Scene, rays: np.ndarray, known: np.ndarray, born: np.ndarray, stretch: int, focal: np.ndarray) -> None:
+    """From the first stretch to the last frame, in place: each frame placed by what is known, and now and then all set right together."""
+    T, opening = len(known), known & (born == 0)[None]
+    opening[stretch + 1 :] = False
+    _adjust(scene, rays, opening, focal, frames=slice(1, stretch + 1), points=True, steps=10)
     for t in range(1, T):
         new = born == t - 1 if t > 1 else born < 0
         if new.any():  # consistent with their first sight, at the usual distance
@@ -162,7 +166,6 @@ def _moved(turning: _Scene, rays: np.ndarray, known: np.ndarray, focal: np.ndarr
             _adjust(scene, rays, early, focal, frames=slice(t, t + 1), points=False, steps=8)
         if t == T - 1 or (t > stretch and t % EVERY == 0):
             _adjust(scene, rays, early, focal, frames=slice(1, t + 1), points=True, steps=25 if t == T - 1 else 6)
-    return scene
 
 
 def _stretch(known: np.ndarray) -> int:
@@ -197,7 +200,53 @@ def _two_views(rays: np.ndarray, known: np.ndarray, focal: np.ndarray, last: int
         _, turns, travels, _ = cv2.decomposeHomographyMat(H, np.eye(3))
         poses += list(zip(turns, travels, strict=True))
     poses = [(R.T, -(R.T @ t)[:, 0]) for R, t in poses if np.isfinite(R).all() and np.linalg.norm(t) > 1e-9]
-    return [(R, o / np.linalg.norm(o)) for R, o in poses]
+    return [(R, o / np.linalg.norm(o)) for R, o in poses] + _turn_then_travel(a, b, focal[0])
+
+
+def _turn_then_travel(a: np.ndarray, b: np.ndarray, focal: float) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Poses (R, o) of a second view: turns that many points share, as far ones do, and for each the travel that explains the rest.
+
+    Two points fix a turn, and two more the direction of travel: short samples find what far points, near points and things that move of
+    their own accord each agree on, where the five points of an essential matrix are seldom all of one kind. a, b: (n, 2) rays.
+    """
+    n, rng = len(a), np.random.default_rng(0)
+    if n < ENOUGH:
+        return []
+    a, b = (np.concatenate([x, np.ones((n, 1))], axis=-1) for x in (a, b))
+    a, b = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (a, b))
+    pairs = rng.permuted(np.tile(np.arange(n), (SAMPLES, 1)), axis=1)[:, :2]
+    turns = _frame(*a[pairs].swapaxes(0, 1)) @ _frame(*b[pairs].swapaxes(0, 1)).swapaxes(1, 2)  # (s, 3, 3)
+    near = np.linalg.norm(a - b @ turns.swapaxes(1, 2), axis=-1) * focal < 1  # (s, n)
+    poses: list[tuple[np.ndarray, np.ndarray]] = []
+    for i in np.argsort(-near.sum(1)):
+        if any(np.trace(turns[i] @ R.T) > 3 - DISTINCT**2 for R, _ in poses):
+            continue
+        U, _, Vt = np.linalg.svd(a[near[i]].T @ b[near[i]])
+        R = U @ np.diag([1, 1, np.linalg.det(U @ Vt)]) @ Vt
+        moved = b @ R.T
+        across = np.cross(moved, a)  # (n, 3) travel is at right angles to all of these
+        parallax = np.flatnonzero(np.linalg.norm(across, axis=-1) * focal > 1)
+        if len(parallax) < 2:
+            continue
+        i, j = parallax[rng.integers(len(parallax), size=(2, SAMPLES))]
+        o = np.cross(across[i], across[j])
+        o = o[np.linalg.norm(o, axis=-1) > 1e-12]
+        o = np.concatenate([o, -o]) / np.linalg.norm(np.concatenate([o, o]), axis=-1, keepdims=True)  # (2s, 3)
+        sine = np.linalg.norm(np.cross(a, o[:, None]), axis=-1).clip(1e-6)  # (2s, n) of the angle between a point and the travel
+        beside = np.abs(o @ across.T) / sine * focal < 1
+        away = (moved - a) @ o.T < ((moved * a).sum(-1) - 1)[:, None] * (a @ o.T)  # a point moves against the travel
+        agree = beside & (away.T | (np.linalg.norm(across, axis=-1) * focal < 1))
+        poses.append((R, o[agree.sum(1).argmax()]))
+        if len(poses) == TURNS:
+            break
+    return poses
+
+
+def _frame(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Right-handed axes (s, 3, 3), as columns, that two directions (s, 3) fix."""
+    z = np.cross(x, y)
+    z /= np.linalg.norm(z, axis=-1, keepdims=True).clip(1e-12)
+    return np.stack([x, np.cross(z, x), z], axis=-1)
 
 
 def _from_pose(rays: np.ndarray, known: np.ndarray, last: int, R: np.ndarray, o: np.ndarray) -> _Scene:
@@ -211,6 +260,20 @@ def _from_pose(rays: np.ndarray, known: np.ndarray, last: int, R: np.ndarray, o:
     across, along = np.cross(seen, u @ R), np.cross(seen, np.broadcast_to(o @ R, u.shape))  # seen x Rᵀ(u - ρ o) = 0
     distance = ((across * along).sum(-1) / np.square(along).sum(-1).clip(1e-9)).clip(0, 5)
     return _Scene(np.stack([cv2.Rodrigues(turn * s)[0] for s in part]), part[:, None] * o, np.concatenate([u, distance[:, None]], axis=-1))
+
+
+def _placed(path: Trajectory, rays: np.ndarray, known: np.ndarray, focal: np.ndarray) -> _Scene:
+    """A path found elsewhere with our points where their sights meet (the least eigenvector of their linear equations), adjusted."""
+    R, o = path.c2w[:, :, :3].numpy(), path.c2w[:, :, 3].numpy()
+    o = o / np.linalg.norm(o, axis=-1).max().clip(1e-9)
+    P = np.concatenate([R, -(o[:, None] @ R)], axis=1).transpose(0, 2, 1)  # (T, 3, 4) of Rᵀ(u - ρ o)
+    A = P[:, None, :2] - rays[..., None] * P[:, None, 2:]  # (T, N, 2, 4)
+    u = np.linalg.eigh(np.einsum("tnij,tnik->njk", A * known[..., None, None], A))[1][..., 0]  # (N, 4)
+    u *= np.sign(np.einsum("tj,nj,tn->n", P[:, 2], u, known))[:, None]  # in front
+    u /= np.linalg.norm(u[:, :3], axis=-1, keepdims=True).clip(1e-6)
+    scene = _Scene(R.copy(), o, np.concatenate([u[:, :3], u[:, 3:].clip(min=0)], axis=-1))
+    _adjust(scene, rays, known, focal, frames=slice(1, len(R)), points=True, steps=25)
+    return scene
 
 
 def _adjust(scene: _Scene, rays: np.ndarray, known: np.ndarray, focal: np.ndarray, frames: slice, points: bool, steps: int) -> None:
@@ -289,9 +352,3 @@ def _jacobians(scene: _Scene, focal: np.ndarray) -> tuple[np.ndarray, np.ndarray
 def _gap(scene: _Scene, rays: np.ndarray, focal: np.ndarray) -> np.ndarray:
     p = scene.seen()
     return np.linalg.norm((p[..., :2] / p[..., 2:].clip(1e-2) - rays) * focal[:, None, None], axis=-1)
-
-
-def _errors(scene: _Scene, rays: np.ndarray, known: np.ndarray, focal: np.ndarray) -> np.ndarray:
-    """Median and upper quartile of the distance of points from where the model puts them, in enlarged pixels: (2,)."""
-    gap = _gap(scene, rays, focal)[known]
-    return np.quantile(gap, [0.5, 0.75]) if len(gap) else np.full(2, np.inf)

@@ -59,7 +59,10 @@ class AttentionProcessor:
             query, key = rotate(query, rotary_emb), rotate(key, rotary_emb)
         if history is not None:
             key, value = history.join(key, value)
-        out = self.attend(query, key, value, parallel, packing)
+        if packing is not None:
+            out = attend_packed(query, key, value, lambda q, k, v: self.attend(q, k, v, None), *packing)
+        else:
+            out = self.attend(query, key, value, parallel)
 
         if encoder_hidden_states_image is not None:
             layers = attn.add_k_proj, attn.norm_added_k, attn.add_v_proj
@@ -75,11 +78,7 @@ class AttentionProcessor:
         """Of tokens (b, l, ·), each (b, l, heads, head_dim)."""
         return norm_k(to_k(context)).unflatten(2, (attn.heads, -1)), to_v(context).unflatten(2, (attn.heads, -1))
 
-    def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, parallel_config: object | None, packing: tuple[Packing, Packing] | None = None
-    ) -> Tensor:
-        if packing is not None:
-            return attend_packed(query, key, value, lambda q, k, v: self.attend(q, k, v, None), *packing)
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, parallel_config: object | None) -> Tensor:
         out = dispatch_attention_fn(query, key, value, backend=self._attention_backend, parallel_config=parallel_config)
         return out.flatten(2, 3).type_as(query)  # (b, n, d)
 

@@ -1,30 +1,36 @@
 """Causal 3-D convolution, and resampling of time and space, for whole clips and for streams in one code path.
 
 Every temporal module is called as `module(x, state)`. A `state` of None means: x starts a stream and nothing is kept of it. With a
-`StreamState`, each module finds there the few frames it still needs of the chunk before, and leaves those that the next one will need:
-the outputs of the chunks, joined in time, are the output of the whole.
+`StreamState`, each convolution finds there the few frames that it still needs of the chunk before, and leaves those that the next one
+will need: the outputs of the chunks, joined in time, are the output of the whole.
 
-Activations are kept in `channels_last_3d`: norms and attention read contiguous channels, and folding frames into the batch is a view.
+A convolution sees one window [history | new] in one tensor. Norm and activation write straight into it, so nothing is padded or joined.
+
+Activations lie channels-last, as contiguous tensors (b, t, h, w, c): norms, attention and 1x1 convolutions read the channels of a point
+side by side, time and space fold into the batch without a copy, and oneDNN and cuDNN have their fastest kernels for it.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kling.errors import UserError
+from kling.nn.channel_norm import NormSilu
 
 
 class StreamState:
-    """What a stream remembers between chunks: for each temporal module, the last frames of its input.
+    """What a stream remembers between chunks: for each causal convolution the last few frames that it saw.
 
-    Belongs to one stream of one model, so any number of streams may run on a model at once. The encoder and the decoder of a model
-    keep different modules, so one state may serve both. With gradients on, the tails carry them across chunks.
+    Belongs to one stream of one model, so any number of streams may run on a model at once. The encoder and the decoder of a model hold
+    different modules, so one state may serve both. With gradients on, the frames carry them across chunks.
     """
 
     def __init__(self) -> None:
-        self.tails: dict[nn.Module, Tensor] = {}  # (b, c, k, h, w) each; k = kernel - stride, at most 2
+        self.tails: dict[nn.Module, Tensor] = {}  # (b, k, h, w, c) each; k = kernel - stride, at most 2
         self.parts: dict[object, StreamState] = {}  # a tiled picture is one stream for each tile
 
     def part(self, key: object) -> StreamState:
@@ -35,13 +41,13 @@ class StreamState:
         """True once `module` has seen a chunk of this stream."""
         return module in self.tails or any(part.started(module) for part in self.parts.values())
 
-    def after_tail(self, module: nn.Module, x: Tensor) -> Tensor:
-        """x (b, c, T, h, w) with the frames before it put in front. Raises `UserError` if x is not of this stream's batch and size."""
+    def history(self, module: nn.Module, x: Tensor) -> Tensor:
+        """The frames before x (b, t, h, w, c). Raises `UserError` if x is not of this stream's batch and size."""
         tail = self.tails[module]
-        if tail[:, :, 0].shape != x[:, :, 0].shape:
-            was, now = (f"batch {y.shape[0]} of {y.shape[4]}x{y.shape[3]}" for y in (tail, x))
+        if tail[:, 0].shape != x[:, 0].shape:
+            was, now = (f"batch {y.shape[0]} of {y.shape[3]}x{y.shape[2]}" for y in (tail, x))
             raise UserError(f"a stream that began with {was} cannot go on with {now}: give each stream a StreamState of its own")
-        return torch.cat([tail, x], dim=2)
+        return tail
 
 
 def started(state: StreamState | None, module: nn.Module) -> bool:
@@ -49,43 +55,78 @@ def started(state: StreamState | None, module: nn.Module) -> bool:
     return state is not None and state.started(module)
 
 
-def conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, ...], padding: tuple[int, ...]) -> Tensor:
-    """`F.conv3d` that takes oneDNN for every fp32 batch on CPU: for batch 1, torch picks its own `slow_conv3d` when c·T·H <= 20480,
-    which is every layer of a small streaming decoder, and 5 times slower."""
+def conv(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int]) -> Tensor:
+    """2-D or 3-D convolution of channels-last x (b, [t,] h, w, c) -> (b, [t',] h', w', c').
+
+    Takes oneDNN for every fp32 batch on CPU: for batch 1, torch picks its own `slow_conv3d` when c·t·h <= 20480, which is every layer of
+    a small streaming decoder, and 5 times slower.
+    """
+    x = x.movedim(-1, 1)
     fp32 = x.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)
     if fp32 and x.device.type == "cpu" and torch.backends.mkldnn.is_available():
-        return torch.ops.aten.mkldnn_convolution(x, weight, bias, padding, stride, (1, 1, 1), 1)
-    return F.conv3d(x, weight, bias, stride, padding)
+        y = torch.ops.aten.mkldnn_convolution(x, weight, bias, padding, stride, [1] * len(stride), 1)
+    else:
+        y = (F.conv3d if weight.ndim == 5 else F.conv2d)(x, weight, bias, tuple(stride), tuple(padding))
+    return y.movedim(1, -1).contiguous()  # a kernel that knows no channels-last gives another layout
 
 
 class CausalConv3d(nn.Conv3d):
-    """3-D convolution whose output frame t sees input frames <= t only.
+    """3-D convolution whose output frame t sees input frames <= t only. x (b, T, H, W, c) -> (b, T', H', W', c').
 
-    `padding` (t, h, w) as in `nn.Conv3d`, but all 2t frames of time padding go before the first frame. x (b, c, T, H, W).
-    A chunk too short for one output gives zero frames.
+    `padding` (t, h, w) as in `nn.Conv3d`, but all 2t frames of time padding go before the first frame. With `norm`, the convolution sees
+    silu(norm(x)). A chunk too short for one output gives zero frames.
     """
 
-    def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
+    def forward(self, x: Tensor, state: StreamState | None = None, norm: NormSilu | None = None) -> Tensor:
         (kt, kh, kw), (st, sh, sw), (pt, ph, pw) = self.kernel_size, self.stride, self.padding
-        if state is None and x.shape[2] == 1 and kt == 2 * pt + 1:  # before a lone frame there are only zeros: its own tap is the whole sum
-            return F.conv2d(x[:, :, 0], self.weight[:, :, -1], self.bias, (sh, sw), (ph, pw))[:, :, None]
-        if started(state, self):
-            x = state.after_tail(self, x)
-        elif pt:
-            x = F.pad(x, (0, 0, 0, 0, 2 * pt, 0))
-        if state is not None and kt > st:
-            state.tails[self] = x[:, :, -(kt - st) :].clone()  # a copy: a view would keep the whole chunk alive
-        if x.shape[2] < kt:
-            b, _, _, H, W = x.shape
-            return x.new_empty(b, self.out_channels, 0, (H + 2 * ph - kh) // sh + 1, (W + 2 * pw - kw) // sw + 1)
-        return conv3d(x, self.weight, self.bias, self.stride, (0, ph, pw))
+        if self.kernel_size == (1, 1, 1):
+            return F.linear(x, self.weight.flatten(1), self.bias)
+        b, T, H, W, _ = x.shape
+        clip = state is None and (kt, pt) == (3, 1) and T > 0
+        history = state.history(self, x) if started(state, self) else zeros(x, min(1, T - 1) if clip else 2 * pt)
+        frames = torch.cat([history, x], dim=1) if norm is None else norm(x, history)  # (b, k + T, H, W, c)
+        if clip:
+            # before frame 0 there are only zeros: its own tap is the whole sum (of 3 frames a third of the products would be with zeros)
+            first = conv(frames[:, -T], self.weight[:, :, -1], self.bias, (sh, sw), (ph, pw))[:, None]  # (b, 1, H', W', c')
+            return first if T == 1 else torch.cat([first, conv(frames, self.weight, self.bias, self.stride, (0, ph, pw))], dim=1)
+        if state is not None:
+            state.tails[self] = frames[:, st - kt :].clone()  # a copy: a view would keep the whole window alive
+        if frames.shape[1] < kt:
+            return x.new_empty(b, 0, (H + 2 * ph - kh) // sh + 1, (W + 2 * pw - kw) // sw + 1, self.out_channels)
+        return conv(frames, self.weight, self.bias, self.stride, (0, ph, pw))
 
 
-def per_frame(module: nn.Module, x: Tensor) -> Tensor:
-    """Apply a 2-D module to each frame: (b, c, t, h, w) -> (b, c', t, h', w')."""
-    b, c, t, h, w = x.shape
-    y = module(x.transpose(1, 2).reshape(b * t, c, h, w))  # (b·t, c', h', w')
-    return y.unflatten(0, (b, t)).transpose(1, 2)
+def zeros(x: Tensor, k: int) -> Tensor:
+    """k empty frames before x (b, t, h, w, c): (b, k, h, w, c)."""
+    return x.new_zeros(()).expand(x.shape[0], k, *x.shape[2:])
+
+
+class PointConv2d(nn.Conv2d):
+    """1x1 convolution: (..., c) -> (..., c')."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.flatten(1), self.bias)
+
+
+class HalvingConv2d(nn.Conv2d):
+    """3x3 convolution with stride 2, zeros after the last row and column: (n, h, w, c) -> (n, h/2, w/2, c')."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return conv(F.pad(x, (0, 0, 0, 1, 0, 1)), self.weight, self.bias, self.stride, self.padding)
+
+
+class DoublingConv2d(nn.Conv2d):
+    """Each point repeated 2x2, then a 3x3 convolution with padding 1: (n, h, w, c) -> (n, 2h, 2w, c').
+
+    Two of the three taps of a row always meet copies of one point. So both steps together are one transposed convolution, whose four taps
+    a row are w₀, w₀ + w₁, w₁ + w₂, w₂ in turned order: 4/9 of the products, and the repeated points are never stored.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = F.pad(self.weight, (1, 0)) + F.pad(self.weight, (0, 1))  # (c', c, 3, 4)
+        w = F.pad(w, (0, 0, 1, 0)) + F.pad(w, (0, 0, 0, 1))  # (c', c, 4, 4)
+        y = F.conv_transpose2d(x.movedim(-1, 1), w.flip(-2, -1).transpose(0, 1), self.bias, stride=2, padding=1)
+        return y.movedim(1, -1).contiguous()
 
 
 class Downsample(nn.Module):
@@ -93,15 +134,16 @@ class Downsample(nn.Module):
 
     def __init__(self, channels: int, time: bool) -> None:
         super().__init__()
-        self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(channels, channels, 3, stride=2))
+        self.resample = nn.Sequential(nn.Identity(), HalvingConv2d(channels, channels, 3, stride=2))  # names as published
         self.time_conv = CausalConv3d(channels, channels, (3, 1, 1), stride=(2, 1, 1)) if time else None
 
     def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
-        x = per_frame(self.resample, x)  # (b, c, t, h/2, w/2)
+        x = per_frame(self.resample, x)  # (b, t, h/2, w/2, c)
         if self.time_conv is None:
             return x
-        first = x[:, :, :0] if started(state, self.time_conv) else x[:, :, :1]
-        return torch.cat([first, self.time_conv(x, state)], dim=2)
+        start = not started(state, self.time_conv)
+        y = self.time_conv(x, state)  # (b, t/2, h/2, w/2, c)
+        return torch.cat([x[:, :1], y], dim=1) if start else y
 
     def start_frame_by_frame(self) -> None:
         """Make the time convolution the mean of a pair."""
@@ -118,16 +160,15 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int, out_channels: int, time: bool) -> None:
         super().__init__()
-        self.resample = nn.Sequential(nn.Upsample(scale_factor=2, mode="nearest-exact"), nn.Conv2d(channels, out_channels, 3, padding=1))
+        self.resample = nn.Sequential(nn.Identity(), DoublingConv2d(channels, out_channels, 3, padding=1))
         self.time_conv = CausalConv3d(channels, 2 * channels, (3, 1, 1), padding=(1, 0, 0)) if time else None
 
     def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
         if self.time_conv is not None:
             n = 0 if started(state, self.time_conv) else 1
-            first, rest = x[:, :, :n], x[:, :, n:]
-            y = self.time_conv(rest, state).movedim(1, -1).unflatten(-1, (2, -1))  # (b, t, h, w, 2, c)
-            y = y.movedim(-2, 2).flatten(1, 2).movedim(-1, 1)  # (b, c, 2t, h, w)
-            x = torch.cat([first, y], dim=2)
+            y = self.time_conv(x[:, n:], state)  # (b, t, h, w, 2c)
+            y = y.unflatten(-1, (2, -1)).movedim(-2, 2).flatten(1, 2)  # (b, 2t, h, w, c)
+            x = torch.cat([x[:, :n], y], dim=1) if n else y
         return per_frame(self.resample, x)
 
     def start_frame_by_frame(self) -> None:
@@ -137,38 +178,43 @@ class Upsample(nn.Module):
         kernel[:, :, -1, 0, 0] = torch.eye(kernel.shape[1]).repeat(2, 1)
 
 
+def per_frame(module: nn.Module, x: Tensor) -> Tensor:
+    """Apply a module for pictures (n, h, w, c) to each frame: (b, t, h, w, c) -> (b, t, h', w', c')."""
+    return module(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+
+
 def fold(x: Tensor, channels: int, time: int, space: int) -> Tensor:
     """Shortcut of `Downsample` without weights: fold time and space into channels, then average groups of them down to `channels`.
 
-    (b, c, T, H, W) -> (b, channels, ceil(T/time), H/space, W/space). An odd T is a stream's start: zeros go before the first frame.
+    (b, T, H, W, c) -> (b, ceil(T/time), H/space, W/space, channels). An odd T is a stream's start: zeros go before the first frame.
     """
-    x = F.pad(x, (0, 0, 0, 0, -x.shape[2] % time, 0))
-    b, c, T, H, W = x.shape
-    x = x.reshape(b, c, T // time, time, H // space, space, W // space, space).permute(0, 1, 3, 5, 7, 2, 4, 6)
-    return x.reshape(b, channels, -1, T // time, H // space, W // space).mean(dim=2)
+    x = F.pad(x, (0, 0, 0, 0, 0, 0, -x.shape[1] % time, 0))
+    b, T, H, W, c = x.shape
+    x = x.reshape(b, T // time, time, H // space, space, W // space, space, c).permute(0, 1, 3, 5, 7, 2, 4, 6)
+    return x.reshape(*x.shape[:4], channels, -1).mean(dim=-1)
 
 
 def unfold(x: Tensor, channels: int, time: int, space: int, start: bool) -> Tensor:
     """Shortcut of `Upsample` without weights: repeat channels, then unfold them into time and space.
 
-    (b, c, T, H, W) -> (b, channels, T·time, H·space, W·space); at the start of a stream the first time - 1 frames are dropped.
+    (b, T, H, W, c) -> (b, T·time, H·space, W·space, channels); at the start of a stream the first time - 1 frames are dropped.
     """
-    b, c, T, H, W = x.shape
-    x = x.repeat_interleave(channels * time * space * space // c, dim=1)
-    x = x.reshape(b, channels, time, space, space, T, H, W).permute(0, 1, 5, 2, 6, 3, 7, 4)
-    x = x.reshape(b, channels, T * time, H * space, W * space)
-    return x[:, :, time - 1 :] if start else x
+    b, T, H, W, c = x.shape
+    x = x.repeat_interleave(channels * time * space * space // c, dim=-1)
+    x = x.reshape(b, T, H, W, channels, time, space, space).permute(0, 1, 5, 2, 6, 3, 7, 4)
+    x = x.reshape(b, T * time, H * space, W * space, channels)
+    return x[:, time - 1 :] if start else x
 
 
-def patchify(x: Tensor, p: int) -> Tensor:
-    """(b, c, T, H, W) -> (b, c·p·p, T, H/p, W/p); channel order (c, column, row), as in the published Wan 2.2 weights."""
-    b, c, T, H, W = x.shape
-    x = x.reshape(b, c, T, H // p, p, W // p, p).permute(0, 1, 6, 4, 2, 3, 5)
-    return x.reshape(b, c * p * p, T, H // p, W // p)
+def patchify(video: Tensor, p: int) -> Tensor:
+    """(b, c, T, H, W) -> channels-last (b, T, H/p, W/p, c·p·p); channel order (c, column, row), as in the published Wan 2.2 weights."""
+    b, c, T, H, W = video.shape
+    x = video.reshape(b, c, T, H // p, p, W // p, p).permute(0, 2, 3, 5, 1, 6, 4)
+    return x.reshape(b, T, H // p, W // p, c * p * p).contiguous()
 
 
 def unpatchify(x: Tensor, p: int) -> Tensor:
-    """Inverse of `patchify`: (b, c·p·p, T, h, w) -> (b, c, T, h·p, w·p)."""
-    b, c, T, h, w = x.shape
-    x = x.reshape(b, c // (p * p), p, p, T, h, w).permute(0, 1, 4, 5, 3, 6, 2)
+    """Inverse of `patchify`: (b, T, h, w, c·p·p) -> (b, c, T, h·p, w·p)."""
+    b, T, h, w, c = x.shape
+    x = x.reshape(b, T, h, w, c // (p * p), p, p).permute(0, 4, 1, 2, 6, 3, 5)
     return x.reshape(b, c // (p * p), T, h * p, w * p)

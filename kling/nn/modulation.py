@@ -42,8 +42,8 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 class ModulatedNorm(nn.Module):
     """Layer norm without weights of its own: tokens (b, n, d) are normalised, then x · (1 + scale) + shift with vectors (b, g, 1, d).
 
-    In fp32, returned in the dtype of x. On a CPU vectors that all tokens share go in as the norm's weight and bias: one sweep over memory
-    instead of two (five in bf16).
+    In fp32, returned in the dtype of x. While sampling on a CPU, vectors that all tokens share go in as the norm's weight and bias: one
+    sweep over memory instead of two (five in bf16).
     """
 
     def __init__(self, dim: int, eps: float = 1e-6) -> None:
@@ -51,7 +51,7 @@ class ModulatedNorm(nn.Module):
         self.shape, self.eps = (dim,), eps
 
     def forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-        if shift.numel() == self.shape[0] and x.device.type == "cpu":
+        if shift.numel() == self.shape[0] and x.device.type == "cpu" and not torch.is_grad_enabled():
             return F.layer_norm(x, self.shape, 1 + scale.flatten(), shift.flatten(), self.eps)
         return modulate(F.layer_norm(x.float(), self.shape, eps=self.eps), shift, scale).to(x.dtype)
 

@@ -7,13 +7,21 @@ import os
 import signal
 import threading
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 
 import torch
 from accelerate import Accelerator
 from accelerate.parallelism_config import ParallelismConfig
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, FullyShardedDataParallelPlugin, GradientAccumulationPlugin
+from accelerate.utils import (
+    DDPCommunicationHookType,
+    DistributedDataParallelKwargs,
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+)
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
@@ -22,6 +30,7 @@ from kling.errors import UserError, unknown
 EXIT_STOPPED = 143  # 128 + SIGTERM: what a scheduler expects of a job that it asked to leave
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 TRACKERS = ("tensorboard", "wandb")
+PATIENCE = timedelta(hours=2)  # that processes wait for one that encodes, samples or exports alone; NCCL's own 10 minutes end a sound run
 
 
 def make_accelerator(
@@ -30,11 +39,13 @@ def make_accelerator(
     gradient_accumulation: int = 1,
     trackers: Sequence[str] = (),
     some_unused: bool = False,
+    bf16_reduction: bool = False,
 ) -> Accelerator:
     """The Accelerator of a run in the folder `out`, on whatever `accelerate launch` set up, or on one device.
 
     mixed_precision: auto | bf16 | fp16 | fp32 (see `pick_precision`). trackers: any of tensorboard, wandb, next to metrics.jsonl.
-    some_unused: in some steps some parameters are not used, the same ones on every process.
+    some_unused: in some steps some parameters are not used. bf16_reduction: processes exchange gradients in bf16, half the bytes; whole
+    copies (DDP) need CUDA for it.
     Sharded (FSDP2) weights are fp32, and bf16 where they compute; wrap the forward pass in `accelerator.autocast()`.
     """
     for name in trackers:
@@ -48,6 +59,9 @@ def make_accelerator(
     sharded, cpu = (os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true" for name in ("FSDP", "CPU"))
     if sharded and cpu:
         os.environ["ACCELERATE_USE_PARALLELISM_CONFIG"] = "false"  # refused there; `_shard_on_cpu` reads its sizes
+    if bf16_reduction and not sharded and (cpu or not torch.cuda.is_available()):
+        raise UserError("bf16_reduction on a CPU needs sharded weights: start with configs/accelerate/fsdp2.yaml, or leave it out")
+    hook = DDPCommunicationHookType.BF16 if bf16_reduction and not sharded else DDPCommunicationHookType.NO
     accumulation = GradientAccumulationPlugin(gradient_accumulation, adjust_scheduler=False, sync_with_dataloader=False)
     try:
         accelerator = Accelerator(
@@ -55,7 +69,10 @@ def make_accelerator(
             gradient_accumulation_plugin=accumulation,
             log_with=list(trackers) or None,
             project_dir=str(out),
-            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=some_unused)],
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(find_unused_parameters=some_unused, comm_hook=hook),
+                InitProcessGroupKwargs(timeout=PATIENCE),
+            ],
         )
     except ValueError as error:  # sizes of a layout that do not multiply to the number of processes, and the like
         raise UserError(f"accelerate refuses this configuration: {str(error).splitlines()[0]}") from None
@@ -66,7 +83,8 @@ def make_accelerator(
     if accelerator.is_fsdp2:
         # FSDP would cast every input to bf16, noise levels too: it casts weights only, and autocast does the rest
         param = torch.bfloat16 if precision == "bf16" else None
-        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(param, torch.float32, cast_forward_inputs=False)
+        reduced = torch.bfloat16 if bf16_reduction else torch.float32
+        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(param, reduced, cast_forward_inputs=False)
     return accelerator
 
 

@@ -42,6 +42,7 @@ class Machine:
     attention: a name of `ATTENTIONS`. cache: "first-block=THRESHOLD", "mag=RATIOS.json[:THRESHOLD]" or "taylorseer=INTERVAL"; or
     "calibrate=RATIOS.json", which skips nothing and writes what "mag" needs.
     context_parallel: devices that share the tokens of one clip. tiles: pixels along the side of the squares that the VAE works in.
+    compile: `torch.compile` of the transformer's block, once for all of them.
     """
 
     offload: str | None = None
@@ -50,6 +51,7 @@ class Machine:
     cache: str | None = None
     context_parallel: int = 1
     tiles: int | None = None
+    compile: bool = False
 
     def __post_init__(self) -> None:
         if self.offload is not None and self.offload not in OFFLOADS:
@@ -87,6 +89,9 @@ def set_up(pipe: Any, machine: Machine, device: torch.device, steps: int) -> Non
     place(pipe, machine.offload, device)
     if machine.context_parallel > 1:
         share_tokens(pipe.experts, machine.context_parallel)
+    if machine.compile:
+        for model in pipe.experts:
+            model.compile_repeated_blocks()
 
 
 def place(pipe: Any, offload: str | None, device: torch.device) -> None:

@@ -1,51 +1,55 @@
-"""The VAE's encoder and decoder and their parts. Parameter names are those of diffusers' `AutoencoderKLWan`: published weights load."""
+"""The VAE's encoder and decoder and their parts, all on channels-last activations (b, t, h, w, c).
+
+Parameter names are those of diffusers' `AutoencoderKLWan`: published weights load.
+"""
 
 from __future__ import annotations
 
 import itertools
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kling.nn.channel_norm import ChannelNorm
-from kling.nn.conv import CausalConv3d, Downsample, StreamState, Upsample, fold, per_frame, started, unfold
+from kling.nn.channel_norm import ChannelNorm, NormSilu
+from kling.nn.conv import CausalConv3d, Downsample, PointConv2d, StreamState, Upsample, fold, started, unfold
 
 
 class ResidualBlock(nn.Module):
-    """x + conv(silu(norm(conv(silu(norm(x))))): (b, c, T, H, W) -> (b, c', T, H, W)."""
+    """x + conv(silu(norm(conv(silu(norm(x))))): (b, T, H, W, c) -> (b, T, H, W, c')."""
 
     def __init__(self, channels: int, out_channels: int, dropout: float) -> None:
         super().__init__()
-        self.norm1 = ChannelNorm(channels)
+        self.norm1 = NormSilu(channels)
         self.conv1 = CausalConv3d(channels, out_channels, 3, padding=1)
-        self.norm2 = ChannelNorm(out_channels)
+        self.norm2 = NormSilu(out_channels)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = CausalConv3d(out_channels, out_channels, 3, padding=1)
         self.conv_shortcut = CausalConv3d(channels, out_channels, 1) if channels != out_channels else nn.Identity()
 
     def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
-        y = self.conv1(F.silu(self.norm1(x)), state)
-        y = self.conv2(self.dropout(F.silu(self.norm2(y))), state)
-        return self.conv_shortcut(x) + y
+        y = self.conv1(x, state, self.norm1)  # (b, T, H, W, c')
+        if self.training and self.dropout.p:
+            y = self.conv2(self.dropout(self.norm2(y, y[:, :0])), state)
+        else:
+            y = self.conv2(y, state, self.norm2)
+        shortcut = self.conv_shortcut(x)
+        return y + shortcut if torch.is_grad_enabled() else y.add_(shortcut)
 
 
 class AttentionBlock(nn.Module):
-    """Single-head self-attention over the points of each frame, residual: (b, c, T, H, W) -> the same. Keeps no state."""
+    """Single-head self-attention over the points of each frame, residual: (b, T, H, W, c) -> the same. Keeps no state."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.norm = ChannelNorm(channels, axes=2)
-        self.to_qkv = nn.Conv2d(channels, 3 * channels, 1)
-        self.proj = nn.Conv2d(channels, channels, 1)
+        self.to_qkv = PointConv2d(channels, 3 * channels, 1)
+        self.proj = PointConv2d(channels, channels, 1)
 
     def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
-        return x + per_frame(self.attend, x)
-
-    def attend(self, x: Tensor) -> Tensor:
-        h, w = x.shape[-2:]
-        q, k, v = self.to_qkv(self.norm(x)).flatten(2).transpose(1, 2).unsqueeze(1).chunk(3, dim=-1)  # (n, 1, h·w, c) each
-        y = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(y.squeeze(1).transpose(1, 2).unflatten(2, (h, w)))
+        y = self.norm(x).flatten(2, 3).flatten(0, 1).unsqueeze(1)  # (b·T, 1, H·W, c)
+        q, k, v = self.to_qkv(y).chunk(3, dim=-1)
+        return x + self.proj(F.scaled_dot_product_attention(q, k, v)).view_as(x)
 
 
 class MidBlock(nn.Module):
@@ -117,7 +121,7 @@ class ResidualUpBlock(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Pixels (or patches of them) to moments: (b, c, 1+4k, H, W) -> (b, 2z, 1+k, h, w)."""
+    """Pixels (or patches of them) to moments: (b, 1+4k, H, W, c) -> (b, 1+k, h, w, 2z)."""
 
     def __init__(
         self, channels: int, width: int, out_channels: int, dim_mult: list[int], depth: int, attn_scales: list[float],
@@ -139,7 +143,7 @@ class Encoder(nn.Module):
             if i < last:
                 self.down_blocks.append(Downsample(d, time[i]))
         self.mid_block = MidBlock(widths[-1], dropout)
-        self.norm_out = ChannelNorm(widths[-1])
+        self.norm_out = NormSilu(widths[-1])
         self.conv_out = CausalConv3d(widths[-1], out_channels, 3, padding=1)
         self.gradient_checkpointing = False
 
@@ -147,11 +151,11 @@ class Encoder(nn.Module):
         x = self.conv_in(x, state)
         for block in [*self.down_blocks, self.mid_block]:
             x = self._gradient_checkpointing_func(block, x) if self.gradient_checkpointing and state is None else block(x, state)
-        return self.conv_out(F.silu(self.norm_out(x)), state)
+        return self.conv_out(x, state, self.norm_out)
 
 
 class Decoder(nn.Module):
-    """Latents to pixels (or patches of them): (b, z, 1+k, h, w) -> (b, c, 1+4k, H, W)."""
+    """Latents to pixels (or patches of them): (b, 1+k, h, w, z) -> (b, 1+4k, H, W, c)."""
 
     def __init__(
         self, channels: int, width: int, out_channels: int, dim_mult: list[int], depth: int,
@@ -169,7 +173,7 @@ class Decoder(nn.Module):
                 self.up_blocks.append(ResidualUpBlock(c, d, dropout, depth, **flags))
             else:
                 self.up_blocks.append(UpBlock(c // 2 if i else c, d, dropout, depth, **flags))  # the upsampler before has halved c
-        self.norm_out = ChannelNorm(widths[-1])
+        self.norm_out = NormSilu(widths[-1])
         self.conv_out = CausalConv3d(widths[-1], out_channels, 3, padding=1)
         self.gradient_checkpointing = False
 
@@ -177,4 +181,4 @@ class Decoder(nn.Module):
         x = self.conv_in(x, state)
         for block in [self.mid_block, *self.up_blocks]:
             x = self._gradient_checkpointing_func(block, x) if self.gradient_checkpointing and state is None else block(x, state)
-        return self.conv_out(F.silu(self.norm_out(x)), state)
+        return self.conv_out(x, state, self.norm_out)

@@ -208,14 +208,12 @@ class AutoencoderKLKling(ModelMixin, ConfigMixin):
     # ---- the two halves ----
 
     def _encode(self, video: Tensor, state: StreamState | None = None) -> Tensor:
-        x = patchify(video, self.config.patch_size) if self.config.patch_size else video
-        x = self.encoder(x.contiguous(memory_format=torch.channels_last_3d), state)  # (b, 2z, f, h, w)
-        return self.quant_conv(x)
+        x = self.encoder(patchify(video, self.config.patch_size or 1), state)  # (b, f, h, w, 2z)
+        return self.quant_conv(x).movedim(-1, 1)
 
     def _decode(self, latents: Tensor, state: StreamState | None = None) -> Tensor:
-        x = self.post_quant_conv(latents.contiguous(memory_format=torch.channels_last_3d))
-        x = self.decoder(x, state)  # (b, 3·p·p, T, H/p, W/p)
-        return unpatchify(x, self.config.patch_size) if self.config.patch_size else x
+        x = self.post_quant_conv(latents.movedim(1, -1).contiguous())  # (b, f, h, w, z)
+        return unpatchify(self.decoder(x, state), self.config.patch_size or 1)
 
     def _hop(self, x: Tensor, pixels: int) -> int:
         """Latent frames in a pass over x (b, _, n, h, w), each point of which is `pixels` pixels: all of them when gradients are wanted."""

@@ -96,7 +96,7 @@ class Uploads:
         if kept.exists():
             kept.touch()
         else:
-            temporary = kept.with_suffix(".part")
+            temporary = kept.with_name(f"{kept.name}.{os.urandom(8).hex()}.part")  # a page names one upload in several requests at once
             shutil.copyfile(path, temporary)
             os.replace(temporary, kept)
         return kept

@@ -1,0 +1,154 @@
+"""A training step from cached latents: where kling-train's seconds go, a plain loop beside it, and what checkpointing saves and costs."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import WanTransformer3DModel
+from diffusers.training_utils import EMAModel
+from kling_programs.eval.benches.measure import Bench, Row
+from kling_programs.eval.benches.memory import peak
+
+from kling.cache import CacheConfig, LatentCache, LatentSteps, fill_cache
+from kling.data.source import DataConfig
+from kling.dit import KlingTransformer3DModel
+from kling.flow.loss import flow_loss
+from kling.flow.path import velocity
+from kling.flow.time import draw_sigma
+from kling.pipeline import load_vae
+from kling.runtime.ema import EMA
+from kling.runtime.optim import adamw
+from kling.runtime.random import generator, noise_like
+from kling.text import ByteTextEncoder
+from kling.training import CHECKPOINTING, Drawing, Trained, draw_example, set_checkpointing
+
+MODEL = {"num_attention_heads": 6, "attention_head_dim": 64, "num_layers": 12, "ffn_dim": 1536}
+CHANNELS = 16
+OUTSIDE = 3.0  # per cent of a step that may pass outside forward and backward
+CHECKPOINTED = {"selective": (0.5, 1.12), "full": (0.3, 1.38)}  # peak and time, as parts of those without
+
+
+def rows(bench: Bench) -> Iterator[Row]:
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        preset = root / "cache.yaml"
+        preset.write_text("clips: 16\nshares: [1.0]\ndata: {source: world, frames: [17], aspects: ['16:9']}\n")
+        data = DataConfig(source="world", frames=[17], aspects=["16:9"])
+        for _ in fill_cache(CacheConfig(out=str(root / "cache"), clips=16, shares=[1.0], data=data), load_vae()):
+            pass
+        yield program(bench, root, preset)
+        yield from loops(bench, root / "cache")
+    yield from checkpointing(bench)
+
+
+def program(bench: Bench, root: Path, preset: Path) -> Row:
+    """kling-train itself: the share of its steps that is not forward or backward, without the first, which warms up."""
+    from kling_programs.train import train_dit
+
+    batch, steps = (4, 4) if bench.quick else (16, 12)
+    (root / "train.yaml").write_text(
+        json.dumps({"steps": steps, "batch": batch, "frames": [17], "max_frames": 17, "encode": str(preset), "model": MODEL, "workers": 1})
+    )
+    train_dit.main([str(root / "train.yaml"), f"out={root / 'run'}", f"cache={root / 'cache'}", "save_every=100000", "threads=1"])
+    lines = [json.loads(line) for line in (root / "run" / "metrics.jsonl").read_text().splitlines()][1:]
+    total = {part: sum(line.get(f"time/{part}", 0.0) for line in lines) for part in ("step", "data", "forward", "backward", "optimizer")}
+    outside = 100 * (1 - (total["forward"] + total["backward"]) / total["step"])
+    shares = {f"{part} %": 100 * total[part] / total["step"] for part in ("data", "forward", "backward", "optimizer")}
+    row = {"case": f"kling-train, 30M, batch {batch} of 17 frames", "peer": "none", "s a step": total["step"] / len(lines)}
+    return row | shares | {"outside %": outside} | bench.judge(outside, OUTSIDE, at_most=True)
+
+
+def loops(bench: Bench, cache: Path) -> Iterator[Row]:
+    """One update: data, conditions, forward, backward, clipping, AdamW and the average; against a plain loop on diffusers' module."""
+    batch = 2 if bench.quick else 8
+    ours, peer = Ours(cache, batch), Plain(cache, batch)
+    case = f"an update, 30M, batch {batch} of 17 frames"
+    yield bench.same(case, ours)
+    yield bench.compare(case, ours, peer, name="a plain loop on diffusers' module")
+
+
+class Ours:
+    """An update as `train/train_dit.py` makes it."""
+
+    def __init__(self, cache: Path, batch: int) -> None:
+        torch.manual_seed(0)
+        text = ByteTextEncoder()
+        self.model = Trained(KlingTransformer3DModel(**MODEL, text_dim=text.config.out_dim, num_kinds=2), text)
+        self.optimizer, self.ema = adamw(self.model, 1e-4), EMA(self.model, 0.999)
+        self.steps, self.vae = LatentSteps(LatentCache(cache), batch, [17], 0), load_vae()
+        self.drawing, self.done = Drawing(0, {"text": 1.0}, 0.1, 0.4), 0
+
+    def __call__(self) -> None:
+        batch = self.steps[self.done]
+        example = draw_example(self.drawing, batch, self.done, self.model.transformer, self.vae)
+        b = len(batch.ids)
+        level = draw_sigma((b,), generator(0, "sigma", self.done))  # (b,)
+        noise = noise_like(example.state.clean, 0, "noise", self.done, range(b))  # (b, c, G, h, w)
+        v = self.model(example, example.state.noised(level, noise), level, self.model.words(example.prompts))
+        flow_loss(v, velocity(example.state.clean, noise), example.state.mask).mean().backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.ema.update(self.model, self.done)
+        self.optimizer.zero_grad()
+        self.done += 1
+
+
+class Plain:
+    """The same network, data and text in the loop that one writes first."""
+
+    def __init__(self, cache: Path, batch: int) -> None:
+        torch.manual_seed(0)
+        self.text = ByteTextEncoder()
+        config = {"text_dim": self.text.config.out_dim, "freq_dim": 256, "in_channels": CHANNELS, "out_channels": CHANNELS}
+        self.model = WanTransformer3DModel(**MODEL, **config)
+        parameters = [*self.model.parameters(), *self.text.parameters()]
+        self.parameters, self.optimizer = parameters, torch.optim.AdamW(parameters, lr=1e-4)
+        self.ema = EMAModel(parameters, decay=0.999)
+        self.cache, self.batch = LatentCache(cache), batch
+        self.bucket = next(iter(self.cache.clips))
+
+    def __call__(self) -> None:
+        batch = self.cache.batch(self.bucket, torch.randperm(len(self.cache))[: self.batch].tolist(), 17)
+        sigma, noise = torch.randn(self.batch).sigmoid(), torch.randn_like(batch.latents)
+        level = sigma.view(-1, 1, 1, 1, 1)
+        text = self.text(*self.text.tokenize([captions[0] for captions in batch.captions]))
+        v = self.model((1 - level) * batch.latents + level * noise, 1000 * sigma, text, return_dict=False)[0]
+        F.mse_loss(v, noise - batch.latents).backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.ema.step(self.parameters)
+        self.optimizer.zero_grad()
+
+
+def checkpointing(bench: Bench) -> Iterator[Row]:
+    """Peak memory of a step in a process of its own, and its time, as parts of those that keep all activations."""
+    tokens = 256 if bench.quick else 1024
+    step = {what: checkpointed(what, tokens)[1] for what in CHECKPOINTING}
+    peaks = {what: peak(f"{__name__}:checkpointed", {"what": what, "tokens": tokens}) for what in CHECKPOINTING}
+    for what, (part, slower) in CHECKPOINTED.items():
+        case = f"activation_checkpointing={what}, {tokens} tokens"
+        row = bench.compare(case, step[what], step["none"], name="none")
+        time = {"time of none": 1 / row["ratio"]} | bench.judge(1 / row["ratio"], slower, at_most=True)
+        yield row | time
+        saved = peaks[what] / peaks["none"]
+        memory = {"ours MiB": peaks[what], "peer MiB": peaks["none"], "peak of none": saved}
+        yield {"case": f"{case}, memory", "peer": "none"} | memory | bench.judge(saved, part, at_most=True)
+
+
+def checkpointed(what: str, tokens: int) -> tuple[Callable[[], None], Callable[[], None]]:
+    """For `memory.peak`: warms up with a step of 256 tokens."""
+    torch.manual_seed(0)
+    model = KlingTransformer3DModel(**MODEL, text_dim=512).train()
+    set_checkpointing(model, what)
+
+    def step(n: int) -> None:
+        z, text = torch.randn(1, CHANNELS, n // 256, 32, 32), torch.randn(1, 77, 512)
+        model(z, torch.tensor([0.5]), text).sample.square().mean().backward()
+        model.zero_grad(set_to_none=True)
+
+    return lambda: step(256), lambda: step(tokens)

@@ -1,0 +1,63 @@
+"""The suites of kling-bench, small: what they compare is the same work, and what is wrong is not timed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from kling_programs.eval.benches import attn, dit, sampler, video
+from kling_programs.eval.benches.measure import Bench
+
+CPU = torch.device("cpu")
+TINY = dit.Size("tiny", 2, 16, 2, 48)
+
+
+@pytest.fixture
+def bench() -> Bench:
+    return Bench(CPU, quick=True, ceilings={"matmul fp32": 1e12})
+
+
+def test_the_transformers_are_one_function(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dit, "plans", lambda bench: [dit.Plan(TINY, torch.float32, (256,), (256,))])
+    monkeypatch.setattr(dit, "peak", lambda target, arguments, device: 2.0 * arguments["tokens"])
+    rows = list(dit.rows(bench))
+    timed = [row for row in rows if "ours ms" in row]
+    assert [row["case"].split()[1] for row in timed] == ["forward", "forward"] and not any("wrong" in row for row in rows)
+    assert all(row["error"] < 1e-5 and row["GF/s"] > 0 and row["line"] for row in timed)
+    assert rows[-1]["ours MiB a 1000 tokens"] == pytest.approx(2000)
+
+
+def test_a_transformer_with_other_weights_is_wrong(bench: Bench) -> None:
+    pair = dit.Pair(TINY, torch.float32, CPU, seed=0)
+    with torch.no_grad():
+        pair.ours.proj_out.weight.mul_(1.001)
+    assert all("wrong" in check.row for check in pair.check(256))
+
+
+def test_bf16_keeps_what_models_keep_in_fp32() -> None:
+    pair = dit.Pair(TINY, torch.bfloat16, CPU, seed=0)
+    for model in (pair.ours, pair.peer):
+        dtypes = {name: p.dtype for name, p in model.named_parameters()}
+        assert dtypes["blocks.0.attn1.to_q.weight"] == torch.bfloat16 and dtypes["scale_shift_table"] == torch.float32
+    assert not any("wrong" in check.row for check in pair.check(256))
+
+
+def test_packed_and_padded_attention_are_one_function(bench: Bench) -> None:
+    rows = list(attn.against_padding(bench, (3, 8, 5), {"forward": None, "forward + backward": None}))
+    assert len(rows) == 2 and all(row["error"] < 1e-6 and row["peer error"] < 1e-6 and row["ratio"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize("solver", ["euler", "unipc"])
+def test_walks_are_one_function(solver: str, bench: Bench) -> None:
+    *_, row = sampler.overhead(bench, "tiny", (2, 3, 4, 4), solver)
+    assert row["error"] < 1e-6 and row["peer error"] < 1e-6 and row["ours ms a step"] > 0
+
+
+def test_clips_of_all_readers_are_the_same_frames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(video, "SECONDS", 4)
+    video.make_video(tmp_path / "a.mp4", 180, 12)
+    ours, plain = video.reading(tmp_path / "a.mp4", "pyav", 2)(), video.plain_reading(tmp_path / "a.mp4", 2)()
+    assert "wrong" not in video.same_frames("a", "plain", ours, plain)
+    late = [clip.roll(1, dims=1) for clip in plain]
+    assert "wrong" in video.same_frames("a", "late", ours, late)

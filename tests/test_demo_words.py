@@ -1,0 +1,128 @@
+"""What the page says: every word in both languages, the library's lines in Chinese, the task that was understood."""
+
+# ruff: noqa: F811 - arguments are fixtures
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import gradio as gr
+import numpy as np
+import pytest
+import torch
+from kling_programs.sample.studio import look, runs, views
+from kling_programs.sample.studio.chinese import LINES, in_chinese
+from kling_programs.sample.studio.events import Events
+from kling_programs.sample.studio.form import FIELDS, request_of
+from kling_programs.sample.studio.jobs import ModelQueue
+from kling_programs.sample.studio.research import Research
+from kling_programs.sample.studio.shelf import Shelf
+from kling_programs.sample.studio.studio import without_folders
+from kling_programs.sample.studio.words import CHINESE_TASKS, WORDS
+from PIL import Image
+from test_demo import H, W, clip, drain, pipe, png, uploads  # noqa: F401 - pipe and uploads are fixtures
+
+from kling import Request
+from kling.condition.axes import axes_trajectory
+from kling.condition.poses import save_trajectory
+from kling.data.video import write_video
+from kling.errors import UserError
+from kling.plan import TASKS as PLANNED
+
+
+def test_what_visitors_commonly_meet_is_said_in_chinese(pipe, uploads, tmp_path, monkeypatch):
+    """Every line of the table translates a real mistake: none is left over, and each keeps its values."""
+    image, movie = str(png(uploads.store / "a.png")), str(clip(uploads.store / "v.mp4"))
+    page, no_model = SimpleNamespace(studio=SimpleNamespace(uploads=uploads)), lambda tell: (_ for _ in ()).throw(torch.OutOfMemoryError())
+
+    def handed_in(data: bytes | Image.Image, kind: str, name: str = "x.png", **saving: Any) -> str | None:
+        path = uploads.arrivals / name
+        path.write_bytes(data) if isinstance(data, bytes) else data.save(path, **saving)
+        return uploads.accept({"path": str(path)}, kind)
+
+    def limited(limit: str) -> str | None:
+        with monkeypatch.context() as patch:
+            patch.setattr(f"kling_programs.sample.studio.uploads.{limit}", 8)
+            return handed_in(Path(movie).read_bytes(), "video", "v.mp4")
+
+    def full() -> None:
+        queue = ModelQueue(size=0)
+        next(queue.run("a", no_model))
+
+    noise = png(tmp_path / "n.png", (200, 200)).read_bytes()
+    mistakes = [
+        *(lambda f=f: request_of(f, uploads) for f in ({"prompt": "x" * 9999}, {"seed": 1.5}, {"seed": math.nan}, {"pan": 11})),
+        lambda: request_of({"camera_file": _poses(uploads.store), "pan": 3}, uploads),
+        lambda: request_of({"video": movie, "use": "fill"}, uploads),
+        lambda: request_of({"keyframes": [{}] * 9}, uploads),
+        lambda: pipe.plan(Request(num_frames=1)),
+        lambda: Request(image=image, last_image=image, loop=True),
+        lambda: uploads.accept_drawing("data:image/png;base64,!!!"),
+        lambda: next(Events.add_keyframe(page, None, None, 0, 1, [], 5)),
+        lambda: pipe.plan(Request(keyframes=[(image, 50, 1.0)], num_frames=9)),
+        lambda: pipe.plan(Request(keyframes=[(image, 50, 1.0)], duration=20)),
+        lambda: pipe.plan(Request(video=movie, extend_to=0.5)),
+        lambda: look.read_scales("a"),
+        lambda: runs.choice([]),
+        lambda: next(Research.reconstruct(page, None, None)),
+        lambda: uploads.accept("/etc/passwd", "image"),
+        *(lambda name=name: limited(name) for name in ("MAX_BYTES", "MAX_FRAME", "MAX_FRAMES")),
+        lambda: handed_in(Image.new("1", (6000, 6000)), "image"),
+        lambda: handed_in(b"", "image"),
+        lambda: handed_in(noise, "video", "n.mp4"),
+        lambda: handed_in(Path(movie).read_bytes()[:40], "video", "v.mp4"),
+        lambda: handed_in(_cut_short(tmp_path), "video", "v.mp4"),
+        lambda: handed_in(Path(movie).read_bytes()[:900], "video", "v.mp4"),
+        lambda: handed_in(b"words", "image"),
+        lambda: handed_in(noise[: len(noise) // 2], "image"),
+        lambda: handed_in(Image.new("RGB", (9, 9)), "image", "x.webp", save_all=True, append_images=[Image.new("RGB", (9, 9), "red")]),
+        lambda: handed_in(b"1 2 3", "camera", "p.txt"),
+        full,
+        lambda: drain(ModelQueue().run("a", no_model)),
+        lambda: Shelf(tmp_path / "out", {}).get("x"),
+    ]
+    met = set()
+    for mistake in mistakes:
+        with pytest.raises((UserError, gr.Error)) as error:
+            mistake()
+        line = error.value.message if isinstance(error.value, gr.Error) else without_folders(str(error.value))
+        english = [template for template in LINES if re.fullmatch(re.sub(r"\\{\w+\\}", ".+", re.escape(template)), line)]
+        assert english, line
+        met |= set(english)
+        chinese = in_chinese(line)
+        assert re.search("[\u4e00-\u9fff]", chinese) and not re.search(r"[{}]|\bgive\b", re.sub("（.*）", "", chinese)), chinese
+    assert met == set(LINES)
+    assert in_chinese("a line that nobody translated") == "a line that nobody translated"
+    assert in_chinese("prompt of 9999 characters: give at most 2000") == "提示词有 9999 个字符：最多 2000 个"
+
+
+def _poses(folder: Path, frames: int = 9) -> str:
+    save_trajectory(folder / "p.json", axes_trajectory({"pan": 3}, frames, H, W), 8)
+    return str(folder / "p.json")
+
+
+def _cut_short(folder: Path) -> bytes:
+    """An mp4 whose header promises more frames than are there."""
+    write_video(folder / "long.mp4", np.random.default_rng(0).integers(0, 256, (41, H, W, 3), dtype=np.uint8), 8)
+    data = (folder / "long.mp4").read_bytes()
+    return data[: len(data) * 2 // 3]
+
+
+def test_the_task_that_was_understood_is_said_in_both_languages(pipe, tmp_path):
+    assert set(CHINESE_TASKS) == set(PLANNED)
+    request = Request("a ball", image=str(png(tmp_path / "a.png", (30, 30))), loop=True, camera="pan=6,dolly=4", num_frames=41)
+    english, chinese = (views.understood(lang, pipe.plan(request), request) for lang in (0, 1))
+    assert "<b>first + last frame to video · loop · camera pan=6 dolly=4</b> 41 frames · 5.1 s · 80×80" in english
+    assert "<b>首尾帧生视频 · 循环 · 镜头 pan=6 dolly=4</b> 41 帧 · 5.1 秒 · 80×80" in chinese
+    long = Request(duration=15, camera=_poses(tmp_path, 121), seed=3)
+    assert "text to video · then 3 more · camera from a file" in views.understood(0, pipe.plan(long), long) and str(tmp_path) not in english
+
+
+def test_every_word_is_there_in_both_languages():
+    assert all(english and chinese for english, chinese in WORDS.values())
+    assert set(FIELDS) >= {"prompt", "image", "video", "pan", "dolly", "seed"}
+    assert without_folders("/a/b/c.mp4 is bad: use '/d/e.png' or 16:9, 1/2") == "c.mp4 is bad: use e.png' or 16:9, 1/2"
