@@ -253,6 +253,7 @@ class LatentBatch:
     cameras: list[Trajectory | None]
     shown: Tensor | None = None  # (b, c, f, h, w)
     seen: Tensor | None = None  # (b, i, e)
+    names: list[str] = field(default_factory=list)
 
 
 class LatentCache:
@@ -296,7 +297,7 @@ class LatentCache:
         """The clips `ids` of a bucket, their first `frames` pixel frames."""
         f = latent_frames(frames)
         columns: dict[str, list[Tensor]] = {}
-        captions, weights = [], []
+        captions, weights, names = [], [], []
         for i in ids:
             shard, row = self.clips[bucket][i]
             file = self._shard(shard)
@@ -304,6 +305,7 @@ class LatentCache:
                 part = file.get_slice(name)
                 columns.setdefault(name, []).append(part[row, :, :f] if name in ("latents", "shown") else part[row])
             captions.append(self._rows[shard][row]["captions"])
+            names.append(self._rows[shard][row]["name"])
             weights.append(self._rows[shard][row].get("weights", [1.0] * len(captions[-1])))
         stacked = {name: torch.stack(column) for name, column in columns.items()}
         cameras = [
@@ -312,7 +314,7 @@ class LatentCache:
         ]
         lone = stacked["keyframes"].float(), stacked["keyframe_times"]
         first = {name: stacked[name].float() for name in ("shown", "seen") if name in stacked}
-        return LatentBatch(ids, stacked["latents"].float(), *lone, captions, weights, cameras, **first)
+        return LatentBatch(ids, stacked["latents"].float(), *lone, captions, weights, cameras, **first, names=names)
 
     def _shard(self, name: str) -> Any:
         if name not in self._open:

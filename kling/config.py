@@ -141,8 +141,9 @@ def _chain(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[str, dict[str,
 
 
 def _override(word: str) -> dict[str, Any]:
-    """'a.b=c' -> {"a": {"b": c}}, where c is read as yaml, and as plain text where it is not meant as yaml (`prompt=a dog: #1`)."""
-    key, equals, text = word.partition("=")
+    """'a.b=c' (or '--a.b=c') -> {"a": {"b": c}}, where c is read as yaml, and as plain text where it is not meant as yaml
+    (`prompt=a dog: #1`)."""
+    key, equals, text = word.removeprefix("--").partition("=")
     names = key.strip().split(".")
     if not equals or not all(names):
         raise UserError(f"override '{word}' is not key=value: write for example steps=1000 or model.num_layers=4")

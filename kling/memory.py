@@ -19,9 +19,9 @@ from kling.text.umt5 import UMT5TextEncoder
 FP32_COPIES, STREAM, GELU = 3, 1, 2
 # The same in attention, which is worse where the feed-forward is narrow: queries, keys, values and two more, and the pair being rotated.
 ROTATED, NUMBERS = 4, 5
-# Feature maps of a frame at full size that the VAE's decoder keeps, counting smaller ones and the stream's tails (measured 14.4 for the
-# Wan 2.1 type and 18.6 for the 2.2 one, fp32), while it makes four frames.
-MAPS, FRAMES = 19, 4
+# Feature maps of a frame at full size that the VAE's decoder keeps, counting smaller ones and the stream's tails (measured 11.6 for the
+# Wan 2.1 type and 15.1 for the 2.2 one, fp32), while it makes four frames.
+MAPS, FRAMES = 16, 4
 TILES = 256  # pixels: what is advised
 
 

@@ -1,10 +1,11 @@
-"""What a training of the transformer is made of: its examples, its held-out loss, the model as the optimizer sees it, and the export."""
+"""What a training of the transformer is made of: the model as the optimizer sees it, its examples, and the export."""
 
 from __future__ import annotations
 
+import math
 import random
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -16,20 +17,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torch.utils.data import Dataset
 
-from kling.cache import LatentBatch
+from kling.cache import LatentBatch, LatentSteps
 from kling.condition.concat import concat_channels, concat_groups
 from kling.condition.state import Given, State, build_state
 from kling.condition.tasks import TASKS, draw_task, keyframe_share
-from kling.data.source import ClipSource, DataConfig
-from kling.data.transforms import to_tensor
 from kling.dit import KlingTransformer3DModel
 from kling.errors import UserError, unknown
-from kling.flow.loss import flow_loss
-from kling.flow.path import velocity
-from kling.flow.time import level_at, press
 from kling.pipeline import KlingPipeline, signal
 from kling.runtime.parallel import Layout
-from kling.runtime.random import noise_like
+from kling.shapes import token_grid
 from kling.text import ByteTextEncoder
 from kling.text.umt5 import UMT5TextEncoder
 from kling.vae import AutoencoderKLKling
@@ -140,6 +136,20 @@ class Places(Dataset):
         return self.steps[self.place(k)]
 
 
+def check_divides(data: LatentSteps, tasks: Mapping[str, float], transformer: KlingTransformer3DModel, split: int) -> None:
+    """Raises `UserError` if a batch could come whose tokens do not divide over the `split` processes that share it."""
+    for bucket in data.cache.clips:
+        for frames in sorted({T for T in data.frames if bucket.frames >= T}):
+            _, _, f, h, w = data.cache.batch(bucket, [0], frames).latents.shape
+            for appended in range(2 if f > 1 and keyframe_share(tasks) else 1):
+                n = math.prod(token_grid(f + appended, h, w, tuple(transformer.config.patch_size)))
+                if n % split:
+                    shape = f"{bucket.aspect} of {frames} frames{' and a keyframe' if appended else ''}"
+                    raise UserError(
+                        f"{n} tokens ({shape}) do not divide over cp_size = {split} processes: change it, or leave that shape out"
+                    )
+
+
 @dataclass(frozen=True)
 class Drawing:
     """How examples are drawn: weights of the tasks, and how often text or camera are left out."""
@@ -224,78 +234,6 @@ def choose_keyframe(what: Given, times: list[int], f: int, rng: random.Random) -
     inner = [j for j, time in enumerate(times) if 0 < time < end]
     j = times.index(end) if t == end or not inner else rng.choice(inner)
     return Given(known=what.known, keyframes=((times[j], strength),)), j
-
-
-# ------------------------------------------------------------------------------------------------------------ validation
-
-
-@dataclass
-class Validation:
-    """The loss on clips that no training sees, every `every` updates (0: never): the same clips, noise and levels each time.
-
-    source: a folder of held-out videos; empty for the held-out scenes of the small world. quantiles: levels, as quantiles of the
-    training density, so that each stands for an equal share of training.
-    """
-
-    every: int = 0
-    clips: int = 8
-    source: str = ""
-    quantiles: int = 4
-
-
-def held_out(cfg: Validation, data: DataConfig, frames: int, vae: AutoencoderKLKling) -> list[LatentBatch]:
-    """The clips of a validation, encoded, one to a batch.
-
-    Raises `UserError` if the training data is a folder or a manifest, of which nothing is held out, and `source` is empty.
-    """
-    if data.source != "world" and not cfg.source and not data.holdout:
-        raise UserError(
-            "validation.every is set but not validation.source: name videos that are not trained on, or keep some with data.holdout"
-        )
-    data = DataConfig(**{**vars(data), "source": cfg.source or data.source})
-    source, clips = ClipSource(data, split="heldout"), []
-    for i in range(cfg.clips):
-        clip = source.clip(i, frames, data.aspects[i % len(data.aspects)])
-        with torch.no_grad():
-            z = vae.normalize(vae.encode(to_tensor(clip.video)[None].to(vae.device)).latent_dist.mode()).cpu()  # (1, c, f, h, w)
-        clips.append(LatentBatch([i], z, z[:, None, :, 0], torch.zeros(1, 1), [clip.captions], [[1.0]], [clip.trajectory]))
-    return clips
-
-
-def level_quantiles(count: int, density: str, shift: float, within: tuple[float, float] = (0.0, 1.0)) -> Tensor:
-    """(count,) levels in the middle of equal shares of the training density: its quantiles (i + ½) / count."""
-    return press(level_at((torch.arange(count) + 0.5) / count, density, shift), within, density, shift)
-
-
-@torch.no_grad()
-def validation_loss(
-    run: Callable[[Example, Tensor, Tensor], Tensor],
-    clips: list[LatentBatch],
-    levels: Tensor,
-    layout: Layout,
-    model: Trained,
-    vae: AutoencoderKLKling,
-    device: torch.device,
-) -> Tensor:
-    """Sum of the losses at each level and how many clips it is of, (2, levels), of the clips that fall to this process.
-
-    run(example, level, noise) -> velocity. All processes make the same number of passes, as sharded weights need.
-    """
-    sums = torch.zeros(2, len(levels), device=device)
-    for i in range(-(-len(clips) // layout.ranks)):
-        mine = i * layout.ranks + layout.rank
-        batch = clips[mine % len(clips)]
-        given = [Given()]
-        state = build_state(given, batch.latents, None, tuple(model.transformer.config.patch_size))
-        has_camera = torch.tensor([batch.cameras[0] is not None])
-        example = Example(state, [batch.captions[0][0]], batch_rays(batch, given, model.transformer, vae), has_camera)
-        example = beside(example, batch, given, model.transformer).to(device)
-        for q, level in enumerate(levels):
-            noise = noise_like(example.state.clean, 0, "validation", q, batch.ids)
-            v = run(example, level[None].to(device), noise)  # (1, c, f, h, w)
-            loss = flow_loss(v, velocity(example.state.clean, noise), example.state.mask)  # (1,)
-            sums[:, q] += torch.stack([loss[0], torch.ones_like(loss[0])]) * (mine < len(clips))
-    return sums
 
 
 # ---------------------------------------------------------------------------------------------------------------- export

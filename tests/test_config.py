@@ -80,6 +80,10 @@ def test_mistakes_name_key_value_and_place(word: str, parts: list[str]) -> None:
     assert "\n" not in str(error.value)
 
 
+def test_dashes_before_a_key_are_as_good_as_none() -> None:
+    assert load("--optim.lr=0.5", "steps=3") == load("optim.lr=0.5", "--steps=3")
+
+
 def test_a_required_key_must_be_given() -> None:
     with pytest.raises(UserError, match="'data' has no value"):
         load_config(Settings)

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
+import os
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -145,11 +149,10 @@ def test_training_with_a_critic_resumes_bit_for_bit(vgg: Path, tmp_path: Path, m
     assert a is not None and b is not None and set(a.tensors) == {"model", "optimizer", "ema", "critic_model", "critic_optimizer"}
     for name, rows in a.tensors.items():
         assert all(torch.equal(rows[key], b.tensors[name][key]) for key in rows), name
-    lines = [json.loads(line) for line in (tmp_path / "straight" / "metrics.jsonl").read_text().splitlines()]
-    lines = [line for line in lines if "loss" in line]
-    assert ["critic" in line for line in lines] == [False, True, True, True], "it joins at its start"
-    assert ["fooled" in line for line in lines] == [False, False, False, True], "and steers after its warm-up"
-    assert all(line["perceptual"] > 0 for line in lines)
+    steps = [line for line in lines(tmp_path / "straight") if "loss" in line]
+    assert ["critic" in line for line in steps] == [False, True, True, True], "it joins at its start"
+    assert ["fooled" in line for line in steps] == [False, False, False, True], "and steers after its warm-up"
+    assert all(line["perceptual"] > 0 for line in steps)
     assert load_file(tmp_path / "straight" / "export" / "diffusion_pytorch_model.safetensors")
 
 
@@ -160,6 +163,65 @@ def test_two_processes_train_a_vae_and_its_critic(tmp_path: Path) -> None:
     assert workers.run([*WORDS, *extra], workers.environment("ddp", 2)) == [0, 0]
     saved = load_latest(tmp_path)
     assert saved is not None and saved.step == 4 and "critic_model" in saved.tensors
+
+
+@pytest.fixture
+def plain(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A training without the 32 clips that measure the latents at its end."""
+    monkeypatch.setattr(train_vae, "latent_statistics", lambda model, cfg: (torch.zeros(16), torch.ones(16)))
+    return [*WORDS, "data.aspects=['16:9', '9:16']", "adversary.weight=0.1", "adversary.start=1", "adversary.width=4"]
+
+
+def lines(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_two_processes_are_two_micro_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lone frames on one process beside a clip on the other, along different paths: losses, gradients and held-out PSNR are the same.
+
+    A critic is left out here: its spectral norms take a step at every pass, of which one process makes more.
+    """
+    monkeypatch.setattr(train_vae, "latent_statistics", lambda model, cfg: (torch.zeros(16), torch.ones(16)))
+    words = [*WORDS, "paths={whole: 1, streamed: 1}", "eval_clips=2", "eval_every=3", "steps=3"]
+    train_vae.main([*words, "gradient_accumulation=2", f"out={tmp_path / 'alone'}"])
+    assert workers.run([*words, f"out={tmp_path / 'two'}"], workers.environment("ddp", 2)) == [0, 0]
+    for ours, theirs in zip(lines(tmp_path / "two"), lines(tmp_path / "alone"), strict=True):
+        for name in {"loss", "grad_norm", "eval/psnr"} & theirs.keys():
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-5), (ours["step"], name)
+    a, b = (load_latest(tmp_path / name) for name in ("two", "alone"))
+    assert a is not None and b is not None and a.meta["places"] == b.meta["places"] == 6
+    for key, moment in ((key, rows) for rows in [b.tensors["optimizer"]] for key in rows if key.endswith("exp_avg")):
+        assert (a.tensors["optimizer"][key] - moment[key]).norm() <= 1e-5 * moment[key].norm() + 1e-12, key
+
+
+def test_a_critic_that_is_not_finite_takes_nothing_with_it(plain: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fault of five updates leaves nothing behind; one that comes again ends the run, and names the clips."""
+    train_vae.main([*plain, "steps=8", f"out={tmp_path / 'straight'}"])
+    real, calls, last = train_vae.hinge, iter(range(1, 1000)), 6
+    monkeypatch.setattr(train_vae, "hinge", lambda *scores: real(*scores) * (math.nan if 2 <= next(calls) <= last else 1.0))
+    train_vae.main([*plain, "steps=8", f"out={tmp_path / 'back'}"])
+    a, b = (load_latest(tmp_path / name) for name in ("straight", "back"))
+    assert a is not None and b is not None
+    for name, rows in a.tensors.items():
+        assert all(torch.equal(rows[key], b.tensors[name][key]) for key in rows), name
+    assert lines(tmp_path / "back")[-2]["skipped"] == 5
+
+    calls, last = iter(range(1, 1000)), 1000
+    with pytest.raises(SystemExit) as stopped:
+        train_vae.main([*plain, "steps=60", f"out={tmp_path / 'stopped'}"])
+    (bad,) = json.loads((tmp_path / "stopped" / "bad-batch-00000.json").read_text())
+    assert stopped.value.code == 2 and bad["clips"][0].startswith("world/0/train/")
+
+
+def test_a_signal_ends_it_after_a_step_with_a_checkpoint(tmp_path: Path) -> None:
+    process = workers.start([*WORDS, "steps=100000", "save_every=100000", f"out={tmp_path}"])
+    while not (tmp_path / "metrics.jsonl").exists():
+        assert process.is_alive()
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGUSR1)
+    process.join(200)
+    saved = load_latest(tmp_path)
+    assert process.exitcode == 143 and saved is not None and saved.step == lines(tmp_path)[-1]["step"]
 
 
 def test_mistakes(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:

@@ -63,6 +63,18 @@ def test_lora_trains_little_is_saved_for_diffusers_and_merges(words: list[str], 
         KlingPipeline.from_pretrained(base).load_lora_weights(tmp_path / "bad")
 
 
+@pytest.mark.slow
+def test_lora_trains_the_same_in_shards(words: list[str], base: Path, tmp_path: Path) -> None:
+    lora = ["model.num_kinds=0", "model.camera_channels=0", "tasks={text: 1, first_last: 0, last: 0, keyframes: 0}", f"init_from={base}"]
+    words = [*words, *lora, "lora.rank=2", "lr=0.05", "warmup=0", "ema=0", "steps=2"]
+    train_dit.main([*words, "gradient_accumulation=2", f"out={tmp_path / 'alone'}"])
+    assert workers.run([*words, f"out={tmp_path / 'shards'}"], workers.environment("fsdp2", 2, dp_shard=2)) == [0, 0]
+    a, b = (load_file(tmp_path / name / "lora" / "pytorch_lora_weights.safetensors") for name in ("alone", "shards"))
+    assert a.keys() == b.keys()
+    for key in a:
+        torch.testing.assert_close(a[key], b[key], rtol=1e-4, atol=1e-5, msg=key)
+
+
 def test_lora_mistakes(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit):
         train_dit.main([*words, "lora.rank=2", f"out={tmp_path}"])

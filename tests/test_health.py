@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import workers
 from torch import Tensor
 
+from kling import KlingPipeline
+from kling.condition.tasks import TASKS
+from kling.config import load_config
+from kling.data.image import read_image
+from kling.data.source import DataConfig
 from kling.errors import UserError
 from kling.flow.time import draw_sigma
 from kling.runtime.checkpoint import load_latest
 from kling.runtime.health import Guard, Watchdog
 from kling.runtime.meter import StepClock, matmul_ceiling
-from kling.training import level_quantiles
+from kling.validation import Validation, held_out, level_quantiles, task_requests
 
 train_dit = workers.train_dit
 
@@ -106,6 +113,45 @@ def test_validation_and_samples_leave_training_bit_equal(words: list[str], tmp_p
     assert {"time/data", "time/forward", "time/backward", "time/optimizer", "tokens/s", "mfu", "memory/peak_gib", "skipped"} <= line.keys()
 
 
+def test_parts_of_a_run_are_the_run(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two resumes in one epoch, 0, 1 and 2 workers, foreign draws amid every step: the same clips, noise, weights and learning rates."""
+    for name in ("draw_example", "noise_like", "flow_loss"):
+        monkeypatch.setattr(train_dit, name, getattr(train_dit, name))
+    workers.record(0)
+    words = [*words, "warmup=2", "lr=0.01", "floor=0.1"]
+    monkeypatch.setenv("SEEN", str(tmp_path / "straight"))
+    train_dit.main([*words, "steps=6", f"out={tmp_path / 'whole'}"])
+
+    real = train_dit.flow_loss
+    train_dit.flow_loss = lambda *args: (torch.rand(3), random.random(), np.random.rand(), real(*args))[-1]
+    monkeypatch.setenv("SEEN", str(tmp_path / "parts"))
+    for stop, count in ((2, 1), (4, 2), (6, 0)):
+        saved = load_latest(tmp_path / "run")
+        assert saved is None or saved.step == stop - 2
+        monkeypatch.setattr(train_dit.StopSignal, "seen", lambda *_, at=stop: at < 6 and len(metrics(tmp_path / "run")) >= at)
+        try:
+            train_dit.main([*words, "steps=6", f"workers={count}", f"out={tmp_path / 'run'}"])
+        except SystemExit as end:
+            assert end.code == 143 and stop < 6
+    assert workers.recorded(tmp_path / "straight") == workers.recorded(tmp_path / "parts")
+    a, b = weights(tmp_path / "whole"), weights(tmp_path / "run")
+    assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+    closed = [0.005, 0.01, *(0.01 * (0.1 + 0.9 * (1 + math.cos(math.pi * (s - 2) / 4)) / 2) for s in range(2, 6))]
+    assert [line["lr"] for line in metrics(tmp_path / "run")] == pytest.approx(closed, rel=1e-12)
+
+
+def test_a_sample_of_every_task(words: list[str], tmp_path: Path) -> None:
+    """A request made for a task is understood as that task, and all of them are drawn."""
+    clip = held_out(Validation(clips=1), DataConfig(), 17)[0]
+    pipe = KlingPipeline.from_pretrained()
+    assert {name: pipe.plan(request).task for name, request in zip(TASKS, task_requests(clip, TASKS), strict=True)} == {n: n for n in TASKS}
+    assert all(pipe.plan(request).frames == 17 for request in task_requests(clip, TASKS))
+    words = [*words, "scheduler.num_inference_steps=1", "sample_tasks=true", "samples=[{prompt: a ball, num_frames: 5, aspect: '1:1'}]"]
+    train_dit.main([*words, "sample_every=1", "steps=1", f"out={tmp_path}"])
+    shown = sum(weight > 0 for weight in load_config(train_dit.TrainDiTConfig, words[0]).tasks.values())
+    assert shown == 8 and read_image(tmp_path / "samples" / "00000001.png").shape == (80 + 8 * 64, 6 * 112, 3)
+
+
 def poison(monkeypatch: pytest.MonkeyPatch, when) -> None:
     """Losses are not finite on the calls that `when` names (1-based)."""
     real, calls = train_dit.flow_loss, iter(range(1, 10**6))
@@ -139,5 +185,5 @@ def test_five_in_a_row_again_stop_with_the_clips(
         train_dit.main([*words, "steps=20", "save_every=2", f"out={tmp_path}"])
     assert stopped.value.code == 2 and "5 updates in a row were not finite" in capsys.readouterr().err
     (bad,) = json.loads((tmp_path / "bad-batch-00000.json").read_text())
-    assert bad["place"] >= 2 and len(bad["clips"]) == 1
+    assert bad["place"] >= 2 and [name.split("/")[0] for name in bad["clips"]] == ["world"]
     assert all(torch.isfinite(t).all() for t in weights(tmp_path).values())

@@ -8,23 +8,45 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import workers
 import yaml
+
+from kling.runtime.accelerator import make_accelerator
+from kling.runtime.parallel import lay_out
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs" / "accelerate").glob("*.yaml"))
 
 WHAT_IT_IS = """
-import json, sys
-from kling.runtime.accelerator import make_accelerator
-from kling.runtime.parallel import lay_out
-accelerator = make_accelerator(sys.argv[1], mixed_precision="fp32")
-layout = lay_out(accelerator)
-names = list(accelerator.torch_device_mesh.mesh_dim_names) if layout.sharded else []
-open(f"{sys.argv[1]}/{accelerator.process_index}", "w").write(json.dumps([layout.rank, layout.ranks, layout.split, layout.sharded, names]))
+import json, os, sys
+with open(f"{sys.argv[1]}/environment-{os.environ.get('RANK', '0')}.json", "w") as file:
+    json.dump(dict(os.environ), file)
 """
+
+
+def launch(folder: Path) -> None:
+    """`accelerate launch --config_file config.yaml program.py FOLDER`, in a process that has imported it already."""
+    from accelerate.commands.launch import main
+
+    sys.argv = ["accelerate-launch", "--config_file", str(folder / "config.yaml"), str(folder / "program.py"), str(folder)]
+    main()
+
+
+def set_up(folder: Path, rank: int) -> None:
+    """What a program that the launcher starts with this environment sees."""
+    os.environ.clear()
+    os.environ.update(json.loads((folder / f"environment-{rank}.json").read_text()))
+    accelerator = make_accelerator(folder, mixed_precision="fp32")
+    layout = lay_out(accelerator)
+    names = list(accelerator.torch_device_mesh.mesh_dim_names) if layout.sharded else []
+    (folder / str(rank)).write_text(json.dumps([layout.rank, layout.ranks, layout.split, layout.sharded, names]))
+    accelerator.wait_for_everyone()
+
+
 EXPECTED = {
     "cpu": [[0, 1, 1, False, []]],
     "ddp": [[0, 2, 1, False, []], [1, 2, 1, False, []]],
@@ -48,17 +70,25 @@ def test_a_layout_is_as_large_as_its_processes(path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_accelerate_launches_it(path: Path, tmp_path: Path) -> None:
-    """The real launcher on each file, made smaller and for CPUs."""
+    """The real launcher on each file, made smaller and for CPUs; then as many processes with the environments that it gave."""
     values, expected = yaml.safe_load(path.read_text()), EXPECTED[path.stem]
     values |= {"use_cpu": True, "num_processes": len(expected), "num_machines": 1, "mixed_precision": "no"}
     for name, size in SIZES.get(path.stem, {}).items():
         values["parallelism_config"][f"parallelism_config_{name}_size"] = size
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
     (tmp_path / "program.py").write_text(WHAT_IT_IS)
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(tmp_path / "config.yaml")]
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    subprocess.run([*command, str(tmp_path / "program.py"), str(tmp_path)], env=env, check=True, capture_output=True)
+    together(launch, [(tmp_path,)])
+    together(set_up, [(tmp_path, rank) for rank in range(len(expected))])
     assert [json.loads((tmp_path / str(rank)).read_text()) for rank in range(len(expected))] == expected
+
+
+def together(what: Callable[..., None], arguments: list[tuple]) -> None:
+    processes = [workers.PROCESSES.Process(target=what, args=args) for args in arguments]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * len(processes)
 
 
 STUBS = {

@@ -32,7 +32,7 @@ LEVELS |= {
     "memory": 5,
     "pipeline": 6,
 }
-LEVELS |= {"start": 7, "training": 7, "__init__": 7}
+LEVELS |= {"start": 7, "training": 7, "__init__": 7, "validation": 8}
 
 
 def name(path: Path) -> str:

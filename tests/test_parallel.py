@@ -11,11 +11,13 @@ import workers
 from safetensors import safe_open
 from torch import Tensor
 
+from kling.cache import LatentCache, LatentSteps
 from kling.data.source import batches
+from kling.dit import KlingTransformer3DModel
 from kling.errors import UserError
 from kling.runtime.accelerator import make_accelerator
-from kling.runtime.parallel import Layout, check_draws
-from kling.training import Places
+from kling.runtime.parallel import Layout, check_draws, split_sequence
+from kling.training import Places, check_divides
 from kling.vae import AutoencoderKLKling
 
 STEPS = 5
@@ -27,7 +29,9 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     folder = tmp_path_factory.mktemp("parts")
     torch.manual_seed(0)
     AutoencoderKLKling(**workers.TINY_VAE).save_pretrained(folder / "vae")
-    (folder / "encode.yaml").write_text("{clips: 12, shard: 6, workers: 0, data: {frames: [1, 5]}}")
+    (folder / "encode.yaml").write_text(
+        "{clips: 12, shares: [2, 1], shard: 6, workers: 0, data: {frames: [1, 5], aspects: ['16:9', '9:16']}}"
+    )
     return [
         "configs/dit/debug.yaml", "frames=[5]", "max_frames=5", "batch=2", "camera_drop=0.2", "workers=0", "log_every=1", "save_every=100",
         "sample_every=0", "samples=[]", "schedule=constant", "mixed_precision=fp32", "threads=1",
@@ -71,21 +75,28 @@ def assert_same_run(run: Path, reference: Path, rtol: float = 1e-5) -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "ranks", "micro", "sizes"),
+    ("config", "ranks", "micro", "sizes", "extra"),
     [
-        pytest.param("ddp", 2, 2, {}, id="ddp-2x2"),
-        pytest.param("ddp", 4, 1, {}, id="ddp-4x1", marks=pytest.mark.slow),
-        pytest.param("fsdp2", 2, 2, {"dp_shard": 2}, id="fsdp2-2x2"),
-        pytest.param("hsdp", 4, 1, {"dp_replicate": 2, "dp_shard": 2}, id="hsdp-4x1", marks=pytest.mark.slow),
-        pytest.param("fsdp2_cp", 2, 4, {"dp_shard": 1, "cp": 2}, id="context-2"),
-        pytest.param("fsdp2_cp", 4, 2, {"dp_shard": 2, "cp": 2}, id="fsdp2-context-2x2", marks=pytest.mark.slow),
+        pytest.param("ddp", 2, 2, {}, [], id="ddp-2x2"),
+        pytest.param("ddp", 4, 1, {}, [], id="ddp-4x1", marks=pytest.mark.slow),
+        pytest.param("fsdp2", 2, 2, {"dp_shard": 2}, [], id="fsdp2-2x2"),
+        pytest.param("hsdp", 4, 1, {"dp_replicate": 2, "dp_shard": 2}, [], id="hsdp-4x1", marks=pytest.mark.slow),
+        pytest.param("fsdp2_cp", 2, 4, {"dp_shard": 1, "cp": 2}, [], id="ulysses-2"),
+        pytest.param("fsdp2_cp", 2, 4, {"dp_shard": 1, "cp": 2}, ["context_parallel=ring"], id="ring-2"),
+        pytest.param("fsdp2_cp", 4, 2, {"dp_shard": 2, "cp": 2}, [], id="fsdp2-ulysses-2x2", marks=pytest.mark.slow),
+        pytest.param(
+            "fsdp2", 2, 2, {"dp_shard": 2}, ["activation_checkpointing=selective", "compile=true"], id="presets", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_processes_and_accumulation_change_nothing(
-    config: str, ranks: int, micro: int, sizes: dict[str, int], words: list[str], alone: Path, tmp_path: Path
+    config: str, ranks: int, micro: int, sizes: dict[str, int], extra: list[str], words: list[str], alone: Path, tmp_path: Path
 ) -> None:
+    """Layouts, and what a preset turns on for a large model. Ring attention runs on a flash attention for CPUs that the test brings."""
     env = workers.environment(config, ranks, **sizes)
-    assert workers.run([*words, f"out={tmp_path}", f"steps={STEPS}", f"gradient_accumulation={micro}"], env) == [0] * ranks
+    first = workers.ring_on_cpu if "context_parallel=ring" in extra else None
+    words = [*words, *extra, f"out={tmp_path}", f"steps={STEPS}", f"gradient_accumulation={micro}"]
+    assert workers.run(words, env, first=first) == [0] * ranks
     assert_same_run(tmp_path, alone)
     assert (tmp_path / "export" / "model_index.json").is_file()
     sharded = list((tmp_path / f"step-{STEPS:08d}").glob("model.00001.safetensors"))
@@ -93,9 +104,20 @@ def test_processes_and_accumulation_change_nothing(
 
 
 @pytest.mark.slow
+def test_bf16_shards_train_as_bf16_alone(words: list[str], tmp_path: Path) -> None:
+    """Sharded weights are cast where they compute, whole ones by autocast: the same to a rounding of bf16."""
+    words = [*words, "steps=3", "mixed_precision=bf16"]
+    workers.train_dit.main([*words, f"out={tmp_path / 'alone'}", "gradient_accumulation=2"])
+    assert workers.run([*words, f"out={tmp_path / 'shards'}"], workers.environment("fsdp2", 2, dp_shard=2)) == [0, 0]
+    losses = [[line["loss"] for line in metrics(tmp_path / name)] for name in ("alone", "shards")]
+    assert losses[1] == pytest.approx(losses[0], rel=0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_gradients_exchanged_in_bf16_are_those_rounded(words: list[str], alone: Path, tmp_path: Path) -> None:
     words = [*words, f"out={tmp_path}", "steps=1", "gradient_accumulation=2", "bf16_reduction=true"]
-    assert workers.run(words, workers.environment("fsdp2", 2, dp_shard=2)) == [0, 0]
+    assert workers.run(words, workers.environment("fsdp2", 2, dp_shard=2), timeout=600) == [0, 0]
     ours, theirs = metrics(tmp_path)[0], metrics(alone)[0]
     assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
     assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-2) and ours["grad_norm"] != pytest.approx(
@@ -110,18 +132,78 @@ def test_muon_turns_whole_matrices_when_their_rows_are_cut(words: list[str], tmp
     assert_same_run(tmp_path / "cut", tmp_path / "alone")
 
 
-def test_a_run_goes_on_with_another_number_of_processes(words: list[str], alone: Path, tmp_path: Path) -> None:
-    """1 -> 2 sharded -> 1, resharded on the way, with samples and validation while sharded."""
-    words = [*words, f"out={tmp_path}"]
-    extra = ["validation.every=3", "validation.clips=3", "validation.quantiles=2", "sample_every=3",
+def test_a_run_goes_on_with_another_number_of_processes(
+    words: list[str], alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """1 -> 2 sharded -> 4 -> 1, with samples and validation while sharded: every clip of the row of batches once, with the same noise; and
+    the same losses and gradients."""
+    seen = tmp_path / "seen"
+    straight = [*words, f"steps={STEPS}", "gradient_accumulation=4", f"out={tmp_path / 'straight-run'}"]
+    words = [*words, f"out={tmp_path / 'run'}", "validation.every=3", "validation.clips=3", "validation.quantiles=2", "sample_every=3",
              "samples=[{prompt: a ball, num_frames: 5, num_inference_steps: 1}]"]  # fmt: skip
-    workers.train_dit.main([*words, *extra, "steps=2", "gradient_accumulation=4"])
+    monkeypatch.setenv("SEEN", str(seen))
+    monkeypatch.setattr(workers.train_dit, "draw_example", workers.train_dit.draw_example)
+    monkeypatch.setattr(workers.train_dit, "noise_like", workers.train_dit.noise_like)
+    workers.record(0)
+    workers.train_dit.main([*words, "steps=2", "gradient_accumulation=4"])
+    for steps, config, ranks, sizes in ((3, "fsdp2", 2, {"dp_shard": 2}), (4, "ddp", 4, {})):
+        env = workers.environment(config, ranks, **sizes) | {"SEEN": str(seen)}
+        assert workers.run([*words, f"steps={steps}", f"gradient_accumulation={4 // ranks}"], env, first=workers.record) == [0] * ranks
+    workers.train_dit.main([*words, f"steps={STEPS}", "gradient_accumulation=4"])
+    lines = [line for line in metrics(tmp_path / "run") if "validation/loss" not in line]
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert_same_run(tmp_path / "run", alone)
+    assert (tmp_path / "run" / "samples" / "00000003.png").is_file()
+
+    several = workers.recorded(seen)
+    assert [place for place, *_ in several] == list(range(4 * STEPS)), "none lost, none repeated"
+    monkeypatch.setenv("SEEN", str(tmp_path / "straight"))
+    workers.train_dit.main(straight)
+    assert several == workers.recorded(tmp_path / "straight"), "the same clips and noise"
+
+
+# ---------------------------------------------------------------------------------- the trouble of one is the business of all
+
+
+def test_a_loss_that_is_not_finite_on_one_process_stops_no_other_from_agreeing(words: list[str], tmp_path: Path) -> None:
+    """Five updates in a row are lost on process 1: both leave them out, and go back to the same checkpoint."""
+    words = [*words, "save_every=2", "steps=4"]
+    workers.train_dit.main([*words, f"out={tmp_path / 'alone'}", "gradient_accumulation=2"])
+    assert workers.run([*words, f"out={tmp_path / 'two'}"], workers.environment("ddp", 2), first=workers.poison_the_second) == [0, 0]
+    assert [line["step"] for line in metrics(tmp_path / "two")] == [1, 2, 3, 4]
+    a, b = weights(tmp_path / "alone"), weights(tmp_path / "two")
+    assert a.keys() == b.keys() and all(torch.allclose(a[key], b[key], rtol=1e-4, atol=1e-6) for key in a)
+    assert metrics(tmp_path / "two")[-1]["skipped"] == 5
+
+
+def test_a_hang_of_one_process_shows_the_stacks_of_all(words: list[str], tmp_path: Path) -> None:
+    words = [*words, "steps=2", "watchdog=2", f"out={tmp_path}"]
+    assert workers.run(words, workers.environment("ddp", 2), first=workers.stall_the_second) == [0, 0]
+    waiting, stalled = ((tmp_path / f"hang-{rank:05d}.txt").read_text() for rank in (0, 1))
+    assert "in stalled" in stalled and "in stalled" not in waiting and "train_dit.py" in waiting
+
+
+def test_a_signal_to_one_process_in_validation_saves_on_all_and_exits_143(words: list[str], tmp_path: Path) -> None:
+    words = [*words, "steps=1000", "validation.every=1", "validation.clips=3", "validation.quantiles=2", f"out={tmp_path}"]
     env = workers.environment("fsdp2", 2, dp_shard=2)
-    assert workers.run([*words, *extra, "steps=3", "gradient_accumulation=2"], env) == [0, 0]
-    workers.train_dit.main([*words, *extra, f"steps={STEPS}", "gradient_accumulation=4"])
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics(tmp_path) if "validation/loss" not in line))
-    assert_same_run(tmp_path, alone)
-    assert (tmp_path / "samples" / "00000003.png").is_file()
+    assert workers.run(words, env, first=workers.signal_in_validation) == [143, 143]
+    assert (tmp_path / "latest").read_text() == "step-00000002\n", "the step after the signal"
+    assert len([line for line in metrics(tmp_path) if "validation/loss" in line]) == 1
+
+
+def test_what_cannot_be_cut_is_refused_before_it_trains(
+    words: list[str], alone: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    data = LatentSteps(LatentCache(next(word for word in words if word.startswith("cache="))[6:]), 2, [5], 0)
+    model = KlingTransformer3DModel(num_attention_heads=2, attention_head_dim=32, num_layers=1, ffn_dim=64)
+    check_divides(data, {"text": 1.0, "last": 1.0}, model, split=4)
+    with pytest.raises(UserError, match=r"84 tokens \(16:9 of 5 frames and a keyframe\) do not divide over cp_size = 8"):
+        check_divides(data, {"text": 1.0, "last": 1.0}, model, split=8)
+    accelerator = make_accelerator(tmp_path, mixed_precision="fp32")
+    with pytest.raises(UserError, match="2 attention heads do not divide over 3"):
+        split_sequence(model, Layout(0, 1, 3), accelerator)
+    with pytest.raises(UserError, match="ring needs flash attention, so a GPU"):
+        split_sequence(model, Layout(0, 1, 3), accelerator, "ring")
 
 
 class Numbers(torch.utils.data.Dataset):

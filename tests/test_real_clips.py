@@ -27,7 +27,8 @@ from kling.cache import CacheConfig, LatentCache  # noqa: E402
 from kling.config import load_config  # noqa: E402
 from kling.data.manifest import read_manifest, write_manifest  # noqa: E402
 from kling.pipeline import load_vae  # noqa: E402
-from kling.training import Example, held_out, level_quantiles, validation_loss  # noqa: E402
+from kling.training import Example  # noqa: E402
+from kling.validation import held_out, level_quantiles, validation_loss  # noqa: E402
 
 pytestmark = pytest.mark.slow
 ASSETS = ROOT / "kling" / "assets"
@@ -99,13 +100,12 @@ def fixed_loss(folder: Path, words: list[str], source: Path) -> float:
     """The mean loss of a model on four clips of a manifest, always the same clips, noise and levels."""
     words = [*words, f"init_from={folder}", f"validation={{clips: 4, source: {source}}}"]
     cfg = load_config(train_dit.TrainDiTConfig, "configs/dit/world.yaml", words)
-    model, vae = train_dit.build(cfg).eval(), load_vae("")
-    clips = held_out(cfg.validation, load_config(CacheConfig, cfg.encode).data, 5, vae)
+    model, vae = train_dit.build(cfg, train_dit.open_start(cfg.init_from)).eval(), load_vae("")
+    clips = train_dit.encode(held_out(cfg.validation, load_config(CacheConfig, cfg.encode).data, 5), vae)
     levels = level_quantiles(3, cfg.scheduler["density"], cfg.scheduler["shift"])
 
     def predict(example: Example, level: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        tokens = model.text_encoder.tokenize(example.prompts)
-        return model(example.state, example.state.noised(level, noise), level, *tokens, example.rays, example.has_camera)
+        return model(example, example.state.noised(level, noise), level, model.words(example.prompts))
 
     alone = SimpleNamespace(rank=0, ranks=1)
     sums, counts = validation_loss(predict, clips, levels, alone, model, vae, torch.device("cpu"))

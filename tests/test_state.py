@@ -103,7 +103,7 @@ def test_a_frame_that_has_arrived_stays():
 
 def test_every_task_draws_what_its_name_says():
     rng = random.Random(0)
-    for name, (appended, draw) in TASKS.items():
+    for name, (appended, draw, _) in TASKS.items():
         for _ in range(20):
             given = draw(rng, F, HH, WW)
             assert len(given.keyframes) == appended

@@ -192,6 +192,22 @@ def test_gradients_reach_every_parameter(model: AutoencoderKLKling) -> None:
     model.disable_gradient_checkpointing()
 
 
+def test_mixed_precision_gives_nearly_the_same_gradients() -> None:
+    torch.manual_seed(0)
+    model, video = AutoencoderKLKling(**WAN21), clip(5, H=16, W=16)
+    model.load_state_dict(wan(WAN21).state_dict())
+
+    def gradient(enabled: bool) -> Tensor:
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            out = model(video)
+        (out.sample.float() - video).square().mean().backward()
+        assert out.sample.dtype == (torch.bfloat16 if enabled else torch.float32)
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    assert F.cosine_similarity(gradient(True), gradient(False), dim=0) > 0.99
+
+
 def test_loss() -> None:
     video, weights = clip(5, b=2), LossWeights(pixel=1, edge=2, motion=3, kl=4)
     unit = DiagonalGaussianDistribution(torch.zeros(2, 8, 2, 4, 4))

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
+import json
+import math
 import multiprocessing
 import os
 import signal
@@ -9,6 +13,7 @@ import socket
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +26,14 @@ import train_dit  # noqa: E402
 import train_vae  # noqa: E402
 import yaml  # noqa: E402
 from accelerate.utils import FullyShardedDataParallelPlugin  # noqa: E402, F401 - imported here, it is not imported again by each process
+from diffusers.models import attention_dispatch  # noqa: E402
 
+from kling.runtime import parallel  # noqa: E402
+from kling.runtime.saver import Saver  # noqa: E402
 from kling.vae import AutoencoderKLKling  # noqa: E402
 
+# The server is a Python of its own, which ignores a preload that it does not find: without this every process imports all of torch itself.
+os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])])
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["workers"])
 
@@ -57,28 +67,30 @@ def environment(config: str, ranks: int, **sizes: int) -> dict[str, str]:
     return env
 
 
-def start(words: list[str], env: dict[str, str] | None = None, rank: int = 0) -> Any:
-    """A process that runs `kling-train`, or for a preset of configs/vae `kling-train-vae`, with these words."""
-    process = PROCESSES.Process(target=_train, args=(words, (env or {}) | {"RANK": str(rank), "LOCAL_RANK": str(rank)}))
+def start(words: list[str], env: dict[str, str] | None = None, rank: int = 0, first: Callable[[int], None] | None = None) -> Any:
+    """A process that runs `kling-train`, or for a preset of configs/vae `kling-train-vae`, with these words; before it, `first(rank)`."""
+    process = PROCESSES.Process(target=_train, args=(words, (env or {}) | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, rank, first))
     process.start()
     return process
 
 
-def run(words: list[str], env: dict[str, str], timeout: float = 200) -> list[int]:
-    """Run it as WORLD_SIZE processes; their exit codes."""
+def run(words: list[str], env: dict[str, str], first: Callable[[int], None] | None = None) -> list[int]:
+    """Run it as WORLD_SIZE processes; their exit codes. They end with the test, also when its time is up."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         env = env | {"MASTER_PORT": str(free.getsockname()[1])}
-    processes = [start(words, env, rank) for rank in range(int(env["WORLD_SIZE"]))]
-    end = time.monotonic() + timeout
-    for process in processes:
-        process.join(max(0.0, end - time.monotonic()))
-        process.kill()
-        process.join()
+    processes = [start(words, env, rank, first) for rank in range(int(env["WORLD_SIZE"]))]
+    try:
+        for process in processes:
+            process.join()
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
     return [process.exitcode for process in processes]
 
 
-def _train(words: list[str], env: dict[str, str]) -> None:
+def _train(words: list[str], env: dict[str, str], rank: int, first: Callable[[int], None] | None) -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_DFL)
     if "WORLD_SIZE" in env:
@@ -87,9 +99,103 @@ def _train(words: list[str], env: dict[str, str]) -> None:
     os.chdir(ROOT)
     torch.set_num_threads(1)
     try:
+        if first is not None:
+            first(rank)
         (train_vae if words[0].startswith("configs/vae") else train_dit).main(words)
     except SystemExit:
         raise
     except BaseException:
         traceback.print_exc()
         raise SystemExit(1) from None
+
+
+# ------------------------------------------------------------------------------------ what is changed inside a process, as `first`
+
+
+def record(rank: int) -> None:
+    """Write down what each micro-step trains on: place, clips and a hash of the noise, a line each in the file SEEN.<rank>."""
+    draw, noise = train_dit.draw_example, train_dit.noise_like
+    clips: dict[int, list[str]] = {}
+
+    def drawn(how: Any, batch: Any, place: int, *rest: Any) -> Any:
+        clips[place] = batch.names
+        return draw(how, batch, place, *rest)
+
+    def noised(x: torch.Tensor, seed: int, purpose: str, place: int, samples: Any) -> torch.Tensor:
+        values = noise(x, seed, purpose, place, samples)
+        if purpose == "noise":
+            with Path(f"{os.environ['SEEN']}.{rank}").open("a") as file:
+                digest = hashlib.sha256(values.numpy().tobytes()).hexdigest()
+                file.write(json.dumps([place, clips[place], list(values.shape), digest]) + "\n")
+        return values
+
+    train_dit.draw_example, train_dit.noise_like = drawn, noised
+
+
+def recorded(seen: Path) -> list[list[Any]]:
+    """All lines of all ranks, sorted by place."""
+    return sorted(json.loads(line) for path in seen.parent.glob(f"{seen.name}.*") for line in path.read_text().splitlines())
+
+
+def poison_the_second(rank: int) -> None:
+    """Process 1 has losses that are not finite in its third to seventh micro-step."""
+    if rank == 1:
+        real, calls = train_dit.flow_loss, itertools.count(1)
+        train_dit.flow_loss = lambda *args: real(*args) * (math.nan if 3 <= next(calls) <= 7 else 1.0)
+
+
+def stall_the_second(rank: int) -> None:
+    """Process 1 stands still for a while in its second step."""
+    real, calls = train_dit.flow_loss, itertools.count(1)
+
+    def stalled(*args: Any) -> torch.Tensor:
+        if next(calls) == 2:
+            time.sleep(8)
+        return real(*args)
+
+    if rank == 1:
+        train_dit.flow_loss = stalled
+
+
+def signal_in_validation(rank: int) -> None:
+    """Process 1 gets SIGUSR1 while it validates."""
+    real = train_dit.validation_loss
+
+    def signalled(*args: Any) -> torch.Tensor:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return real(*args)
+
+    if rank == 1:
+        train_dit.validation_loss = signalled
+
+
+def ring_on_cpu(_: int) -> None:
+    """Flash attention for CPUs, written out: softmax from scores and their log-sum, and its gradient from those of the whole ring."""
+
+    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any, _save_ctx: bool = True, **kwargs: Any) -> Any:
+        scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / q.shape[-1] ** 0.5
+        lse = scores.logsumexp(-1)  # (b, heads, q)
+        out = torch.einsum("bhqk,bkhd->bqhd", (scores - lse[..., None]).exp(), v)
+        if _save_ctx:
+            ctx.save_for_backward(q, k, v)
+        return out, lse.transpose(1, 2)
+
+    def backward(ctx: Any, d_out: torch.Tensor, *, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, out: torch.Tensor,
+                 lse: torch.Tensor) -> Any:  # fmt: skip
+        scale = query.shape[-1] ** -0.5
+        p = (torch.einsum("bqhd,bkhd->bhqk", query, key) * scale - lse.transpose(1, 2)[..., None]).exp()
+        d_p = torch.einsum("bqhd,bkhd->bhqk", d_out, value)
+        d_s = p * (d_p - (d_out * out).sum(-1).transpose(1, 2)[..., None]) * scale
+        return (torch.einsum("bhqk,bkhd->bqhd", d_s, key), torch.einsum("bhqk,bqhd->bkhd", d_s, query),
+                torch.einsum("bhqk,bqhd->bkhd", p, d_out))  # fmt: skip
+
+    attention_dispatch._native_flash_attention_forward_op = forward
+    attention_dispatch._native_flash_attention_backward_op = backward
+    parallel.ring_backend = lambda accelerator: "_native_flash"
+
+
+def save_for_ever(run: str, start: int) -> None:
+    """Checkpoints of many small files, one after another: nearly all of the time is spent inside a save."""
+    saves = Saver(run, background=False)
+    for step in range(start, 10**6):
+        saves.save(step, {f"part{i}": {"w": torch.full((64,), float(step))} for i in range(12)})

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from kling.cache import CacheConfig, LatentBatch, LatentCache, LatentSteps, fill_cache
 from kling.condition.tasks import TASKS
 from kling.config import load_config, save_config, to_dict
-from kling.data.image import write_png
+from kling.data.clips import ClipSample
 from kling.data.source import DataConfig, batches
 from kling.dit import KlingTransformer3DModel
 from kling.dit.cost import forward_flops
@@ -31,7 +31,7 @@ from kling.flow.time import draw_sigma
 from kling.pipeline import KlingPipeline, load_vae
 from kling.request import Request
 from kling.runtime import checkpoint
-from kling.runtime.accelerator import EXIT_STOPPED, StopSignal, make_accelerator, set_threads, wrap_what_is_there
+from kling.runtime.accelerator import EXIT_STOPPED, Accelerator, StopSignal, make_accelerator, set_threads, wrap_what_is_there
 from kling.runtime.ema import EMA
 from kling.runtime.health import Guard, Watchdog
 from kling.runtime.log import RunLog
@@ -49,16 +49,14 @@ from kling.training import (
     Lora,
     Places,
     Trained,
-    Validation,
     add_lora,
+    check_divides,
     draw_example,
     export,
     export_lora,
-    held_out,
-    level_quantiles,
     set_checkpointing,
-    validation_loss,
 )
+from kling.validation import Validation, draw_samples, encode, held_out, level_quantiles, task_requests, validation_loss
 
 
 @dataclass
@@ -73,7 +71,8 @@ class TrainDiTConfig:
     registry's name of it, where its files do not tell. expert: of two, the one to train, high or low.
     lora: train low-rank weights on top of it.
     text_from: a text encoder from kling-train-text, under a new transformer.
-    samples: what is drawn every `sample_every` steps, as fields of `Request`. keep_every: checkpoints of these steps stay for good.
+    samples: what is drawn every `sample_every` steps, as fields of `Request`. sample_tasks: and a held-out clip for each task of `tasks`.
+    keep_every: checkpoints of these steps stay for good.
     activation_checkpointing: none, selective or full. compile: regional `torch.compile`, each kind of block once.
     bf16_reduction: processes exchange gradients in bf16, half the bytes.
     context_parallel: ulysses or ring, how the processes of a group cut attention (configs/accelerate/fsdp2_cp.yaml says how many).
@@ -112,6 +111,7 @@ class TrainDiTConfig:
     validation: Validation = field(default_factory=Validation)
     samples: list[dict[str, Any]] = field(default_factory=list)
     sample_every: int = 0
+    sample_tasks: bool = False
     save_every: int = 500
     save_in_background: bool = True
     keep_last: int = 2
@@ -148,6 +148,8 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("checkpoint or expert is set but not init_from: they tell which published weights to train, so name their folder")
     if cfg.expert and cfg.sample_every:
         raise UserError("sample_every is set, and samples need both experts: leave it at 0, and sample from the export")
+    if cfg.sample_tasks and not cfg.sample_every:
+        raise UserError("sample_tasks is set but not sample_every: say every how many steps")
     cfg.vae = cfg.vae or cfg.init_from or ""
     with StopSignal() as stop:
         train(cfg, stop)
@@ -164,9 +166,7 @@ def train(cfg: TrainDiTConfig, stop: StopSignal) -> None:
     start = open_start(cfg.init_from, cfg.checkpoint, cfg.expert) if cfg.init_from else None
     within = start.within if start else (0.0, 1.0)
     vae = load_vae(cfg.vae).to(device)
-    if accelerator.is_main_process:
-        complete_cache(cfg, vae, stop)
-    accelerator.wait_for_everyone()
+    complete_cache(cfg, vae, stop, accelerator)
     cache = LatentCache(cfg.cache)
     cache.check_vae(vae)
     data = LatentSteps(cache, cfg.batch, cfg.frames, cfg.seed)
@@ -174,16 +174,19 @@ def train(cfg: TrainDiTConfig, stop: StopSignal) -> None:
     scheduler = scheduler_of(cfg, start)
     density, shift = cfg.scheduler.get("density", scheduler.config.get("density", "logit_normal")), scheduler.config[shift_key(scheduler)]
     source = load_config(CacheConfig, cfg.encode).data if cfg.encode else DataConfig()
-    held = held_out(cfg.validation, source, max(cfg.frames), vae) if cfg.validation.every else []
+    clips = held_out(cfg.validation, source, max(cfg.frames)) if cfg.validation.every or cfg.sample_tasks else []
+    held = encode(clips, vae) if cfg.validation.every else []
+    asked = requests(cfg, clips) if cfg.sample_every else []
     if start and start.published and accelerator.is_main_process:
-        complete_text(cfg, start, held, device, stop)
+        complete_text(cfg, start, asked, held, device, stop)
     accelerator.wait_for_everyone()
 
     torch.manual_seed(cfg.seed)  # the initial weights; every later draw is counter-based
     model = build(cfg, start)
     transformer, text_encoder = model.transformer, model.text_encoder
     check_fit(vae, transformer, cfg.tasks, cache)
-    split_sequence(transformer, layout, device, cfg.context_parallel)
+    split_sequence(transformer, layout, accelerator, cfg.context_parallel)
+    check_divides(data, cfg.tasks, transformer, layout.split)
     set_checkpointing(transformer, cfg.activation_checkpointing)
     if cfg.compile:
         transformer.compile_repeated_blocks()
@@ -196,12 +199,8 @@ def train(cfg: TrainDiTConfig, stop: StopSignal) -> None:
     def resume(done: int = 0) -> tuple[int, int]:
         """Load the newest good checkpoint, if there is one. Updates made, and places of the data used, until then."""
         saver.wait()
-        saved = find_latest(accelerator, out)
+        saved = find_latest(accelerator, out, lost=done)
         if saved is None:
-            if done:
-                raise UserError(
-                    f"updates are not finite, and there is no checkpoint to go back to (step {done}): lower lr, or raise warmup"
-                )
             return 0, 0
         load_run_tensors(saved, model, optimizer.optimizer, ema)
         return saved.step, saved.meta.get("places", saved.step * micro * layout.ranks)
@@ -242,7 +241,7 @@ def train(cfg: TrainDiTConfig, stop: StopSignal) -> None:
                 b = len(batch.ids)  # clips of one shape, as many as make the tokens of `cfg.batch` of the largest
                 level = draw_sigma((b,), generator(cfg.seed, "sigma", place), density, shift, within).to(device)  # (b,)
                 noise = noise_like(example.state.clean, cfg.seed, "noise", place, range(b))  # (b, c, G, h, w)
-                used.append({"place": place, "clips": batch.ids})
+                used.append({"place": place, "clips": batch.names})
                 meter.lap("data")
                 with accelerator.accumulate(net):
                     v = predict(example, level, noise)
@@ -258,7 +257,8 @@ def train(cfg: TrainDiTConfig, stop: StopSignal) -> None:
 
                 norm = scalar(accelerator.clip_grad_norm_(model.parameters(), cfg.clip_grad))
                 means = meter.total(accelerator)
-                set_lr(optimizer, lr_at(done, lr=cfg.lr, warmup=cfg.warmup, steps=cfg.steps, schedule=cfg.schedule, floor=cfg.floor))
+                lr = lr_at(done, lr=cfg.lr, warmup=cfg.warmup, steps=cfg.steps, schedule=cfg.schedule, floor=cfg.floor)
+                set_lr(optimizer, lr)
                 if guard.sound(means["loss"], norm) or accelerator.scaler is not None:  # the scaler of fp16 leaves them out itself
                     optimizer.step()
                     ema.update(model, done)
@@ -268,7 +268,7 @@ def train(cfg: TrainDiTConfig, stop: StopSignal) -> None:
                 watchdog.beat()
                 clips = b * micro * layout.ranks
                 speed = meter.take(layout.ranks, accelerator.num_processes)
-                log.log(done, {**means, "grad_norm": norm, "skipped": guard.skipped, **speed}, clips=clips)
+                log.log(done, {**means, "lr": lr, "grad_norm": norm, "skipped": guard.skipped, **speed}, clips=clips)
 
                 if guard.rollback(used, out, accelerator.process_index):
                     done, places = resume(done)
@@ -285,11 +285,11 @@ def train(cfg: TrainDiTConfig, stop: StopSignal) -> None:
                 if held and (last or done % cfg.validation.every == 0) and not stopping:
                     log.log(done, validate())
                     meter.lap("validation")
-                if cfg.samples and cfg.sample_every and (last or done % cfg.sample_every == 0) and not stopping:
+                if asked and (last or done % cfg.sample_every == 0) and not stopping:
                     if accelerator.is_main_process or layout.sharded:  # sharded weights need all processes
+                        picture = out / "samples" / f"{done:08d}.png" if accelerator.is_main_process else None
                         with ema.swap(model), same_rng(device):
-                            pipe, picture = pipeline(cfg, model, vae, start), out / "samples" / f"{done:08d}.png"
-                            draw_samples(pipe, cfg, picture, accelerator.is_main_process)
+                            draw_samples(pipeline(cfg, model, vae, start), asked, picture)
                     meter.lap("samples")
                 if stopping:
                     saver.wait()
@@ -301,26 +301,37 @@ def train(cfg: TrainDiTConfig, stop: StopSignal) -> None:
     accelerator.wait_for_everyone()
 
 
-def complete_cache(cfg: TrainDiTConfig, vae: nn.Module, stop: StopSignal) -> None:
-    """Fill the latent cache if it is missing or unfinished; without a preset it is taken as kling-encode left it.
+def complete_cache(cfg: TrainDiTConfig, vae: nn.Module, stop: StopSignal, accelerator: Accelerator) -> None:
+    """Fill the latent cache if it is missing or unfinished, each process its share; without a preset it is taken as kling-encode left it.
 
     Shards that are done stay, so a signal may end it after any.
     """
     if not cfg.encode:
         return
     settings = load_config(CacheConfig, cfg.encode, [f"out={cfg.cache}"])
-    for done, all_clips in fill_cache(settings, vae):
-        print(f"latent cache {cfg.cache}: {done}/{all_clips} clips", file=sys.stderr)
-        if stop and done < all_clips:
+    for done, total_clips in fill_cache(settings, vae, accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone):
+        if accelerator.is_main_process:
+            print(f"latent cache {cfg.cache}: {done}/{total_clips} clips", file=sys.stderr)
+        if stop and done < total_clips:
             raise SystemExit(EXIT_STOPPED)
 
 
-def complete_text(cfg: TrainDiTConfig, start: Start, held: list[LatentBatch], device: torch.device, stop: StopSignal) -> None:
+def requests(cfg: TrainDiTConfig, clips: list[ClipSample]) -> list[Request]:
+    """What is drawn while training. Raises `UserError` for a field that no request has."""
+    try:
+        asked = [Request(**fields) for fields in cfg.samples]
+    except TypeError as error:
+        raise UserError(f"samples: {str(error).removeprefix('Request.__init__() ')}; its keys are the fields of Request") from None
+    return asked + (task_requests(clips[0], [name for name, weight in cfg.tasks.items() if weight]) if cfg.sample_tasks else [])
+
+
+def complete_text(
+    cfg: TrainDiTConfig, start: Start, asked: list[Request], held: list[LatentBatch], device: torch.device, stop: StopSignal
+) -> None:
     """Have umT5 read every prompt that training will meet, before the transformer takes its place on the device.
 
     kling-encode has read the captions already, if it was given the model.
     """
-    asked = [Request(**fields) for fields in cfg.samples]
     prompts = {start.settings["defaults"]["negative_prompt"], *(request.negative_prompt or "" for request in asked)} if asked else set()
     prompts |= {*captions_of(cfg.cache), *(clip.captions[0][0] for clip in held), *(request.prompt for request in asked)}
     for done, new in start.text(cfg.text, cfg.cache).learn(sorted(prompts), device):
@@ -357,20 +368,6 @@ def pipeline(cfg: TrainDiTConfig, model: Trained, vae: nn.Module, start: Start |
     settings["capabilities"] = list(dict.fromkeys([*kept.get("capabilities", ()), *able]))
     models = start.beside(model.transformer) if start else {"transformer": model.transformer}
     return KlingPipeline(vae, text_encoder=model.text_encoder, **{**models, **kept, **settings})
-
-
-def draw_samples(pipe: KlingPipeline, cfg: TrainDiTConfig, picture: Path, write: bool) -> None:
-    """One row of frames for each of `cfg.samples`."""
-    rows = []
-    pipe.transformer.eval()
-    for fields in cfg.samples:
-        frames = torch.from_numpy(pipe(Request(**fields)).frames[0])  # (T, H, W, 3)
-        picks = torch.linspace(0, len(frames) - 1, 6).round().long()
-        rows.append(torch.cat(list(frames[picks]), dim=1))
-    pipe.transformer.train()
-    if write:
-        picture.parent.mkdir(parents=True, exist_ok=True)
-        write_png(picture, torch.cat(rows).numpy())
 
 
 def publish(cfg: TrainDiTConfig, vae: nn.Module, out: Path, start: Start | None) -> None:

@@ -7,6 +7,7 @@ accelerate launch --config_file configs/accelerate/ddp.yaml train/train_vae.py c
 
 from __future__ import annotations
 
+import math
 import random
 import sys
 from dataclasses import dataclass, field
@@ -24,13 +25,15 @@ from kling.errors import UserError, program, unknown
 from kling.metrics.pixel import psnr
 from kling.pipeline import load_vae
 from kling.runtime import checkpoint
-from kling.runtime.accelerator import EXIT_STOPPED, StopSignal, make_accelerator, set_threads
+from kling.runtime.accelerator import EXIT_STOPPED, Accelerator, StopSignal, make_accelerator, set_threads
 from kling.runtime.ema import EMA
-from kling.runtime.health import LIMIT, Guard
+from kling.runtime.health import LIMIT, Guard, Watchdog
 from kling.runtime.log import RunLog
+from kling.runtime.meter import StepClock, peak_memory
 from kling.runtime.optim import adamw, lr_at, make_optimizer, set_lr
-from kling.runtime.parallel import scalar
+from kling.runtime.parallel import lay_out, scalar, total
 from kling.runtime.saver import Saver, find_latest, load_run_tensors, run_tensors, versions
+from kling.training import Places
 from kling.vae import AutoencoderKLKling, LossWeights, vae_loss
 from kling.vae.discriminator import Adversary, PatchDiscriminator3d, Perceptual, fooled, frozen, hinge
 from kling.vae.paths import PATHS, Autoencoding
@@ -46,6 +49,7 @@ class TrainVAEConfig:
     they are; with [encoder, quant_conv] a decoder gets better under a transformer that is already trained, since the latents do not move.
     paths: how often clips go through whole, streamed in chunks, or in blended tiles, so that the loss sees what sampling does.
     adversary: a discriminator that joins later. perceptual: weight, and a local file of VGG-16.
+    watchdog: seconds without a step after which every process writes where it stands; 0 is off.
     """
 
     out: str = "runs/vae"
@@ -76,6 +80,7 @@ class TrainVAEConfig:
     log_every: int = 10
     mixed_precision: str = "auto"
     gradient_accumulation: int = 1
+    watchdog: float = 1800.0
     trackers: list[str] = field(default_factory=list)
     workers: int = 1
     threads: int | None = None
@@ -104,6 +109,7 @@ def train(cfg: TrainVAEConfig, stop: StopSignal) -> None:
     out = Path(cfg.out)
     lone = 1 in cfg.data.frames  # convolutions over time that halve or double it see no lone frame
     accelerator = make_accelerator(out, cfg.mixed_precision, cfg.gradient_accumulation, cfg.trackers, some_unused=lone)
+    layout, device, micro = lay_out(accelerator), accelerator.device, cfg.gradient_accumulation
     if accelerator.is_fsdp2:
         raise UserError("a VAE is trained whole on every GPU: use configs/accelerate/ddp.yaml")
     checkpoint.check_same_config(out, to_dict(cfg), defaults=to_dict(TrainVAEConfig()))
@@ -115,107 +121,137 @@ def train(cfg: TrainVAEConfig, stop: StopSignal) -> None:
             raise unknown("part to freeze", name, PARTS)
         getattr(model, name).requires_grad_(False)
     critic = PatchDiscriminator3d(cfg.adversary.width, cfg.adversary.layers) if cfg.adversary.weight else None
-    perceptual = Perceptual(cfg.perceptual_weights).to(accelerator.device) if cfg.perceptual else None
+    perceptual = Perceptual(cfg.perceptual_weights).to(device) if cfg.perceptual else None
     net, optimizer = accelerator.prepare(Autoencoding(model), make_optimizer(cfg.optimizer, model, cfg.lr, weight_decay=cfg.weight_decay))
     if critic is not None:
         critic_net, critic_optimizer = accelerator.prepare(critic, adamw(critic, cfg.adversary.lr, betas=(0.5, 0.9), weight_decay=0.0))
     ema = EMA(model, cfg.ema)
     saver = Saver(out, cfg.keep_last, accelerator=accelerator)
 
-    start = 0
-    if saved := find_latest(accelerator, out):
-        start = saved.step
+    def resume(done: int = 0) -> tuple[int, int]:
+        """Load the newest good checkpoint, if there is one. Updates made, and places of the data used, until then."""
+        saver.wait()
+        saved = find_latest(accelerator, out, lost=done)
+        if saved is None:
+            return 0, 0
         load_run_tensors(saved, model, optimizer.optimizer, ema)
         if critic is not None:
             load_run_tensors(saved, critic, critic_optimizer.optimizer, prefix="critic_")
+        return saved.step, saved.meta.get("places", saved.step * micro * layout.ranks)
+
+    done, places = resume()
     if accelerator.is_main_process:
         save_config(cfg, out / "config.yaml")
-    data = StepBatches(ClipSource(cfg.data, cfg.seed), cfg.batch, accelerator.process_index, accelerator.num_processes)
+    data = StepBatches(ClipSource(cfg.data, cfg.seed), cfg.batch)
     if accelerator.is_main_process and (report := data.report()):
         print(report, file=sys.stderr)
-    micro = cfg.gradient_accumulation
+    guard, clock = Guard(), StepClock(device)
 
-    guard = Guard()
-    with RunLog(out, cfg.steps, accelerator=accelerator, config=to_dict(cfg), start=start, log_every=cfg.log_every) as log:
-        for index, video in enumerate(batches(data, start * micro, cfg.steps * micro, cfg.workers), start=start * micro):
-            step = index // micro
-            judged = critic is not None and step >= cfg.adversary.start
-            with accelerator.accumulate(*([net, critic_net] if judged else [net])):
-                video = to_batch(video.to(accelerator.device))  # (b, 3, T, H, W)
-                recon, posterior = net(video, draw_path(cfg, index))
-                loss, terms = vae_loss(video, recon, posterior, cfg.loss)
-                if perceptual is not None:
-                    terms["perceptual"] = perceptual(video, recon)
-                    loss = loss + cfg.perceptual * terms["perceptual"]
-                if judged and (weight := cfg.adversary.weight_at(step)):
-                    with frozen(critic):
-                        terms["fooled"] = fooled(critic(recon))
-                    loss = loss + weight * terms["fooled"]
-                accelerator.backward(loss)
-                if judged:
-                    terms["critic"] = hinge(*critic_net(torch.cat([video, recon.detach()])).chunk(2))
-                    accelerator.backward(terms["critic"])
-                if accelerator.sync_gradients:
-                    norm = scalar(accelerator.clip_grad_norm_(model.parameters(), cfg.clip_grad))
-            if not accelerator.sync_gradients:
-                continue
-            rate = lr_at(step, lr=1.0, warmup=cfg.warmup, steps=cfg.steps, schedule=cfg.schedule, floor=cfg.floor)
-            set_lr(optimizer, cfg.lr * rate)
-            if guard.sound(norm):
-                optimizer.step()
-                ema.update(model, step)
-                if judged:
-                    set_lr(critic_optimizer, cfg.adversary.lr * rate)
-                    critic_optimizer.step()
-            optimizer.zero_grad()
-            if judged:
-                critic_optimizer.zero_grad()
-            if guard.row == LIMIT:
-                raise UserError(f"{LIMIT} updates in a row were not finite, at step {step + 1}: lower the learning rate and run it again")
-            done = step + 1
-            shown = {name: term.detach() for name, term in terms.items()}
-            counts = {"skipped": guard.skipped, "clips": len(video)}
-            log.log(done, {"loss": loss, "grad_norm": norm, **shown, **counts}, clips=len(video) * micro * accelerator.num_processes)
+    with (
+        Watchdog(out, accelerator.process_index, cfg.watchdog) as watchdog,
+        RunLog(out, cfg.steps, accelerator=accelerator, config=to_dict(cfg), start=done, log_every=cfg.log_every) as log,
+    ):
+        while done < cfg.steps:
+            feed, used, sums = Places(data, places, layout), [], {}  # after a rollback the data goes back too
+            for k, video in enumerate(batches(feed, 0, (cfg.steps - done) * micro, cfg.workers)):
+                place = feed.place(k)
+                used.append(place)
+                judged = critic is not None and done >= cfg.adversary.start
+                clock.lap("data")
+                with accelerator.accumulate(*([net, critic_net] if judged else [net])):
+                    video = to_batch(video.to(device))  # (b, 3, T, H, W)
+                    recon, posterior = net(video, draw_path(cfg, place))
+                    loss, terms = vae_loss(video, recon, posterior, cfg.loss)
+                    if perceptual is not None:
+                        terms["perceptual"] = perceptual(video, recon)
+                        loss = loss + cfg.perceptual * terms["perceptual"]
+                    if judged and (weight := cfg.adversary.weight_at(done)):
+                        with frozen(critic):
+                            terms["fooled"] = fooled(critic(recon))
+                        loss = loss + weight * terms["fooled"]
+                    clock.lap("forward")
+                    accelerator.backward(loss)
+                    if judged:
+                        terms["critic"] = hinge(*critic_net(torch.cat([video, recon.detach()])).chunk(2))
+                        accelerator.backward(terms["critic"])
+                    clock.lap("backward")
+                for name, value in {"loss": loss, **terms}.items():
+                    sums[name] = sums.get(name, 0) + value.detach()
+                if not accelerator.sync_gradients:
+                    continue
 
-            stopping = stop.seen(accelerator)
-            saver.check()
-            if accelerator.is_main_process and (done % cfg.eval_every == 0 or done == cfg.steps) and not stopping:
-                with ema.swap(model):
-                    log.log(done, evaluate(model, cfg, out / "samples" / f"{done:08d}.png"))
-            if done % cfg.save_every == 0 or done == cfg.steps or stopping:
-                log.flush()
-                groups = run_tensors(model, optimizer.optimizer, ema)
-                if critic is not None:
-                    groups |= run_tensors(critic, critic_optimizer.optimizer, prefix="critic_")
-                saver.save(done, groups, {"config": to_dict(cfg), "versions": versions()})
-            if stopping:
-                saver.wait()
-                raise SystemExit(EXIT_STOPPED)
+                norms = {"grad_norm": scalar(accelerator.clip_grad_norm_(model.parameters(), cfg.clip_grad))}
+                if judged:
+                    norms["critic_grad_norm"] = scalar(accelerator.clip_grad_norm_(critic.parameters(), math.inf))
+                means = dict(
+                    zip(sums, (total(accelerator, torch.stack(list(sums.values()))) / (micro * layout.ranks)).tolist(), strict=True)
+                )
+                rate = lr_at(done, lr=1.0, warmup=cfg.warmup, steps=cfg.steps, schedule=cfg.schedule, floor=cfg.floor)
+                set_lr(optimizer, cfg.lr * rate)
+                if guard.sound(means["loss"], *norms.values()):
+                    optimizer.step()
+                    ema.update(model, done)
+                    if judged:
+                        set_lr(critic_optimizer, cfg.adversary.lr * rate)
+                        critic_optimizer.step()
+                optimizer.zero_grad()
+                if judged:
+                    critic_optimizer.zero_grad()
+                clock.lap("optimizer")
+                done, places = done + 1, places + micro * layout.ranks
+                watchdog.beat()
+                seen = {"lr": cfg.lr * rate, "skipped": guard.skipped, "memory/peak_gib": peak_memory(device)}
+                log.log(done, {**means, **norms, **seen, **clock.take()}, clips=len(video) * micro * layout.ranks)
+
+                bad = [{"place": p, "clips": [clip.name for clip in data.clips(p)]} for p in used] if guard.row == LIMIT else []
+                if guard.rollback(bad, out, accelerator.process_index):
+                    done, places = resume(done)
+                    log.rewind(done)
+                    break
+                used, sums = [], {}
+                stopping, last = stop.seen(accelerator), done == cfg.steps
+                saver.check()
+                if (last or done % cfg.eval_every == 0) and not stopping:
+                    with ema.swap(model):
+                        log.log(done, evaluate(model, cfg, accelerator, out / "samples" / f"{done:08d}.png"))
+                    clock.lap("validation")
+                if last or stopping or (done % cfg.save_every == 0 and not guard.row):  # never amid lost updates: what to go back to
+                    log.flush()
+                    groups = run_tensors(model, optimizer.optimizer, ema)
+                    if critic is not None:
+                        groups |= run_tensors(critic, critic_optimizer.optimizer, prefix="critic_")
+                    saver.save(done, groups, {"config": to_dict(cfg), "places": places, "versions": versions()})
+                    clock.lap("save")
+                if stopping:
+                    saver.wait()
+                    raise SystemExit(EXIT_STOPPED)
 
     saver.wait()
     if accelerator.is_main_process:
         with ema.swap(model):
             export(model, cfg, out / "export")
+    accelerator.wait_for_everyone()
 
 
-def draw_path(cfg: TrainVAEConfig, index: int) -> str:
-    """How the clips of one micro-step go through, the same on every process."""
-    return random.Random(f"path/{cfg.seed}/{index}").choices(list(cfg.paths), weights=list(cfg.paths.values()))[0]
+def draw_path(cfg: TrainVAEConfig, place: int) -> str:
+    """How the clips of one batch go through."""
+    return random.Random(f"path/{cfg.seed}/{place}").choices(list(cfg.paths), weights=list(cfg.paths.values()))[0]
 
 
 @torch.no_grad()
-def evaluate(model: AutoencoderKLKling, cfg: TrainVAEConfig, picture: Path) -> dict[str, float]:
-    """PSNR of held-out clips of the longest length, and a picture: truth above reconstruction."""
-    source = ClipSource(cfg.data, cfg.seed, split="heldout")
-    scores, rows = [], []
-    for i in range(cfg.eval_clips):
+def evaluate(model: AutoencoderKLKling, cfg: TrainVAEConfig, accelerator: Accelerator, picture: Path) -> dict[str, float]:
+    """PSNR of held-out clips of the longest length, shared out over the processes, and a picture of some: truth above reconstruction."""
+    source, rows = ClipSource(cfg.data, cfg.seed, split="heldout"), []
+    score = torch.zeros((), device=model.device)
+    for i in range(accelerator.process_index, cfg.eval_clips, accelerator.num_processes):
         video = to_tensor(source.clip(i, max(cfg.data.frames), cfg.data.aspects[i % len(cfg.data.aspects)]).video)[None]
         recon = model(video.to(model.device)).sample.cpu().clamp(-1, 1)
-        scores.append(float(psnr(recon, video).mean()))
+        score += psnr(recon, video).mean().to(score.device)
         rows += [strip(video[0]), strip(recon[0])] if i % len(cfg.data.aspects) == 0 else []
-    picture.parent.mkdir(parents=True, exist_ok=True)
-    write_png(picture, torch.cat(rows).numpy())
-    return {"eval/psnr": sum(scores) / len(scores)}
+    if accelerator.is_main_process:
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        write_png(picture, torch.cat(rows).numpy())
+    return {"eval/psnr": float(total(accelerator, score)) / cfg.eval_clips}
 
 
 def strip(video: Tensor, n: int = 5) -> Tensor:

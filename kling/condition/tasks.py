@@ -1,19 +1,26 @@
-"""What training hides: each task is one line that draws what is given of a clip. A checkpoint lists the ones it was trained for."""
+"""What training hides: each task is one line that draws what is given of a clip, and says how a person would give it.
+
+A checkpoint lists the ones it was trained for.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from random import Random
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from kling.condition.state import Given
 from kling.errors import unknown
-from kling.shapes import pixel_frames
+from kling.shapes import nearest_frames, pixel_frames
 
-# name -> (how many keyframes it appends, what it gives). t is a drawn inner pixel frame, end the last one.
+# name -> (how many keyframes it appends, what it gives, the same as fields of a `Request` for a whole clip). t is a drawn inner pixel
+# frame, end the last one.
 Draw = Callable[[Random, int, int, int], Given]
+Show = Callable[[np.ndarray], dict[str, Any]]  # uint8 (T, H, W, 3)
 
 
 def _end(F: int) -> int:
@@ -29,15 +36,37 @@ def _box(rng: Random, h: int, w: int) -> Tensor:
     return 1 - space if rng.random() < 0.5 else space
 
 
-TASKS: dict[str, tuple[int, Draw]] = {
-    "text": (0, lambda rng, F, h, w: Given()),
-    "image": (0, lambda rng, F, h, w: Given(known=1)),
-    "continuation": (0, lambda rng, F, h, w: Given(known=rng.randint(2, max(2, F // 2)))),
-    "inpaint": (0, lambda rng, F, h, w: Given(known=rng.random() < 0.2, space=_box(rng, h, w))),
-    "restyle": (0, lambda rng, F, h, w: Given(hold=rng.uniform(0.2, 0.9))),
-    "last": (1, lambda rng, F, h, w: Given(keyframes=((_end(F), 1.0),))),
-    "first_last": (1, lambda rng, F, h, w: Given(known=1, keyframes=((_end(F), 1.0),))),
-    "keyframes": (1, lambda rng, F, h, w: Given(known=rng.random() < 0.5, keyframes=((-1, rng.choice((1.0, 1.0, 0.7))),))),
+def _begun(video: np.ndarray) -> dict[str, Any]:
+    """The first half, and as many frames as complete it again."""
+    there = nearest_frames((len(video) + 1) // 2)[0]
+    return {"video": video[:there], "num_frames": len(video) - there + 1}
+
+
+def _holed(video: np.ndarray) -> dict[str, Any]:
+    """A hole of half the height and width in the middle."""
+    hole = np.zeros(video.shape[1:3], np.float32)
+    H, W = hole.shape
+    hole[H // 4 : H - H // 4, W // 4 : W - W // 4] = 1
+    return {"video": video, "mask": hole}
+
+
+TASKS: dict[str, tuple[int, Draw, Show]] = {
+    "text": (0, lambda rng, F, h, w: Given(), lambda video: {}),
+    "image": (0, lambda rng, F, h, w: Given(known=1), lambda video: {"image": video[0]}),
+    "continuation": (0, lambda rng, F, h, w: Given(known=rng.randint(2, max(2, F // 2))), _begun),
+    "inpaint": (0, lambda rng, F, h, w: Given(known=rng.random() < 0.2, space=_box(rng, h, w)), _holed),
+    "restyle": (0, lambda rng, F, h, w: Given(hold=rng.uniform(0.2, 0.9)), lambda video: {"video": video, "strength": 0.5}),
+    "last": (1, lambda rng, F, h, w: Given(keyframes=((_end(F), 1.0),)), lambda video: {"last_image": video[-1]}),
+    "first_last": (
+        1,
+        lambda rng, F, h, w: Given(known=1, keyframes=((_end(F), 1.0),)),
+        lambda video: {"image": video[0], "last_image": video[-1]},
+    ),
+    "keyframes": (
+        1,
+        lambda rng, F, h, w: Given(known=rng.random() < 0.5, keyframes=((-1, rng.choice((1.0, 1.0, 0.7))),)),
+        lambda video: {"keyframes": [(video[len(video) // 2], len(video) // 2, 1.0)]},
+    ),
 }
 
 

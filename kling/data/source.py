@@ -81,31 +81,35 @@ class ClipSource:
 
 
 class StepBatches(Dataset):
-    """Batch of step s and rank r: uint8 (b, T, H, W, 3).
+    """Batch of a place in a run's endless row of batches: uint8 (b, T, H, W, 3).
 
-    The world's length and aspect are drawn once a step, the same on every rank; `batch` counts clips of the longest length, and of a
-    shorter one there are as many more as make the same frames, up to `MOST`. A manifest's clips come in the order of `Epochs`, `batch`
-    of the largest shape and of the others as many as make the same tokens.
+    The world's length and aspect are drawn for each batch; `batch` counts clips of the longest length, and of a shorter one there are as
+    many more as make the same frames, up to `MOST`. A manifest's clips come in the order of `Epochs`, `batch` of the largest shape and of
+    the others as many as make the same tokens.
     """
 
     MOST = 16
 
-    def __init__(self, source: ClipSource, batch: int, rank: int = 0, ranks: int = 1) -> None:
-        self.source, self.batch, self.rank, self.ranks = source, batch, rank, ranks
+    def __init__(self, source: ClipSource, batch: int) -> None:
+        self.source, self.batch = source, batch
         if source.manifest:
             buckets = source.manifest.buckets
             self.epochs = Epochs({b: len(pieces) for b, pieces in buckets.items()}, batch_sizes(list(buckets), batch), source.seed)
 
-    def __getitem__(self, step: int) -> Tensor:
-        source, place = self.source, step * self.ranks + self.rank
+    def __getitem__(self, place: int) -> Tensor:
+        return torch.stack([torch.as_tensor(clip.video) for clip in self.clips(place)])
+
+    def clips(self, place: int) -> list[ClipSample]:
+        """The clips of a batch."""
+        source = self.source
         if source.manifest:
             epoch, bucket, numbers = self.epochs[place]
-            return torch.stack([source.manifest.clip(bucket, number, epoch).video for number in numbers])
-        rng = random.Random(f"shape/{source.seed}/{step}")
+            return [source.manifest.clip(bucket, number, epoch) for number in numbers]
+        rng = random.Random(f"shape/{source.seed}/{place}")
         frames, aspect = rng.choice(source.cfg.frames), rng.choice(source.cfg.aspects)
         count = max(self.batch, min(self.MOST, self.batch * max(source.cfg.frames) // frames))
         first = place * max(self.batch, self.MOST)
-        return torch.stack([torch.as_tensor(source.clip(first + i, frames, aspect).video) for i in range(count)])
+        return [source.clip(first + i, frames, aspect) for i in range(count)]
 
     def report(self) -> str:
         """What is used, and how often. Nothing for the world, which does not end."""

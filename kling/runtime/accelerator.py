@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 
@@ -19,6 +20,7 @@ from accelerate.utils import (
     DistributedType,
     FullyShardedDataParallelPlugin,
     GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
 )
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -28,6 +30,7 @@ from kling.errors import UserError, unknown
 EXIT_STOPPED = 143  # 128 + SIGTERM: what a scheduler expects of a job that it asked to leave
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 TRACKERS = ("tensorboard", "wandb")
+PATIENCE = timedelta(hours=2)  # that processes wait for one that encodes, samples or exports alone; NCCL's own 10 minutes end a sound run
 
 
 def make_accelerator(
@@ -41,8 +44,8 @@ def make_accelerator(
     """The Accelerator of a run in the folder `out`, on whatever `accelerate launch` set up, or on one device.
 
     mixed_precision: auto | bf16 | fp16 | fp32 (see `pick_precision`). trackers: any of tensorboard, wandb, next to metrics.jsonl.
-    some_unused: in some steps some parameters are not used, the same ones on every process. bf16_reduction: processes exchange gradients in
-    bf16, half the bytes; whole copies (DDP) need CUDA for it.
+    some_unused: in some steps some parameters are not used. bf16_reduction: processes exchange gradients in bf16, half the bytes; whole
+    copies (DDP) need CUDA for it.
     Sharded (FSDP2) weights are fp32, and bf16 where they compute; wrap the forward pass in `accelerator.autocast()`.
     """
     for name in trackers:
@@ -66,7 +69,10 @@ def make_accelerator(
             gradient_accumulation_plugin=accumulation,
             log_with=list(trackers) or None,
             project_dir=str(out),
-            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=some_unused, comm_hook=hook)],
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(find_unused_parameters=some_unused, comm_hook=hook),
+                InitProcessGroupKwargs(timeout=PATIENCE),
+            ],
         )
     except ValueError as error:  # sizes of a layout that do not multiply to the number of processes, and the like
         raise UserError(f"accelerate refuses this configuration: {str(error).splitlines()[0]}") from None

@@ -44,12 +44,12 @@ def lay_out(accelerator: Accelerator) -> Layout:
     return Layout(accelerator.process_index // split, accelerator.num_processes // split, split, accelerator.is_fsdp2)
 
 
-def split_sequence(model: ModelMixin, layout: Layout, device: torch.device, method: str = "ulysses") -> None:
+def split_sequence(model: ModelMixin, layout: Layout, accelerator: Accelerator, method: str = "ulysses") -> None:
     """Cut the model's token sequence over the processes that share a batch, by diffusers' context parallelism.
 
-    ulysses: attention by heads, heads must divide. ring: keys travel; needs an attention backend that gives the log-sum (flash, cuDNN).
-    Every process then has the whole output, and the gradient of its own tokens: multiply the loss by `split`, since data-parallel
-    reduction takes the mean over all processes.
+    ulysses: attention by heads, heads must divide. ring: keys travel, and partial results are joined by their log-sums, which PyTorch's
+    own flash attention gives: on a GPU, in bf16. Every process then has the whole output, and the gradient of its own tokens: multiply
+    the loss by `split`, since data-parallel reduction takes the mean over all processes.
     """
     if method not in SPLITS:
         raise unknown("context_parallel", method, SPLITS)
@@ -58,9 +58,18 @@ def split_sequence(model: ModelMixin, layout: Layout, device: torch.device, meth
     heads = model.config.num_attention_heads
     if method == "ulysses" and heads % layout.split:
         raise UserError(f"{heads} attention heads do not divide over {layout.split} processes: change cp_size, or use ring")
+    if method == "ring":
+        model.set_attention_backend(ring_backend(accelerator))
     degrees = {"ring": 1, "ulysses": 1} | {method: layout.split}
-    mesh = init_device_mesh(device.type, (layout.ranks, *degrees.values()), mesh_dim_names=("batch", *degrees))
+    mesh = init_device_mesh(accelerator.device.type, (layout.ranks, *degrees.values()), mesh_dim_names=("batch", *degrees))
     model.enable_parallelism(config=ContextParallelConfig(**{f"{name}_degree": n for name, n in degrees.items()}, mesh=mesh))
+
+
+def ring_backend(accelerator: Accelerator) -> str:
+    """diffusers' name of PyTorch's flash attention. Raises `UserError` where there is none."""
+    if accelerator.device.type != "cuda" or accelerator.mixed_precision == "no":
+        raise UserError("context_parallel=ring needs flash attention, so a GPU and mixed_precision=bf16: use ulysses")
+    return "_native_flash"
 
 
 def check_draws(accelerator: Accelerator, layout: Layout, draw: Tensor) -> None:

@@ -147,10 +147,15 @@ def load_run_tensors(
         ema.load_state_dict(saved.tensors[f"{prefix}ema"])
 
 
-def find_latest(accelerator: Accelerator, run_dir: str | Path) -> Checkpoint | None:
-    """The newest good checkpoint, the same for all processes: the main one checks and the others follow. None if there is none yet."""
+def find_latest(accelerator: Accelerator, run_dir: str | Path, lost: int = 0) -> Checkpoint | None:
+    """The newest good checkpoint, the same for all processes: the main one checks and the others follow. None if there is none yet.
+
+    lost: the step of a run that must go back. Raises `UserError` if there is nothing to go back to.
+    """
     found = load_latest(run_dir) if accelerator.is_main_process else None
     step = same_for_all(accelerator, -1 if found is None else found.step)
+    if step < 0 and lost:
+        raise UserError(f"updates are not finite, and there is no checkpoint to go back to (step {lost}): lower lr, or raise warmup")
     if step < 0:
         return None
     return found or open_folder(folder(run_dir, step))
