@@ -25,6 +25,14 @@ def fresh_accelerate() -> Iterator[None]:
         state.GradientState._reset_state()
 
 
+@pytest.fixture(autouse=True)
+def fresh_attention() -> Iterator[None]:
+    """diffusers makes the attention that one model was given the default of the process: other bits for every later test."""
+    yield
+    if dispatch := sys.modules.get("diffusers.models.attention_dispatch"):
+        dispatch._AttentionBackendRegistry.set_active_backend(dispatch.AttentionBackendName(dispatch.DIFFUSERS_ATTN_BACKEND))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in items:
