@@ -40,6 +40,7 @@ def set_up(folder: Path, rank: int) -> None:
     """What a program that the launcher starts with this environment sees."""
     os.environ.clear()
     os.environ.update(json.loads((folder / f"environment-{rank}.json").read_text()))
+    os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # the launcher that kept the store has ended: process 0 keeps one
     accelerator = make_accelerator(folder, mixed_precision="fp32")
     layout = lay_out(accelerator)
     names = list(accelerator.torch_device_mesh.mesh_dim_names) if layout.sharded else []

@@ -56,6 +56,8 @@ def make_accelerator(
     if gradient_accumulation < 1:
         raise UserError(f"gradient_accumulation {gradient_accumulation}: give 1 or more")
     precision = pick_precision(mixed_precision)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
+        os.environ["ACCELERATE_USE_CPU"] = "true"  # `accelerate launch` forgets it: each process would train alone and say nothing
     sharded, cpu = (os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true" for name in ("FSDP", "CPU"))
     if sharded and cpu:
         os.environ["ACCELERATE_USE_PARALLELISM_CONFIG"] = "false"  # refused there; `_shard_on_cpu` reads its sizes
