@@ -79,6 +79,9 @@ def test_lora_mistakes(words: list[str], tmp_path: Path, capsys: pytest.CaptureF
     with pytest.raises(SystemExit):
         train_dit.main([*words, "lora.rank=2", f"out={tmp_path}"])
     assert "lora.rank is set but not init_from" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        train_dit.main([*words, "compile=true", "activation_checkpointing=selective", f"out={tmp_path}"])
+    assert "none or full" in capsys.readouterr().err
 
 
 def test_a_grown_model_computes_the_same_until_it_is_trained(words: list[str], base: Path, tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ def assert_same_run(run: Path, reference: Path, rtol: float = 1e-5) -> None:
         pytest.param("fsdp2_cp", 2, 4, {"dp_shard": 1, "cp": 2}, ["context_parallel=ring"], id="ring-2"),
         pytest.param("fsdp2_cp", 4, 2, {"dp_shard": 2, "cp": 2}, [], id="fsdp2-ulysses-2x2", marks=pytest.mark.slow),
         pytest.param(
-            "fsdp2", 2, 2, {"dp_shard": 2}, ["activation_checkpointing=selective", "compile=true"], id="presets", marks=pytest.mark.slow
+            "fsdp2", 2, 2, {"dp_shard": 2}, ["activation_checkpointing=full", "compile=true"], id="presets", marks=pytest.mark.slow
         ),
     ],
 )

@@ -144,6 +144,8 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("text_from and init_from are both set: the folder of init_from has its own text encoder, so leave one out")
     if cfg.lora.rank and not cfg.init_from:
         raise UserError("lora.rank is set but not init_from: name the model folder that the low-rank weights are for")
+    if cfg.compile and cfg.activation_checkpointing == "selective":
+        raise UserError("activation_checkpointing selective does not go with compile, which repeats cheap steps by itself: none or full")
     if (cfg.checkpoint or cfg.expert) and not cfg.init_from:
         raise UserError("checkpoint or expert is set but not init_from: they tell which published weights to train, so name their folder")
     if cfg.expert and cfg.sample_every:
