@@ -27,6 +27,7 @@ from kling.cache import CacheConfig, LatentCache  # noqa: E402
 from kling.config import load_config  # noqa: E402
 from kling.data.manifest import read_manifest, write_manifest  # noqa: E402
 from kling.pipeline import load_vae  # noqa: E402
+from kling.runtime.accelerator import make_accelerator  # noqa: E402
 from kling.training import Example  # noqa: E402
 from kling.validation import held_out, level_quantiles, validation_loss  # noqa: E402
 
@@ -66,7 +67,8 @@ def test_the_shipped_vae_gets_better_on_footage_that_it_has_not_seen(manifest, t
         "save_every=40", "ema=0.9", f"out={tmp_path}",
     ]  # fmt: skip
     cfg = load_config(train_vae.TrainVAEConfig, "configs/vae/world.yaml", words)
-    before = train_vae.evaluate(load_vae(cfg.init_from), cfg, tmp_path / "before.png")["eval/psnr"]
+    one = make_accelerator(tmp_path, "fp32")
+    before = train_vae.evaluate(load_vae(cfg.init_from), cfg, one, tmp_path / "before.png")["eval/psnr"]
     train_vae.main(["configs/vae/world.yaml", *words])
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     after = next(line["eval/psnr"] for line in lines if "eval/psnr" in line)
