@@ -12,6 +12,7 @@ import pytest
 import tiny_wan
 import torch
 import workers
+from accelerate.state import AcceleratorState
 from diffusers import UniPCMultistepScheduler, WanImageToVideoPipeline, WanPipeline
 from kling_programs.sample.export import main as kling_export
 from kling_programs.train import encode
@@ -47,6 +48,7 @@ def cache(wan: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def encoded(wan: Path, out: Path, *more: str) -> Path:
     words = ["configs/cache/debug.yaml", "data.frames=[1,5]", "workers=0", "threads=1"]
     encode.main([*words, f"model={wan}", f"out={out}", *more])
+    AcceleratorState._reset_state(reset_partial_state=True)  # the training that follows chooses its own precision
     return out
 
 
