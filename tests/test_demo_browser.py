@@ -50,16 +50,21 @@ def page(browser, site) -> Iterator[playwright.Page]:
     page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
     page.on("pageerror", lambda error: wrong.append(str(error)))
     page.on("request", lambda r: None if r.url.startswith((site.url, "data:", "blob:")) else wrong.append(f"asked for {r.url}"))
+    open_for_short_clips(page, site)
+    tab(page, "Pictures")
+    yield page
+    page.context.close()
+    assert not wrong
+
+
+def open_for_short_clips(page: playwright.Page, site: Site) -> None:
+    """Half a second in two steps, so that a test waits for the page and not for the model."""
     page.goto(site.url)
     page.wait_for_selector("#plan p")
     tab(page, "Size")
     fill(page, "#duration input[type=number]", "0.5")
     tab(page, "Advanced")
     fill(page, "#num_inference_steps input", "2")
-    tab(page, "Pictures")
-    yield page
-    page.context.close()
-    assert not wrong
 
 
 def tab(page: playwright.Page, name: str) -> None:
@@ -276,12 +281,7 @@ def test_the_checkpoints_of_a_run_side_by_side(browser, tmp_path, monkeypatch):
     train_dit.main(debug_words(tmp_path, f"out={run}", "steps=4", "save_every=2", "lr=0.1", "warmup=0", "ema=0.1"))
     site = Site(tmp_path, run)
     page = new_page(browser)
-    page.goto(site.url)
-    page.wait_for_selector("#plan p")
-    tab(page, "Size")
-    fill(page, "#duration input[type=number]", "0.5")
-    tab(page, "Advanced")
-    fill(page, "#num_inference_steps input", "2")
+    open_for_short_clips(page, site)
     tab(page, "Training")
     page.wait_for_selector("#curves canvas, #curves svg")
     page.click("#compare-checkpoints")

@@ -13,16 +13,17 @@ import workers
 from diffusers import AutoencoderKLWan
 from torch.utils.flop_counter import FlopCounterMode
 
-from kling.config import load_config
+from kling.config import load_config, read_preset
 from kling.dit import KlingTransformer3DModel
 from kling.dit.cost import forward_flops
 from kling.dit.memory import LiveBytes, step_memory
+from kling.errors import UserError
 from kling.runtime.ema import EMA
 from kling.runtime.optim import adamw
 from kling.training import set_checkpointing
 from kling.vae import AutoencoderKLKling
 
-from plan import main, on_each_gpu  # isort: skip - train/, which `workers` puts on the path
+from plan import PlanConfig, main, on_each_gpu, report  # isort: skip - train/, which `workers` puts on the path
 
 SMALL = {"num_attention_heads": 2, "attention_head_dim": 32, "num_layers": 6, "ffn_dim": 128, "text_dim": 32}
 
@@ -87,6 +88,28 @@ def test_a_plan(capsys: pytest.CaptureFixture) -> None:
         with pytest.raises(SystemExit):
             main(words)
         assert message in capsys.readouterr().err
+
+
+def test_what_is_recommended_is_what_training_takes(capsys: pytest.CaptureFixture) -> None:
+    """Selective checkpointing and compile are refused together, so the command for a preset that compiles says so."""
+    words = ["gpus=1", "tflops=100", "height=64", "width=112"]
+    seen = set()
+    for preset, compiled in (("0.1b", True), ("1.3b", False)):
+        for memory in (2.5, 3, 3.5, 30, 33, 36, 80):
+            main([f"configs/dit/{preset}.yaml", *words, f"memory={memory}"])
+            last = capsys.readouterr().out.splitlines()[-1]
+            selective = "activation_checkpointing=selective" in last
+            seen.add((preset, selective))
+            assert last.endswith("compile=false") == (selective and compiled), last
+    assert ("0.1b", True) in seen
+
+
+def test_muon_keeps_half_of_what_adamw_keeps() -> None:
+    step = step_memory(MEASURED, CLIP, 8, bf16=False)
+    adamw, muon = (on_each_gpu(step, 1, 1, 1, moments) for moments in (2, 1))
+    assert adamw.optimizer == 2 * muon.optimizer == 8 * step.parameters
+    with pytest.raises(UserError, match="did you mean 'muon'"):
+        report({**read_preset("configs/dit/debug.yaml"), "optimizer": "muom"}, PlanConfig())
 
 
 @pytest.mark.slow

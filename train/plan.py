@@ -18,8 +18,9 @@ from kling.config import load_config, read_preset
 from kling.dit import KlingTransformer3DModel
 from kling.dit.cost import forward_flops
 from kling.dit.memory import StepMemory, step_memory
-from kling.errors import UserError, program
+from kling.errors import UserError, program, unknown
 from kling.runtime.meter import matmul_ceiling
+from kling.runtime.optim import MOMENTS
 from kling.shapes import latent_frames, latent_size, token_grid
 from kling.text import ByteTextEncoder
 from kling.training import CHECKPOINTING, set_checkpointing
@@ -64,14 +65,14 @@ class Part:
         return self.weights + self.gradients + self.optimizer + self.average + self.activations
 
 
-def on_each_gpu(step: StepMemory, clips: int, shards: int, split: int) -> Part:
+def on_each_gpu(step: StepMemory, clips: int, shards: int, split: int, moments: int = 2) -> Part:
     """One GPU's memory when the state is cut over `shards` and the sequence over `split`, with `clips` of its own at a time.
 
-    Weights, gradients, the two moments of AdamW and the average are fp32. A sharded run also holds two whole blocks while it computes.
+    Weights, gradients, the optimizer's moments and the average are fp32. A sharded run also holds two whole blocks while it computes.
     """
     state = 4 * step.parameters / shards
     gathered = 2 * 4 * step.block if shards > 1 else 0
-    return Part(state + gathered, state, 2 * state, state, step.beyond(state, clips / split))
+    return Part(state + gathered, state, moments * state, state, step.beyond(state, clips / split))
 
 
 @program
@@ -91,6 +92,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def report(preset: dict[str, Any], plan: PlanConfig) -> list[str]:
     """The lines of a plan."""
+    if (optimizer := preset.get("optimizer", "adamw")) not in MOMENTS:
+        raise unknown("optimizer", optimizer, MOMENTS)
     with torch.device("meta"):
         text = ByteTextEncoder(**preset.get("text", {}))
         model = {"text_dim": text.config.out_dim, **preset["model"]}
@@ -102,6 +105,7 @@ def report(preset: dict[str, Any], plan: PlanConfig) -> list[str]:
     flops = 3 * forward_flops(config, tokens, l)
     steps = {what: step_memory(model, latents, l, partial(set_checkpointing, what=what), plan.bf16) for what in CHECKPOINTING}
     some = steps["none"]
+    each = partial(on_each_gpu, moments=MOMENTS[optimizer])
 
     ceiling = plan.tflops * 1e12 or matmul_ceiling(torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.float32)
     rate = ceiling * plan.mfu * plan.gpus / flops  # clips a second
@@ -118,14 +122,17 @@ def report(preset: dict[str, Any], plan: PlanConfig) -> list[str]:
     ]
     best = None
     for name, shards, split, what in layouts(plan.gpus, plan.node):
-        part = on_each_gpu(steps[what], 1, shards, split)
+        part = each(steps[what], 1, shards, split)
         fits = part.total < RESERVE * plan.memory * GIB
         values = [getattr(part, field) / GIB for field in ("weights", "gradients", "optimizer", "average", "activations", "total")]
         row = "".join(f"{value:>10.2f}" for value in values)
         lines.append(f"  {name:<20} {what:<12} {'fits' if fits else 'too large':<15}" + row)
         if fits and best is None:
             best = name, shards, split, what, part
-    return [*lines, "", *advice(best, steps, plan)]
+    if best is None:
+        least = each(steps["full"], 1, plan.gpus, min(8, plan.gpus, plan.node)).total / GIB
+        return [*lines, "", f"nothing fits: the smallest layout needs {least:.0f} GiB; take more GPUs, or shorter or smaller clips"]
+    return [*lines, "", *advice(*best, plan, preset.get("compile", False))]
 
 
 def layouts(gpus: int, node: int) -> list[tuple[str, int, int, str]]:
@@ -141,16 +148,12 @@ def layouts(gpus: int, node: int) -> list[tuple[str, int, int, str]]:
     ]
 
 
-def advice(best: Any, steps: dict[str, StepMemory], plan: PlanConfig) -> list[str]:
+def advice(name: str, shards: int, split: int, what: str, part: Part, plan: PlanConfig, compiled: bool) -> list[str]:
     """The first layout that fits, and the largest batch in it."""
-    if best is None:
-        least = on_each_gpu(steps["full"], 1, plan.gpus, min(8, plan.gpus, plan.node)).total / GIB
-        return [f"nothing fits: the smallest layout needs {least:.0f} GiB; take more GPUs, or shorter or smaller clips"]
-    name, shards, split, what, part = best
     room = RESERVE * plan.memory * GIB - (part.total - part.activations)
     clips = max(1, int(room // max(1.0, part.activations)))
     preset = {"one GPU": "cpu" if not torch.cuda.is_available() else "ddp"}.get(name, name.split()[0])
-    options = f"activation_checkpointing={what} batch={clips}"
+    options = f"activation_checkpointing={what} batch={clips}" + (" compile=false" if compiled and what == "selective" else "")
     return [
         f"recommended    {name}, {options}: {clips * plan.gpus // split} clips a micro-step",
         f"               accelerate launch --config_file configs/accelerate/{preset}.yaml train/train_dit.py PRESET {options}",

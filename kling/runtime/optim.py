@@ -60,6 +60,7 @@ def make_optimizer(name: str, model: nn.Module, lr: float, betas: Iterable[float
 
 
 OPTIMIZERS = {"adamw": adamw, "muon": muon}
+MOMENTS = {"adamw": 2, "muon": 1}  # tensors that each keeps for a parameter; Muon's vectors and embeddings, which have two, are few
 
 
 def trainable(named: nn.Module | Iterable[tuple[str, Tensor]]) -> list[Tensor]:

@@ -99,9 +99,10 @@ class ByteTextEncoder(ModelMixin, ConfigMixin):
     def forward(self, ids: Tensor, lengths: Tensor) -> Tensor:
         """Byte ids (b, s) and lengths (b,) -> (b, num_tokens, out_dim). Prompts of like length go together: padding is half of a batch."""
         order = lengths.argsort()
-        fold, parts = self.config.fold, []
-        for rows in order.split(TOGETHER):
-            width = -(-int(lengths[rows[-1]]) // fold) * fold
+        sizes, fold, parts = lengths[order].tolist(), self.config.fold, []
+        for first in range(0, len(sizes), TOGETHER):
+            rows, longest = order[first : first + TOGETHER], sizes[first : first + TOGETHER][-1]
+            width = -(-longest // fold) * fold
             parts.append(self._encode(ids[rows, :width], lengths[rows]))
         return torch.cat(parts)[order.argsort()]
 
