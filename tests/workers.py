@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
@@ -192,6 +193,12 @@ def ring_on_cpu(_: int) -> None:
     attention_dispatch._native_flash_attention_forward_op = forward
     attention_dispatch._native_flash_attention_backward_op = backward
     parallel.ring_backend = lambda accelerator: "_native_flash"
+
+
+def trace_only(_: int) -> None:
+    """Compiled blocks keep the graphs of torch.compile, forward and backward, and run them operation by operation."""
+    model = train_dit.KlingTransformer3DModel
+    model.compile_repeated_blocks = functools.partialmethod(model.compile_repeated_blocks, backend="aot_eager")
 
 
 def save_for_ever(run: str, start: int) -> None:
