@@ -131,7 +131,7 @@ def test_compiled_blocks_train_as_eager_ones_do(tmp_path: Path, monkeypatch: pyt
     """Through C++, with clips of one shape: each other one is compiled anew, most of a minute of a core."""
     monkeypatch.setattr(inductor, "compile_threads", 1)  # not by a pool of processes that import all of torch first
     words = workers.debug_words(tmp_path, "batch=2", "steps=3", NO_TASKS)
-    (tmp_path / "encode.yaml").write_text("{clips: 6, shard: 3, workers: 0, data: {frames: [1, 5], aspects: ['16:9']}}")
+    (tmp_path / "encode.yaml").write_text("{clips: 6, shares: [1], shard: 3, workers: 0, data: {frames: [1, 5], aspects: ['16:9']}}")
     graphs = counters["stats"]["unique_graphs"]
     for name, extra in (("eager", []), ("compiled", ["compile=true"])):
         train_dit.main([*words, *extra, f"out={tmp_path / name}"])

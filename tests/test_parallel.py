@@ -108,7 +108,9 @@ def test_what_presets_turn_on_changes_nothing_in_shards(words: list[str], tmp_pa
              "keyframes: 0}", f"steps={STEPS}"]  # fmt: skip
     workers.train_dit.main([*words, f"out={tmp_path / 'alone'}", "gradient_accumulation=2"])
     words = [*words, f"out={tmp_path / 'shards'}", "activation_checkpointing=full", "compile=true"]
-    assert workers.run(words, workers.environment("fsdp2", 2, dp_shard=2), first=workers.trace_only) == [0, 0]
+    env = workers.environment("fsdp2", 2, dp_shard=2) | {"TRACED": str(tmp_path / "traced")}
+    assert workers.run(words, env, first=workers.trace_only) == [0, 0]
+    assert len(list(tmp_path.glob("traced.*"))) == 2, "both have compiled something"
     assert_same_run(tmp_path / "shards", tmp_path / "alone")
 
 

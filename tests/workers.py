@@ -195,10 +195,18 @@ def ring_on_cpu(_: int) -> None:
     parallel.ring_backend = lambda accelerator: "_native_flash"
 
 
-def trace_only(_: int) -> None:
-    """Compiled blocks keep the graphs of torch.compile, forward and backward, and run them operation by operation."""
+def trace_only(rank: int) -> None:
+    """Compiled blocks run the graphs of torch.compile, forward and backward, operation by operation; that there are any tells the file
+    TRACED.<rank>."""
+    from torch._dynamo.backends.debugging import aot_eager  # here: the others need no compiler
+
     model = train_dit.KlingTransformer3DModel
-    model.compile_repeated_blocks = functools.partialmethod(model.compile_repeated_blocks, backend="aot_eager")
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        Path(f"{os.environ['TRACED']}.{rank}").touch()
+        return aot_eager(graph, inputs)
+
+    model.compile_repeated_blocks = functools.partialmethod(model.compile_repeated_blocks, backend=backend)
 
 
 def save_for_ever(run: str, start: int) -> None:
