@@ -127,6 +127,7 @@ def test_recomputed_activations_give_the_same_gradients(what: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_compiled_blocks_train_as_eager_ones_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through C++, with clips of one shape: each other one is compiled anew, most of a minute of a core."""
     monkeypatch.setattr(inductor, "compile_threads", 1)  # not by a pool of processes that import all of torch first

@@ -101,6 +101,7 @@ def test_processes_and_accumulation_change_nothing(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_what_presets_turn_on_changes_nothing_in_shards(words: list[str], tmp_path: Path) -> None:
     """Recomputed activations in compiled blocks of sharded weights, all at once. One block and clips of one shape, since every other is
     traced anew; traced, differentiated and cut, but not made C++, which knows nothing of processes: tests/test_growing.py does that."""
