@@ -9,6 +9,8 @@ import pytest
 import torch
 import workers
 from safetensors.torch import load_file
+from torch._dynamo.utils import counters
+from torch._inductor import config as inductor
 
 from kling import KlingPipeline
 from kling.dit import KlingTransformer3DModel
@@ -125,11 +127,18 @@ def test_recomputed_activations_give_the_same_gradients(what: str) -> None:
 
 
 @pytest.mark.slow
-def test_compiled_blocks_train_as_eager_ones_do(words: list[str], tmp_path: Path) -> None:
+@pytest.mark.timeout(900)
+def test_compiled_blocks_train_as_eager_ones_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through C++, with clips of one shape: each other one is compiled anew, most of a minute of a core."""
+    monkeypatch.setattr(inductor, "compile_threads", 1)  # not by a pool of processes that import all of torch first
+    words = workers.debug_words(tmp_path, "batch=2", "steps=3", NO_TASKS)
+    (tmp_path / "encode.yaml").write_text("{clips: 6, shares: [1], shard: 3, workers: 0, data: {frames: [1, 5], aspects: ['16:9']}}")
+    graphs = counters["stats"]["unique_graphs"]
     for name, extra in (("eager", []), ("compiled", ["compile=true"])):
-        train_dit.main([*words, "steps=3", *extra, f"out={tmp_path / name}"])
+        train_dit.main([*words, *extra, f"out={tmp_path / name}"])
     losses = [
         [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         for name in ("eager", "compiled")
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert counters["stats"]["unique_graphs"] > graphs, "something was compiled"

@@ -84,15 +84,12 @@ def assert_same_run(run: Path, reference: Path, rtol: float = 1e-5) -> None:
         pytest.param("fsdp2_cp", 2, 4, {"dp_shard": 1, "cp": 2}, [], id="ulysses-2"),
         pytest.param("fsdp2_cp", 2, 4, {"dp_shard": 1, "cp": 2}, ["context_parallel=ring"], id="ring-2"),
         pytest.param("fsdp2_cp", 4, 2, {"dp_shard": 2, "cp": 2}, [], id="fsdp2-ulysses-2x2", marks=pytest.mark.slow),
-        pytest.param(
-            "fsdp2", 2, 2, {"dp_shard": 2}, ["activation_checkpointing=full", "compile=true"], id="presets", marks=pytest.mark.slow
-        ),
     ],
 )
 def test_processes_and_accumulation_change_nothing(
     config: str, ranks: int, micro: int, sizes: dict[str, int], extra: list[str], words: list[str], alone: Path, tmp_path: Path
 ) -> None:
-    """Layouts, and what a preset turns on for a large model. Ring attention runs on a flash attention for CPUs that the test brings."""
+    """Ring attention runs on a flash attention for CPUs that the test brings."""
     env = workers.environment(config, ranks, **sizes)
     first = workers.ring_on_cpu if "context_parallel=ring" in extra else None
     words = [*words, *extra, f"out={tmp_path}", f"steps={STEPS}", f"gradient_accumulation={micro}"]
@@ -101,6 +98,21 @@ def test_processes_and_accumulation_change_nothing(
     assert (tmp_path / "export" / "model_index.json").is_file()
     sharded = list((tmp_path / f"step-{STEPS:08d}").glob("model.00001.safetensors"))
     assert bool(sharded) == (config != "ddp"), "a sharded run writes each process's rows"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_what_presets_turn_on_changes_nothing_in_shards(words: list[str], tmp_path: Path) -> None:
+    """Recomputed activations in compiled blocks of sharded weights, all at once. One block and clips of one shape, since every other is
+    traced anew; traced, differentiated and cut, but not made C++, which knows nothing of processes: tests/test_growing.py does that."""
+    words = [*words, "model.num_layers=1", "tasks={text: 1, image: 0, continuation: 0, inpaint: 0, restyle: 0, last: 0, first_last: 0, "
+             "keyframes: 0}", f"steps={STEPS}"]  # fmt: skip
+    workers.train_dit.main([*words, f"out={tmp_path / 'alone'}", "gradient_accumulation=2"])
+    words = [*words, f"out={tmp_path / 'shards'}", "activation_checkpointing=full", "compile=true"]
+    env = workers.environment("fsdp2", 2, dp_shard=2) | {"TRACED": str(tmp_path / "traced")}
+    assert workers.run(words, env, first=workers.trace_only) == [0, 0]
+    assert len(list(tmp_path.glob("traced.*"))) == 2, "both have compiled something"
+    assert_same_run(tmp_path / "shards", tmp_path / "alone")
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
@@ -192,6 +193,20 @@ def ring_on_cpu(_: int) -> None:
     attention_dispatch._native_flash_attention_forward_op = forward
     attention_dispatch._native_flash_attention_backward_op = backward
     parallel.ring_backend = lambda accelerator: "_native_flash"
+
+
+def trace_only(rank: int) -> None:
+    """Compiled blocks run the graphs of torch.compile, forward and backward, operation by operation; that there are any tells the file
+    TRACED.<rank>."""
+    from torch._dynamo.backends.debugging import aot_eager  # here: the others need no compiler
+
+    model = train_dit.KlingTransformer3DModel
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        Path(f"{os.environ['TRACED']}.{rank}").touch()
+        return aot_eager(graph, inputs)
+
+    model.compile_repeated_blocks = functools.partialmethod(model.compile_repeated_blocks, backend=backend)
 
 
 def save_for_ever(run: str, start: int) -> None:

@@ -131,7 +131,7 @@ def report(preset: dict[str, Any], plan: PlanConfig) -> list[str]:
             best = name, shards, split, what, part
     if best is None:
         least = each(steps["full"], 1, plan.gpus, min(8, plan.gpus, plan.node)).total / GIB
-        return [*lines, "", f"nothing fits: the smallest layout needs {least:.0f} GiB; take more GPUs, or shorter or smaller clips"]
+        return [*lines, "", f"nothing fits: the smallest layout needs {least:.3g} GiB; take more GPUs, or shorter or smaller clips"]
     return [*lines, "", *advice(*best, plan, preset.get("compile", False))]
 
 
