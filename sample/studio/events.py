@@ -257,7 +257,7 @@ class Events:
     @guarded
     def extend(self, request: gr.Request, mine: Any) -> Generator:
         one = self._chosen(mine, language(request))
-        yield str(one.path), "continue", gr.Tabs(selected="video")
+        yield self.studio.uploads.keep(one.path), "continue", gr.Tabs(selected="video")
 
     def _ids(self, mine: Any) -> list[str]:
         ids = mine.get("ids") if isinstance(mine, dict) else None
