@@ -75,9 +75,16 @@ def test_the_walk_ends_where_the_video_is(pipe):
     assert [step for step, _ in walk.x0] == [1, 2, 3] and [e.step for e in steps if isinstance(e, Step)] == [0, 1, 2, 3]
     assert np.array_equal(walk.x0[-1][1], pipe(request).frames[0]) and np.array_equal(walk.frames, walk.x0[-1][1])
     assert walk.sigmas[0] == 1 and walk.sigmas[-1] == 0
-    f, h, w = walk.latents.shape[1:]
-    cell = look.CELL
-    assert look.channel_map(walk.latents).shape == (len(walk.latents) * (cell * h + 2), f * (cell * w + 2), 3)
+
+
+@pytest.mark.parametrize(("c", "f", "blocks"), [(16, 11, 1), (16, 3, 2), (16, 1, 4), (48, 5, 2)])
+def test_every_latent_has_its_cell(c, f, blocks):
+    latents = torch.zeros(c, f, 8, 14)
+    latents[-1, -1] = 1.0  # the last channel's last frame
+    shown, high, wide = look.channel_map(latents), look.CELL * 8 + 2, look.CELL * 14 + 2
+    assert shown.shape == (c // blocks * high, blocks * f * wide + (blocks - 1) * look.GAP, 3)
+    least, most = shown[0, 0], shown[-3, -3]
+    assert (most != least).any() and (shown[-high:, -wide:][:-2, :-2] == most).all() and (shown[:-high, :wide][:-2, :-2] != most).any()
 
 
 def test_the_vae_s_numbers_are_those_of_the_pixels(pipe, tmp_path):

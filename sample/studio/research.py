@@ -69,15 +69,15 @@ class Research:
         with gr.Tabs():
             with gr.Tab(t("look"), id="look"):
                 go = self._go("look")
-                with gr.Row(elem_classes="halves"):
+                with gr.Row(elem_classes="halves found"):
                     with gr.Column(min_width=300):
                         schedule = gr.LinePlot(x="step", y="sigma", label=t("schedule"), height=220, y_title="σ")
                         steps = gr.HTML(padding=False, elem_id="steps", elem_classes="wide")
                     with gr.Column(min_width=300):
                         channels = gr.HTML(padding=False, elem_id="channels", elem_classes="wide")
-                gr.Markdown(t("attention_hint"))
-                with gr.Row(elem_classes="halves"):
+                with gr.Row(elem_classes="halves found"):
                     with gr.Column(min_width=300):
+                        gr.Markdown(t("attention_hint"))
                         picture = gr.Image(label=t("attention"), interactive=False, buttons=[], elem_id="click-me", format="png")
                         with gr.Row():
                             layers = len(pipe.transformer.blocks) - 1
@@ -93,9 +93,11 @@ class Research:
             with gr.Tab(t("vae"), id="vae"):
                 clip = gr.Video(label=t("clip"), sources=["upload"], height=200, buttons=[], elem_id="vae-clip")
                 again = self._go("reconstruct")
-                shown = gr.HTML(padding=False, elem_id="reconstruction")
-                quality = gr.LinePlot(x="frame", y="PSNR", label="PSNR (dB)", height=200)
-        go.click(self.look, self.form.inputs, [self.status, schedule, channels, steps, picture, attention], js=WITH_MASK, **RAW)
+                with gr.Column(elem_classes="found"):
+                    shown = gr.HTML(padding=False, elem_id="reconstruction")
+                    quality = gr.LinePlot(x="frame", y="PSNR", label="PSNR (dB)", height=200)
+        shown = [self.status, schedule, channels, steps, picture, attention, frame]
+        go.click(self.look, self.form.inputs, shown, js=WITH_MASK, **RAW)
         picture.select(self.attend, [layer, sigma, frame], [self.status, attention], **OWN)
         frame.release(self.show_frame, frame, picture, **OWN)
         run.click(self.sweep, [scales, *self.form.inputs], [self.status, swept], js=_shifted(1), **RAW)
@@ -116,18 +118,19 @@ class Research:
         asked = self._asked(values)
         lang = language(request)
         try:
-            walk = yield from self._run(request, lambda tell: look.walk(self.studio.pipe, asked, tell), 5)
+            walk = yield from self._run(request, lambda tell: look.walk(self.studio.pipe, asked, tell), 6)
         except Stopped:
-            yield views.told(say(lang, "stopped")), *[gr.skip()] * 5
+            yield views.told(say(lang, "stopped")), *[gr.skip()] * 6
             return
         self._walks.pop(request.session_hash, None)
         self._walks[request.session_hash] = walk
         while len(self._walks) > WALKS:
             self._walks.popitem(last=False)
         schedule = pd.DataFrame({"step": range(len(walk.sigmas)), "sigma": walk.sigmas})
-        rows = [(views.still(look.strip(frames)), f"{say(lang, 'step_axis')} {step}") for step, frames in walk.x0]
+        rows = [(views.still(look.strip(frames)), f"x̂₀ · {say(lang, 'step_axis')} {step}") for step, frames in walk.x0]
         channels = views.grid([(views.still(look.channel_map(walk.latents)), f"{say(lang, 'channels')} × {say(lang, 'frame_axis')}")])
-        yield "", schedule, channels, views.grid(rows), _enlarged(walk.frames[0]), ""
+        token_frame = gr.update(value=0, maximum=max(1, len(walk.frames) - 1))  # of the picture that is shown
+        yield "", schedule, channels, views.grid(rows), _enlarged(walk.frames[0]), "", token_frame
 
     def show_frame(self, request: gr.Request, frame: float) -> Any:
         walk = self._walks.get(request.session_hash)
