@@ -71,7 +71,7 @@ class Research:
                 go = self._go("look")
                 with gr.Row(elem_classes="halves found"):
                     with gr.Column(min_width=300):
-                        schedule = gr.LinePlot(x="step", y="sigma", label=t("schedule"), height=220, y_title="σ")
+                        schedule = gr.LinePlot(x="step", y="sigma", label=t("schedule"), height=220, y_title="σ", elem_classes="plot")
                         steps = gr.HTML(padding=False, elem_id="steps", elem_classes="wide")
                     with gr.Column(min_width=300):
                         channels = gr.HTML(padding=False, elem_id="channels", elem_classes="wide")
@@ -95,9 +95,9 @@ class Research:
                 again = self._go("reconstruct")
                 with gr.Column(elem_classes="found"):
                     shown = gr.HTML(padding=False, elem_id="reconstruction")
-                    quality = gr.LinePlot(x="frame", y="PSNR", label="PSNR (dB)", height=200)
-        shown = [self.status, schedule, channels, steps, picture, attention, frame]
-        go.click(self.look, self.form.inputs, shown, js=WITH_MASK, **RAW)
+                    quality = gr.LinePlot(x="frame", y="PSNR", label="PSNR (dB)", height=220, elem_classes="plot")
+        inside = [self.status, schedule, channels, steps, picture, attention, frame]
+        go.click(self.look, self.form.inputs, inside, js=WITH_MASK, **RAW)
         picture.select(self.attend, [layer, sigma, frame], [self.status, attention], **OWN)
         frame.release(self.show_frame, frame, picture, **OWN)
         run.click(self.sweep, [scales, *self.form.inputs], [self.status, swept], js=_shifted(1), **RAW)
@@ -201,8 +201,9 @@ class Research:
         from kling_programs.sample.studio import runs
 
         with gr.Row():
-            loss = gr.LinePlot(x="step", y="value", color="curve", label=t("curves"), height=320, min_width=300, elem_id="curves")
-            by_sigma = gr.LinePlot(x="step", y="value", color="curve", label="loss / σ", height=320, min_width=300)
+            plot = {"x": "step", "y": "value", "color": "curve", "height": 340, "min_width": 300, "elem_classes": "plot"}
+            loss = gr.LinePlot(label=t("curves"), elem_id="curves", **plot)
+            by_sigma = gr.LinePlot(label="loss / σ", **plot)
         refresh = gr.Button(t("refresh"), size="sm")
         names = runs.checkpoints(run)
         picked = gr.CheckboxGroup(names, value=names[-2:], label=t("checkpoints"), elem_id="checkpoints")
