@@ -80,11 +80,13 @@ def test_the_walk_ends_where_the_video_is(pipe):
 @pytest.mark.parametrize(("c", "f", "blocks"), [(16, 11, 1), (16, 3, 2), (16, 1, 4), (48, 5, 2)])
 def test_every_latent_has_its_cell(c, f, blocks):
     latents = torch.zeros(c, f, 8, 14)
-    latents[-1, -1] = 1.0  # the last channel's last frame
+    latents[-1, -1, 4:] = 1.0  # the lower half of the last channel's last frame
     shown, high, wide = look.channel_map(latents), look.CELL * 8 + 2, look.CELL * 14 + 2
     assert shown.shape == (c // blocks * high, blocks * f * wide + (blocks - 1) * look.GAP, 3)
-    least, most = shown[0, 0], shown[-3, -3]
-    assert (most != least).any() and (shown[-high:, -wide:][:-2, :-2] == most).all() and (shown[:-high, :wide][:-2, :-2] != most).any()
+    cell, half = shown[-high:, -wide:][:-2, :-2].copy(), look.CELL * 4
+    assert (cell[half:] == cell[-1, -1]).all() and (cell[:half] == shown[0, 0]).all() and (cell[-1, -1] != shown[0, 0]).any()
+    shown[-high:, -wide:] = 0
+    assert not (shown == cell[-1, -1]).all(-1).any()  # nowhere else
 
 
 def test_the_vae_s_numbers_are_those_of_the_pixels(pipe, tmp_path):
