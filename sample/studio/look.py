@@ -85,7 +85,7 @@ def channel_map(latents: Tensor) -> np.ndarray:
     level = ((latents - low) / (high - low).clamp(min=1e-12) * 255).round().byte()
     cells = [np.concatenate([_coloured(frame.numpy()) for frame in channel], axis=1) for channel in level]
     parts = [np.concatenate(cells[i : i + c // blocks], axis=0) for i in range(0, c, c // blocks)]
-    return np.concatenate([np.pad(part, ((0, 0), (0, GAP), (0, 0)), constant_values=255) for part in parts[:-1]] + parts[-1:], axis=1)
+    return np.concatenate([np.pad(part, ((0, 0), (0, GAP), (0, 0))) for part in parts[:-1]] + parts[-1:], axis=1)
 
 
 def _coloured(level: np.ndarray) -> np.ndarray:

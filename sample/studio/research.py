@@ -79,11 +79,10 @@ class Research:
                     with gr.Column(min_width=300):
                         gr.Markdown(t("attention_hint"))
                         picture = gr.Image(label=t("attention"), interactive=False, buttons=[], elem_id="click-me", format="png")
-                        with gr.Row():
-                            layers = len(pipe.transformer.blocks) - 1
-                            layer = gr.Slider(0, max(1, layers), layers // 2, step=1, label=t("layer"), min_width=150, buttons=[])
-                            sigma = gr.Slider(0.05, 0.95, 0.5, step=0.05, label=t("noise_level"), min_width=150, buttons=[])
-                            frame = gr.Slider(0, pipe.config.max_frames - 1, 0, step=4, label=t("latent_frame"), min_width=150, buttons=[])
+                        layers = len(pipe.transformer.blocks) - 1
+                        layer = gr.Slider(0, max(1, layers), layers // 2, step=1, label=t("layer"), buttons=[])
+                        sigma = gr.Slider(0.05, 0.95, 0.5, step=0.05, label=t("noise_level"), buttons=[])
+                        frame = gr.Slider(0, pipe.config.max_frames - 1, 0, step=4, label=t("latent_frame"), buttons=[])
                     with gr.Column(min_width=300):
                         attention = gr.HTML(padding=False, elem_id="attention")
             with gr.Tab(t("sweep"), id="sweep"):
@@ -200,7 +199,7 @@ class Research:
     def training_tab(self, page: gr.Blocks, run: Path) -> None:
         from kling_programs.sample.studio import runs
 
-        with gr.Row():
+        with gr.Row(elem_classes="halves"):
             plot = {"x": "step", "y": "value", "color": "curve", "height": 340, "min_width": 300, "elem_classes": "plot"}
             loss = gr.LinePlot(label=t("curves"), elem_id="curves", **plot)
             by_sigma = gr.LinePlot(label="loss / σ", **plot)
