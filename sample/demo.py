@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import signal
 import socket
 import sys
 import tempfile
@@ -28,6 +29,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.run and not (Path(args.run) / "metrics.jsonl").is_file():
         raise UserError(f"run folder '{args.run}' holds no metrics.jsonl: give the `out` of kling-train")
     check_port(host, args.port)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl+C: closes the server, and the arrivals go
     arrivals = Path(tempfile.mkdtemp(prefix="kling-demo-"))
     os.environ["GRADIO_TEMP_DIR"] = str(arrivals)  # before gradio is imported, as is the next one
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"

@@ -307,6 +307,7 @@ def test_fields_become_the_request(uploads):
     assert request_of({**video, "use": "restyle"}, uploads).strength == 0.4
     assert request_of({**video, "use": "outpaint"}, uploads).outpaint == "9:16"
     plain = request_of(video, uploads)
+    assert plain.camera_guidance_scale is None and request_of({"camera_guidance_scale": 1.0}, uploads).camera_guidance_scale == 1
     assert plain.video and plain.strength is None and plain.outpaint is None and plain.mask is None
 
 

@@ -75,9 +75,18 @@ def test_the_walk_ends_where_the_video_is(pipe):
     assert [step for step, _ in walk.x0] == [1, 2, 3] and [e.step for e in steps if isinstance(e, Step)] == [0, 1, 2, 3]
     assert np.array_equal(walk.x0[-1][1], pipe(request).frames[0]) and np.array_equal(walk.frames, walk.x0[-1][1])
     assert walk.sigmas[0] == 1 and walk.sigmas[-1] == 0
-    f, h, w = walk.latents.shape[1:]
-    cell = look.CELL
-    assert look.channel_map(walk.latents).shape == (len(walk.latents) * (cell * h + 2), f * (cell * w + 2), 3)
+
+
+@pytest.mark.parametrize(("c", "f", "blocks"), [(16, 11, 1), (16, 3, 2), (16, 1, 4), (48, 5, 2)])
+def test_every_latent_has_its_cell(c, f, blocks):
+    latents = torch.zeros(c, f, 8, 14)
+    latents[-1, -1, 4:] = 1.0  # the lower half of the last channel's last frame
+    shown, high, wide = look.channel_map(latents), look.CELL * 8 + 2, look.CELL * 14 + 2
+    assert shown.shape == (c // blocks * high, blocks * f * wide + (blocks - 1) * look.GAP, 3)
+    cell, half = shown[-high:, -wide:][:-2, :-2].copy(), look.CELL * 4
+    assert (cell[half:] == cell[-1, -1]).all() and (cell[:half] == shown[0, 0]).all() and (cell[-1, -1] != shown[0, 0]).any()
+    shown[-high:, -wide:] = 0
+    assert not (shown == cell[-1, -1]).all(-1).any()  # nowhere else
 
 
 def test_the_vae_s_numbers_are_those_of_the_pixels(pipe, tmp_path):

@@ -50,18 +50,22 @@ class Site:
         args = argparse.Namespace(model=str(model), device="cpu", out=str(self.out), keep=50, run=None if run is None else str(run))
         self.studio, page, settings = demo.prepare(args, self.arrivals)
         _, self.url, _ = page.launch(server_name="127.0.0.1", server_port=None, prevent_thread_lock=True, max_file_size="1mb", **settings)
-        self.close = page.close
+        self.page, self.http = page, httpx.Client(timeout=600)
+
+    def close(self) -> None:
+        self.http.close()
+        self.page.close()
 
     def upload(self, path: Path) -> httpx.Response:
-        return httpx.post(f"{self.url}gradio_api/upload", files={"files": (path.name, path.read_bytes())}, timeout=60)
+        return self.http.post(f"{self.url}gradio_api/upload", files={"files": (path.name, path.read_bytes())})
 
     def ask(self, *values: object, raw: str | None = None) -> list[tuple[str, object]]:
         """Call /generate by position and return its events: [(name, data)]."""
         body = raw or json.dumps({"data": list(values)})
-        posted = httpx.post(f"{self.url}gradio_api/call/generate", content=body, headers={"content-type": "application/json"}, timeout=60)
+        posted = self.http.post(f"{self.url}gradio_api/call/generate", content=body, headers={"content-type": "application/json"})
         if posted.status_code != 200:
             return [(str(posted.status_code), posted.text)]
-        text = httpx.get(f"{self.url}gradio_api/call/generate/{posted.json()['event_id']}", timeout=600).text
+        text = self.http.get(f"{self.url}gradio_api/call/generate/{posted.json()['event_id']}").text
         return [(e, json.loads(d)) for e, d in re.findall(r"event: (\w+)\ndata: (.*)", text)]
 
     def fields(self, **values: object) -> list[object]:
@@ -73,7 +77,7 @@ class Site:
 
     def info(self) -> dict:
         if not hasattr(self, "_info"):
-            self._info = httpx.get(f"{self.url}gradio_api/info", timeout=60).json()["named_endpoints"]["/generate"]
+            self._info = self.http.get(f"{self.url}gradio_api/info").json()["named_endpoints"]["/generate"]
         return self._info
 
 
@@ -177,7 +181,7 @@ def test_what_must_not_pass_is_refused_without_a_trace_or_a_path(site, tmp_path)
         f"file={site.out}/../model/model_index.json",
         "file=http://127.0.0.1:1/",
     ):
-        reply = httpx.get(f"{site.url}gradio_api/{url}")
+        reply = site.http.get(f"{site.url}gradio_api/{url}")
         assert reply.status_code in (403, 404) and "root:" not in reply.text, url
     large = tmp_path / "large.mp4"
     large.write_bytes(os.urandom(1_200_000))
@@ -217,9 +221,8 @@ def test_twenty_at_once_on_a_queue_of_eight(site):
 
 
 def test_a_closed_connection_stops_its_job(site):
-    posted = httpx.post(
-        f"{site.url}gradio_api/call/generate", json={"data": site.fields(num_inference_steps=100, duration=20.0)}, timeout=60
-    )
+    asked = {"data": site.fields(num_inference_steps=100, duration=20.0)}
+    posted = site.http.post(f"{site.url}gradio_api/call/generate", json=asked)
     with httpx.stream("GET", f"{site.url}gradio_api/call/generate/{posted.json()['event_id']}", timeout=60) as stream:
         for line in stream.iter_lines():
             if '"step": 2' in line:
@@ -230,7 +233,23 @@ def test_a_closed_connection_stops_its_job(site):
     assert not site.studio.queue.running
 
 
+def test_a_result_is_served_where_it_lies_and_nothing_beside_it_is(site):
+    made = site.ask(*site.fields(seed=5))[-1][1][0]
+    for kind in ("video", "record"):
+        path = Path(made[kind]["path"])
+        assert path.parent == site.out and not list(site.arrivals.rglob(path.name))
+        assert site.http.get(made[kind]["url"]).content == path.read_bytes()
+    for beside in (f"{site.out}-2/x.mp4", f"{site.out}/../model/vae/config.json", str(site.studio.model["path"]) + "/model_index.json"):
+        assert site.http.get(f"{site.url}gradio_api/file={beside}").status_code in (403, 404)
+    path = Path(made["video"]["path"])
+    for name in (path, path.with_suffix(".json")):  # as when the shelf is tidied
+        name.unlink()
+    assert site.http.get(made["video"]["url"]).status_code in (403, 404)
+    refused(site.ask(*site.fields(video={"path": str(path)})))
+
+
 @pytest.mark.slow
+@pytest.mark.timeout(1500)  # half a minute on an idle core
 def test_two_hundred_requests_leave_nothing_behind(site):
     def resident() -> int:
         gc.collect()

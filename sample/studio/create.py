@@ -110,8 +110,9 @@ class Form:
                     elem_id=f"axis-{name}",
                 )  # fmt: skip
         with gr.Row():
-            for name, (low, high, step) in {"camera_scale": (0, 3, 0.1), "camera_guidance_scale": (1, 6, 0.5)}.items():
-                self.fields[name] = gr.Slider(low, high, 1, step=step, label=t(name), min_width=170, buttons=[], interactive=able)
+            own = self.studio.pipe.setting("camera_guidance_scale")
+            for name, (low, high, value, step) in {"camera_scale": (0, 3, 1, 0.1), "camera_guidance_scale": (1, 6, own, 0.5)}.items():
+                self.fields[name] = gr.Slider(low, high, value, step=step, label=t(name), min_width=170, buttons=[], interactive=able)
         self.fields["camera_file"] = gr.File(label=t("trajectory"), height=130, interactive=able, elem_id="camera-file")
 
     def _size(self) -> None:

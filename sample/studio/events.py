@@ -65,8 +65,8 @@ class Events:
         fields["video"].change(self.paint_on, [fields["video"], fields["aspect"]], fields["mask"], **RAW)
 
         form.shot.input(self.master_shot, form.shot, [fields[name] for name in UNITS], **QUICK)
-        for name in CAMERA:
-            fields[name].change(self.draw_camera, [fields[n] for n in CAMERA], form.drawing, **QUICK)
+        moved = [fields[name] for name in CAMERA]  # one event for all: answers to several would overtake each other
+        gr.on([c.change for c in moved], self.draw_camera, moved, form.drawing, **QUICK)
 
         form.dice.click(lambda: secrets.randbelow(2**31), None, fields["seed"], **QUICK)
         planned = [c for name, c in fields.items() if name not in ("mask", "seed") and hasattr(c, "change")]
@@ -257,7 +257,7 @@ class Events:
     @guarded
     def extend(self, request: gr.Request, mine: Any) -> Generator:
         one = self._chosen(mine, language(request))
-        yield str(one.path), "continue", gr.Tabs(selected="video")
+        yield self.studio.uploads.keep(one.path), "continue", gr.Tabs(selected="video")
 
     def _ids(self, mine: Any) -> list[str]:
         ids = mine.get("ids") if isinstance(mine, dict) else None

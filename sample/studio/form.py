@@ -57,7 +57,7 @@ def request_of(fields: dict[str, Any], uploads: Any) -> Request:
         outpaint=given.choice("outpaint", ASPECTS) if video and use == "outpaint" else None,
         camera=camera_file or ",".join(f"{name}={value:g}" for name, value in axes.items()) or None,
         camera_scale=given.number("camera_scale", 0, 10, 1.0),
-        camera_guidance_scale=given.number("camera_guidance_scale", 0, 20, 1.0),
+        camera_guidance_scale=given.number("camera_guidance_scale", 0, 20),
         aspect=given.choice("aspect", ASPECTS),
         duration=None if still else given.number("duration", 0.1, MAX_SECONDS),
         num_frames=1 if still else None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,7 @@ ROWS = 6  # steps of which x̂₀ is shown
 COLUMNS = 5  # frames of each
 ERROR_GAIN = 4  # by which an error map is brightened
 CELL = 6  # screen pixels along a latent point
+GAP = 12  # between blocks of channels
 
 
 @dataclass(frozen=True)
@@ -73,11 +75,17 @@ def strip(frames: np.ndarray, columns: int = COLUMNS) -> np.ndarray:
 
 
 def channel_map(latents: Tensor) -> np.ndarray:
-    """(c, f, h, w) -> a picture with a row for every channel and a column for every latent frame, each row from its least to its most."""
+    """(c, f, h, w) -> a picture with a row for every channel and a column for every latent frame, each row from its least to its most.
+
+    Many channels of few frames stand in several blocks side by side, so that the picture is about as wide as it is high.
+    """
+    c, f, h, w = latents.shape
+    blocks = min((k for k in range(1, c + 1) if c % k == 0), key=lambda k: abs(math.log(k * f * w / (c // k * h))))
     low, high = latents.amin((1, 2, 3), keepdim=True), latents.amax((1, 2, 3), keepdim=True)
     level = ((latents - low) / (high - low).clamp(min=1e-12) * 255).round().byte()
     cells = [np.concatenate([_coloured(frame.numpy()) for frame in channel], axis=1) for channel in level]
-    return np.concatenate(cells, axis=0)
+    parts = [np.concatenate(cells[i : i + c // blocks], axis=0) for i in range(0, c, c // blocks)]
+    return np.concatenate([np.pad(part, ((0, 0), (0, GAP), (0, 0))) for part in parts[:-1]] + parts[-1:], axis=1)
 
 
 def _coloured(level: np.ndarray) -> np.ndarray:

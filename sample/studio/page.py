@@ -27,6 +27,7 @@ SESSIONS = 32  # visitors of whom Gradio keeps a copy of the page, 0.35 MB each;
 
 def build(studio: Studio) -> gr.Blocks:
     """The page of a studio."""
+    gr.set_static_paths([studio.shelf.folder])  # served where it lies: Gradio would keep a copy of every result it names
     with gr.Blocks(title=WORDS["title"][0], analytics_enabled=False, delete_cache=(600, 3600)) as page:
         gr.api(api_of(studio), api_name="generate", concurrency_limit=None)  # first: an event of that name would take it
         gr.HTML(
@@ -100,7 +101,7 @@ def api_of(studio: Studio) -> Any:
         camera: dict | None = None,
         camera_file: dict | None = None,
         camera_scale: float = 1.0,
-        camera_guidance_scale: float = 1.0,
+        camera_guidance_scale: float | None = None,
         aspect: str | None = None,
         duration: float = 5.0,
         extend_to: float | None = None,

@@ -69,21 +69,20 @@ class Research:
         with gr.Tabs():
             with gr.Tab(t("look"), id="look"):
                 go = self._go("look")
-                with gr.Row(elem_classes="halves"):
+                with gr.Row(elem_classes="halves found"):
                     with gr.Column(min_width=300):
-                        schedule = gr.LinePlot(x="step", y="sigma", label=t("schedule"), height=220, y_title="σ")
+                        schedule = gr.LinePlot(x="step", y="sigma", label=t("schedule"), height=220, y_title="σ", elem_classes="plot")
                         steps = gr.HTML(padding=False, elem_id="steps", elem_classes="wide")
                     with gr.Column(min_width=300):
                         channels = gr.HTML(padding=False, elem_id="channels", elem_classes="wide")
-                gr.Markdown(t("attention_hint"))
-                with gr.Row(elem_classes="halves"):
+                with gr.Row(elem_classes="halves found"):
                     with gr.Column(min_width=300):
+                        gr.Markdown(t("attention_hint"))
                         picture = gr.Image(label=t("attention"), interactive=False, buttons=[], elem_id="click-me", format="png")
-                        with gr.Row():
-                            layers = len(pipe.transformer.blocks) - 1
-                            layer = gr.Slider(0, max(1, layers), layers // 2, step=1, label=t("layer"), min_width=150, buttons=[])
-                            sigma = gr.Slider(0.05, 0.95, 0.5, step=0.05, label=t("noise_level"), min_width=150, buttons=[])
-                            frame = gr.Slider(0, pipe.config.max_frames - 1, 0, step=4, label=t("latent_frame"), min_width=150, buttons=[])
+                        layers = len(pipe.transformer.blocks) - 1
+                        layer = gr.Slider(0, max(1, layers), layers // 2, step=1, label=t("layer"), buttons=[])
+                        sigma = gr.Slider(0.05, 0.95, 0.5, step=0.05, label=t("noise_level"), buttons=[])
+                        frame = gr.Slider(0, pipe.config.max_frames - 1, 0, step=4, label=t("latent_frame"), buttons=[])
                     with gr.Column(min_width=300):
                         attention = gr.HTML(padding=False, elem_id="attention")
             with gr.Tab(t("sweep"), id="sweep"):
@@ -93,9 +92,11 @@ class Research:
             with gr.Tab(t("vae"), id="vae"):
                 clip = gr.Video(label=t("clip"), sources=["upload"], height=200, buttons=[], elem_id="vae-clip")
                 again = self._go("reconstruct")
-                shown = gr.HTML(padding=False, elem_id="reconstruction")
-                quality = gr.LinePlot(x="frame", y="PSNR", label="PSNR (dB)", height=200)
-        go.click(self.look, self.form.inputs, [self.status, schedule, channels, steps, picture, attention], js=WITH_MASK, **RAW)
+                with gr.Column(elem_classes="found"):
+                    shown = gr.HTML(padding=False, elem_id="reconstruction")
+                    quality = gr.LinePlot(x="frame", y="PSNR", label="PSNR (dB)", height=220, elem_classes="plot")
+        inside = [self.status, schedule, channels, steps, picture, attention, frame]
+        go.click(self.look, self.form.inputs, inside, js=WITH_MASK, **RAW)
         picture.select(self.attend, [layer, sigma, frame], [self.status, attention], **OWN)
         frame.release(self.show_frame, frame, picture, **OWN)
         run.click(self.sweep, [scales, *self.form.inputs], [self.status, swept], js=_shifted(1), **RAW)
@@ -116,18 +117,19 @@ class Research:
         asked = self._asked(values)
         lang = language(request)
         try:
-            walk = yield from self._run(request, lambda tell: look.walk(self.studio.pipe, asked, tell), 5)
+            walk = yield from self._run(request, lambda tell: look.walk(self.studio.pipe, asked, tell), 6)
         except Stopped:
-            yield views.told(say(lang, "stopped")), *[gr.skip()] * 5
+            yield views.told(say(lang, "stopped")), *[gr.skip()] * 6
             return
         self._walks.pop(request.session_hash, None)
         self._walks[request.session_hash] = walk
         while len(self._walks) > WALKS:
             self._walks.popitem(last=False)
         schedule = pd.DataFrame({"step": range(len(walk.sigmas)), "sigma": walk.sigmas})
-        rows = [(views.still(look.strip(frames)), f"{say(lang, 'step_axis')} {step}") for step, frames in walk.x0]
+        rows = [(views.still(look.strip(frames)), f"x̂₀ · {say(lang, 'step_axis')} {step}") for step, frames in walk.x0]
         channels = views.grid([(views.still(look.channel_map(walk.latents)), f"{say(lang, 'channels')} × {say(lang, 'frame_axis')}")])
-        yield "", schedule, channels, views.grid(rows), _enlarged(walk.frames[0]), ""
+        token_frame = gr.update(value=0, maximum=max(1, len(walk.frames) - 1))  # of the picture that is shown
+        yield "", schedule, channels, views.grid(rows), _enlarged(walk.frames[0]), "", token_frame
 
     def show_frame(self, request: gr.Request, frame: float) -> Any:
         walk = self._walks.get(request.session_hash)
@@ -197,9 +199,10 @@ class Research:
     def training_tab(self, page: gr.Blocks, run: Path) -> None:
         from kling_programs.sample.studio import runs
 
-        with gr.Row():
-            loss = gr.LinePlot(x="step", y="value", color="curve", label=t("curves"), height=320, min_width=300, elem_id="curves")
-            by_sigma = gr.LinePlot(x="step", y="value", color="curve", label="loss / σ", height=320, min_width=300)
+        with gr.Row(elem_classes="halves"):
+            plot = {"x": "step", "y": "value", "color": "curve", "height": 340, "min_width": 300, "elem_classes": "plot"}
+            loss = gr.LinePlot(label=t("curves"), elem_id="curves", **plot)
+            by_sigma = gr.LinePlot(label="loss / σ", **plot)
         refresh = gr.Button(t("refresh"), size="sm")
         names = runs.checkpoints(run)
         picked = gr.CheckboxGroup(names, value=names[-2:], label=t("checkpoints"), elem_id="checkpoints")

@@ -54,9 +54,10 @@ def curves(run: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
         raise UserError(f"run {run.name} has logged nothing yet: wait for its first steps")
     stretch = max(1, round(len(table) / POINTS))
     table = table.groupby((table["step"] - 1) // stretch * stretch + stretch).mean(numeric_only=True).drop(columns="step")
+    table = table.rename(columns=lambda name: name.replace("loss/sigma_", "σ "))  # short, for the legend
 
     def long(columns: list[str]) -> pd.DataFrame:
         return table[columns].rename_axis("step").reset_index().melt("step", var_name="curve").dropna()
 
     plain = [name for name in ("loss", "grad_norm") if name in table]
-    return long(plain), long([name for name in table if name.startswith("loss/")])
+    return long(plain), long([name for name in table if name.startswith("σ ")])

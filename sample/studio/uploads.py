@@ -55,6 +55,10 @@ class Uploads:
             path.unlink(missing_ok=True)
             raise UserError(str(error).replace(str(path), path.name)) from None
 
+    def keep(self, result: Path) -> str:
+        """A copy of one of our own results, to be given as the next input."""
+        return str(self._keep(result, result.suffix))
+
     def accept_drawing(self, url: Any) -> str | None:
         """A mask that was painted in the page, as the PNG of a `data:` URL: painted is white. None if nothing was painted."""
         if not url:
