@@ -331,8 +331,9 @@ def show(out: Path, task: str, world: World, cases: list[int]) -> None:
         truth = render_scene(TASKS[task](world, k).scene)
         made = torch.from_numpy(np.load(clip_path(out, task, k), allow_pickle=False)["frames"])
         rows += [truth, fit(made, *truth.shape[1:3])]
-    (out / "strips").mkdir(exist_ok=True)
-    write_png(out / "strips" / f"{task}.png", strip(rows))
+    if rows:
+        (out / "strips").mkdir(exist_ok=True)
+        write_png(out / "strips" / f"{task}.png", strip(rows))
 
 
 def progress(records: dict[int, Record], before: int, options: Options, started: float) -> None:
