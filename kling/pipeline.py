@@ -144,7 +144,8 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         return [model for model in (self.transformer, self.transformer_2) if model is not None]
 
     def setting(self, name: str) -> Any:
-        """One of the checkpoint's own settings: `num_inference_steps`, `guidance_scale` (two), `negative_prompt`, `shift` or `solver`."""
+        """One of the checkpoint's own: `num_inference_steps`, `guidance_scale` (two), `camera_guidance_scale`, `negative_prompt`, `shift`,
+        `solver`."""
         defaults, scheduler = self.config.get("defaults") or {}, self.scheduler
         if name == "shift":
             return scheduler.config[shift_key(scheduler)]
@@ -152,7 +153,10 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             return scheduler.config.solver if isinstance(scheduler, KlingFlowScheduler) else type(scheduler).__name__
         if name == "negative_prompt":
             return defaults.get(name, "")
-        value = scheduler.config[name] if isinstance(scheduler, KlingFlowScheduler) else defaults[name]
+        own = scheduler.config if isinstance(scheduler, KlingFlowScheduler) else defaults
+        if name == "camera_guidance_scale":
+            return own.get(name, 1.0)  # published ones have none
+        value = own[name]
         return [value, value] if name == "guidance_scale" and not isinstance(value, list | tuple) else value
 
     def load_lora_weights(self, lora: str | Path | dict[str, Any], **kwargs: Any) -> None:
@@ -197,6 +201,7 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             return 0 if self.groups else len(hop.given.keyframes)
 
         high, low = self.setting("guidance_scale") if request.guidance_scale is None else [request.guidance_scale] * 2
+        on_camera = self.setting("camera_guidance_scale") if request.camera_guidance_scale is None else request.camera_guidance_scale
         plan = Plan(
             task=task,
             hops=hops,
@@ -207,7 +212,7 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             solver="adams" if pro and solver == "euler" else solver,
             guidance_scale=high,
             guidance_scale_2=low,
-            camera_guidance_scale=request.camera_guidance_scale,
+            camera_guidance_scale=on_camera,
             shift=self.setting("shift") if request.shift is None else request.shift,
             tokens=max(latent_frames(hop.frames) + appended(hop) for hop in hops) * (h // patch[1]) * (w // patch[2]),
             block_frames=self.config.get("block_frames") or 0,

@@ -62,7 +62,7 @@ class Request:
     mode: str = "std"
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
-    camera_guidance_scale: float = 1.0
+    camera_guidance_scale: float | None = None
     guidance_interval: tuple[float, float] | None = None
     guidance_every: int = 1
     shift: float | None = None

@@ -114,6 +114,21 @@ def test_every_input_reaches_the_output(pipe, field):
     assert not torch.equal(a[:, :, 1], b[:, :, 1])
 
 
+def test_the_guidance_of_the_camera_is_the_checkpoint_s_unless_asked_for(pipe):
+    """And costs nothing where there is no camera."""
+    fields, scheduler = {"prompt": "a", "num_frames": 5, "seed": 1}, pipe.scheduler
+    plain, hard = (pipe(**fields, camera="pan=5", camera_guidance_scale=scale).frames for scale in (1.0, 4.0))
+    still = pipe(**fields).frames
+    assert np.abs(plain - hard.astype(float)).max() > 0
+    pipe.scheduler = KlingFlowScheduler(num_inference_steps=2, camera_guidance_scale=4.0)
+    try:
+        assert np.array_equal(pipe(**fields, camera="pan=5").frames, hard)
+        assert np.array_equal(pipe(**fields, camera="pan=5", camera_guidance_scale=1.0).frames, plain)
+        assert np.array_equal(pipe(**fields).frames, still)
+    finally:
+        pipe.scheduler = scheduler
+
+
 def test_modes_differ(pipe):
     std, pro = pipe.plan(Request()), pipe.plan(Request(mode="pro"))
     assert pro.num_inference_steps == 2 * std.num_inference_steps and (std.solver, pro.solver) == ("euler", "adams")

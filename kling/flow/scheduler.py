@@ -44,6 +44,7 @@ class KlingFlowScheduler(SchedulerMixin, ConfigMixin):
         solver: str = "euler",
         num_inference_steps: int = 25,
         guidance_scale: float = 3.0,
+        camera_guidance_scale: float = 1.0,
         density: str = "logit_normal",
     ) -> None:
         if solver not in SOLVERS:
