@@ -15,12 +15,15 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from kling_programs.eval import certify
 from kling_programs.eval import world as program
 from kling_programs.eval.cases import TASKS, held_out
 from kling_programs.eval.evaluate import main
 from kling_programs.eval.world import Options, evaluate
 from torch import Tensor
 
+from kling.condition.axes import axes_trajectory
+from kling.condition.camera import Trajectory
 from kling.data.world import render_scene
 from kling.errors import UserError
 from kling.metrics.ruler import Ruler
@@ -139,6 +142,36 @@ def test_bad_command_lines(argv: list[str], message: str, capsys: pytest.Capture
 def share(out: Path, n: int) -> None:
     """The shipped model at one step, by two workers: they load it themselves."""
     evaluate(program.load(ASSETS), Options(str(out), n=n, steps=1, examples=24, workers=2), {"sha256": {}}, ASSETS)
+
+
+def test_certify_tells_which_ruler_meets_what(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """A ruler that knows the path and one that sees a camera at rest, on clips whose object moves and clips whose object stands."""
+    seen: list[tuple[Tensor, Trajectory]] = []
+
+    def shown(axes: dict[str, float], index: int, H: int, W: int, seed: int, objects: str) -> tuple[Tensor, Trajectory]:
+        seen.append(shot(axes, index, H, W, seed, objects))
+        return seen[-1]
+
+    def knows(video: Tensor, stage: object) -> SimpleNamespace:
+        path = next(path for other, path in seen if other is video)
+        return SimpleNamespace(trajectory=path, registered=torch.ones(len(path), dtype=torch.bool))
+
+    def rests(video: Tensor, intrinsics: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(trajectory=axes_trajectory({}, len(video), 32, 32), found=torch.ones(len(video), dtype=torch.bool))
+
+    shot = certify.shot
+    monkeypatch.setattr(certify, "shot", shown)
+    monkeypatch.setattr(certify, "estimate_trajectory", knows)
+    monkeypatch.setattr(certify, "estimate_structure", rests)
+    certify.main(["--out", str(tmp_path), "--sizes", "32x32", "--seed", "5"])
+    report = json.loads((tmp_path / "scores.json").read_text())
+    assert report["scores"]["world 32x32"]["rotation"]["value"] == 0 and report["reached"]["world 32x32 translation"] is True
+    for ruler in ("any", "any, still"):
+        assert report["scores"][f"{ruler} 32x32"]["rotation"]["value"] > 5 and report["reached"][f"{ruler} 32x32 rotation"] is False
+    assert report["scores"]["any 32x32"]["translation"]["n"] == 4 and report["scores"]["class 32x32"]["class"]["n"] == 7
+    assert "mixture 0" in capsys.readouterr().err
+    pairs = [(seen[i][0], seen[i + 1][0]) for i in range(0, 14, 2)]
+    assert all(torch.equal(move[0], stand[0]) for move, stand in pairs) and not all(torch.equal(*pair) for pair in pairs)
 
 
 @pytest.mark.slow
