@@ -3,11 +3,11 @@
     kling-eval benchmark sample vbench --info VBench_full_info.json --videos out/vbench [--model FOLDER]
     kling-eval benchmark sample physics-iq --info descriptions.csv --images switch-frames/ --videos out/iq
     kling-eval benchmark check vbench-i2v --info vbench2_i2v_full_info.json --videos out/i2v
+    kling-eval benchmark sample worldscore --info DATASET/static/static.json --images DATASET --still "..." --videos out/worldscore_output
     kling-eval benchmark import vbench --results evaluation_results/ --out out/vbench-scores
 
-Benchmarks: vbench, vbench-long, vbench-i2v, vbench-2.0, physics-iq; of worldscore only the results (import). Between check and import
-their own code runs, in its own environment: its pins cannot live here. `sample` goes on where it stopped; a video's seed follows from its
-place in the list.
+Benchmarks: vbench, vbench-long, vbench-i2v, vbench-2.0, physics-iq, worldscore. Between check and import their own code runs, in its own
+environment: its pins cannot live here. `sample` goes on where it stopped; a video's seed follows from its place in the list.
 """
 
 from __future__ import annotations
@@ -21,12 +21,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from kling_programs.eval.common import Parser, protocol_hash, write_json, write_text
+from torch import Tensor
 
 from kling.data.files import head
+from kling.data.image import read_image, write_png
+from kling.data.transforms import fit
 from kling.data.video import probe, write_video
 from kling.errors import UserError, unknown
-from kling.metrics.benchmarks import BOARDS, Job, board_scores, physics_iq, physics_iq_jobs, vbench_jobs, worldscore, worldscore_aspects
+from kling.metrics.benchmarks import BOARDS, Job, board_scores, physics_iq, physics_iq_jobs, vbench_jobs
+from kling.metrics.worldscore import Instance, camera_data, image_data, worldscore, worldscore_aspects, worldscore_instances
 from kling.runtime.random import derive_seed
 
 ACTIONS = ("sample", "check", "import")
@@ -37,6 +42,12 @@ def main(argv: list[str]) -> None:
     args = parse(argv)
     if args.action == "import":
         results(args, argv)
+        return
+    if args.name == "worldscore":
+        worlds = worldscore_instances(read_list(Path(args.info), "static.json or dynamic.json"), args.still or "")
+        if args.action == "sample":
+            sample_worlds(args, worlds)
+        check_worlds(args, worlds)
         return
     jobs = read_jobs(args)
     if args.action == "sample":
@@ -50,10 +61,14 @@ def read_jobs(args: argparse.Namespace) -> list[Job]:
     if args.name == "physics-iq":
         with path.open(encoding="utf-8", newline="") as file:
             return physics_iq_jobs(list(csv.DictReader(file)))
+    return vbench_jobs(args.name, read_list(path, "full_info.json"))
+
+
+def read_list(path: Path, name: str) -> list[Any]:
     info = read_json(path)
     if not isinstance(info, list):
-        raise UserError(f"{path} holds no list: give the benchmark's own full_info.json")
-    return vbench_jobs(args.name, info)
+        raise UserError(f"{path} holds no list: give the benchmark's own {name}")
+    return info
 
 
 def sample(args: argparse.Namespace, jobs: list[Job]) -> None:
@@ -85,6 +100,58 @@ def check(args: argparse.Namespace, jobs: list[Job]) -> None:
     lengths = {probe(folder / job.file).frames for job in jobs}
     spread = str(min(lengths)) if len(lengths) == 1 else f"{min(lengths)} to {max(lengths)}"
     print(f"{args.name}: all {len(jobs)} videos are there, {spread} frames each")
+
+
+def sample_worlds(args: argparse.Namespace, worlds: list[Instance]) -> None:
+    """Make the folders that are not there yet. image_data.json is written last: a folder that has it is whole."""
+    from kling.pipeline import ASSETS, KlingPipeline
+
+    if any(world.still for world in worlds) and not args.still:
+        raise UserError("still worlds need --still, the sentence that generate_prompt_from_list of WorldScore's utils.py ends prompts with")
+    if not args.images:
+        raise UserError("worldscore starts from pictures: give --images, the folder WorldScore-Dataset")
+    for world in worlds:
+        head(Path(args.images) / world.image)
+    pipe = KlingPipeline.from_pretrained(args.model or ASSETS)
+    for k, world in enumerate(worlds):
+        folder = Path(args.videos) / world.folder
+        if (folder / "image_data.json").is_file():
+            continue
+        picture = read_image(Path(args.images) / world.image)
+        clips = []
+        for i, prompt in enumerate(world.prompts):
+            image = clips[-1][-1] if clips else picture.numpy()
+            clips.append(pipe(prompt=prompt, image=image, seed=derive_seed(0, args.name, k, i)).frames[0])
+        write_world(folder, world, picture, clips, pipe.config.fps)
+        print(f"{k + 1}/{len(worlds)} {world.folder}", file=sys.stderr, flush=True)
+
+
+def write_world(folder: Path, world: Instance, picture: Tensor, clips: list[np.ndarray], fps: float) -> None:
+    """One instance as WorldScore's helper leaves it. clips: (F, H, W, 3) uint8, each beginning with the last frame of the one before."""
+    frames = np.concatenate([clips[0], *(clip[1:] for clip in clips[1:])])
+    digits = max(3, len(str(len(frames) - 1)))  # names are sorted as text
+    for t, frame in enumerate(frames):
+        write_png(folder / "frames" / f"{t:0{digits}d}.png", frame)
+    write_video(folder / "videos" / "output.mp4", frames, fps)
+    write_png(folder / "input_image.png", fit(picture, *frames.shape[1:3]))
+    if world.still:
+        write_json(folder / "camera_data.json", camera_data(world.moves, len(clips[0])))
+    write_json(folder / "image_data.json", image_data(world, len(clips[0])))
+
+
+def check_worlds(args: argparse.Namespace, worlds: list[Instance]) -> None:
+    """Every folder is there with as many frames and cameras as it says; the first that is not is an error."""
+    root, lengths = Path(args.videos), set()
+    if missing := [world.folder for world in worlds if not (root / world.folder / "image_data.json").is_file()]:
+        raise UserError(f"{root} lacks {len(missing)} of {len(worlds)} worlds, the first is '{missing[0]}': sample it")
+    for world in worlds:
+        folder = root / world.folder
+        total, there = read_json(folder / "image_data.json")["total_frames"], len(list((folder / "frames").glob("*.png")))
+        cameras = len(read_json(folder / "camera_data.json")["cameras_interp"]) if world.still else total
+        if not (there == cameras == total and (folder / "input_image.png").is_file()):
+            raise UserError(f"{folder} has {there} frames and {cameras} cameras, and should have {total}: delete it, and sample it again")
+        lengths.add(total)
+    print(f"worldscore: all {len(worlds)} worlds are there, {' or '.join(str(n) for n in sorted(lengths))} frames each")
 
 
 def results(args: argparse.Namespace, argv: list[str]) -> None:
@@ -180,6 +247,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--info", metavar="FILE", help="the benchmark's list of prompts (sample, check)")
     parser.add_argument("--videos", metavar="FOLDER", help="where the videos are or go (sample, check)")
     parser.add_argument("--images", metavar="FOLDER", help="the benchmark's pictures (sample)")
+    parser.add_argument(
+        "--still", metavar="TEXT", help="of worldscore: what ends the prompts of worlds in which only the camera moves (sample)"
+    )
     parser.add_argument("--model", metavar="FOLDER", help="default: the shipped one (sample)")
     parser.add_argument("--results", metavar="PATH", help="what the benchmark wrote (import)")
     parser.add_argument("--out", metavar="FOLDER", help="where the scores go (import)")
@@ -188,11 +258,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
         raise unknown("action", args.action, ACTIONS)
     if args.name not in NAMES:
         raise unknown("benchmark", args.name, NAMES)
-    if args.name == "worldscore" and args.action != "import":
-        raise UserError("worldscore's videos are made by its own world_generators: here its results can be imported")
+    still = ("still",) if args.name == "worldscore" else ()
     needed = ("results", "out") if args.action == "import" else ("info", "videos")
-    allowed = {"sample": ("info", "videos", "images", "model"), "check": ("info", "videos"), "import": ("results", "out")}[args.action]
-    for option in ("info", "videos", "images", "model", "results", "out"):
+    sampled = ("info", "videos", "images", "model", *still)
+    allowed = {"sample": sampled, "check": ("info", "videos"), "import": ("results", "out")}[args.action]
+    for option in ("info", "videos", "images", "still", "model", "results", "out"):
         value = getattr(args, option)
         if value is None and option in needed:
             raise UserError(f"{args.action} needs --{option}")

@@ -17,14 +17,17 @@ import argparse
 import dataclasses
 import json
 import multiprocessing
+import os
 import shlex
 import sys
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import closing
 from dataclasses import dataclass
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -139,8 +142,15 @@ def examined(pipe: Any, options: Options, todo: list[int], folder: Path | None) 
 
 def start_worker(folder: Path, ruler: Ruler, options: Options) -> None:
     global work_on
+    threading.Thread(target=leave_with_parent, daemon=True).start()
     torch.set_num_threads(max(1, torch.get_num_threads() // options.workers))
     work_on = Examiner(load(folder), ruler, options)
+
+
+def leave_with_parent() -> None:
+    """A worker whose parent was killed would wait for its next case for ever."""
+    wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
 
 
 def work(k: int) -> Record:
@@ -321,8 +331,9 @@ def show(out: Path, task: str, world: World, cases: list[int]) -> None:
         truth = render_scene(TASKS[task](world, k).scene)
         made = torch.from_numpy(np.load(clip_path(out, task, k), allow_pickle=False)["frames"])
         rows += [truth, fit(made, *truth.shape[1:3])]
-    (out / "strips").mkdir(exist_ok=True)
-    write_png(out / "strips" / f"{task}.png", strip(rows))
+    if rows:
+        (out / "strips").mkdir(exist_ok=True)
+        write_png(out / "strips" / f"{task}.png", strip(rows))
 
 
 def progress(records: dict[int, Record], before: int, options: Options, started: float) -> None:

@@ -6,6 +6,7 @@ import csv
 import json
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,9 +16,13 @@ from kling_programs.eval.evaluate import main
 from kling_programs.eval.report import plot, table
 from kling_programs.eval.side_by_side import Votes, arrangement, chosen, win_rate
 
+from kling.data.image import read_image, write_png
+from kling.data.transforms import fit
 from kling.data.video import write_video
 from kling.errors import UserError
-from kling.metrics.benchmarks import BOARDS, VIEWS, Job, board_scores, physics_iq, physics_iq_jobs, vbench_jobs, worldscore
+from kling.metrics.benchmarks import BOARDS, VIEWS, Job, board_scores, physics_iq, physics_iq_jobs, vbench_jobs
+from kling.metrics.worldscore import camera_data, worldscore, worldscore_instances
+from kling.pipeline import KlingPipeline
 
 # ------------------------------------------------------------------------------------------------------------------- weighting
 
@@ -161,13 +166,118 @@ def test_import_reads_what_vbench_writes(tmp_path: Path, capsys: pytest.CaptureF
         (["check", "vbenhc"], "did you mean 'vbench'"),
         (["import", "vbench", "--results", "x"], "import needs --out"),
         (["check", "vbench", "--info", "x", "--videos", "y", "--model", "z"], "check has no use for --model"),
-        (["sample", "worldscore"], "its own world_generators"),
+        (["sample", "worldscore"], "sample needs --info"),
+        (["sample", "vbench", "--info", "x", "--videos", "y", "--still", "z"], "sample has no use for --still"),
     ],
 )
 def test_bad_benchmark_commands(argv: list[str], message: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["benchmark", *argv])
     assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------------------------ WorldScore
+
+
+def ways(path: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of Blender poses (n, 4, 4): positions, where the cameras look, and their right."""
+    return path[:, :3, 3], -path[:, :3, 2], path[:, :3, 0]
+
+
+def test_worldscore_cameras_go_where_the_words_say() -> None:
+    def moved(*moves: str, frames: int = 5) -> tuple[torch.Tensor, ...]:
+        data = camera_data(moves, frames)
+        path = torch.tensor(data["cameras_interp"])
+        assert len(path) == len(moves) * (frames - 1) + 1 and len(data["cameras"]) == len(moves) + 1
+        assert torch.allclose(path[:: frames - 1], torch.tensor(data["cameras"]), atol=1e-6)
+        assert torch.allclose(torch.linalg.det(path), torch.ones(len(path)), atol=1e-6)
+        return ways(path)
+
+    at, ahead, right = moved("push_in")
+    assert torch.allclose(at[-1], ahead[0], atol=1e-6) and torch.allclose(at[2], at[-1] / 2) and torch.equal(ahead[0], ahead[-1])
+    at, ahead, right = moved("pull_out")
+    assert torch.allclose(at[-1], -ahead[0], atol=1e-6)
+    for side, sign in (("left", -1.0), ("right", 1.0)):
+        at, ahead, right = moved(f"move_{side}")
+        assert torch.allclose(at[-1], 0.5 * sign * right[0], atol=1e-6)
+        at, ahead, right = moved(f"pan_{side}")
+        assert at.abs().max() == 0 and float(ahead[-1] @ right[0]) == pytest.approx(0.5 * sign)  # 30 degrees
+        assert float(ahead[2] @ ahead[0]) == pytest.approx(0.9659258)  # half of it halfway
+        at, ahead, right = moved(f"orbit_{side}")
+        assert torch.allclose(at[-1] + ahead[-1], ahead[0], atol=1e-6), "it looks at the point that it goes round"
+        assert float(at[-1] @ right[0]) == pytest.approx(0.5 * sign)
+
+
+def test_worldscore_moves_follow_one_another() -> None:
+    """Against 4 x 4 matrices multiplied one after another, each move in the camera's own axes of then."""
+    moves = ("pan_left", "push_in", "orbit_right", "move_left")
+    keys = torch.tensor(camera_data(moves, 9)["cameras"], dtype=torch.float64)
+    pose = keys[0]
+    for i, move in enumerate(moves):
+        first, then = torch.tensor(camera_data((move,), 2)["cameras"], dtype=torch.float64)
+        pose = pose @ torch.linalg.inv(first) @ then
+        assert torch.allclose(pose, keys[i + 1], atol=1e-9)
+
+
+def test_worldscore_folders_are_as_its_evaluator_wants_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A still world of two moves and one that moves, by a pipeline that adds to its picture: clips follow one another."""
+    common = {"visual_style": "stylized", "style": "Oil painting"}
+    still = common | {"visual_movement": "static", "scene_type": "indoor", "image": "static/stylized/indoor/rooms/007.png"}
+    still |= {"camera_path": ["pan_left", "push_in"], "prompt_list": ["A room.", "A hall.", "A stair"], "content_list": [["bed"], [], []]}
+    moving = common | {"visual_movement": "dynamic", "motion_type": "fluids", "image": "dynamic/fluids/003.png", "objects": ["sea"]}
+    moving |= {"camera_path": ["fixed"], "prompt": "The sea.", "masks": []}
+    for entry in (still, moving):
+        write_png(tmp_path / "set" / entry["image"], torch.full((20, 40, 3), 10, dtype=torch.uint8))
+    (tmp_path / "set/list.json").write_text(json.dumps([still, moving]))
+    worlds = worldscore_instances([still, moving], "Nothing moves.")
+    assert worlds[0].prompts == (
+        "Camera pan left. A hall. Oil painting. Nothing moves.",
+        "Camera push in. A stair. Oil painting. Nothing moves.",
+    )
+    assert worlds[1].prompts == ("Camera fixed. The sea. Oil painting",) and worlds[1].folder == "dynamic/stylized/fluids/003"
+
+    asked = []
+
+    def answer(prompt: str, image: object, seed: int) -> SimpleNamespace:
+        asked.append((prompt, seed))
+        first = fit(torch.as_tensor(image), 16, 16)
+        return SimpleNamespace(frames=torch.stack([first + t for t in range(5)])[None].numpy())
+
+    answer.config = SimpleNamespace(fps=8)
+    monkeypatch.setattr(KlingPipeline, "from_pretrained", lambda folder: answer)
+    out = tmp_path / "worldscore_output"
+    command = ["benchmark", "sample", "worldscore", "--info", str(tmp_path / "set/list.json"), "--videos", str(out)]
+    with pytest.raises(SystemExit):
+        main([*command, "--images", str(tmp_path / "set")])
+    assert "still worlds need --still" in capsys.readouterr().err
+    command += ["--images", str(tmp_path / "set"), "--still", "Nothing moves."]
+    main(command)
+    assert "all 2 worlds are there, 5 or 9 frames each" in capsys.readouterr().out and len({seed for _, seed in asked}) == 3
+
+    folder = out / "static/stylized/indoor/rooms/007"
+    frames = [int(read_image(folder / "frames" / f"{t:03d}.png")[0, 0, 0]) for t in range(9)]
+    assert frames == list(range(10, 19)), "the second clip goes on from the last frame of the first"
+    data = json.loads((folder / "image_data.json").read_text())
+    assert data == still | {"num_scenes": 2, "total_frames": 9, "anchor_frame_idx": [0, 4, 8]}
+    assert len(json.loads((folder / "camera_data.json").read_text())["cameras_interp"]) == 9
+    assert read_image(folder / "input_image.png").shape == (16, 16, 3) and (folder / "videos/output.mp4").is_file()
+    other = out / worlds[1].folder
+    assert not (other / "camera_data.json").exists() and json.loads((other / "image_data.json").read_text())["total_frames"] == 5
+
+    main(command)
+    assert len(asked) == 3, "what is there is not made again"
+    (folder / "frames/004.png").unlink()
+    with pytest.raises(SystemExit):
+        main(["benchmark", "check", *command[2:7]])
+    assert "has 8 frames and 9 cameras, and should have 9" in capsys.readouterr().err
+    with pytest.raises(UserError, match="did you mean 'push_in'"):
+        worldscore_instances([still | {"camera_path": ["pan_left", "push_inn"]}], "")
+    with pytest.raises(UserError, match="2 camera moves for 1 scenes"):
+        worldscore_instances([still | {"prompt_list": ["A room.", "A hall."]}], "")
+    with pytest.raises(UserError, match="'style'.*static.json or dynamic.json"):
+        worldscore_instances([{key: value for key, value in still.items() if key != "style"}], "")
 
 
 # ---------------------------------------------------------------------------------------------------------------------- people

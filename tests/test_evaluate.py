@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
+import multiprocessing
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
+from kling_programs.eval import certify
 from kling_programs.eval import world as program
 from kling_programs.eval.cases import TASKS, held_out
 from kling_programs.eval.evaluate import main
 from kling_programs.eval.world import Options, evaluate
 from torch import Tensor
 
+from kling.condition.axes import axes_trajectory
+from kling.condition.camera import Trajectory
 from kling.data.world import render_scene
 from kling.errors import UserError
 from kling.metrics.ruler import Ruler
+from kling.pipeline import ASSETS
 
 N = 2
 
@@ -131,16 +139,65 @@ def test_bad_command_lines(argv: list[str], message: str, capsys: pytest.Capture
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.slow
-def test_two_processes_share_the_cases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The shipped model, which they load, at one step: the rows are those of one process."""
-    monkeypatch.undo()
-    from kling.pipeline import ASSETS
+def share(out: Path, n: int) -> None:
+    """The shipped model at one step, by two workers: they load it themselves."""
+    evaluate(program.load(ASSETS), Options(str(out), n=n, steps=1, examples=24, workers=2), {"sha256": {}}, ASSETS)
 
-    pipe, rows = program.load(ASSETS), []
-    for workers in (2, 1):
-        out = tmp_path / str(workers)
-        evaluate(pipe, Options(str(out), n=2, steps=1, examples=24, workers=workers), {"sha256": {}}, ASSETS)
-        cases = [json.loads(line) for line in (out / "cases.jsonl").read_text().splitlines()]
-        rows.append({case["k"]: case["rows"] for case in cases})
-    assert set(rows[0]) == {0, 1} and rows[0] == rows[1]
+
+def test_certify_tells_which_ruler_meets_what(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """A ruler that knows the path and one that sees a camera at rest, on clips whose object moves and clips whose object stands."""
+    seen: list[tuple[Tensor, Trajectory]] = []
+
+    def shown(axes: dict[str, float], index: int, H: int, W: int, seed: int, objects: str) -> tuple[Tensor, Trajectory]:
+        seen.append(shot(axes, index, H, W, seed, objects))
+        return seen[-1]
+
+    def knows(video: Tensor, stage: object) -> SimpleNamespace:
+        path = next(path for other, path in seen if other is video)
+        return SimpleNamespace(trajectory=path, registered=torch.ones(len(path), dtype=torch.bool))
+
+    def rests(video: Tensor, intrinsics: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(trajectory=axes_trajectory({}, len(video), 32, 32), found=torch.ones(len(video), dtype=torch.bool))
+
+    shot = certify.shot
+    monkeypatch.setattr(certify, "shot", shown)
+    monkeypatch.setattr(certify, "estimate_trajectory", knows)
+    monkeypatch.setattr(certify, "estimate_structure", rests)
+    certify.main(["--out", str(tmp_path), "--sizes", "32x32", "--seed", "5"])
+    report = json.loads((tmp_path / "scores.json").read_text())
+    assert report["scores"]["world 32x32"]["rotation"]["value"] == 0 and report["reached"]["world 32x32 translation"] is True
+    for ruler in ("any", "any, still"):
+        assert report["scores"][f"{ruler} 32x32"]["rotation"]["value"] > 5 and report["reached"][f"{ruler} 32x32 rotation"] is False
+    assert report["scores"]["any 32x32"]["translation"]["n"] == 4 and report["scores"]["class 32x32"]["class"]["n"] == 7
+    assert "mixture 0" in capsys.readouterr().err
+    pairs = [(seen[i][0], seen[i + 1][0]) for i in range(0, 14, 2)]
+    assert all(torch.equal(move[0], stand[0]) for move, stand in pairs) and not all(torch.equal(*pair) for pair in pairs)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)  # three processes that import torch and load the model, on a machine that does other things too
+def test_two_processes_share_the_cases_and_one_goes_on_after_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only words and camera are asked from case 64 on: the 64 dearer ones before are said to have been measured."""
+    monkeypatch.undo()
+    first, n, out = program.PICTURES, program.PICTURES + 4, tmp_path / "out"
+    program.claim(out, Options(str(out), steps=1, examples=24), {"sha256": {}})
+    cases = out / "cases.jsonl"
+    cases.write_text("".join(json.dumps({"k": k, "seconds": [], "rows": {"model": {}}}) + "\n" for k in range(first)))
+    both = multiprocessing.get_context("spawn").Process(target=share, args=(out, n))
+    both.start()
+    try:
+        while len(program.recorded(cases)) < first + 2 and both.is_alive():
+            time.sleep(0.5)
+        workers = [child for child in psutil.Process(both.pid).children() if "spawn_main" in " ".join(child.cmdline())]
+    finally:
+        both.kill()
+    assert len(workers) == 2 and not psutil.wait_procs(workers, timeout=60)[1], "workers go with the one that started them"
+
+    shared = program.recorded(cases)
+    pipe, options = program.load(ASSETS), Options(str(out), n=n, steps=1, examples=24)
+    report = evaluate(pipe, options, {"sha256": {}})
+    assert [json.loads(line)["k"] for line in cases.read_text().splitlines()].count(first) == 1
+    assert report["n"] == n and report["scores"]["camera"]["class"]["n"] == 4
+    alone = program.Examiner(pipe, program.make_ruler(options), dataclasses.replace(options, out=str(tmp_path / "alone")))
+    k = max(k for k in shared if k < n)
+    assert k >= first and alone(k)["rows"] == shared[k]["rows"], "who measures changes nothing"

@@ -193,6 +193,9 @@ def test_drift_and_joins_of_known_steps() -> None:
     assert joins["colour"] == pytest.approx(6 * math.sqrt(3), abs=1e-2) and joins["velocity"] == 2 and joins["gap"] > 20
     still = drift(flat, [4, 8])
     assert max(still.values()) < 1e-6
+    long = torch.full((1441, 8, 8, 3), 60, dtype=torch.uint8)  # 180 s at 8 fps: 41 frames, then 44 hops
+    hop = torch.arange(1441).sub(9).div(32, rounding_mode="floor").clamp(min=0).to(torch.uint8)
+    assert drift(long + hop.view(-1, 1, 1, 1), range(41, 1441, 32))["colour"] == pytest.approx(math.sqrt(3), abs=1e-3)
     faded = drift(stepped(flat, [4, 8]), [4, 8])
     assert faded["contrast"] == pytest.approx(0.18, abs=0.02)  # 1, 0.8, 0.64
 

@@ -3,12 +3,11 @@
 Their metrics need their own environments, whose pins cannot live with ours. What is here is what lies between: the files to sample, and
 the published normalisation and weights on the results that they write. Sources, as of 2025:
 VBench `scripts/constant.py`, `scripts/cal_final_score.py`, `scripts/cal_i2v_final_score.py`, `VBench-2.0/scripts/cal_final_score.py`;
-Physics-IQ `calculate_iq_score.py`; WorldScore `worldscore/run_evaluate.py`.
+Physics-IQ `calculate_iq_score.py`. WorldScore, which wants folders, is in worldscore.py.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -121,45 +120,6 @@ def physics_iq(rows: Sequence[Mapping[str, object]]) -> dict[str, float]:
     }
     score = 100 * (mean(list(parts.values())) - (error - steady))
     return parts | {"excess error": error - steady, "total": round(max(0.0, min(100.0, score)), 2)}
-
-
-# ------------------------------------------------------------------------------------------------------------------ WorldScore
-
-STATIC = ("camera_control", "object_control", "content_alignment", "3d_consistency", "photometric_consistency", "style_consistency")
-STATIC = (*STATIC, "subjective_quality")
-DYNAMIC = ("motion_accuracy", "motion_magnitude", "motion_smoothness")
-
-
-def worldscore_aspects(instances: Sequence[tuple[str, Mapping[str, Mapping[str, Mapping[str, float]]]]]) -> dict[str, float]:
-    """Aspects, 0 to 100 with two decimals, as `calculate_mean_scores` has them, from (movement, evaluation.json) of every instance.
-
-    An evaluation is {aspect: {metric: {"score_normalized": x}}}. Means over instances, then over the metrics of an aspect; of the
-    "static" instances only the static aspects count, of the "dynamic" ones only the dynamic. What nothing measured is 0.
-    """
-    found: dict[str, dict[str, list[float]]] = {name: {} for name in (*STATIC, *DYNAMIC)}
-    for movement, evaluation in instances:
-        for aspect in set(evaluation) & set(STATIC if movement == "static" else DYNAMIC):
-            for metric, score in evaluation[aspect].items():
-                if score:
-                    found[aspect].setdefault(metric, []).append(score["score_normalized"])
-    means = {aspect: [sum(x) / len(x) for x in metrics.values()] for aspect, metrics in found.items()}
-    return {aspect: round(100 * sum(x) / len(x), 2) if x else 0.0 for aspect, x in means.items()}
-
-
-def worldscore(aspects: Mapping[str, float]) -> dict[str, float]:
-    """WorldScore-Static (mean of seven) and -Dynamic (of all ten) from aspects of 0 to 100, as `calculate_worldscore` has them.
-
-    A model that makes no motion counts 0 in the three dynamic aspects, as upstream has it.
-    """
-    if unknown := sorted(set(aspects) - {*STATIC, *DYNAMIC}):
-        raise UserError(f"'{unknown[0]}' is no aspect of WorldScore: it has {', '.join((*STATIC, *DYNAMIC))}")
-    if missing := [name for name in STATIC if name not in aspects]:
-        raise UserError(f"WorldScore: {missing[0]} is missing: run its own evaluation of every static aspect first")
-    static = [aspects[name] for name in STATIC]
-    both = static + [aspects.get(name, 0.0) for name in DYNAMIC]
-    if not all(0 <= x <= 100 and math.isfinite(x) for x in both):
-        raise UserError("WorldScore: a score is not between 0 and 100: give the worldscore.json that its run_evaluate.py wrote")
-    return {"static": round(sum(static) / len(static), 2), "dynamic": round(sum(both) / len(both), 2)}
 
 
 # ------------------------------------------------------------------------------------------------------------- files to sample
