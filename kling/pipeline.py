@@ -143,20 +143,15 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         """The transformer, and the second one if there is one."""
         return [model for model in (self.transformer, self.transformer_2) if model is not None]
 
-    def setting(self, name: str) -> Any:
-        """One of the checkpoint's own: `num_inference_steps`, `guidance_scale` (two), `camera_guidance_scale`, `negative_prompt`, `shift`,
-        `solver`."""
-        defaults, scheduler = self.config.get("defaults") or {}, self.scheduler
-        if name == "shift":
-            return scheduler.config[shift_key(scheduler)]
-        if name == "solver":
-            return scheduler.config.solver if isinstance(scheduler, KlingFlowScheduler) else type(scheduler).__name__
-        if name == "negative_prompt":
-            return defaults.get(name, "")
-        own = scheduler.config if isinstance(scheduler, KlingFlowScheduler) else defaults
-        if name == "camera_guidance_scale":
-            return own.get(name, 1.0)  # published ones have none
-        value = own[name]
+    def setting(self, name: str, asked: Any = None) -> Any:
+        """What is asked for, or the checkpoint's own where that is None: `num_inference_steps`, `guidance_scale` (two: high and low noise),
+        `camera_guidance_scale`, `negative_prompt`, `shift` or `solver`."""
+        scheduler = self.scheduler
+        own = {"negative_prompt": "", "camera_guidance_scale": 1.0, "solver": type(scheduler).__name__}
+        own |= self.config.get("defaults") or {}
+        own |= scheduler.config if isinstance(scheduler, KlingFlowScheduler) else {}
+        own["shift"] = scheduler.config[shift_key(scheduler)]
+        value = own[name] if asked is None else asked
         return [value, value] if name == "guidance_scale" and not isinstance(value, list | tuple) else value
 
     def load_lora_weights(self, lora: str | Path | dict[str, Any], **kwargs: Any) -> None:
@@ -200,8 +195,7 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         def appended(hop: Hop) -> int:
             return 0 if self.groups else len(hop.given.keyframes)
 
-        high, low = self.setting("guidance_scale") if request.guidance_scale is None else [request.guidance_scale] * 2
-        on_camera = self.setting("camera_guidance_scale") if request.camera_guidance_scale is None else request.camera_guidance_scale
+        high, low = self.setting("guidance_scale", request.guidance_scale)
         plan = Plan(
             task=task,
             hops=hops,
@@ -212,8 +206,8 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             solver="adams" if pro and solver == "euler" else solver,
             guidance_scale=high,
             guidance_scale_2=low,
-            camera_guidance_scale=on_camera,
-            shift=self.setting("shift") if request.shift is None else request.shift,
+            camera_guidance_scale=self.setting("camera_guidance_scale", request.camera_guidance_scale),
+            shift=self.setting("shift", request.shift),
             tokens=max(latent_frames(hop.frames) + appended(hop) for hop in hops) * (h // patch[1]) * (w // patch[2]),
             block_frames=self.config.get("block_frames") or 0,
             frame_delay=request.frame_delay,
@@ -348,7 +342,7 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
 
     def _encode_text(self, request: Request, plan: Plan) -> dict[str, Tensor]:
         """Both texts, the second one where guidance needs it. Published encoders leave memory before the transformer runs."""
-        negative = self.setting("negative_prompt") if request.negative_prompt is None else request.negative_prompt
+        negative = self.setting("negative_prompt", request.negative_prompt)
         texts = {"prompt": request.prompt, "negative": negative}
         if plan.guidance_scale == plan.guidance_scale_2 == 1:
             del texts["negative"]
