@@ -63,7 +63,8 @@ def make_video(path: Path, height: int, gop: int) -> None:
     """H.264 of a texture that drifts, 24 frames a second, with B-frames."""
     H, W = height, height * 16 // 9 // 2 * 2
     rng = np.random.default_rng(0)
-    wall = cv2.resize(rng.integers(0, 256, (H // 6, W // 3, 3), dtype=np.uint8), (2 * W, H), interpolation=cv2.INTER_CUBIC)
+    wall = rng.integers(0, 256, (H // 12, W // 6, 3), dtype=np.uint8)  # coarse: filters that shrink must agree
+    wall = cv2.resize(wall, (2 * W, H), interpolation=cv2.INTER_CUBIC)
     with av.open(str(path), "w") as out:
         stream = out.add_stream("libx264", rate=24, options={"g": str(gop), "preset": "veryfast", "crf": "23"})
         stream.width, stream.height, stream.pix_fmt = W, H, "yuv420p"
