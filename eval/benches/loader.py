@@ -21,6 +21,7 @@ from kling.data.transforms import to_batch
 from kling.pipeline import load_vae
 
 GROWTH = 5.0  # per cent of memory that is allowed over many clips
+SIZE = (256, 448)  # of training
 CACHED = 1500  # clips a second from the latent cache, at least
 
 
@@ -32,7 +33,7 @@ def rows(bench: Bench) -> Iterator[Row]:
         make_video(root / "videos" / "a.mp4", 360 if bench.quick else 720, 12)
         for workers in (0, 1):
             ours = loading(Ours(root / "videos", clips), to_batch, workers)
-            case = f"17 frames of 256x448, {workers} workers"
+            case = f"{FRAMES} frames of {SIZE[0]}x{SIZE[1]}, {workers} workers"
             yield bench.same(case, ours, wall=workers > 0)
             plain = loading(Plain(root / "videos", clips), lambda batch: batch, workers)
             row = bench.compare(case, ours, plain, name="DataLoader over plain PyAV", goal=1.5, wall=workers > 0)
@@ -76,7 +77,7 @@ class Plain(Dataset):
         return len(self.starts)
 
     def __getitem__(self, i: int) -> Tensor:
-        return plain_clip(self.paths[i % len(self.paths)], self.starts[i])
+        return plain_clip(self.paths[i % len(self.paths)], self.starts[i], SIZE)
 
 
 def loading(data: Dataset, finish: Callable[[Tensor], Tensor], workers: int) -> Run:
