@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 import shutil
@@ -254,6 +255,7 @@ def export(pipe: KlingPipeline, folder: Path) -> None:
         if (part := getattr(pipe, name)) is None:
             continue
         part.save_config(temporary / name)
+        _forget_origin(temporary / name / "config.json")
         dtype = torch.float32 if published and name == "vae" else torch.bfloat16
         weights = {key: t.detach().to("cpu", dtype).contiguous() for key, t in part.state_dict().items()}
         save_file(weights, temporary / name / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
@@ -261,6 +263,13 @@ def export(pipe: KlingPipeline, folder: Path) -> None:
     pipe.save_config(temporary)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
+
+
+def _forget_origin(config: Path) -> None:
+    """Takes out where the weights that training began from lay: a folder that nobody else has."""
+    settings = json.loads(config.read_text())
+    settings.pop("_name_or_path", None)
+    config.write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def export_lora(transformer: KlingTransformer3DModel, folder: Path) -> None:

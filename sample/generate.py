@@ -188,12 +188,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     move = "axes as in 'pan=5,zoom=2' (-10 to 10), a shot such as forward_up, or a RealEstate10K or JSON trajectory file"
     add("--camera", metavar="MOVE", type=a_camera, help=move)
     add("--camera-scale", metavar="X", type=float, help="multiplies how far the camera travels (1)")
-    add(
-        "--camera-guidance-scale",
-        metavar="X",
-        type=float,
-        help="1 is plain; more obeys harder, at one more evaluation a step (the checkpoint's)",
-    )
+    add("--camera-guidance-scale", metavar="X", type=float, help="1 is plain; more obeys harder for one more pass a step (checkpoint's)")
 
     add = parser.add_argument_group("size and length").add_argument
     add("--control", metavar="FILE", type=a_path, help="a video of edges, depth or poses that the result follows")

@@ -329,8 +329,8 @@ def test_nothing_is_wider_than_the_screen_and_chinese_is_chinese(browser, site, 
     page = new_page(browser, width, locale=locale, color_scheme="dark")
     page.goto(site.url)
     page.wait_for_selector("#plan p")
-    assert page.inner_text("#generate") == ("生成" if locale == "zh-CN" else "Generate")
-    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    page.wait_for_selector(f"#generate:text-is('{'生成' if locale == 'zh-CN' else 'Generate'}')")  # Gradio translates after it has drawn
+    page.wait_for_function(f"document.documentElement.scrollWidth <= {width}")
     if locale == "zh-CN":
         understood(page, "文生视频")
         (tmp_path / "fake.png").write_bytes(b"GIF89a" + os.urandom(300))

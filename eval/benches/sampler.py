@@ -59,7 +59,7 @@ def overhead(bench: Bench, size: str, shape: tuple[int, ...], solver: str) -> It
     check = Check(our_walk(solver, moving, noise), peer_walk(solver, moving, noise), exact_walk(solver, moving, noise.double()))
     ours, peer = (lambda walk=walk: walk(solver, still, noise) for walk in (our_walk, peer_walk))
     case = f"{solver}, {size} latents, {STEPS} steps"
-    if size == "2k" and solver == "euler":
+    if size == "344k" and solver == "euler":  # less is over too soon to be the same twice
         yield bench.same(case, ours)
     row = bench.compare(case, ours, peer, name="WanPipeline's loop", check=check)
     if "wrong" in row:

@@ -24,8 +24,15 @@ SHIFTS = {"push_in": (0, 0, -1), "pull_out": (0, 0, 1), "move_left": (-0.5, 0, 0
 MOVES = (*TURNS, *SHIFTS)
 FIXED = "fixed"  # only where things move
 
-STATIC = ("camera_control", "object_control", "content_alignment", "3d_consistency", "photometric_consistency", "style_consistency")
-STATIC = (*STATIC, "subjective_quality")
+STATIC = (
+    "camera_control",
+    "object_control",
+    "content_alignment",
+    "3d_consistency",
+    "photometric_consistency",
+    "style_consistency",
+    "subjective_quality",
+)
 DYNAMIC = ("motion_accuracy", "motion_magnitude", "motion_smoothness")
 
 
