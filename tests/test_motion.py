@@ -19,6 +19,7 @@ from kling.metrics.controls import Order, frozen, noise, stepped, turned, violat
 from kling.metrics.motion import Flow, camera_classes, dynamic_degree, optical_flow, visible, warp_error
 from kling.metrics.pixel import temporal_psnr
 from kling.metrics.structure import estimate_structure
+from kling.metrics.tracks import follow_points
 
 cv2.setNumThreads(1)
 
@@ -106,6 +107,20 @@ def test_vbench_classes(name: str, step: tuple[float, float, float]) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------- structure
+
+
+def test_points_stay_on_their_place_while_it_grows_and_darkens() -> None:
+    """Half as large again in 12 frames, and 40 % of the light gone: where a point is in the picture behind the window must not change."""
+    width, T = 256, 13
+    boxes = [(96 + 4 * t, 90 + 3 * t, 320 / 1.5 ** (t / (T - 1))) for t in range(T)]
+    video = window(texture(512, 512), boxes, 192, width)
+    video = (video * torch.linspace(1, 0.6, T)[:, None, None, None]).to(torch.uint8)
+    paths = follow_points(video, 1) - 0.5  # (T, N, 2)
+    behind = np.stack([[left, top] + xy * w / width for (left, top, w), xy in zip(boxes, paths, strict=True)])
+    long = behind[:, np.isfinite(behind[..., 0]).sum(0) > 8]
+    assert long.shape[1] > 100
+    miss = np.linalg.norm(long - np.nanmedian(long, axis=0), axis=-1)
+    assert np.nanquantile(miss, 0.95) < 0.1 and np.nanmax(miss) < 0.5
 
 
 def test_a_turn_of_a_flat_picture_is_a_turn() -> None:

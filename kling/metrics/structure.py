@@ -2,7 +2,7 @@
 
 A camera that only turns is tried first; then bundle adjustment over turns, positions and points from many starts: the essential matrix,
 a plane's homography, turns that many points share, pycolmap if asked, and nothing. The simpler model stands unless the other explains
-twice as many sights: a path that bends to explain a moving object gains less, one that travels gains more.
+half as many sights again: a path that bends to explain a moving object gains a tenth, one that travels as many and more.
 Points are homogeneous, (direction, inverse distance), so those at infinity are points like any other, and the start from nothing needs
 no depth (Yu and Gallup, "3D reconstruction from accidental motion", 2014).
 Positions are known up to one scale, which `translation_error` takes out.
@@ -27,8 +27,8 @@ EVERY = 4  # frames between two adjustments of everything
 PERFECT = 0.2  # pixels: a turning camera that leaves no more needs no rival
 SAMPLES, TURNS = 300, 6  # pairs of points drawn, and different turns tried, for the pose of a second view
 DISTINCT, ALONG = 0.02, 0.97  # radians by which two turns, and cosine by which two travels, must differ to be two
-HOPEFUL = 3  # paths that are followed to the end
-HALF = 0.5  # of what a moving camera explains: a turning one that explains no less is believed, for the rest may move on its own
+HOPEFUL = 6  # paths that are followed to the end
+MOST = 0.7  # of what a moving camera explains: a turning one that explains no less is believed, for the rest may move on its own
 
 
 @dataclass(frozen=True)
@@ -73,11 +73,12 @@ def estimate_structure(video: Tensor, intrinsics: Tensor, colmap: bool = False) 
     if len(gap) and error > PERFECT * scale:
         moving = {"moving": _moved(turning, rays, known, focal)}
         if colmap and (path := colmap_path(video, intrinsics, scale)) is not None:
-            moving["colmap"] = _placed(path, rays, known, focal)
+            c2w = path.c2w.double().numpy()
+            moving["colmap"] = _placed(c2w[:, :, :3], c2w[:, :, 3], rays, known, focal)
         scene = _best_first(list(moving.values()), rays, known, focal)[0]
         turned, moved = _gap(turning, rays, focal)[known], _gap(scene, rays, focal)[known]
         near = 2 * np.median(moved) + 0.1 * scale
-        if (turned < near).mean() < HALF * (moved < near).mean():
+        if (turned < near).mean() < MOST * (moved < near).mean():
             model, best = next(name for name, other in moving.items() if other is scene), scene
             error = float(np.quantile(moved, 0.75))
     good = ((_gap(best, rays, focal) < AGREE * min(max(1.0, error), scale)) & known).sum(1)
@@ -129,7 +130,8 @@ def _moved(turning: _Scene, rays: np.ndarray, known: np.ndarray, focal: np.ndarr
             hopeful.append(start)
     for scene in hopeful:
         _go_on(scene, rays, known, born, stretch, focal)
-    return _best_first(hopeful, rays, known, focal)[0]
+    # points set anew: some stay where an early, worse path put them
+    return _best_first([_placed(scene.R, scene.o, rays, known, focal) for scene in hopeful], rays, known, focal)[0]
 
 
 def _best_first(scenes: list[_Scene], rays: np.ndarray, known: np.ndarray, focal: np.ndarray) -> list[_Scene]:
@@ -262,9 +264,8 @@ def _from_pose(rays: np.ndarray, known: np.ndarray, last: int, R: np.ndarray, o:
     return _Scene(np.stack([cv2.Rodrigues(turn * s)[0] for s in part]), part[:, None] * o, np.concatenate([u, distance[:, None]], axis=-1))
 
 
-def _placed(path: Trajectory, rays: np.ndarray, known: np.ndarray, focal: np.ndarray) -> _Scene:
-    """A path found elsewhere with our points where their sights meet (the least eigenvector of their linear equations), adjusted."""
-    R, o = path.c2w[:, :, :3].numpy(), path.c2w[:, :, 3].numpy()
+def _placed(R: np.ndarray, o: np.ndarray, rays: np.ndarray, known: np.ndarray, focal: np.ndarray) -> _Scene:
+    """A path with all points where their sights meet (the least eigenvector of their linear equations), adjusted. R (T, 3, 3), o (T, 3)."""
     o = o / np.linalg.norm(o, axis=-1).max().clip(1e-9)
     P = np.concatenate([R, -(o[:, None] @ R)], axis=1).transpose(0, 2, 1)  # (T, 3, 4) of Rᵀ(u - ρ o)
     A = P[:, None, :2] - rays[..., None] * P[:, None, 2:]  # (T, N, 2, 4)
