@@ -145,9 +145,9 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
 
     def setting(self, name: str, asked: Any = None) -> Any:
         """What is asked for, or the checkpoint's own where that is None: `num_inference_steps`, `guidance_scale` (two: high and low noise),
-        `camera_guidance_scale`, `negative_prompt`, `shift` or `solver`."""
+        `camera_guidance_scale`, `guidance_reach`, `negative_prompt`, `shift` or `solver`."""
         scheduler = self.scheduler
-        own = {"negative_prompt": "", "camera_guidance_scale": 1.0, "solver": type(scheduler).__name__}
+        own = {"negative_prompt": "", "camera_guidance_scale": 1.0, "guidance_reach": 0.0, "solver": type(scheduler).__name__}
         own |= self.config.get("defaults") or {}
         own |= scheduler.config if isinstance(scheduler, KlingFlowScheduler) else {}
         own["shift"] = scheduler.config[shift_key(scheduler)]
@@ -213,6 +213,7 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             frame_delay=request.frame_delay,
             guidance_interval=request.guidance_interval or (0.0, 1.0),
             guidance_every=request.guidance_every,
+            guidance_reach=self.setting("guidance_reach", request.guidance_reach),
         )
         return plan, inputs, camera
 

@@ -63,6 +63,7 @@ class Plan:
     frame_delay: int = 0  # steps by which each latent frame is behind the one before
     guidance_interval: tuple[float, float] = (0.0, 1.0)  # noise levels at which there is guidance
     guidance_every: int = 1  # of those steps, how many share one computation of it
+    guidance_reach: float = 0.0  # latent frames from a given one to where guidance is whole; 0: it is so everywhere
 
     @property
     def frames(self) -> int:

@@ -36,7 +36,8 @@ class Request:
     aspect, duration (seconds) or num_frames (1 + 4k): what is not given follows from the pictures and the model.
     extend_to: seconds; the clip is continued in hops until it is that long.
     mode: "std" or "pro". Steps, guidance and shift default to the checkpoint's settings for the mode.
-    guidance_interval: noise levels (low, high) at which there is guidance; guidance_every: how many steps share one computation of it.
+    guidance_interval: noise levels (low, high) at which there is guidance; guidance_every: how many steps share one computation of it;
+    guidance_reach: latent frames from a frame that is given to where guidance is whole (0: everywhere).
     sigma_c: conditioning noise of what is given. frame_delay: steps by which each latent frame trails the one before (diffusion forcing).
     seed: of the first video; video i of `num_videos` has seed + i, and is the same alone or among others.
     """
@@ -65,6 +66,7 @@ class Request:
     camera_guidance_scale: float | None = None
     guidance_interval: tuple[float, float] | None = None
     guidance_every: int = 1
+    guidance_reach: float | None = None
     shift: float | None = None
     sigma_c: float = 0.0
     frame_delay: int = 0
@@ -93,7 +95,7 @@ class Request:
             raise UserError(f"strength {self.strength:g}: give a number from 0 (forget the video) to 1 (keep it)")
         if not 0 <= self.sigma_c < 1:
             raise UserError(f"sigma_c {self.sigma_c:g}: give a noise level from 0 to less than 1")
-        for name in ("guidance_scale", "camera_guidance_scale", "shift", "camera_scale"):
+        for name in ("guidance_scale", "camera_guidance_scale", "guidance_reach", "shift", "camera_scale"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= 0):
                 raise UserError(f"{name} {value}: give a number of 0 or more")

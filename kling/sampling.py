@@ -14,7 +14,7 @@ from kling.condition.state import State
 from kling.dit import KlingTransformer3DModel
 from kling.dit.constants import Constants
 from kling.dit.history import History
-from kling.flow.guidance import Guidance
+from kling.flow.guidance import Guidance, given_share
 from kling.flow.plain import PlainWalk
 from kling.flow.scheduler import KlingFlowScheduler
 from kling.flow.walk import Predict, Scheduler, Step, walk, walk_blocks
@@ -92,7 +92,7 @@ class Sampler:
         """What gives the guided velocity of a clip. The expert and its guidance follow from the level."""
         plan = self.plan
         constants: dict[tuple[bool, str], Constants] = {}
-        guided = Guidance(plan.guidance_interval, plan.guidance_every)
+        guided = Guidance(plan.guidance_interval, plan.guidance_every, given_share(state.mask, state.position, plan.guidance_reach))
 
         def predict(z: Tensor, tokens: Tensor, level: Tensor) -> Tensor:
             highest, sigma = float(level.max()), level[:, 0] if state.free and level.shape[1] == 1 else tokens

@@ -205,6 +205,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--guidance-scale", metavar="X", type=float, help="how hard the prompt pulls; 1 is plain")
     add("--guidance-interval", metavar=("LOW", "HIGH"), nargs=2, type=float, help="noise levels with guidance, as in 0.2 0.9; faster")
     add("--guidance-every", metavar="N", type=int, help="compute guidance anew at every N-th step only; faster (1)")
+    add("--guidance-reach", metavar="N", type=float, help="latent frames from a given one to where guidance is whole")
     add("--shift", metavar="X", type=float, help="more puts more steps where there is much noise")
     add("--sigma-c", metavar="X", type=float, help="noise put on what is given, 0 to below 1 (0)")
     add("--seed", metavar="N", type=a_seed, help="default: drawn at random and printed")

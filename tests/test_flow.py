@@ -7,7 +7,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
 from kling.errors import UserError
-from kling.flow.guidance import Guidance, guided_velocity
+from kling.flow.guidance import Guidance, given_share, guided_velocity
 from kling.flow.loss import flow_loss
 from kling.flow.path import to_noise, to_x0, velocity
 from kling.flow.plain import PlainWalk
@@ -74,6 +74,19 @@ def test_guidance_is_its_formula_and_costs_no_needless_pass():
     assert float(guided_velocity(predict, 3.0, 2.0, True)) == 5 + 2 * (5 - 2) + 1 * (5 - 3)
     calls.clear()
     assert float(guided_velocity(predict, 1.0, 1.0, True)) == 5 and calls == [("prompt", True)]
+
+
+def test_guidance_grows_away_from_frames_that_are_given():
+    """Frames 0 and, appended, 5.5 are given whole; half of frame 3 is, which does not count. Reach 4."""
+    mask, position = torch.ones(1, 1, 9, 2, 2), torch.tensor([[*range(8), 5.5]])
+    mask[:, :, [0, 8]], mask[:, :, 3, 0] = 0, 0
+    share = given_share(mask, position, 4.0)
+    assert share.shape == (1, 1, 9, 1, 1)
+    assert share.flatten().tolist() == [0, 0.25, 0.5, 0.625, 0.375, 0.125, 0.125, 0.375, 0]
+    assert given_share(mask, position, 0.0) is None and given_share(mask.clamp(min=0.1), position, 4.0) is None
+    values = {("prompt", True): 5.0, ("prompt", False): 3.0, ("negative", True): 2.0}
+    v = guided_velocity(lambda *which: torch.full((1, 2, 9, 2, 2), values[which]), 3.0, 2.0, True, share)
+    torch.testing.assert_close(v, (5 + share * (2 * (5 - 2) + 1 * (5 - 3))).expand_as(v))
 
 
 def test_guidance_on_a_part_of_the_walk():

@@ -8,20 +8,41 @@ import torch
 from torch import Tensor
 
 
-def guided_velocity(predict: Callable[[str, bool], Tensor], guidance_scale: float, camera_guidance_scale: float, camera: bool) -> Tensor:
+def guided_velocity(
+    predict: Callable[[str, bool], Tensor], guidance_scale: float, camera_guidance_scale: float, camera: bool, share: Tensor | None = None
+) -> Tensor:
     """Combine as few predictions as the two scales need.
 
         v = v(text, cam) + (g - 1) (v(text, cam) - v(negative, cam)) + (g_cam - 1) (v(text, cam) - v(text, no cam))
 
     predict(text, camera): the velocity with text "prompt" or "negative", with the camera or without; each a tensor of its own, which may be
     written into. A scale of 1 costs no extra pass.
+    share: (b, 1, G, 1, 1) how much of g - 1 and g_cam - 1 each frame gets; None is all. See `given_share`.
     """
     v = full = predict("prompt", camera)
     if guidance_scale != 1:
-        v = predict("negative", camera).lerp_(full, guidance_scale)  # one sweep over memory, into the negative's own
+        scale = guidance_scale if share is None else (1 + share * (guidance_scale - 1)).to(v)
+        v = predict("negative", camera).lerp_(full, scale)  # one sweep over memory, into the negative's own
     if camera and camera_guidance_scale != 1:
-        v = v + torch.sub(full, predict("prompt", False)).mul_(camera_guidance_scale - 1)
+        change = torch.sub(full, predict("prompt", False)).mul_(camera_guidance_scale - 1)
+        v = v + (change if share is None else share.to(v) * change)
     return v
+
+
+def given_share(mask: Tensor, position: Tensor, reach: float) -> Tensor | None:
+    """Share of guidance that each frame gets: none where a frame is given whole, all of it from `reach` latent frames away; linear between.
+
+    A picture says more than words do, and guidance drives what is made beside it away from its colours. Stable Video Diffusion (Blattmann
+    et al. 2023, arXiv 2311.15127) lets the scale grow over the frames after a first one; here it does from any given frame.
+
+    mask: (b, 1, G, h, w), 0 where given. position: (b, G). Returns (b, 1, G, 1, 1), or None where no clip is given a whole frame.
+    """
+    whole = mask.amax(dim=(1, 3, 4)) == 0  # (b, G)
+    if reach == 0 or not bool(whole.any()):
+        return None
+    far = (position[:, :, None] - position[:, None]).abs()  # (b, G, G)
+    nearest = far.masked_fill(~whole[:, None], torch.inf).amin(dim=2)  # (b, G)
+    return (nearest / reach).clamp(max=1)[:, None, :, None, None]
 
 
 class Guidance:
@@ -29,11 +50,12 @@ class Guidance:
 
     interval: the levels (low, high) at which there is any; high noise gains nothing from it and low noise little (Kynkäänniemi et al. 2024,
     arXiv 2404.07724). every: only each so many-th of these steps computes it anew, and those between add its last change once more.
+    share: of each frame, as in `guided_velocity`.
     """
 
-    def __init__(self, interval: tuple[float, float] = (0.0, 1.0), every: int = 1) -> None:
+    def __init__(self, interval: tuple[float, float] = (0.0, 1.0), every: int = 1, share: Tensor | None = None) -> None:
         self.low, self.high = interval
-        self.every = every
+        self.every, self.share = every, share
         self.steps = 0
         self.change: Tensor | None = None
 
@@ -48,7 +70,7 @@ class Guidance:
         if not again:
             return predict("prompt", camera) + self.change
         if self.every == 1:
-            return guided_velocity(predict, guidance_scale, camera_guidance_scale, camera)
+            return guided_velocity(predict, guidance_scale, camera_guidance_scale, camera, self.share)
         plain: list[Tensor] = []
 
         def remember(which: str, with_camera: bool) -> Tensor:
@@ -56,6 +78,6 @@ class Guidance:
             plain.append(v)
             return v
 
-        v = guided_velocity(remember, guidance_scale, camera_guidance_scale, camera)
+        v = guided_velocity(remember, guidance_scale, camera_guidance_scale, camera, self.share)
         self.change = v - plain[0]  # the first prediction is the plain one
         return v
