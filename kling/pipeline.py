@@ -220,11 +220,12 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
     def _check_capable(self, task: str, request: Request, camera: Trajectory | None, hops: bool) -> None:
         able = self.config.capabilities
         asked = {"camera": camera is not None, "continuation": hops, "control": request.control is not None}
-        asked["diffusion_forcing"] = bool(request.frame_delay)
-        asked["text_to_image"] = request.loop and request.image is None  # the frame to come back to is made first
+        asked |= {"diffusion_forcing": bool(request.frame_delay), "text_to_image": request.loop and request.image is None}  # made first
         for name in [task, *(name for name, wanted in asked.items() if wanted)]:
             if name not in able:
                 raise UserError(f"this model was not trained for '{name}': it can do {', '.join(able)}")
+        if request.guidance_reach and (self.groups or self.config.get("block_frames")):
+            raise UserError(f"guidance_reach {request.guidance_reach:g}: this model has no given frames among those it makes: leave it out")
 
     # ---- doing it ----
 
@@ -310,8 +311,7 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             known = inputs.video
         elif inputs.image is not None:
             known = inputs.image[None]
-        lone = [picture for picture, _, _ in inputs.keyframes] + ([inputs.image] if request.loop else [])
-        lone = lone if hop.given.keyframes else []
+        lone = [*(picture for picture, _, _ in inputs.keyframes), *([inputs.image] * request.loop)] if hop.given.keyframes else []
         keyframes = None
         if self.groups:  # these weights know lone frames by their place in the clip, with grey where nothing is given
             video = torch.zeros(3, hop.frames, inputs.height, inputs.width)

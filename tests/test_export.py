@@ -111,3 +111,7 @@ def test_the_program_says_what_it_wrote(tmp_path: Path, capsys) -> None:
     model.save_pretrained(tmp_path / "m")
     main([str(tmp_path / "m"), str(tmp_path / "o"), "--naming", "original"])
     assert "2 files" in capsys.readouterr().out
+
+
+def test_the_shipped_weights_do_not_tell_where_they_were_trained() -> None:
+    assert not [path for path in ASSETS.rglob("*.json") if "_name_or_path" in path.read_text()]

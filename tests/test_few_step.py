@@ -106,6 +106,8 @@ def test_the_pipeline_makes_blocks_as_self_forcing_does(tmp_path: Path) -> None:
     out = pipe(**fields, latents=noise, output_type="latent").latents
     plan = pipe.plan(Request(**fields))
     assert plan.total_steps == 8 and plan.block_frames == size and plan.guidance_scale == 1
+    with pytest.raises(UserError, match="guidance_reach 4: .*leave it out"):
+        pipe.plan(Request(**fields, guidance_reach=4))
 
     reference, text = masked(pipe.transformer, size), pipe.text_encoder.encode(["a ball"])
     sigmas = [5 * s / (1 + 4 * s) for s in (1.0, 0.75, 0.5, 0.25)] + [0.0]

@@ -46,7 +46,7 @@ def given_share(mask: Tensor, position: Tensor, reach: float) -> Tensor | None:
 
 
 class Guidance:
-    """Guidance on part of a walk, for the time it saves.
+    """Guidance on part of a walk, for the time it saves, and on part of a clip.
 
     interval: the levels (low, high) at which there is any; high noise gains nothing from it and low noise little (Kynkäänniemi et al. 2024,
     arXiv 2404.07724). every: only each so many-th of these steps computes it anew, and those between add its last change once more.

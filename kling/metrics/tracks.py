@@ -93,8 +93,8 @@ def follow_points(video: Tensor, scale: int) -> np.ndarray:
         picture = grey.astype(np.float32)
         if len(alive):
             before = paths[t - 1, alive]
-            after, ok = followed(greys[t - 1], grey, before, before)
-            back, ok_back = followed(grey, greys[t - 1], after, after)
+            after, ok = followed(greys[t - 1], grey, before)
+            back, ok_back = followed(grey, greys[t - 1], after)
             kept = ok & ok_back & (np.linalg.norm(back - before, axis=-1) < RETURN)
             kept &= ((after > 2) & (after < np.array([W, H]) * scale - 3)).all(-1)
             alive, looks = alive[kept], looks.those(kept)
@@ -130,11 +130,10 @@ def corners(grey: np.ndarray, taken: np.ndarray) -> np.ndarray:
     return np.array(chosen, np.float32).reshape(-1, 2)
 
 
-def followed(one: np.ndarray, other: np.ndarray, points: np.ndarray, guess: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where points (n, 2) of a picture are in another, sought near a guess (Lucas-Kanade), and whether they were found."""
+def followed(one: np.ndarray, other: np.ndarray, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where points (n, 2) of a picture are in another (Lucas-Kanade), and whether they were found."""
     stop = (cv2.TERM_CRITERIA_EPS | cv2.TERM_CRITERIA_COUNT, 30, 0.003)
-    options = {"winSize": (21, 21), "maxLevel": 3, "criteria": stop, "flags": cv2.OPTFLOW_USE_INITIAL_FLOW}
-    there, ok, _ = cv2.calcOpticalFlowPyrLK(one, other, points[:, None], guess[:, None].copy(), **options)
+    there, ok, _ = cv2.calcOpticalFlowPyrLK(one, other, points[:, None], None, winSize=(21, 21), maxLevel=3, criteria=stop)
     return there[:, 0], ok[:, 0].astype(bool)
 
 
