@@ -16,8 +16,9 @@ export PYTHONUTF8 := 1
 sample: .venv/.installed
 	@$(BIN)/kling-sample --output "$(OUT)" -- "$$KLING_PROMPT"
 
+# A hang in C code, which no Python timeout can end, prints every thread's stack and ends the run.
 test: .venv/.installed-dev
-	$(BIN)/python -m pytest -q -m "not slow and not gpu"
+	$(BIN)/python -m pytest -q -m "not slow and not gpu" -o faulthandler_timeout=420 -o faulthandler_exit_on_timeout=true
 
 test-all: .venv/.installed-dev
 	$(BIN)/python -m pytest -q
