@@ -15,6 +15,7 @@ kling-eval report RUN...            one HTML of many runs
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 
 from kling.errors import UserError, program, unknown
@@ -41,6 +42,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"no suite was given: start with one of {', '.join(SUITES)} (kling-eval --help says what each does)")
     if argv[0] not in SUITES:
         raise unknown("suite", argv[0], SUITES)
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy comes: on the rulers' small matrices its threads only wait
     importlib.import_module(f"kling_programs.eval.{SUITES[argv[0]]}").main(argv[1:])
 
 
