@@ -19,9 +19,11 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from torch.utils.data import Dataset
 
 from kling.cache import LatentBatch, LatentSteps
+from kling.condition.camera import Trajectory
 from kling.condition.concat import concat_channels, concat_groups
 from kling.condition.state import Given, State, build_state
 from kling.condition.tasks import TASKS, draw_task, keyframe_share
+from kling.data.captions import speaks_of_camera
 from kling.dit import KlingTransformer3DModel
 from kling.errors import UserError, unknown
 from kling.pipeline import KlingPipeline, signal
@@ -31,6 +33,7 @@ from kling.text import ByteTextEncoder
 from kling.text.umt5 import UMT5TextEncoder
 from kling.vae import AutoencoderKLKling
 
+SAY_CAMERA = 0.9  # of clips whose moving camera is not given as a signal, those whose prompt says it where a caption does
 CHECKPOINTING = ("none", "selective", "full")
 
 
@@ -183,7 +186,7 @@ def draw_example(how: Drawing, batch: LatentBatch, place: int, transformer: Klin
     b, _, f, h, w = batch.latents.shape
     K = int(f > 1 and rng.random() < keyframe_share(how.tasks))  # the same for all clips of a batch, which share a shape
     given: list[Given] = []
-    lone, prompts = [], []
+    lone, prompts, has_camera = [], [], []
     for i in range(b):
         task = draw_task(rng, how.tasks, K) if f > 1 else "text"
         what = TASKS[task][1](rng, f, h, w)
@@ -191,12 +194,35 @@ def draw_example(how: Drawing, batch: LatentBatch, place: int, transformer: Klin
             what, j = choose_keyframe(what, batch.times[i].tolist(), f, rng)
             lone.append(batch.keyframes[i, j])
         given.append(what)
-        prompts.append("" if rng.random() < how.text_drop else rng.choices(batch.captions[i], batch.weights[i])[0])
+        prompt, shown = draw_words(rng, how, batch.captions[i], batch.weights[i], batch.cameras[i])
+        prompts.append(prompt)
+        has_camera.append(shown)
     keyframes = torch.stack(lone)[:, :, None] if K else None  # (b, c, 1, h, w)
     state = build_state(given, batch.latents, keyframes, tuple(transformer.config.patch_size))
-    has_camera = torch.tensor([camera is not None and rng.random() >= how.camera_drop for camera in batch.cameras])
-    example = Example(state, prompts, batch_rays(batch, given, transformer, vae), has_camera)
+    example = Example(state, prompts, batch_rays(batch, given, transformer, vae), torch.tensor(has_camera))
     return beside(example, batch, given, transformer)
+
+
+def draw_words(
+    rng: random.Random, how: Drawing, captions: Sequence[str], weights: Sequence[float], camera: Trajectory | None
+) -> tuple[str, bool]:
+    """The prompt of a clip, and whether its camera signal is given.
+
+    A signal that is left out is said in words instead where a caption does so, nine times in ten: words learn to move the camera, and a
+    prompt without any camera comes from clips whose camera stands still, or nearly all of them.
+    """
+    prompt = rng.choices(captions, weights)[0]
+    shown = camera is not None and rng.random() >= how.camera_drop
+    if camera is not None and not shown and not is_static(camera) and rng.random() < SAY_CAMERA:
+        said = [i for i, text in enumerate(captions) if speaks_of_camera(text)]
+        if said:
+            prompt = rng.choices([captions[i] for i in said], [weights[i] for i in said])[0]
+    return ("" if rng.random() < how.text_drop else prompt), shown
+
+
+def is_static(camera: Trajectory) -> bool:
+    """Whether a camera neither moves nor zooms."""
+    return bool((camera.c2w == camera.c2w[:1]).all() and (camera.intrinsics == camera.intrinsics[:1]).all())
 
 
 def beside(example: Example, batch: LatentBatch, given: list[Given], transformer: KlingTransformer3DModel) -> Example:

@@ -83,9 +83,9 @@ def test_a_noisy_machine_is_not_judged(told: None) -> None:
 
 
 def test_bf16_goals_need_a_processor_with_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "cpu_flags", lambda: ["avx2"])
-    assert "no AMX" in Bench(CPU).judge(2.0, 1.0, torch.bfloat16)["verdict"]
-    monkeypatch.setattr(measure, "cpu_flags", lambda: ["amx_bf16"])
+    monkeypatch.setattr(measure, "bf16_is_fast", lambda device: False)
+    assert "not faster" in Bench(CPU).judge(2.0, 1.0, torch.bfloat16)["verdict"]
+    monkeypatch.setattr(measure, "bf16_is_fast", lambda device: True)
     assert Bench(CPU).judge(2.0, 1.0, torch.bfloat16)["verdict"] == "reached"
 
 

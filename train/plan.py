@@ -21,6 +21,7 @@ from kling.dit.memory import StepMemory, step_memory
 from kling.errors import UserError, program, unknown
 from kling.runtime.meter import matmul_ceiling
 from kling.runtime.optim import MOMENTS
+from kling.runtime.precision import bf16_is_fast, default_device
 from kling.shapes import latent_frames, latent_size, token_grid
 from kling.text import ByteTextEncoder
 from kling.training import CHECKPOINTING, set_checkpointing
@@ -107,7 +108,8 @@ def report(preset: dict[str, Any], plan: PlanConfig) -> list[str]:
     some = steps["none"]
     each = partial(on_each_gpu, moments=MOMENTS[optimizer])
 
-    ceiling = plan.tflops * 1e12 or matmul_ceiling(torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.float32)
+    dtype = torch.bfloat16 if plan.bf16 and bf16_is_fast(default_device()) else torch.float32
+    ceiling = plan.tflops * 1e12 or matmul_ceiling(torch.device(default_device()), dtype)
     rate = ceiling * plan.mfu * plan.gpus / flops  # clips a second
     size = f"{plan.width}x{plan.height}"
     speed = f"{rate:.3g} clips/s, {rate * tokens:.4g} tokens/s"

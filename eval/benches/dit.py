@@ -12,13 +12,13 @@ from functools import partial
 
 import torch
 from diffusers import WanTransformer3DModel
-from kling_programs.eval.benches.machine import cpu_flags
 from kling_programs.eval.benches.measure import NAMES, Bench, Check, Row, poison
 from kling_programs.eval.benches.memory import peak, slope
 from torch import Tensor, nn
 
 from kling.dit import KlingTransformer3DModel
 from kling.dit.cost import forward_flops
+from kling.runtime.precision import bf16_is_fast
 
 TEXT = (77, 512)  # tokens and width of the text
 
@@ -63,7 +63,7 @@ def plans(bench: Bench) -> Iterator[Plan]:
         return
     yield Plan(SMALL, fp32, (256, 1024, 2048), (256, 1024), compiled=True)
     yield Plan(WIDE, fp32, (1024,), (1024,))
-    if "amx_bf16" in cpu_flags():
+    if bf16_is_fast(bench.device.type):
         yield Plan(SMALL, bf16, (1024, 2048), (1024, 2048), compiled=True)
 
 
@@ -84,8 +84,8 @@ def rows(bench: Bench) -> Iterator[Row]:
                 yield row | {"axis": "tokens", "size": tokens, "line": f"{plan.size.name} {NAMES[plan.dtype]} {what}"}
         if plan.compiled:
             yield from compiled(bench, plan, pair)
-    if bench.device.type == "cpu" and "amx_bf16" not in cpu_flags():
-        yield {"case": "bf16", "verdict": "not judged: this CPU has no AMX, and multiplies bf16 at a fiftieth of fp32 (see the ceilings)"}
+    if not bf16_is_fast(bench.device.type):
+        yield {"case": "bf16", "verdict": "not judged: bf16 products are not faster than fp32 here (see the ceilings)"}
     yield from memory(bench)
 
 

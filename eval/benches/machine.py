@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from kling.errors import UserError
+from kling.runtime.precision import bf16_is_fast
 
 PACKAGES = ("torch", "diffusers", "av", "decord", "torchcodec", "numpy", "opencv-python-headless", "accelerate")
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
@@ -115,7 +116,7 @@ def ceilings(device: torch.device, quick: bool = False) -> dict[str, float]:
     seconds = 0.2 if quick else 0.6
     found = {}
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        slow = not cuda and dtype == torch.bfloat16 and "avx512_bf16" not in cpu_flags()  # emulated: a fiftieth of the speed
+        slow = dtype == torch.bfloat16 and not bf16_is_fast(device.type)  # emulated: down to a fiftieth of the speed
         n = 8192 if cuda else 256 if slow else 1024
         a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
         found[f"matmul {name}"] = 2 * n**3 / fastest(lambda a=a, b=b: a @ b, device, seconds)

@@ -17,10 +17,11 @@ from statistics import median
 from typing import Any
 
 import torch
-from kling_programs.eval.benches.machine import Seconds, clock, cpu_flags
+from kling_programs.eval.benches.machine import Seconds, clock
 from torch import Tensor
 
 from kling.metrics.stats import bootstrap, row_medians
+from kling.runtime.precision import bf16_is_fast
 
 Row = dict[str, Any]
 Run = Callable[[], object]
@@ -130,8 +131,8 @@ class Bench:
         text = f"{'<=' if at_most else '>='} {goal:g}"
         if self.noisy:
             return {"goal": text, "verdict": "not judged: noisy"}
-        if dtype == torch.bfloat16 and self.device.type == "cpu" and "amx_bf16" not in cpu_flags():
-            return {"goal": text, "verdict": "not judged: this CPU has no AMX"}
+        if dtype == torch.bfloat16 and not bf16_is_fast(self.device.type):
+            return {"goal": text, "verdict": "not judged: bf16 is not faster than fp32 here"}
         reached = value <= goal if at_most else value >= goal
         return {"goal": text, "verdict": "reached" if reached else "missed"}
 

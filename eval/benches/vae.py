@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 import torch
 from diffusers import AutoencoderKLWan
-from kling_programs.eval.benches.machine import cpu_flags
 from kling_programs.eval.benches.measure import NAMES, Bench, Check, Row, poison
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from kling.runtime.precision import bf16_is_fast
 from kling.vae import AutoencoderKLKling
 
 CHECKED = 5  # frames of the clip that is held against fp64
@@ -52,8 +52,8 @@ def rows(bench: Bench) -> Iterator[Row]:
     aa = True
     for case in cases(bench):
         name = f"base {case.base} {case.width}x{case.height}"
-        if case.dtype == torch.bfloat16 and bench.device.type == "cpu" and "amx_bf16" not in cpu_flags():
-            yield {"case": name, "dtype": "bf16", "verdict": "not run: this CPU has no AMX, bf16 is emulated"}
+        if case.dtype == torch.bfloat16 and not bf16_is_fast(bench.device.type):
+            yield {"case": name, "dtype": "bf16", "verdict": "not run: bf16 products are not faster than fp32 here"}
             continue
         pair = Pair(case, bench)
         for half in HALVES:

@@ -28,8 +28,8 @@ GROUNDS = {
 }
 MOTIONS = {
     "still": (("stays still", "does not move"), ("静止不动", "保持不动")),
-    "left": (("moves left", "{roll} to the left"), ("向左移动", "向左{滚}")),
-    "right": (("moves right", "{roll} to the right"), ("向右移动", "向右{滚}")),
+    "left": (("moves left", "{roll} left", "{roll} to the left"), ("向左移动", "向左{滚}")),
+    "right": (("moves right", "{roll} right", "{roll} to the right"), ("向右移动", "向右{滚}")),
     "toward": (("comes closer", "moves toward us"), ("向我们靠近", "朝镜头移动")),
     "away": (("moves away", "goes into the distance"), ("向远处移动", "渐渐远去")),
     "bounce": (("bounces up and down", "jumps up and down"), ("上下弹跳", "上下跳动")),
@@ -58,6 +58,12 @@ CAMERA_MOVES = {
     "left_turn_forward": (("the camera turns left and moves forward",), ("镜头左转并前进",)),
     "static": (("the camera does not move", "a static shot"), ("镜头不动", "固定镜头")),
 }
+CAMERA_WORDS = ("camera", "shot", "view", "镜头", "视野")  # one of them stands in every phrase about the camera above
+
+
+def speaks_of_camera(text: str) -> bool:
+    """Whether a caption says what the camera does."""
+    return any(word in text for word in CAMERA_WORDS)
 
 
 def _thing(colour: str, solid: str, motion: str, language: str, rng: random.Random) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
+import torch
 from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
@@ -30,6 +31,27 @@ def once(kept: Kept | None, name: str, make: Callable[[], tuple[Tensor, Tensor]]
     if name not in kept:
         kept[name] = make()
     return kept[name]
+
+
+MOST_KEYS = 2048  # beyond it the scores no longer stay in the cache of a core, and PyTorch's kernel catches up
+
+
+def by_products(query: Tensor, key: Tensor) -> bool:
+    """Whether attention runs as product, softmax, product: in bf16 on a CPU, up to `MOST_KEYS` keys.
+
+    Measured on avx512_bf16 (2026-11-27), 16 clips of 308 tokens, 4 heads of 64: forward and backward 41 ms against 81 ms of PyTorch's
+    kernel, whose backward computes in fp32; gradients are 6e-3 from fp32 (5e-3 with PyTorch's). In fp32 that kernel is faster (73 against
+    186 ms). A rule and not a timing at run time: the same inputs must give the same bits in every process, or no replay and no resume is exact.
+    """
+    return query.device.type == "cpu" and query.dtype == torch.bfloat16 and key.shape[1] <= MOST_KEYS
+
+
+def attend_by_products(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """softmax(Q Kᵀ / √d) V of (b, n, heads, head_dim) and (b, m, heads, head_dim) -> (b, n, heads · head_dim)."""
+    b, n, heads, width = query.shape
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query * width**-0.5, key, value))  # (b · heads, n | m, head_dim)
+    weights = torch.bmm(q, k.transpose(1, 2)).softmax(-1)  # (b · heads, n, m)
+    return torch.bmm(weights, v).unflatten(0, (b, heads)).transpose(1, 2).flatten(2)  # (b, n, heads · head_dim)
 
 
 class AttentionProcessor:
@@ -79,6 +101,8 @@ class AttentionProcessor:
         return norm_k(to_k(context)).unflatten(2, (attn.heads, -1)), to_v(context).unflatten(2, (attn.heads, -1))
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, parallel_config: object | None) -> Tensor:
+        if parallel_config is None and self._attention_backend is None and by_products(query, key):
+            return attend_by_products(query, key, value)
         out = dispatch_attention_fn(query, key, value, backend=self._attention_backend, parallel_config=parallel_config)
         return out.flatten(2, 3).type_as(query)  # (b, n, d)
 

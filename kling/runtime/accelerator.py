@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import signal
+import sys
 import threading
 from collections.abc import Sequence
 from datetime import timedelta
@@ -26,9 +27,9 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from kling.errors import UserError, unknown
+from kling.runtime.precision import describe, pick_precision
 
 EXIT_STOPPED = 143  # 128 + SIGTERM: what a scheduler expects of a job that it asked to leave
-PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 TRACKERS = ("tensorboard", "wandb")
 PATIENCE = timedelta(hours=2)  # that processes wait for one that encodes, samples or exports alone; NCCL's own 10 minutes end a sound run
 
@@ -78,6 +79,9 @@ def make_accelerator(
         )
     except ValueError as error:  # sizes of a layout that do not multiply to the number of processes, and the like
         raise UserError(f"accelerate refuses this configuration: {str(error).splitlines()[0]}") from None
+    check_same_precision(accelerator, precision)
+    if accelerator.is_main_process:
+        print(describe(precision), file=sys.stderr, flush=True)
     if sharded and cpu and accelerator.num_processes > 1:
         _shard_on_cpu(accelerator)
     if sharded and accelerator.num_processes > 1 and not accelerator.is_fsdp2:
@@ -88,6 +92,14 @@ def make_accelerator(
         reduced = torch.bfloat16 if bf16_reduction else torch.float32
         accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(param, reduced, cast_forward_inputs=False)
     return accelerator
+
+
+def check_same_precision(accelerator: Accelerator, precision: str) -> None:
+    """Raises `UserError` where processes on unlike machines have measured their way to different precisions."""
+    if accelerator.num_processes > 1:
+        own = torch.tensor([float(precision == "bf16")], device=accelerator.device)
+        if 0 < float(accelerator.reduce(own, reduction="sum")) < accelerator.num_processes:
+            raise UserError("mixed_precision auto: some processes are faster in bf16 and some in fp32: set mixed_precision=bf16 or fp32")
 
 
 def wrap_what_is_there(accelerator: Accelerator, model: nn.Module) -> None:
@@ -113,30 +125,6 @@ def _shard_on_cpu(accelerator: Accelerator) -> None:
             "make num_processes the product of the parallelism_config sizes"
         )
     state.device_mesh = sizes.get_device_mesh("cpu")
-
-
-def pick_precision(name: str = "auto") -> str:
-    """The precision to compute in: bf16, fp16 or fp32.
-
-    auto is bf16 where the hardware multiplies it (CUDA from Ampere on, CPUs with AMX) and fp32 elsewhere: on a CPU without AMX
-    bf16 is some hundred times slower than fp32.
-    """
-    if name not in PRECISIONS:
-        raise unknown("mixed_precision", name, PRECISIONS)
-    cuda = torch.cuda.is_available()
-    if name == "fp16" and not cuda:
-        raise UserError("mixed_precision 'fp16' needs a CUDA device: use fp32, bf16 or auto")
-    if name != "auto":
-        return name
-    return "bf16" if (torch.cuda.get_device_capability() >= (8, 0) if cuda else cpu_has_amx()) else "fp32"
-
-
-def cpu_has_amx(cpuinfo: str | Path = "/proc/cpuinfo") -> bool:
-    """True if the CPU has bf16 matrix units (Intel AMX)."""
-    try:
-        return "amx_bf16" in Path(cpuinfo).read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return False
 
 
 def set_threads(n: int | None) -> None:
