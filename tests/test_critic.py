@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from kling.errors import UserError
 from kling.runtime.checkpoint import load_latest
-from kling.vae import AutoencoderKLKling
+from kling.vae import AutoencoderKLKling, LossWeights, vae_loss
 from kling.vae.discriminator import Adversary, PatchDiscriminator3d, Perceptual, fooled, frozen, hinge
-from kling.vae.paths import Autoencoding, half_tiles
+from kling.vae.paths import Autoencoding, half, half_tiles
 
 import train_vae  # isort: skip - train/, which `workers` puts on the path
 
@@ -120,7 +120,7 @@ def test_paths_through_the_vae() -> None:
     found = {}
     for path in ("whole", "streamed", "tiled"):
         net.zero_grad()
-        recon, posterior = net(video, path)
+        recon, posterior, _ = net(video, path)
         assert recon.shape == video.shape and posterior.mean.shape == (1, 16, 3, 4, 6)
         recon.square().mean().backward()
         found[path] = recon.detach(), {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
@@ -129,6 +129,27 @@ def test_paths_through_the_vae() -> None:
         torch.testing.assert_close(found["streamed"][1][name], grad, atol=1e-5 * float(grad.abs().max() + 1e-6) + 1e-7, rtol=1e-3, msg=name)
     assert found["tiled"][1].keys() == found["whole"][1].keys() and not torch.equal(found["tiled"][0], found["whole"][0])
     assert half_tiles(6, 8).starts(48) == [0, 16], "two tiles, which overlap"
+
+
+def test_a_draw_and_halved_latents() -> None:
+    """The mean plus the deviation times the generator's noise is decoded; halved latents give the halved size and train the encoder."""
+    torch.manual_seed(0)
+    net = Autoencoding(AutoencoderKLKling(**workers.TINY_VAE))
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    video = torch.rand(2, 3, 5, 32, 48) * 2 - 1
+    drawn, posterior, small = net(video, draw=torch.Generator().manual_seed(3), halved=True)
+    noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(3))
+    torch.testing.assert_close(drawn, net.vae._decode(posterior.mean + posterior.std * noise))
+    assert small.shape == half(video).shape == (2, 3, 5, 16, 24)
+    loss, _ = vae_loss(video, drawn, posterior, LossWeights(1, 0, 0, 0, halved=0.25), (half(video), small))
+    apart = [((a - b).square() + 1e-6).sqrt().mean() - 1e-3 for a, b in ((drawn, video), (small, half(video)))]
+    torch.testing.assert_close(loss, apart[0] + 0.25 * apart[1])
+    loss.backward()
+    assert all(
+        p.grad is not None and p.grad.abs().sum() > 0 for name, p in net.named_parameters() if "encoder" in name and "weight" in name
+    )
+    torch.testing.assert_close(half(video)[0, 0, 0, 0, 0], video[0, 0, 0, :2, :2].mean())
 
 
 WORDS = [

@@ -32,11 +32,12 @@ from kling.runtime.log import RunLog
 from kling.runtime.meter import StepClock, peak_memory
 from kling.runtime.optim import adamw, lr_at, make_optimizer, set_lr
 from kling.runtime.parallel import lay_out, scalar, total
+from kling.runtime.random import generator
 from kling.runtime.saver import Saver, find_latest, load_run_tensors, run_tensors, versions
 from kling.training import Places
 from kling.vae import AutoencoderKLKling, LossWeights, vae_loss
 from kling.vae.discriminator import Adversary, PatchDiscriminator3d, Perceptual, fooled, frozen, hinge
-from kling.vae.paths import PATHS, Autoencoding
+from kling.vae.paths import PATHS, Autoencoding, half
 
 PARTS = ("encoder", "quant_conv", "post_quant_conv", "decoder")
 
@@ -47,6 +48,8 @@ class TrainVAEConfig:
 
     optimizer: adamw or muon, with the same lr. init_from: a VAE folder to start from, in place of `model`. freeze: parts that stay as
     they are; with [encoder, quant_conv] a decoder gets better under a transformer that is already trained, since the latents do not move.
+    draw: the decoder sees a draw from the posterior in place of its mean; without it nothing trains the posterior's width but `loss.kl`,
+    and a draw costs decibels. loss.halved: scale equivariance (see `Autoencoding`).
     paths: how often clips go through whole, streamed in chunks, or in blended tiles, so that the loss sees what sampling does.
     adversary: a discriminator that joins later. perceptual: weight, and a local file of VGG-16.
     watchdog: seconds without a step after which every process writes where it stands; 0 is off.
@@ -69,6 +72,7 @@ class TrainVAEConfig:
     freeze: list[str] = field(default_factory=list)
     data: DataConfig = field(default_factory=DataConfig)
     loss: LossWeights = field(default_factory=LossWeights)
+    draw: bool = False
     paths: dict[str, float] = field(default_factory=lambda: {"whole": 1.0})
     adversary: Adversary = field(default_factory=Adversary)
     perceptual: float = 0.0
@@ -160,8 +164,9 @@ def train(cfg: TrainVAEConfig, stop: StopSignal) -> None:
                 clock.lap("data")
                 with accelerator.accumulate(*([net, critic_net] if judged else [net])):
                     video = to_batch(video.to(device))  # (b, 3, T, H, W)
-                    recon, posterior = net(video, draw_path(cfg, place))
-                    loss, terms = vae_loss(video, recon, posterior, cfg.loss)
+                    drawn = generator(cfg.seed, "posterior", place) if cfg.draw else None
+                    recon, posterior, halved = net(video, draw_path(cfg, place), drawn, cfg.loss.halved > 0)
+                    loss, terms = vae_loss(video, recon, posterior, cfg.loss, None if halved is None else (half(video), halved))
                     if perceptual is not None:
                         terms["perceptual"] = perceptual(video, recon)
                         loss = loss + cfg.perceptual * terms["perceptual"]

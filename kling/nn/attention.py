@@ -41,7 +41,8 @@ def by_products(query: Tensor, key: Tensor) -> bool:
 
     Measured on avx512_bf16 (2026-11-27), 16 clips of 308 tokens, 4 heads of 64: forward and backward 41 ms against 81 ms of PyTorch's
     kernel, whose backward computes in fp32; gradients are 6e-3 from fp32 (5e-3 with PyTorch's). In fp32 that kernel is faster (73 against
-    186 ms). A rule and not a timing at run time: the same inputs must give the same bits in every process, or no replay and no resume is exact.
+    186 ms). A rule and not a timing at run time: the same inputs must give the same bits in every process, or no replay and no resume is
+    exact.
     """
     return query.device.type == "cpu" and query.dtype == torch.bfloat16 and key.shape[1] <= MOST_KEYS
 

@@ -20,25 +20,40 @@ class LossWeights:
     edge: float = 0.5  # differences between neighbours in height and width: an L1 on pixels alone blurs
     motion: float = 0.5  # differences between neighbouring frames
     kl: float = 1e-4
+    halved: float = 0.0  # the same three terms of what halved latents decode to, against the halved video; a quarter is usual
     corner: float = 1e-3  # in units of [-1, 1]
 
 
 def vae_loss(
-    video: Tensor, reconstruction: Tensor, posterior: DiagonalGaussianDistribution, weights: LossWeights
+    video: Tensor,
+    reconstruction: Tensor,
+    posterior: DiagonalGaussianDistribution,
+    weights: LossWeights,
+    halved: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss of reconstructing video (b, 3, T, H, W), and its terms before weighting, detached, by name.
 
-    A lone frame has no motion: that term is then 0.
+    halved: the halved video (b, 3, T, H/2, W/2) and what the halved latents decode to.
     """
+    terms = distance(video, reconstruction, weights) | {"kl": kl(posterior)}
+    if halved is not None:
+        terms["halved"] = weighted(distance(*halved, weights), weights)
+    return weighted(terms, weights), {name: term.detach() for name, term in terms.items()}
+
+
+def distance(video: Tensor, reconstruction: Tensor, weights: LossWeights) -> dict[str, Tensor]:
+    """How far a reconstruction (b, 3, T, H, W) is from a video in pixels, edges and motion (0 for a lone frame)."""
     error = (reconstruction - video).float()
-    terms = {
+    return {
         "pixel": charbonnier(error, weights.corner),
         "edge": (charbonnier(error.diff(dim=-1), weights.corner) + charbonnier(error.diff(dim=-2), weights.corner)) / 2,
         "motion": charbonnier(error.diff(dim=2), weights.corner) if error.shape[2] > 1 else error.new_zeros(()),
-        "kl": kl(posterior),
     }
-    loss = sum(getattr(weights, name) * term for name, term in terms.items())
-    return loss, {name: term.detach() for name, term in terms.items()}
+
+
+def weighted(terms: dict[str, Tensor], weights: LossWeights) -> Tensor:
+    """The sum of terms, each times its weight."""
+    return sum(getattr(weights, name) * term for name, term in terms.items())
 
 
 def charbonnier(x: Tensor, corner: float) -> Tensor:

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import math
 
+import torch
+import torch.nn.functional as F
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
 
@@ -16,22 +18,43 @@ PATHS = ("whole", "streamed", "tiled")
 
 
 class Autoencoding(nn.Module):
-    """Encode and decode video (b, 3, T, H, W) along one of `PATHS`: the reconstruction, not clamped, and the posterior."""
+    """Encode and decode video (b, 3, T, H, W) along one of `PATHS`: the reconstruction, not clamped, the posterior, and what the decoder
+    makes of the latents at half their height and width (None unless `halved`).
+
+    The last is for scale equivariance (Skorokhodov et al., "Improving the diffusability of autoencoders", 2025): where halved latents must
+    decode to the halved video, the encoder has no use for fine patterns of its own, which a transformer learns late and badly.
+    draw: a generator, to decode a draw from the posterior in place of its mean, so that its width is trained too.
+    """
 
     def __init__(self, vae: AutoencoderKLKling) -> None:
         super().__init__()
         self.vae = vae
 
-    def forward(self, video: Tensor, path: str = "whole") -> tuple[Tensor, DiagonalGaussianDistribution]:
+    def forward(
+        self, video: Tensor, path: str = "whole", draw: torch.Generator | None = None, halved: bool = False
+    ) -> tuple[Tensor, DiagonalGaussianDistribution, Tensor | None]:
         vae, s = self.vae, self.vae.spatial_factor
-        if path == "whole":
-            return vae(video, return_dict=False)
-        if path == "streamed":
-            posterior = DiagonalGaussianDistribution(in_chunks(vae._encode, split_video(video, 1), StreamState()))  # (b, c, f, h, w)
-            return in_chunks(vae._decode, split_latents(posterior.mode(), 1), StreamState()), posterior
         tiles = half_tiles(max(video.shape[-2:]) // s, s)
-        posterior = DiagonalGaussianDistribution(in_tiles(vae._encode, video, None, tiles))
-        return in_tiles(vae._decode, posterior.mode(), None, tiles.over(s)), posterior
+        if path == "whole":
+            moments = vae._encode(video)  # (b, 2c, f, h, w)
+        elif path == "streamed":
+            moments = in_chunks(vae._encode, split_video(video, 1), StreamState())
+        else:
+            moments = in_tiles(vae._encode, video, None, tiles)
+        posterior = DiagonalGaussianDistribution(moments)
+        latents = posterior.mode() if draw is None else posterior.sample(draw)  # (b, c, f, h, w)
+        if path == "whole":
+            made = vae._decode(latents)
+        elif path == "streamed":
+            made = in_chunks(vae._decode, split_latents(latents, 1), StreamState())
+        else:
+            made = in_tiles(vae._decode, latents, None, tiles.over(s))
+        return made, posterior, vae._decode(half(latents)) if halved else None
+
+
+def half(x: Tensor) -> Tensor:
+    """(b, c, T, H, W) at half its height and width, every point the mean of four."""
+    return F.avg_pool3d(x, (1, 2, 2))
 
 
 def half_tiles(cells: int, factor: int) -> Tiles:
