@@ -12,7 +12,7 @@ import torch
 
 from kling import KlingPipeline, Request
 from kling.data.image import write_png
-from kling.data.world import World
+from kling.data.world.scene import World
 from kling.metrics.report import strip
 
 HERE = Path(__file__).parent / "strips"

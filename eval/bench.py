@@ -33,9 +33,9 @@ from kling_programs.eval.benches.machine import ceilings, describe, pin
 from kling_programs.eval.benches.measure import Bench, Row
 from kling_programs.eval.benches.plot import plot
 
-from kling.data.files import written
 from kling.errors import UserError, program, unknown
-from kling.runtime.inference import pick_device
+from kling.runtime.files import written
+from kling.sampling.machine import pick_device
 
 SUITES = ("dit", "attn", "vae", "vae-mem", "sampler", "video", "loader", "train", "scaling")
 ON_CPU = ("video", "loader")  # whatever the device

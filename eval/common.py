@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kling.data.files import written
 from kling.errors import UserError
 from kling.metrics.controls import Order, violations
 from kling.metrics.report import Summary
+from kling.runtime.files import written
 
 EXIT_WRONG_ORDER = 3
 VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif")

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from kling.data.transforms import to_tensor
 from kling.data.video import read_video
-from kling.data.world import World
+from kling.data.world.scene import World
 from kling.errors import UserError
 from kling.metrics.controls import Order, frozen, noise, shuffled
 from kling.metrics.pixel import flicker, psnr, ssim, temporal_psnr

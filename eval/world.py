@@ -37,20 +37,20 @@ from kling_programs.eval.cases import ASPECT, FRAMES, LONG, ORDERS, TABLE, TASKS
 from kling_programs.eval.common import Parser, check_order, protocol_hash, write_json
 from torch import Tensor
 
-from kling.data.files import head, written
 from kling.data.image import write_png
-from kling.data.render import HAZE, HAZE_DISTANCE
 from kling.data.transforms import fit, to_tensor
-from kling.data.world import COLOUR_RGB, FOCAL, World, render_scene, start_pose
+from kling.data.world.render import HAZE, HAZE_DISTANCE
+from kling.data.world.scene import COLOUR_RGB, FOCAL, World, render_scene, start_pose
 from kling.errors import UserError
+from kling.metrics.camera.odometry import Stage
 from kling.metrics.control import QUESTIONS, Detectors
 from kling.metrics.controls import frozen, noise, shuffled
-from kling.metrics.odometry import Stage
 from kling.metrics.pixel import flicker, psnr, seam, ssim
 from kling.metrics.report import Row, markdown, paired, reached, strip, summarise
 from kling.metrics.ruler import Ruler
-from kling.record import model_hashes
+from kling.runtime.files import head, written
 from kling.runtime.random import derive_seed
+from kling.sampling.record import model_hashes
 
 PROTOCOL = 2  # raised whenever a case is asked or measured in another way: what was measured before does not mix with it
 EXAMPLES = 400  # rendered clips that the detectors learn from
@@ -78,7 +78,7 @@ class Options:
 
 def main(argv: list[str]) -> None:
     args = parse(argv)
-    from kling.pipeline import ASSETS
+    from kling.sampling.pipeline import ASSETS
 
     folder = Path(args.model) if args.model else ASSETS
     names = ("n", "steps", "seed", "workers", "limit_minutes")
@@ -92,7 +92,7 @@ def main(argv: list[str]) -> None:
 
 
 def load(folder: Path) -> Any:
-    from kling.pipeline import KlingPipeline
+    from kling.sampling.pipeline import KlingPipeline
 
     return KlingPipeline.from_pretrained(folder).to("cuda" if torch.cuda.is_available() else "cpu")
 

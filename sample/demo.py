@@ -57,8 +57,8 @@ def prepare(args: argparse.Namespace, arrivals: Path) -> tuple:
     from kling_programs.sample.studio.studio import Studio
     from kling_programs.sample.studio.uploads import Uploads
 
-    from kling.record import model_hashes
-    from kling.runtime.inference import pick_device
+    from kling.sampling.machine import pick_device
+    from kling.sampling.record import model_hashes
 
     folder, pipe = load_pipeline(args.model, args.device)
     pipe.to(pick_device(args.device))

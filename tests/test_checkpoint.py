@@ -17,9 +17,9 @@ from kling.config import save_config
 from kling.errors import UserError
 from kling.runtime import checkpoint
 from kling.runtime.checkpoint import check_same_config, load, load_latest, save
-from kling.runtime.ema import EMA
-from kling.runtime.optim import adamw, load_optimizer_tensors, lr_at, optimizer_tensors, set_lr
 from kling.runtime.random import noise_like
+from kling.training.ema import EMA
+from kling.training.optim import adamw, load_optimizer_tensors, lr_at, optimizer_tensors, set_lr
 
 
 def small_model() -> nn.Module:

@@ -14,17 +14,17 @@ import torch
 from PIL import Image
 
 from kling import KlingPipeline
-from kling.cache import CacheConfig, LatentCache, LatentSteps, fill_cache
+from kling.cache.batches import LatentSteps, Places
+from kling.cache.store import CacheConfig, LatentCache, fill_cache
 from kling.data.buckets import Bucket, Epochs, batch_sizes
 from kling.data.clips import ManifestClips, folder_manifest, held_out
-from kling.data.listing import Listing
 from kling.data.manifest import read_manifest, write_manifest
-from kling.data.scan import scan
+from kling.data.scan.listing import Listing
+from kling.data.scan.scan import scan
 from kling.data.source import ClipSource, DataConfig, StepBatches, batches, check_data
 from kling.data.video import read_video, write_video
 from kling.errors import UserError
 from kling.runtime.parallel import Layout
-from kling.training import Places
 from tests.test_pipeline import tiny_pipeline
 from tests.test_video import smooth
 

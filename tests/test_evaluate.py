@@ -22,12 +22,12 @@ from kling_programs.eval.evaluate import main
 from kling_programs.eval.world import Options, evaluate
 from torch import Tensor
 
-from kling.condition.axes import axes_trajectory
-from kling.condition.camera import Trajectory
-from kling.data.world import render_scene
+from kling.cameras.axes import axes_trajectory
+from kling.cameras.trajectory import Trajectory
+from kling.data.world.scene import render_scene
 from kling.errors import UserError
 from kling.metrics.ruler import Ruler
-from kling.pipeline import ASSETS
+from kling.sampling.pipeline import ASSETS
 
 N = 2
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from kling import KlingFlowScheduler, KlingPipeline
 from kling.hub.export import export
 from kling.hub.load import load_transformer
-from kling.pipeline import ASSETS
+from kling.sampling.pipeline import ASSETS
 
 ROWS = {"t2v": "wan2.1-t2v-1.3b", "ti2v": "wan2.2-ti2v-5b", "i2v": "wan2.1-i2v-14b-480p", "t2v-a14b": "wan2.2-t2v-a14b"}
 

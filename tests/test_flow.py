@@ -7,12 +7,12 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
 from kling.errors import UserError
+from kling.flow.diffusers_scheduler import PlainWalk
 from kling.flow.guidance import Guidance, given_share, guided_velocity
-from kling.flow.loss import flow_loss
+from kling.flow.levels import draw_sigma, shift_sigma, sigma_grid
+from kling.flow.losses import flow_loss
 from kling.flow.path import to_noise, to_x0, velocity
-from kling.flow.plain import PlainWalk
-from kling.flow.scheduler import KlingFlowScheduler
-from kling.flow.time import draw_sigma, shift_sigma, sigma_grid
+from kling.flow.solvers import KlingFlowScheduler
 from kling.flow.unipc import is_unipc
 
 

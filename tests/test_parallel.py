@@ -11,13 +11,14 @@ import workers
 from safetensors import safe_open
 from torch import Tensor
 
-from kling.cache import LatentCache, LatentSteps
+from kling.cache.batches import LatentSteps, Places
+from kling.cache.store import LatentCache
 from kling.data.source import batches
 from kling.dit import KlingTransformer3DModel
 from kling.errors import UserError
 from kling.runtime.accelerator import make_accelerator
 from kling.runtime.parallel import Layout, check_draws, split_sequence
-from kling.training import Places, check_divides
+from kling.training.examples import check_divides
 from kling.vae import AutoencoderKLKling
 
 STEPS = 5

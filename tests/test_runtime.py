@@ -18,11 +18,11 @@ from torch import nn
 from kling.errors import UserError
 from kling.runtime.accelerator import EXIT_STOPPED, StopSignal, cpu_has_amx, make_accelerator, pick_precision
 from kling.runtime.checkpoint import load, save
-from kling.runtime.ema import EMA
 from kling.runtime.log import RunLog, duration, read_metrics
-from kling.runtime.meter import Meter
-from kling.runtime.optim import adamw, load_optimizer_tensors, lr_at, make_optimizer, muon, optimizer_tensors, set_lr
 from kling.runtime.random import derive_seed, generator, noise_like, permutation, uniform
+from kling.training.ema import EMA
+from kling.training.meter import Meter
+from kling.training.optim import adamw, load_optimizer_tensors, lr_at, make_optimizer, muon, optimizer_tensors, set_lr
 
 
 def small_model() -> nn.Module:

@@ -13,13 +13,13 @@ import cv2
 import numpy as np
 import pytest
 
-from kling.data import scan as scanning
 from kling.data.decode import probe
-from kling.data.filters import Filters
-from kling.data.listing import Listing
 from kling.data.manifest import quarantine_of, read_manifest, read_quarantine
-from kling.data.measure import Meter
-from kling.data.scan import Summary, scan
+from kling.data.scan import scan as scanning
+from kling.data.scan.filters import Filters
+from kling.data.scan.listing import Listing
+from kling.data.scan.measure import Meter
+from kling.data.scan.scan import Summary, scan
 from kling.data.video import read_video, write_video
 from kling.errors import UserError
 from tests.corpus import CORPUS, NOISE, make_corpus

@@ -20,13 +20,13 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from kling import KlingPipeline, KlingTransformer3DModel
-from kling.cache import LatentCache
+from kling.cache.store import LatentCache
 from kling.condition.state import Given, build_state
 from kling.data.source import ClipSource, DataConfig
 from kling.data.video import write_video
-from kling.start import captions_of, grow
 from kling.text.umt5 import UMT5TextEncoder
-from kling.training import Example, beside
+from kling.training.examples import Example, beside
+from kling.training.start import captions_of, grow
 
 train_dit = workers.train_dit
 ROW, I2V = "wan2.1-t2v-1.3b", "wan2.1-i2v-14b-480p"

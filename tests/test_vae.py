@@ -14,11 +14,11 @@ from torch import Tensor
 
 from kling.config import read_yaml
 from kling.data.transforms import to_tensor
-from kling.data.world import World
+from kling.data.world.scene import World
 from kling.errors import UserError
 from kling.nn.channel_norm import NormSilu
 from kling.nn.conv import CausalConv3d, DoublingConv2d, HalvingConv2d, conv, patchify, unpatchify
-from kling.pipeline import load_vae
+from kling.sampling.pipeline import load_vae
 from kling.vae import AutoencoderKLKling, LossWeights, StreamState, split_latents, vae_loss
 from kling.vae.tiling import Tiles, in_tiles
 

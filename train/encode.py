@@ -16,15 +16,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from kling.cache import CacheConfig, fill_cache
+from kling.cache.store import CacheConfig, fill_cache
 from kling.config import load_config
 from kling.errors import UserError, program
 from kling.hub.clip import load_image_encoder, see
 from kling.hub.load import find_folder
-from kling.pipeline import load_vae
 from kling.runtime.accelerator import make_accelerator, set_threads
-from kling.start import captions_of, text_folder
+from kling.sampling.pipeline import load_vae
 from kling.text.umt5 import UMT5TextEncoder
+from kling.training.start import captions_of, text_folder
 
 
 @program

@@ -16,7 +16,8 @@ import torch
 from diffusers import SchedulerMixin
 from torch import Tensor, nn
 
-from kling.cache import CacheConfig, LatentBatch, LatentCache, LatentSteps, fill_cache
+from kling.cache.batches import LatentSteps, Places
+from kling.cache.store import CacheConfig, LatentBatch, LatentCache, fill_cache
 from kling.condition.tasks import TASKS
 from kling.config import load_config, save_config, to_dict
 from kling.data.clips import ClipSample
@@ -24,39 +25,32 @@ from kling.data.source import DataConfig, batches
 from kling.dit import KlingTransformer3DModel
 from kling.dit.cost import forward_flops
 from kling.errors import UserError, program, unknown
-from kling.flow.loss import flow_loss
+from kling.flow.diffusers_scheduler import shift_key
+from kling.flow.levels import draw_sigma
+from kling.flow.losses import flow_loss
 from kling.flow.path import velocity
-from kling.flow.plain import shift_key
-from kling.flow.time import draw_sigma
-from kling.pipeline import KlingPipeline, load_vae
-from kling.request import Request
 from kling.runtime import checkpoint
 from kling.runtime.accelerator import EXIT_STOPPED, Accelerator, StopSignal, make_accelerator, set_threads, wrap_what_is_there
-from kling.runtime.ema import EMA
-from kling.runtime.health import Guard, Watchdog
 from kling.runtime.log import RunLog
-from kling.runtime.meter import Meter, matmul_ceiling
-from kling.runtime.optim import lr_at, make_optimizer, set_lr
 from kling.runtime.parallel import check_draws, lay_out, same_rng, scalar, split_sequence, total, trained
 from kling.runtime.random import generator, noise_like
-from kling.runtime.saver import Saver, find_latest, load_run_tensors, run_tensors, versions
+from kling.runtime.saver import Saver, find_latest, versions
+from kling.runtime.watchdog import Watchdog
+from kling.sampling.pipeline import KlingPipeline, load_vae
+from kling.sampling.request import Request
 from kling.shapes import latent_frames
-from kling.start import Start, captions_of, check_fit, new_scheduler, open_start, taught_text, text_folder
 from kling.text import ByteTextEncoder
-from kling.training import (
-    Drawing,
-    Example,
-    Lora,
-    Places,
-    Trained,
-    add_lora,
-    check_divides,
-    draw_example,
-    export,
-    export_lora,
-    set_checkpointing,
-)
-from kling.validation import Validation, draw_samples, encode, held_out, level_quantiles, task_requests, validation_loss
+from kling.training.ema import EMA
+from kling.training.examples import Drawing, Example, check_divides, draw_example
+from kling.training.export import export
+from kling.training.health import Guard
+from kling.training.lora import Lora, add_lora, export_lora
+from kling.training.meter import Meter, matmul_ceiling
+from kling.training.model import Trained, set_checkpointing
+from kling.training.optim import lr_at, make_optimizer, set_lr
+from kling.training.run_state import load_run_tensors, run_tensors
+from kling.training.start import Start, captions_of, check_fit, new_scheduler, open_start, taught_text, text_folder
+from kling.training.validation import Validation, draw_samples, encode, held_out, level_quantiles, task_requests, validation_loss
 
 
 @dataclass

@@ -17,23 +17,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kling.cache.batches import Places
 from kling.config import load_config, save_config, to_dict
 from kling.data.image import write_png
 from kling.data.source import ClipSource, DataConfig, StepBatches, batches, check_data
 from kling.data.transforms import to_batch, to_tensor, to_uint8
 from kling.errors import UserError, program, unknown
 from kling.metrics.pixel import psnr
-from kling.pipeline import load_vae
 from kling.runtime import checkpoint
 from kling.runtime.accelerator import EXIT_STOPPED, Accelerator, StopSignal, make_accelerator, set_threads
-from kling.runtime.ema import EMA
-from kling.runtime.health import LIMIT, Guard, Watchdog
 from kling.runtime.log import RunLog
-from kling.runtime.meter import StepClock, peak_memory
-from kling.runtime.optim import adamw, lr_at, make_optimizer, set_lr
 from kling.runtime.parallel import lay_out, scalar, total
-from kling.runtime.saver import Saver, find_latest, load_run_tensors, run_tensors, versions
-from kling.training import Places
+from kling.runtime.saver import Saver, find_latest, versions
+from kling.runtime.watchdog import Watchdog
+from kling.sampling.pipeline import load_vae
+from kling.training.ema import EMA
+from kling.training.health import LIMIT, Guard
+from kling.training.meter import StepClock, peak_memory
+from kling.training.optim import adamw, lr_at, make_optimizer, set_lr
+from kling.training.run_state import load_run_tensors, run_tensors
 from kling.vae import AutoencoderKLKling, LossWeights, vae_loss
 from kling.vae.discriminator import Adversary, PatchDiscriminator3d, Perceptual, fooled, frozen, hinge
 from kling.vae.paths import PATHS, Autoencoding

@@ -13,8 +13,8 @@ from diffusers import SchedulerMixin
 
 from kling.dit import KlingTransformer3DModel
 from kling.errors import UserError
-from kling.flow.plain import shift_key
-from kling.flow.scheduler import KlingFlowScheduler
+from kling.flow.diffusers_scheduler import shift_key
+from kling.flow.solvers import KlingFlowScheduler
 from kling.hub.clip import load_image_encoder
 from kling.hub.detect import build_of, transformer_config, transformer_names
 from kling.hub.files import read_shapes, read_tensors

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
 from kling.errors import UserError
 from kling.runtime.checkpoint import (
@@ -27,14 +27,11 @@ from kling.runtime.checkpoint import (
     folder,
     load_latest,
     open_folder,
-    restore,
     told,
     write,
     write_atomic,
 )
-from kling.runtime.ema import EMA
-from kling.runtime.optim import load_optimizer_tensors, optimizer_tensors
-from kling.runtime.parallel import is_mine, local, same_for_all, trained
+from kling.runtime.parallel import is_mine, local, same_for_all
 
 PATIENCE = 1800.0  # seconds that the main process waits for the files of the others
 
@@ -129,22 +126,6 @@ def check_finite(groups: Groups) -> None:
         for key, t in group.items():
             if t.is_floating_point() and not bool(torch.isfinite(t).all()):
                 raise UserError(f"{name} '{key}' is not finite: not saved; go on from the last checkpoint with a lower learning rate")
-
-
-def run_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA | None = None, prefix: str = "") -> dict[str, Any]:
-    """The groups of a checkpoint that hold a model in training: what of it trains, its optimizer, and its average."""
-    groups: dict[str, Any] = {f"{prefix}model": trained(model), f"{prefix}optimizer": optimizer_tensors(optimizer, model)}
-    return groups if ema is None else groups | {f"{prefix}ema": ema.state_dict()}
-
-
-def load_run_tensors(
-    saved: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA | None = None, prefix: str = ""
-) -> None:
-    """Put back what `run_tensors` gave; on another number of processes too. Raises `UserError` if it does not fit."""
-    restore(saved.tensors[f"{prefix}model"], trained(model))
-    load_optimizer_tensors(optimizer, model, saved.tensors[f"{prefix}optimizer"])
-    if ema is not None:
-        ema.load_state_dict(saved.tensors[f"{prefix}ema"])
 
 
 def find_latest(accelerator: Accelerator, run_dir: str | Path, lost: int = 0) -> Checkpoint | None:

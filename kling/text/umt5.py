@@ -19,8 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from kling.data.files import written
 from kling.errors import UserError
+from kling.runtime.files import written
 
 PARTS = ("tokenizer", "text_encoder")
 MAX_TOKENS = 512

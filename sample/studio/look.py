@@ -16,12 +16,12 @@ from torch import Tensor
 from kling.data.transforms import fit, to_tensor
 from kling.data.video import read_video
 from kling.errors import UserError
-from kling.inputs import clip_size
 from kling.metrics.pixel import psnr, ssim
 from kling.nn.rope import rotate
-from kling.pipeline import KlingPipeline
-from kling.request import Request
 from kling.runtime.random import generator
+from kling.sampling.inputs import clip_size
+from kling.sampling.pipeline import KlingPipeline
+from kling.sampling.request import Request
 from kling.shapes import ASPECTS, latent_frames, latent_size, nearest_frames, token_grid
 
 ROWS = 6  # steps of which x̂₀ is shown

@@ -20,7 +20,7 @@ from kling_programs.sample.studio.studio import Step, Studio, guarded, sample
 from kling_programs.sample.studio.words import language, say, t
 
 from kling.errors import UserError
-from kling.request import Request
+from kling.sampling.request import Request
 from kling.shapes import latent_of_frame, pixel_frames
 
 CLICKED = 672  # width of the picture to click on, about

@@ -17,12 +17,12 @@ from typing import Any
 import av
 from PIL import Image
 
-from kling.condition.poses import load_trajectory
-from kling.data.files import head, sniff
+from kling.cameras.files import load_trajectory
 from kling.data.image import FORMATS, read_image
 from kling.data.video import probe
 from kling.errors import UserError
-from kling.record import sha256
+from kling.runtime.files import head, sniff
+from kling.sampling.record import sha256
 
 MAX_BYTES = 64 * 2**20
 MAX_PIXELS = 25_000_000  # of an image

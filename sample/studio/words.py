@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gradio as gr
 
-from kling.plan import TASKS
+from kling.sampling.plan import TASKS
 
 WORDS: dict[str, tuple[str, str]] = {
     "title": ("kling studio", "可灵工作室"),
