@@ -76,7 +76,7 @@ def half(frames: int) -> int:
     return (frames + 1) // 2
 
 
-TASKS = {
+CASES = {
     "text-en": lambda world, k: text_case(world, k, "en"),
     "text-zh": lambda world, k: text_case(world, k, "zh"),
     "camera": camera_case,

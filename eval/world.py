@@ -33,7 +33,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from kling_programs.eval.cases import ASPECT, FRAMES, LONG, ORDERS, TABLE, TASKS, Case, half, held_out, labels, with_camera
+from kling_programs.eval.cases import ASPECT, CASES, FRAMES, LONG, ORDERS, TABLE, Case, half, held_out, labels, with_camera
 from kling_programs.eval.common import Parser, check_order, protocol_hash, write_json
 from torch import Tensor
 
@@ -117,7 +117,7 @@ def evaluate(pipe: Any, options: Options, model: dict[str, Any], folder: Path | 
     examiner = Examiner(pipe, None, options)
     for task in examiner.able:
         show(out, task, examiner.world, [k for k in range(STRIP_ROWS) if clip_path(out, task, k).is_file()])
-    return report(options, model, [records[k] for k in sorted(records)], [task for task in TASKS if task not in examiner.able])
+    return report(options, model, [records[k] for k in sorted(records)], [task for task in CASES if task not in examiner.able])
 
 
 # -------------------------------------------------------------------------------------------------------- one case after another
@@ -164,7 +164,7 @@ class Examiner:
         self.pipe, self.ruler, self.options = pipe, ruler, options
         self.world = held_out(options.seed, FRAMES, max_things=1)
         self.camera = "camera" in pipe.config.capabilities
-        self.able = [task for task in TASKS if task.split("-")[0] in pipe.config.capabilities]
+        self.able = [task for task in CASES if task.split("-")[0] in pipe.config.capabilities]
 
     def __call__(self, k: int) -> Record:
         rows: dict[str, dict[str, Row]] = defaultdict(dict)
@@ -172,7 +172,7 @@ class Examiner:
         for task in self.able:
             if k >= PICTURES and task in ("image", "first_last", "continuation"):
                 continue
-            case = TASKS[task](self.world, k)
+            case = CASES[task](self.world, k)
             truth = render_scene(case.scene)
             video, took = self.answer(case, truth)
             seconds += [took] if took else []
@@ -328,7 +328,7 @@ def show(out: Path, task: str, world: World, cases: list[int]) -> None:
     """The strip of a task: truth above what was made."""
     rows = []
     for k in cases:
-        truth = render_scene(TASKS[task](world, k).scene)
+        truth = render_scene(CASES[task](world, k).scene)
         made = torch.from_numpy(np.load(clip_path(out, task, k), allow_pickle=False)["frames"])
         rows += [truth, fit(made, *truth.shape[1:3])]
     if rows:

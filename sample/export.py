@@ -28,10 +28,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--naming", metavar="diffusers|original", default="diffusers")
     args = parser.parse_args(sys.argv[1:] if argv is None else argv)
 
-    from kling.hub.export import export  # torch takes seconds to import: a typing mistake should not wait for it
+    from kling.hub.export import export_weights  # torch takes seconds to import: a typing mistake should not wait for it
     from kling.hub.load import find_folder
 
-    files = export(find_folder(args.model), args.target, args.naming)
+    files = export_weights(find_folder(args.model), args.target, args.naming)
     size = sum(file.stat().st_size for file in files)
     print(f"{args.target}: {len(files)} files, {size / 1e6:.1f} MB, {args.naming} naming")
     if args.naming == "original":

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from kling import KlingPipeline
-from kling.cache.batches import LatentSteps, Places
+from kling.cache.batches import LatentSteps, RankBatches
 from kling.cache.store import CacheConfig, LatentCache, fill_cache
 from kling.data.buckets import Bucket, Epochs, batch_sizes
 from kling.data.clips import ManifestClips, folder_manifest, held_out
@@ -125,7 +125,7 @@ def test_the_order_is_a_function_of_seed_and_step_alone(manifest):
     for workers, start in ((0, 2), (2, 0)):
         again = list(batches(StepBatches(ClipSource(config(manifest, aspects=["16:9"]), seed=5), 2), start, 6, workers))
         assert all(torch.equal(a, b) for a, b in zip(straight[start:], again, strict=True))
-    two = [Places(StepBatches(source, 2), 0, Layout(rank, 2)) for rank in (0, 1)]
+    two = [RankBatches(StepBatches(source, 2), 0, Layout(rank, 2)) for rank in (0, 1)]
     assert all(torch.equal(two[place % 2][place // 2], straight[place]) for place in range(6))
     other = StepBatches(ClipSource(config(manifest, aspects=["16:9"]), seed=6), 2)
     assert any(a.shape != b.shape or not torch.equal(a, b) for a, b in zip(straight, (other[i] for i in range(6)), strict=True))

@@ -31,7 +31,7 @@ from kling.cameras.axes import axes_trajectory
 from kling.cameras.files import save_trajectory
 from kling.data.video import write_video
 from kling.errors import UserError
-from kling.sampling.plan import TASKS as PLANNED
+from kling.sampling.plan import TASK_TITLES as PLANNED
 
 
 def test_what_visitors_commonly_meet_is_said_in_chinese(pipe, uploads, tmp_path, monkeypatch):

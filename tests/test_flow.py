@@ -7,7 +7,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
 from kling.errors import UserError
-from kling.flow.diffusers_scheduler import PlainWalk
+from kling.flow.diffusers_scheduler import DiffusersWalk
 from kling.flow.guidance import Guidance, given_share, guided_velocity
 from kling.flow.levels import draw_sigma, shift_sigma, sigma_grid
 from kling.flow.losses import flow_loss
@@ -114,7 +114,7 @@ def test_unipc_is_that_of_diffusers(steps: int, shift: float):
     settings = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "num_train_timesteps": 1000, "flow_shift": shift}
     theirs, ours = (UniPCMultistepScheduler(**settings) for _ in range(2))
     theirs.set_timesteps(steps)
-    walk = PlainWalk(ours, steps, "cpu", shift)
+    walk = DiffusersWalk(ours, steps, "cpu", shift)
     assert walk._unipc is not None
     z = a = b = torch.randn(SHAPE)
     everything, nothing = torch.ones(1, 1, 3, 4, 4), torch.zeros(SHAPE)

@@ -16,7 +16,7 @@ import torch
 from diffusers import SchedulerMixin
 from torch import Tensor, nn
 
-from kling.cache.batches import LatentSteps, Places
+from kling.cache.batches import LatentSteps, RankBatches
 from kling.cache.store import CacheConfig, LatentBatch, LatentCache, fill_cache
 from kling.condition.tasks import TASKS
 from kling.config import load_config, save_config, to_dict
@@ -42,7 +42,7 @@ from kling.shapes import latent_frames
 from kling.text import ByteTextEncoder
 from kling.training.ema import EMA
 from kling.training.examples import Drawing, Example, check_divides, draw_example
-from kling.training.export import export
+from kling.training.export import save_pipeline
 from kling.training.health import Guard
 from kling.training.lora import Lora, add_lora, export_lora
 from kling.training.meter import Meter, matmul_ceiling
@@ -230,7 +230,7 @@ def train(cfg: TrainDiTConfig, stop: StopSignal) -> None:
         RunLog(out, cfg.steps, accelerator=accelerator, config=to_dict(cfg), start=done, log_every=cfg.log_every) as log,
     ):
         while done < cfg.steps:
-            feed, used = Places(data, places, layout), []  # after a rollback the data goes back too
+            feed, used = RankBatches(data, places, layout), []  # after a rollback the data goes back too
             for k, batch in enumerate(batches(feed, 0, (cfg.steps - done) * micro, cfg.workers)):
                 place = feed.place(k)
                 example = draw_example(drawing, batch, place, transformer, vae).to(device)
@@ -362,7 +362,7 @@ def pipeline(cfg: TrainDiTConfig, model: Trained, vae: nn.Module, start: Start |
     able += ["text_to_image"] if 1 in cfg.frames else []
     settings = {"scheduler": scheduler_of(cfg, start), "max_frames": cfg.max_frames}
     settings["capabilities"] = list(dict.fromkeys([*kept.get("capabilities", ()), *able]))
-    models = start.beside(model.transformer) if start else {"transformer": model.transformer}
+    models = start.other_models(model.transformer) if start else {"transformer": model.transformer}
     return KlingPipeline(vae, text_encoder=model.text_encoder, **{**models, **kept, **settings})
 
 
@@ -381,7 +381,7 @@ def publish(cfg: TrainDiTConfig, vae: nn.Module, out: Path, start: Start | None)
         pipe = pipeline(cfg, model, vae, start)
         if cfg.lora.rank:
             pipe.fuse_lora()
-        export(pipe, out / "export")
+        save_pipeline(pipe, out / "export")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kling.cache.batches import Places
+from kling.cache.batches import RankBatches
 from kling.config import load_config, save_config, to_dict
 from kling.data.image import write_png
 from kling.data.source import ClipSource, DataConfig, StepBatches, batches, check_data
@@ -37,10 +37,10 @@ from kling.training.meter import StepClock, peak_memory
 from kling.training.optim import adamw, lr_at, make_optimizer, set_lr
 from kling.training.run_state import load_run_tensors, run_tensors
 from kling.vae import AutoencoderKLKling, LossWeights, vae_loss
-from kling.vae.discriminator import Adversary, PatchDiscriminator3d, Perceptual, fooled, frozen, hinge
+from kling.vae.discriminator import Adversary, PatchDiscriminator3d, Perceptual, frozen, generator_loss, hinge
 from kling.vae.paths import PATHS, Autoencoding
 
-PARTS = ("encoder", "quant_conv", "post_quant_conv", "decoder")
+FREEZABLE = ("encoder", "quant_conv", "post_quant_conv", "decoder")
 
 
 @dataclass
@@ -119,8 +119,8 @@ def train(cfg: TrainVAEConfig, stop: StopSignal) -> None:
     model = load_vae(cfg.init_from) if cfg.init_from else AutoencoderKLKling(**cfg.model)
     model.train()
     for name in cfg.freeze:
-        if name not in PARTS:
-            raise unknown("part to freeze", name, PARTS)
+        if name not in FREEZABLE:
+            raise unknown("part to freeze", name, FREEZABLE)
         getattr(model, name).requires_grad_(False)
     critic = PatchDiscriminator3d(cfg.adversary.width, cfg.adversary.layers) if cfg.adversary.weight else None
     perceptual = Perceptual(cfg.perceptual_weights).to(device) if cfg.perceptual else None
@@ -154,7 +154,7 @@ def train(cfg: TrainVAEConfig, stop: StopSignal) -> None:
         RunLog(out, cfg.steps, accelerator=accelerator, config=to_dict(cfg), start=done, log_every=cfg.log_every) as log,
     ):
         while done < cfg.steps:
-            feed, used, sums = Places(data, places, layout), [], {}  # after a rollback the data goes back too
+            feed, used, sums = RankBatches(data, places, layout), [], {}  # after a rollback the data goes back too
             for k, video in enumerate(batches(feed, 0, (cfg.steps - done) * micro, cfg.workers)):
                 place = feed.place(k)
                 used.append(place)
@@ -169,7 +169,7 @@ def train(cfg: TrainVAEConfig, stop: StopSignal) -> None:
                         loss = loss + cfg.perceptual * terms["perceptual"]
                     if judged and (weight := cfg.adversary.weight_at(done)):
                         with frozen(critic):
-                            terms["fooled"] = fooled(critic(recon))
+                            terms["fooled"] = generator_loss(critic(recon))
                         loss = loss + weight * terms["fooled"]
                     clock.lap("forward")
                     accelerator.backward(loss)
@@ -231,7 +231,7 @@ def train(cfg: TrainVAEConfig, stop: StopSignal) -> None:
     saver.wait()
     if accelerator.is_main_process:
         with ema.swap(model):
-            export(model, cfg, out / "export")
+            save_vae(model, cfg, out / "export")
     accelerator.wait_for_everyone()
 
 
@@ -263,7 +263,7 @@ def strip(video: Tensor, n: int = 5) -> Tensor:
 
 
 @torch.no_grad()
-def export(model: AutoencoderKLKling, cfg: TrainVAEConfig, folder: Path) -> None:
+def save_vae(model: AutoencoderKLKling, cfg: TrainVAEConfig, folder: Path) -> None:
     """Write the folder that `from_pretrained` reads; latents that may have moved are measured anew."""
     if "encoder" not in cfg.freeze:
         mean, std = latent_statistics(model, cfg)

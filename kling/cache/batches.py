@@ -36,7 +36,7 @@ class LatentSteps(Dataset):
         return self.cache.batch(bucket, ids, frames)
 
 
-class Places(Dataset):
+class RankBatches(Dataset):
     """The batches that one process takes, in order: number k is place `first + k · ranks + rank` of the run's endless row of batches.
 
     So the row is walked once and in order whatever the number of processes and of accumulated micro-steps, also when they change.

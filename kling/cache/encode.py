@@ -52,15 +52,15 @@ def encode_clips(
 
 
 @torch.no_grad()
-def first_frames(vae: AutoencoderKLKling, clips: list[ClipSample], see: Callable[[Tensor], Tensor] | None) -> dict[str, Tensor]:
+def first_frames(vae: AutoencoderKLKling, clips: list[ClipSample], clip_tokens: Callable[[Tensor], Tensor] | None) -> dict[str, Tensor]:
     """What image-to-video weights are shown of each clip: its first frame before nothing but grey, encoded, `shown` (n, c, f, h, w); and
-    what `see` makes of the picture uint8 (H, W, 3), CLIP's tokens `seen` (n, i, e)."""
+    what `clip_tokens` makes of the picture uint8 (H, W, 3), CLIP's tokens `seen` (n, i, e)."""
     shown = []
     for clip in clips:
         video = to_tensor(clip.video)[None].to(vae.device)  # (1, 3, T, H, W)
         video[:, :, 1:] = 0
         shown.append(vae.normalize(vae.encode(video).latent_dist.mode())[0])
     tensors = {"shown": torch.stack(shown)}
-    if see is not None:
-        tensors["seen"] = torch.stack([see(torch.as_tensor(clip.video[0])) for clip in clips])
+    if clip_tokens is not None:
+        tensors["seen"] = torch.stack([clip_tokens(torch.as_tensor(clip.video[0])) for clip in clips])
     return {name: t.half().cpu() for name, t in tensors.items()}

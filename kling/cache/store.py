@@ -88,12 +88,12 @@ class Shard:
 
 def fill_cache(
     cfg: CacheConfig, vae: AutoencoderKLKling, rank: int = 0, ranks: int = 1, wait: Callable[[], None] = lambda: None,
-    see: Callable[[Tensor], Tensor] | None = None,
+    clip_tokens: Callable[[Tensor], Tensor] | None = None,
 ) -> Iterator[tuple[int, int]]:  # fmt: skip
     """Encode what is not there yet; yields (clips done, clips in all) after every shard, the ones found included.
 
     Process `rank` of `ranks` takes every ranks-th of the missing shards; `wait` returns when all of them have come to it.
-    see: a picture uint8 (H, W, 3) -> CLIP's tokens of it (i, e), for `cfg.image` and weights that take them.
+    clip_tokens: a picture uint8 (H, W, 3) -> CLIP's tokens of it (i, e), for `cfg.image` and weights that take them.
     """
     check_data(cfg.data)
     source = ClipSource(cfg.data, cfg.seed)
@@ -111,7 +111,7 @@ def fill_cache(
         samples = [next(clips) for _ in shard.numbers]
         ids = [sample.name for sample in samples] if source.manifest else shard.numbers
         tensors, rows = encode_clips(vae, samples, ids, ends, cfg.seed)
-        writer.add(shard, tensors | (first_frames(vae, samples, see) if cfg.image else {}), rows)
+        writer.add(shard, tensors | (first_frames(vae, samples, clip_tokens) if cfg.image else {}), rows)
         done += len(shard.numbers)
         yield done, total
     wait()

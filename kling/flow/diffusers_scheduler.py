@@ -14,7 +14,7 @@ from kling.flow.unipc import UniPC, is_unipc
 TRAIN_STEPS = 1000  # a published timestep is 1000 σ
 
 
-class PlainWalk:
+class DiffusersWalk:
     """One walk of a diffusers scheduler. `sigmas` (steps + 1,) are the levels that the network is told, which are the published timesteps.
 
     UniPC rounds those to whole numbers; the levels that it steps with are its own and exact. Its common form is computed in `unipc.py`, in

@@ -29,24 +29,24 @@ def draw_sigma(
         sigma = torch.rand(shape, generator=generator)
     else:
         raise unknown("density", density, DENSITIES)
-    return press(shift_sigma(sigma, shift).clamp(1e-4, 1 - 1e-4), within, density, shift)
+    return truncate_density(shift_sigma(sigma, shift).clamp(1e-4, 1 - 1e-4), within, density, shift)
 
 
-def press(sigma: Tensor, within: tuple[float, float], density: str, shift: float) -> Tensor:
+def truncate_density(sigma: Tensor, within: tuple[float, float], density: str, shift: float) -> Tensor:
     """Draws of a density -> draws of the same density cut to `within`: quantiles stay in their order."""
     if within == (0.0, 1.0):
         return sigma
-    low, high = quantile_of(torch.tensor(within, dtype=torch.float64), density, shift)
-    return level_at(low + (high - low) * quantile_of(sigma.double(), density, shift), density, shift).to(sigma.dtype)
+    low, high = density_cdf(torch.tensor(within, dtype=torch.float64), density, shift)
+    return density_ppf(low + (high - low) * density_cdf(sigma.double(), density, shift), density, shift).to(sigma.dtype)
 
 
-def level_at(quantile: Tensor, density: str, shift: float) -> Tensor:
+def density_ppf(quantile: Tensor, density: str, shift: float) -> Tensor:
     """The level below which this share of the training density lies."""
     return shift_sigma(torch.special.ndtri(quantile).sigmoid() if density == "logit_normal" else quantile, shift)
 
 
-def quantile_of(sigma: Tensor, density: str, shift: float) -> Tensor:
-    """Inverse of `level_at`."""
+def density_cdf(sigma: Tensor, density: str, shift: float) -> Tensor:
+    """Inverse of `density_ppf`."""
     plain = shift_sigma(sigma, 1 / shift).clamp(0, 1)  # 1 comes back a rounding above it
     return torch.special.ndtr(plain.logit()) if density == "logit_normal" else plain
 

@@ -33,7 +33,7 @@ COPIED = {"text_encoder": "UMT5EncoderModel", "image_encoder": "CLIPVisionModel"
 SHARD = "5GB"
 
 
-def export(source: str | Path, target: str | Path, naming: str = "diffusers") -> list[Path]:
+def export_weights(source: str | Path, target: str | Path, naming: str = "diffusers") -> list[Path]:
     """Write a pipeline folder, or a lone transformer, for others to read; returns the files. The target appears whole or not at all.
 
     Raises `UserError` if the target exists, or if the weights hold what the naming has no word for.

@@ -124,7 +124,7 @@ def save(
     folders stay (0 keeps all), and those of every `keep_every`-th step. Raises `UserError` if the disk is full or read-only; older
     checkpoints are then untouched.
     """
-    with told(run_dir, step):
+    with disk_errors(run_dir, step):
         begin(run_dir, step)
         files = write(run_dir, step, tensors)
         return finish(run_dir, step, files, meta or {}, keep_last, keep_every)
@@ -136,7 +136,7 @@ def folder(run_dir: str | Path, step: int) -> Path:
 
 
 @contextmanager
-def told(run_dir: str | Path, step: int) -> Iterator[None]:
+def disk_errors(run_dir: str | Path, step: int) -> Iterator[None]:
     """A disk that is full or cannot be written is one line, and leaves no half-written folder."""
     try:
         yield

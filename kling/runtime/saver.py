@@ -23,11 +23,11 @@ from kling.runtime.checkpoint import (
     Checkpoint,
     Groups,
     begin,
+    disk_errors,
     finish,
     folder,
     load_latest,
     open_folder,
-    told,
     write,
     write_atomic,
 )
@@ -64,7 +64,7 @@ class Saver:
         mine = {name: {k: local(t) for k, t in group.items() if is_mine(t, self.rank)} for name, group in tensors.items()}
         check_finite(mine)
         if self.rank == 0:
-            with told(self.run_dir, step):
+            with disk_errors(self.run_dir, step):
                 begin(self.run_dir, step)
         if self.ranks > 1:
             self.accelerator.wait_for_everyone()
@@ -95,7 +95,7 @@ class Saver:
             self._error = error
 
     def _write(self, step: int, mine: dict[str, dict[str, Tensor]], meta: dict[str, Any]) -> None:
-        with told(self.run_dir, step):
+        with disk_errors(self.run_dir, step):
             part = f".{self.rank:05d}" if self.ranks > 1 else ""
             files = write(self.run_dir, step, {name: group for name, group in mine.items() if group or self.rank == 0}, part)
             if self.ranks > 1:

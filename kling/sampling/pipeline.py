@@ -27,7 +27,7 @@ from kling.dit import KlingTransformer3DModel
 from kling.errors import UserError
 from kling.flow.diffusers_scheduler import shift_key
 from kling.flow.solvers import KlingFlowScheduler
-from kling.hub.clip import see
+from kling.hub.clip import clip_tokens
 from kling.hub.load import find_folder, load
 from kling.hub.lora import add_loras
 from kling.runtime.random import generator
@@ -363,7 +363,7 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         if config.pos_embed_seq_len is not None:
             pictures += [picture for picture, _, _ in inputs.keyframes[-1:]]
         shown = pictures or [torch.zeros(inputs.height, inputs.width, 3, dtype=torch.uint8)]
-        tokens = see(self.image_encoder, self.image_processor, shown, self._execution_device)  # (1 or 2, i, image_dim)
+        tokens = clip_tokens(self.image_encoder, self.image_processor, shown, self._execution_device)  # (1 or 2, i, image_dim)
         return tokens if pictures else torch.zeros_like(tokens)
 
     def encode(self, frames: Tensor) -> Tensor:

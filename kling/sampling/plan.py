@@ -16,7 +16,7 @@ from kling.shapes import TEMPORAL, clip_frames, latent_frames, nearest_frames
 PRO_STEPS = 2  # "pro" takes this many times the steps of "std", and a second-order solver
 CONTEXT = 9  # pixel frames of the clip so far that a continuation starts from (1 + 4j)
 
-TASKS = {
+TASK_TITLES = {
     "text_to_image": "text to image",
     "text": "text to video",
     "image": "image to video",
@@ -82,7 +82,7 @@ class Plan:
     def title(self) -> str:
         """The task in words, as the command line prints it first."""
         hops = f", then {len(self.hops) - 1} continuations" if len(self.hops) > 1 and not self.hops[0].overlap else ""
-        return TASKS[self.task] + hops
+        return TASK_TITLES[self.task] + hops
 
 
 def plan_hops(request: Request, inputs: Inputs, frames: int, fps: float, longest: int, spatial: int) -> list[Hop]:

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from kling.condition.state import State
 from kling.dit import KlingTransformer3DModel
-from kling.dit.constants import Constants
 from kling.dit.history import History
-from kling.flow.diffusers_scheduler import PlainWalk
+from kling.dit.walk_cache import WalkCache
+from kling.flow.diffusers_scheduler import DiffusersWalk
 from kling.flow.guidance import Guidance, given_share
 from kling.flow.solvers import KlingFlowScheduler
 from kling.flow.walk import Predict, Scheduler, Step, walk, walk_blocks
@@ -83,7 +83,7 @@ class Sampler:
         plan, ours = self.plan, self.scheduler
         if not isinstance(ours, KlingFlowScheduler):
             if state.plain and not plan.frame_delay:
-                return PlainWalk(ours, plan.num_inference_steps, device, plan.shift)
+                return DiffusersWalk(ours, plan.num_inference_steps, device, plan.shift)
             ours = KlingFlowScheduler(solver="adams")  # of second order, as the published ones are
         ours.set_timesteps(plan.num_inference_steps, device, plan.shift, plan.solver if ours is self.scheduler else None)
         return ours
@@ -91,7 +91,7 @@ class Sampler:
     def _predict(self, state: State, signals: Signals, history: dict[str, History] | None = None) -> Predict:
         """What gives the guided velocity of a clip. The expert and its guidance follow from the level."""
         plan = self.plan
-        constants: dict[tuple[bool, str], Constants] = {}
+        walk_caches: dict[tuple[bool, str], WalkCache] = {}
         guided = Guidance(plan.guidance_interval, plan.guidance_every, given_share(state.mask, state.position, plan.guidance_reach))
 
         def predict(z: Tensor, tokens: Tensor, level: Tensor) -> Tensor:
@@ -101,7 +101,7 @@ class Sampler:
 
             def velocity(which: str, camera: bool) -> Tensor:
                 past = None if history is None else history[which]
-                kept = constants.setdefault((second, which), Constants(len(expert.blocks))) if text_counts(tokens, signals) else None
+                kept = walk_caches.setdefault((second, which), WalkCache(len(expert.blocks))) if text_counts(tokens, signals) else None
                 return self._velocity(expert, state, signals, which, camera, z, sigma, past, kept)
 
             return guided(velocity, guidance, plan.camera_guidance_scale, signals.rays is not None, highest)
@@ -111,7 +111,7 @@ class Sampler:
     @staticmethod
     def _velocity(
         expert: KlingTransformer3DModel, state: State, signals: Signals, which: str, camera: bool, z: Tensor, sigma: Tensor,
-        history: History | None, constants: Constants | None = None,
+        history: History | None, walk_cache: WalkCache | None = None,
     ) -> Tensor:  # fmt: skip
         """One pass of one expert: z (1, c, G, h, w) and its level (1,), or each token's (1, G, h', w') -> velocity (1, c, G, h, w)."""
         dtype = expert.dtype
@@ -127,7 +127,7 @@ class Sampler:
                 camera=signals.rays if camera else None,
                 encoder_hidden_states_image=None if signals.image is None else signals.image.to(dtype),
                 history=history,
-                constants=constants,
+                walk_cache=walk_cache,
             ).sample.float()
 
 

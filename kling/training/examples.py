@@ -81,10 +81,10 @@ def draw_example(how: Drawing, batch: LatentBatch, place: int, transformer: Klin
     state = build_state(given, batch.latents, keyframes, tuple(transformer.config.patch_size))
     has_camera = torch.tensor([camera is not None and rng.random() >= how.camera_drop for camera in batch.cameras])
     example = Example(state, prompts, batch_rays(batch, given, transformer, vae), has_camera)
-    return beside(example, batch, given, transformer)
+    return as_extra_channels(example, batch, given, transformer)
 
 
-def beside(example: Example, batch: LatentBatch, given: list[Given], transformer: KlingTransformer3DModel) -> Example:
+def as_extra_channels(example: Example, batch: LatentBatch, given: list[Given], transformer: KlingTransformer3DModel) -> Example:
     """The same example for weights that take what is given beside the noise: nothing of the clip itself is given any more."""
     config, state, b = transformer.config, example.state, len(given)
     if config.image_dim is not None:

@@ -13,7 +13,7 @@ from kling.sampling.pipeline import KlingPipeline
 from kling.text.umt5 import UMT5TextEncoder
 
 
-def export(pipe: KlingPipeline, folder: Path) -> None:
+def save_pipeline(pipe: KlingPipeline, folder: Path) -> None:
     """The folder that `KlingPipeline.from_pretrained` reads, what was trained in bf16; whole or absent.
 
     Of published weights the encoders are copied, and the VAE keeps its precision: no training has touched them.

@@ -28,7 +28,7 @@ from kling.vae import AutoencoderKLKling
 
 # keys of the transformer's config that a training may add to a model: inputs that start at zero
 EXTRAS = ("in_channels", "num_kinds", "camera_channels", "camera_fold", "camera_downscale", "camera_residual_blocks")
-PARTS = {"": "transformer", "high": "transformer", "low": "transformer_2"}  # expert -> its folder
+EXPERT_FOLDERS = {"": "transformer", "high": "transformer", "low": "transformer_2"}  # expert -> its folder
 
 
 @dataclass(frozen=True)
@@ -56,13 +56,13 @@ class Start:
 
     def transformer(self, model: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> KlingTransformer3DModel:
         """What is trained, with the conditions of `model` added; see `grow`."""
-        return grow(self.folder / PARTS[self.expert], model, dtype)
+        return grow(self.folder / EXPERT_FOLDERS[self.expert], model, dtype)
 
-    def beside(self, trained: KlingTransformer3DModel) -> dict[str, Any]:
+    def other_models(self, trained: KlingTransformer3DModel) -> dict[str, Any]:
         """The models of a pipeline around a trained transformer, but VAE and text encoder: the other expert, and CLIP."""
-        parts = {PARTS[self.expert]: trained}
+        parts = {EXPERT_FOLDERS[self.expert]: trained}
         if self.expert:
-            other = next(name for name in PARTS.values() if name != PARTS[self.expert])
+            other = next(name for name in EXPERT_FOLDERS.values() if name != EXPERT_FOLDERS[self.expert])
             parts[other] = loaded(self.folder, other, KlingTransformer3DModel, torch_dtype=torch.bfloat16).to(trained.device)
         if (self.folder / "image_encoder").is_dir():
             parts |= load_image_encoder(self.folder)
@@ -97,7 +97,7 @@ def open_start(path: str | Path, checkpoint: str | None = None, expert: str = ""
     """
     folder = find_folder(path)
     parts = load(folder, checkpoint=checkpoint, weights=False)
-    two, choices = "transformer_2" in parts, [name for name in PARTS if name]
+    two, choices = "transformer_2" in parts, [name for name in EXPERT_FOLDERS if name]
     if two and expert not in choices:
         boundary = parts["boundary_ratio"]
         raise UserError(f"init_from {folder} has two experts: say expert=high to train levels above {boundary}, or expert=low")

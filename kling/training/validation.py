@@ -17,14 +17,14 @@ from kling.data.image import write_png
 from kling.data.source import ClipSource, DataConfig
 from kling.data.transforms import to_tensor
 from kling.errors import UserError
-from kling.flow.levels import level_at, press
+from kling.flow.levels import density_ppf, truncate_density
 from kling.flow.losses import flow_loss
 from kling.flow.path import velocity
 from kling.runtime.parallel import Layout
 from kling.runtime.random import noise_like
 from kling.sampling.pipeline import KlingPipeline
 from kling.sampling.request import Request
-from kling.training.examples import Example, batch_rays, beside
+from kling.training.examples import Example, as_extra_channels, batch_rays
 from kling.training.model import Trained
 from kling.vae import AutoencoderKLKling
 
@@ -66,7 +66,7 @@ def encode(clips: list[ClipSample], vae: AutoencoderKLKling) -> list[LatentBatch
 
 def level_quantiles(count: int, density: str, shift: float, within: tuple[float, float] = (0.0, 1.0)) -> Tensor:
     """(count,) levels in the middle of equal shares of the training density: its quantiles (i + ½) / count."""
-    return press(level_at((torch.arange(count) + 0.5) / count, density, shift), within, density, shift)
+    return truncate_density(density_ppf((torch.arange(count) + 0.5) / count, density, shift), within, density, shift)
 
 
 @torch.no_grad()
@@ -91,7 +91,7 @@ def validation_loss(
         state = build_state(given, batch.latents, None, tuple(model.transformer.config.patch_size))
         has_camera = torch.tensor([batch.cameras[0] is not None])
         example = Example(state, [batch.captions[0][0]], batch_rays(batch, given, model.transformer, vae), has_camera)
-        example = beside(example, batch, given, model.transformer).to(device)
+        example = as_extra_channels(example, batch, given, model.transformer).to(device)
         for q, level in enumerate(levels):
             noise = noise_like(example.state.clean, 0, "validation", q, batch.ids)
             v = run(example, level[None].to(device), noise)  # (1, c, f, h, w)

@@ -13,7 +13,7 @@ from av.video.reformatter import VideoReformatter
 from kling.data.decode import VideoInfo, open_video, picture, probe
 from kling.data.image import read_image
 from kling.data.manifest import IMAGE, Shot
-from kling.data.scan.measure import SIDE, Meter
+from kling.data.scan.measure import SIDE, ShotMeter
 from kling.data.transforms import fit
 from kling.errors import UserError
 from kling.runtime.files import Source, head, member_of, sha256, sniff, stamp
@@ -89,17 +89,17 @@ def examine(
 
 
 def _image(source: Source, path: str, kind: str, mtime_ns: int, size: int) -> Shot:
-    pixels, meter = read_image(source), Meter()
+    pixels, meter = read_image(source), ShotMeter()
     H, W = pixels.shape[:2]
     meter.see(0.0, fit(pixels, *_small(H, W)).numpy())
     info = VideoInfo(W, H, 1, 1.0, 0.0, 0, kind.split()[1].lower(), "rgb24", container=IMAGE)
     return Shot(path, info, size, mtime_ns, sha256(source), member=member_of(source), measures=meter.summary(0.0, 1.0))
 
 
-def _decode_all(source: Source, info: VideoInfo, split: bool, deadline: float) -> tuple[list[float], Meter, list[float]]:
+def _decode_all(source: Source, info: VideoInfo, split: bool, deadline: float) -> tuple[list[float], ShotMeter, list[float]]:
     """(time of every frame, what was measured, times of the cuts). Raises `UserError` at the first damage, or after the deadline."""
     times: list[float] = []
-    meter, scaler = Meter(), VideoReformatter()
+    meter, scaler = ShotMeter(), VideoReformatter()
     cuts = CutDetector(info.fps) if split else None
     size = _small(info.height, info.width)
     with open_video(source, threads=1) as (container, stream):

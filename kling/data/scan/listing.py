@@ -82,7 +82,7 @@ class Listing:
                 candidates = self._tar(path)
             else:
                 head(path)  # refuses what is missing
-                candidates = iter([beside(path)])
+                candidates = iter([with_sidecars(path)])
             for one in candidates:
                 key = (os.path.abspath(file_of(one.source)), member_of(one.source), one.start, one.end)
                 found[key] = _joined(found[key], one) if key in found else one
@@ -99,7 +99,7 @@ class Listing:
             if suffix == ".tar":
                 yield from self._tar(path)
             elif suffix in VIDEOS + IMAGES or (suffix not in TEXTS and is_media(path)):
-                yield beside(path)
+                yield with_sidecars(path)
             else:
                 self.passed[suffix or "no suffix"] += 1
 
@@ -136,7 +136,7 @@ class Listing:
             captions = [c for value in self._fields(row, "caption", where) for c in _captions(value, where)]
             camera = self._field(row, "camera", where)
             media, stretches = root / str(path), self._stretches(row, where)
-            there = beside(media)
+            there = with_sidecars(media)
             shares = [tuple(captions)] * len(stretches)
             if len(captions) > 1 and len(stretches) > 1:  # Panda: a list of captions, one for each of a list of stretches
                 if len(captions) != len(stretches):
@@ -185,7 +185,7 @@ def _joined(first: Candidate, again: Candidate) -> Candidate:
     return replace(first, captions=first.captions + new, camera=first.camera or again.camera, trouble=first.trouble or again.trouble)
 
 
-def beside(path: Path) -> Candidate:
+def with_sidecars(path: Path) -> Candidate:
     """A file with what lies beside it."""
     try:
         return Candidate(path, read_captions(path), camera=find_camera(path))

@@ -44,7 +44,7 @@ class Look:
     text: float  # share of the picture under lines of writing
 
 
-class Meter:
+class ShotMeter:
     """Looks at a video's frames as a scan passes them by, `RATE` times a second."""
 
     def __init__(self) -> None:

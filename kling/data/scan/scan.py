@@ -77,20 +77,20 @@ def scan(
         CutDetector(1.0)
     # what was added to a manifest since, such as captions by a model and estimated cameras, is kept
     added = {_identity(shot): shot for shot in read_manifest(manifest).shots} if manifest.is_file() and manifest.stat().st_size else {}
-    memory = Memory(manifest.with_suffix(".scan.jsonl"), split)
-    keys = [memory.key(c) for c in candidates]
-    todo = [i for i, key in enumerate(keys) if key not in memory and not candidates[i].trouble]
+    journal = ScanJournal(manifest.with_suffix(".scan.jsonl"), split)
+    keys = [journal.key(c) for c in candidates]
+    todo = [i for i, key in enumerate(keys) if key not in journal and not candidates[i].trouble]
     done = len(candidates) - len(todo)
-    summary = Summary(files=len(candidates), reused=sum(key in memory for key in keys))
+    summary = Summary(files=len(candidates), reused=sum(key in journal for key in keys))
     yield done, len(candidates)
     jobs = [(candidates[i], relative(file_of(candidates[i].source), manifest.parent), split, per_minute) for i in todo]
     for place, answer in run_jobs(jobs, workers):
-        memory.add(keys[todo[place]], answer)
+        journal.add(keys[todo[place]], answer)
         done += 1
         yield done, len(candidates)
     shots, bad = [], []
     for candidate, key in zip(candidates, keys, strict=True):
-        found = {"error": candidate.trouble} if candidate.trouble else memory[key]
+        found = {"error": candidate.trouble} if candidate.trouble else journal[key]
         path = relative(file_of(candidate.source), manifest.parent) + (f"/{member[0]}" if (member := member_of(candidate.source)) else "")
         if "error" in found:
             reason = found.get("reason") or reason_of(found["error"])
@@ -98,7 +98,7 @@ def scan(
             summary.bad[reason] += 1
             continue
         camera = relative(candidate.camera, manifest.parent) if candidate.camera else None
-        for shot in (shot_from(row, str(memory.path)) for row in found["shots"]):
+        for shot in (shot_from(row, str(journal.path)) for row in found["shots"]):
             before = added.get(_identity(shot), shot)
             captions, measures = candidate.captions or before.captions, before.measures | shot.measures
             shots.append(dataclasses.replace(shot, captions=captions, camera=camera or before.camera, measures=measures))
@@ -116,7 +116,7 @@ def _identity(shot: Shot) -> tuple[str, float, float]:
     return shot.sha256, shot.start, shot.end
 
 
-class Memory:
+class ScanJournal:
     """All that scans have found out, one line a file, appended as it comes. A file that has changed since has another key."""
 
     def __init__(self, path: Path, split: bool) -> None:

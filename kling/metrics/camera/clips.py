@@ -15,7 +15,7 @@ from kling.data.reader import open_reader
 from kling.errors import UserError
 from kling.metrics.camera.colmap import estimate_colmap
 from kling.metrics.camera.conventions import check_convention
-from kling.metrics.camera.rotation import WIDTH, Estimate, estimate_rotation
+from kling.metrics.camera.rotation import WIDTH, CameraEstimate, estimate_rotation
 from kling.metrics.camera.tracks import Pairs, tracks
 from kling.runtime.files import Source
 
@@ -34,7 +34,7 @@ def read_tracks(source: Source, info: VideoInfo, start: float, end: float, rate:
     return tracks(frames, gap), fps
 
 
-def read_colmap(source: Source, info: VideoInfo, start: float, end: float) -> Estimate:
+def read_colmap(source: Source, info: VideoInfo, start: float, end: float) -> CameraEstimate:
     """The path of a stretch of a video by structure from motion."""
     fps = min(COLMAP_RATE, info.fps)
     count = max(2, int((end - start) * fps + 1e-6))

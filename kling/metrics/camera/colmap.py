@@ -15,7 +15,7 @@ from torch import Tensor
 from kling.cameras.poses import resample
 from kling.cameras.trajectory import Trajectory
 from kling.errors import UserError
-from kling.metrics.camera.rotation import WIDTH, Estimate
+from kling.metrics.camera.rotation import WIDTH, CameraEstimate
 
 FEWEST_UNKNOWN, FEWEST_KNOWN = (
     0.3,
@@ -23,7 +23,7 @@ FEWEST_UNKNOWN, FEWEST_KNOWN = (
 )  # of the frames that must be placed, by whether the intrinsics are known; the others are interpolated
 
 
-def estimate_colmap(frames: Tensor, fps: float) -> Estimate:
+def estimate_colmap(frames: Tensor, fps: float) -> CameraEstimate:
     """The path of a clip (T, H, W, 3) uint8 of one unknown focal length, in units of its own.
 
     Frames that were not placed are interpolated, and not counted as registered. Raises `UserError` if pycolmap is missing, or finds no
@@ -41,7 +41,7 @@ def estimate_colmap(frames: Tensor, fps: float) -> Estimate:
     intrinsics = torch.from_numpy(np.stack([K[:, 0, 0] / W, K[:, 1, 1] / H, K[:, 0, 2] / W, K[:, 1, 2] / H], axis=-1))
     path = _path(found, intrinsics, T)
     error = float(model.compute_mean_reprojection_error()) * WIDTH / W
-    return Estimate(Trajectory(path.c2w.float(), path.intrinsics.float()), fps, len(found) / T, error)
+    return CameraEstimate(Trajectory(path.c2w.float(), path.intrinsics.float()), fps, len(found) / T, error)
 
 
 def colmap_path(video: Tensor, intrinsics: Tensor, scale: int) -> Trajectory | None:

@@ -43,7 +43,7 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Estimate:
+class AlignedPath:
     """What the frames say about the camera."""
 
     trajectory: Trajectory  # relative to frame 0
@@ -83,7 +83,7 @@ class _Anchor:
     solid: Tensor  # (n,) bool: nothing that moves
 
 
-def estimate_trajectory(video: Tensor, stage: Stage) -> Estimate:
+def estimate_trajectory(video: Tensor, stage: Stage) -> AlignedPath:
     """The camera of a clip (T, H, W, 3) uint8."""
     T, H, W, _ = video.shape
     moving = grown(segment(video, stage.palette)[1] > 0, 4)
@@ -104,7 +104,7 @@ def estimate_trajectory(video: Tensor, stage: Stage) -> Estimate:
         velocity = poses[-1].step_to(pose)
         poses.append(pose)
         anchors.append(_anchor(pose, maps[t], f0))
-    return Estimate(_trajectory(poses, stage.focal, H, W), correlation)
+    return AlignedPath(_trajectory(poses, stage.focal, H, W), correlation)
 
 
 def _aligned(guess: _Pose, anchors: list[_Anchor], frame: Tensor, f0: float, stage: Stage) -> tuple[_Pose, Tensor]:

@@ -20,7 +20,7 @@ FOCALS = np.geomspace(0.5, 2.5, 13)
 
 
 @dataclass(frozen=True)
-class Estimate:
+class CameraEstimate:
     """A camera path from pixels. registered: share of the frames that were placed. error: median, pixels at a width of 320."""
 
     trajectory: Trajectory
@@ -29,7 +29,7 @@ class Estimate:
     error: float
 
 
-def estimate_rotation(pairs: Pairs, fps: float, ratio: float) -> Estimate:
+def estimate_rotation(pairs: Pairs, fps: float, ratio: float) -> CameraEstimate:
     """The path of a camera that turns on the spot, from points of consecutive frames. ratio: width / height.
 
     The focal length is the one of `FOCALS` under which the points agree best, if it matters; frames in which fewer than `ENOUGH` of
@@ -49,7 +49,7 @@ def estimate_rotation(pairs: Pairs, fps: float, ratio: float) -> Estimate:
     c2w = np.concatenate([np.stack(poses), np.zeros((len(poses), 3, 1))], axis=-1)
     intrinsics = np.tile([best, best * ratio, 0.5, 0.5], (len(poses), 1))
     path = Trajectory(torch.from_numpy(c2w).float(), torch.from_numpy(intrinsics).float())
-    return Estimate(path, fps, float(registered.mean()), error)
+    return CameraEstimate(path, fps, float(registered.mean()), error)
 
 
 def _chain(pairs: Pairs, focal: float, ratio: float) -> tuple[list[np.ndarray], float, np.ndarray, float]:

@@ -7,7 +7,7 @@ from torch import Tensor
 from kling.nn.attention import Kept
 
 
-class Constants:
+class WalkCache:
     """Given to every forward pass of a walk with the same text, positions and size; the first one fills it, the others read it.
 
     For sampling only: it is right as long as weights and text stay what they were. Costs 2 · l · d numbers a layer for l text tokens.
