@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from kling_programs.eval.common import Parser, protocol_hash, write_json, write_text
+from kling_programs.eval.common import protocol_hash, write_json, write_text
+from kling_programs.sample.command import Parser
 from torch import Tensor
 
 from kling.data.image import read_image, write_png

@@ -22,8 +22,9 @@ from collections import defaultdict
 from importlib.util import find_spec
 from pathlib import Path
 
-from kling_programs.eval.common import Parser, protocol_hash, write_json, write_text
+from kling_programs.eval.common import protocol_hash, write_json, write_text
 from kling_programs.eval.videos import vbench_class
+from kling_programs.sample.command import Parser
 from torch import Tensor
 
 from kling.cameras.axes import axes_trajectory

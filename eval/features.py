@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kling_programs.eval.common import VIDEOS, Parser, check_order, files, protocol_hash, write_json, write_text
+from kling_programs.eval.common import VIDEOS, check_order, files, protocol_hash, write_json, write_text
+from kling_programs.sample.command import Parser
 from torch import Tensor
 
 from kling.data.transforms import fit

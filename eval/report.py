@@ -16,7 +16,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from kling_programs.eval.common import Parser, write_text
+from kling_programs.eval.common import write_text
+from kling_programs.sample.command import Parser
 
 from kling.errors import UserError
 from kling.runtime.files import head

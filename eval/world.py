@@ -34,10 +34,12 @@ from typing import Any
 import numpy as np
 import torch
 from kling_programs.eval.cases import ASPECT, CASES, FRAMES, LONG, ORDERS, TABLE, Case, half, held_out, labels, with_camera
-from kling_programs.eval.common import Parser, check_order, protocol_hash, write_json
+from kling_programs.eval.common import check_order, protocol_hash, write_json
+from kling_programs.sample.command import Parser
 from torch import Tensor
 
 from kling.data.image import write_png
+from kling.data.strip import strip
 from kling.data.transforms import fit, to_tensor
 from kling.data.world.render import HAZE, HAZE_DISTANCE
 from kling.data.world.scene import COLOUR_RGB, FOCAL, World, render_scene, start_pose
@@ -46,7 +48,7 @@ from kling.metrics.camera.odometry import Stage
 from kling.metrics.control import QUESTIONS, Detectors
 from kling.metrics.controls import frozen, noise, shuffled
 from kling.metrics.pixel import flicker, psnr, seam, ssim
-from kling.metrics.report import Row, markdown, paired, reached, strip, summarise
+from kling.metrics.report import Row, markdown, paired, reached, summarise
 from kling.metrics.ruler import Ruler
 from kling.runtime.files import head, written
 from kling.runtime.random import derive_seed

@@ -9,20 +9,16 @@ MODEL is a folder in diffusers layout, ours or published, or a hub id. Tensors a
 
 from __future__ import annotations
 
-import argparse
 import sys
 
-from kling.errors import UserError, program
+from kling_programs.sample.command import Parser
 
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        raise UserError(f"{message} (kling-export --help lists everything)")
+from kling.errors import program
 
 
 @program
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser("kling-export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser("kling-export", __doc__)
     parser.add_argument("model", metavar="MODEL", help="folder, hub id or safetensors file")
     parser.add_argument("target", metavar="FOLDER", help="where to write; must not exist")
     parser.add_argument("--naming", metavar="diffusers|original", default="diffusers")

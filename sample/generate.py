@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from kling_programs.sample.command import Parser
 from safetensors.torch import save_file
 from tqdm import tqdm
 
@@ -157,20 +158,9 @@ def model_hashes(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------------------ the command line
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        raise UserError(f"{message} (kling-sample --help lists everything)")
-
-
 def parse(argv: list[str]) -> argparse.Namespace:
     """Unset options are None, so that a request's own defaults hold."""
-    parser = Parser(
-        "kling-sample",
-        usage='kling-sample "PROMPT" [options]',
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser("kling-sample", __doc__, usage='kling-sample "PROMPT" [options]')
     parser.add_argument("prompt", nargs="?", help="what to show, in English or Chinese")
     parser.add_argument("--negative-prompt", metavar="TEXT", help="what to steer away from")
 

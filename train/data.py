@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
+from kling_programs.sample.command import Parser
 from tqdm import tqdm
 
 from kling.cameras.files import read_path
@@ -42,8 +43,8 @@ def main(argv: list[str] | None = None) -> None:
     args.run(args)
 
 
-def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="kling-data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser() -> Parser:
+    top = Parser("kling-data", __doc__, allow_abbrev=True)
     commands = top.add_subparsers(required=True, metavar="COMMAND")
 
     cmd = commands.add_parser("scan", help="look at every file once; write a manifest and a quarantine")

@@ -21,6 +21,7 @@ from kling.cache.batches import RankBatches
 from kling.config import load_config, save_config, to_dict
 from kling.data.image import write_png
 from kling.data.source import ClipSource, DataConfig, StepBatches, batches, check_data
+from kling.data.strip import strip
 from kling.data.transforms import to_batch, to_tensor, to_uint8
 from kling.errors import UserError, program, unknown
 from kling.metrics.pixel import psnr
@@ -249,17 +250,11 @@ def evaluate(model: AutoencoderKLKling, cfg: TrainVAEConfig, accelerator: Accele
         video = to_tensor(source.clip(i, max(cfg.data.frames), cfg.data.aspects[i % len(cfg.data.aspects)]).video)[None]
         recon = model(video.to(model.device)).sample.cpu().clamp(-1, 1)
         score += psnr(recon, video).mean().to(score.device)
-        rows += [strip(video[0]), strip(recon[0])] if i % len(cfg.data.aspects) == 0 else []
+        rows += [to_uint8(video[0]), to_uint8(recon[0])] if i % len(cfg.data.aspects) == 0 else []
     if accelerator.is_main_process:
         picture.parent.mkdir(parents=True, exist_ok=True)
-        write_png(picture, torch.cat(rows).numpy())
+        write_png(picture, strip(rows, min(5, max(cfg.data.frames)), gap=0).numpy())
     return {"eval/psnr": float(total(accelerator, score)) / cfg.eval_clips}
-
-
-def strip(video: Tensor, n: int = 5) -> Tensor:
-    """(3, T, H, W) -> (H, n W, 3) uint8: n frames side by side, first to last."""
-    picks = torch.linspace(0, video.shape[1] - 1, min(n, video.shape[1])).round().long()
-    return torch.cat(list(to_uint8(video[:, picks])), dim=1)
 
 
 @torch.no_grad()

@@ -34,7 +34,7 @@ from kling.data.buckets import Bucket
 from kling.data.clips import ClipSample
 from kling.data.source import ClipSource, DataConfig, batches, check_data
 from kling.errors import UserError
-from kling.runtime.checkpoint import write_atomic
+from kling.runtime.files import sha256, write_atomic
 from kling.shapes import latent_frames
 from kling.vae import AutoencoderKLKling
 
@@ -191,7 +191,7 @@ class CacheWriter:
         write_atomic(path.with_suffix(".json"), json.dumps(rows, ensure_ascii=False))
         temporary.replace(path)
         shape = {"aspect": shard.bucket.aspect, "frames": shard.bucket.frames, "digest": shard.digest}
-        self.made[shard.name] = {"clips": len(rows), **shape, "bytes": path.stat().st_size, "sha256": _sha256(path)}
+        self.made[shard.name] = {"clips": len(rows), **shape, "bytes": path.stat().st_size, "sha256": sha256(path)}
         self._write(self.own, self.made)
 
     def finish(self, plan: list[Shard]) -> None:
@@ -321,10 +321,5 @@ class LatentCache:
         return self._open[name]
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _whole(path: Path, entry: dict[str, Any]) -> bool:
-    return path.is_file() and path.stat().st_size == entry["bytes"] and _sha256(path) == entry["sha256"]
+    return path.is_file() and path.stat().st_size == entry["bytes"] and sha256(path) == entry["sha256"]

@@ -11,7 +11,6 @@ last, and brought to the clip's number of frames: it takes as long as the clip d
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import torch
@@ -20,6 +19,7 @@ from torch import Tensor
 from kling.cameras.poses import cropped, inverse, quaternion, resample, rotation_matrix
 from kling.cameras.trajectory import Trajectory
 from kling.errors import UserError
+from kling.runtime.files import replaced, writing
 
 COLUMNS = 19
 SLACK = 1e-2  # how far R Rᵀ may be from the identity: files round to a few digits
@@ -95,12 +95,8 @@ def save_trajectory(path: str | Path, trajectory: Trajectory, fps: float = 8.0, 
         text = "".join(f"{stamp} " + " ".join(f"{x:.9g}" for x in (*k, 0, 0, *w2c)) + "\n" for stamp, k, w2c in rows)
     else:
         raise UserError(f"camera file {path}: end its name in .txt (RealEstate10K) or .json")
-    temporary = path.with_name(f".{path.name}.part")
-    try:
+    with writing(path), replaced(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}): choose another place") from None
 
 
 # ------------------------------------------------------------------------------------------------------------------- reading

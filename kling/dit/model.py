@@ -35,6 +35,8 @@ from kling.nn.patch import PatchEmbed, unpatchify
 from kling.nn.rope import RotaryPosEmbed
 from kling.shapes import token_grid
 
+OUTPUT = "thwc"  # of the numbers that a token becomes: Wan's order, in which the channel is the fastest axis
+
 
 class KlingTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, AttentionMixin):
     """Velocity of noisy latents.
@@ -197,7 +199,7 @@ class KlingTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
             past = None if history is None else history.layers[i]
             kept = None if walk_cache is None else walk_cache.layers[i]
             x = self._run(block, x, text, modulation, rotation, image, past, kept)
-        velocity = unpatchify(self._head(x, temb, index), grid, patch)  # (b, c, G, h, w)
+        velocity = unpatchify(self._head(x, temb, index).unflatten(1, grid), patch, OUTPUT)  # (b, c, G, h, w)
         return Transformer2DModelOutput(sample=velocity) if return_dict else (velocity,)
 
     def forward_packed(self, batches: list[dict[str, Tensor | None]]) -> list[Tensor]:
@@ -226,7 +228,7 @@ class KlingTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
         for block in self.blocks:
             x = self._run(block, x, text, Modulation(vectors, index), rotation, None, None, None, packing)
         parts = packing[0].split(self._head(x, temb, index))
-        return [unpatchify(part, grid, patch) for part, grid in zip(parts, grids, strict=True)]
+        return [unpatchify(part.unflatten(1, grid), patch, OUTPUT) for part, grid in zip(parts, grids, strict=True)]
 
     def _embed(self, z: Tensor, grid: tuple[int, int, int], kinds: Tensor | None, camera: Tensor | None, mask: Tensor | None) -> Tensor:
         """Latents (b, c, G, h, w) -> tokens (b, n, d), with what is added to them."""

@@ -6,7 +6,7 @@ import hashlib
 import os
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -132,27 +132,56 @@ def sniff(start: bytes) -> tuple[str | None, str]:
 
 
 @contextmanager
-def written(path: str | Path) -> Iterator[Path]:
-    """A temporary path in the folder of `path`, moved to `path` when the block ends well and deleted when it does not.
+def replaced(path: Path, sync: bool = False) -> Iterator[Path]:
+    """A temporary path beside `path`, moved to `path` when the block ends well and deleted when it does not: all atomic writing is this.
 
-    The folder is made if it is missing. Raises `UserError` if `path` cannot be written.
+    sync: both are on the disk when it returns. Errors are the system's.
     """
-    path = Path(path)
     temporary = path.with_name(f".{uuid.uuid4().hex}.part")
+    temporary.touch(exist_ok=False)
+    try:
+        yield temporary
+        if sync:
+            sync_to_disk(temporary)
+        os.replace(temporary, path)
+        if sync:
+            sync_to_disk(path.parent)
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def write_atomic(path: str | Path, text: str) -> None:
+    """Replace a small text file so that a reader sees the old one or the new one, never half of one, also after a power cut."""
+    with replaced(Path(path), sync=True) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def sync_to_disk(path: Path) -> None:
+    """Wait until a file's bytes, or a folder's names, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def written(path: str | Path) -> Iterator[Path]:
+    """`replaced` for what a person asked for: the folder is made if it is missing, and what the system refuses is a `UserError`."""
+    path = Path(path)
     with writing(path):
         if path.is_dir():
             raise IsADirectoryError(0, "it is a folder")
         if path.parent.exists() and not path.parent.is_dir():
             raise NotADirectoryError(0, f"{path.parent} is a file")
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch(exist_ok=False)
-    try:
+    with ExitStack() as stack:
+        with writing(path):
+            temporary = stack.enter_context(replaced(path))
         yield temporary
         with writing(path):
-            os.replace(temporary, path)
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
+            stack.close()
 
 
 @contextmanager

@@ -29,8 +29,8 @@ from kling.runtime.checkpoint import (
     load_latest,
     open_folder,
     write,
-    write_atomic,
 )
+from kling.runtime.files import write_atomic
 from kling.runtime.parallel import is_mine, local, same_for_all
 
 PATIENCE = 1800.0  # seconds that the main process waits for the files of the others

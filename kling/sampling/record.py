@@ -24,7 +24,7 @@ import torch
 
 from kling import __version__
 from kling.errors import UserError
-from kling.runtime.files import head, written
+from kling.runtime.files import head, sha256, written
 from kling.sampling.request import Request
 
 Record = dict[str, Any]
@@ -78,7 +78,7 @@ def request_of(record: Record, source: str) -> Request:
     except TypeError as error:
         raise UserError(f"{source} was written by kling {record.get('kling')}, with another request ({error}): use that version") from None
     for path, digest in record["inputs"].items():
-        if sha256(Path(path)) != digest:
+        if input_hash(Path(path)) != digest:
             raise UserError(f"{path} is not the file that {source} was made from: put that one back")
     return request
 
@@ -125,13 +125,13 @@ def frame_hashes(frames: np.ndarray) -> Record:
 def model_hashes(folder: Path, others: Sequence[Path] = ()) -> Record:
     """A model folder and the SHA-256 of its weights and configs, and of those from elsewhere."""
     files = sorted(path for path in folder.rglob("*") if path.suffix in (".safetensors", ".json"))
-    hashes = {str(path.relative_to(folder)): sha256(path) for path in files}
-    return {"path": str(folder.absolute()), "sha256": hashes | {str(path): sha256(path) for path in others}}
+    hashes = {str(path.relative_to(folder)): input_hash(path) for path in files}
+    return {"path": str(folder.absolute()), "sha256": hashes | {str(path): input_hash(path) for path in others}}
 
 
 def input_hashes(request: Request) -> dict[str, str]:
     """Every file that the request reads, and its SHA-256. Raises `UserError` for a missing, empty or unreadable one."""
-    return {str(path): sha256(path) for path in _input_files(request)}
+    return {str(path): input_hash(path) for path in _input_files(request)}
 
 
 def _input_files(request: Request) -> Iterator[Path]:
@@ -156,11 +156,10 @@ def machine(device: torch.device) -> Record:
     return {"python": platform.python_version(), **versions, "device": kind, "threads": torch.get_num_threads()}
 
 
-def sha256(path: Path) -> str:
+def input_hash(path: Path) -> str:
     """Of a file. Raises `UserError` if it is missing, empty or unreadable."""
     head(path)
     blob = path.resolve()
     if blob.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", blob.name):
         return blob.name  # the hub's cache names large files by what we are about to compute
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256(path)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kling.errors import UserError
-from kling.runtime.checkpoint import write_atomic
+from kling.runtime.files import write_atomic
 
 LIMIT = 5  # updates in a row that may be left out
 

@@ -15,6 +15,7 @@ from kling.condition.tasks import TASKS
 from kling.data.clips import ClipSample
 from kling.data.image import write_png
 from kling.data.source import ClipSource, DataConfig
+from kling.data.strip import strip
 from kling.data.transforms import to_tensor
 from kling.errors import UserError
 from kling.flow.levels import density_ppf, truncate_density
@@ -115,11 +116,8 @@ def draw_samples(pipe: KlingPipeline, requests: list[Request], picture: Path | N
     rows = []
     pipe.transformer.eval()
     for request in requests:
-        frames = torch.from_numpy(pipe(request).frames[0])  # (T, H, W, 3)
-        picks = torch.linspace(0, len(frames) - 1, 6).round().long()
-        rows.append(torch.cat(list(frames[picks]), dim=1))  # (H, 6 W, 3)
+        rows.append(pipe(request).frames[0])  # (T, H, W, 3)
     pipe.transformer.train()
     if picture is not None:
         picture.parent.mkdir(parents=True, exist_ok=True)
-        widest = max(row.shape[1] for row in rows)
-        write_png(picture, torch.cat([torch.nn.functional.pad(row, (0, 0, 0, widest - row.shape[1])) for row in rows]).numpy())
+        write_png(picture, strip(rows, gap=0).numpy())

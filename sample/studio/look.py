@@ -68,12 +68,6 @@ def walk(pipe: KlingPipeline, request: Request, tell: Tell) -> Walk:
     return Walk([*sigmas, 0.0], seen, latents[0], frames, request.prompt, plan.fps)
 
 
-def strip(frames: np.ndarray, columns: int = COLUMNS) -> np.ndarray:
-    """Some frames side by side: (T, H, W, 3) -> (H, columns · W, 3)."""
-    picks = np.linspace(0, len(frames) - 1, min(columns, len(frames))).round().astype(int)
-    return np.concatenate(list(frames[picks]), axis=1)
-
-
 def channel_map(latents: Tensor) -> np.ndarray:
     """(c, f, h, w) -> a picture with a row for every channel and a column for every latent frame, each row from its least to its most.
 

@@ -14,6 +14,7 @@ import numpy as np
 from kling.data.image import read_image
 from kling.data.manifest import Bad, Manifest, Shot, shot_from
 from kling.data.reader import open_reader
+from kling.data.strip import strip
 from kling.data.transforms import cover_size, fit
 from kling.errors import UserError
 from kling.runtime.files import written
@@ -105,7 +106,7 @@ def _sheet(manifest: Manifest, clips: Iterable[tuple[Shot, str]]) -> str:
     figures = []
     for shot, why in clips:
         try:
-            picture = base64.b64encode(strip(manifest, shot)).decode()
+            picture = base64.b64encode(thumbnails(manifest, shot)).decode()
             image = f'<img src="data:image/jpeg;base64,{picture}" alt="">'
         except UserError as error:
             image, why = "", f"{why} {error}"
@@ -116,16 +117,16 @@ def _sheet(manifest: Manifest, clips: Iterable[tuple[Shot, str]]) -> str:
     return f'<div class="sheet">{"".join(figures)}</div>'
 
 
-def strip(manifest: Manifest, shot: Shot) -> bytes:
+def thumbnails(manifest: Manifest, shot: Shot) -> bytes:
     """A JPEG of `STRIP` frames of a clip, first to last, side by side."""
     source = manifest.check(shot)
     size = cover_size(shot.video.height, shot.video.width, THUMB, 1)
     if shot.is_image:
-        frames = fit(read_image(source), *size)[None].numpy()
+        frames = fit(read_image(source), *size)[None]
     else:
         step = max(0.0, shot.seconds - 1 / shot.video.fps) / (STRIP - 1)
-        frames = open_reader(source, info=shot.video).at([shot.start + i * step for i in range(STRIP)], size).numpy()
-    row = np.concatenate(list(frames), axis=1)
+        frames = open_reader(source, info=shot.video).at([shot.start + i * step for i in range(STRIP)], size)
+    row = strip([frames], len(frames), gap=0).numpy()
     return cv2.imencode(".jpg", np.ascontiguousarray(row[..., ::-1]), [cv2.IMWRITE_JPEG_QUALITY, 80])[1].tobytes()
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kling.cameras.poses import resample
+from kling.cameras.poses import inverse, resample
 from kling.cameras.trajectory import Trajectory
 from kling.errors import UserError
 from kling.metrics.camera.rotation import WIDTH, CameraEstimate
@@ -105,8 +105,6 @@ def _placed(model: Any) -> list[tuple[int, Any]]:
 def _path(found: list[tuple[int, Any]], intrinsics: Tensor, T: int) -> Trajectory:
     """A pose for each of T frames, relative to frame 0: interpolated between those that were placed, and held beyond the ends."""
     w2c = np.stack([image.cam_from_world().matrix() for _, image in found])  # (n, 3, 4)
-    Rᵀ = w2c[:, :, :3].transpose(0, 2, 1)
-    c2w = torch.from_numpy(np.concatenate([Rᵀ, -Rᵀ @ w2c[:, :, 3:]], axis=-1))
     times = torch.tensor([float(t) for t, _ in found], dtype=torch.float64)
     when = torch.arange(T, dtype=torch.float64).clamp(times[0], times[-1])
-    return resample(Trajectory(c2w, intrinsics), times, when).relative()
+    return resample(Trajectory(inverse(torch.from_numpy(w2c)), intrinsics), times, when).relative()

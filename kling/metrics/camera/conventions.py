@@ -13,20 +13,27 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+import torch
 
+from kling.cameras.poses import inverse
 from kling.cameras.trajectory import Trajectory
 from kling.errors import UserError
 from kling.metrics.camera.rotation import WIDTH
 from kling.metrics.camera.tracks import Pairs
 
+
+def _inverted(c2w: np.ndarray) -> np.ndarray:
+    return inverse(torch.from_numpy(c2w)).numpy()
+
+
 WRONG = 2.0  # how many times better another convention must explain the points before the given one is refused
 FLIP = np.diag([1.0, -1.0, -1.0])  # OpenCV axes <-> OpenGL's: y up, looking along -z
 CONVENTIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "camera-to-world in OpenCV axes": lambda c2w: c2w,
-    "world-to-camera": lambda c2w: _inverse(c2w),
+    "world-to-camera": lambda c2w: _inverted(c2w),
     "camera-to-world in OpenGL axes (y up, z backward)": lambda c2w: np.concatenate([c2w[:, :, :3] @ FLIP, c2w[:, :, 3:]], -1),
     "world-to-camera in OpenGL axes (y up, z backward)": lambda c2w: np.concatenate(
-        [_inverse(c2w)[:, :, :3] @ FLIP, _inverse(c2w)[:, :, 3:]], -1
+        [_inverted(c2w)[:, :, :3] @ FLIP, _inverted(c2w)[:, :, 3:]], -1
     ),
 }
 
@@ -68,8 +75,3 @@ def _misplaced(a: np.ndarray, b: np.ndarray, Ka: np.ndarray, Kb: np.ndarray, p: 
     place = point[:, :2] / np.where(ahead, point[:, 2], 1)[:, None]
     off = np.linalg.norm((place - seen[:, :2]) * Kb[0], axis=-1) * WIDTH  # square pixels: one focal length in both
     return np.where(ahead, np.minimum(off, WIDTH), WIDTH)
-
-
-def _inverse(c2w: np.ndarray) -> np.ndarray:
-    Rᵀ = c2w[:, :, :3].transpose(0, 2, 1)
-    return np.concatenate([Rᵀ, -Rᵀ @ c2w[:, :, 3:]], axis=-1)
