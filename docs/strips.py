@@ -12,8 +12,8 @@ import torch
 
 from kling import KlingPipeline, Request
 from kling.data.image import write_png
-from kling.data.world import World
-from kling.metrics.report import strip
+from kling.data.strip import strip
+from kling.data.world.scene import World
 
 HERE = Path(__file__).parent / "strips"
 

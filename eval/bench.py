@@ -20,7 +20,6 @@ itself comes first in each suite: more than 3 % from 1, and nothing is judged. E
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import json
 import sys
@@ -32,10 +31,11 @@ import torch
 from kling_programs.eval.benches.machine import ceilings, describe, pin
 from kling_programs.eval.benches.measure import Bench, Row
 from kling_programs.eval.benches.plot import plot
+from kling_programs.sample.command import Parser
 
-from kling.data.files import written
 from kling.errors import UserError, program, unknown
-from kling.runtime.inference import pick_device
+from kling.runtime.files import written
+from kling.sampling.machine import pick_device
 
 SUITES = ("dit", "attn", "vae", "vae-mem", "sampler", "video", "loader", "train", "scaling")
 ON_CPU = ("video", "loader")  # whatever the device
@@ -43,7 +43,7 @@ ON_CPU = ("video", "loader")  # whatever the device
 
 @program
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="kling-bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("kling-bench", __doc__, allow_abbrev=True)
     parser.add_argument("suites", nargs="*", metavar="SUITE", help="default: all")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default %(default)s)")
     parser.add_argument("--quick", action="store_true", help="smaller and fewer")

@@ -22,16 +22,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from kling_programs.eval.common import Parser, protocol_hash, write_json, write_text
+from kling_programs.eval.common import protocol_hash, write_json, write_text
+from kling_programs.sample.command import Parser
 from torch import Tensor
 
-from kling.data.files import head
 from kling.data.image import read_image, write_png
 from kling.data.transforms import fit
 from kling.data.video import probe, write_video
 from kling.errors import UserError, unknown
 from kling.metrics.benchmarks import BOARDS, Job, board_scores, physics_iq, physics_iq_jobs, vbench_jobs
 from kling.metrics.worldscore import Instance, camera_data, image_data, worldscore, worldscore_aspects, worldscore_instances
+from kling.runtime.files import head
 from kling.runtime.random import derive_seed
 
 ACTIONS = ("sample", "check", "import")
@@ -73,7 +74,7 @@ def read_list(path: Path, name: str) -> list[Any]:
 
 def sample(args: argparse.Namespace, jobs: list[Job]) -> None:
     """Make the videos that are not there yet."""
-    from kling.pipeline import ASSETS, KlingPipeline
+    from kling.sampling.pipeline import ASSETS, KlingPipeline
 
     pictures = {job.image for job in jobs if job.image}
     if pictures and not args.images:
@@ -104,7 +105,7 @@ def check(args: argparse.Namespace, jobs: list[Job]) -> None:
 
 def sample_worlds(args: argparse.Namespace, worlds: list[Instance]) -> None:
     """Make the folders that are not there yet. image_data.json is written last: a folder that has it is whole."""
-    from kling.pipeline import ASSETS, KlingPipeline
+    from kling.sampling.pipeline import ASSETS, KlingPipeline
 
     if any(world.still for world in worlds) and not args.still:
         raise UserError("still worlds need --still, the sentence that generate_prompt_from_list of WorldScore's utils.py ends prompts with")

@@ -7,10 +7,10 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
-from kling.condition.axes import MOVES, UNITS, axes_trajectory
-from kling.data.captions import COLOURS, GROUNDS, MOTIONS, SOLIDS
-from kling.data.world import FOCAL, PHRASINGS, Scene, World
-from kling.metrics.camera import CLASSES, SINGLE
+from kling.cameras.axes import MOVES, UNITS, axes_trajectory
+from kling.data.world.captions import COLOURS, GROUNDS, MOTIONS, SOLIDS
+from kling.data.world.scene import FOCAL, PHRASINGS, Scene, World
+from kling.metrics.camera.errors import CLASSES, SINGLE
 from kling.metrics.control import QUESTIONS
 from kling.metrics.controls import Order
 from kling.metrics.report import Line
@@ -76,7 +76,7 @@ def half(frames: int) -> int:
     return (frames + 1) // 2
 
 
-TASKS = {
+CASES = {
     "text-en": lambda world, k: text_case(world, k, "en"),
     "text-zh": lambda world, k: text_case(world, k, "zh"),
     "camera": camera_case,

@@ -3,9 +3,10 @@
     kling-eval certify --out out/certify                     # 112x64, 128x128, 256x256; pan, tilt, roll, dolly, truck, orbit and mixtures
     kling-eval certify --out out/certify --sizes 64x112 --n 1 --seed 12
 
-Two rulers: `world` knows the small world's stage (kling/metrics/odometry.py) and scores the shipped model; `any` knows nothing but the
-intrinsics (kling/metrics/structure.py) and scores folders of videos. An object moves in every clip; since nothing tells the second ruler
-which points are its own, it is also asked with the object standing still, where only the camera moves (`any, still`). Bounds: RotErr 0.3°
+Two rulers: `world` knows the small world's stage (kling/metrics/camera/odometry.py) and scores the shipped model; `any`
+knows nothing but the intrinsics (kling/metrics/camera/structure.py) and scores folders of videos. An object moves in every clip; since
+nothing tells the second ruler which points are its own, it is also asked with the object standing still, where only the camera moves
+(`any, still`). Bounds: RotErr 0.3°
 and TransErr 0.01, twice that at 112x64; all of VBench's seven camera classes right. A bound that is missed is printed as missed: it is a
 result, not an error.
 """
@@ -21,23 +22,24 @@ from collections import defaultdict
 from importlib.util import find_spec
 from pathlib import Path
 
-from kling_programs.eval.common import Parser, protocol_hash, write_json, write_text
+from kling_programs.eval.common import protocol_hash, write_json, write_text
 from kling_programs.eval.videos import vbench_class
+from kling_programs.sample.command import Parser
 from torch import Tensor
 
-from kling.condition.axes import axes_trajectory
-from kling.condition.camera import Trajectory
-from kling.data.render import HAZE, HAZE_DISTANCE
+from kling.cameras.axes import axes_trajectory
+from kling.cameras.trajectory import Trajectory
 from kling.data.transforms import to_tensor
-from kling.data.world import COLOUR_RGB, FOCAL, World, render_scene, start_pose
+from kling.data.world.render import HAZE, HAZE_DISTANCE
+from kling.data.world.scene import COLOUR_RGB, FOCAL, World, render_scene, start_pose
 from kling.errors import UserError
-from kling.metrics.camera import rotation_error, translation_error
+from kling.metrics.camera.errors import rotation_error, translation_error
+from kling.metrics.camera.odometry import Stage, estimate_trajectory
+from kling.metrics.camera.structure import estimate_structure
 from kling.metrics.continuation import drift, seam_rows
 from kling.metrics.motion import camera_classes, dynamic_degree, optical_flow, warp_error
-from kling.metrics.odometry import Stage, estimate_trajectory
 from kling.metrics.pixel import flicker, psnr, ssim, temporal_psnr
 from kling.metrics.report import Line, Row, markdown, reached, summarise
-from kling.metrics.structure import estimate_structure
 from kling.metrics.vmaf import vmaf
 
 FRAMES, SEED = 17, 11

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import sys
@@ -10,23 +9,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kling.data.files import written
 from kling.errors import UserError
 from kling.metrics.controls import Order, violations
 from kling.metrics.report import Summary
+from kling.runtime.files import written
 
 EXIT_WRONG_ORDER = 3
 VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif")
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser whose complaints are one line, like every other mistake."""
-
-    def __init__(self, prog: str, description: str | None) -> None:
-        super().__init__(prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-
-    def error(self, message: str) -> None:
-        raise UserError(f"{message} ({self.prog} --help lists everything)")
 
 
 def write_json(path: Path, value: Any) -> None:

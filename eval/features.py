@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kling_programs.eval.common import VIDEOS, Parser, check_order, files, protocol_hash, write_json, write_text
+from kling_programs.eval.common import VIDEOS, check_order, files, protocol_hash, write_json, write_text
+from kling_programs.sample.command import Parser
 from torch import Tensor
 
-from kling.data.files import head
 from kling.data.transforms import fit
 from kling.data.video import read_video
 from kling.errors import UserError
@@ -40,6 +40,7 @@ from kling.metrics.features import (
 )
 from kling.metrics.report import Line, markdown
 from kling.metrics.stats import mean
+from kling.runtime.files import head
 
 TITLES = {"fvd": "FVD", "jedi": "JEDi", "fid": "FID", "lpips": "LPIPS", "clipscore": "CLIPScore"}
 TITLES |= {"clip": "CLIP consistency", "dino": "DINO consistency"}

@@ -16,10 +16,11 @@ import math
 from pathlib import Path
 from typing import Any
 
-from kling_programs.eval.common import Parser, write_text
+from kling_programs.eval.common import write_text
+from kling_programs.sample.command import Parser
 
-from kling.data.files import head
 from kling.errors import UserError
+from kling.runtime.files import head
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem; color: #222; background: #fff }

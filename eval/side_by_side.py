@@ -21,7 +21,8 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from kling_programs.eval.common import VIDEOS, Parser, files
+from kling_programs.eval.common import VIDEOS, files
+from kling_programs.sample.command import Parser
 
 from kling.errors import UserError
 from kling.metrics.stats import wilson

@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kling_programs.eval.common import VIDEOS, Parser, check_order, files, protocol_hash, write_json, write_text
+from kling_programs.eval.common import VIDEOS, check_order, files, protocol_hash, write_json, write_text
+from kling_programs.sample.command import Parser
 from torch import Tensor
 
 from kling.data.transforms import to_tensor
 from kling.data.video import read_video
-from kling.data.world import World
+from kling.data.world.scene import World
 from kling.errors import UserError
 from kling.metrics.controls import Order, frozen, noise, shuffled
 from kling.metrics.pixel import flicker, psnr, ssim, temporal_psnr

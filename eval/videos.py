@@ -27,23 +27,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kling_programs.eval.common import VIDEOS, Parser, check_order, files, protocol_hash, write_json, write_text
+from kling_programs.eval.common import VIDEOS, check_order, files, protocol_hash, write_json, write_text
+from kling_programs.sample.command import Parser
 from torch import Tensor
 
-from kling.condition.axes import axes_trajectory
-from kling.condition.camera import Trajectory
-from kling.condition.poses import load_trajectory
+from kling.cameras.axes import axes_trajectory
+from kling.cameras.files import load_trajectory
+from kling.cameras.trajectory import Trajectory
 from kling.data.image import read_image, write_png
+from kling.data.strip import strip
 from kling.data.transforms import fit, to_tensor
 from kling.data.video import probe, read_video
 from kling.errors import UserError
-from kling.metrics.camera import WORST_ROTATION, WORST_TRANSLATION, axes_of, rotation_error, summed_errors, translation_error
+from kling.metrics.camera.errors import WORST_ROTATION, WORST_TRANSLATION, axes_of, rotation_error, summed_errors, translation_error
+from kling.metrics.camera.structure import estimate_structure
 from kling.metrics.continuation import drift, seam_rows
 from kling.metrics.controls import Order, frozen, noise, shuffled, stepped, turned
 from kling.metrics.motion import camera_classes, dynamic_degree, optical_flow, warp_error
 from kling.metrics.pixel import flicker, psnr, ssim, temporal_psnr
-from kling.metrics.report import Line, Row, markdown, strip, summarise
-from kling.metrics.structure import estimate_structure
+from kling.metrics.report import Line, Row, markdown, summarise
 from kling.metrics.vmaf import vmaf
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")

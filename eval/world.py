@@ -33,24 +33,26 @@ from typing import Any
 
 import numpy as np
 import torch
-from kling_programs.eval.cases import ASPECT, FRAMES, LONG, ORDERS, TABLE, TASKS, Case, half, held_out, labels, with_camera
-from kling_programs.eval.common import Parser, check_order, protocol_hash, write_json
+from kling_programs.eval.cases import ASPECT, CASES, FRAMES, LONG, ORDERS, TABLE, Case, half, held_out, labels, with_camera
+from kling_programs.eval.common import check_order, protocol_hash, write_json
+from kling_programs.sample.command import Parser
 from torch import Tensor
 
-from kling.data.files import head, written
 from kling.data.image import write_png
-from kling.data.render import HAZE, HAZE_DISTANCE
+from kling.data.strip import strip
 from kling.data.transforms import fit, to_tensor
-from kling.data.world import COLOUR_RGB, FOCAL, World, render_scene, start_pose
+from kling.data.world.render import HAZE, HAZE_DISTANCE
+from kling.data.world.scene import COLOUR_RGB, FOCAL, World, render_scene, start_pose
 from kling.errors import UserError
+from kling.metrics.camera.odometry import Stage
 from kling.metrics.control import QUESTIONS, Detectors
 from kling.metrics.controls import frozen, noise, shuffled
-from kling.metrics.odometry import Stage
 from kling.metrics.pixel import flicker, psnr, seam, ssim
-from kling.metrics.report import Row, markdown, paired, reached, strip, summarise
+from kling.metrics.report import Row, markdown, paired, reached, summarise
 from kling.metrics.ruler import Ruler
-from kling.record import model_hashes
+from kling.runtime.files import head, written
 from kling.runtime.random import derive_seed
+from kling.sampling.record import model_hashes
 
 PROTOCOL = 2  # raised whenever a case is asked or measured in another way: what was measured before does not mix with it
 EXAMPLES = 400  # rendered clips that the detectors learn from
@@ -78,7 +80,7 @@ class Options:
 
 def main(argv: list[str]) -> None:
     args = parse(argv)
-    from kling.pipeline import ASSETS
+    from kling.sampling.pipeline import ASSETS
 
     folder = Path(args.model) if args.model else ASSETS
     names = ("n", "steps", "seed", "workers", "limit_minutes")
@@ -92,7 +94,7 @@ def main(argv: list[str]) -> None:
 
 
 def load(folder: Path) -> Any:
-    from kling.pipeline import KlingPipeline
+    from kling.sampling.pipeline import KlingPipeline
 
     return KlingPipeline.from_pretrained(folder).to("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -117,7 +119,7 @@ def evaluate(pipe: Any, options: Options, model: dict[str, Any], folder: Path | 
     examiner = Examiner(pipe, None, options)
     for task in examiner.able:
         show(out, task, examiner.world, [k for k in range(STRIP_ROWS) if clip_path(out, task, k).is_file()])
-    return report(options, model, [records[k] for k in sorted(records)], [task for task in TASKS if task not in examiner.able])
+    return report(options, model, [records[k] for k in sorted(records)], [task for task in CASES if task not in examiner.able])
 
 
 # -------------------------------------------------------------------------------------------------------- one case after another
@@ -164,7 +166,7 @@ class Examiner:
         self.pipe, self.ruler, self.options = pipe, ruler, options
         self.world = held_out(options.seed, FRAMES, max_things=1)
         self.camera = "camera" in pipe.config.capabilities
-        self.able = [task for task in TASKS if task.split("-")[0] in pipe.config.capabilities]
+        self.able = [task for task in CASES if task.split("-")[0] in pipe.config.capabilities]
 
     def __call__(self, k: int) -> Record:
         rows: dict[str, dict[str, Row]] = defaultdict(dict)
@@ -172,7 +174,7 @@ class Examiner:
         for task in self.able:
             if k >= PICTURES and task in ("image", "first_last", "continuation"):
                 continue
-            case = TASKS[task](self.world, k)
+            case = CASES[task](self.world, k)
             truth = render_scene(case.scene)
             video, took = self.answer(case, truth)
             seconds += [took] if took else []
@@ -328,7 +330,7 @@ def show(out: Path, task: str, world: World, cases: list[int]) -> None:
     """The strip of a task: truth above what was made."""
     rows = []
     for k in cases:
-        truth = render_scene(TASKS[task](world, k).scene)
+        truth = render_scene(CASES[task](world, k).scene)
         made = torch.from_numpy(np.load(clip_path(out, task, k), allow_pickle=False)["frames"])
         rows += [truth, fit(made, *truth.shape[1:3])]
     if rows:

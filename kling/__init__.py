@@ -10,20 +10,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kling.dit import KlingTransformer3DModel
-    from kling.flow.scheduler import KlingFlowScheduler
-    from kling.pipeline import KlingPipeline
-    from kling.request import Request
+    from kling.flow.solvers import KlingFlowScheduler
+    from kling.sampling.pipeline import KlingPipeline
+    from kling.sampling.request import Request
     from kling.text import ByteTextEncoder
     from kling.vae import AutoencoderKLKling
 
 __version__ = "0.1.0"
 _WHERE = {
-    "KlingPipeline": "kling.pipeline",
-    "Request": "kling.request",
+    "KlingPipeline": "kling.sampling.pipeline",
+    "Request": "kling.sampling.request",
     "KlingTransformer3DModel": "kling.dit",
     "AutoencoderKLKling": "kling.vae",
     "ByteTextEncoder": "kling.text",
-    "KlingFlowScheduler": "kling.flow.scheduler",
+    "KlingFlowScheduler": "kling.flow.solvers",
 }
 __all__ = [
     "AutoencoderKLKling",

@@ -16,6 +16,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from kling_programs.sample.command import Parser
+
 from kling.errors import UserError, program
 
 UPLOAD_LIMIT = "64mb"
@@ -57,8 +59,8 @@ def prepare(args: argparse.Namespace, arrivals: Path) -> tuple:
     from kling_programs.sample.studio.studio import Studio
     from kling_programs.sample.studio.uploads import Uploads
 
-    from kling.record import model_hashes
-    from kling.runtime.inference import pick_device
+    from kling.sampling.machine import pick_device
+    from kling.sampling.record import model_hashes
 
     folder, pipe = load_pipeline(args.model, args.device)
     pipe.to(pick_device(args.device))
@@ -69,13 +71,8 @@ def prepare(args: argparse.Namespace, arrivals: Path) -> tuple:
     return studio, build(studio), launch_settings(studio)
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        raise UserError(f"{message} (kling-demo --help lists everything)")
-
-
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = Parser("kling-demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser("kling-demo", __doc__)
     parser.add_argument("--model", metavar="FOLDER", help="default: the shipped one")
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, …; default: cuda if there is one")
     parser.add_argument("--run", metavar="RUNDIR", help="a training run: compare its checkpoints, see its curves")

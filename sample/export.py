@@ -9,29 +9,25 @@ MODEL is a folder in diffusers layout, ours or published, or a hub id. Tensors a
 
 from __future__ import annotations
 
-import argparse
 import sys
 
-from kling.errors import UserError, program
+from kling_programs.sample.command import Parser
 
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        raise UserError(f"{message} (kling-export --help lists everything)")
+from kling.errors import program
 
 
 @program
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser("kling-export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser("kling-export", __doc__)
     parser.add_argument("model", metavar="MODEL", help="folder, hub id or safetensors file")
     parser.add_argument("target", metavar="FOLDER", help="where to write; must not exist")
     parser.add_argument("--naming", metavar="diffusers|original", default="diffusers")
     args = parser.parse_args(sys.argv[1:] if argv is None else argv)
 
-    from kling.hub.export import export  # torch takes seconds to import: a typing mistake should not wait for it
+    from kling.hub.export import export_weights  # torch takes seconds to import: a typing mistake should not wait for it
     from kling.hub.load import find_folder
 
-    files = export(find_folder(args.model), args.target, args.naming)
+    files = export_weights(find_folder(args.model), args.target, args.naming)
     size = sum(file.stat().st_size for file in files)
     print(f"{args.target}: {len(files)} files, {size / 1e6:.1f} MB, {args.naming} naming")
     if args.naming == "original":

@@ -30,19 +30,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from kling_programs.sample.command import Parser
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from kling import record as records
-from kling.data.files import writing, written
 from kling.data.image import write_png, write_png_frames
 from kling.data.video import WRITABLE, frame_rate, write_gif, write_video
 from kling.errors import UserError, program, unknown
-from kling.request import Request
+from kling.runtime.files import writing, written
+from kling.sampling import record as records
+from kling.sampling.request import Request
 
 if TYPE_CHECKING:  # diffusers takes seconds to import: a typing mistake should not wait for it
-    from kling.pipeline import KlingPipeline, Plan
-    from kling.runtime.inference import Machine
+    from kling.sampling.machine import Machine
+    from kling.sampling.pipeline import KlingPipeline, Plan
 
 FORMATS = {"mp4": tuple(WRITABLE), "gif": (".gif",), "png-frames": ("",), "png": (".png",)}  # and the endings of their names
 REPLAY_TAKES = {"replay", "output", "model", "device", "format", "fps", "save_latents", "dry_run"}
@@ -76,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
     for path in paths:
         check_place(path, kind, {*inputs, str(Path(args.replay or "").absolute())})
 
-    from kling.runtime.inference import Machine, pick_device, set_up, write_ratios
+    from kling.sampling.machine import Machine, pick_device, set_up, write_ratios
 
     machine, device = Machine(**given(args, MACHINE)), pick_device(args.device)
     if rank := int(os.environ.get("RANK", "0")):  # of processes that share a clip, the first one speaks and writes
@@ -128,8 +129,8 @@ def sample(pipe: KlingPipeline, request: Request, plan: Plan) -> tuple[np.ndarra
 def load_pipeline(model: str | None, device: str | None, options: tuple[tuple[str, Any], ...] = ()) -> tuple[Path, KlingPipeline]:
     """The model's folder and its pipeline, not yet on the device. options: see `loading`."""
     from kling.hub.load import find_folder
-    from kling.pipeline import ASSETS, KlingPipeline
-    from kling.runtime.inference import pick_device
+    from kling.sampling.machine import pick_device
+    from kling.sampling.pipeline import ASSETS, KlingPipeline
 
     pick_device(device)  # a device that is not there is said before anything is loaded
     folder = find_folder(model, dict(options).get("weights", True)) if model else ASSETS
@@ -157,20 +158,9 @@ def model_hashes(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------------------ the command line
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        raise UserError(f"{message} (kling-sample --help lists everything)")
-
-
 def parse(argv: list[str]) -> argparse.Namespace:
     """Unset options are None, so that a request's own defaults hold."""
-    parser = Parser(
-        "kling-sample",
-        usage='kling-sample "PROMPT" [options]',
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser("kling-sample", __doc__, usage='kling-sample "PROMPT" [options]')
     parser.add_argument("prompt", nargs="?", help="what to show, in English or Chinese")
     parser.add_argument("--negative-prompt", metavar="TEXT", help="what to steer away from")
 
@@ -378,7 +368,7 @@ def describe(plan: Plan, request: Request) -> str:
 
 def details(plan: Plan, pipe: KlingPipeline, paths: list[Path], machine: Machine, device: torch.device) -> str:
     """What a dry run adds. Seconds are left out: nothing here has measured this machine."""
-    from kling.memory import report
+    from kling.sampling.memory import report
 
     rows = {
         "length": f"{plan.frames / plan.fps:.1f} s",

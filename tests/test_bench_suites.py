@@ -19,7 +19,7 @@ def bench() -> Bench:
 
 
 def test_the_transformers_are_one_function(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dit, "plans", lambda bench: [dit.Plan(TINY, torch.float32, (256,), (256,))])
+    monkeypatch.setattr(dit, "plans", lambda bench: [dit.SizePlan(TINY, torch.float32, (256,), (256,))])
     monkeypatch.setattr(dit, "peak", lambda target, arguments, device: 2.0 * arguments["tokens"])
     rows = list(dit.rows(bench))
     timed = [row for row in rows if "ours ms" in row]

@@ -22,7 +22,7 @@ from kling.data.video import write_video
 from kling.errors import UserError
 from kling.metrics.benchmarks import BOARDS, VIEWS, Job, board_scores, physics_iq, physics_iq_jobs, vbench_jobs
 from kling.metrics.worldscore import camera_data, worldscore, worldscore_instances
-from kling.pipeline import KlingPipeline
+from kling.sampling.pipeline import KlingPipeline
 
 # ------------------------------------------------------------------------------------------------------------------- weighting
 

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from kling.condition.axes import MOVES, UNITS, axes_trajectory, parse_axes
-from kling.condition.camera import Trajectory, camera_signal, focal_of, pack_rays, plucker_rays
+from kling.cameras.axes import MOVES, UNITS, axes_trajectory, parse_axes
+from kling.cameras.trajectory import Trajectory, camera_signal, focal_of, pack_rays, plucker_rays
 from kling.errors import UserError
 
 H, W, T = 8, 12, 9

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from kling.config import save_config
 from kling.errors import UserError
-from kling.runtime import checkpoint
+from kling.runtime import checkpoint, files
 from kling.runtime.checkpoint import check_same_config, load, load_latest, save
-from kling.runtime.ema import EMA
-from kling.runtime.optim import adamw, load_optimizer_tensors, lr_at, optimizer_tensors, set_lr
 from kling.runtime.random import noise_like
+from kling.training.ema import EMA
+from kling.training.optim import adamw, load_optimizer_tensors, lr_at, optimizer_tensors, set_lr
 
 
 def small_model() -> nn.Module:
@@ -121,7 +121,7 @@ def test_a_kill_at_any_moment_leaves_a_good_checkpoint(same_step: bool, tmp_path
         return call
 
     old, new = 1, 1 if same_step else 2
-    real = {"save_file": checkpoint.save_file, "_sync": checkpoint._sync, "verify": checkpoint.verify}
+    real = [(checkpoint, "save_file"), (checkpoint, "verify"), (checkpoint, "sync_to_disk"), (files, "sync_to_disk"), (files.os, "replace")]
     moved = {"rename": Path.rename, "replace": Path.replace, "write_text": Path.write_text, "mkdir": Path.mkdir}
     seen: set[float] = set()
     for limit in range(100):  # noqa: B007 - read by `guarded`
@@ -129,8 +129,8 @@ def test_a_kill_at_any_moment_leaves_a_good_checkpoint(same_step: bool, tmp_path
         save(run, old, weights(10))
         count = 0
         with monkeypatch.context() as patch:
-            for key, function in real.items():
-                patch.setattr(checkpoint, key, guarded(function))
+            for module, key in real:
+                patch.setattr(module, key, guarded(getattr(module, key)))
             for key, function in moved.items():
                 patch.setattr(Path, key, guarded(function))
             patch.setattr(shutil, "rmtree", guarded(shutil.rmtree))

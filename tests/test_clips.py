@@ -14,17 +14,17 @@ import torch
 from PIL import Image
 
 from kling import KlingPipeline
-from kling.cache import CacheConfig, LatentCache, LatentSteps, fill_cache
+from kling.cache.batches import LatentSteps, RankBatches
+from kling.cache.store import CacheConfig, LatentCache, fill_cache
 from kling.data.buckets import Bucket, Epochs, batch_sizes
 from kling.data.clips import ManifestClips, folder_manifest, held_out
-from kling.data.listing import Listing
 from kling.data.manifest import read_manifest, write_manifest
-from kling.data.scan import scan
+from kling.data.scan.listing import Listing
+from kling.data.scan.scan import scan
 from kling.data.source import ClipSource, DataConfig, StepBatches, batches, check_data
 from kling.data.video import read_video, write_video
 from kling.errors import UserError
 from kling.runtime.parallel import Layout
-from kling.training import Places
 from tests.test_pipeline import tiny_pipeline
 from tests.test_video import smooth
 
@@ -125,7 +125,7 @@ def test_the_order_is_a_function_of_seed_and_step_alone(manifest):
     for workers, start in ((0, 2), (2, 0)):
         again = list(batches(StepBatches(ClipSource(config(manifest, aspects=["16:9"]), seed=5), 2), start, 6, workers))
         assert all(torch.equal(a, b) for a, b in zip(straight[start:], again, strict=True))
-    two = [Places(StepBatches(source, 2), 0, Layout(rank, 2)) for rank in (0, 1)]
+    two = [RankBatches(StepBatches(source, 2), 0, Layout(rank, 2)) for rank in (0, 1)]
     assert all(torch.equal(two[place % 2][place // 2], straight[place]) for place in range(6))
     other = StepBatches(ClipSource(config(manifest, aspects=["16:9"]), seed=6), 2)
     assert any(a.shape != b.shape or not torch.equal(a, b) for a, b in zip(straight, (other[i] for i in range(6)), strict=True))

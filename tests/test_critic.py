@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from kling.errors import UserError
 from kling.runtime.checkpoint import load_latest
 from kling.vae import AutoencoderKLKling, LossWeights, vae_loss
-from kling.vae.discriminator import Adversary, PatchDiscriminator3d, Perceptual, fooled, frozen, hinge
+from kling.vae.discriminator import Adversary, PatchDiscriminator3d, Perceptual, frozen, generator_loss, hinge
 from kling.vae.paths import Autoencoding, half, half_tiles
 
 import train_vae  # isort: skip - train/, which `workers` puts on the path
@@ -34,13 +34,13 @@ def test_one_critic_scores_images_and_videos() -> None:
 
 def test_hinge() -> None:
     real, fake = torch.tensor([2.0, 0.5]), torch.tensor([-3.0, 0.0])
-    assert hinge(real, fake) == 0.25 + 0.5 and fooled(fake) == 1.5
+    assert hinge(real, fake) == 0.25 + 0.5 and generator_loss(fake) == 1.5
 
 
 def test_a_frozen_critic_steers_without_learning() -> None:
     critic, video = PatchDiscriminator3d(width=8), torch.randn(1, 3, 1, 16, 16, requires_grad=True)
     with frozen(critic):
-        fooled(critic(video)).backward()
+        generator_loss(critic(video)).backward()
     assert video.grad.abs().sum() > 0 and all(p.grad is None and p.requires_grad for p in critic.parameters())
 
 

@@ -13,15 +13,17 @@ import numpy as np
 import pytest
 import torch
 
-from kling.condition.camera import Trajectory
-from kling.condition.poses import read_path, save_trajectory
-from kling.data.camera import convention_errors, estimate_rotation, tracks
-from kling.data.camera_plot import draw_path
-from kling.data.listing import Listing
+from kling.cameras.files import read_path, save_trajectory
+from kling.cameras.plot import draw_path
+from kling.cameras.trajectory import Trajectory
 from kling.data.manifest import read_manifest
-from kling.data.scan import scan
+from kling.data.scan.listing import Listing
+from kling.data.scan.scan import scan
 from kling.data.video import write_video
-from kling.data.world import Scene, World, render_scene
+from kling.data.world.scene import Scene, World, render_scene
+from kling.metrics.camera.conventions import convention_errors
+from kling.metrics.camera.rotation import estimate_rotation
+from kling.metrics.camera.tracks import tracks
 
 sys.path[:0] = [str(Path(__file__).parents[1] / "train")]
 import data as program  # noqa: E402
@@ -129,8 +131,8 @@ def test_a_path_is_drawn_where_it_goes():
 def test_colmap_finds_a_moving_camera(tmp_path):
     """A camera that slides past two textured walls at different depths."""
     pytest.importorskip("pycolmap")
-    from kling.data.colmap import estimate_colmap
     from kling.data.decode import probe
+    from kling.metrics.camera.clips import read_colmap
 
     picture, T = wall(), 21
     frames = []
@@ -143,7 +145,7 @@ def test_colmap_finds_a_moving_camera(tmp_path):
         frame[H // 2 :] = front[H // 2 :]
         frames.append(frame)
     write_video(tmp_path / "a.mp4", np.stack(frames), 4, crf=8)
-    estimate = estimate_colmap(tmp_path / "a.mp4", probe(tmp_path / "a.mp4"), 0.0, T / 4)
+    estimate = read_colmap(tmp_path / "a.mp4", probe(tmp_path / "a.mp4"), 0.0, T / 4)
     o = estimate.trajectory.c2w[:, :, 3].numpy()
     assert estimate.registered > 0.8 and estimate.error < 1.5
     step = np.diff(o, axis=0)

@@ -28,8 +28,8 @@ from kling_programs.sample.studio.uploads import Uploads
 from test_generate import save_tiny
 
 from kling import KlingPipeline, Request
-from kling.condition.axes import axes_trajectory
-from kling.condition.poses import save_trajectory
+from kling.cameras.axes import axes_trajectory
+from kling.cameras.files import save_trajectory
 from kling.condition.tasks import TASKS
 from kling.data.video import write_video
 from kling.errors import UserError
@@ -384,7 +384,7 @@ def test_mistakes_are_one_line(argv, message, capsys):
 
 def test_a_record_of_the_page_replays(pipe, tmp_path):
     """The JSON of a result holds everything: the same frames come out of its request."""
-    from kling.record import request_of as recorded
+    from kling.sampling.record import request_of as recorded
 
     shelf = Shelf(tmp_path, {"path": "m", "sha256": {}})
     request = Request("a ball", num_frames=5, seed=9, camera={"pan": 3.0})

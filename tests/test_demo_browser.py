@@ -15,8 +15,8 @@ from test_demo import clip, png
 from test_demo_page import Site, site  # noqa: F401 - a fixture
 
 from kling import KlingPipeline
-from kling.condition.axes import axes_trajectory
-from kling.condition.poses import load_trajectory
+from kling.cameras.axes import axes_trajectory
+from kling.cameras.files import load_trajectory
 
 playwright = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install 'kling[dev]'")
 

@@ -17,7 +17,7 @@ from kling_programs.sample.studio import camera, look
 from kling_programs.sample.studio.studio import Step
 
 from kling import Request
-from kling.condition.axes import axes_trajectory
+from kling.cameras.axes import axes_trajectory
 from kling.errors import UserError
 from kling.shapes import token_grid
 

@@ -27,11 +27,11 @@ from PIL import Image
 from test_demo import H, W, clip, drain, pipe, png, uploads  # noqa: F401 - pipe and uploads are fixtures
 
 from kling import Request
-from kling.condition.axes import axes_trajectory
-from kling.condition.poses import save_trajectory
+from kling.cameras.axes import axes_trajectory
+from kling.cameras.files import save_trajectory
 from kling.data.video import write_video
 from kling.errors import UserError
-from kling.plan import TASKS as PLANNED
+from kling.sampling.plan import TASK_TITLES as PLANNED
 
 
 def test_what_visitors_commonly_meet_is_said_in_chinese(pipe, uploads, tmp_path, monkeypatch):

@@ -195,8 +195,10 @@ def test_modulation_reads_the_row_of_each_run() -> None:
 
 def test_patches_come_back() -> None:
     x = torch.randn(B, 4, G, H, W)
-    tokens = patchify(x, (1, 2, 2)).unflatten(2, (4, 4)).transpose(2, 3).flatten(2)  # channel fastest
-    assert torch.equal(unpatchify(tokens, (G, 2, 3), (1, 2, 2)), x)
+    for order in ("cthw", "thwc", "ctwh"):
+        assert torch.equal(unpatchify(patchify(x, (1, 2, 2), order), (1, 2, 2), order), x)
+    channel_first, channel_last = (patchify(x, (1, 2, 2), order).flatten(1, 3) for order in ("cthw", "thwc"))  # (b, n, 16)
+    assert torch.equal(channel_first.unflatten(2, (4, 4)).transpose(2, 3).flatten(2), channel_last)
 
 
 # ---- extras ----

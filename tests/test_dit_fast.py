@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_dit import EXTRAS, IMAGE, TOKENS, B, G, H, W, gradients, inputs, kling, wan
 
-from kling.dit.constants import Constants
+from kling.dit.walk_cache import WalkCache
 from kling.nn.modulation import ModulatedNorm
 from kling.nn.packing import Packing, attend_packed
 
@@ -37,9 +37,9 @@ def test_what_is_kept_of_a_walk_changes_nothing_and_is_computed_once() -> None:
     with torch.no_grad():
         expected = [model(**step).sample for step in x]
         assert len(calls) == 9
-        constants = Constants(2)
+        walk_cache = WalkCache(2)
         for step, want in zip(x, expected, strict=True):
-            assert torch.equal(model(**step, constants=constants).sample, want)
+            assert torch.equal(model(**step, walk_cache=walk_cache).sample, want)
     assert len(calls) == 12
 
 

@@ -17,17 +17,17 @@ import pytest
 import torch
 from kling_programs.eval import certify
 from kling_programs.eval import world as program
-from kling_programs.eval.cases import TASKS, held_out
+from kling_programs.eval.cases import CASES, held_out
 from kling_programs.eval.evaluate import main
 from kling_programs.eval.world import Options, evaluate
 from torch import Tensor
 
-from kling.condition.axes import axes_trajectory
-from kling.condition.camera import Trajectory
-from kling.data.world import render_scene
+from kling.cameras.axes import axes_trajectory
+from kling.cameras.trajectory import Trajectory
+from kling.data.world.scene import render_scene
 from kling.errors import UserError
 from kling.metrics.ruler import Ruler
-from kling.pipeline import ASSETS
+from kling.sampling.pipeline import ASSETS
 
 N = 2
 
@@ -44,7 +44,7 @@ class Oracle:
 
     def __init__(self) -> None:
         world = held_out(0, program.FRAMES, max_things=1)
-        cases = [make(world, k) for make in TASKS.values() for k in range(N)]
+        cases = [make(world, k) for make in CASES.values() for k in range(N)]
         self.truth = {key(case.request): render_scene(case.scene) for case in cases}
         self.calls = 0
 
@@ -90,7 +90,7 @@ def test_the_truth_scores_full_marks_and_a_second_run_makes_nothing(tmp_path: Pa
     assert report["columns"]["frozen"]["camera"]["registered"]["value"] == 1
     assert report["reached"]["camera class"] is True
     assert "colour, Chinese" in (tmp_path / "out/scores.md").read_text() and "RotErr" in report["table"]
-    assert {path.stem for path in (tmp_path / "out/strips").glob("*.png")} == set(TASKS)
+    assert {path.stem for path in (tmp_path / "out/strips").glob("*.png")} == set(CASES)
     json.dumps(report, allow_nan=False)
 
     n = {task: max(x["n"] for x in summary.values()) for task, summary in scores.items()}

@@ -14,9 +14,9 @@ from kling_programs.sample.export import main
 from safetensors.torch import load_file
 
 from kling import KlingFlowScheduler, KlingPipeline
-from kling.hub.export import export
+from kling.hub.export import export_weights
 from kling.hub.load import load_transformer
-from kling.pipeline import ASSETS
+from kling.sampling.pipeline import ASSETS
 
 ROWS = {"t2v": "wan2.1-t2v-1.3b", "ti2v": "wan2.2-ti2v-5b", "i2v": "wan2.1-i2v-14b-480p", "t2v-a14b": "wan2.2-t2v-a14b"}
 
@@ -36,7 +36,7 @@ def test_what_we_save_loads_in_diffusers(layout: str, tmp_path: Path) -> None:
     theirs.save_pretrained(tmp_path / "published")
     pipe = KlingPipeline.from_pretrained(tmp_path / "published", torch_dtype=torch.float32, checkpoint=ROWS[layout])
     pipe.save_pretrained(tmp_path / "ours")
-    export(tmp_path / "ours", tmp_path / "back")
+    export_weights(tmp_path / "ours", tmp_path / "back")
     back = DiffusionPipeline.from_pretrained(tmp_path / "back")
     for name in ("transformer", "transformer_2", "vae", "text_encoder", "image_encoder"):
         if (before := getattr(theirs, name, None)) is not None:
@@ -51,13 +51,13 @@ def test_what_we_save_loads_in_diffusers(layout: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("layout", ["t2v", "ti2v", "t2v-a14b"])
 def test_original_naming_there_and_back_is_exact(layout: str, tmp_path: Path) -> None:
     folder = tiny_wan.saved(layout, tmp_path / "published")
-    export(folder, tmp_path / "original", "original")
+    export_weights(folder, tmp_path / "original", "original")
     experts = {"transformer": "high_noise_model", "transformer_2": "low_noise_model"} if "a14b" in layout else {"transformer": "."}
     for part, place in experts.items():
         published, written = tensors(folder / part), load_file(tmp_path / "original" / place / "diffusion_pytorch_model.safetensors")
         assert "blocks.0.self_attn.q.weight" in written and same(convert_wan_transformer_to_diffusers(dict(written)), published)
         assert same(load_transformer(tmp_path / "original" / place).state_dict(), published)
-        export(tmp_path / "original" / place / "diffusion_pytorch_model.safetensors", tmp_path / f"back-{part}")
+        export_weights(tmp_path / "original" / place / "diffusion_pytorch_model.safetensors", tmp_path / f"back-{part}")
         assert same(WanTransformer3DModel.from_pretrained(tmp_path / f"back-{part}").state_dict(), published)
     pipe = KlingPipeline.from_pretrained(
         folder, vae=tmp_path / "original" / "Wan_VAE.safetensors", torch_dtype=torch.float32, checkpoint=ROWS[layout]
@@ -68,8 +68,8 @@ def test_original_naming_there_and_back_is_exact(layout: str, tmp_path: Path) ->
 def test_half_precision_survives(tmp_path: Path) -> None:
     model = tiny_wan.transformer().to(torch.bfloat16)
     model.save_pretrained(tmp_path / "bf16")
-    export(tmp_path / "bf16", tmp_path / "original", "original")
-    export(tmp_path / "original", tmp_path / "again")
+    export_weights(tmp_path / "bf16", tmp_path / "original", "original")
+    export_weights(tmp_path / "original", tmp_path / "again")
     assert same(tensors(tmp_path / "again"), tensors(tmp_path / "bf16"))
 
 
@@ -80,7 +80,7 @@ def test_our_scheduler_becomes_the_one_of_diffusers_that_does_the_same(solver: s
     )
     pipe.scheduler = KlingFlowScheduler(shift=5.0, solver=solver)
     pipe.save_pretrained(tmp_path / "ours")
-    export(tmp_path / "ours", tmp_path / "back")
+    export_weights(tmp_path / "ours", tmp_path / "back")
     config = DiffusionPipeline.from_pretrained(tmp_path / "back").scheduler.config
     assert config.shift == 5.0 and config.stochastic_sampling == stochastic
 

@@ -7,12 +7,12 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
 from kling.errors import UserError
+from kling.flow.diffusers_scheduler import DiffusersWalk
 from kling.flow.guidance import Guidance, given_share, guided_velocity
-from kling.flow.loss import flow_loss
+from kling.flow.levels import draw_sigma, shift_sigma, sigma_grid
+from kling.flow.losses import flow_loss
 from kling.flow.path import to_noise, to_x0, velocity
-from kling.flow.plain import PlainWalk
-from kling.flow.scheduler import KlingFlowScheduler
-from kling.flow.time import draw_sigma, shift_sigma, sigma_grid
+from kling.flow.solvers import KlingFlowScheduler
 from kling.flow.unipc import is_unipc
 
 
@@ -114,7 +114,7 @@ def test_unipc_is_that_of_diffusers(steps: int, shift: float):
     settings = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "num_train_timesteps": 1000, "flow_shift": shift}
     theirs, ours = (UniPCMultistepScheduler(**settings) for _ in range(2))
     theirs.set_timesteps(steps)
-    walk = PlainWalk(ours, steps, "cpu", shift)
+    walk = DiffusersWalk(ours, steps, "cpu", shift)
     assert walk._unipc is not None
     z = a = b = torch.randn(SHAPE)
     everything, nothing = torch.ones(1, 1, 3, 4, 4), torch.zeros(SHAPE)

@@ -13,10 +13,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kling import KlingPipeline, KlingTransformer3DModel
-from kling.condition.axes import axes_trajectory
-from kling.condition.camera import camera_signal
+from kling.cameras.axes import axes_trajectory
+from kling.cameras.trajectory import camera_signal
 from kling.data.transforms import to_tensor
-from kling.start import widen_inputs
+from kling.training.start import widen_inputs
 
 H, W, FRAMES, STEPS = 32, 48, 9, 3
 F, HH, WW = 3, 4, 6

@@ -15,10 +15,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from kling import AutoencoderKLKling, ByteTextEncoder, KlingFlowScheduler, KlingPipeline, KlingTransformer3DModel
-from kling.condition.axes import axes_trajectory
-from kling.condition.poses import save_trajectory
+from kling.cameras.axes import axes_trajectory
+from kling.cameras.files import save_trajectory
 from kling.data.video import probe, write_video
-from kling.plan import TASKS
+from kling.sampling.plan import TASK_TITLES
 
 QUICK = ("--num-frames", "5", "--aspect", "1:1")
 load = functools.cache(generate.load_pipeline)
@@ -45,7 +45,7 @@ def save_tiny(folder: Path, capabilities: list[str]) -> None:
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
-    save_tiny(folder / "able", [*TASKS, "camera"])
+    save_tiny(folder / "able", [*TASK_TITLES, "camera"])
     save_tiny(folder / "unable", ["text", "continuation"])
     return folder
 

@@ -15,8 +15,8 @@ from torch._inductor import config as inductor
 from kling import KlingPipeline
 from kling.dit import KlingTransformer3DModel
 from kling.errors import UserError
-from kling.start import grow
-from kling.training import set_checkpointing
+from kling.training.model import set_checkpointing
+from kling.training.start import grow
 
 train_dit = workers.train_dit
 SMALL = {"num_attention_heads": 2, "attention_head_dim": 32, "num_layers": 2, "ffn_dim": 64, "text_dim": 32}

@@ -20,11 +20,12 @@ from kling.config import load_config
 from kling.data.image import read_image
 from kling.data.source import DataConfig
 from kling.errors import UserError
-from kling.flow.time import draw_sigma
+from kling.flow.levels import draw_sigma
 from kling.runtime.checkpoint import load_latest
-from kling.runtime.health import Guard, Watchdog
-from kling.runtime.meter import StepClock, matmul_ceiling
-from kling.validation import Validation, held_out, level_quantiles, task_requests
+from kling.runtime.watchdog import Watchdog
+from kling.training.health import Guard
+from kling.training.meter import StepClock, matmul_ceiling
+from kling.training.validation import Validation, held_out, level_quantiles, task_requests
 
 train_dit = workers.train_dit
 

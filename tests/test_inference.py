@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 
 from kling import AutoencoderKLKling, KlingPipeline, KlingTransformer3DModel, Request
 from kling.errors import UserError
-from kling.memory import advice, estimate
-from kling.runtime.inference import Machine, read_ratios, set_up, share_tokens, write_ratios
+from kling.sampling.machine import Machine, read_ratios, set_up, share_tokens, write_ratios
+from kling.sampling.memory import advice, estimate
 
 ROW = "wan2.1-t2v-1.3b"
 CPU = torch.device("cpu")

@@ -10,14 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from kling.condition.axes import MOVES, axes_trajectory
-from kling.data.render import HAZE, HAZE_DISTANCE
-from kling.data.world import COLOUR_RGB, FOCAL, Scene, World, render_scene, start_pose
-from kling.metrics.camera import CLASSES, SINGLE, axes_of, camera_class, rotation_error, translation_error
+from kling.cameras.axes import MOVES, axes_trajectory
+from kling.data.strip import strip
+from kling.data.world.render import HAZE, HAZE_DISTANCE
+from kling.data.world.scene import COLOUR_RGB, FOCAL, Scene, World, render_scene, start_pose
+from kling.metrics.camera.errors import CLASSES, SINGLE, axes_of, camera_class, rotation_error, translation_error
+from kling.metrics.camera.odometry import Stage, estimate_trajectory
 from kling.metrics.control import QUESTIONS, Detectors
-from kling.metrics.odometry import Stage, estimate_trajectory
 from kling.metrics.pixel import flicker, psnr, seam, ssim
-from kling.metrics.report import Line, markdown, paired, reached, strip, summarise
+from kling.metrics.report import Line, markdown, paired, reached, summarise
 from kling.metrics.ruler import Ruler
 from kling.metrics.stats import bootstrap, wilson
 

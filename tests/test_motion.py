@@ -10,16 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from kling.condition.axes import axes_trajectory
+from kling.cameras.axes import axes_trajectory
 from kling.data.transforms import to_tensor
-from kling.metrics.camera import rotation_error, summed_errors, translation_error
-from kling.metrics.colmap import colmap_path
+from kling.metrics.camera.colmap import colmap_path
+from kling.metrics.camera.errors import rotation_error, summed_errors, translation_error
+from kling.metrics.camera.structure import estimate_structure
+from kling.metrics.camera.tracks import follow_points
 from kling.metrics.continuation import drift, seam_rows
 from kling.metrics.controls import Order, frozen, noise, stepped, turned, violations
 from kling.metrics.motion import Flow, camera_classes, dynamic_degree, optical_flow, visible, warp_error
 from kling.metrics.pixel import temporal_psnr
-from kling.metrics.structure import estimate_structure
-from kling.metrics.tracks import follow_points
 
 cv2.setNumThreads(1)
 
@@ -138,7 +138,7 @@ def test_noise_has_no_path() -> None:
 
 
 def two_planes(path, H: int, W: int) -> Tensor:
-    """Frames of two textured walls at different depths, by ray and plane: a scene with parallax, rendered without `kling.data.render`."""
+    """Frames of two textured walls at different depths, by ray and plane: a scene with parallax, rendered without `render.py`."""
     near, far, frames = texture(512, 512, 1), texture(512, 512, 2), []
     for pose, K in zip(path.c2w.double().numpy(), path.intrinsics.double().numpy(), strict=True):
         x, y = np.meshgrid((np.arange(W) + 0.5 - W / 2) / (K[0] * W), (np.arange(H) + 0.5 - H / 2) / (K[1] * H))

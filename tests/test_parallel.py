@@ -11,13 +11,14 @@ import workers
 from safetensors import safe_open
 from torch import Tensor
 
-from kling.cache import LatentCache, LatentSteps
+from kling.cache.batches import LatentSteps, RankBatches
+from kling.cache.store import LatentCache
 from kling.data.source import batches
 from kling.dit import KlingTransformer3DModel
 from kling.errors import UserError
 from kling.runtime.accelerator import make_accelerator
 from kling.runtime.parallel import Layout, check_draws, split_sequence
-from kling.training import Places, check_divides
+from kling.training.examples import check_divides
 from kling.vae import AutoencoderKLKling
 
 STEPS = 5
@@ -226,14 +227,14 @@ class Numbers(torch.utils.data.Dataset):
 def test_every_place_is_used_once_and_in_order_whatever_the_processes() -> None:
     seen, first = [], 0
     for ranks, micro, steps in ((1, 4, 2), (2, 2, 3), (4, 1, 2), (1, 4, 1)):
-        rows = [[int(x) for x in batches(Places(Numbers(), first, Layout(rank, ranks)), 0, steps * micro, 0)] for rank in range(ranks)]
+        rows = [[int(x) for x in batches(RankBatches(Numbers(), first, Layout(rank, ranks)), 0, steps * micro, 0)] for rank in range(ranks)]
         seen += [place for together in zip(*rows, strict=True) for place in together]
         first += ranks * micro * steps
     assert seen == list(range(32))
 
 
 def test_workers_change_nothing() -> None:
-    feed = Places(Numbers(), 7, Layout(1, 2))
+    feed = RankBatches(Numbers(), 7, Layout(1, 2))
     rows = [[int(x) for x in batches(feed, 0, 6, workers)] for workers in (0, 1, 2)]
     assert rows[0] == rows[1] == rows[2] == [8, 10, 12, 14, 16, 18]
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kling import AutoencoderKLKling, ByteTextEncoder, KlingFlowScheduler, KlingPipeline, KlingTransformer3DModel, Request
-from kling.condition.axes import axes_trajectory
+from kling.cameras.axes import axes_trajectory
 from kling.condition.tasks import TASKS
 from kling.errors import UserError
 

@@ -18,9 +18,9 @@ from kling.dit import KlingTransformer3DModel
 from kling.dit.cost import forward_flops
 from kling.dit.memory import LiveBytes, step_memory
 from kling.errors import UserError
-from kling.runtime.ema import EMA
-from kling.runtime.optim import adamw
-from kling.training import set_checkpointing
+from kling.training.ema import EMA
+from kling.training.model import set_checkpointing
+from kling.training.optim import adamw
 from kling.vae import AutoencoderKLKling
 
 from plan import PlanConfig, main, on_each_gpu, report  # isort: skip - train/, which `workers` puts on the path

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from kling.condition.axes import MOVES, axes_trajectory
-from kling.condition.camera import Trajectory
-from kling.condition.poses import cropped, inverse, load_trajectory, quaternion, rotation_matrix, save_trajectory
-from kling.condition.wire import AXES, axes_from_wire, axes_to_wire
+from kling.cameras.axes import MOVES, axes_trajectory
+from kling.cameras.files import load_trajectory, save_trajectory
+from kling.cameras.kling_http import AXES, axes_from_wire, axes_to_wire
+from kling.cameras.poses import cropped, inverse, quaternion, rotation_matrix
+from kling.cameras.trajectory import Trajectory
 from kling.errors import UserError
 
 T, H, W = 41, 64, 112

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kling.condition.axes import MOVES, UNITS
+from kling.cameras.axes import MOVES, UNITS
 from kling.config import find_config
 
 ROOT = Path(__file__).parents[1]

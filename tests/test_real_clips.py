@@ -23,13 +23,13 @@ import encode  # noqa: E402
 import train_dit  # noqa: E402
 import train_vae  # noqa: E402
 
-from kling.cache import CacheConfig, LatentCache  # noqa: E402
+from kling.cache.store import CacheConfig, LatentCache  # noqa: E402
 from kling.config import load_config  # noqa: E402
 from kling.data.manifest import read_manifest, write_manifest  # noqa: E402
-from kling.pipeline import load_vae  # noqa: E402
 from kling.runtime.accelerator import make_accelerator  # noqa: E402
-from kling.training import Example  # noqa: E402
-from kling.validation import held_out, level_quantiles, validation_loss  # noqa: E402
+from kling.sampling.pipeline import load_vae  # noqa: E402
+from kling.training.examples import Example  # noqa: E402
+from kling.training.validation import held_out, level_quantiles, validation_loss  # noqa: E402
 
 pytestmark = pytest.mark.slow
 ASSETS = ROOT / "kling" / "assets"

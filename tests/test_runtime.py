@@ -20,12 +20,12 @@ from kling.errors import UserError
 from kling.runtime import precision
 from kling.runtime.accelerator import EXIT_STOPPED, StopSignal, make_accelerator
 from kling.runtime.checkpoint import load, save
-from kling.runtime.ema import EMA
 from kling.runtime.log import RunLog, duration, read_metrics
-from kling.runtime.meter import Meter
-from kling.runtime.optim import adamw, load_optimizer_tensors, lr_at, make_optimizer, muon, optimizer_tensors, set_lr
 from kling.runtime.precision import describe, pick_precision
 from kling.runtime.random import derive_seed, generator, noise_like, permutation, uniform
+from kling.training.ema import EMA
+from kling.training.meter import Meter
+from kling.training.optim import adamw, load_optimizer_tensors, lr_at, make_optimizer, muon, optimizer_tensors, set_lr
 
 
 def small_model() -> nn.Module:
@@ -108,7 +108,7 @@ def test_vectors_do_not_decay() -> None:
 @pytest.mark.parametrize("shape", [(12, 40), (40, 12), (16, 8, 3, 3, 3)])
 def test_muon_steps_along_the_nearest_orthogonal_matrix(shape: tuple[int, ...], fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The step against singular vectors from LAPACK: same directions, all singular values about one, and AdamW's size."""
-    monkeypatch.setattr("kling.runtime.muon.bf16_is_fast", lambda device: fast)
+    monkeypatch.setattr("kling.training.muon.bf16_is_fast", lambda device: fast)
     p = nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
     before, grad = p.detach().clone(), torch.randn(shape, generator=torch.Generator().manual_seed(1))
     grad[: len(grad) // 2] *= 0.2  # weak directions

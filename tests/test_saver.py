@@ -26,6 +26,7 @@ from kling.errors import UserError
 from kling.runtime import checkpoint, saver
 from kling.runtime.checkpoint import Rows, load, load_latest, restore
 from kling.runtime.saver import Saver
+from kling.training.run_state import run_tensors
 
 
 def group(value: float, n: int = 64) -> dict[str, dict[str, Tensor]]:
@@ -273,5 +274,5 @@ def test_a_signal_while_caching_ends_it_after_a_shard_and_it_goes_on(words: list
 def test_a_critic_is_saved_without_an_average() -> None:
     """`run_tensors` of a model without an average, as the critic of a VAE is saved."""
     model = nn.Linear(2, 2)
-    groups = saver.run_tensors(model, torch.optim.AdamW(model.parameters()), prefix="critic_")
+    groups = run_tensors(model, torch.optim.AdamW(model.parameters()), prefix="critic_")
     assert set(groups) == {"critic_model", "critic_optimizer"} and not groups["critic_optimizer"]

@@ -13,13 +13,13 @@ import cv2
 import numpy as np
 import pytest
 
-from kling.data import scan as scanning
 from kling.data.decode import probe
-from kling.data.filters import Filters
-from kling.data.listing import Listing
 from kling.data.manifest import quarantine_of, read_manifest, read_quarantine
-from kling.data.measure import Meter
-from kling.data.scan import Summary, scan
+from kling.data.scan import scan as scanning
+from kling.data.scan.filters import Filters
+from kling.data.scan.listing import Listing
+from kling.data.scan.measure import ShotMeter
+from kling.data.scan.scan import Summary, scan
 from kling.data.video import read_video, write_video
 from kling.errors import UserError
 from tests.corpus import CORPUS, NOISE, make_corpus
@@ -227,7 +227,7 @@ def test_writing_over_the_picture_is_measured(moving, words, white, outline):
     wall = cv2.resize(rng.integers(40, 216, (30, 90, 3), dtype=np.uint8), (720, 180), interpolation=cv2.INTER_CUBIC)
     shares = []
     for written in (False, True):
-        meter = Meter()
+        meter = ShotMeter()
         for t in range(12):
             frame = wall[:, (6 * t if moving else 0) :][:, :320].copy()
             style = {"org": (40, 160), "fontFace": cv2.FONT_HERSHEY_SIMPLEX, "fontScale": 0.5, "lineType": cv2.LINE_AA}

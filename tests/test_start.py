@@ -20,13 +20,13 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from kling import KlingPipeline, KlingTransformer3DModel
-from kling.cache import LatentCache
+from kling.cache.store import LatentCache
 from kling.condition.state import Given, build_state
 from kling.data.source import ClipSource, DataConfig
 from kling.data.video import write_video
-from kling.start import captions_of, grow
 from kling.text.umt5 import UMT5TextEncoder
-from kling.training import Example, beside
+from kling.training.examples import Example, as_extra_channels
+from kling.training.start import captions_of, grow
 
 train_dit = workers.train_dit
 ROW, I2V = "wan2.1-t2v-1.3b", "wan2.1-i2v-14b-480p"
@@ -160,7 +160,7 @@ def test_image_weights_are_shown_what_they_were_shown(tmp_path: Path) -> None:
     model = KlingTransformer3DModel.from_pretrained(wan / "transformer")
     given = [Given(known=1), Given()]
     state = build_state(given, batch.latents, None)
-    example = beside(Example(state, ["", ""], None, torch.zeros(2, dtype=torch.bool)), batch, given, model)
+    example = as_extra_channels(Example(state, ["", ""], None, torch.zeros(2, dtype=torch.bool)), batch, given, model)
     frame = Image.fromarray(np.asarray(source.clip(0, 5, "16:9").video[0]))
     H, W = frame.height, frame.width
     pixels = theirs.video_processor.preprocess(frame, height=H, width=W)

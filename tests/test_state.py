@@ -10,8 +10,8 @@ import torch
 from kling.condition.state import KEYFRAME, TARGET, Given, build_state
 from kling.condition.tasks import TASKS, draw_task, keyframe_share
 from kling.errors import UserError
-from kling.flow.scheduler import KlingFlowScheduler
-from kling.flow.time import frame_grid, sigma_grid
+from kling.flow.levels import frame_grid, sigma_grid
+from kling.flow.solvers import KlingFlowScheduler
 
 B, C, F, HH, WW = 2, 3, 4, 4, 6
 

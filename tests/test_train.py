@@ -19,7 +19,8 @@ import train_text  # noqa: E402
 import train_vae  # noqa: E402
 
 from kling import KlingPipeline  # noqa: E402
-from kling.cache import LatentCache, LatentSteps  # noqa: E402
+from kling.cache.batches import LatentSteps  # noqa: E402
+from kling.cache.store import LatentCache  # noqa: E402
 from kling.data.video import write_video  # noqa: E402
 
 VAE = [

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from kling.config import read_yaml
 from kling.data.transforms import to_tensor
-from kling.data.world import World
+from kling.data.world.scene import World
 from kling.errors import UserError
 from kling.nn.channel_norm import NormSilu
-from kling.nn.conv import CausalConv3d, DoublingConv2d, HalvingConv2d, conv, patchify, unpatchify
-from kling.pipeline import load_vae
+from kling.nn.conv import CausalConv3d, DoublingConv2d, HalvingConv2d, conv
+from kling.nn.patch import patchify, unpatchify
+from kling.sampling.pipeline import load_vae
 from kling.vae import AutoencoderKLKling, LossWeights, StreamState, split_latents, vae_loss
 from kling.vae.tiling import Tiles, in_tiles
 
@@ -284,7 +285,7 @@ def test_norm_silu_is_autograds() -> None:
 def test_patchify_inverse() -> None:
     video = clip(2)
     for p in (1, 2, 4):
-        assert torch.equal(unpatchify(patchify(video, p), p), video)
+        assert torch.equal(unpatchify(patchify(video, (1, p, p), "ctwh"), (1, p, p), "ctwh"), video)
 
 
 # ---- tiles ----

@@ -11,8 +11,8 @@ from kling_programs.eval import videos as program
 from kling_programs.eval.evaluate import main
 from test_motion import texture
 
-from kling.condition.axes import axes_trajectory
-from kling.condition.poses import save_trajectory
+from kling.cameras.axes import axes_trajectory
+from kling.cameras.files import save_trajectory
 from kling.data.image import write_png
 from kling.data.video import write_video
 from kling.metrics.controls import turned

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from kling.condition.axes import MOVES, UNITS
-from kling.data.captions import COLOURS, GROUNDS, LANGUAGES, MOTIONS, SOLIDS
-from kling.data.world import COLOUR_RGB, EYE_HEIGHT, FOCAL, HELD_OUT, World, render_scene, start_pose
+from kling.cameras.axes import MOVES, UNITS
+from kling.data.world.captions import COLOURS, GROUNDS, LANGUAGES, MOTIONS, SOLIDS
+from kling.data.world.scene import COLOUR_RGB, EYE_HEIGHT, FOCAL, HELD_OUT, World, render_scene, start_pose
 from kling.errors import UserError
 from kling.shapes import ASPECTS
 

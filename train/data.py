@@ -16,20 +16,22 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
+from kling_programs.sample.command import Parser
 from tqdm import tqdm
 
-from kling.condition.poses import read_path
+from kling.cameras.files import read_path
+from kling.cameras.plot import draw_path
 from kling.config import load_config
-from kling.data.camera import METHODS, WIDTH, check_file, estimated
-from kling.data.camera_plot import draw_path
-from kling.data.captioner import PROMPTS, Captioner
-from kling.data.filters import Filters
 from kling.data.image import write_png
-from kling.data.listing import COLUMNS, Listing
 from kling.data.manifest import quarantine_of, read_manifest, read_quarantine, write_manifest
-from kling.data.report import write_report
-from kling.data.scan import Summary, scan
+from kling.data.scan.captioner import PROMPTS, Captioner
+from kling.data.scan.filters import Filters
+from kling.data.scan.listing import COLUMNS, Listing
+from kling.data.scan.report import write_report
+from kling.data.scan.scan import Summary, scan
 from kling.errors import UserError, program
+from kling.metrics.camera.clips import METHODS, check_file, estimated
+from kling.metrics.camera.rotation import WIDTH
 
 EXIT_TOO_BAD = 3
 SAVE_EVERY = 20  # captions
@@ -41,8 +43,8 @@ def main(argv: list[str] | None = None) -> None:
     args.run(args)
 
 
-def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="kling-data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser() -> Parser:
+    top = Parser("kling-data", __doc__, allow_abbrev=True)
     commands = top.add_subparsers(required=True, metavar="COMMAND")
 
     cmd = commands.add_parser("scan", help="look at every file once; write a manifest and a quarantine")

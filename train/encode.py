@@ -16,15 +16,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from kling.cache import CacheConfig, fill_cache
+from kling.cache.store import CacheConfig, fill_cache
 from kling.config import load_config
 from kling.errors import UserError, program
-from kling.hub.clip import load_image_encoder, see
+from kling.hub.clip import clip_tokens, load_image_encoder
 from kling.hub.load import find_folder
-from kling.pipeline import load_vae
 from kling.runtime.accelerator import make_accelerator, set_threads
-from kling.start import captions_of, text_folder
+from kling.sampling.pipeline import load_vae
 from kling.text.umt5 import UMT5TextEncoder
+from kling.training.start import captions_of, text_folder
 
 
 @program
@@ -52,7 +52,7 @@ def clip(folder: Path, device: torch.device) -> Callable[[Tensor], Tensor]:
     """What CLIP of this model folder sees of a picture uint8 (H, W, 3): tokens (i, e)."""
     parts = load_image_encoder(folder)
     encoder = parts["image_encoder"].to(device)
-    return lambda picture: see(encoder, parts["image_processor"], [picture], device)[0]
+    return lambda picture: clip_tokens(encoder, parts["image_processor"], [picture], device)[0]
 
 
 def show(steps: Iterable[tuple[int, int]], unit: str, title: str, visible: bool) -> None:

@@ -19,12 +19,12 @@ from kling.dit import KlingTransformer3DModel
 from kling.dit.cost import forward_flops
 from kling.dit.memory import StepMemory, step_memory
 from kling.errors import UserError, program, unknown
-from kling.runtime.meter import matmul_ceiling
-from kling.runtime.optim import MOMENTS
 from kling.runtime.precision import bf16_is_fast, default_device
 from kling.shapes import latent_frames, latent_size, token_grid
 from kling.text import ByteTextEncoder
-from kling.training import CHECKPOINTING, set_checkpointing
+from kling.training.meter import matmul_ceiling
+from kling.training.model import CHECKPOINTING, set_checkpointing
+from kling.training.optim import MOMENTS
 
 GIB = 2**30
 RESERVE = 0.9  # of a GPU's memory; the rest is for its context, communication and fragments

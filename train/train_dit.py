@@ -16,7 +16,8 @@ import torch
 from diffusers import SchedulerMixin
 from torch import Tensor, nn
 
-from kling.cache import CacheConfig, LatentBatch, LatentCache, LatentSteps, fill_cache
+from kling.cache.batches import LatentSteps, RankBatches
+from kling.cache.store import CacheConfig, LatentBatch, LatentCache, fill_cache
 from kling.condition.tasks import TASKS
 from kling.config import load_config, save_config, to_dict
 from kling.data.clips import ClipSample
@@ -24,39 +25,32 @@ from kling.data.source import DataConfig, batches
 from kling.dit import KlingTransformer3DModel
 from kling.dit.cost import forward_flops
 from kling.errors import UserError, program, unknown
-from kling.flow.loss import flow_loss
+from kling.flow.diffusers_scheduler import shift_key
+from kling.flow.levels import draw_sigma
+from kling.flow.losses import flow_loss
 from kling.flow.path import velocity
-from kling.flow.plain import shift_key
-from kling.flow.time import draw_sigma
-from kling.pipeline import KlingPipeline, load_vae
-from kling.request import Request
 from kling.runtime import checkpoint
 from kling.runtime.accelerator import EXIT_STOPPED, Accelerator, StopSignal, make_accelerator, set_threads, wrap_what_is_there
-from kling.runtime.ema import EMA
-from kling.runtime.health import Guard, Watchdog
 from kling.runtime.log import RunLog
-from kling.runtime.meter import Meter, matmul_ceiling
-from kling.runtime.optim import lr_at, make_optimizer, set_lr
 from kling.runtime.parallel import check_draws, lay_out, same_rng, scalar, split_sequence, total, trained
 from kling.runtime.random import generator, noise_like
-from kling.runtime.saver import Saver, find_latest, load_run_tensors, run_tensors, versions
+from kling.runtime.saver import Saver, find_latest, versions
+from kling.runtime.watchdog import Watchdog
+from kling.sampling.pipeline import KlingPipeline, load_vae
+from kling.sampling.request import Request
 from kling.shapes import latent_frames
-from kling.start import Start, captions_of, check_fit, new_scheduler, open_start, taught_text, text_folder
 from kling.text import ByteTextEncoder
-from kling.training import (
-    Drawing,
-    Example,
-    Lora,
-    Places,
-    Trained,
-    add_lora,
-    check_divides,
-    draw_example,
-    export,
-    export_lora,
-    set_checkpointing,
-)
-from kling.validation import Validation, draw_samples, encode, held_out, level_quantiles, task_requests, validation_loss
+from kling.training.ema import EMA
+from kling.training.examples import Drawing, Example, check_divides, draw_example
+from kling.training.export import save_pipeline
+from kling.training.health import Guard
+from kling.training.lora import Lora, add_lora, export_lora
+from kling.training.meter import Meter, matmul_ceiling
+from kling.training.model import Trained, set_checkpointing
+from kling.training.optim import lr_at, make_optimizer, set_lr
+from kling.training.run_state import load_run_tensors, run_tensors
+from kling.training.start import Start, captions_of, check_fit, new_scheduler, open_start, taught_text, text_folder
+from kling.training.validation import Validation, draw_samples, encode, held_out, level_quantiles, task_requests, validation_loss
 
 
 @dataclass
@@ -236,7 +230,7 @@ def train(cfg: TrainDiTConfig, stop: StopSignal) -> None:
         RunLog(out, cfg.steps, accelerator=accelerator, config=to_dict(cfg), start=done, log_every=cfg.log_every) as log,
     ):
         while done < cfg.steps:
-            feed, used = Places(data, places, layout), []  # after a rollback the data goes back too
+            feed, used = RankBatches(data, places, layout), []  # after a rollback the data goes back too
             for k, batch in enumerate(batches(feed, 0, (cfg.steps - done) * micro, cfg.workers)):
                 place = feed.place(k)
                 example = draw_example(drawing, batch, place, transformer, vae).to(device)
@@ -368,7 +362,7 @@ def pipeline(cfg: TrainDiTConfig, model: Trained, vae: nn.Module, start: Start |
     able += ["text_to_image"] if 1 in cfg.frames else []
     settings = {"scheduler": scheduler_of(cfg, start), "max_frames": cfg.max_frames}
     settings["capabilities"] = list(dict.fromkeys([*kept.get("capabilities", ()), *able]))
-    models = start.beside(model.transformer) if start else {"transformer": model.transformer}
+    models = start.other_models(model.transformer) if start else {"transformer": model.transformer}
     return KlingPipeline(vae, text_encoder=model.text_encoder, **{**models, **kept, **settings})
 
 
@@ -387,7 +381,7 @@ def publish(cfg: TrainDiTConfig, vae: nn.Module, out: Path, start: Start | None)
         pipe = pipeline(cfg, model, vae, start)
         if cfg.lora.rank:
             pipe.fuse_lora()
-        export(pipe, out / "export")
+        save_pipeline(pipe, out / "export")
 
 
 if __name__ == "__main__":

@@ -21,12 +21,13 @@ from kling.data.source import ClipSource, DataConfig, batches, check_data
 from kling.errors import UserError, program
 from kling.runtime.accelerator import EXIT_STOPPED, StopSignal, make_accelerator, set_threads
 from kling.runtime.checkpoint import check_same_config
-from kling.runtime.ema import EMA
 from kling.runtime.log import RunLog
-from kling.runtime.optim import lr_at, make_optimizer, set_lr
-from kling.runtime.saver import Saver, find_latest, load_run_tensors, run_tensors, versions
+from kling.runtime.saver import Saver, find_latest, versions
 from kling.text import ByteTextEncoder
 from kling.text.agree import agreement_loss, pool
+from kling.training.ema import EMA
+from kling.training.optim import lr_at, make_optimizer, set_lr
+from kling.training.run_state import load_run_tensors, run_tensors
 
 
 @dataclass

@@ -17,29 +17,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kling.cache.batches import RankBatches
 from kling.config import load_config, save_config, to_dict
 from kling.data.image import write_png
 from kling.data.source import ClipSource, DataConfig, StepBatches, batches, check_data
+from kling.data.strip import strip
 from kling.data.transforms import to_batch, to_tensor, to_uint8
 from kling.errors import UserError, program, unknown
 from kling.metrics.pixel import psnr
-from kling.pipeline import load_vae
 from kling.runtime import checkpoint
 from kling.runtime.accelerator import EXIT_STOPPED, Accelerator, StopSignal, make_accelerator, set_threads
-from kling.runtime.ema import EMA
-from kling.runtime.health import LIMIT, Guard, Watchdog
 from kling.runtime.log import RunLog
-from kling.runtime.meter import StepClock, peak_memory
-from kling.runtime.optim import adamw, lr_at, make_optimizer, set_lr
 from kling.runtime.parallel import lay_out, scalar, total
 from kling.runtime.random import generator
-from kling.runtime.saver import Saver, find_latest, load_run_tensors, run_tensors, versions
-from kling.training import Places
+from kling.runtime.saver import Saver, find_latest, versions
+from kling.runtime.watchdog import Watchdog
+from kling.sampling.pipeline import load_vae
+from kling.training.ema import EMA
+from kling.training.health import LIMIT, Guard
+from kling.training.meter import StepClock, peak_memory
+from kling.training.optim import adamw, lr_at, make_optimizer, set_lr
+from kling.training.run_state import load_run_tensors, run_tensors
 from kling.vae import AutoencoderKLKling, LossWeights, vae_loss
-from kling.vae.discriminator import Adversary, PatchDiscriminator3d, Perceptual, fooled, frozen, hinge
+from kling.vae.discriminator import Adversary, PatchDiscriminator3d, Perceptual, frozen, generator_loss, hinge
 from kling.vae.paths import PATHS, Autoencoding, half
 
-PARTS = ("encoder", "quant_conv", "post_quant_conv", "decoder")
+FREEZABLE = ("encoder", "quant_conv", "post_quant_conv", "decoder")
 
 
 @dataclass
@@ -121,8 +124,8 @@ def train(cfg: TrainVAEConfig, stop: StopSignal) -> None:
     model = load_vae(cfg.init_from) if cfg.init_from else AutoencoderKLKling(**cfg.model)
     model.train()
     for name in cfg.freeze:
-        if name not in PARTS:
-            raise unknown("part to freeze", name, PARTS)
+        if name not in FREEZABLE:
+            raise unknown("part to freeze", name, FREEZABLE)
         getattr(model, name).requires_grad_(False)
     critic = PatchDiscriminator3d(cfg.adversary.width, cfg.adversary.layers) if cfg.adversary.weight else None
     perceptual = Perceptual(cfg.perceptual_weights).to(device) if cfg.perceptual else None
@@ -156,7 +159,7 @@ def train(cfg: TrainVAEConfig, stop: StopSignal) -> None:
         RunLog(out, cfg.steps, accelerator=accelerator, config=to_dict(cfg), start=done, log_every=cfg.log_every) as log,
     ):
         while done < cfg.steps:
-            feed, used, sums = Places(data, places, layout), [], {}  # after a rollback the data goes back too
+            feed, used, sums = RankBatches(data, places, layout), [], {}  # after a rollback the data goes back too
             for k, video in enumerate(batches(feed, 0, (cfg.steps - done) * micro, cfg.workers)):
                 place = feed.place(k)
                 used.append(place)
@@ -172,7 +175,7 @@ def train(cfg: TrainVAEConfig, stop: StopSignal) -> None:
                         loss = loss + cfg.perceptual * terms["perceptual"]
                     if judged and (weight := cfg.adversary.weight_at(done)):
                         with frozen(critic):
-                            terms["fooled"] = fooled(critic(recon))
+                            terms["fooled"] = generator_loss(critic(recon))
                         loss = loss + weight * terms["fooled"]
                     clock.lap("forward")
                     accelerator.backward(loss)
@@ -234,7 +237,7 @@ def train(cfg: TrainVAEConfig, stop: StopSignal) -> None:
     saver.wait()
     if accelerator.is_main_process:
         with ema.swap(model):
-            export(model, cfg, out / "export")
+            save_vae(model, cfg, out / "export")
     accelerator.wait_for_everyone()
 
 
@@ -252,21 +255,15 @@ def evaluate(model: AutoencoderKLKling, cfg: TrainVAEConfig, accelerator: Accele
         video = to_tensor(source.clip(i, max(cfg.data.frames), cfg.data.aspects[i % len(cfg.data.aspects)]).video)[None]
         recon = model(video.to(model.device)).sample.cpu().clamp(-1, 1)
         score += psnr(recon, video).mean().to(score.device)
-        rows += [strip(video[0]), strip(recon[0])] if i % len(cfg.data.aspects) == 0 else []
+        rows += [to_uint8(video[0]), to_uint8(recon[0])] if i % len(cfg.data.aspects) == 0 else []
     if accelerator.is_main_process:
         picture.parent.mkdir(parents=True, exist_ok=True)
-        write_png(picture, torch.cat(rows).numpy())
+        write_png(picture, strip(rows, min(5, max(cfg.data.frames)), gap=0).numpy())
     return {"eval/psnr": float(total(accelerator, score)) / cfg.eval_clips}
 
 
-def strip(video: Tensor, n: int = 5) -> Tensor:
-    """(3, T, H, W) -> (H, n W, 3) uint8: n frames side by side, first to last."""
-    picks = torch.linspace(0, video.shape[1] - 1, min(n, video.shape[1])).round().long()
-    return torch.cat(list(to_uint8(video[:, picks])), dim=1)
-
-
 @torch.no_grad()
-def export(model: AutoencoderKLKling, cfg: TrainVAEConfig, folder: Path) -> None:
+def save_vae(model: AutoencoderKLKling, cfg: TrainVAEConfig, folder: Path) -> None:
     """Write the folder that `from_pretrained` reads; latents that may have moved are measured anew."""
     if "encoder" not in cfg.freeze:
         mean, std = latent_statistics(model, cfg)

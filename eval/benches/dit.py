@@ -42,7 +42,7 @@ CUDA_GOALS = (1.5, 1.6)
 
 
 @dataclass(frozen=True)
-class Plan:
+class SizePlan:
     """One model in one dtype: token counts for a forward pass and for one with backward, and whether compiled ones are compared."""
 
     size: Size
@@ -52,19 +52,19 @@ class Plan:
     compiled: bool = False
 
 
-def plans(bench: Bench) -> Iterator[Plan]:
+def plans(bench: Bench) -> Iterator[SizePlan]:
     if bench.device.type == "cuda":
         for size in LARGE[: 1 if bench.quick else 2]:
-            yield Plan(size, torch.bfloat16, (8192, 32768), (8192, 32768), compiled=True)
+            yield SizePlan(size, torch.bfloat16, (8192, 32768), (8192, 32768), compiled=True)
         return
     fp32, bf16 = torch.float32, torch.bfloat16
     if bench.quick:
-        yield Plan(SMALL, fp32, (256,), (256,))
+        yield SizePlan(SMALL, fp32, (256,), (256,))
         return
-    yield Plan(SMALL, fp32, (256, 1024, 2048), (256, 1024), compiled=True)
-    yield Plan(WIDE, fp32, (1024,), (1024,))
+    yield SizePlan(SMALL, fp32, (256, 1024, 2048), (256, 1024), compiled=True)
+    yield SizePlan(WIDE, fp32, (1024,), (1024,))
     if bf16_is_fast(bench.device.type):
-        yield Plan(SMALL, bf16, (1024, 2048), (1024, 2048), compiled=True)
+        yield SizePlan(SMALL, bf16, (1024, 2048), (1024, 2048), compiled=True)
 
 
 def rows(bench: Bench) -> Iterator[Row]:
@@ -153,7 +153,7 @@ def cast(model: nn.Module, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(dtype)
 
 
-def compiled(bench: Bench, plan: Plan, pair: Pair) -> Iterator[Row]:
+def compiled(bench: Bench, plan: SizePlan, pair: Pair) -> Iterator[Row]:
     """Both with their blocks compiled, at the middle size."""
     seconds = {}
     for name, model in (("ours", pair.ours), ("peer", pair.peer)):

@@ -13,12 +13,12 @@ from kling_programs.eval.benches.video import FPS, FRAMES, make_video, plain_cli
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from kling.cache import CacheConfig, LatentCache, fill_cache
+from kling.cache.store import CacheConfig, LatentCache, fill_cache
 from kling.data.buckets import Bucket
 from kling.data.clips import ManifestClips, folder_manifest
 from kling.data.source import DataConfig
 from kling.data.transforms import to_batch
-from kling.pipeline import load_vae
+from kling.sampling.pipeline import load_vae
 
 GROWTH = 5.0  # per cent of memory that is allowed over many clips
 SIZE = (256, 448)  # of training

@@ -18,13 +18,13 @@ from torch import Tensor
 
 from kling.condition.state import Given, build_state
 from kling.data.transforms import to_tensor
-from kling.flow.scheduler import KlingFlowScheduler
+from kling.flow.solvers import KlingFlowScheduler
 from kling.metrics.pixel import psnr
-from kling.pipeline import KlingPipeline
-from kling.plan import Plan
-from kling.request import Request
-from kling.runtime.inference import Machine, set_up
-from kling.sampling import Sampler, Signals
+from kling.sampling.machine import Machine, set_up
+from kling.sampling.pipeline import KlingPipeline
+from kling.sampling.plan import Plan
+from kling.sampling.request import Request
+from kling.sampling.sampler import Sampler, Signals
 
 STEPS, GUIDANCE, SHIFT = 20, 4.0, 3.0
 LATENTS = {"2k": (1, 8, 4, 8), "344k": (16, 21, 32, 32), "1.2M": (16, 21, 60, 60)}  # (c, f, h, w)

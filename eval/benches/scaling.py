@@ -11,7 +11,7 @@ from kling_programs.eval.benches.measure import Bench, Row
 from kling_programs.eval.benches.memory import peak, slope
 
 from kling.dit.cost import forward_flops
-from kling.pipeline import KlingPipeline
+from kling.sampling.pipeline import KlingPipeline
 from kling.shapes import latent_frames
 
 FRAMES = (5, 17, 41, 81, 161)

@@ -14,18 +14,20 @@ from diffusers.training_utils import EMAModel
 from kling_programs.eval.benches.measure import Bench, Row
 from kling_programs.eval.benches.memory import peak
 
-from kling.cache import CacheConfig, LatentCache, LatentSteps, fill_cache
+from kling.cache.batches import LatentSteps
+from kling.cache.store import CacheConfig, LatentCache, fill_cache
 from kling.data.source import DataConfig
 from kling.dit import KlingTransformer3DModel
-from kling.flow.loss import flow_loss
+from kling.flow.levels import draw_sigma
+from kling.flow.losses import flow_loss
 from kling.flow.path import velocity
-from kling.flow.time import draw_sigma
-from kling.pipeline import load_vae
-from kling.runtime.ema import EMA
-from kling.runtime.optim import adamw
 from kling.runtime.random import generator, noise_like
+from kling.sampling.pipeline import load_vae
 from kling.text import ByteTextEncoder
-from kling.training import CHECKPOINTING, Drawing, Trained, draw_example, set_checkpointing
+from kling.training.ema import EMA
+from kling.training.examples import Drawing, draw_example
+from kling.training.model import CHECKPOINTING, Trained, set_checkpointing
+from kling.training.optim import adamw
 
 MODEL = {"num_attention_heads": 6, "attention_head_dim": 64, "num_layers": 12, "ffn_dim": 1536}
 CHANNELS = 16

@@ -14,17 +14,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kling.condition.camera import Trajectory
-from kling.condition.poses import load_window
+from kling.cameras.files import load_window
+from kling.cameras.trajectory import Trajectory
 from kling.data.buckets import Bucket
 from kling.data.decode import VideoInfo, probe
-from kling.data.files import Source, file_of, head, member_of, sha256, sniff, stamp
 from kling.data.image import read_image
-from kling.data.listing import Listing
 from kling.data.manifest import IMAGE, Manifest, Shot, read_manifest, relative
 from kling.data.reader import open_reader
+from kling.data.scan.listing import Listing
 from kling.data.transforms import fit
 from kling.errors import UserError
+from kling.runtime.files import Source, file_of, head, member_of, sha256, sniff, stamp
 from kling.shapes import aspect_size
 
 NAMED = 3  # unusable files that one error line names

@@ -18,9 +18,9 @@ import torch
 from av.video.reformatter import ColorPrimaries, Colorspace, ColorTrc, Interpolation, VideoReformatter
 from torch import Tensor
 
-from kling.data.files import Member, Source, as_source, head, sniff, stamp, url
 from kling.data.transforms import cover_size, crop, fit
 from kling.errors import UserError
+from kling.runtime.files import Member, Source, as_source, head, sniff, stamp, url
 
 EPS = 1e-6  # seconds; ties between two frames go to the earlier one whatever the rounding
 # Chroma at full resolution and accurate rounding, together: without either, swscale darkens each pass by 1 to 2 levels of 255.

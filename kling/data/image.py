@@ -10,9 +10,9 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from kling.data.files import Member, Source, as_source, head, read_bytes, sniff, writing, written
 from kling.data.transforms import Frames, fit
 from kling.errors import UserError
+from kling.runtime.files import Member, Source, as_source, head, read_bytes, sniff, writing, written
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 SEVERAL = ("GIF", "WEBP", "PNG")  # formats in which more than one frame means an animation; a phone's JPEG may hide a second picture

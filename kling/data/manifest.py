@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from kling.data.decode import VideoInfo
-from kling.data.files import Member, Source, stamp, written
 from kling.errors import UserError
+from kling.runtime.files import Member, Source, stamp, written
 
 IMAGE = "image"  # VideoInfo.container of a still picture
 

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from kling.data.decode import EPS, UNTAGGED, VideoInfo, pick, probe
-from kling.data.files import Member, Source, as_source, url
 from kling.data.transforms import fit
 from kling.errors import UserError, unknown
+from kling.runtime.files import Member, Source, as_source, url
 
 KNOWN = (1, 5, 6)  # AVColorSpace: BT.709, BT.470BG, SMPTE 170M
 

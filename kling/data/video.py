@@ -26,9 +26,9 @@ from PIL import Image
 from torch import Tensor
 
 from kling.data.decode import EPS, TO_RGB, VideoInfo, pick, probe
-from kling.data.files import Member, Source, as_source, writing, written
 from kling.data.transforms import Frames, check_size
 from kling.errors import UserError
+from kling.runtime.files import Member, Source, as_source, writing, written
 
 MAX_GIB = 8  # of pixels that `read_video` holds at once
 WRITABLE = {".mp4": "mp4", ".mov": "mov", ".mkv": "matroska"}

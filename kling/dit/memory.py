@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from kling.dit.model import KlingTransformer3DModel
-from kling.flow.loss import flow_loss
+from kling.flow.losses import flow_loss
 
 
 class LiveBytes(TorchDispatchMode):

@@ -25,15 +25,17 @@ from torch import Tensor, nn
 
 from kling.dit.block import KlingTransformerBlock
 from kling.dit.camera import CameraAdapter
-from kling.dit.constants import Constants
 from kling.dit.embedding import ConditionEmbedder, KindEmbedding
 from kling.dit.history import History
+from kling.dit.walk_cache import WalkCache
 from kling.errors import UserError, unknown
 from kling.nn.modulation import ModulatedNorm, Modulation, TokenIndex, noise_levels
 from kling.nn.packing import Packing
 from kling.nn.patch import PatchEmbed, unpatchify
 from kling.nn.rope import RotaryPosEmbed
 from kling.shapes import token_grid
+
+OUTPUT = "thwc"  # of the numbers that a token becomes: Wan's order, in which the channel is the fastest axis
 
 
 class KlingTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, AttentionMixin):
@@ -149,7 +151,7 @@ class KlingTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
         camera_mask: Tensor | None = None,
         encoder_hidden_states_image: Tensor | None = None,
         history: History | None = None,
-        constants: Constants | None = None,
+        walk_cache: WalkCache | None = None,
         attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = True,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
@@ -180,11 +182,11 @@ class KlingTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
             raise UserError("block-causal sampling cannot share its tokens between devices: leave context parallelism off")
         patch = tuple(self.config.patch_size)
         grid = token_grid(*hidden_states.shape[2:], patch)
-        rotation = None if constants is None else constants.rotation
+        rotation = None if walk_cache is None else walk_cache.rotation
         if rotation is None:
             rotation = self.rope(self._positions(positions, grid[0], hidden_states), *grid[1:])  # (b | 1, n, 1, head_dim / 2)
-        if constants is not None:
-            constants.rotation = rotation
+        if walk_cache is not None:
+            walk_cache.rotation = rotation
 
         x = self._embed(hidden_states, grid, kinds, camera, camera_mask)  # (b, n, d)
         levels, index = noise_levels(sigma, grid)  # (u,), (b, g)
@@ -195,9 +197,9 @@ class KlingTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
 
         for i, block in enumerate(self.blocks):
             past = None if history is None else history.layers[i]
-            kept = None if constants is None else constants.layers[i]
+            kept = None if walk_cache is None else walk_cache.layers[i]
             x = self._run(block, x, text, modulation, rotation, image, past, kept)
-        velocity = unpatchify(self._head(x, temb, index), grid, patch)  # (b, c, G, h, w)
+        velocity = unpatchify(self._head(x, temb, index).unflatten(1, grid), patch, OUTPUT)  # (b, c, G, h, w)
         return Transformer2DModelOutput(sample=velocity) if return_dict else (velocity,)
 
     def forward_packed(self, batches: list[dict[str, Tensor | None]]) -> list[Tensor]:
@@ -226,7 +228,7 @@ class KlingTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
         for block in self.blocks:
             x = self._run(block, x, text, Modulation(vectors, index), rotation, None, None, None, packing)
         parts = packing[0].split(self._head(x, temb, index))
-        return [unpatchify(part, grid, patch) for part, grid in zip(parts, grids, strict=True)]
+        return [unpatchify(part.unflatten(1, grid), patch, OUTPUT) for part, grid in zip(parts, grids, strict=True)]
 
     def _embed(self, z: Tensor, grid: tuple[int, int, int], kinds: Tensor | None, camera: Tensor | None, mask: Tensor | None) -> Tensor:
         """Latents (b, c, G, h, w) -> tokens (b, n, d), with what is added to them."""

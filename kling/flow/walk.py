@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kling.condition.state import State
-from kling.flow.time import frame_grid
+from kling.flow.levels import frame_grid
 
 
 class Step:

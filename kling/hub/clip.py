@@ -28,7 +28,7 @@ def load_image_encoder(folder: Path) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def see(encoder: Any, processor: Any, pictures: Sequence[Tensor], device: torch.device | str) -> Tensor:
+def clip_tokens(encoder: Any, processor: Any, pictures: Sequence[Tensor], device: torch.device | str) -> Tensor:
     """Pictures uint8 (H, W, 3) -> tokens (b, i, image_dim) of the last layer but one, on `device`."""
     pixels = processor(images=[picture.numpy() for picture in pictures], return_tensors="pt").pixel_values
     return encoder(pixels.to(device, encoder.dtype), output_hidden_states=True).hidden_states[-2].to(device)

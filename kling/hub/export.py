@@ -19,13 +19,13 @@ from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 
 from kling.condition.concat import concat_groups
-from kling.data.files import writing
 from kling.errors import UserError, unknown
-from kling.flow.scheduler import KlingFlowScheduler
+from kling.flow.solvers import KlingFlowScheduler
 from kling.hub.detect import transformer_config, transformer_names
 from kling.hub.files import read_shapes, read_tensors
 from kling.hub.keys import original_transformer_name, original_vae_name
 from kling.hub.load import OURS, has, load_scheduler, read_index
+from kling.runtime.files import writing
 
 NAMINGS = ("diffusers", "original")
 EXPERTS = {"transformer": "high_noise_model", "transformer_2": "low_noise_model"}
@@ -33,7 +33,7 @@ COPIED = {"text_encoder": "UMT5EncoderModel", "image_encoder": "CLIPVisionModel"
 SHARD = "5GB"
 
 
-def export(source: str | Path, target: str | Path, naming: str = "diffusers") -> list[Path]:
+def export_weights(source: str | Path, target: str | Path, naming: str = "diffusers") -> list[Path]:
     """Write a pipeline folder, or a lone transformer, for others to read; returns the files. The target appears whole or not at all.
 
     Raises `UserError` if the target exists, or if the weights hold what the naming has no word for.

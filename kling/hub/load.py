@@ -13,13 +13,13 @@ from diffusers import SchedulerMixin
 
 from kling.dit import KlingTransformer3DModel
 from kling.errors import UserError
-from kling.flow.plain import shift_key
-from kling.flow.scheduler import KlingFlowScheduler
+from kling.flow.diffusers_scheduler import shift_key
+from kling.flow.solvers import KlingFlowScheduler
 from kling.hub.clip import load_image_encoder
 from kling.hub.detect import build_of, transformer_config, transformer_names
 from kling.hub.files import read_shapes, read_tensors
 from kling.hub.keys import strip_prefix, vae_name
-from kling.hub.registry import CHECKPOINTS, Checkpoint, by_build, by_name
+from kling.hub.registry import CHECKPOINTS, PublishedCheckpoint, by_build, by_name
 from kling.text.encoder import ByteTextEncoder
 from kling.text.umt5 import UMT5TextEncoder
 from kling.vae import AutoencoderKLKling
@@ -132,7 +132,7 @@ def has_umt5(folder: Path) -> bool:
     return (folder / "tokenizer").is_dir()
 
 
-def settings_of(row: Checkpoint, boundary: float | None) -> dict[str, Any]:
+def settings_of(row: PublishedCheckpoint, boundary: float | None) -> dict[str, Any]:
     """A registry row as settings of a pipeline."""
     return {
         "capabilities": list(row.capabilities),
@@ -146,7 +146,7 @@ def settings_of(row: Checkpoint, boundary: float | None) -> dict[str, Any]:
     }
 
 
-def find_row(folder: Path, model: KlingTransformer3DModel, experts: bool, checkpoint: str | None, replaced: bool) -> Checkpoint:
+def find_row(folder: Path, model: KlingTransformer3DModel, experts: bool, checkpoint: str | None, replaced: bool) -> PublishedCheckpoint:
     """The registry's row: the one asked for, else that of the folder's name, else the only one built like this."""
     if checkpoint is not None:
         return by_name(checkpoint)
@@ -227,7 +227,7 @@ def load_scheduler(folder: Path) -> SchedulerMixin:
     return loaded(folder, "scheduler", kind)
 
 
-def scheduler_of(row: Checkpoint, own: SchedulerMixin) -> SchedulerMixin:
+def scheduler_of(row: PublishedCheckpoint, own: SchedulerMixin) -> SchedulerMixin:
     """The scheduler that a row's authors sample with, on the base of the folder's own."""
     if row.sampler != "unipc":
         return KlingFlowScheduler(shift=row.shift, solver=row.sampler, num_inference_steps=row.steps, guidance_scale=row.guidance[0])

@@ -51,7 +51,7 @@ class Build:
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class PublishedCheckpoint:
     """A row. guidance: (high noise, low noise) where there are two experts. boundary: the level below which the second one works.
 
     sampler: "unipc", or "renoise" for few-step weights. block: latent frames made at a time by block-causal weights, 0 for all at once.
@@ -79,55 +79,59 @@ I2V = Build(*LARGE, extra=20, image=True)
 ONE = (1.0, 1.0)  # distilled weights hold their guidance inside
 
 CHECKPOINTS = (
-    Checkpoint("wan2.1-t2v-1.3b", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", Build(*SMALL), TEXT, 8.0, 50, (6.0, 6.0)),
-    Checkpoint("wan2.1-t2v-14b", "Wan-AI/Wan2.1-T2V-14B-Diffusers", Build(*LARGE), TEXT, 5.0, 50, sizes=P720),
-    Checkpoint("wan2.1-i2v-14b-480p", "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers", I2V, ("image",), 3.0, 40),
-    Checkpoint("wan2.1-i2v-14b-720p", "Wan-AI/Wan2.1-I2V-14B-720P-Diffusers", I2V, ("image",), 5.0, 40, sizes=P720),
-    Checkpoint(
+    PublishedCheckpoint("wan2.1-t2v-1.3b", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", Build(*SMALL), TEXT, 8.0, 50, (6.0, 6.0)),
+    PublishedCheckpoint("wan2.1-t2v-14b", "Wan-AI/Wan2.1-T2V-14B-Diffusers", Build(*LARGE), TEXT, 5.0, 50, sizes=P720),
+    PublishedCheckpoint("wan2.1-i2v-14b-480p", "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers", I2V, ("image",), 3.0, 40),
+    PublishedCheckpoint("wan2.1-i2v-14b-720p", "Wan-AI/Wan2.1-I2V-14B-720P-Diffusers", I2V, ("image",), 5.0, 40, sizes=P720),
+    PublishedCheckpoint(
         "wan2.1-flf2v-14b-720p", "Wan-AI/Wan2.1-FLF2V-14B-720P-diffusers", Build(*LARGE, extra=20, image=True, ends=True),
         ("first_last",), 16.0, 50, sizes=P720,
     ),
-    Checkpoint("wan2.2-t2v-a14b", "Wan-AI/Wan2.2-T2V-A14B-Diffusers", Build(*LARGE), TEXT, 12.0, 40, (4.0, 3.0), 0.875, sizes=P720),
-    Checkpoint(
+    PublishedCheckpoint(
+        "wan2.2-t2v-a14b", "Wan-AI/Wan2.2-T2V-A14B-Diffusers", Build(*LARGE), TEXT, 12.0, 40, (4.0, 3.0), 0.875, sizes=P720,
+    ),
+    PublishedCheckpoint(
         "wan2.2-i2v-a14b", "Wan-AI/Wan2.2-I2V-A14B-Diffusers", Build(*LARGE, extra=20), ("image",), 5.0, 40, (3.5, 3.5), 0.9, sizes=P720,
     ),
-    Checkpoint(
+    PublishedCheckpoint(
         "wan2.2-ti2v-5b", "Wan-AI/Wan2.2-TI2V-5B-Diffusers", Build(3072, 30, z=48), (*TEXT, "image"), 5.0, 50,
         fps=24.0, frames=121, sizes=P704,
     ),
-    Checkpoint("wan2.1-fun-inp-1.3b", "alibaba-pai/Wan2.1-Fun-1.3B-InP", Build(*SMALL, extra=20, image=True), FUN, 3.0, 50, (6.0, 6.0)),
-    Checkpoint("wan2.1-fun-inp-14b", "alibaba-pai/Wan2.1-Fun-14B-InP", I2V, FUN, 3.0, 50, (6.0, 6.0)),
-    Checkpoint(
+    PublishedCheckpoint(
+        "wan2.1-fun-inp-1.3b", "alibaba-pai/Wan2.1-Fun-1.3B-InP", Build(*SMALL, extra=20, image=True), FUN, 3.0, 50, (6.0, 6.0),
+    ),
+    PublishedCheckpoint("wan2.1-fun-inp-14b", "alibaba-pai/Wan2.1-Fun-14B-InP", I2V, FUN, 3.0, 50, (6.0, 6.0)),
+    PublishedCheckpoint(
         "wan2.1-fun-control-1.3b", "alibaba-pai/Wan2.1-Fun-1.3B-Control", Build(*SMALL, extra=32, image=True),
         ("text", "image", "control"), 3.0, 50, (6.0, 6.0),
     ),
-    Checkpoint(
+    PublishedCheckpoint(
         "wan2.1-fun-control-14b", "alibaba-pai/Wan2.1-Fun-14B-Control", Build(*LARGE, extra=32, image=True),
         ("text", "image", "control"), 3.0, 50, (6.0, 6.0),
     ),
-    Checkpoint(
+    PublishedCheckpoint(
         "wan2.1-fun-camera-1.3b", "alibaba-pai/Wan2.1-Fun-V1.1-1.3B-Control-Camera", Build(*SMALL, extra=16, image=True, camera=True),
         ("image", "camera"), 3.0, 50, (6.0, 6.0),
     ),
-    Checkpoint(
+    PublishedCheckpoint(
         "wan2.1-fun-camera-14b", "alibaba-pai/Wan2.1-Fun-V1.1-14B-Control-Camera", Build(*LARGE, extra=16, image=True, camera=True),
         ("image", "camera"), 3.0, 50, (6.0, 6.0),
     ),
-    Checkpoint(
+    PublishedCheckpoint(
         "self-forcing-1.3b", "gdhe17/Self-Forcing", Build(*SMALL), ("text",), 5.0, 4, ONE, sampler="renoise", block=3,
         licence="CC-BY-NC-SA-4.0",
     ),
-    Checkpoint(
+    PublishedCheckpoint(
         "causal-forcing-1.3b", "zhuhz22/Causal-Forcing", Build(*SMALL), ("text",), 5.0, 4, ONE, sampler="renoise", block=3,
     ),
-    Checkpoint(
+    PublishedCheckpoint(
         "causal-forcing-1.3b-framewise", "zhuhz22/Causal-Forcing/framewise", Build(*SMALL), ("text", "image"), 5.0, 4, ONE,
         sampler="renoise", block=1,
     ),
 )  # fmt: skip
 
 
-def by_name(name: str) -> Checkpoint:
+def by_name(name: str) -> PublishedCheckpoint:
     """The row of a name or a hub id. Raises `UserError` with the nearest name."""
     for row in CHECKPOINTS:
         if name in (row.name, row.repo):
@@ -135,7 +139,7 @@ def by_name(name: str) -> Checkpoint:
     raise unknown("checkpoint", name, [row.name for row in CHECKPOINTS])
 
 
-def by_build(build: Build, experts: bool, plain: bool = False) -> Checkpoint:
+def by_build(build: Build, experts: bool, plain: bool = False) -> PublishedCheckpoint:
     """The only row of this build, with two experts or one. Raises `UserError` if several or none have it, naming them.
 
     plain: few-step weights, which are published as single files, are not meant.

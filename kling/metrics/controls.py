@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kling.condition.axes import axes_trajectory
-from kling.condition.camera import Trajectory
+from kling.cameras.axes import axes_trajectory
+from kling.cameras.trajectory import Trajectory
 
 TURN = 2.0  # degrees a frame of the turned control
 TURNED_FRAMES = 9

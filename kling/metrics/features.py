@@ -6,7 +6,6 @@ safetensors. Nothing is downloaded: what is missing is refused by name, with the
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kling.errors import UserError, unknown
+from kling.runtime.files import sha256 as file_hash
 
 FVD_FRAMES = 16  # StyleGAN-V's FVD_16; I3D halves time four times
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -66,7 +66,7 @@ class Weights:
             lacks = f"{path} does not exist" if place else "none were given"
             raise UserError(f"{name} needs weights, {source.what}, and {lacks}: get them from {source.where} and give --with {form}")
         if source.script:
-            actual = _sha256(path)
+            actual = file_hash(path)
             if not digest:
                 raise UserError(
                     f"{path} can run code: give --with {form}, with the hash that {source.where} states (this file's is {actual})"
@@ -77,7 +77,7 @@ class Weights:
         safe = sorted(path.glob("*.safetensors")) if path.is_dir() else []
         if not safe:
             raise UserError(f"{name}: {path} holds no safetensors: get {source.what} from {source.where}")
-        return cls(name, path, _sha256(safe[0]))
+        return cls(name, path, file_hash(safe[0]))
 
     def script(self, device: torch.device) -> torch.jit.ScriptModule:
         """The torchscript network; its hash was checked when it was named."""
@@ -191,8 +191,3 @@ def _prepared(frames: Tensor, side: int, mean: tuple[float, ...], std: tuple[flo
     size = (max(side, int(H * scale)), max(side, int(W * scale)))
     x = F.interpolate(frames.permute(0, 3, 1, 2).float(), size=size, mode=mode, align_corners=False).round().clamp(0, 255) / 255
     return (x - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,13 +1,10 @@
-"""Measurements to a table a person can read, and frames to a strip a person can look at."""
+"""Measurements to a table a person can read."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
 
 from kling.metrics.stats import mean, rate
 
@@ -87,16 +84,6 @@ def reached(lines: Sequence[Line], scores: Mapping[str, Summary]) -> dict[str, b
         f"{x.task} {x.measure}": x.reached(scores[x.task][x.measure]["value"]) for x in lines if x.measure in scores.get(x.task, {})
     }
     return {name: verdict for name, verdict in verdicts.items() if verdict is not None}
-
-
-def strip(rows: Sequence[Tensor], columns: int = 6, gap: int = 2) -> Tensor:
-    """Clips (T, H, W, 3) uint8 of one size, one under the other, each as `columns` frames evenly over its length: one picture (h, w, 3)."""
-    pictures = []
-    for video in rows:
-        picks = torch.linspace(0, len(video) - 1, columns).round().long()
-        frames = torch.nn.functional.pad(video[picks], (0, 0, 0, gap, 0, gap), value=255)  # (columns, H+gap, W+gap, 3)
-        pictures.append(torch.cat(list(frames), dim=1))
-    return torch.cat(pictures)[:-gap, :-gap]
 
 
 def _number(value: float, unit: str) -> str:

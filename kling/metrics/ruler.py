@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from kling.condition.camera import Trajectory
-from kling.metrics.camera import axes_of, camera_class, rotation_error, translation_error
+from kling.cameras.trajectory import Trajectory
+from kling.metrics.camera.errors import axes_of, camera_class, rotation_error, translation_error
+from kling.metrics.camera.odometry import Stage, estimate_trajectory
 from kling.metrics.control import QUESTIONS, Detectors
-from kling.metrics.odometry import Stage, estimate_trajectory
 from kling.metrics.report import Row
 
 

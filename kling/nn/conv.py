@@ -204,17 +204,3 @@ def unfold(x: Tensor, channels: int, time: int, space: int, start: bool) -> Tens
     x = x.reshape(b, T, H, W, channels, time, space, space).permute(0, 1, 5, 2, 6, 3, 7, 4)
     x = x.reshape(b, T * time, H * space, W * space, channels)
     return x[:, time - 1 :] if start else x
-
-
-def patchify(video: Tensor, p: int) -> Tensor:
-    """(b, c, T, H, W) -> channels-last (b, T, H/p, W/p, c·p·p); channel order (c, column, row), as in the published Wan 2.2 weights."""
-    b, c, T, H, W = video.shape
-    x = video.reshape(b, c, T, H // p, p, W // p, p).permute(0, 2, 3, 5, 1, 6, 4)
-    return x.reshape(b, T, H // p, W // p, c * p * p).contiguous()
-
-
-def unpatchify(x: Tensor, p: int) -> Tensor:
-    """Inverse of `patchify`: (b, T, h, w, c·p·p) -> (b, c, T, h·p, w·p)."""
-    b, T, h, w, c = x.shape
-    x = x.reshape(b, T, h, w, c // (p * p), p, p).permute(0, 4, 1, 2, 6, 3, 5)
-    return x.reshape(b, c // (p * p), T, h * p, w * p)

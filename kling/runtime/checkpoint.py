@@ -13,10 +13,8 @@ the size and the SHA-256 of the manifest, and `load_latest` falls back to the ne
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -32,6 +30,7 @@ from torch import Tensor
 
 from kling.config import flatten, read_yaml
 from kling.errors import UserError
+from kling.runtime.files import sha256, sync_to_disk, write_atomic
 from kling.runtime.parallel import first_row, local
 
 log = logging.getLogger(__name__)
@@ -124,7 +123,7 @@ def save(
     folders stay (0 keeps all), and those of every `keep_every`-th step. Raises `UserError` if the disk is full or read-only; older
     checkpoints are then untouched.
     """
-    with told(run_dir, step):
+    with disk_errors(run_dir, step):
         begin(run_dir, step)
         files = write(run_dir, step, tensors)
         return finish(run_dir, step, files, meta or {}, keep_last, keep_every)
@@ -136,7 +135,7 @@ def folder(run_dir: str | Path, step: int) -> Path:
 
 
 @contextmanager
-def told(run_dir: str | Path, step: int) -> Iterator[None]:
+def disk_errors(run_dir: str | Path, step: int) -> Iterator[None]:
     """A disk that is full or cannot be written is one line, and leaves no half-written folder."""
     try:
         yield
@@ -174,13 +173,13 @@ def finish(
     (temporary / META).write_text(json.dumps(meta, ensure_ascii=False, indent=2), encoding="utf-8")
     files = files | {META: _seal(temporary / META)}
     (temporary / MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=2), encoding="utf-8")
-    _sync(temporary / MANIFEST)
-    _sync(temporary)
+    sync_to_disk(temporary / MANIFEST)
+    sync_to_disk(temporary)
     if final.exists():  # the same step again: the old one stays loadable until the new one is in place
         shutil.rmtree(replaced, ignore_errors=True)
         final.rename(replaced)
     temporary.rename(final)
-    _sync(run_dir)
+    sync_to_disk(run_dir)
     verify(final)
     write_atomic(run_dir / LATEST, final.name + "\n")
     shutil.rmtree(replaced, ignore_errors=True)
@@ -273,7 +272,7 @@ def verify(path: str | Path) -> dict[str, Any]:
             raise UserError(f"checkpoint {path} is damaged: {name} is missing")
         if file.stat().st_size != size:
             raise UserError(f"checkpoint {path} is damaged: {name} has {file.stat().st_size} bytes, not {size}")
-        if _sha256(file) != digest:
+        if sha256(file) != digest:
             raise UserError(f"checkpoint {path} is damaged: {name} has another SHA-256 than when it was written")
     return manifest
 
@@ -304,16 +303,6 @@ def check_same_config(
 # ----------------------------------------------------------------------------------------------------------------- files
 
 
-def write_atomic(path: str | Path, text: str) -> None:
-    """Replace a small text file so that a reader sees the old one or the new one, never half of one."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    _sync(temporary)
-    temporary.replace(path)
-    _sync(path.parent)
-
-
 def _folders(run_dir: Path) -> list[Path]:
     """Finished checkpoint folders: the one that `latest` names, then the others from the newest to the oldest."""
     if not run_dir.is_dir():
@@ -331,18 +320,5 @@ def step_of(path: Path) -> int:
 
 def _seal(path: Path) -> dict[str, Any]:
     """Sync a file to disk; its size and hash."""
-    _sync(path)
-    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    sync_to_disk(path)
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}

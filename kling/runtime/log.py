@@ -13,7 +13,7 @@ from typing import Any, TextIO
 from torch import Tensor
 
 from kling.config import flatten
-from kling.runtime.checkpoint import write_atomic
+from kling.runtime.files import write_atomic
 
 METRICS = "metrics.jsonl"
 _BIN = "loss/sigma_"

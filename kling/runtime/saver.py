@@ -16,25 +16,22 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
 from kling.errors import UserError
 from kling.runtime.checkpoint import (
     Checkpoint,
     Groups,
     begin,
+    disk_errors,
     finish,
     folder,
     load_latest,
     open_folder,
-    restore,
-    told,
     write,
-    write_atomic,
 )
-from kling.runtime.ema import EMA
-from kling.runtime.optim import load_optimizer_tensors, optimizer_tensors
-from kling.runtime.parallel import is_mine, local, same_for_all, trained
+from kling.runtime.files import write_atomic
+from kling.runtime.parallel import is_mine, local, same_for_all
 
 PATIENCE = 1800.0  # seconds that the main process waits for the files of the others
 
@@ -67,7 +64,7 @@ class Saver:
         mine = {name: {k: local(t) for k, t in group.items() if is_mine(t, self.rank)} for name, group in tensors.items()}
         check_finite(mine)
         if self.rank == 0:
-            with told(self.run_dir, step):
+            with disk_errors(self.run_dir, step):
                 begin(self.run_dir, step)
         if self.ranks > 1:
             self.accelerator.wait_for_everyone()
@@ -98,7 +95,7 @@ class Saver:
             self._error = error
 
     def _write(self, step: int, mine: dict[str, dict[str, Tensor]], meta: dict[str, Any]) -> None:
-        with told(self.run_dir, step):
+        with disk_errors(self.run_dir, step):
             part = f".{self.rank:05d}" if self.ranks > 1 else ""
             files = write(self.run_dir, step, {name: group for name, group in mine.items() if group or self.rank == 0}, part)
             if self.ranks > 1:
@@ -129,22 +126,6 @@ def check_finite(groups: Groups) -> None:
         for key, t in group.items():
             if t.is_floating_point() and not bool(torch.isfinite(t).all()):
                 raise UserError(f"{name} '{key}' is not finite: not saved; go on from the last checkpoint with a lower learning rate")
-
-
-def run_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA | None = None, prefix: str = "") -> dict[str, Any]:
-    """The groups of a checkpoint that hold a model in training: what of it trains, its optimizer, and its average."""
-    groups: dict[str, Any] = {f"{prefix}model": trained(model), f"{prefix}optimizer": optimizer_tensors(optimizer, model)}
-    return groups if ema is None else groups | {f"{prefix}ema": ema.state_dict()}
-
-
-def load_run_tensors(
-    saved: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA | None = None, prefix: str = ""
-) -> None:
-    """Put back what `run_tensors` gave; on another number of processes too. Raises `UserError` if it does not fit."""
-    restore(saved.tensors[f"{prefix}model"], trained(model))
-    load_optimizer_tensors(optimizer, model, saved.tensors[f"{prefix}optimizer"])
-    if ema is not None:
-        ema.load_state_dict(saved.tensors[f"{prefix}ema"])
 
 
 def find_latest(accelerator: Accelerator, run_dir: str | Path, lost: int = 0) -> Checkpoint | None:

@@ -19,10 +19,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from kling.data.files import written
 from kling.errors import UserError
+from kling.runtime.files import written
 
-PARTS = ("tokenizer", "text_encoder")
+FOLDERS = ("tokenizer", "text_encoder")
 MAX_TOKENS = 512
 END = 2**20  # bytes
 
@@ -52,7 +52,7 @@ class UMT5TextEncoder:
     ) -> None:
         self.folder, self.dtype, self.max_tokens = Path(folder), dtype, max_tokens
         self.cache = None if cache is None else Path(cache)
-        for part in PARTS:
+        for part in FOLDERS:
             if not (self.folder / part).is_dir():
                 raise UserError(f"model {folder} is incomplete: it has no folder '{part}'")
         self._known: dict[str, Tensor] = {}  # on the CPU, unpadded
@@ -94,7 +94,7 @@ class UMT5TextEncoder:
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Copy `tokenizer/` and `text_encoder/` as they are."""
-        for part in PARTS:
+        for part in FOLDERS:
             if (self.folder / part).resolve() != (Path(folder) / part).resolve():
                 shutil.copytree(self.folder / part, Path(folder) / part, dirs_exist_ok=True)
 
@@ -123,7 +123,7 @@ class UMT5TextEncoder:
     def _identity(self) -> bytes:
         """Hash of the files' names, sizes and ends: weights of many gigabytes that differ, differ there."""
         digest = hashlib.sha256()
-        for path in sorted(path for part in PARTS for path in (self.folder / part).iterdir() if path.is_file()):
+        for path in sorted(path for part in FOLDERS for path in (self.folder / part).iterdir() if path.is_file()):
             size = path.stat().st_size
             with path.open("rb") as file:
                 start = file.read(END)

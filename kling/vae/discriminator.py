@@ -68,7 +68,7 @@ def hinge(real: Tensor, fake: Tensor) -> Tensor:
     return F.relu(1 - real.float()).mean() + F.relu(1 + fake.float()).mean()
 
 
-def fooled(fake: Tensor) -> Tensor:
+def generator_loss(fake: Tensor) -> Tensor:
     """The generator's: -E D(x̂)."""
     return -fake.float().mean()
 

@@ -20,7 +20,8 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor
 
 from kling.errors import UserError, unknown
-from kling.nn.conv import CausalConv3d, Downsample, StreamState, Upsample, patchify, started, unpatchify
+from kling.nn.conv import CausalConv3d, Downsample, StreamState, Upsample, started
+from kling.nn.patch import patchify, unpatchify
 from kling.shapes import TEMPORAL, latent_size
 from kling.vae.blocks import AttentionBlock, Decoder, Encoder, ResidualBlock
 from kling.vae.stream import in_chunks, split_latents, split_video
@@ -30,6 +31,8 @@ from kling.vae.tiling import Tiles, in_tiles
 PIXELS_PER_PASS = 2**20
 # In published Wan 2.2 configs; no code of diffusers' has ever read it.
 LEGACY_KEYS = {"clip_output"}
+
+PIXELS = "ctwh"  # channels of folded pixels, as in the published Wan 2.2 weights: (colour, column, row)
 
 
 @dataclass
@@ -208,12 +211,14 @@ class AutoencoderKLKling(ModelMixin, ConfigMixin):
     # ---- the two halves ----
 
     def _encode(self, video: Tensor, state: StreamState | None = None) -> Tensor:
-        x = self.encoder(patchify(video, self.config.patch_size or 1), state)  # (b, f, h, w, 2z)
+        p = self.config.patch_size or 1
+        x = self.encoder(patchify(video, (1, p, p), PIXELS).contiguous(), state)  # (b, f, h, w, 2z)
         return self.quant_conv(x).movedim(-1, 1)
 
     def _decode(self, latents: Tensor, state: StreamState | None = None) -> Tensor:
         x = self.post_quant_conv(latents.movedim(1, -1).contiguous())  # (b, f, h, w, z)
-        return unpatchify(self.decoder(x, state), self.config.patch_size or 1)
+        p = self.config.patch_size or 1
+        return unpatchify(self.decoder(x, state), (1, p, p), PIXELS)
 
     def _hop(self, x: Tensor, pixels: int) -> int:
         """Latent frames in a pass over x (b, _, n, h, w), each point of which is `pixels` pixels: all of them when gradients are wanted."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kling.condition.camera import Trajectory, pixel_rays
+from kling.cameras.trajectory import Trajectory, pixel_rays
 
 DEPTH = 4.0  # metres at which the points of the first frame are taken to lie
 AHEAD = 8  # frames (1 s of the small world) over which their motion is drawn

@@ -10,8 +10,8 @@ from kling_programs.sample.studio.form import FIELDS, MAX_PROMPT, MAX_SECONDS, M
 from kling_programs.sample.studio.studio import Studio
 from kling_programs.sample.studio.words import t
 
-from kling.condition.axes import LIMIT, MOVES, UNITS
-from kling.request import MODES
+from kling.cameras.axes import LIMIT, MOVES, UNITS
+from kling.sampling.request import MODES
 
 EXAMPLES = [
     "a red ball rolls left on grass",

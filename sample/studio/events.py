@@ -16,15 +16,15 @@ from kling_programs.sample.studio.shelf import Result
 from kling_programs.sample.studio.studio import Step, Studio, guarded, public
 from kling_programs.sample.studio.words import language, say
 
-from kling.condition.axes import LIMIT, MOVES, UNITS, axes_trajectory, parse_axes
-from kling.condition.poses import load_trajectory, trajectory_json
+from kling.cameras.axes import LIMIT, MOVES, UNITS, axes_trajectory, parse_axes
+from kling.cameras.files import load_trajectory, trajectory_json
 from kling.data.image import read_image, write_png
 from kling.data.transforms import fit
 from kling.data.video import read_video
 from kling.errors import UserError
-from kling.inputs import asked_frames, clip_size
-from kling.record import request_of as recorded_request
-from kling.request import Request
+from kling.sampling.inputs import asked_frames, clip_size
+from kling.sampling.record import request_of as recorded_request
+from kling.sampling.request import Request
 from kling.shapes import ASPECTS, clip_frames
 
 RAW = {"preprocess": False, "api_visibility": "private", "show_progress": "hidden"}

@@ -8,10 +8,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from kling.condition.axes import LIMIT, UNITS
+from kling.cameras.axes import LIMIT, UNITS
 from kling.errors import UserError, unknown
-from kling.pipeline import KlingPipeline
-from kling.request import MODES, Request
+from kling.sampling.pipeline import KlingPipeline
+from kling.sampling.request import MODES, Request
 from kling.shapes import ASPECTS
 
 MAX_PROMPT = 2000  # characters

@@ -16,12 +16,12 @@ from torch import Tensor
 from kling.data.transforms import fit, to_tensor
 from kling.data.video import read_video
 from kling.errors import UserError
-from kling.inputs import clip_size
 from kling.metrics.pixel import psnr, ssim
 from kling.nn.rope import rotate
-from kling.pipeline import KlingPipeline
-from kling.request import Request
 from kling.runtime.random import generator
+from kling.sampling.inputs import clip_size
+from kling.sampling.pipeline import KlingPipeline
+from kling.sampling.request import Request
 from kling.shapes import ASPECTS, latent_frames, latent_size, nearest_frames, token_grid
 
 ROWS = 6  # steps of which x̂₀ is shown
@@ -66,12 +66,6 @@ def walk(pipe: KlingPipeline, request: Request, tell: Tell) -> Walk:
     tell(Step(0, plan.total_steps))
     frames = pipe(request, callback_on_step_end=advance).frames[0]
     return Walk([*sigmas, 0.0], seen, latents[0], frames, request.prompt, plan.fps)
-
-
-def strip(frames: np.ndarray, columns: int = COLUMNS) -> np.ndarray:
-    """Some frames side by side: (T, H, W, 3) -> (H, columns · W, 3)."""
-    picks = np.linspace(0, len(frames) - 1, min(columns, len(frames))).round().astype(int)
-    return np.concatenate(list(frames[picks]), axis=1)
 
 
 def channel_map(latents: Tensor) -> np.ndarray:

@@ -17,7 +17,7 @@ from kling_programs.sample.studio.studio import Step, Studio, public
 from kling_programs.sample.studio.words import I18N, WORDS, t
 
 from kling.errors import UserError
-from kling.pipeline import ASSETS
+from kling.sampling.pipeline import ASSETS
 
 HERE = Path(__file__).parent
 FONTS = ["system-ui", "-apple-system", "Segoe UI", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "Noto Sans SC", "sans-serif"]

@@ -19,8 +19,9 @@ from kling_programs.sample.studio.jobs import Stopped, Tell, Waiting, Work
 from kling_programs.sample.studio.studio import Step, Studio, guarded, sample
 from kling_programs.sample.studio.words import language, say, t
 
+from kling.data.strip import strip
 from kling.errors import UserError
-from kling.request import Request
+from kling.sampling.request import Request
 from kling.shapes import latent_of_frame, pixel_frames
 
 CLICKED = 672  # width of the picture to click on, about
@@ -126,7 +127,10 @@ class Research:
         while len(self._walks) > WALKS:
             self._walks.popitem(last=False)
         schedule = pd.DataFrame({"step": range(len(walk.sigmas)), "sigma": walk.sigmas})
-        rows = [(views.still(look.strip(frames)), f"x̂₀ · {say(lang, 'step_axis')} {step}") for step, frames in walk.x0]
+        rows = [
+            (views.still(strip([frames], min(look.COLUMNS, len(frames)), gap=0).numpy()), f"x̂₀ · {say(lang, 'step_axis')} {step}")
+            for step, frames in walk.x0
+        ]
         channels = views.grid([(views.still(look.channel_map(walk.latents)), f"{say(lang, 'channels')} × {say(lang, 'frame_axis')}")])
         token_frame = gr.update(value=0, maximum=max(1, len(walk.frames) - 1))  # of the picture that is shown
         yield "", schedule, channels, views.grid(rows), _enlarged(walk.frames[0]), "", token_frame

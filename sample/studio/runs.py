@@ -10,10 +10,10 @@ from kling_programs.train.train_dit import TrainDiTConfig, build, pipeline
 
 from kling.config import load_config
 from kling.errors import UserError, unknown
-from kling.pipeline import KlingPipeline, load_vae
 from kling.runtime import checkpoint
 from kling.runtime.log import METRICS, read_metrics
-from kling.start import open_start
+from kling.sampling.pipeline import KlingPipeline, load_vae
+from kling.training.start import open_start
 
 POINTS = 300  # of a curve
 MOST = 8  # checkpoints compared at once

@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from kling import record as records
 from kling.data.image import write_png
 from kling.data.video import write_video
 from kling.errors import UserError
-from kling.pipeline import KlingPipeline
-from kling.plan import Plan
-from kling.request import Request
+from kling.sampling import record as records
+from kling.sampling.pipeline import KlingPipeline
+from kling.sampling.plan import Plan
+from kling.sampling.request import Request
 
 UNUSED_SECONDS = 3600  # an input that no result refers to is kept this long
 

@@ -19,9 +19,9 @@ from kling_programs.sample.studio.uploads import Uploads
 from kling_programs.sample.studio.words import language, say
 
 from kling.errors import UserError
-from kling.pipeline import KlingPipeline
-from kling.plan import Plan
-from kling.request import Request
+from kling.sampling.pipeline import KlingPipeline
+from kling.sampling.plan import Plan
+from kling.sampling.request import Request
 from kling.shapes import ASPECTS, latent_frames
 
 log = logging.getLogger(__name__)

@@ -17,12 +17,12 @@ from typing import Any
 import av
 from PIL import Image
 
-from kling.condition.poses import load_trajectory
-from kling.data.files import head, sniff
+from kling.cameras.files import load_trajectory
 from kling.data.image import FORMATS, read_image
 from kling.data.video import probe
 from kling.errors import UserError
-from kling.record import sha256
+from kling.runtime.files import head, sniff, written
+from kling.sampling.record import input_hash
 
 MAX_BYTES = 64 * 2**20
 MAX_PIXELS = 25_000_000  # of an image
@@ -96,13 +96,12 @@ class Uploads:
         return path
 
     def _keep(self, path: Path, ending: str) -> Path:
-        kept = self.store / f"{sha256(path)[:24]}{ending}"
+        kept = self.store / f"{input_hash(path)[:24]}{ending}"
         if kept.exists():
             kept.touch()
         else:
-            temporary = kept.with_name(f"{kept.name}.{os.urandom(8).hex()}.part")  # a page names one upload in several requests at once
-            shutil.copyfile(path, temporary)
-            os.replace(temporary, kept)
+            with written(kept) as temporary:  # a page names one upload in several requests at once
+                shutil.copyfile(path, temporary)
         return kept
 
 

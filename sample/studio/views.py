@@ -12,10 +12,10 @@ from kling_programs.sample.studio.shelf import Result
 from kling_programs.sample.studio.words import say
 from PIL import Image
 
-from kling.pipeline import KlingPipeline
-from kling.plan import Plan
-from kling.request import Request
 from kling.runtime.log import duration
+from kling.sampling.pipeline import KlingPipeline
+from kling.sampling.plan import Plan
+from kling.sampling.request import Request
 
 
 def moving(frames: np.ndarray, fps: float, width: int = 0) -> str:

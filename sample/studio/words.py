@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gradio as gr
 
-from kling.plan import TASKS
+from kling.sampling.plan import TASK_TITLES
 
 WORDS: dict[str, tuple[str, str]] = {
     "title": ("kling studio", "可灵工作室"),
@@ -153,7 +153,7 @@ CHINESE_TASKS = {
     "inpaint": "视频局部重绘",
     "restyle": "视频风格重绘",
 }
-WORDS |= {f"task_{name}": (TASKS[name], chinese) for name, chinese in CHINESE_TASKS.items()} | {"task_camera": ("camera", "镜头")}
+WORDS |= {f"task_{name}": (TASK_TITLES[name], chinese) for name, chinese in CHINESE_TASKS.items()} | {"task_camera": ("camera", "镜头")}
 
 # Gradio translates one word of a label, so what is put together is put together here: why a control is greyed out.
 NOT_TRAINED = ("not trained into this model", "该模型未训练此功能")

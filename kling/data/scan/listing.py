@@ -1,0 +1,258 @@
+"""What there is to scan: the videos and pictures of folders, csv and jsonl tables, and WebDataset tar shards, with their captions.
+
+A table needs a column with the file. Well-known names are found by themselves (OpenVid `video`, Panda and Koala `videoID`, ...); others are
+mapped, with a template where the column is only part of the name: {"path": "{videoID}.mp4", "caption": ["text", "text_zh"]}.
+"""
+
+from __future__ import annotations
+
+import ast
+import csv
+import math
+import os
+import re
+import tarfile
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from kling.data.manifest import Caption, read_lines
+from kling.data.scan.sidecar import caption, captions_from, find_camera, parse_captions, read_captions
+from kling.errors import UserError, unknown
+from kling.runtime.files import Member, Source, file_of, head, member_of, read_bytes, sniff
+
+VIDEOS = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".gif", ".mpg", ".mpeg", ".ts", ".m2ts", ".flv", ".wmv", ".ogv", ".3gp")
+IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+TEXTS = (".txt", ".json", ".jsonl", ".csv", ".tsv", ".md", ".yaml", ".html")  # never opened in search of a video
+COLUMNS = {
+    "path": ("path", "video", "video_path", "file", "file_name", "filename", "videoID", "clip_id"),
+    "caption": ("caption", "captions", "text", "prompt"),
+    "start": ("start", "start_time"),
+    "end": ("end", "end_time"),
+    "timestamp": ("timestamp", "timestamps"),
+    "camera": ("camera",),
+}
+csv.field_size_limit(1 << 24)  # Koala's captions are long
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A file to look at, or a stretch of it, in seconds. `trouble`: what is already known to be wrong."""
+
+    source: Source
+    captions: tuple[Caption, ...] = ()
+    start: float | None = None
+    end: float | None = None
+    camera: Path | None = None
+    trouble: str = ""
+
+
+class Listing:
+    """Walks what a person names. `passed` counts, by suffix, the files in folders and tars that hold neither video nor picture.
+
+    mapping: field of `COLUMNS` -> column or template, or several for captions. root: the folder of a table's relative paths; default the
+    table's own.
+    """
+
+    def __init__(self, mapping: Mapping[str, str | Sequence[str]] | None = None, root: str | Path | None = None) -> None:
+        self.mapping = {name: [columns] if isinstance(columns, str) else list(columns) for name, columns in (mapping or {}).items()}
+        self.root, self.passed = root, Counter[str]()
+        for name, columns in self.mapping.items():
+            if name not in COLUMNS:
+                raise unknown("field", name, COLUMNS)
+            if len(columns) > 1 and name != "caption":
+                raise UserError(f"{name} is mapped to {', '.join(columns)}: choose one; only captions may have several columns")
+
+    def find(self, paths: Iterable[str | Path]) -> list[Candidate]:
+        """Everything below `paths`, each file once, in the order of the names; captions of one that is named again are added to it.
+
+        Raises `UserError` for a path or a table that is wrong.
+        """
+        found: dict[tuple, Candidate] = {}
+        for path in map(Path, paths):
+            if path.is_dir():
+                candidates = self._folder(path)
+            elif path.suffix.lower() in (".csv", ".tsv"):
+                candidates = self._table(path, _read_csv(path))
+            elif path.suffix.lower() == ".jsonl":
+                candidates = self._table(path, read_lines(path))
+            elif path.suffix.lower() == ".tar":
+                candidates = self._tar(path)
+            else:
+                head(path)  # refuses what is missing
+                candidates = iter([with_sidecars(path)])
+            for one in candidates:
+                key = (os.path.abspath(file_of(one.source)), member_of(one.source), one.start, one.end)
+                found[key] = _joined(found[key], one) if key in found else one
+        if not found:
+            seen = f" ({sum(self.passed.values())} other files)" if self.passed else ""
+            raise UserError(
+                f"no video or picture in {', '.join(map(str, paths))}{seen}: give folders, csv, jsonl or tar files that hold some"
+            )
+        return list(found.values())
+
+    def _folder(self, root: Path) -> Iterator[Candidate]:
+        for path in walk(root):
+            suffix = path.suffix.lower()
+            if suffix == ".tar":
+                yield from self._tar(path)
+            elif suffix in VIDEOS + IMAGES or (suffix not in TEXTS and is_media(path)):
+                yield with_sidecars(path)
+            else:
+                self.passed[suffix or "no suffix"] += 1
+
+    def _tar(self, path: Path) -> Iterator[Candidate]:
+        """Media of a WebDataset shard; files of one sample share their name up to its first dot."""
+        samples: dict[str, dict[str, Member]] = {}
+        try:
+            with tarfile.open(path, "r:") as tar:
+                for entry in tar:
+                    if entry.isfile():
+                        folder, _, name = entry.name.rpartition("/")
+                        key, _, suffix = name.partition(".")
+                        samples.setdefault(f"{folder}/{key}", {})[f".{suffix}"] = Member(path, entry.name, entry.offset_data, entry.size)
+        except (tarfile.TarError, OSError) as error:
+            raise UserError(f"{path} is not an uncompressed tar that can be read ({error}): unpack it, or make it again") from None
+        for parts in samples.values():
+            media = {s: m for s, m in parts.items() if s.lower() in VIDEOS + IMAGES or (s.lower() not in TEXTS and is_media(m))}
+            self.passed.update(s for s in parts if s not in media and s not in (".txt", ".json"))
+            for member in media.values():
+                texts = [(s, parts[s]) for s in (".txt", ".json") if s in parts]
+                try:
+                    captions = [c for s, m in texts for c in parse_captions(read_bytes(m), s, m)]
+                    yield Candidate(member, tuple(captions))
+                except UserError as error:
+                    yield Candidate(member, trouble=str(error))
+
+    def _table(self, table: Path, rows: Iterable[tuple[int, dict[str, Any]]]) -> Iterator[Candidate]:
+        root = Path(self.root) if self.root else table.parent
+        for number, row in rows:
+            where = f"{table} line {number}"
+            path = self._field(row, "path", where)
+            if path is None:
+                raise UserError(f"{where} names no file; its columns are {', '.join(row)}: map one with path=COLUMN or path={{COLUMN}}.mp4")
+            captions = [c for value in self._fields(row, "caption", where) for c in _captions(value, where)]
+            camera = self._field(row, "camera", where)
+            media, stretches = root / str(path), self._stretches(row, where)
+            there = with_sidecars(media)
+            shares = [tuple(captions)] * len(stretches)
+            if len(captions) > 1 and len(stretches) > 1:  # Panda: a list of captions, one for each of a list of stretches
+                if len(captions) != len(stretches):
+                    raise UserError(
+                        f"{where} has {len(captions)} captions for {len(stretches)} stretches: give one for each, or one for all"
+                    )
+                shares = [(one,) for one in captions]
+            for own, (start, end) in zip(shares, stretches, strict=True):
+                yield Candidate(media, own or there.captions, start, end, root / str(camera) if camera else there.camera, there.trouble)
+
+    def _field(self, row: dict[str, Any], field: str, where: str) -> Any:
+        """The value of a field in a row, None where it has none."""
+        return next(iter(self._fields(row, field, where)), None)
+
+    def _fields(self, row: dict[str, Any], field: str, where: str) -> list[Any]:
+        """The values of a field in a row: of all columns that it is mapped to, or else of the first well-known one that is not empty."""
+        if field not in self.mapping:
+            return [row[name] for name in COLUMNS[field] if row.get(name) not in (None, "")][:1]
+        values = []
+        for column in self.mapping[field]:
+            if "{" in column:
+                try:
+                    values.append(column.format(**row))
+                except (KeyError, IndexError, ValueError) as error:
+                    raise UserError(f"{where} has no column {error} for {field}={column}: its columns are {', '.join(row)}") from None
+            elif column in row:
+                values.append(row[column])
+            else:
+                raise unknown(f"column in {where}:", column, row)
+        return values
+
+    def _stretches(self, row: dict[str, Any], where: str) -> list[tuple[float | None, float | None]]:
+        stamps = self._field(row, "timestamp", where)
+        if stamps is None:
+            return [(seconds(self._field(row, "start", where), where), seconds(self._field(row, "end", where), where))]
+        try:
+            pairs = ast.literal_eval(stamps) if isinstance(stamps, str) else stamps
+            pairs = pairs if isinstance(pairs[0], list | tuple) else [pairs]
+            return [(seconds(a, where), seconds(b, where)) for a, b in pairs]
+        except (ValueError, SyntaxError, TypeError, IndexError, KeyError):
+            raise UserError(f"{where}: timestamp {stamps!r}: give [start, end], or a list of such pairs") from None
+
+
+def _joined(first: Candidate, again: Candidate) -> Candidate:
+    new = tuple(caption for caption in again.captions if caption not in first.captions)
+    return replace(first, captions=first.captions + new, camera=first.camera or again.camera, trouble=first.trouble or again.trouble)
+
+
+def with_sidecars(path: Path) -> Candidate:
+    """A file with what lies beside it."""
+    try:
+        return Candidate(path, read_captions(path), camera=find_camera(path))
+    except UserError as error:
+        return Candidate(path, trouble=str(error))
+
+
+def walk(root: Path) -> list[Path]:
+    """Files below `root`, sorted; hidden files and folders are passed over, links are followed once."""
+
+    def files() -> Iterator[Path]:
+        seen: set[str] = set()
+        for folder, folders, names in os.walk(root, followlinks=True):
+            real = os.path.realpath(folder)
+            folders[:] = [] if real in seen else [name for name in folders if not name.startswith(".")]
+            if real not in seen:
+                yield from (Path(folder, name) for name in names if not name.startswith("."))
+            seen.add(real)
+
+    return sorted(files())
+
+
+def is_media(source: Source) -> bool:
+    """True if the first bytes are those of a video or a picture."""
+    try:
+        demuxer, kind = sniff(head(source))
+    except UserError:
+        return False
+    return demuxer is not None or kind.endswith("image")
+
+
+def seconds(value: Any, where: str) -> float | None:
+    """12.5, "12.5" or "0:00:12.500" in seconds; None for nothing."""
+    if value in (None, ""):
+        return None
+    try:
+        if isinstance(value, str) and re.fullmatch(r"\d+(:\d+){1,2}(\.\d+)?", value.strip()):
+            total = 0.0
+            for part in value.split(":"):
+                total = 60 * total + float(part)
+        else:
+            total = float(value)
+    except (TypeError, ValueError):
+        total = math.nan
+    if not 0 <= total < math.inf:
+        raise UserError(f"{where}: time {value!r}: give seconds, or h:mm:ss.sss")
+    return total
+
+
+def _captions(value: Any, where: str) -> list[Caption]:
+    """The captions in a table's cell: a text, or a list of them, in csv written as Python or JSON does."""
+    if isinstance(value, str) and value.startswith("[") and value.endswith("]"):
+        try:
+            value = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            return [caption(value)]  # a sentence in brackets
+    if isinstance(value, list):
+        return captions_from({"captions": value}, where)
+    return [caption(str(value))] if value not in (None, "") and str(value).strip() else []
+
+
+def _read_csv(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
+    head(path)
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+            for row in reader:
+                yield reader.line_num, {name: value for name, value in row.items() if name is not None}
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path} cannot be read as a table ({error}): give csv in UTF-8 with a first line of column names") from None

@@ -1,0 +1,255 @@
+"""Looking at many files: one process for each core, each file under a deadline, nothing examined twice, every refusal counted.
+
+A scan leaves three files. `manifest.jsonl` holds the clips that may be trained on; `quarantine.jsonl` every file and clip that may not,
+with its reason; `manifest.scan.jsonl` all that was ever found out: a scan that was killed goes on from there, and one with other
+filters or captions decodes nothing again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import multiprocessing
+import signal
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import cv2
+
+from kling.data.manifest import Bad, Shot, as_line, quarantine_of, read_manifest, relative, shot_from, write_lines, write_manifest
+from kling.data.scan.examine import CutDetector, examine, reason_of
+from kling.data.scan.filters import Filters, sift
+from kling.data.scan.listing import Candidate
+from kling.errors import UserError
+from kling.runtime.files import file_of, member_of, stamp, writing
+
+FINDS = 2  # raised when `examine` finds out more: what was examined before is examined anew
+GRACE = 10.0  # seconds beyond its budget after which a worker that does not answer is killed
+
+
+@dataclass
+class Summary:
+    """What a scan found. `bad` counts unusable files by reason, `dropped` clips that a filter left out."""
+
+    files: int = 0
+    clips: int = 0
+    images: int = 0
+    hours: float = 0.0
+    uncaptioned: int = 0
+    reused: int = 0
+    bad: Counter[str] = dataclasses.field(default_factory=Counter)
+    dropped: Counter[str] = dataclasses.field(default_factory=Counter)
+
+    @property
+    def bad_share(self) -> float:
+        return sum(self.bad.values()) / max(1, self.files)
+
+    def table(self) -> str:
+        """One line a figure, for people."""
+        rows = [("files", self.files), ("  known from before", self.reused), ("unusable files", sum(self.bad.values()))]
+        rows += [(f"  {reason}", n) for reason, n in self.bad.most_common()]
+        rows += [("clips left out by filters", sum(self.dropped.values()))] if self.dropped else []
+        rows += [(f"  {reason}", n) for reason, n in self.dropped.most_common()]
+        rows += [("clips kept", self.clips), ("  of them pictures", self.images), ("  without a caption", self.uncaptioned)]
+        return "\n".join([*(f"{name:<28}{n:>8}" for name, n in rows), f"{'hours of video kept':<28}{self.hours:>8.2f}"])
+
+
+def scan(
+    candidates: list[Candidate],
+    manifest: str | Path,
+    *,
+    workers: int = 1,
+    split: bool = False,
+    filters: Filters | None = None,
+    per_minute: float = 20.0,
+) -> Iterator[tuple[int, int] | Summary]:
+    """Yields (files done, files in all) as it goes, and the `Summary` last, when the manifest and the quarantine are written.
+
+    Raises `UserError` before any file is looked at if PySceneDetect is needed and missing, or `manifest` holds something else.
+    """
+    manifest = Path(manifest)
+    if split:
+        CutDetector(1.0)
+    # what was added to a manifest since, such as captions by a model and estimated cameras, is kept
+    added = {_identity(shot): shot for shot in read_manifest(manifest).shots} if manifest.is_file() and manifest.stat().st_size else {}
+    journal = ScanJournal(manifest.with_suffix(".scan.jsonl"), split)
+    keys = [journal.key(c) for c in candidates]
+    todo = [i for i, key in enumerate(keys) if key not in journal and not candidates[i].trouble]
+    done = len(candidates) - len(todo)
+    summary = Summary(files=len(candidates), reused=sum(key in journal for key in keys))
+    yield done, len(candidates)
+    jobs = [(candidates[i], relative(file_of(candidates[i].source), manifest.parent), split, per_minute) for i in todo]
+    for place, answer in run_jobs(jobs, workers):
+        journal.add(keys[todo[place]], answer)
+        done += 1
+        yield done, len(candidates)
+    shots, bad = [], []
+    for candidate, key in zip(candidates, keys, strict=True):
+        found = {"error": candidate.trouble} if candidate.trouble else journal[key]
+        path = relative(file_of(candidate.source), manifest.parent) + (f"/{member[0]}" if (member := member_of(candidate.source)) else "")
+        if "error" in found:
+            reason = found.get("reason") or reason_of(found["error"])
+            bad.append(Bad(path, reason, found["error"]))
+            summary.bad[reason] += 1
+            continue
+        camera = relative(candidate.camera, manifest.parent) if candidate.camera else None
+        for shot in (shot_from(row, str(journal.path)) for row in found["shots"]):
+            before = added.get(_identity(shot), shot)
+            captions, measures = candidate.captions or before.captions, before.measures | shot.measures
+            shots.append(dataclasses.replace(shot, captions=captions, camera=camera or before.camera, measures=measures))
+    kept, dropped = sift(shots, filters or Filters())
+    summary.dropped.update(one.reason for one in dropped)
+    summary.clips, summary.images = len(kept), sum(shot.is_image for shot in kept)
+    summary.uncaptioned = sum(not shot.captions for shot in kept)
+    summary.hours = sum(shot.seconds for shot in kept) / 3600
+    write_manifest(manifest, kept)
+    write_lines(quarantine_of(manifest), (dataclasses.asdict(one) for one in [*bad, *dropped]))
+    yield summary
+
+
+def _identity(shot: Shot) -> tuple[str, float, float]:
+    return shot.sha256, shot.start, shot.end
+
+
+class ScanJournal:
+    """All that scans have found out, one line a file, appended as it comes. A file that has changed since has another key."""
+
+    def __init__(self, path: Path, split: bool) -> None:
+        self.path, self.split = path, split
+        self._found: dict[str, dict[str, Any]] = {}
+        whole = 0
+        if path.is_file():
+            for line in path.read_bytes().splitlines(keepends=True):
+                try:
+                    entry = json.loads(line)
+                    self._found[entry.pop("key")] = entry
+                except (ValueError, KeyError, TypeError, AttributeError):  # a kill cut it off
+                    break
+                whole += len(line)
+            with path.open("r+b") as file:
+                file.truncate(whole)
+
+    def __contains__(self, key: str) -> bool:
+        # one that was too slow, or killed its process, gets another chance
+        return key in self._found and self._found[key].get("reason") not in ("too slow", "crashed the decoder")
+
+    def __getitem__(self, key: str) -> dict[str, Any]:
+        return self._found[key]
+
+    def add(self, key: str, found: dict[str, Any]) -> None:
+        self._found[key] = found
+        with writing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        with writing(self.path), self.path.open("ab") as file:
+            file.write(as_line({"key": key, **found}))
+
+    def key(self, candidate: Candidate) -> str:
+        try:
+            now = stamp(candidate.source)
+        except OSError:
+            now = (0, 0)
+        return json.dumps([str(candidate.source), *now, candidate.start, candidate.end, self.split, FINDS], ensure_ascii=False)
+
+
+# ----------------------------------------------------------------------------------------------------------------- processes
+
+Job = tuple[Candidate, str, bool, float]
+
+
+def run_jobs(jobs: list[Job], workers: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(place of the job, {"shots": [...]} or {"error", "reason"}) as they come. A worker that hangs or dies costs its file only."""
+    pool = [_Worker() for _ in range(min(workers, len(jobs)))]
+    waiting = iter(enumerate(jobs))
+    try:
+        busy = {}
+        for worker in pool:
+            if job := next(waiting, None):
+                worker.give(*job)
+                busy[worker.pipe] = worker
+        while busy:
+            ready = wait(list(busy), timeout=max(0.0, min(w.deadline for w in busy.values()) - time.monotonic()))
+            for pipe in [pipe for pipe, w in busy.items() if pipe in ready or time.monotonic() > w.deadline]:
+                worker = busy.pop(pipe)
+                answer = worker.answer(late=pipe not in ready)
+                if answer is not None:
+                    yield worker.place, answer
+                    if (job := next(waiting, None)) is None:
+                        continue
+                    worker.give(*job)
+                busy[worker.pipe] = worker
+    finally:
+        for worker in pool:
+            worker.kill()
+
+
+class _Worker:
+    """One process that examines files for us, and its end of the pipe."""
+
+    def __init__(self) -> None:
+        self._start()
+
+    def _start(self) -> None:
+        # forked where that is possible: a fresh interpreter would import everything anew
+        context = multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs,), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def give(self, place: int, job: Job) -> None:
+        self.place, self.job = place, job
+        self.deadline = time.monotonic() + job[3] + GRACE
+        self.pipe.send(job)
+
+    def answer(self, late: bool) -> dict[str, Any] | None:
+        """What the worker found; None if it only said how long it will need. One that is late or dead is replaced."""
+        source = self.job[0].source
+        if late:
+            found = {"error": f"{source} took longer to decode than it may, and hung", "reason": "too slow"}
+        else:
+            try:
+                found = self.pipe.recv()
+            except EOFError:
+                self.process.join(timeout=GRACE)
+                found = {"error": f"{source} killed its decoder (exit {self.process.exitcode})", "reason": "crashed the decoder"}
+            else:
+                if isinstance(found, float):
+                    self.deadline = time.monotonic() + found + GRACE
+                    return None
+                return found
+        self.kill()
+        self._start()
+        return found
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.join()
+        self.pipe.close()
+
+
+def _serve(pipe: Connection) -> None:
+    """A worker's life: a job in, the shots or the complaint out, until it is killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
+    cv2.setNumThreads(1)
+    while True:
+        try:
+            candidate, path, split, per_minute = pipe.recv()
+        except EOFError:
+            return
+        pipe.send(_examined(candidate, path, split, per_minute, pipe))
+
+
+def _examined(candidate: Candidate, path: str, split: bool, per_minute: float, pipe: Connection) -> dict[str, Any]:
+    stretch: dict[str, Any] = {"start": candidate.start, "end": candidate.end}
+    try:
+        shots: Iterable[Shot] = examine(candidate.source, path, split=split, per_minute=per_minute, announce=pipe.send, **stretch)
+        return {"shots": [dataclasses.asdict(shot) for shot in shots]}
+    except UserError as error:
+        return {"error": str(error)}
+    except Exception as error:  # a decoder's surprise must cost its file only; it is counted by its name
+        return {"error": f"{candidate.source}: {type(error).__name__}: {error}", "reason": "unreadable"}

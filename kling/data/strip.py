@@ -1,0 +1,24 @@
+"""Clips as one picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from kling.data.transforms import Frames
+
+
+def strip(rows: Sequence[Frames], columns: int = 6, gap: int = 2) -> torch.Tensor:
+    """Clips (T, H, W, 3) uint8, one under the other, each as `columns` frames evenly over its length: one picture (h, w, 3).
+
+    gap: pixels between frames, white, as is the end of a row that is narrower than another.
+    """
+    pictures = []
+    for clip in map(torch.as_tensor, rows):
+        picks = torch.linspace(0, len(clip) - 1, columns).round().long()
+        frames = torch.nn.functional.pad(clip[picks], (0, 0, 0, gap, 0, gap), value=255)  # (columns, H+gap, W+gap, 3)
+        pictures.append(torch.cat(list(frames), dim=1))
+    widest = max(picture.shape[1] for picture in pictures)
+    whole = torch.cat([torch.nn.functional.pad(picture, (0, 0, 0, widest - picture.shape[1]), value=255) for picture in pictures])
+    return whole[: len(whole) - gap, : widest - gap]

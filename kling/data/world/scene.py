@@ -1,0 +1,209 @@
+"""The small world: a procedural 3-D scene as a pure function of (seed, index), with its captions, its camera and the truth about it.
+
+It is the training set of the shipped model, the fixture of the tests and the ruler of the evaluation.
+
+    world = World(seed=0, frames=41)
+    clip = world.clip(7)            # video, captions in two languages, trajectory, scene
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kling.cameras.axes import MOVES, UNITS, axes_trajectory
+from kling.cameras.trajectory import Trajectory
+from kling.data.world.captions import COLOURS, GROUNDS, LANGUAGES, MOTIONS, SOLIDS, caption
+from kling.data.world.render import Ground, Solid, render
+from kling.errors import unknown
+from kling.shapes import ASPECTS, aspect_size, latent_frames
+
+FPS = 8.0
+EYE_HEIGHT = 2.0  # metres above the ground, at frame 0 of every scene: so the depth of the ground is known exactly
+EYE_PITCH = 10.0  # degrees down, likewise
+FOCAL = 1.1  # of sqrt(H * W) pixels
+PHRASINGS = 3  # captions a language
+
+COLOUR_RGB = {
+    "red": (0.84, 0.10, 0.10),
+    "orange": (0.98, 0.50, 0.06),
+    "yellow": (0.97, 0.90, 0.12),
+    "green": (0.05, 0.66, 0.18),
+    "cyan": (0.10, 0.84, 0.86),
+    "blue": (0.10, 0.20, 0.86),
+    "purple": (0.48, 0.10, 0.66),
+    "pink": (0.99, 0.50, 0.76),
+}
+GROUND_LOOK = {
+    "grass": Ground((0.16, 0.26, 0.10), (0.40, 0.50, 0.20), wavelength=1.3),
+    "sand": Ground((0.60, 0.50, 0.34), (0.88, 0.79, 0.58), wavelength=1.2, ripple=3.0),
+    "tiles": Ground((0.30, 0.30, 0.32), (0.66, 0.66, 0.68), wavelength=1.7, cells=True),
+    "snow": Ground((0.76, 0.82, 0.90), (0.98, 0.98, 1.00), wavelength=1.9),
+    "water": Ground((0.02, 0.14, 0.26), (0.16, 0.40, 0.54), wavelength=1.1, ripple=2.2),
+}
+assert set(COLOUR_RGB) == set(COLOURS) and set(GROUND_LOOK) == set(GROUNDS)
+
+# (colour, solid, motion) that no training clip shows, in any of its objects: 14 of 168.
+HELD_OUT = (
+    ("red", "ball", "left"),
+    ("red", "cone", "bounce"),
+    ("orange", "cube", "right"),
+    ("orange", "ball", "still"),
+    ("yellow", "cone", "toward"),
+    ("yellow", "cube", "circle"),
+    ("green", "ball", "away"),
+    ("green", "cube", "left"),
+    ("cyan", "cone", "right"),
+    ("cyan", "ball", "bounce"),
+    ("blue", "cube", "toward"),
+    ("blue", "cone", "still"),
+    ("purple", "ball", "circle"),
+    ("pink", "cube", "away"),
+)
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One object: what a caption says of it, and where it really is."""
+
+    colour: str
+    solid: str
+    motion: str
+    size: float  # half its height, metres
+    yaw: float
+    centre: Tensor  # (T, 3) world metres, y down, ground at 0
+
+
+@dataclass(frozen=True)
+class Scene:
+    """The truth about a clip."""
+
+    index: int
+    aspect: str
+    frames: int
+    ground: str
+    things: tuple[Thing, ...]
+    axes: dict[str, float]  # camera axes, empty for a static camera
+    move: str  # a master shot's name, "static", or "" for single axes and mixtures
+    phases: Tensor  # (8,) texture and clouds
+    trajectory: Trajectory
+
+
+@dataclass(frozen=True)
+class WorldClip:
+    """A rendered scene: video (T, H, W, 3) uint8, and captions by language."""
+
+    video: Tensor
+    captions: dict[str, list[str]]
+    trajectory: Trajectory
+    scene: Scene
+
+
+def start_pose() -> Tensor:
+    """World pose (3, 4) of every scene's first camera: `EYE_HEIGHT` above the ground, looking `EYE_PITCH` down, along +z."""
+    a = math.radians(-EYE_PITCH)
+    R = torch.tensor([[1, 0, 0], [0, math.cos(a), -math.sin(a)], [0, math.sin(a), math.cos(a)]])
+    return torch.cat([R, torch.tensor([[0.0], [-EYE_HEIGHT], [0.0]])], dim=1)
+
+
+class World:
+    """Scenes by index. `split` is "train" (never a held-out combination) or "heldout" (the first object always is one)."""
+
+    def __init__(
+        self,
+        seed: int = 0,
+        frames: int = 41,
+        aspect: str | None = None,
+        split: str = "train",
+        size: tuple[int, int] | None = None,
+        max_things: int = 3,
+    ) -> None:
+        latent_frames(frames)  # refuses anything but 1 + 4k
+        if aspect is not None and aspect not in ASPECTS:
+            raise unknown("aspect", aspect, ASPECTS)
+        if split not in ("train", "heldout"):
+            raise unknown("split", split, ("train", "heldout"))
+        self.seed, self.frames, self.aspect, self.split, self.size, self.max_things = seed, frames, aspect, split, size, max_things
+
+    def clip(self, index: int) -> WorldClip:
+        scene = self.scene(index)
+        return WorldClip(render_scene(scene, self.size), self.captions(scene), scene.trajectory, scene)
+
+    def captions(self, scene: Scene) -> dict[str, list[str]]:
+        """`PHRASINGS` sentences a language; every other one leaves the camera unsaid."""
+        rng = random.Random(f"captions/{self.seed}/{self.split}/{scene.index}")
+        things = [(t.colour, t.solid, t.motion) for t in scene.things]
+        return {
+            language: [caption(things, scene.ground, scene.axes, scene.move, language, rng, camera=i % 2 == 0) for i in range(PHRASINGS)]
+            for language in LANGUAGES
+        }
+
+    def scene(self, index: int) -> Scene:
+        rng = random.Random(f"scene/{self.seed}/{self.split}/{index}")
+        aspect = self.aspect or rng.choices(list(ASPECTS), weights=(3, 1, 1))[0]
+        H, W = self.size or aspect_size(aspect)
+        axes, move = self._camera(rng)
+        count = min(self.max_things, rng.choices((1, 2, 3), weights=(6, 3, 1))[0])
+        half_view = 0.5 * W / (FOCAL * (H * W) ** 0.5)  # tangent of half the horizontal view
+        slots = rng.sample((-1, 0, 1), count) if count > 1 else [None]
+        colours = rng.sample(list(COLOURS), count)  # distinct, so that a sentence names each thing
+        things = tuple(self._thing(rng, i, colours[i], slot, half_view, aspect) for i, slot in enumerate(slots))
+        phases = torch.tensor([rng.random() for _ in range(8)])
+        trajectory = axes_trajectory(axes, self.frames, H, W, FOCAL)
+        return Scene(index, aspect, self.frames, rng.choice(list(GROUNDS)), things, axes, move, phases, trajectory)
+
+    def _thing(self, rng: random.Random, place: int, colour: str, slot: int | None, half_view: float, aspect: str) -> Thing:
+        allowed = [(c, s, m) for c in COLOURS for s in SOLIDS for m in MOTIONS if (c, s, m) not in HELD_OUT and c == colour]
+        solid, motion = rng.choice(list(SOLIDS)), rng.choice(list(MOTIONS))
+        if self.split == "heldout" and place == 0:
+            colour, solid, motion = rng.choice(HELD_OUT)
+        elif (colour, solid, motion) in HELD_OUT:
+            colour, solid, motion = rng.choice(allowed)
+        size, yaw = rng.uniform(0.5, 0.72), rng.uniform(0, math.pi / 2)
+        z = rng.uniform(4.6, 6.2) if slot is None else 5.2 + 1.6 * ((slot + 1 + place) % 3) * 0.6 + rng.uniform(-0.2, 0.2)
+        room = max(half_view * z - size, 0.3)  # metres to the picture's side
+        x = rng.uniform(-0.45, 0.45) * room if slot is None else slot * 0.62 * room
+        return Thing(colour, solid, motion, size, yaw, _path(motion, x, z, size, room, rng, self.frames))
+
+    def _camera(self, rng: random.Random) -> tuple[dict[str, float], str]:
+        kind = rng.choices(("static", "axis", "move", "mixture"), weights=(30, 40, 12, 18))[0]
+        if kind == "static":
+            return {}, "static"
+        if kind == "move":
+            move = rng.choice(list(MOVES))
+            return dict(MOVES[move]), move
+        names = rng.sample(list(UNITS), 1 if kind == "axis" else rng.choice((2, 2, 3)))
+        return {name: round(rng.choice((-1, 1)) * rng.uniform(3, 10), 1) for name in sorted(names)}, ""
+
+
+def _path(motion: str, x: float, z: float, size: float, room: float, rng: random.Random, T: int) -> Tensor:
+    """Centre of a thing in world metres (T, 3): its motion fills the clip, however long; bounces and circles keep real time."""
+    s = torch.linspace(0, 1, T) if T > 1 else torch.zeros(1)
+    seconds = torch.arange(T) / FPS
+    xs, ys, zs = torch.full((T,), x), torch.full((T,), -size), torch.full((T,), z)
+    if motion in ("left", "right"):
+        sign = 1 if motion == "right" else -1
+        way = 1.3 * room
+        xs = x * 0.3 + sign * way * (s - 0.5)
+    elif motion in ("toward", "away"):
+        near, far = z - 1.4, z + 2.4
+        zs = far + (near - far) * s if motion == "toward" else near + (far - near) * s
+        xs = xs * zs / zs[0] * 0.8  # keeps its place in the picture
+    elif motion == "bounce":
+        phase = (seconds / 1.25 + rng.random()) % 1
+        ys = -size - 4 * 0.9 * phase * (1 - phase)
+    elif motion == "circle":
+        angle = 2 * math.pi * (seconds / 3.0 + rng.random())
+        xs, zs = x * 0.5 + 0.8 * torch.cos(angle), z + 0.8 * torch.sin(angle)
+    return torch.stack([xs, ys, zs], dim=1)
+
+
+def render_scene(scene: Scene, size: tuple[int, int] | None = None) -> Tensor:
+    """Video (T, H, W, 3) uint8 of a scene, at its aspect's size or another of the same field of view."""
+    H, W = size or aspect_size(scene.aspect)
+    solids = [Solid(t.solid, COLOUR_RGB[t.colour], t.size, t.yaw, t.centre) for t in scene.things]
+    return render(solids, GROUND_LOOK[scene.ground], scene.phases, start_pose(), scene.trajectory, H, W)

@@ -1,0 +1,70 @@
+"""Noise levels: how training draws them and how sampling walks down them. One time everywhere: sigma in [0, 1], 1 is noise."""
+
+from __future__ import annotations
+
+import torch
+from torch import Generator, Tensor
+
+from kling.errors import UserError, unknown
+
+DENSITIES = ("logit_normal", "uniform")
+
+
+def shift_sigma(sigma: Tensor, shift: float) -> Tensor:
+    """sigma' = s sigma / (1 + (s - 1) sigma): more of the walk at high noise for s > 1 (Esser et al. 2024, arXiv 2403.03206, eq. 23)."""
+    return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+def draw_sigma(
+    shape: tuple[int, ...],
+    generator: Generator,
+    density: str = "logit_normal",
+    shift: float = 1.0,
+    within: tuple[float, float] = (0.0, 1.0),
+) -> Tensor:
+    """Training levels in (0, 1), or `within` two levels, as one of two experts sees them. `logit_normal` is sigmoid(N(0, 1))."""
+    if density == "logit_normal":
+        sigma = torch.randn(shape, generator=generator).sigmoid()
+    elif density == "uniform":
+        sigma = torch.rand(shape, generator=generator)
+    else:
+        raise unknown("density", density, DENSITIES)
+    return truncate_density(shift_sigma(sigma, shift).clamp(1e-4, 1 - 1e-4), within, density, shift)
+
+
+def truncate_density(sigma: Tensor, within: tuple[float, float], density: str, shift: float) -> Tensor:
+    """Draws of a density -> draws of the same density cut to `within`: quantiles stay in their order."""
+    if within == (0.0, 1.0):
+        return sigma
+    low, high = density_cdf(torch.tensor(within, dtype=torch.float64), density, shift)
+    return density_ppf(low + (high - low) * density_cdf(sigma.double(), density, shift), density, shift).to(sigma.dtype)
+
+
+def density_ppf(quantile: Tensor, density: str, shift: float) -> Tensor:
+    """The level below which this share of the training density lies."""
+    return shift_sigma(torch.special.ndtri(quantile).sigmoid() if density == "logit_normal" else quantile, shift)
+
+
+def density_cdf(sigma: Tensor, density: str, shift: float) -> Tensor:
+    """Inverse of `density_ppf`."""
+    plain = shift_sigma(sigma, 1 / shift).clamp(0, 1)  # 1 comes back a rounding above it
+    return torch.special.ndtr(plain.logit()) if density == "logit_normal" else plain
+
+
+def sigma_grid(steps: int, shift: float = 1.0) -> Tensor:
+    """(steps + 1,) levels from 1 down to exactly 0."""
+    if steps < 1:
+        raise UserError(f"num_inference_steps {steps}: give at least 1")
+    if shift <= 0:
+        raise UserError(f"shift {shift}: give a positive number")
+    return shift_sigma(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift).float()
+
+
+def frame_grid(sigmas: Tensor, delays: Tensor) -> Tensor:
+    """Levels (steps', G) where frame g starts `delays[g]` steps after the first: diffusion forcing (Chen et al. 2024, arXiv 2407.01392).
+
+    With all delays 0 every column is the plain grid.
+    """
+    last = len(sigmas) - 1
+    step = torch.arange(len(sigmas) + int(delays.max()))[:, None] - delays[None, :]  # (steps', G)
+    return sigmas[step.clamp(0, last)]

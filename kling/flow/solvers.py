@@ -1,0 +1,103 @@
+"""Walking a state down its noise levels, each token by its own: a diffusers scheduler, and the solvers it steps with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from diffusers import ConfigMixin, SchedulerMixin
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor
+
+from kling.errors import unknown
+from kling.flow.levels import sigma_grid
+from kling.flow.path import to_x0, where_made
+
+
+def euler(v: Tensor, previous: Tensor, step: Tensor, previous_step: Tensor) -> Tensor:
+    """First order: the velocity as it is."""
+    return v
+
+
+def adams(v: Tensor, previous: Tensor, step: Tensor, previous_step: Tensor) -> Tensor:
+    """Second-order Adams-Bashforth on uneven steps: no extra evaluation; first order where an element has not moved before."""
+    ahead = torch.where(previous_step > 0, step / (2 * previous_step.clamp(min=1e-12)), 0.0)  # (b, 1, G, h, w)
+    return torch.lerp(previous, v, 1 + ahead.to(v.dtype))  # v + ahead (v - previous)
+
+
+SOLVERS = {"euler": euler, "adams": adams, "renoise": euler}  # renoise: see `KlingFlowScheduler.step`
+
+
+class KlingFlowScheduler(SchedulerMixin, ConfigMixin):
+    """Flow matching with a noise level per token.
+
+    The settings live in the checkpoint (`scheduler/scheduler_config.json`), never in a guess. `sigmas` (steps + 1,) is the grid after
+    `set_timesteps`; `timesteps` are its values but the last, times 1000, as diffusers expects them.
+    """
+
+    order = 1
+
+    @register_to_config
+    def __init__(
+        self,
+        shift: float = 1.0,
+        solver: str = "euler",
+        num_inference_steps: int = 25,
+        guidance_scale: float = 3.0,
+        camera_guidance_scale: float = 1.0,
+        guidance_reach: float = 0.0,
+        density: str = "logit_normal",
+    ) -> None:
+        if solver not in SOLVERS:
+            raise unknown("solver", solver, SOLVERS)
+        self.set_timesteps(num_inference_steps)
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: torch.device | str | None = None,
+        shift: float | None = None,
+        solver: str | None = None,
+    ) -> None:
+        """Start a walk of `num_inference_steps` steps. What is None is the checkpoint's own setting."""
+        steps = self.config.num_inference_steps if num_inference_steps is None else num_inference_steps
+        self.sigmas = sigma_grid(steps, self.config.shift if shift is None else shift).to(device)  # (steps + 1,)
+        self.timesteps = 1000 * self.sigmas[:-1]
+        self._solver = solver or self.config.solver
+        self._solve = SOLVERS[self._solver]
+        self._previous: tuple[Tensor, Tensor] | None = None  # velocity and step of every element
+
+    @property
+    def renoises(self) -> bool:
+        """Whether `step` needs fresh noise."""
+        return self._solver == "renoise"
+
+    def step(
+        self, v: Tensor, sigma: Tensor, next_sigma: Tensor, z: Tensor, mask: Tensor, clean: Tensor, noise: Tensor | None = None
+    ) -> tuple[Tensor, Callable[[], Tensor]]:
+        """One step: x0 = z - sigma v where m > 0, c where m = 0; z <- z - (sigma - sigma+) v, which is x0 + (sigma+ / sigma)(z - x0).
+
+        What is given, or has arrived, has sigma+ = sigma and stays as it is.
+
+        The solver "renoise" of few-step weights (consistency and distribution-matching distillation: Yin et al. 2024, arXiv 2405.14867)
+        walks to x0 in one go and comes back with fresh noise: z <- (1 - sigma+) x0 + sigma+ eps.
+
+        Args:
+            v: (b, c, G, h, w) guided velocity at `sigma`.
+            sigma, next_sigma: levels of every element before and after, (b, 1, G, h, w) or what spreads to it.
+            z, mask, clean: as in `State`.
+            noise: eps (b, c, G, h, w), for "renoise" only.
+
+        Returns z at the next level, and what computes x0, the clip as it looks from here.
+        """
+        step = sigma - next_sigma
+        previous, previous_step = self._previous or (v, torch.zeros_like(step))
+        self._previous = v, step
+        v = self._solve(v, previous, step, previous_step)
+
+        def x0() -> Tensor:
+            return where_made(mask, to_x0(z, v, sigma), clean)
+
+        if self.renoises:
+            return torch.where((sigma > 0) & (sigma > next_sigma), (1 - next_sigma) * x0() + next_sigma * noise, z), x0
+        return torch.addcmul(z, step, v, value=-1), x0

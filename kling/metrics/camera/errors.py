@@ -1,0 +1,101 @@
+"""How far a camera path that was estimated is from the one that was asked for, and what a person would call it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from kling.cameras.axes import LIMIT, MOVES, UNITS, rotation
+from kling.cameras.trajectory import Trajectory
+
+STATIC = 1.5  # axis units (10 is the whole range): less than this in all is a camera that stands still; training asks for 3 and more
+TRAVELS = 0.1  # metres: a path that never gets further from its start has no direction to compare
+WORST_ROTATION, WORST_TRANSLATION = 180.0, 2.0  # what a frame counts whose pose could not be found: it is never left out
+
+SINGLE = {f"{name}{sign}": {name: LIMIT if sign == "+" else -LIMIT} for name in UNITS for sign in "+-"}
+CLASSES = (*SINGLE, *MOVES, "static")
+
+
+def rotation_error(estimate: Trajectory, asked: Trajectory, found: Tensor) -> float:
+    """Mean angle in degrees between the estimated and the asked rotations, both relative to frame 0 (which is left out).
+
+    found: (T,) bool, frames whose pose is known; the others count `WORST_ROTATION`.
+    """
+    turn = estimate.relative().c2w[1:, :, :3].double().mT @ asked.relative().c2w[1:, :, :3].double()
+    sine = (turn - turn.mT).flatten(1).norm(dim=1) / math.sqrt(8)  # the trace alone is blind to small angles
+    cosine = (turn.diagonal(dim1=1, dim2=2).sum(dim=1) - 1) / 2
+    angle = torch.rad2deg(torch.atan2(sine, cosine))
+    return float(torch.where(found[1:], angle, WORST_ROTATION).mean())
+
+
+def translation_error(estimate: Trajectory, asked: Trajectory, found: Tensor) -> float | None:
+    """Mean distance between the two paths, each measured in its own furthest distance from the start; 0 is right, 2 is as wrong as can be.
+
+    None where the asked path does not travel. An estimate that hardly moves is not blown up: its unit is at least a tenth of the asked one.
+    """
+    a, b = estimate.relative().c2w[1:, :, 3].double(), asked.relative().c2w[1:, :, 3].double()
+    far = float(b.norm(dim=1).max())
+    if far < TRAVELS:
+        return None
+    a_far = max(float(torch.where(found[1:], a.norm(dim=1), 0.0).max()), far / 10)
+    return float(torch.where(found[1:], (a / a_far - b / far).norm(dim=1), WORST_TRANSLATION).mean())
+
+
+def summed_errors(estimate: Trajectory, asked: Trajectory, found: Tensor) -> dict[str, float]:
+    """RotErr in radians, relative TransErr and CamMC as CamI2V (He et al. 2024) sums them over the frames after the first.
+
+    Both paths are relative to frame 0 and divided by their own furthest distance from it. CamMC is the norm of the difference of the
+    3x4 poses. A frame without a pose counts the worst: π, 2, and the norm that both give together.
+    """
+    a, b = estimate.relative().c2w[1:].double(), asked.relative().c2w[1:].double()
+    a, b = (torch.cat([x[..., :3], x[..., 3:] / (x[..., 3].norm(dim=1).max() + 1e-9)], dim=-1) for x in (a, b))
+    cosine = ((a[..., :3].mT @ b[..., :3]).diagonal(dim1=1, dim2=2).sum(dim=1) - 1) / 2
+    known = found[1:]
+    worst = math.sqrt(8 + WORST_TRANSLATION**2)  # |R₁ - R₂| is √8 for half a turn
+    return {
+        "rotation": float(torch.where(known, cosine.clamp(-1, 1).acos(), math.pi).sum()),
+        "translation": float(torch.where(known, (a - b)[..., 3].norm(dim=1), WORST_TRANSLATION).sum()),
+        "cammc": float(torch.where(known, (a - b).flatten(1).norm(dim=1), worst).sum()),
+    }
+
+
+def axes_of(trajectory: Trajectory) -> dict[str, float]:
+    """The axis values that best describe a path: `axes_trajectory` backwards, for any path.
+
+    Turns and zoom are slopes over the whole clip (not end points, which one bad frame decides); travel is summed in the camera's own
+    directions.
+    """
+    path = trajectory.relative()
+    R, o, T = path.c2w[:, :, :3].double(), path.c2w[:, :, 3].double(), len(path)
+    s = torch.linspace(0, 1, T, dtype=torch.float64)
+    pan, roll = torch.atan2(R[:, 0, 2], R[:, 2, 2]), torch.atan2(R[:, 1, 0], R[:, 1, 1])
+    tilt = torch.asin((-R[:, 1, 2]).clamp(-1, 1))
+    halfway = rotation(*((a[1:] + a[:-1]) / 2 for a in (pan, tilt, roll)))  # (T-1, 3, 3)
+    travel = torch.einsum("tji,tj->i", halfway, o[1:] - o[:-1])  # right, down, forward
+    zoom = -(path.intrinsics[:, 0] / path.intrinsics[0, 0]).double().log2()
+
+    def slope(a: Tensor) -> float:
+        return float((s * a).sum() / (s * s).sum())
+
+    amount = {"horizontal": float(travel[0]), "vertical": -float(travel[1]), "dolly": float(travel[2]), "zoom": slope(zoom)}
+    amount |= {name: math.degrees(slope(a)) for name, a in (("pan", pan), ("tilt", tilt), ("roll", roll))}
+    return {name: amount[name] / unit * LIMIT for name, (unit, _) in UNITS.items()}
+
+
+def camera_class(axes: Mapping[str, float]) -> str:
+    """One of `CLASSES`: static, or the single axis or master shot whose direction in axis units is nearest.
+
+    >>> camera_class({"pan": 5.0, "dolly": 0.4})
+    'pan+'
+    """
+    size = math.hypot(*axes.values()) if axes else 0.0
+    if size < STATIC:
+        return "static"
+    return max({**SINGLE, **MOVES}.items(), key=lambda item: _cosine(axes, item[1]))[0]
+
+
+def _cosine(a: Mapping[str, float], b: Mapping[str, float]) -> float:
+    return sum(value * b.get(name, 0.0) for name, value in a.items()) / math.hypot(*a.values()) / math.hypot(*b.values())

@@ -1,0 +1,193 @@
+"""What a file holds, by its first bytes, and how a file is written: beside its final name, then moved there whole."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from kling.errors import UserError
+
+HEAD = 512  # bytes that `sniff` needs: two MPEG-TS packets and a little
+
+# (offset, magic, FFmpeg demuxer). The demuxer is forced: left to guess, FFmpeg takes a text file named x.mp4 for a playlist
+# or a script and opens what it names.
+VIDEO_MAGIC = (
+    (4, b"ftyp", "mov"), (4, b"moov", "mov"), (4, b"mdat", "mov"), (4, b"wide", "mov"), (4, b"free", "mov"), (4, b"skip", "mov"),
+    (0, b"\x1aE\xdf\xa3", "matroska"), (8, b"AVI ", "avi"), (0, b"GIF8", "gif"), (0, b"FLV\x01", "flv"), (0, b"OggS", "ogg"),
+    (0, b"\x30\x26\xb2\x75\x8e\x66\xcf\x11", "asf"), (0, b"\x00\x00\x01\xba", "mpeg"), (0, b"DKIF", "ivf"),
+    (0, b"YUV4MPEG2 ", "yuv4mpegpipe"), (0, b"\x06\x0e\x2b\x34", "mxf"),
+    (0, b"\x00\x00\x00\x01\x67", "h264"), (0, b"\x00\x00\x01\x67", "h264"), (0, b"\x00\x00\x00\x01\x40\x01", "hevc"),
+)  # fmt: skip
+OTHER_MAGIC = (
+    (0, b"\x89PNG", "a PNG image"), (0, b"\xff\xd8\xff", "a JPEG image"), (8, b"WEBP", "a WebP image"), (0, b"BM", "a BMP image"),
+    (0, b"II*\x00", "a TIFF image"), (0, b"MM\x00*", "a TIFF image"), (8, b"avif", "an AVIF image"), (8, b"heic", "a HEIC image"),
+    (8, b"mif1", "a HEIF image"), (8, b"WAVE", "WAV audio"), (0, b"ID3", "MP3 audio"), (0, b"fLaC", "FLAC audio"),
+    (8, b"M4A ", "M4A audio"), (0, b"PK\x03\x04", "a zip archive"), (0, b"\x1f\x8b", "a gzip archive"), (0, b"%PDF", "a PDF"),
+    (0, b"\x93NUMPY", "a NumPy array"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Member:
+    """A file inside an uncompressed tar, read where it lies: `size` bytes from `start`."""
+
+    tar: Path
+    name: str
+    start: int
+    size: int
+
+    def __str__(self) -> str:
+        return f"{self.tar}/{self.name}"
+
+
+Source = Path | Member
+
+
+def as_source(path: str | Path | Member) -> Source:
+    return path if isinstance(path, Member) else Path(path)
+
+
+def file_of(source: Source) -> Path:
+    """The file on disk that holds the bytes."""
+    return source.tar if isinstance(source, Member) else source
+
+
+def member_of(source: Source) -> tuple[str, int, int] | None:
+    """How a manifest names a tar's member; None for a file of its own."""
+    return (source.name, source.start, source.size) if isinstance(source, Member) else None
+
+
+def url(source: Source) -> str:
+    """What FFmpeg opens. The protocol is spelled out: a name such as `http:x` would otherwise be one."""
+    file = f"file:{file_of(source).absolute()}"
+    return f"subfile,,start,{source.start},end,{source.start + source.size},,:{file}" if isinstance(source, Member) else file
+
+
+def stamp(source: Source) -> tuple[int, int]:
+    """(time of change in ns, bytes): when neither has moved, the contents are taken to be the same."""
+    stat = file_of(source).stat()
+    return stat.st_mtime_ns, source.size if isinstance(source, Member) else stat.st_size
+
+
+def read_bytes(source: Source, limit: int = -1) -> bytes:
+    with file_of(source).open("rb") as file:
+        if isinstance(source, Member):
+            file.seek(source.start)
+            limit = source.size if limit < 0 else min(limit, source.size)
+        return file.read(limit)
+
+
+def sha256(source: Source) -> str:
+    """Hash of the contents."""
+    with file_of(source).open("rb") as file:
+        if isinstance(source, Path):
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        file.seek(source.start)
+        digest, left = hashlib.sha256(), source.size
+        while left and (block := file.read(min(left, 1 << 20))):
+            digest.update(block)
+            left -= len(block)
+        return digest.hexdigest()
+
+
+def head(source: Source) -> bytes:
+    """The first bytes of a file. Raises `UserError` if it is missing, a folder, unreadable or empty."""
+    if file_of(source).is_dir():
+        raise UserError(f"{source} is a folder: give a file")
+    if file_of(source).is_fifo() or file_of(source).is_char_device():
+        raise UserError(f"{source} is a pipe or a device: give a file")  # reading it might wait for ever
+    try:
+        start = read_bytes(source, HEAD)
+    except FileNotFoundError:
+        raise UserError(f"{source} does not exist: check the path") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{source} cannot be read ({reason}): check the path and its permissions") from None
+    if not start:
+        raise UserError(f"{source} is empty (0 bytes): download or export it again")
+    return start
+
+
+def sniff(start: bytes) -> tuple[str | None, str]:
+    """(FFmpeg demuxer or None, what to call the contents) from a file's first bytes; the name on disk plays no part."""
+    for offset, magic, kind in OTHER_MAGIC:
+        if start.startswith(magic, offset):
+            return None, kind
+    for offset, magic, demuxer in VIDEO_MAGIC:
+        if start.startswith(magic, offset):
+            return demuxer, f"{demuxer} video"
+    for first in (0, 4):  # MPEG-TS: a sync byte every 188 bytes, or every 192 in a Blu-ray .m2ts
+        if start[first : first + 1] == start[first + 188 + first : first + 189 + first] == b"G":
+            return "mpegts", "mpegts video"
+    try:
+        text = start.decode("utf-8", errors="strict" if len(start) < HEAD else "ignore")
+        return None, "text" if text.isprintable() or not any(c < " " and c not in "\t\r\n\f" for c in text) else "unknown data"
+    except UnicodeDecodeError:
+        return None, "unknown data"
+
+
+@contextmanager
+def replaced(path: Path, sync: bool = False) -> Iterator[Path]:
+    """A temporary path beside `path`, moved to `path` when the block ends well and deleted when it does not: all atomic writing is this.
+
+    sync: both are on the disk when it returns. Errors are the system's.
+    """
+    temporary = path.with_name(f".{uuid.uuid4().hex}.part")
+    temporary.touch(exist_ok=False)
+    try:
+        yield temporary
+        if sync:
+            sync_to_disk(temporary)
+        os.replace(temporary, path)
+        if sync:
+            sync_to_disk(path.parent)
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def write_atomic(path: str | Path, text: str) -> None:
+    """Replace a small text file so that a reader sees the old one or the new one, never half of one, also after a power cut."""
+    with replaced(Path(path), sync=True) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def sync_to_disk(path: Path) -> None:
+    """Wait until a file's bytes, or a folder's names, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def written(path: str | Path) -> Iterator[Path]:
+    """`replaced` for what a person asked for: the folder is made if it is missing, and what the system refuses is a `UserError`."""
+    path = Path(path)
+    with writing(path):
+        if path.is_dir():
+            raise IsADirectoryError(0, "it is a folder")
+        if path.parent.exists() and not path.parent.is_dir():
+            raise NotADirectoryError(0, f"{path.parent} is a file")
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        with writing(path):
+            temporary = stack.enter_context(replaced(path))
+        yield temporary
+        with writing(path):
+            stack.close()
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """The system's refusal to write (no permission, disk full, a file where a folder should be) as a `UserError`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror or error}): free the place or choose another") from None

@@ -1,0 +1,400 @@
+"""One pipeline for every task. What a request gives decides what is known of the clip; everything else is the same loop.
+
+pipe = KlingPipeline.from_pretrained()                      # the shipped model
+pipe("a red ball rolls left on grass", camera="pan=5", seed=1).frames      # (1, 41, 64, 112, 3)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers.loaders import WanLoraLoaderMixin
+from diffusers.utils import BaseOutput
+from torch import Tensor
+
+from kling.cameras.trajectory import Trajectory, camera_signal
+from kling.condition.concat import concat_channels, concat_groups, opened
+from kling.condition.state import State, build_state
+from kling.data.transforms import to_tensor, to_uint8
+from kling.dit import KlingTransformer3DModel
+from kling.errors import UserError
+from kling.flow.diffusers_scheduler import shift_key
+from kling.flow.solvers import KlingFlowScheduler
+from kling.hub.clip import clip_tokens
+from kling.hub.load import find_folder, load
+from kling.hub.lora import add_loras
+from kling.runtime.random import generator
+from kling.sampling.inputs import Inputs, asked_frames, read_inputs
+from kling.sampling.plan import PRO_STEPS, Hop, Plan, plan_camera, plan_hops
+from kling.sampling.request import Request
+from kling.sampling.sampler import Sampler, Signals
+from kling.shapes import ASPECTS, latent_frames, latent_size
+from kling.text import ByteTextEncoder
+from kling.text.umt5 import UMT5TextEncoder
+from kling.vae import AutoencoderKLKling
+
+ASSETS = Path(__file__).parents[1] / "assets"
+LORA_FILE = "pytorch_lora_weights.safetensors"
+
+
+@dataclass
+class KlingOutput(BaseOutput):
+    """frames: (b, T, H, W, 3) uint8 for "np", (b, T, 3, H, W) in [0, 1] for "pt". latents: (b, c, f, h, w) of the last hop."""
+
+    frames: np.ndarray | Tensor | None
+    latents: Tensor
+
+
+class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
+    """VAE, transformer, text encoder and scheduler, and what the checkpoint can do.
+
+    transformer_2, boundary_ratio: a second expert, for levels below the ratio. image_encoder, image_processor: CLIP, for the Wan 2.1
+    image models. scheduler: ours, or any flow scheduler of diffusers.
+
+    capabilities: names of the tasks (and "camera", "control") that the weights were trained for; others are refused by name.
+    fps: frames a second that it learned. max_frames: its longest single clip; longer ones are continued in hops.
+    sizes: aspect -> (H, W). block_frames: latent frames made at a time by block-causal weights; 0 makes all at once.
+    defaults: `num_inference_steps`, `guidance_scale` (high noise, low noise) and `negative_prompt`, where the scheduler is not ours.
+    licence: of the weights, where they are published ones.
+    """
+
+    model_cpu_offload_seq = "text_encoder->image_encoder->transformer->transformer_2->vae"
+    _optional_components = ["transformer_2", "image_encoder", "image_processor"]
+
+    def __init__(
+        self,
+        vae: AutoencoderKLKling,
+        transformer: KlingTransformer3DModel,
+        text_encoder: ByteTextEncoder | UMT5TextEncoder,
+        scheduler: SchedulerMixin,
+        capabilities: list[str] = (),
+        fps: float = 8.0,
+        max_frames: int = 41,
+        sizes: dict[str, tuple[int, int]] | None = None,
+        transformer_2: KlingTransformer3DModel | None = None,
+        image_encoder: Any = None,
+        image_processor: Any = None,
+        boundary_ratio: float | None = None,
+        block_frames: int = 0,
+        defaults: dict[str, Any] | None = None,
+        licence: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.register_modules(
+            vae=vae, transformer=transformer, text_encoder=text_encoder, scheduler=scheduler, transformer_2=transformer_2,
+            image_encoder=image_encoder, image_processor=image_processor,
+        )  # fmt: skip
+        ours = {name: getattr(self, name) for name in ("vae", "transformer", "transformer_2", "text_encoder", "scheduler")}
+        self.register_to_config(  # where a reader finds the classes
+            **{name: ("kling", type(part).__name__) for name, part in ours.items() if type(part).__module__.startswith("kling.")}
+        )
+        self.register_to_config(capabilities=list(capabilities), fps=fps, max_frames=max_frames)
+        extra = {"sizes": sizes, "boundary_ratio": boundary_ratio, "block_frames": block_frames or None, "defaults": defaults}
+        extra["licence"] = licence
+        self.register_to_config(**{key: value for key, value in extra.items() if value is not None})
+        self.groups = concat_groups(transformer.config.in_channels, vae.config.z_dim)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path | None = None,
+        torch_dtype: torch.dtype | None = None,
+        lora: Sequence[tuple[str, float]] = (),
+        lora_2: Sequence[tuple[str, float]] = (),
+        **replaced: Any,
+    ) -> KlingPipeline:
+        """The shipped model, a folder of ours, a folder of published Wan weights in diffusers layout, or the hub id of one.
+
+        lora, lora_2: (file, scale) on top of the transformer and of the second expert.
+        replaced: `transformer`, `transformer_2` and `vae` as safetensors in original or diffusers naming, and `checkpoint`, the registry's
+        name of what they are; weights=False for planning only; see `kling.hub.load`.
+        Raises `UserError` if anything is missing, damaged or unknown.
+        """
+        weights = replaced.get("weights", True)
+        pipe = cls(**load(ASSETS if path is None else find_folder(path, weights), torch_dtype, **replaced))
+        if weights:
+            add_loras(pipe, lora)
+            add_loras(pipe, lora_2, second=True)
+        return pipe
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """A folder that `from_pretrained` reads. umT5 is copied, not loaded."""
+        text = self.text_encoder
+        if isinstance(text, UMT5TextEncoder):
+            text.save_pretrained(save_directory)
+            self.text_encoder = None  # diffusers would only say that it knows no way to save it
+        super().save_pretrained(save_directory, **kwargs)
+        self.text_encoder = text
+
+    @classmethod
+    def lora_state_dict(cls, lora: Any, **kwargs: Any) -> Any:
+        """As diffusers', but never from a pickle."""
+        return super().lora_state_dict(lora, **{"use_safetensors": True, **kwargs})
+
+    @property
+    def experts(self) -> list[KlingTransformer3DModel]:
+        """The transformer, and the second one if there is one."""
+        return [model for model in (self.transformer, self.transformer_2) if model is not None]
+
+    def setting(self, name: str, asked: Any = None) -> Any:
+        """What is asked for, or the checkpoint's own where that is None: `num_inference_steps`, `guidance_scale` (two: high and low noise),
+        `camera_guidance_scale`, `guidance_reach`, `negative_prompt`, `shift` or `solver`."""
+        scheduler = self.scheduler
+        own = {"negative_prompt": "", "camera_guidance_scale": 1.0, "guidance_reach": 0.0, "solver": type(scheduler).__name__}
+        own |= self.config.get("defaults") or {}
+        own |= scheduler.config if isinstance(scheduler, KlingFlowScheduler) else {}
+        own["shift"] = scheduler.config[shift_key(scheduler)]
+        value = own[name] if asked is None else asked
+        return [value, value] if name == "guidance_scale" and not isinstance(value, list | tuple) else value
+
+    def load_lora_weights(self, lora: str | Path | dict[str, Any], **kwargs: Any) -> None:
+        """As diffusers', and a folder without a `weight_name` is the `lora` folder of kling-train.
+
+        Raises `UserError` if it has no `pytorch_lora_weights.safetensors`, or peft is not installed.
+        """
+        if find_spec("peft") is None:
+            raise UserError("low-rank weights need peft: pip install 'kling[lora]'")
+        if not isinstance(lora, dict) and "weight_name" not in kwargs:
+            if not (Path(lora) / LORA_FILE).is_file():
+                raise UserError(f"low-rank weights '{lora}': no {LORA_FILE} there; give the `lora` folder of kling-train")
+            kwargs["weight_name"] = LORA_FILE
+        super().load_lora_weights(lora if isinstance(lora, dict) else str(lora), **kwargs)
+
+    def fuse_lora(self, lora_scale: float = 1.0) -> None:
+        """Add what was loaded into the weights themselves, times `lora_scale`; no cost in sampling is left."""
+        for model in (model for model in self.experts if hasattr(model, "peft_config")):
+            model.fuse_lora(lora_scale)
+            model.unload_lora()
+
+    # ---- what will be done ----
+
+    def plan(self, request: Request) -> Plan:
+        """Resolve a request without computing anything. Raises `UserError` for what this model cannot do."""
+        return self._prepare(request)[0]
+
+    def _prepare(self, request: Request) -> tuple[Plan, Inputs, Trajectory | None]:
+        fps, longest, patch = self.config.fps, self.config.max_frames, self.transformer.config.patch_size
+        frames = asked_frames(request, fps)
+        inputs = read_inputs(request, frames, fps, longest, self.config.get("sizes") or ASPECTS)
+        H, W = inputs.height, inputs.width
+        h, w = latent_size(H, W, self.vae.spatial_factor, patch[1])
+        hops = plan_hops(request, inputs, frames, fps, longest, self.vae.spatial_factor)
+        camera = plan_camera(request, hops, H, W)
+        task = hops[0].given.task(latent_frames(hops[0].frames))
+        self._check_capable(task, request, camera, len(hops) > 1)
+        pro = request.mode == "pro"
+        solver = self.setting("solver")
+
+        def appended(hop: Hop) -> int:
+            return 0 if self.groups else len(hop.given.keyframes)
+
+        high, low = self.setting("guidance_scale", request.guidance_scale)
+        plan = Plan(
+            task=task,
+            hops=hops,
+            height=H,
+            width=W,
+            fps=fps,
+            num_inference_steps=request.num_inference_steps or self.setting("num_inference_steps") * (PRO_STEPS if pro else 1),
+            solver="adams" if pro and solver == "euler" else solver,
+            guidance_scale=high,
+            guidance_scale_2=low,
+            camera_guidance_scale=self.setting("camera_guidance_scale", request.camera_guidance_scale),
+            shift=self.setting("shift", request.shift),
+            tokens=max(latent_frames(hop.frames) + appended(hop) for hop in hops) * (h // patch[1]) * (w // patch[2]),
+            block_frames=self.config.get("block_frames") or 0,
+            frame_delay=request.frame_delay,
+            guidance_interval=request.guidance_interval or (0.0, 1.0),
+            guidance_every=request.guidance_every,
+            guidance_reach=self.setting("guidance_reach", request.guidance_reach),
+        )
+        return plan, inputs, camera
+
+    def _check_capable(self, task: str, request: Request, camera: Trajectory | None, hops: bool) -> None:
+        able = self.config.capabilities
+        asked = {"camera": camera is not None, "continuation": hops, "control": request.control is not None}
+        asked |= {"diffusion_forcing": bool(request.frame_delay), "text_to_image": request.loop and request.image is None}  # made first
+        for name in [task, *(name for name, wanted in asked.items() if wanted)]:
+            if name not in able:
+                raise UserError(f"this model was not trained for '{name}': it can do {', '.join(able)}")
+        if request.guidance_reach and (self.groups or self.config.get("block_frames")):
+            raise UserError(f"guidance_reach {request.guidance_reach:g}: this model has no given frames among those it makes: leave it out")
+
+    # ---- doing it ----
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Request = "",
+        *,
+        output_type: str = "np",
+        callback_on_step_end: Callable[[Any, int, float, dict], dict] | None = None,
+        latents: Tensor | None = None,
+        return_dict: bool = True,
+        **fields: Any,
+    ) -> KlingOutput | tuple:
+        """Make `num_videos` clips from a `Request`, or from its fields as keywords.
+
+        callback_on_step_end(pipe, step, timestep, {"latents": z, "x0": x0}) is called after every step; `step` counts over all hops.
+        latents: the noise to start from (1, c, G, h, w), instead of the seed's.
+        Videos are made one at a time, so that a seed gives the same video alone and among others.
+        """
+        request = prompt if isinstance(prompt, Request) else Request(prompt=prompt, **fields)
+        if output_type not in ("np", "pt", "latent"):
+            raise UserError(f"output_type '{output_type}': choose from np, pt, latent")
+        plan, inputs, camera = self._prepare(request)
+        decode = output_type != "latent"
+        videos, made = [], []
+        for i in range(request.num_videos):
+            frames, z = self._one(request, plan, inputs, camera, request.seed + i, callback_on_step_end, decode, latents)
+            videos.append(frames)
+            made.append(z)
+        self.maybe_free_model_hooks()
+        result: np.ndarray | Tensor | None = None
+        if output_type != "latent":
+            stacked = torch.stack(videos)  # (b, T, H, W, 3) uint8
+            result = stacked.numpy() if output_type == "np" else stacked.permute(0, 1, 4, 2, 3).float() / 255
+        output = KlingOutput(frames=result, latents=torch.cat(made))
+        return output if return_dict else (output.frames, output.latents)
+
+    def _one(
+        self, request: Request, plan: Plan, inputs: Inputs, camera: Trajectory | None, seed: int, callback: Callable | None, decode: bool,
+        start: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """One video: (T, H, W, 3) uint8, and the latents of its last hop."""
+        if request.loop and inputs.image is None:  # a loop needs a frame to come back to
+            still = request.replace(loop=False, num_frames=1, duration=None, extend_to=None, camera=None, seed=seed, num_videos=1)
+            inputs = replace(inputs, image=torch.from_numpy(self(still).frames[0, 0]))
+        device = self._execution_device
+        text = self._encode_text(request, plan)
+        image = self._image_tokens(inputs)
+        continued = inputs.video is not None and plan.hops[0].overlap
+        done = inputs.video if continued else torch.empty(0, plan.height, plan.width, 3, dtype=torch.uint8)
+        sampler = Sampler(self.experts, self.config.get("boundary_ratio"), self.scheduler, plan)
+        steps = 0
+        for number, hop in enumerate(plan.hops):
+            state = self._state(request, hop, inputs, done if hop.overlap else None)
+            concat = None
+            if self.groups:
+                concat = concat_channels(state, self.groups, self._control(inputs, hop)).to(device)
+                state = opened(state)
+            state = state.to(device)
+            rays = None if camera is None else self._rays(camera, hop, plan, plan.hops[0].start)
+            shape = state.clean.shape
+            noise = torch.randn(shape, generator=generator(seed, "noise", number)) if start is None else start.float()
+            for step in sampler(state, Signals(text, rays, concat, image), noise.to(device), seed, number):
+                if callback is not None:
+                    callback(self, steps, step.timestep, {"latents": step.z, "x0": step.x0})
+                steps += 1
+            latents = state.finish(step.z)
+            if decode or number + 1 < len(plan.hops):
+                frames = self.decode(latents)[0]
+                done = torch.cat([done, frames[hop.overlap :]])
+        return done, latents
+
+    def _state(self, request: Request, hop: Hop, inputs: Inputs, before: Tensor | None) -> State:
+        """What is given of one hop, encoded. `before`: the frames so far, of which the hop's first ones are the last."""
+        vae = self.vae
+        f, h, w = latent_frames(hop.frames), inputs.height // vae.spatial_factor, inputs.width // vae.spatial_factor
+        clean = torch.zeros(1, vae.config.z_dim, f, h, w)
+        known: Tensor | None = None
+        if before is not None:
+            known = before[-hop.overlap :]
+        elif inputs.video is not None:
+            known = inputs.video
+        elif inputs.image is not None:
+            known = inputs.image[None]
+        lone = [*(picture for picture, _, _ in inputs.keyframes), *([inputs.image] * request.loop)] if hop.given.keyframes else []
+        keyframes = None
+        if self.groups:  # these weights know lone frames by their place in the clip, with grey where nothing is given
+            video = torch.zeros(3, hop.frames, inputs.height, inputs.width)
+            if known is not None:
+                video[:, : len(known)] = to_tensor(known)
+            if hop.given.space is not None:
+                video *= 1 - (inputs.mask > 0.5).float()
+            for (t, _), picture in zip(hop.given.keyframes, lone, strict=True):
+                video[:, t] = to_tensor(picture[None])[:, 0]
+            clean = self._encode(video[None])
+            keyframes = clean.new_zeros(1, vae.config.z_dim, len(lone), h, w) if lone else None
+        else:
+            if known is not None:
+                latents = self.encode(known)
+                clean[:, :, : latents.shape[2]] = latents
+            if lone:
+                keyframes = torch.cat([self.encode(picture[None]) for picture in lone], dim=2)
+        return build_state([hop.given], clean, keyframes, tuple(self.transformer.config.patch_size), request.sigma_c)
+
+    def _rays(self, camera: Trajectory, hop: Hop, plan: Plan, origin: int) -> Tensor:
+        """P of one hop, (1, 24, G, ...): its part of the path, relative to its own first frame."""
+        part = camera[hop.start - origin : hop.start - origin + hop.frames].relative()
+        appended = tuple(t for t, _ in hop.given.keyframes)
+        return signal(self.transformer, self.vae, part, plan.height, plan.width, appended)[None].to(self._execution_device)
+
+    def _control(self, inputs: Inputs, hop: Hop) -> Tensor | None:
+        """Latents of the control video's part for one hop."""
+        return None if inputs.control is None else self.encode(inputs.control[hop.start : hop.end])
+
+    def _encode_text(self, request: Request, plan: Plan) -> dict[str, Tensor]:
+        """Both texts, the second one where guidance needs it. Published encoders leave memory before the transformer runs."""
+        negative = self.setting("negative_prompt", request.negative_prompt)
+        texts = {"prompt": request.prompt, "negative": negative}
+        if plan.guidance_scale == plan.guidance_scale_2 == 1:
+            del texts["negative"]
+        device = self._execution_device
+        if isinstance(self.text_encoder, UMT5TextEncoder):
+            rows = self.text_encoder.encode(list(texts.values()), device)
+        else:
+            rows = torch.cat([self.text_encoder.encode([text]) for text in texts.values()])
+        return {which: row[None] for which, row in zip(texts, rows, strict=True)}
+
+    def _image_tokens(self, inputs: Inputs) -> Tensor | None:
+        """What CLIP sees of the first frame, and of the last one where the weights take both; zeros where there is none."""
+        config = self.transformer.config
+        if config.image_dim is None:
+            return None
+        pictures = [inputs.image] if inputs.image is not None else []
+        if config.pos_embed_seq_len is not None:
+            pictures += [picture for picture, _, _ in inputs.keyframes[-1:]]
+        shown = pictures or [torch.zeros(inputs.height, inputs.width, 3, dtype=torch.uint8)]
+        tokens = clip_tokens(self.image_encoder, self.image_processor, shown, self._execution_device)  # (1 or 2, i, image_dim)
+        return tokens if pictures else torch.zeros_like(tokens)
+
+    def encode(self, frames: Tensor) -> Tensor:
+        """(T, H, W, 3) uint8 -> normalised latents (1, c, f, h, w) on the CPU."""
+        return self._encode(to_tensor(frames)[None])
+
+    def _encode(self, video: Tensor) -> Tensor:
+        """(1, 3, T, H, W) in [-1, 1] -> normalised latents (1, c, f, h, w) on the CPU."""
+        video = video.to(self._execution_device, self.vae.dtype)
+        return self.vae.normalize(self.vae.encode(video).latent_dist.mode()).float().cpu()
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Normalised latents (b, c, f, h, w) -> (b, T, H, W, 3) uint8 on the CPU, frame by frame: memory does not grow with T."""
+        stream = self.vae.decode_stream(self.vae.denormalize(latents.to(self.vae.dtype)))
+        chunks = [torch.stack([to_uint8(video) for video in chunk]) for chunk in stream]
+        return torch.cat(chunks, dim=1)
+
+
+def signal(
+    transformer: KlingTransformer3DModel, vae: AutoencoderKLKling, camera: Trajectory, H: int, W: int, appended: tuple[int, ...] = ()
+) -> Tensor:
+    """The camera rays (24, G, h', w') at the resolution that the transformer folds."""
+    scale = vae.spatial_factor // transformer.config.camera_downscale
+    return camera_signal(camera, H // scale, W // scale, appended)
+
+
+def load_vae(path: str | Path = "") -> AutoencoderKLKling:
+    """A VAE folder, the `vae` of a pipeline folder or hub id, or the shipped one for an empty path, ready to encode."""
+    folder = find_folder(path) if path else ASSETS / "vae"
+    if not (folder / "config.json").is_file():
+        folder = folder / "vae"
+    if not (folder / "config.json").is_file():
+        raise UserError(f"VAE folder '{path}' does not exist or holds no config.json: give the export of kling-train-vae")
+    return AutoencoderKLKling.from_pretrained(folder, torch_dtype=torch.float32, use_safetensors=True).eval()

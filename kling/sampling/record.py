@@ -1,0 +1,165 @@
+"""What made a video: a JSON beside it that can make it again, and the checks that it does.
+
+    {"kling", "command", "request", "settings", "model": {"path", "sha256"}, "inputs": {file: sha256},
+     "machine": {"torch", ..., "device", "threads"}, "output": {"path", "format", "fps", "seconds"}, "frames": {"shape", "sha256", "each"}}
+
+Settings are the plan's: what the checkpoint's defaults came to. Paths of inputs are absolute.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import platform
+import re
+from collections.abc import Iterator, Sequence
+from importlib import metadata
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from kling import __version__
+from kling.errors import UserError
+from kling.runtime.files import head, sha256, written
+from kling.sampling.request import Request
+
+Record = dict[str, Any]
+NEEDED = {
+    "request": ("keyframes",),
+    "settings": (),
+    "model": ("path", "sha256"),
+    "inputs": (),
+    "machine": ("threads",),
+    "output": ("format", "fps"),
+    "frames": ("sha256", "each"),
+}
+
+
+def make_record(request: Request, plan: Any, model: Record, device: torch.device, frames: np.ndarray, **more: Any) -> Record:
+    """Everything that decides the frames of `request` (one video): uint8 (T, H, W, 3). more: whatever else is worth keeping."""
+    return {
+        "kling": __version__,
+        "request": dataclasses.asdict(request),
+        "settings": settings(plan),
+        "model": model,
+        "inputs": input_hashes(request),
+        "machine": machine(device),
+        "frames": frame_hashes(frames),
+        **more,
+    }
+
+
+def write_record(path: str | Path, record: Record) -> None:
+    with written(path) as temporary:
+        temporary.write_text(json.dumps(record, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
+
+def read_record(path: str | Path) -> Record:
+    """A record from its file. Raises `UserError` if it is none."""
+    head(Path(path))
+    try:
+        record = json.loads(Path(path).read_text(encoding="utf-8"))
+        if all(isinstance(record[part], dict) and record[part].keys() >= set(names) for part, names in NEEDED.items()):
+            return record
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise UserError(f"{path} is not the JSON that kling-sample writes beside a video: give that one")
+
+
+def request_of(record: Record, source: str) -> Request:
+    """The request of a record, after checking that its input files are still the same. `source` names the record in errors."""
+    fields = record["request"]
+    try:
+        request = Request(**fields | {"keyframes": [tuple(keyframe) for keyframe in fields["keyframes"]]})
+    except TypeError as error:
+        raise UserError(f"{source} was written by kling {record.get('kling')}, with another request ({error}): use that version") from None
+    for path, digest in record["inputs"].items():
+        if input_hash(Path(path)) != digest:
+            raise UserError(f"{path} is not the file that {source} was made from: put that one back")
+    return request
+
+
+def check_same_model(record: Record, model: Record, source: str) -> None:
+    """Refuse another model, naming the first file that differs."""
+    old, new = record["model"]["sha256"], model["sha256"]
+    if changed := [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]:
+        raise UserError(f"model {model['path']} is not that of {source}, {changed[0]} differs: give the same one with --model")
+
+
+def check_same_settings(record: Record, plan: Any, source: str) -> None:
+    """Refuse a version of the code that would take other settings than those written down."""
+    now = settings(plan)
+    for name, value in record["settings"].items():
+        if now.get(name) != value:
+            raise UserError(f"{source} was made with {name} {value}, but kling {__version__} takes {now.get(name)}: use the same version")
+
+
+def difference(old: Record, new: Record) -> str | None:
+    """None if the frames are the same bit for bit; else which differ, and what about the machine does."""
+    if old["frames"]["sha256"] == new["frames"]["sha256"]:
+        return None
+    then, now = (record["frames"]["each"].split() for record in (old, new))
+    other = [t for t, (a, b) in enumerate(zip_longest(then, now)) if a != b]
+    changed = [
+        f"{name} {old['machine'].get(name)} -> {value}" for name, value in new["machine"].items() if old["machine"].get(name) != value
+    ]
+    frames = f"{len(other)} of {len(now)} frames, the first is {min(other, default=0)}"
+    return f"{frames} ({', '.join(changed) or 'same versions, device and threads'})"
+
+
+def settings(plan: Any) -> Record:
+    """The plain values of a plan: what the defaults came to."""
+    return {"frames": plan.frames} | {name: value for name, value in vars(plan).items() if isinstance(value, int | float | str)}
+
+
+def frame_hashes(frames: np.ndarray) -> Record:
+    """Of raw uint8 (T, H, W, 3): SHA-256 of all, and 8 digits of each frame's own."""
+    each = [hashlib.sha256(np.ascontiguousarray(frame)).hexdigest()[:8] for frame in frames]
+    return {"shape": list(frames.shape), "sha256": hashlib.sha256(np.ascontiguousarray(frames)).hexdigest(), "each": " ".join(each)}
+
+
+def model_hashes(folder: Path, others: Sequence[Path] = ()) -> Record:
+    """A model folder and the SHA-256 of its weights and configs, and of those from elsewhere."""
+    files = sorted(path for path in folder.rglob("*") if path.suffix in (".safetensors", ".json"))
+    hashes = {str(path.relative_to(folder)): input_hash(path) for path in files}
+    return {"path": str(folder.absolute()), "sha256": hashes | {str(path): input_hash(path) for path in others}}
+
+
+def input_hashes(request: Request) -> dict[str, str]:
+    """Every file that the request reads, and its SHA-256. Raises `UserError` for a missing, empty or unreadable one."""
+    return {str(path): input_hash(path) for path in _input_files(request)}
+
+
+def _input_files(request: Request) -> Iterator[Path]:
+    for given in (
+        request.image,
+        request.last_image,
+        *(picture for picture, _, _ in request.keyframes),
+        request.video,
+        request.control,
+        request.mask,
+    ):
+        if isinstance(given, str | Path):
+            yield Path(given)
+    if isinstance(request.camera, str) and Path(request.camera).is_file():
+        yield Path(request.camera)
+
+
+def machine(device: torch.device) -> Record:
+    """What decides the last bit beside the model and the request. Sums are cut by threads, and rounding follows."""
+    versions = {name: metadata.version(name) for name in ("torch", "diffusers", "numpy", "av")}
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {torch.backends.cpu.get_cpu_capability()}"
+    return {"python": platform.python_version(), **versions, "device": kind, "threads": torch.get_num_threads()}
+
+
+def input_hash(path: Path) -> str:
+    """Of a file. Raises `UserError` if it is missing, empty or unreadable."""
+    head(path)
+    blob = path.resolve()
+    if blob.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", blob.name):
+        return blob.name  # the hub's cache names large files by what we are about to compute
+    return sha256(path)

@@ -1,0 +1,142 @@
+"""What a person asks for: one dataclass behind the command line, the page, the evaluation and the samples drawn while training."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kling.cameras.axes import check_axes, parse_axes
+from kling.cameras.trajectory import Trajectory
+from kling.errors import UserError, unknown
+from kling.shapes import ASPECTS, latent_frames, parse_size
+
+Picture = str | Path | np.ndarray | None  # a file, or uint8 (H, W, 3)
+Movie = str | Path | np.ndarray | None  # a file, or uint8 (T, H, W, 3) at the model's fps
+MODES = ("std", "pro")
+MAX_SECONDS = 180.0
+
+
+@dataclass
+class Request:
+    """Everything that one call of the pipeline may be given. The task follows from what is there.
+
+    prompt, negative_prompt: English or Chinese. No negative prompt is the checkpoint's own, which may be empty.
+    image, last_image: first and last frame. keyframes: (picture, pixel frame, strength in (0, 1]) anywhere between.
+    video: a clip to continue; with `strength` to restyle (1 keeps it, 0 forgets it); with `mask` (white = make anew) or `outpaint` to fill.
+    loop: the last frame leads back to the first.
+    camera: axes ("pan=5,zoom=2" or a dict), a master shot, a trajectory file or a `Trajectory`. camera_scale multiplies its translation.
+    control: a video (edges, depth, pose …) whose frames the result follows.
+    size: "WIDTHxHEIGHT" instead of an aspect.
+    aspect, duration (seconds) or num_frames (1 + 4k): what is not given follows from the pictures and the model.
+    extend_to: seconds; the clip is continued in hops until it is that long.
+    mode: "std" or "pro". Steps, guidance and shift default to the checkpoint's settings for the mode.
+    guidance_interval: noise levels (low, high) at which there is guidance; guidance_every: how many steps share one computation of it;
+    guidance_reach: latent frames from a frame that is given to where guidance is whole (0: everywhere).
+    sigma_c: conditioning noise of what is given. frame_delay: steps by which each latent frame trails the one before (diffusion forcing).
+    seed: of the first video; video i of `num_videos` has seed + i, and is the same alone or among others.
+    """
+
+    prompt: str = ""
+    negative_prompt: str | None = None
+    image: Picture = None
+    last_image: Picture = None
+    keyframes: list[tuple[Any, int, float]] = field(default_factory=list)
+    video: Movie = None
+    mask: Picture = None
+    outpaint: str | None = None
+    strength: float | None = None
+    loop: bool = False
+    camera: str | dict[str, float] | Trajectory | None = None
+    camera_scale: float = 1.0
+    control: Movie = None
+    aspect: str | None = None
+    size: str | None = None
+    duration: float | None = None
+    num_frames: int | None = None
+    extend_to: float | None = None
+    mode: str = "std"
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    camera_guidance_scale: float | None = None
+    guidance_interval: tuple[float, float] | None = None
+    guidance_every: int = 1
+    guidance_reach: float | None = None
+    shift: float | None = None
+    sigma_c: float = 0.0
+    frame_delay: int = 0
+    seed: int = 0
+    num_videos: int = 1
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise unknown("mode", self.mode, MODES)
+        for name in ("aspect", "outpaint"):
+            if (value := getattr(self, name)) is not None and value not in ASPECTS:
+                raise unknown(name, value, ASPECTS)
+        if self.size is not None:
+            parse_size(self.size)
+            if self.aspect is not None or self.outpaint is not None:
+                raise UserError(f"both size {self.size} and an aspect were given: give one of them")
+        if self.num_frames is not None:
+            latent_frames(self.num_frames)
+            if self.duration is not None:
+                raise UserError(f"both duration {self.duration:g} and num_frames {self.num_frames} were given: give one of them")
+        for name, low, high in (("duration", 0.0, MAX_SECONDS), ("extend_to", 0.0, MAX_SECONDS)):
+            value = getattr(self, name)
+            if value is not None and not low < value <= high:
+                raise UserError(f"{name} {value:g} s: give more than {low:g} and at most {high:g} seconds")
+        if self.strength is not None and not 0 <= self.strength <= 1:
+            raise UserError(f"strength {self.strength:g}: give a number from 0 (forget the video) to 1 (keep it)")
+        if not 0 <= self.sigma_c < 1:
+            raise UserError(f"sigma_c {self.sigma_c:g}: give a noise level from 0 to less than 1")
+        for name in ("guidance_scale", "camera_guidance_scale", "guidance_reach", "shift", "camera_scale"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value >= 0):
+                raise UserError(f"{name} {value}: give a number of 0 or more")
+        if self.guidance_interval is not None:
+            low, high = self.guidance_interval = tuple(self.guidance_interval)
+            if not 0 <= low < high <= 1:
+                raise UserError(f"guidance_interval {low:g} to {high:g}: give two noise levels, the lower first, from 0 to 1")
+        for name in ("num_videos", "num_inference_steps", "guidance_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name} {value}: give at least 1")
+        if self.frame_delay < 0:
+            raise UserError(f"frame_delay {self.frame_delay}: give a number of steps, 0 or more")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed {self.seed}: give a whole number from 0 to {2**32 - 1}")
+        for _, frame, strength in self.keyframes:
+            if frame < 0:
+                raise UserError(f"keyframe at frame {frame}: frames count from 0")
+            if not 0 < strength <= 1:
+                raise UserError(f"keyframe at frame {frame} has strength {strength:g}: give a number above 0 and at most 1")
+        self._check_together()
+        if isinstance(self.camera, dict):
+            check_axes(self.camera)
+        elif isinstance(self.camera, str) and not os.path.isfile(self.camera):
+            parse_axes(self.camera)
+
+    def _check_together(self) -> None:
+        """What only makes sense with something else, or without it."""
+        needs_video = {"mask": self.mask, "outpaint": self.outpaint, "strength": self.strength}
+        for name, value in needs_video.items():
+            if value is not None and self.video is None and not (name != "strength" and self.image is not None):
+                raise UserError(f"{name} was given without a video to apply it to: give video too")
+        if self.video is not None and self.image is not None:
+            raise UserError("both image and video were given: the video's own frames start the clip; leave image out")
+        if self.loop and self.last_image is not None:
+            raise UserError("both loop and last_image were given: a loop ends where it starts; leave one out")
+        if self.video is not None and self.loop:
+            raise UserError("both loop and video were given: loop makes a clip of its own; leave one out")
+        if self.mask is not None and self.outpaint is not None:
+            raise UserError("both mask and outpaint were given: give one of them")
+
+    def replace(self, **changes: Any) -> Request:
+        """A copy with some fields changed, checked again."""
+        return dataclasses.replace(self, **changes)

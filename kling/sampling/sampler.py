@@ -1,0 +1,137 @@
+"""Sampling with a plan: which expert sees what at each step, with how much guidance, and which scheduler walks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from diffusers import SchedulerMixin
+from torch import Tensor
+
+from kling.condition.state import State
+from kling.dit import KlingTransformer3DModel
+from kling.dit.history import History
+from kling.dit.walk_cache import WalkCache
+from kling.flow.diffusers_scheduler import DiffusersWalk
+from kling.flow.guidance import Guidance, given_share
+from kling.flow.solvers import KlingFlowScheduler
+from kling.flow.walk import Predict, Scheduler, Step, walk, walk_blocks
+from kling.runtime.random import generator
+from kling.sampling.plan import Plan
+
+
+@dataclass(frozen=True)
+class Signals:
+    """What the transformer is shown beside the noise, all on its device.
+
+    text: "prompt" and "negative" (1, l, e). rays (1, 24, G, ...). concat: channels of the older layouts (1, ·, F, h, w).
+    image: image-encoder tokens (1 or 2, i, image_dim).
+    """
+
+    text: dict[str, Tensor]
+    rays: Tensor | None = None
+    concat: Tensor | None = None
+    image: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """experts: one transformer, or two, of which the second works at levels below `boundary`."""
+
+    experts: list[KlingTransformer3DModel]
+    boundary: float | None
+    scheduler: SchedulerMixin
+    plan: Plan
+
+    def __call__(self, state: State, signals: Signals, noise: Tensor, seed: int = 0, hop: int = 0) -> Iterator[Step]:
+        """Walk from noise (1, c, G, h, w) to the clip; yields after every step. seed, hop: of the noise that few-step weights add."""
+        plan = self.plan
+        for expert in self.experts:
+            expert._reset_stateful_cache()  # a step cache knows nothing of this clip
+
+        def fresh(start: int = 0, end: int | None = None) -> Callable[[int], Tensor]:
+            like = noise[:, :, start:end]
+            return lambda i: torch.randn(like.shape, generator=generator(seed, "renoise", hop, start, i)).to(like)
+
+        if not plan.block_frames:
+            predict = self._predict(state, signals)
+            yield from walk(state, self._walker(state, noise.device), predict, noise, fresh(), plan.frame_delay)
+            return
+        history = {which: History(len(self.experts[0].blocks)) for which in signals.text}
+
+        def remember(block: State, clip: Tensor) -> None:
+            clean = torch.zeros_like(block.token_sigma(noise.new_zeros(1)))
+            for which, frames in history.items():
+                frames.keep(True)
+                self._velocity(self.experts[-1], block, signals, which, True, clip, clean, frames)
+                frames.keep(False)
+
+        yield from walk_blocks(
+            state,
+            lambda: self._walker(state, noise.device),
+            lambda block: self._predict(block, signals, history),
+            noise,
+            fresh,
+            plan.block_frames,
+            remember,
+        )
+
+    def _walker(self, state: State, device: torch.device) -> Scheduler:
+        """The checkpoint's own scheduler where it can walk this, else ours, which walks anything, at its first step."""
+        plan, ours = self.plan, self.scheduler
+        if not isinstance(ours, KlingFlowScheduler):
+            if state.plain and not plan.frame_delay:
+                return DiffusersWalk(ours, plan.num_inference_steps, device, plan.shift)
+            ours = KlingFlowScheduler(solver="adams")  # of second order, as the published ones are
+        ours.set_timesteps(plan.num_inference_steps, device, plan.shift, plan.solver if ours is self.scheduler else None)
+        return ours
+
+    def _predict(self, state: State, signals: Signals, history: dict[str, History] | None = None) -> Predict:
+        """What gives the guided velocity of a clip. The expert and its guidance follow from the level."""
+        plan = self.plan
+        walk_caches: dict[tuple[bool, str], WalkCache] = {}
+        guided = Guidance(plan.guidance_interval, plan.guidance_every, given_share(state.mask, state.position, plan.guidance_reach))
+
+        def predict(z: Tensor, tokens: Tensor, level: Tensor) -> Tensor:
+            highest, sigma = float(level.max()), level[:, 0] if state.free and level.shape[1] == 1 else tokens
+            second = len(self.experts) > 1 and highest < self.boundary
+            expert, guidance = self.experts[second], plan.guidance_scale_2 if second else plan.guidance_scale
+
+            def velocity(which: str, camera: bool) -> Tensor:
+                past = None if history is None else history[which]
+                kept = walk_caches.setdefault((second, which), WalkCache(len(expert.blocks))) if text_counts(tokens, signals) else None
+                return self._velocity(expert, state, signals, which, camera, z, sigma, past, kept)
+
+            return guided(velocity, guidance, plan.camera_guidance_scale, signals.rays is not None, highest)
+
+        return predict
+
+    @staticmethod
+    def _velocity(
+        expert: KlingTransformer3DModel, state: State, signals: Signals, which: str, camera: bool, z: Tensor, sigma: Tensor,
+        history: History | None, walk_cache: WalkCache | None = None,
+    ) -> Tensor:  # fmt: skip
+        """One pass of one expert: z (1, c, G, h, w) and its level (1,), or each token's (1, G, h', w') -> velocity (1, c, G, h, w)."""
+        dtype = expert.dtype
+        x = z if signals.concat is None else torch.cat([z, signals.concat], dim=1)
+        branch = which if camera or signals.rays is None else "no camera"  # step caches keep what they reuse apart by these names
+        with expert.cache_context(branch) if expert.is_cache_enabled else nullcontext():
+            return expert(
+                x.to(dtype),
+                sigma,
+                signals.text[which].to(dtype),
+                positions=state.position,
+                kinds=state.kind,
+                camera=signals.rays if camera else None,
+                encoder_hidden_states_image=None if signals.image is None else signals.image.to(dtype),
+                history=history,
+                walk_cache=walk_cache,
+            ).sample.float()
+
+
+def text_counts(tokens: Tensor, signals: Signals) -> bool:
+    """Whether the text's keys and values are worth keeping: with 16 times as many tokens of video they are below 1 % of a pass, and for
+    512 text tokens the largest models would hold 800 MB of them."""
+    return tokens.numel() < 16 * signals.text["prompt"].shape[1]

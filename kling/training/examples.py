@@ -1,0 +1,149 @@
+"""What a training of the transformer is shown: of every clip of a batch, what is given, its words and its camera."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from kling.cache.batches import LatentSteps
+from kling.cache.store import LatentBatch
+from kling.cameras.trajectory import Trajectory
+from kling.condition.concat import concat_channels, concat_groups
+from kling.condition.state import Given, State, build_state
+from kling.condition.tasks import TASKS, draw_task, keyframe_share
+from kling.data.world.captions import speaks_of_camera
+from kling.dit import KlingTransformer3DModel
+from kling.errors import UserError
+from kling.sampling.pipeline import signal
+from kling.shapes import token_grid
+from kling.vae import AutoencoderKLKling
+
+SAY_CAMERA = 0.9  # of clips whose moving camera is not given as a signal, those whose prompt says it where a caption does
+
+
+def check_divides(data: LatentSteps, tasks: Mapping[str, float], transformer: KlingTransformer3DModel, split: int) -> None:
+    """Raises `UserError` if a batch could come whose tokens do not divide over the `split` processes that share it."""
+    for bucket in data.cache.clips:
+        for frames in sorted({T for T in data.frames if bucket.frames >= T}):
+            _, _, f, h, w = data.cache.batch(bucket, [0], frames).latents.shape
+            for appended in range(2 if f > 1 and keyframe_share(tasks) else 1):
+                n = math.prod(token_grid(f + appended, h, w, tuple(transformer.config.patch_size)))
+                if n % split:
+                    shape = f"{bucket.aspect} of {frames} frames{' and a keyframe' if appended else ''}"
+                    raise UserError(
+                        f"{n} tokens ({shape}) do not divide over cp_size = {split} processes: change it, or leave that shape out"
+                    )
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How examples are drawn: weights of the tasks, and how often text or camera are left out."""
+
+    seed: int
+    tasks: Mapping[str, float]
+    text_drop: float
+    camera_drop: float
+
+
+@dataclass(frozen=True)
+class Example:
+    """A batch as the network gets it."""
+
+    state: State
+    prompts: list[str]
+    rays: Tensor | None  # (b, 24, G, h', w'), zeros where a clip has no camera; None for a model without a camera input
+    has_camera: Tensor  # (b,)
+    concat: Tensor | None = None  # (b, ·, F, h, w) what is given, for weights that take it beside the noise
+    seen: Tensor | None = None  # (b, i, e) what CLIP sees of the first frame, for weights that take that, zeros where none is given
+
+    def to(self, device: torch.device) -> Example:
+        moved = {name: t.to(device) for name in ("rays", "has_camera", "concat", "seen") if (t := getattr(self, name)) is not None}
+        return replace(self, state=self.state.to(device), **moved)
+
+
+def draw_example(how: Drawing, batch: LatentBatch, place: int, transformer: KlingTransformer3DModel, vae: AutoencoderKLKling) -> Example:
+    """What is given of every clip of a batch, its prompt and its camera. Draws depend on (seed, place) alone."""
+    rng = random.Random(f"condition/{how.seed}/{place}")
+    b, _, f, h, w = batch.latents.shape
+    K = int(f > 1 and rng.random() < keyframe_share(how.tasks))  # the same for all clips of a batch, which share a shape
+    given: list[Given] = []
+    lone, prompts, has_camera = [], [], []
+    for i in range(b):
+        task = draw_task(rng, how.tasks, K) if f > 1 else "text"
+        what = TASKS[task][1](rng, f, h, w)
+        if K:
+            what, j = choose_keyframe(what, batch.times[i].tolist(), f, rng)
+            lone.append(batch.keyframes[i, j])
+        given.append(what)
+        prompt, shown = draw_words(rng, how, batch.captions[i], batch.weights[i], batch.cameras[i])
+        prompts.append(prompt)
+        has_camera.append(shown)
+    keyframes = torch.stack(lone)[:, :, None] if K else None  # (b, c, 1, h, w)
+    state = build_state(given, batch.latents, keyframes, tuple(transformer.config.patch_size))
+    example = Example(state, prompts, batch_rays(batch, given, transformer, vae), torch.tensor(has_camera))
+    return as_extra_channels(example, batch, given, transformer)
+
+
+def draw_words(
+    rng: random.Random, how: Drawing, captions: Sequence[str], weights: Sequence[float], camera: Trajectory | None
+) -> tuple[str, bool]:
+    """The prompt of a clip, and whether its camera signal is given.
+
+    A signal that is left out is said in words instead where a caption does so, nine times in ten: words learn to move the camera, and a
+    prompt without any camera comes from clips whose camera stands still, or nearly all of them.
+    """
+    prompt = rng.choices(captions, weights)[0]
+    shown = camera is not None and rng.random() >= how.camera_drop
+    if camera is not None and not shown and not is_static(camera) and rng.random() < SAY_CAMERA:
+        said = [i for i, text in enumerate(captions) if speaks_of_camera(text)]
+        if said:
+            prompt = rng.choices([captions[i] for i in said], [weights[i] for i in said])[0]
+    return ("" if rng.random() < how.text_drop else prompt), shown
+
+
+def is_static(camera: Trajectory) -> bool:
+    """Whether a camera neither moves nor zooms."""
+    return bool((camera.c2w == camera.c2w[:1]).all() and (camera.intrinsics == camera.intrinsics[:1]).all())
+
+
+def as_extra_channels(example: Example, batch: LatentBatch, given: list[Given], transformer: KlingTransformer3DModel) -> Example:
+    """The same example for weights that take what is given beside the noise: nothing of the clip itself is given any more."""
+    config, state, b = transformer.config, example.state, len(given)
+    if config.image_dim is not None:
+        seen = torch.zeros(b, 1, config.image_dim) if batch.seen is None else batch.seen
+        example = replace(example, seen=seen * torch.tensor([what.known > 0 for what in given])[:, None, None])
+    if not (groups := concat_groups(config.in_channels, config.out_channels)):
+        return example
+    shown = torch.zeros_like(batch.latents) if batch.shown is None else batch.shown
+    concat = concat_channels(replace(state, clean=shown) if "clean" in groups else state, groups)
+    return replace(example, state=build_state([Given()] * b, batch.latents, None, state.patch), concat=concat)
+
+
+def batch_rays(batch: LatentBatch, given: list[Given], transformer: KlingTransformer3DModel, vae: AutoencoderKLKling) -> Tensor | None:
+    """Rays of every clip (b, 24, G, h', w'), zeros where its camera is not known.
+
+    Also when no clip of the batch has one: every process must use every parameter at every step.
+    """
+    if not transformer.config.camera_channels:
+        return None
+    _, _, f, h, w = batch.latents.shape
+    s, fold = vae.spatial_factor, transformer.config.camera_downscale
+    blank = torch.zeros(transformer.config.camera_channels, f + len(given[0].keyframes), h * fold, w * fold)
+    rows = [
+        blank if camera is None else signal(transformer, vae, camera, h * s, w * s, tuple(t for t, _ in what.keyframes))
+        for camera, what in zip(batch.cameras, given, strict=True)
+    ]
+    return torch.stack(rows)
+
+
+def choose_keyframe(what: Given, times: list[int], f: int, rng: random.Random) -> tuple[Given, int]:
+    """The task's keyframe, tied to a lone frame of the cache: the end where the task says so, an inner one where it leaves it open (-1)."""
+    (t, strength), end = what.keyframes[0], 4 * (f - 1)
+    inner = [j for j, time in enumerate(times) if 0 < time < end]
+    j = times.index(end) if t == end or not inner else rng.choice(inner)
+    return Given(known=what.known, keyframes=((times[j], strength),)), j

@@ -1,0 +1,45 @@
+"""The model folder that a training leaves behind."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from kling.sampling.pipeline import KlingPipeline
+from kling.text.umt5 import UMT5TextEncoder
+
+
+def save_pipeline(pipe: KlingPipeline, folder: Path) -> None:
+    """The folder that `KlingPipeline.from_pretrained` reads, what was trained in bf16; whole or absent.
+
+    Of published weights the encoders are copied, and the VAE keeps its precision: no training has touched them.
+    """
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    published = isinstance(pipe.text_encoder, UMT5TextEncoder)
+    for name in ("text_encoder", "image_encoder", "image_processor") if published else ():
+        if (part := getattr(pipe, name)) is not None:
+            part.save_pretrained(temporary if name == "text_encoder" else temporary / name)
+    for name in ("vae", "transformer", "transformer_2") if published else ("vae", "transformer", "text_encoder"):
+        if (part := getattr(pipe, name)) is None:
+            continue
+        part.save_config(temporary / name)
+        _forget_origin(temporary / name / "config.json")
+        dtype = torch.float32 if published and name == "vae" else torch.bfloat16
+        weights = {key: t.detach().to("cpu", dtype).contiguous() for key, t in part.state_dict().items()}
+        save_file(weights, temporary / name / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+    pipe.scheduler.save_pretrained(temporary / "scheduler")
+    pipe.save_config(temporary)
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+
+
+def _forget_origin(config: Path) -> None:
+    """Takes out where the weights that training began from lay: a folder that nobody else has."""
+    settings = json.loads(config.read_text())
+    settings.pop("_name_or_path", None)
+    config.write_text(json.dumps(settings, indent=2) + "\n")

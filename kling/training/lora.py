@@ -1,0 +1,50 @@
+"""Low-rank training: settings, the layers, and the small file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from kling.dit import KlingTransformer3DModel
+from kling.errors import UserError
+from kling.training.model import Trained
+
+
+@dataclass
+class Lora:
+    """Low-rank training: the weights of `init_from` stay, and W becomes W + alpha / rank · B A in the layers whose names end in `targets`.
+
+    rank: 0 trains the model itself. merge: export the whole model with B A added in, besides the small file of A and B alone.
+    half: hold the weights that stay in bf16, which takes mixed_precision=bf16.
+    """
+
+    rank: int = 0
+    alpha: float = 16.0
+    targets: list[str] = field(default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"])
+    merge: bool = False
+    half: bool = False
+
+
+def add_lora(model: Trained, lora: Lora) -> None:
+    """Freeze the model and add A (random) and B (zero) to its transformer. Raises `UserError` if peft is missing or no layer matches."""
+    try:
+        from peft import LoraConfig
+    except ImportError:
+        raise UserError("lora.rank needs peft: pip install 'kling[lora]'") from None
+    for target in lora.targets:
+        if not any(name.endswith(target) for name, _ in model.transformer.named_modules()):
+            raise UserError(f"lora.targets '{target}' is the end of no layer's name: try to_q, to_k, to_v, to_out.0, ffn.net.2")
+    model.requires_grad_(False)
+    model.transformer.add_adapter(LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=lora.targets))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()  # peft makes them as the weights beside them are
+
+
+def export_lora(transformer: KlingTransformer3DModel, folder: Path) -> None:
+    """The low-rank weights alone, as `pytorch_lora_weights.safetensors` in diffusers' format."""
+    from diffusers.loaders import WanLoraLoaderMixin
+    from peft import get_peft_model_state_dict
+
+    layers, settings = get_peft_model_state_dict(transformer), transformer.peft_config["default"].to_dict()
+    WanLoraLoaderMixin.save_lora_weights(folder, layers, transformer_lora_adapter_metadata=settings)

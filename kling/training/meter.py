@@ -1,0 +1,117 @@
+"""What a step took and what it gave: the loss over all processes, where the seconds went, and how much of the machine was used."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import torch
+from torch import Tensor
+
+from kling.runtime.accelerator import Accelerator
+from kling.runtime.parallel import total
+
+SIGMA_BINS = 4
+
+
+class StepClock:
+    """Where the seconds of a step go: `lap(name)` after each part of it, `take()` once a step.
+
+    On a GPU laps are events in its queue, read once a step, when the loop has waited for its gradient norm anyway.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+        self.device = device
+        self._laps: list[tuple[str, object]] = []
+        self._since = self._now()
+
+    def _now(self) -> object:
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def lap(self, name: str) -> None:
+        """What was done since the last lap was `name`."""
+        self._laps.append((name, self._now()))
+
+    def take(self) -> dict[str, float]:
+        """{"time/<name>": seconds} since the last `take`, "time/step" their sum."""
+        if self.cuda:
+            torch.cuda.synchronize(self.device)
+        spent: dict[str, float] = {}
+        for name, now in self._laps:
+            seconds = self._since.elapsed_time(now) / 1000 if self.cuda else now - self._since
+            spent[f"time/{name}"] = spent.get(f"time/{name}", 0.0) + seconds
+            self._since = now
+        self._laps = []
+        return spent | {"time/step": sum(spent.values())}
+
+
+class Meter(StepClock):
+    """A clock that also adds up, over the micro-steps of an update, losses by σ, tokens and operations.
+
+    ceiling: FLOP/s that the device reaches on matrix products (`matmul_ceiling`): `mfu` is the part of it that the model's own
+    operations use, recomputed activations not counted.
+    """
+
+    def __init__(self, device: torch.device, ceiling: float) -> None:
+        super().__init__(device)
+        self.ceiling = ceiling
+        self._losses = torch.zeros(2, SIGMA_BINS, device=device)  # sums and counts
+        self._work = torch.zeros(2)  # tokens, operations
+
+    def add(self, sigma: Tensor, losses: Tensor, tokens: float, flops: float) -> None:
+        """Note one micro-step: levels and losses (b,) of its samples, and the whole batch's tokens and operations."""
+        index = (sigma.detach().float() * SIGMA_BINS).long().clamp(0, SIGMA_BINS - 1)
+        self._losses.index_add_(1, index, torch.stack([losses.detach().float(), torch.ones_like(losses, dtype=torch.float32)]))
+        self._work += torch.tensor([tokens, flops])
+
+    def total(self, accelerator: Accelerator) -> dict[str, float]:
+        """Mean loss of the update over all its samples, in all and by σ, the same on every process; and forget it."""
+        sums, counts = total(accelerator, self._losses).tolist()
+        self._losses.zero_()
+        found = {"loss": sum(sums) / sum(counts)}
+        for i in range(SIGMA_BINS):
+            if counts[i]:
+                found[f"loss/sigma_{i / SIGMA_BINS:.2f}-{(i + 1) / SIGMA_BINS:.2f}"] = sums[i] / counts[i]
+        return found
+
+    def take(self, batches: int = 1, processes: int = 1) -> dict[str, float]:
+        """Times since the last `take`, and with them tokens/s of all processes, MFU and peak memory.
+
+        batches: how many different ones the processes worked on; this process's tokens and operations stand for each.
+        """
+        times = super().take()
+        (tokens, flops), seconds = (self._work * batches).tolist(), max(times["time/step"], 1e-9)
+        self._work.zero_()
+        used = {
+            "tokens/s": tokens / seconds,
+            "mfu": flops / seconds / (self.ceiling * processes),
+            "memory/peak_gib": peak_memory(self.device),
+        }
+        return times | used
+
+
+def peak_memory(device: torch.device) -> float:
+    """The most memory that this process has held, in GiB: on the GPU if it works on one, else in all."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def matmul_ceiling(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
+    """FLOP/s of the best of some large matrix products: what 100 % of the machine is for a model made of them."""
+    n = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.ones(n, n, device=device, dtype=dtype) for _ in range(2))
+    best, end = math.inf, time.monotonic() + seconds
+    while time.monotonic() < end or best == math.inf:
+        clock = StepClock(device)
+        a @ b
+        clock.lap("matmul")
+        best = min(best, clock.take()["time/step"])
+    return 2 * n**3 / best

@@ -1,0 +1,72 @@
+"""The model as the optimizer sees it, and which of its activations are kept for the backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from kling.dit import KlingTransformer3DModel
+from kling.errors import unknown
+from kling.text import ByteTextEncoder
+from kling.text.umt5 import UMT5TextEncoder
+from kling.training.examples import Example
+
+CHECKPOINTING = ("none", "selective", "full")
+
+
+class Trained(nn.Module):
+    """What the optimizer sees: the transformer and a text encoder of ours as one module, so that one wrapper serves both on many
+    processes. umT5 is no part of it: its embeddings come from the cache."""
+
+    def __init__(self, transformer: KlingTransformer3DModel, text_encoder: ByteTextEncoder | UMT5TextEncoder) -> None:
+        super().__init__()
+        self.transformer, self.text_encoder = transformer, text_encoder
+
+    def words(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
+        """What `forward` takes of the prompts: byte ids (b, s) and lengths (b,), or umT5's embeddings (b, l, e)."""
+        if isinstance(self.text_encoder, UMT5TextEncoder):
+            return (self.text_encoder.encode(prompts, self.transformer.device).float(),)
+        return self.text_encoder.tokenize(prompts)
+
+    def forward(self, example: Example, z: Tensor, level: Tensor, words: tuple[Tensor, ...]) -> Tensor:
+        """Velocity of z (b, c, G, h, w) at levels (b,)."""
+        text = words[0] if len(words) == 1 else self.text_encoder(*words)  # (b, l, e)
+        state = example.state
+        return self.transformer(
+            z if example.concat is None else torch.cat([z, example.concat], dim=1),
+            state.token_sigma(level),
+            text,
+            positions=state.position,
+            kinds=state.kind,
+            camera=example.rays,
+            camera_mask=example.has_camera,
+            encoder_hidden_states_image=example.seen,
+        ).sample  # (b, c, G, h, w)
+
+
+def set_checkpointing(transformer: KlingTransformer3DModel, what: str) -> None:
+    """Which activations of a block are computed again in the backward pass: none, all but the costly (selective), or all of them (full).
+
+    selective keeps the results of matrix products and attention, and repeats norms, gates and activations.
+    """
+    if what not in CHECKPOINTING:
+        raise unknown("activation_checkpointing", what, CHECKPOINTING)
+    if what == "none":
+        return
+    contexts = {"context_fn": partial(create_selective_checkpoint_contexts, _keep_products)} if what == "selective" else {}
+    transformer.enable_gradient_checkpointing(partial(_checkpoint, contexts))
+
+
+def _checkpoint(contexts: dict[str, Any], block: nn.Module, *args: Any) -> Tensor:
+    return checkpoint(block, *args, use_reentrant=False, **contexts)
+
+
+def _keep_products(_: Any, op: Any, *__: Any, **___: Any) -> CheckpointPolicy:
+    name = str(op)
+    keep = any(part in name for part in ("aten.mm", "aten.addmm", "aten.bmm", "scaled_dot_product", "flash_attn"))
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE

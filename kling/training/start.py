@@ -1,0 +1,198 @@
+"""Where a training starts: a text encoder that was taught, or a model folder, ours or published ("Start from Wan").
+
+What a folder says beside its weights (scheduler, sizes, guidance, licence) stays with what comes out of the training.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import SchedulerMixin
+
+from kling.cache.store import INDEX, LatentCache
+from kling.condition.concat import concat_groups
+from kling.dit import KlingTransformer3DModel
+from kling.errors import UserError, unknown
+from kling.flow.diffusers_scheduler import shift_key
+from kling.flow.solvers import KlingFlowScheduler
+from kling.hub.clip import load_image_encoder
+from kling.hub.load import SETTINGS, find_folder, has_umt5, load, loaded
+from kling.text import ByteTextEncoder
+from kling.text.umt5 import UMT5TextEncoder
+from kling.vae import AutoencoderKLKling
+
+# keys of the transformer's config that a training may add to a model: inputs that start at zero
+EXTRAS = ("in_channels", "num_kinds", "camera_channels", "camera_fold", "camera_downscale", "camera_residual_blocks")
+EXPERT_FOLDERS = {"": "transformer", "high": "transformer", "low": "transformer_2"}  # expert -> its folder
+
+
+@dataclass(frozen=True)
+class Start:
+    """A model folder that training starts from.
+
+    settings: arguments of `KlingPipeline` beside the models; of them stays what the training does not change.
+    expert: of two, the one that is trained, "high" or "low"; empty where there is one.
+    """
+
+    folder: Path
+    settings: dict[str, Any]
+    expert: str = ""
+
+    @property
+    def published(self) -> bool:
+        """Whether its prompts are umT5's, which is not trained."""
+        return has_umt5(self.folder)
+
+    @property
+    def within(self) -> tuple[float, float]:
+        """The noise levels that are trained: those at which sampling asks this expert."""
+        boundary = self.settings.get("boundary_ratio")
+        return {"": (0.0, 1.0), "high": (boundary, 1.0), "low": (0.0, boundary)}[self.expert]
+
+    def transformer(self, model: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> KlingTransformer3DModel:
+        """What is trained, with the conditions of `model` added; see `grow`."""
+        return grow(self.folder / EXPERT_FOLDERS[self.expert], model, dtype)
+
+    def other_models(self, trained: KlingTransformer3DModel) -> dict[str, Any]:
+        """The models of a pipeline around a trained transformer, but VAE and text encoder: the other expert, and CLIP."""
+        parts = {EXPERT_FOLDERS[self.expert]: trained}
+        if self.expert:
+            other = next(name for name in EXPERT_FOLDERS.values() if name != EXPERT_FOLDERS[self.expert])
+            parts[other] = loaded(self.folder, other, KlingTransformer3DModel, torch_dtype=torch.bfloat16).to(trained.device)
+        if (self.folder / "image_encoder").is_dir():
+            parts |= load_image_encoder(self.folder)
+            parts["image_encoder"].to(trained.device)
+        return parts
+
+    def text(self, settings: Mapping[str, Any], cache: str | Path) -> ByteTextEncoder | UMT5TextEncoder:
+        """Its text encoder. settings: what is asked of it; `UserError` if it is another one. cache: the latent cache."""
+        if not self.published:
+            text = loaded(self.folder, "text_encoder", ByteTextEncoder, torch_dtype=torch.float32)
+            _check_text(text, settings, f"init_from {self.folder}")
+            return text
+        if settings:
+            raise UserError(f"init_from {self.folder} reads prompts with umT5, which is not trained: leave text.{min(settings)} out")
+        return UMT5TextEncoder(self.folder, cache=text_folder(cache))
+
+    def scheduler(self, given: Mapping[str, Any]) -> SchedulerMixin:
+        """Its own scheduler with the settings `given`; a published one takes a shift, and `density` is for training alone."""
+        own = self.settings["scheduler"]
+        if isinstance(own, KlingFlowScheduler):
+            return new_scheduler({key: value for key, value in own.config.items() if not key.startswith("_")} | dict(given))
+        for key in given:
+            if key not in ("shift", "density"):
+                raise UserError(f"scheduler.{key} is set, and init_from {self.folder} keeps its {type(own).__name__}: leave it out")
+        return type(own).from_config(own.config, **({shift_key(own): given["shift"]} if "shift" in given else {}))
+
+
+def open_start(path: str | Path, checkpoint: str | None = None, expert: str = "") -> Start:
+    """The start that a model folder or hub id is. checkpoint: the registry's name of it, where the files do not tell.
+
+    Raises `UserError` if it is none, or if it has two experts and `expert` does not say which, or says so without need.
+    """
+    folder = find_folder(path)
+    parts = load(folder, checkpoint=checkpoint, weights=False)
+    two, choices = "transformer_2" in parts, [name for name in EXPERT_FOLDERS if name]
+    if two and expert not in choices:
+        boundary = parts["boundary_ratio"]
+        raise UserError(f"init_from {folder} has two experts: say expert=high to train levels above {boundary}, or expert=low")
+    if expert and not two:
+        raise UserError(f"expert={expert} is set, and init_from {folder} has one transformer: leave it out")
+    return Start(folder, {key: parts[key] for key in (*SETTINGS, "scheduler") if key in parts}, expert)
+
+
+def text_folder(cache: str | Path) -> Path:
+    """Where a cache keeps umT5's embeddings."""
+    return Path(cache) / "text"
+
+
+def captions_of(folder: str | Path) -> list[str]:
+    """Every caption of a finished cache once, sorted, and the empty one, which stands for a prompt that is left out."""
+    shards = json.loads((Path(folder) / INDEX).read_text(encoding="utf-8"))["shards"]
+    rows = (row for name in shards for row in json.loads((Path(folder) / name).with_suffix(".json").read_text(encoding="utf-8")))
+    return sorted({"", *(caption for row in rows for caption in row["captions"])})
+
+
+def new_scheduler(settings: Mapping[str, Any]) -> KlingFlowScheduler:
+    """Ours. Raises `UserError` for a setting that it does not have."""
+    known = KlingFlowScheduler._get_init_keys(KlingFlowScheduler) - {"self"}
+    for key in settings:
+        if key not in known:
+            raise unknown("key of scheduler", key, sorted(known))
+    return KlingFlowScheduler(**settings)
+
+
+def grow(folder: str | Path, model: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> KlingTransformer3DModel:
+    """The transformer of a folder with the conditions of `model` added to those it has: new inputs start at zero, so its output is
+    unchanged. Raises `UserError` for a key that differs and is no condition, or that changes one which is trained already."""
+    with torch.device("meta"):
+        had = KlingTransformer3DModel.from_config(KlingTransformer3DModel.load_config(folder)).config
+    changed = {}
+    for key, value in model.items():
+        if key not in had:
+            raise unknown("key of model", key, [name for name in had if not name.startswith("_")])
+        if had[key] == value or (isinstance(value, list | tuple) and tuple(had[key]) == tuple(value)):
+            continue
+        if key not in EXTRAS:
+            raise UserError(f"init_from {folder} has model.{key} = {had[key]!r}, not {value!r}: only {', '.join(EXTRAS)} can be added")
+        if {"num_kinds": had["num_kinds"], "in_channels": had["in_channels"] > had["out_channels"]}.get(key, had["camera_channels"]):
+            raise UserError(f"init_from {folder} was trained with model.{key} = {had[key]!r}: leave it as it is")
+        changed[key] = value
+    in_channels = changed.pop("in_channels", had["in_channels"])
+    grown = loaded(Path(folder).parent, Path(folder).name, KlingTransformer3DModel, torch_dtype=dtype, **changed)
+    return grown if in_channels == had["in_channels"] else widen_inputs(grown, in_channels)
+
+
+def widen_inputs(model: KlingTransformer3DModel, in_channels: int) -> KlingTransformer3DModel:
+    """The same transformer with more input channels, whose weights are 0: where the training of a new channel group starts."""
+    concat_groups(in_channels, model.config.out_channels)  # refuses what is no layout
+    config = {key: value for key, value in model.config.items() if not key.startswith("_")} | {"in_channels": in_channels}
+    with torch.device("meta"):
+        wide = KlingTransformer3DModel(**config)
+    state = dict(model.state_dict())
+    weight = state["patch_embedding.weight"]  # (d, c, pt, ph, pw)
+    zeros = weight.new_zeros(len(weight), in_channels - weight.shape[1], *weight.shape[2:])
+    state["patch_embedding.weight"] = torch.cat([weight, zeros], dim=1)
+    wide.load_state_dict(state, assign=True)
+    return wide.train(model.training)
+
+
+def check_fit(vae: AutoencoderKLKling, transformer: KlingTransformer3DModel, tasks: Mapping[str, float], cache: LatentCache) -> None:
+    """Raises `UserError` if the transformer does not make what the VAE decodes, or cannot be shown what the tasks give."""
+    config, z = transformer.config, vae.config.z_dim
+    if z != config.out_channels:
+        raise UserError(f"the VAE has latents of {z} channels and the transformer makes {config.out_channels}: give vae= its own VAE")
+    if not (groups := concat_groups(config.in_channels, z)):
+        return
+    if "control" in groups or config.pos_embed_seq_len:
+        what = "a control video" if "control" in groups else "both ends"
+        raise UserError(f"these weights take {what} as extra channels, which no latent cache holds: start from T2V, I2V or TI2V weights")
+    able = ("text", "image", "continuation") if groups == ("first",) else ("text", "image")
+    lacks = {name for name, needed in {"shown": "clean" in groups, "seen": config.image_dim is not None}.items() if needed} - cache.holds
+    for task in (name for name, weight in tasks.items() if weight > 0):
+        if task not in able:
+            raise UserError(f"these weights take what is given as extra channels, and cannot learn tasks.{task} so: {', '.join(able)} only")
+        if task != "text" and lacks:
+            raise UserError(f"tasks.{task} shows these weights a first frame, and {cache.folder} holds none: kling-encode with image=true")
+
+
+def taught_text(folder: str, settings: Mapping[str, Any]) -> ByteTextEncoder:
+    """The text encoder that kling-train-text exported. Raises `UserError` if there is none, or `settings` ask for another one."""
+    if not (Path(folder) / "config.json").is_file():
+        raise UserError(f"text_from '{folder}' holds no text encoder: give the `export` folder of kling-train-text")
+    text = ByteTextEncoder.from_pretrained(folder, torch_dtype=torch.float32)
+    _check_text(text, settings, f"text_from {folder}")
+    return text
+
+
+def _check_text(text: ByteTextEncoder, settings: Mapping[str, Any], where: str) -> None:
+    for key, value in settings.items():
+        if key not in text.config:
+            raise unknown("key of text", key, [name for name in text.config if not name.startswith("_")])
+        if text.config[key] != value:
+            raise UserError(f"{where} has text.{key} = {text.config[key]!r}, not {value!r}: leave it as it is")
