@@ -189,11 +189,11 @@ def train(cfg: TrainDiTConfig, stop: StopSignal) -> None:
     model = build(cfg, start)
     transformer, text_encoder = model.transformer, model.text_encoder
     check_fit(vae, transformer, cfg.tasks, cache)
+    if cfg.compile:
+        transformer.compile_repeated_blocks(dynamic=True)
     split_sequence(transformer, layout, accelerator, cfg.context_parallel)
     check_divides(data, cfg.tasks, transformer, layout.split)
     set_checkpointing(transformer, cfg.activation_checkpointing)
-    if cfg.compile:
-        transformer.compile_repeated_blocks()
     keep_in_fp32(accelerator, transformer.condition_embedder.time_embedder)
     exact = accelerator.mixed_precision == "no"
     optimizer = make_optimizer(cfg.optimizer, model, cfg.lr, betas=cfg.betas, weight_decay=cfg.weight_decay, exact=exact)
@@ -220,7 +220,7 @@ def train(cfg: TrainDiTConfig, stop: StopSignal) -> None:
     def validate() -> dict[str, float]:
         """Loss of the averaged weights on held-out clips at fixed levels; weights and generators are as before after it."""
         levels = level_quantiles(cfg.validation.quantiles, density, shift, within)
-        with ema.swap(model), same_rng(device):
+        with ema.swap(model), same_rng(device), torch.compiler.set_stance("force_eager"):  # of few shapes, each a graph of its own
             sums, counts = total(accelerator, validation_loss(predict, held, levels, layout, model, vae, device))
         losses = (sums / counts).tolist()
         by_level = {f"validation/sigma_{sigma:.2f}": loss for sigma, loss in zip(levels, losses, strict=True)}
@@ -294,7 +294,7 @@ def train(cfg: TrainDiTConfig, stop: StopSignal) -> None:
                 if asked and (last or done % cfg.sample_every == 0) and not stopping:
                     if accelerator.is_main_process or layout.sharded:  # sharded weights need all processes
                         picture = out / "samples" / f"{done:08d}.png" if accelerator.is_main_process else None
-                        with ema.swap(model), same_rng(device), accelerator.autocast():
+                        with ema.swap(model), same_rng(device), accelerator.autocast(), torch.compiler.set_stance("force_eager"):
                             draw_samples(pipeline(cfg, model, vae, start), asked, picture)
                     meter.lap("samples")
                 if stopping:

@@ -14,5 +14,5 @@ class WalkCache:
     """
 
     def __init__(self, layers: int) -> None:
-        self.rotation: Tensor | None = None  # (b | 1, n, 1, head_dim / 2) complex
+        self.rotation: Tensor | None = None  # (b | 1, n, 1, head_dim / 2, 2)
         self.layers: list[Kept] = [{} for _ in range(layers)]
