@@ -6,6 +6,7 @@ pipe("a red ball rolls left on grass", camera="pan=5", seed=1).frames      # (1,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -35,7 +36,7 @@ from kling.sampling.inputs import Inputs, asked_frames, read_inputs
 from kling.sampling.plan import PRO_STEPS, Hop, Plan, plan_camera, plan_hops
 from kling.sampling.request import Request
 from kling.sampling.sampler import Sampler, Signals
-from kling.shapes import ASPECTS, latent_frames, latent_size
+from kling.shapes import ASPECTS, latent_frames, latent_size, token_grid
 from kling.text import ByteTextEncoder
 from kling.text.umt5 import UMT5TextEncoder
 from kling.vae import AutoencoderKLKling
@@ -195,6 +196,8 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         def appended(hop: Hop) -> int:
             return 0 if self.groups else len(hop.given.keyframes)
 
+        for hop in hops:
+            self.check_divides(latent_frames(hop.frames) + appended(hop), h, w)
         high, low = self.setting("guidance_scale", request.guidance_scale)
         plan = Plan(
             task=task,
@@ -216,6 +219,17 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             guidance_reach=self.setting("guidance_reach", request.guidance_reach),
         )
         return plan, inputs, camera
+
+    def check_divides(self, f: int, h: int, w: int) -> None:
+        """Raises `UserError` unless the tokens of latents (f, h, w), appended frames counted, divide over those who share a clip."""
+        shared = getattr(self.transformer, "_parallel_config", None)
+        split = shared.context_parallel_config.ulysses_degree * shared.context_parallel_config.ring_degree if shared else 1
+        n = math.prod(token_grid(f, h, w, tuple(self.transformer.config.patch_size)))
+        if n % split:
+            raise UserError(
+                f"{n} tokens ({f} latent frames of {w}x{h}) do not divide over the {split} processes that share a clip: "
+                "change the frames, the size, or their number"
+            )
 
     def _check_capable(self, task: str, request: Request, camera: Trajectory | None, hops: bool) -> None:
         able = self.config.capabilities
