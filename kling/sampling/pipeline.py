@@ -20,7 +20,7 @@ from diffusers.loaders import WanLoraLoaderMixin
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
-from kling.cameras.trajectory import Trajectory, camera_signal
+from kling.cameras.trajectory import Cameras, Trajectory
 from kling.condition.concat import concat_channels, concat_groups, opened
 from kling.condition.state import State, build_state
 from kling.data.transforms import to_tensor, to_uint8
@@ -31,6 +31,7 @@ from kling.flow.solvers import KlingFlowScheduler
 from kling.hub.clip import clip_tokens
 from kling.hub.load import find_folder, load
 from kling.hub.lora import add_loras
+from kling.runtime.device import upload
 from kling.runtime.random import generator
 from kling.sampling.inputs import Inputs, asked_frames, read_inputs
 from kling.sampling.plan import PRO_STEPS, Hop, Plan, plan_camera, plan_hops
@@ -297,13 +298,13 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             state = self._state(request, hop, inputs, done if hop.overlap else None)
             concat = None
             if self.groups:
-                concat = concat_channels(state, self.groups, self._control(inputs, hop)).to(device)
+                concat = upload(concat_channels(state, self.groups, self._control(inputs, hop)), device)
                 state = opened(state)
             state = state.to(device)
-            rays = None if camera is None else self._rays(camera, hop, plan, plan.hops[0].start)
+            view = None if camera is None else self._view(camera, hop, plan, plan.hops[0].start)
             shape = state.clean.shape
             noise = torch.randn(shape, generator=generator(seed, "noise", number)) if start is None else start.float()
-            for step in sampler(state, Signals(text, rays, concat, image), noise.to(device), seed, number):
+            for step in sampler(state, Signals(text, view, concat, image), upload(noise, device), seed, number):
                 if callback is not None:
                     callback(self, steps, step.timestep, {"latents": step.z, "x0": step.x0})
                 steps += 1
@@ -345,11 +346,12 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
                 keyframes = torch.cat([self.encode(picture[None]) for picture in lone], dim=2)
         return build_state([hop.given], clean, keyframes, tuple(self.transformer.config.patch_size), request.sigma_c)
 
-    def _rays(self, camera: Trajectory, hop: Hop, plan: Plan, origin: int) -> Tensor:
-        """P of one hop, (1, 24, G, ...): its part of the path, relative to its own first frame."""
+    def _view(self, camera: Trajectory, hop: Hop, plan: Plan, origin: int) -> Cameras:
+        """The camera of one hop: its part of the path, relative to its own first frame."""
         part = camera[hop.start - origin : hop.start - origin + hop.frames].relative()
-        appended = tuple(t for t, _ in hop.given.keyframes)
-        return signal(self.transformer, self.vae, part, plan.height, plan.width, appended)[None].to(self._execution_device)
+        appended = torch.tensor([[t for t, _ in hop.given.keyframes]], dtype=torch.long)
+        grid = ray_grid(self.transformer, self.vae, plan.height, plan.width)
+        return Cameras(part.c2w[None], part.intrinsics[None], grid, appended).to(self._execution_device)
 
     def _control(self, inputs: Inputs, hop: Hop) -> Tensor | None:
         """Latents of the control video's part for one hop."""
@@ -386,7 +388,7 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
 
     def _encode(self, video: Tensor) -> Tensor:
         """(1, 3, T, H, W) in [-1, 1] -> normalised latents (1, c, f, h, w) on the CPU."""
-        video = video.to(self._execution_device, self.vae.dtype)
+        video = upload(video, self._execution_device).to(self.vae.dtype)
         return self.vae.normalize(self.vae.encode(video).latent_dist.mode()).float().cpu()
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -396,12 +398,10 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         return torch.cat(chunks, dim=1)
 
 
-def signal(
-    transformer: KlingTransformer3DModel, vae: AutoencoderKLKling, camera: Trajectory, H: int, W: int, appended: tuple[int, ...] = ()
-) -> Tensor:
-    """The camera rays (24, G, h', w') at the resolution that the transformer folds."""
+def ray_grid(transformer: KlingTransformer3DModel, vae: AutoencoderKLKling, H: int, W: int) -> tuple[int, int]:
+    """The size of the grid of rays that the transformer folds, of a clip of H x W pixels."""
     scale = vae.spatial_factor // transformer.config.camera_downscale
-    return camera_signal(camera, H // scale, W // scale, appended)
+    return H // scale, W // scale
 
 
 def load_vae(path: str | Path = "") -> AutoencoderKLKling:
