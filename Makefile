@@ -14,7 +14,7 @@ export PYTHONUTF8 := 1
 .PHONY: sample test test-all lint clean
 
 sample: .venv/.installed
-	@$(BIN)/kling-sample --output "$(OUT)" -- "$$KLING_PROMPT"
+	@$(BIN)/kling-sample --output "$(OUT)" --overwrite -- "$$KLING_PROMPT"
 
 # A hang in C code, which no Python timeout can end, prints every thread's stack and ends the run.
 test: .venv/.installed-dev
