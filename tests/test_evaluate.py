@@ -17,7 +17,7 @@ import pytest
 import torch
 from kling_programs.eval import certify
 from kling_programs.eval import world as program
-from kling_programs.eval.cases import CASES, held_out
+from kling_programs.eval.cases import TASKS, chosen, held_out
 from kling_programs.eval.evaluate import main
 from kling_programs.eval.world import Options, evaluate
 from torch import Tensor
@@ -44,7 +44,7 @@ class Oracle:
 
     def __init__(self) -> None:
         world = held_out(0, program.FRAMES, max_things=1)
-        cases = [make(world, k) for make in CASES.values() for k in range(N)]
+        cases = [task.make(world, k) for task in TASKS.values() for k in range(N)]
         self.truth = {key(case.request): render_scene(case.scene) for case in cases}
         self.calls = 0
 
@@ -84,20 +84,25 @@ def test_the_truth_scores_full_marks_and_a_second_run_makes_nothing(tmp_path: Pa
         assert all(scores[f"text-{code}"][q]["value"] == 1 for q in ("colour", "ground"))
         assert scores[f"text-{code}"]["colour"]["n"] == N
     assert scores["zh - en"]["colour"]["value"] == 0
+    assert all(scores[task]["whole"]["value"] == 1 for task in ("text-en", "plain", "camera", "words"))
+    assert scores["plain"]["still"]["value"] == 1 and scores["words"]["class"]["value"] == 1
+    broken = report["columns"]["broken"]
+    assert all(broken[task]["whole"]["value"] == 0 for task in ("text-en", "plain", "camera", "words"))
+    assert broken["plain"]["still"]["value"] == 0 and broken["words"]["class"]["value"] == 0
     assert scores["camera"]["class"]["value"] == 1 and scores["camera"]["rotation"]["value"] < 0.6
     assert scores["image below VAE"]["first"]["value"] == 0 and scores["first_last below VAE"]["last"]["value"] == 0
     assert report["columns"]["noise"]["camera"]["rotation"]["value"] == 180
     assert report["columns"]["frozen"]["camera"]["registered"]["value"] == 1
     assert report["reached"]["camera class"] is True
     assert "colour, Chinese" in (tmp_path / "out/scores.md").read_text() and "RotErr" in report["table"]
-    assert {path.stem for path in (tmp_path / "out/strips").glob("*.png")} == set(CASES)
+    assert {path.stem for path in (tmp_path / "out/strips").glob("*.png")} == set(TASKS)
     json.dumps(report, allow_nan=False)
 
     n = {task: max(x["n"] for x in summary.values()) for task, summary in scores.items()}
     assert n["text-en"] == n["camera"] == N and n["image"] == n["image below VAE"] == n["continuation"] == n["vae-17"] == 1
     assert report["columns"]["truth"]["text-en"]["colour"]["n"] == N and report["columns"]["noise"]["camera"]["rotation"]["n"] == 1
 
-    made = N * 3 + 3
+    made = sum(1 if task.few else N for task in TASKS.values())
     assert pipe.calls == made
     cases = tmp_path / "out/cases.jsonl"
     first, second = cases.read_bytes().splitlines(keepends=True)
@@ -123,6 +128,17 @@ def test_what_a_model_cannot_do_is_left_out_by_name(tmp_path: Path, monkeypatch:
     assert report["scores"]["text-en"]["colour"]["value"] == 0  # black shows nothing
 
 
+def test_a_few_tasks_alone_and_the_time_is_said_first(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    pipe, options = Oracle(), Options(str(tmp_path / "out"), n=N, tasks=chosen("words,image"))
+    report = evaluate(pipe, options, {"sha256": {}})
+    assert set(report["scores"]) == {"words", "image", "image below VAE"} and pipe.calls == N + 1
+    assert "whole clips" in report["table"] and "VAE, 17" not in report["table"]
+    first = capsys.readouterr().err.splitlines()[0]
+    assert first.startswith("3 clips (words 2, image 1)") and first.endswith("minutes")
+    with pytest.raises(UserError, match="other tasks"):
+        evaluate(pipe, dataclasses.replace(options, tasks=()), {"sha256": {}})
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -130,6 +146,7 @@ def test_what_a_model_cannot_do_is_left_out_by_name(tmp_path: Path, monkeypatch:
         (["world"], "--out"),
         (["world", "--out", "x", "--n", "0"], "--n 0"),
         (["world", "--out", "x", "--workers", "0"], "--workers 0"),
+        (["world", "--out", "x", "--tasks", "text,camra"], "unknown task 'camra' (did you mean 'camera'?)"),
     ],
 )
 def test_bad_command_lines(argv: list[str], message: str, capsys: pytest.CaptureFixture) -> None:
@@ -141,7 +158,7 @@ def test_bad_command_lines(argv: list[str], message: str, capsys: pytest.Capture
 
 def share(out: Path, n: int) -> None:
     """The shipped model at one step, by two workers: they load it themselves."""
-    evaluate(program.load(ASSETS), Options(str(out), n=n, steps=1, examples=24, workers=2), {"sha256": {}}, ASSETS)
+    evaluate(program.load(ASSETS, Options("")), Options(str(out), n=n, steps=1, examples=24, workers=2), {"sha256": {}}, ASSETS)
 
 
 def test_certify_tells_which_ruler_meets_what(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
@@ -194,7 +211,7 @@ def test_two_processes_share_the_cases_and_one_goes_on_after_a_kill(tmp_path: Pa
     assert len(workers) == 2 and not psutil.wait_procs(workers, timeout=60)[1], "workers go with the one that started them"
 
     shared = program.recorded(cases)
-    pipe, options = program.load(ASSETS), Options(str(out), n=n, steps=1, examples=24)
+    pipe, options = program.load(ASSETS, Options("")), Options(str(out), n=n, steps=1, examples=24)
     report = evaluate(pipe, options, {"sha256": {}})
     assert [json.loads(line)["k"] for line in cases.read_text().splitlines()].count(first) == 1
     assert report["n"] == n and report["scores"]["camera"]["class"]["n"] == 4

@@ -11,6 +11,7 @@ from kling.cameras.trajectory import Trajectory
 from kling.metrics.camera.errors import axes_of, camera_class, rotation_error, translation_error
 from kling.metrics.camera.odometry import Stage, estimate_trajectory
 from kling.metrics.control import QUESTIONS, Detectors
+from kling.metrics.permanence import permanence
 from kling.metrics.report import Row
 
 
@@ -25,6 +26,10 @@ class Ruler:
         """Right or wrong for each of `QUESTIONS`. video: (T, H, W, 3) uint8."""
         reading = self.detectors.read(video)
         return {question: reading[question] == labels[question] for question in QUESTIONS}
+
+    def permanence(self, video: Tensor, count: int, leaves: bool = False) -> Row:
+        """Whether `count` things stay what they are; leaves: the camera may move them out of the picture. See `permanence`."""
+        return permanence(video, self.detectors.palette, count, self.detectors.solid, leaves)
 
     def camera(self, video: Tensor, asked: Trajectory, axes: Mapping[str, float] | None) -> Row:
         """How near the camera's path is to the asked one. axes: of a single axis, a master shot or a static camera; None for mixtures.
