@@ -44,6 +44,7 @@ from kling_programs.eval.cases import (
     TASKS,
     Case,
     chosen,
+    exchanged,
     half,
     held_out,
     labels,
@@ -249,9 +250,12 @@ class Examiner:
     def fields(self, case: Case, truth: Tensor) -> dict[str, Any]:
         """Of the `Request` that asks a case."""
         fields = dict(case.request)
+        frames = truth if case.given is case.scene else render_scene(case.given)
         for name in ("image", "last_image", "video"):
             if name in fields:
-                fields[name] = truth[fields[name]].numpy()
+                fields[name] = frames[fields[name]].numpy()
+        if "keyframes" in fields:
+            fields["keyframes"] = [(frames[shown].numpy(), t, strength) for shown, t, strength in fields["keyframes"]]
         if not self.camera:
             fields.pop("camera", None)
         if self.options.steps:
@@ -275,28 +279,34 @@ class Passed:
 
 
 def stand_ins(passed: Passed, case: Case, truth: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Clips measured in the model's place. The second language has the first one's; below the VAE's ceiling means of the same case."""
-    task, k = case.task, case.k
-    if task == "text-en" or (task not in ("text-zh", "image", "first_last") and k < CONTROLS):
-        yield "truth", truth
-    if task in ("image", "first_last") or (task not in ("text-zh", "plain", "words") and k < CONTROLS):
-        yield "truth through the VAE", passed(truth)
-    if task in ("text-en", "plain", "camera", "words") and k < CONTROLS:
-        yield "broken", broken(case)
-    if task in ("text-en", "camera") and k < CONTROLS:
-        seed = derive_seed(0, "controls", k)
-        yield "frozen", frozen(truth)
-        yield "shuffled", shuffled(truth, seed)
-        yield "noise", noise(truth, seed)
+    """Clips measured in the model's place: in a few cases, but what a score is relative to in all, and the truth of the words in all."""
+    task, seed = TASKS[case.task], derive_seed(0, "controls", case.k)
+    answers = {
+        "truth": lambda: truth,
+        "truth through the VAE": lambda: passed(truth),
+        "broken": lambda: broken(case),
+        "frozen": lambda: frozen(truth),
+        "shuffled": lambda: shuffled(truth, seed),
+        "noise": lambda: noise(truth, seed),
+    }
+    for name, answer in answers.items():
+        always = (name == "truth" and case.task == "text-en") or (name == "truth through the VAE" and task.ceiling)
+        if always or (name in task.beside and case.k < CONTROLS):
+            yield name, answer()
 
 
 def broken(case: Case) -> Tensor:
-    """A clip (T, H, W, 3) uint8 that does what its task forbids, of two truths: the second, whose things are spoiled, takes over half way.
+    """A clip (T, H, W, 3) uint8 that does what its task forbids: another truth, whose things are spoiled half way.
 
-    Where the camera is asked, it goes another way.
+    The camera goes another way, things have each other's colours, the ground changes half way, the video to restyle is left as it was.
     """
-    scene = case.scene if case.task.startswith("text") else other_camera(case.scene)
-    return taken_over(render_scene(scene), render_scene(spoiled(scene, case.k)))
+    scene, family = case.scene, case.task.split("-")[0]
+    if family == "restyle":
+        return render_scene(case.given)
+    if family in ("plain", "camera", "words"):
+        scene = other_camera(scene)
+    after = exchanged(scene) if family in ("things", "continuation") else scene
+    return taken_over(render_scene(after if family == "things" else scene), render_scene(spoiled(after, case.k)))
 
 
 # ----------------------------------------------------------------------------------------------------------- what is measured
@@ -312,19 +322,31 @@ def make_ruler(options: Options) -> Ruler:
 
 def measure(ruler: Ruler, case: Case, video: Tensor, truth: Tensor) -> Row:
     """What one clip (T, H, W, 3) uint8 scores as an answer to a case; None where a measure does not apply."""
-    scene = case.scene
+    scene, family = case.scene, case.task.split("-")[0]
     named = scene.axes if len(scene.axes) < 2 or scene.move else None
-    if case.task.startswith("text"):
-        return ruler.words(video, labels(scene)) | ruler.permanence(video, 1) | {"flicker": float(flicker(batch(video)))}
-    if case.task == "plain":
-        still = ruler.camera(video, scene.trajectory, {})["class"]
-        return ruler.words(video, labels(scene)) | ruler.permanence(video, 1) | {"still": still}
-    if case.task in ("camera", "words"):
-        return ruler.camera(video, scene.trajectory, named) | ruler.permanence(video, 1, leaves=bool(scene.axes))
+    if case.task == "image":
+        return {"first": float(psnr(batch(video), batch(truth))[0, 0])}
+    if case.task == "first_last":
+        return {"last": float(psnr(batch(video), batch(truth))[0, -1])}
+    if case.task == "keyframes":
+        return {"middle": float(psnr(batch(video), batch(truth))[0, half(len(truth)) - 1])}
     if case.task == "continuation":
         return {name: float(value) for name, value in seam(batch(video), half(len(truth))).items()}
-    per_frame = psnr(batch(video), batch(truth))[0]
-    return {"first": float(per_frame[0]), "last": float(per_frame[-1]) if case.task == "first_last" else None}
+    if family == "continuation":
+        end = video[-len(video) // 4 :]
+        row = ruler.permanence(video, 1) | {"ground": ruler.words(end, labels(scene))["ground"]}
+        return row | {"kept": row["whole"] and row["ground"]}
+    if family == "things":
+        truths = [labels(scene, place) for place in range(len(scene.things))]
+        return ruler.things(video, truths) | ruler.permanence(video, len(truths))
+    if family in ("camera", "words"):
+        return ruler.camera(video, scene.trajectory, named) | ruler.permanence(video, 1, leaves=bool(scene.axes))
+    row = ruler.words(video, labels(scene)) | ruler.permanence(video, 1)
+    if family == "text":
+        row["flicker"] = float(flicker(batch(video)))
+    if family == "plain":
+        row["still"] = ruler.camera(video, scene.trajectory, {})["class"]
+    return row
 
 
 def batch(frames: Tensor) -> Tensor:
@@ -351,7 +373,7 @@ def report(options: Options, model: dict[str, Any], records: list[Record], left_
     scores = {task: summarise(rows) for task, rows in own.items()}
     if "text-en" in own and "text-zh" in own:
         scores["zh - en"] = paired(own["text-en"], own["text-zh"])
-    for task in {"image", "first_last"} & own.keys():
+    for task in [task for task in own if task in TASKS and TASKS[task].ceiling]:
         scores[f"{task} below VAE"] = paired(own[task], vae[task])
     columns = {name: {task: summarise(rows) for task, rows in by_task.items()} for name, by_task in measured.items() if name != "model"}
     for by_task in columns.values():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -13,6 +13,7 @@ from kling.metrics.camera.odometry import Stage, estimate_trajectory
 from kling.metrics.control import QUESTIONS, Detectors
 from kling.metrics.permanence import permanence
 from kling.metrics.report import Row
+from kling.metrics.things import read_things
 
 
 @dataclass
@@ -26,6 +27,12 @@ class Ruler:
         """Right or wrong for each of `QUESTIONS`. video: (T, H, W, 3) uint8."""
         reading = self.detectors.read(video)
         return {question: reading[question] == labels[question] for question in QUESTIONS}
+
+    def things(self, video: Tensor, labels: Sequence[Mapping[str, str]]) -> Row:
+        """Whether every thing has its colour, its solid and its motion, and "right": all of these and the ground."""
+        readings = read_things(video, self.detectors, [thing["colour"] for thing in labels])
+        row = {q: all(x[q] == thing[q] for x, thing in zip(readings, labels, strict=True)) for q in QUESTIONS}
+        return row | {"right": all(row.values())}
 
     def permanence(self, video: Tensor, count: int, leaves: bool = False) -> Row:
         """Whether `count` things stay what they are; leaves: the camera may move them out of the picture. See `permanence`."""

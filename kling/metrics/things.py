@@ -8,8 +8,19 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 import torch
+from torch import Tensor
 
-from kling.metrics.control import MIN_FRAMES, MIN_PIXELS, Track
+from kling.metrics.control import (
+    MIN_FRAMES,
+    MIN_PIXELS,
+    Detectors,
+    Reading,
+    Track,
+    ground_features,
+    motion_features,
+    solid_features,
+)
+from kling.metrics.segment import segment
 
 NEAR = 2  # pixels between two things, from which on one may hide a part of the other
 
@@ -37,6 +48,24 @@ class Thing:
             if shown.mean() >= MIN_FRAMES / 2:
                 break
         return Track(self.colour, *map(torch.from_numpy, (self.mask, shown, self.box.astype(np.float32))))
+
+
+def read_things(video: Tensor, detectors: Detectors, colours: Sequence[str]) -> list[Reading]:
+    """What a clip (T, H, W, 3) uint8 with a static camera shows of the things of these colours, as `Detectors.read` for one.
+
+    A colour that too few frames show reads None throughout.
+    """
+    names = list(detectors.palette)
+    ground = detectors.ground(ground_features(video, detectors.palette))
+    things = find_things(*(x.numpy() for x in segment(video, detectors.palette)), [names.index(colour) for colour in colours])
+    readings: list[Reading] = []
+    for colour, thing in zip(colours, things, strict=True):
+        reading: Reading = {"colour": None, "solid": None, "ground": ground, "motion": None}
+        if (track := thing.track()) is not None:
+            reading |= {"colour": colour, "solid": detectors.solid(solid_features(video, track))}
+            reading["motion"] = detectors.motion(motion_features(track))
+        readings.append(reading)
+    return readings
 
 
 def find_things(colours: np.ndarray, near: np.ndarray, kinds: Sequence[int]) -> list[Thing]:
