@@ -6,6 +6,7 @@ pipe("a red ball rolls left on grass", camera="pan=5", seed=1).frames      # (1,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from kling.cameras.trajectory import Cameras, Trajectory
 from kling.condition.concat import concat_channels, concat_groups, opened
-from kling.condition.state import State, build_state
+from kling.condition.state import Given, State, build_state
 from kling.data.transforms import to_tensor, to_uint8
 from kling.dit import KlingTransformer3DModel
 from kling.errors import UserError
@@ -32,11 +33,11 @@ from kling.hub.load import find_folder, load
 from kling.hub.lora import add_loras
 from kling.runtime.device import upload
 from kling.runtime.random import generator
-from kling.sampling.inputs import Inputs, asked_frames, read_inputs
-from kling.sampling.plan import PRO_STEPS, Hop, Plan, plan_camera, plan_hops
+from kling.sampling.inputs import Inputs, asked_frames, paste, read_inputs
+from kling.sampling.plan import PRO_STEPS, Hop, Plan, plan_camera, plan_hops, plan_task
 from kling.sampling.request import Request
 from kling.sampling.sampler import Sampler, Signals
-from kling.shapes import ASPECTS, latent_frames, latent_size
+from kling.shapes import ASPECTS, latent_frames, latent_size, token_grid
 from kling.text import ByteTextEncoder
 from kling.text.umt5 import UMT5TextEncoder
 from kling.vae import AutoencoderKLKling
@@ -188,14 +189,16 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         h, w = latent_size(H, W, self.vae.spatial_factor, patch[1])
         hops = plan_hops(request, inputs, frames, fps, longest, self.vae.spatial_factor)
         camera = plan_camera(request, hops, H, W)
-        task = hops[0].given.task(latent_frames(hops[0].frames))
-        self._check_capable(task, request, camera, len(hops) > 1)
+        task = plan_task(request, hops)
+        self._check_capable(task, request, camera, hops)
         pro = request.mode == "pro"
         solver = self.setting("solver")
 
         def appended(hop: Hop) -> int:
             return 0 if self.groups else len(hop.given.keyframes)
 
+        for hop in hops:
+            self.check_divides(latent_frames(hop.frames) + appended(hop), h, w)
         high, low = self.setting("guidance_scale", request.guidance_scale)
         plan = Plan(
             task=task,
@@ -215,14 +218,29 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             guidance_interval=request.guidance_interval or (0.0, 1.0),
             guidance_every=request.guidance_every,
             guidance_reach=self.setting("guidance_reach", request.guidance_reach),
+            notes=tuple(inputs.notes),
         )
         return plan, inputs, camera
 
-    def _check_capable(self, task: str, request: Request, camera: Trajectory | None, hops: bool) -> None:
+    def check_divides(self, f: int, h: int, w: int) -> None:
+        """Raises `UserError` unless the tokens of latents (f, h, w), appended frames counted, divide over those who share a clip."""
+        shared = getattr(self.transformer, "_parallel_config", None)
+        split = shared.context_parallel_config.ulysses_degree * shared.context_parallel_config.ring_degree if shared else 1
+        n = math.prod(token_grid(f, h, w, tuple(self.transformer.config.patch_size)))
+        if n % split:
+            raise UserError(
+                f"{n} tokens ({f} latent frames of {w}x{h}) do not divide over the {split} processes that share a clip: "
+                "change the frames, the size, or their number"
+            )
+
+    def _check_capable(self, task: str, request: Request, camera: Trajectory | None, hops: list[Hop]) -> None:
         able = self.config.capabilities
-        asked = {"camera": camera is not None, "continuation": hops, "control": request.control is not None}
+        asked = {"camera": camera is not None, "continuation": len(hops) > 1, "control": request.control is not None}
         asked |= {"diffusion_forcing": bool(request.frame_delay), "text_to_image": request.loop and request.image is None}  # made first
-        for name in [task, *(name for name, wanted in asked.items() if wanted)]:
+        asked |= {"restyle": bool(request.strength)}
+        beside = [hop for hop in hops if hop.given.keyframes and (hop.overlap or hop.given.space is not None or hop.given.hold)]
+        lone = [Given(keyframes=hop.given.keyframes).task(latent_frames(hop.frames)) for hop in beside]  # of a clip that is given too
+        for name in [task, *lone, *(name for name, wanted in asked.items() if wanted)]:
             if name not in able:
                 raise UserError(f"this model was not trained for '{name}': it can do {', '.join(able)}")
         if request.guidance_reach and (self.groups or self.config.get("block_frames")):
@@ -271,7 +289,16 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """One video: (T, H, W, 3) uint8, and the latents of its last hop."""
         if request.loop and inputs.image is None:  # a loop needs a frame to come back to
-            still = request.replace(loop=False, num_frames=1, duration=None, extend_to=None, camera=None, seed=seed, num_videos=1)
+            alone = {
+                "loop": False,
+                "keyframes": [],
+                "camera": None,
+                "camera_scale": 1.0,
+                "num_frames": 1,
+                "duration": None,
+                "extend_to": None,
+            }
+            still = request.replace(**alone, seed=seed, num_videos=1)
             inputs = replace(inputs, image=torch.from_numpy(self(still).frames[0, 0]))
         device = self._execution_device
         text = self._encode_text(request, plan)
@@ -297,6 +324,8 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             latents = state.finish(step.z)
             if decode or number + 1 < len(plan.hops):
                 frames = self.decode(latents)[0]
+                if hop.given.space is not None:
+                    frames = paste(frames, inputs.video, inputs.mask, self.vae.spatial_factor // 4)
                 done = torch.cat([done, frames[hop.overlap :]])
         return done, latents
 
@@ -312,7 +341,7 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             known = inputs.video
         elif inputs.image is not None:
             known = inputs.image[None]
-        lone = [*(picture for picture, _, _ in inputs.keyframes), *([inputs.image] * request.loop)] if hop.given.keyframes else []
+        lone = [inputs.image if (picture := inputs.keyframes[i][0]) is None else picture for i in hop.pictures]
         keyframes = None
         if self.groups:  # these weights know lone frames by their place in the clip, with grey where nothing is given
             video = torch.zeros(3, hop.frames, inputs.height, inputs.width)
@@ -363,7 +392,7 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             return None
         pictures = [inputs.image] if inputs.image is not None else []
         if config.pos_embed_seq_len is not None:
-            pictures += [picture for picture, _, _ in inputs.keyframes[-1:]]
+            pictures += [inputs.image if picture is None else picture for picture, _, _ in inputs.keyframes[-1:]]
         shown = pictures or [torch.zeros(inputs.height, inputs.width, 3, dtype=torch.uint8)]
         tokens = clip_tokens(self.image_encoder, self.image_processor, shown, self._execution_device)  # (1 or 2, i, image_dim)
         return tokens if pictures else torch.zeros_like(tokens)

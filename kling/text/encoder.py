@@ -23,6 +23,24 @@ BEGIN = 256  # the mark before the first byte; alone, it is the empty prompt
 TOGETHER = 32  # prompts that are padded alike
 
 
+def prompt_bytes(prompt: str) -> bytes:
+    """What the encoder reads of a prompt: UTF-8 bytes in normal form C, no spaces around it. Raises `UserError` for half a character."""
+    try:
+        return unicodedata.normalize("NFC", prompt).strip().encode()
+    except UnicodeEncodeError:
+        raise UserError(f"prompt {prompt!r} holds half a character (a lone surrogate): write it anew") from None
+
+
+def cut_prompt(prompt: str, max_bytes: int) -> str:
+    """The beginning of a prompt that has at most `max_bytes` bytes: whole words where it has spaces, else whole characters."""
+    data = prompt_bytes(prompt)
+    if len(data) <= max_bytes:
+        return prompt
+    kept = data[:max_bytes].decode(errors="ignore")
+    words = kept.rpartition(" ")[0] if not data[len(kept.encode()) :].startswith(b" ") else kept
+    return (words if len(words) > len(kept) // 2 else kept).strip()
+
+
 class EncoderLayer(nn.Module):
     """Pre-norm attention over the whole prompt, then a feed-forward."""
 
@@ -125,7 +143,7 @@ class ByteTextEncoder(ModelMixin, ConfigMixin):
         return F.pad(x, (0, 0, 0, self.num_tokens - x.shape[1]))
 
     def _bytes(self, prompt: str) -> bytes:
-        data = unicodedata.normalize("NFC", prompt).strip().encode()
+        data = prompt_bytes(prompt)
         if len(data) > self.config.max_bytes:
             raise UserError(f"prompt of {len(data)} bytes is longer than this model reads ({self.config.max_bytes}): shorten it")
         return data

@@ -22,6 +22,7 @@ from kling.errors import UserError
 from kling.runtime.device import upload
 from kling.sampling.pipeline import ray_grid
 from kling.shapes import pixel_frames, token_grid
+from kling.text.encoder import cut_prompt
 from kling.vae import AutoencoderKLKling
 
 SAY_CAMERA = 0.9  # of clips whose moving camera is not given as a signal, those whose prompt says it where a caption does
@@ -43,12 +44,19 @@ def check_divides(data: LatentSteps, tasks: Mapping[str, float], transformer: Kl
 
 @dataclass(frozen=True)
 class Drawing:
-    """How examples are drawn: weights of the tasks, and how often text or camera are left out."""
+    """How examples are drawn: weights of the tasks, and how often text or camera are left out. group: places in a row that share a shape.
+    max_bytes: longer captions are cut to it."""
 
     seed: int
     tasks: Mapping[str, float]
     text_drop: float
     camera_drop: float
+    group: int = 1
+    max_bytes: int | None = None
+
+    def appends_keyframe(self, place: int) -> bool:
+        """Whether the batch of a place has the shape of tasks that append a frame: alike in a group, since that is work too."""
+        return random.Random(f"keyframe/{self.seed}/{place // self.group}").random() < keyframe_share(self.tasks)
 
 
 @dataclass(frozen=True)
@@ -73,7 +81,7 @@ def draw_example(how: Drawing, batch: LatentBatch, place: int, transformer: Klin
     """What is given of every clip of a batch, its prompt and its camera. Draws depend on (seed, place) alone."""
     rng = random.Random(f"condition/{how.seed}/{place}")
     b, _, f, h, w = batch.latents.shape
-    K = int(f > 1 and rng.random() < keyframe_share(how.tasks))  # the same for all clips of a batch, which share a shape
+    K = int(f > 1 and how.appends_keyframe(place))  # the same for all clips of a batch, which share a shape
     given: list[Given] = []
     lone, prompts, has_camera = [], [], []
     for i in range(b):
@@ -106,6 +114,7 @@ def draw_words(
         said = [i for i, text in enumerate(captions) if speaks_of_camera(text)]
         if said:
             prompt = rng.choices([captions[i] for i in said], [weights[i] for i in said])[0]
+    prompt = prompt if how.max_bytes is None else cut_prompt(prompt, how.max_bytes)
     return ("" if rng.random() < how.text_drop else prompt), shown
 
 

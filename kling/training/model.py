@@ -16,6 +16,8 @@ from kling.text import ByteTextEncoder
 from kling.text.umt5 import UMT5TextEncoder
 from kling.training.examples import Example
 
+# names of operations, whatever their overload; attention of any library has the word in its name
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "linear", "matmul", "_scaled_mm", "_grouped_mm", "_addmm_activation", "convolution")
 CHECKPOINTING = ("none", "selective", "full")
 
 
@@ -67,6 +69,6 @@ def _checkpoint(contexts: dict[str, Any], block: nn.Module, *args: Any) -> Tenso
 
 
 def _keep_products(_: Any, op: Any, *__: Any, **___: Any) -> CheckpointPolicy:
-    name = str(op)
-    keep = any(part in name for part in ("aten.mm", "aten.addmm", "aten.bmm", "scaled_dot_product", "flash_attn"))
+    name = str(op)  # namespace.name.overload
+    keep = "".join(name.split(".")[1:2]) in PRODUCTS or any(part in name for part in ("attention", "attn", "scaled_dot_product"))
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
