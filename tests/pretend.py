@@ -23,8 +23,8 @@ CUDA = torch.device("cuda", 0)
 aten = torch.ops.aten
 # operations whose result, or its shape, the host must know before it goes on
 WAITS = {
-    "_local_scalar_dense", "is_nonzero", "equal", "nonzero", "nonzero_numpy", "_unique2", "unique_dim", "unique_consecutive", "masked_select",
-    "argwhere", "bincount", "histc",
+    "_local_scalar_dense", "is_nonzero", "equal", "nonzero", "nonzero_numpy", "_unique2", "unique_dim", "unique_consecutive",
+    "masked_select", "argwhere", "bincount", "histc",
 }  # fmt: skip
 
 
@@ -95,7 +95,8 @@ class Device(TorchDispatchMode):
             return args[0].data_ptr() in self.pinned
         if name == "_fused_sdp_choice" and there:
             return 0  # plain operations, which any device has
-        target = asked is not None and torch.device(asked).type in ("cuda", "meta")
+        ours = ("cuda", "meta") if there or name == "scalar_tensor" else ("cuda",)  # C++ makes the 0.0 of `where(m, x, 0.0)` on "meta"
+        target = asked is not None and torch.device(asked).type in ours
         if not there and not target:
             return func(*args, **kwargs)
         here = [x for x in tensors if type(x) is not Pretended]
@@ -114,7 +115,7 @@ class Device(TorchDispatchMode):
         if name == "_to_copy" and asked is not None and not target:  # back on the CPU
             return out
         wrappers = {id(x.held): x for x in there}
-        if name == "copy_" and not there[0] is tensors[0]:
+        if name == "copy_" and there[0] is not tensors[0]:
             return out
         return again(out, wrappers)
 
@@ -209,7 +210,7 @@ def where() -> str:
 
 @contextmanager
 def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
-    """"cuda" is there inside the `with`."""
+    """ "cuda" is there inside the `with`."""
     torch._C._ensureCUDADeviceGuardSet()
     here = Device()
     with monkeypatch.context() as patch:

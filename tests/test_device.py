@@ -5,17 +5,23 @@ The device is pretended (`pretend.py`), so these run everywhere; `test_gpu.py` i
 
 from __future__ import annotations
 
+import json
+import math
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pretend
 import pytest
 import torch
+import workers
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from test_pipeline import H, W, movie, picture, tiny_pipeline
 
 from kling import KlingFlowScheduler, KlingPipeline, KlingTransformer3DModel
 
+train_dit = workers.train_dit
 HOLE = np.zeros((H, W), np.float32)
 HOLE[16:48, 32:80] = 1
 WAN_UNIPC = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
@@ -62,7 +68,10 @@ MODES: dict[str, tuple[dict[str, Any], Any]] = {
     "second order": ({"mode": "pro"}, None),
     "fresh noise": ({"image": picture()}, changed(solver="renoise")),
     "UniPC": ({"image": picture()}, lambda pipe: pipe.register_modules(scheduler=UniPCMultistepScheduler(**WAN_UNIPC))),
-    "UniPC, soft": ({"video": movie(5), "strength": 0.5}, lambda pipe: pipe.register_modules(scheduler=UniPCMultistepScheduler(**WAN_UNIPC))),
+    "UniPC, soft": (
+        {"video": movie(5), "strength": 0.5},
+        lambda pipe: pipe.register_modules(scheduler=UniPCMultistepScheduler(**WAN_UNIPC)),
+    ),
     "another scheduler": ({}, lambda pipe: pipe.register_modules(scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0))),
     "block by block": ({}, lambda pipe: pipe.register_to_config(block_frames=1)),
     "two experts": ({"camera": "pan=5"}, second_expert),
@@ -101,3 +110,19 @@ def request_of(fields: dict[str, Any]) -> Any:
     from kling import Request
 
     return Request(prompt="a ball", **fields)
+
+
+def test_no_step_of_a_training_waits_but_to_log(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """All tasks, keyframes and cameras included, with either optimizer: one copy of the logged numbers every third step, and no other."""
+    monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", "cuda:0")
+    words = workers.debug_words(tmp_path, "batch=2", "save_every=100", "log_every=3", "steps=9", "optimizer=muon", "watchdog=0")
+    marks: list[int] = []
+    with pretend.device(monkeypatch) as device:
+        monkeypatch.setattr(train_dit, "publish", lambda *_: None)
+        monkeypatch.setattr(train_dit, "matmul_ceiling", lambda *_: 1e12)
+        monkeypatch.setattr(train_dit.StopSignal, "seen", lambda *_: marks.append(len(device.waits)))
+        train_dit.main([*words, f"out={tmp_path / 'run'}"])
+    waited = [device.waits[a:b] for a, b in pairwise(marks)]  # from the end of a step to that of the next
+    assert [len(what) for what in waited[:-1]] == [0, 1, 0, 0, 1, 0, 0], waited
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 10)) and all(math.isfinite(line["loss"]) for line in lines)
