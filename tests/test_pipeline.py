@@ -200,7 +200,7 @@ WAN = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shif
     ],
 )
 def test_the_scheduler_that_is_planned_is_the_one_that_walks(fields, solver, monkeypatch):
-    pipe = tiny_pipeline(capabilities=[*TASKS, "diffusion_forcing"])
+    pipe = tiny_pipeline(capabilities=[*TASKS, "diffusion_forcing"], defaults={"guidance_scale": 1.0})
     pipe.register_modules(scheduler=UniPCMultistepScheduler(**WAN))
     walked = []
     for walk in (DiffusersWalk, KlingFlowScheduler):
