@@ -301,8 +301,9 @@ class KlingTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
             raise UserError(f"camera of {channels} channels: this model takes {self.config.camera_channels}")
         residual = torch.cat([self.control_adapter(rays.to(x.dtype)) for rays in _ray_parts(camera)], dim=1)  # (b, n, d)
         if residual.shape != x.shape:
+            shape = camera.size if isinstance(camera, Cameras) else camera.shape
             raise UserError(
-                f"camera rays of {' x '.join(map(str, camera.size if isinstance(camera, Cameras) else camera.shape))} give {residual.shape[1]} tokens where the latents have {x.shape[1]}: "
+                f"camera rays of {' x '.join(map(str, shape))} give {residual.shape[1]} tokens where the latents have {x.shape[1]}: "
                 f"render the rays at {self.config.camera_downscale} pixels per latent cell"
             )
         return residual if mask is None else residual * mask.to(residual.dtype)[:, None, None]

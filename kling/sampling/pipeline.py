@@ -34,7 +34,7 @@ from kling.hub.lora import add_loras
 from kling.runtime.device import upload
 from kling.runtime.random import generator
 from kling.sampling.inputs import Inputs, asked_frames, paste, read_inputs
-from kling.sampling.plan import PRO_STEPS, Hop, Plan, plan_camera, plan_hops, plan_task
+from kling.sampling.plan import PRO_STEPS, Hop, Plan, plan_camera, plan_hops, plan_solver, plan_task
 from kling.sampling.request import Request
 from kling.sampling.sampler import Sampler, Signals
 from kling.shapes import ASPECTS, latent_frames, latent_size, token_grid
@@ -192,7 +192,7 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         task = plan_task(request, hops)
         self._check_capable(task, request, camera, hops)
         pro = request.mode == "pro"
-        solver = self.setting("solver")
+        solver, why = plan_solver(request, hops, self.setting("solver"), bool(self.groups))
 
         def appended(hop: Hop) -> int:
             return 0 if self.groups else len(hop.given.keyframes)
@@ -207,7 +207,7 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             width=W,
             fps=fps,
             num_inference_steps=request.num_inference_steps or self.setting("num_inference_steps") * (PRO_STEPS if pro else 1),
-            solver="adams" if pro and solver == "euler" else solver,
+            solver=solver,
             guidance_scale=high,
             guidance_scale_2=low,
             camera_guidance_scale=self.setting("camera_guidance_scale", request.camera_guidance_scale),
@@ -218,7 +218,7 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             guidance_interval=request.guidance_interval or (0.0, 1.0),
             guidance_every=request.guidance_every,
             guidance_reach=self.setting("guidance_reach", request.guidance_reach),
-            notes=tuple(inputs.notes),
+            notes=(*inputs.notes, *([why] if why else [])),
         )
         return plan, inputs, camera
 

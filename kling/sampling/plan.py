@@ -9,6 +9,7 @@ import torch
 from kling.cameras.trajectory import Trajectory
 from kling.condition.state import Given
 from kling.errors import UserError
+from kling.flow.solvers import SOLVERS
 from kling.sampling.inputs import LAST, Inputs, read_camera
 from kling.sampling.request import Request
 from kling.shapes import TEMPORAL, clip_frames, latent_frames, nearest_frames
@@ -121,6 +122,20 @@ def plan_task(request: Request, hops: list[Hop]) -> str:
         return first.task(latent_frames(hops[0].frames))
     keyframes = tuple((hop.start + t, strength) for hop in hops for t, strength in hop.given.keyframes)
     return replace(first, keyframes=keyframes).task(latent_frames(hops[-1].end))
+
+
+def plan_solver(request: Request, hops: list[Hop], own: str, extra_channels: bool) -> tuple[str, str]:
+    """What walks all hops, and why it is not the checkpoint's `own` scheduler, if it is not. One of diffusers knows one level for the whole
+    clip, so where levels differ ours walks, of second order as the published ones are. extra_channels: what is given is no part of it."""
+    if own in SOLVERS:
+        return ("adams" if request.mode == "pro" and own == "euler" else own), ""
+    reasons = {
+        "frames follow one another": bool(request.frame_delay),
+        "what is given is noised": not extra_channels and request.sigma_c > 0 and any(hop.given.gives for hop in hops),
+        "what is given holds in part": not extra_channels and not all(hop.given.whole for hop in hops),
+    }
+    why = next((reason for reason, holds in reasons.items() if holds), None)
+    return (own, "") if why is None else ("adams", f"solver adams instead of {own}, which has one noise level for all frames: {why}")
 
 
 def plan_camera(request: Request, hops: list[Hop], H: int, W: int) -> Trajectory | None:
