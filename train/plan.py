@@ -69,11 +69,18 @@ class Part:
 def on_each_gpu(step: StepMemory, clips: int, shards: int, split: int, moments: int = 2) -> Part:
     """One GPU's memory when the state is cut over `shards` and the sequence over `split`, with `clips` of its own at a time.
 
-    Weights, gradients, the optimizer's moments and the average are fp32. A sharded run also holds two whole blocks while it computes.
+    Weights, gradients, the optimizer's moments and the average are fp32. A sharded run also holds two whole blocks while it computes. A
+    validation keeps the weights beside the averages that it uses: in the place of the gradients, which are gone by then.
     """
     state = 4 * step.parameters / shards
     gathered = 2 * 4 * step.block if shards > 1 else 0
     return Part(state + gathered, state, moments * state, state, step.beyond(state, clips / split))
+
+
+def on_the_host(step: StepMemory, shards: int, moments: int = 2) -> tuple[int, int]:
+    """Bytes of one process's host memory: while a checkpoint of weights, average and moments is written in the background, and, in the main
+    process alone, of the export: averaged weights in fp32, and their copy in bf16."""
+    return (2 + moments) * 4 * step.parameters // shards, (4 + 2) * step.parameters
 
 
 @program
@@ -134,7 +141,11 @@ def report(preset: dict[str, Any], plan: PlanConfig) -> list[str]:
     if best is None:
         least = each(steps["full"], 1, plan.gpus, min(8, plan.gpus, plan.node)).total / GIB
         return [*lines, "", f"nothing fits: the smallest layout needs {least:.3g} GiB; take more GPUs, or shorter or smaller clips"]
-    return [*lines, "", *advice(*best, plan, preset.get("compile", False))]
+    saving, export = on_the_host(some, best[1], MOMENTS[optimizer])
+    host = (
+        f"host memory    {saving / GIB:.3g} GiB a process to save in the background, {export / GIB:.3g} GiB in the main one to export"
+    )
+    return [*lines, "", host, *advice(*best, plan, preset.get("compile", False))]
 
 
 def layouts(gpus: int, node: int) -> list[tuple[str, int, int, str]]:

@@ -25,8 +25,8 @@ from kling.runtime.lock import locked
 from kling.runtime.log import RunLog
 from kling.runtime.saver import Saver, find_latest, versions
 from kling.text import ByteTextEncoder
-from kling.text.encoder import cut_prompt
 from kling.text.agree import agreement_loss, pool
+from kling.text.encoder import cut_prompt
 from kling.training.ema import EMA
 from kling.training.optim import lr_at, make_optimizer, set_lr
 from kling.training.run_state import load_run_tensors, run_tensors
