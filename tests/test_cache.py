@@ -425,7 +425,15 @@ def test_a_caption_too_long_is_found_before_the_first_step(
     with pytest.raises(SystemExit):
         train_dit.main([*words, f"out={tmp_path / 'odd'}", "long_captions=maybe"])
     text = __import__("train_text")
-    preset = ["configs/text/world.yaml", f"data.source={root / 'manifest.jsonl'}", "data.frames=[1,5]", "workers=0", "steps=1", "batch=4"]
+    preset = [
+        "configs/text/world.yaml",
+        f"data.source={root / 'manifest.jsonl'}",
+        "data.frames=[1,5]",
+        "workers=0",
+        "steps=1",
+        "batch=4",
+        "mixed_precision=fp32",
+    ]
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         text.main([*preset, f"out={tmp_path / 'text'}"])
