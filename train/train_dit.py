@@ -31,7 +31,15 @@ from kling.flow.levels import draw_sigma
 from kling.flow.losses import flow_loss
 from kling.flow.path import velocity
 from kling.runtime import checkpoint
-from kling.runtime.accelerator import EXIT_STOPPED, Accelerator, StopSignal, make_accelerator, set_threads, wrap_what_is_there
+from kling.runtime.accelerator import (
+    EXIT_STOPPED,
+    Accelerator,
+    StopSignal,
+    keep_in_fp32,
+    make_accelerator,
+    set_threads,
+    wrap_what_is_there,
+)
 from kling.runtime.lock import locked
 from kling.runtime.log import RunLog
 from kling.runtime.parallel import check_draws, lay_out, same_rng, scalar, split_sequence, total, trained
@@ -224,7 +232,9 @@ def train_in(out: Path, cfg: TrainDiTConfig, stop: StopSignal, accelerator: Acce
     set_checkpointing(transformer, cfg.activation_checkpointing)
     if cfg.compile:
         transformer.compile_repeated_blocks()
-    optimizer = make_optimizer(cfg.optimizer, model, cfg.lr, betas=cfg.betas, weight_decay=cfg.weight_decay)
+    keep_in_fp32(accelerator, transformer.condition_embedder.time_embedder)
+    exact = accelerator.mixed_precision == "no"
+    optimizer = make_optimizer(cfg.optimizer, model, cfg.lr, betas=cfg.betas, weight_decay=cfg.weight_decay, exact=exact)
     wrap_what_is_there(accelerator, model)
     net, optimizer = accelerator.prepare(model, optimizer)
     ema = EMA(model, cfg.ema)
@@ -296,7 +306,7 @@ def train_in(out: Path, cfg: TrainDiTConfig, stop: StopSignal, accelerator: Acce
                 means = meter.total(accelerator)
                 lr = lr_at(done, lr=cfg.lr, warmup=cfg.warmup, steps=cfg.steps, schedule=cfg.schedule, floor=cfg.floor)
                 set_lr(optimizer, lr)
-                if guard.sound(means["loss"], norm) or accelerator.scaler is not None:  # the scaler of fp16 leaves them out itself
+                if guard.sound(means["loss"], norm):
                     optimizer.step()
                     ema.update(model, done)
                 optimizer.zero_grad()
@@ -325,7 +335,7 @@ def train_in(out: Path, cfg: TrainDiTConfig, stop: StopSignal, accelerator: Acce
                 if asked and (last or done % cfg.sample_every == 0) and not stopping:
                     if accelerator.is_main_process or layout.sharded:  # sharded weights need all processes
                         picture = out / "samples" / f"{done:08d}.png" if accelerator.is_main_process else None
-                        with ema.swap(model), same_rng(device):
+                        with ema.swap(model), same_rng(device), accelerator.autocast():
                             draw_samples(pipeline(cfg, model, vae, start), asked, picture)
                     meter.lap("samples")
                 if stopping:

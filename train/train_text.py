@@ -110,7 +110,9 @@ def train_in(out: Path, cfg: TrainTextConfig, stop: StopSignal, accelerator: Acc
     source = ClipSource(cfg.data, cfg.seed)
     torch.manual_seed(cfg.seed)  # the initial weights; every later draw is counter-based
     model = ByteTextEncoder(**cfg.text).train()
-    net, optimizer = accelerator.prepare(model, make_optimizer(cfg.optimizer, model, cfg.lr, weight_decay=cfg.weight_decay))
+    exact = accelerator.mixed_precision == "no"
+    optimizer = make_optimizer(cfg.optimizer, model, cfg.lr, weight_decay=cfg.weight_decay, exact=exact)
+    net, optimizer = accelerator.prepare(model, optimizer)
     ema = EMA(model, cfg.ema)
     saver = Saver(out, cfg.keep_last, accelerator=accelerator)
 

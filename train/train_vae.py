@@ -140,7 +140,9 @@ def train_in(out: Path, cfg: TrainVAEConfig, stop: StopSignal, accelerator: Acce
         getattr(model, name).requires_grad_(False)
     critic = PatchDiscriminator3d(cfg.adversary.width, cfg.adversary.layers) if cfg.adversary.weight else None
     perceptual = Perceptual(cfg.perceptual_weights).to(device) if cfg.perceptual else None
-    net, optimizer = accelerator.prepare(Autoencoding(model), make_optimizer(cfg.optimizer, model, cfg.lr, weight_decay=cfg.weight_decay))
+    exact = accelerator.mixed_precision == "no"
+    optimizer = make_optimizer(cfg.optimizer, model, cfg.lr, weight_decay=cfg.weight_decay, exact=exact)
+    net, optimizer = accelerator.prepare(Autoencoding(model), optimizer)
     if critic is not None:
         critic_net, critic_optimizer = accelerator.prepare(critic, adamw(critic, cfg.adversary.lr, betas=(0.5, 0.9), weight_decay=0.0))
     ema = EMA(model, cfg.ema)

@@ -18,7 +18,7 @@ from typing import Any
 
 from kling.data.decode import VideoInfo
 from kling.errors import UserError
-from kling.runtime.files import Member, Source, stamp, written
+from kling.runtime.files import Member, Source, parse_json, stamp, written
 
 IMAGE = "image"  # VideoInfo.container of a still picture
 
@@ -146,7 +146,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
+            value = parse_json(line)
         except ValueError as error:
             raise UserError(f"{path} line {number} is not JSON ({error}): give one object a line") from None
         if not isinstance(value, dict):

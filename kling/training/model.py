@@ -29,23 +29,23 @@ class Trained(nn.Module):
         super().__init__()
         self.transformer, self.text_encoder = transformer, text_encoder
 
-    def words(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
-        """What `forward` takes of the prompts: byte ids (b, s) and lengths (b,), or umT5's embeddings (b, l, e)."""
+    def words(self, prompts: Sequence[str]) -> tuple[Tensor] | tuple[Tensor, list[int]]:
+        """What `forward` takes of the prompts: byte ids (b, s) and b lengths, or umT5's embeddings (b, l, e)."""
         if isinstance(self.text_encoder, UMT5TextEncoder):
             return (self.text_encoder.encode(prompts, self.transformer.device).float(),)
         return self.text_encoder.tokenize(prompts)
 
-    def forward(self, example: Example, z: Tensor, level: Tensor, words: tuple[Tensor, ...]) -> Tensor:
+    def forward(self, example: Example, z: Tensor, level: Tensor, words: tuple[Tensor] | tuple[Tensor, list[int]]) -> Tensor:
         """Velocity of z (b, c, G, h, w) at levels (b,)."""
         text = words[0] if len(words) == 1 else self.text_encoder(*words)  # (b, l, e)
         state = example.state
         return self.transformer(
             z if example.concat is None else torch.cat([z, example.concat], dim=1),
-            state.token_sigma(level),
+            state.levels(level),
             text,
             positions=state.position,
             kinds=state.kind,
-            camera=example.rays,
+            camera=example.cameras,
             camera_mask=example.has_camera,
             encoder_hidden_states_image=example.seen,
         ).sample  # (b, c, G, h, w)
