@@ -80,15 +80,19 @@ def test_depth_is_extrapolated_exactly(what: str) -> None:
 
 def test_levels_of_tokens_are_counted() -> None:
     """Where parts of frames are given each token has gates of its own: more is kept, as much as real tensors take."""
-    shape, model = (1, 16, 2, 4, 6), KlingTransformer3DModel(**SMALL).train()
-    found = {runs: step_memory(SMALL, shape, 4, bf16=False, runs=runs) for runs in (1, 2, 12)}
-    for runs, step in found.items():
-        levels = Levels(torch.rand(2), torch.arange(runs)[None] % 2) if runs > 1 else torch.rand(1)
-        with LiveBytes() as counter:
+    shape, model, found = (1, 16, 2, 4, 6), KlingTransformer3DModel(**SMALL).train(), {}
+    for runs in (1, 2, 12):
+        levels, counter = Levels(torch.rand(2), torch.arange(runs)[None] % 2) if runs > 1 else torch.rand(1), LiveBytes()
+        hooks = [p.register_post_accumulate_grad_hook(counter.note_gradient) for p in model.parameters()]
+        with counter:
             model(torch.zeros(shape), levels, torch.zeros(1, 4, 32)).sample.square().mean().backward()
+        for hook in hooks:
+            hook.remove()
         model.zero_grad()
-        assert step.peak == pytest.approx(counter.peak, rel=0.03)
-    assert found[12].activations > 1.1 * found[1].activations
+        found[runs] = step_memory(SMALL, shape, 4, bf16=False, runs=runs).activations
+        assert found[runs] == pytest.approx(counter.activations, rel=0.03)
+    vector = 4 * SMALL["num_attention_heads"] * SMALL["attention_head_dim"]
+    assert found[12] - found[1] > 3 * SMALL["num_layers"] * 11 * vector, "of the six vectors that a block takes, most are kept"
     for tasks, runs in (({"text": 1}, 1), ({"text": 1, "restyle": 1}, 1), ({"image": 1}, 5), ({"last": 1}, 5), ({"inpaint": 0.1}, 40),
                         ({"text": 1, "inpaint": 0}, 1)):  # fmt: skip
         assert level_runs(tasks, (5, 2, 4)) == runs
@@ -144,9 +148,7 @@ def test_muon_keeps_half_of_what_adamw_keeps() -> None:
 
 def test_selective_checkpointing_keeps_products_and_attention_of_every_backend() -> None:
     """All of torch's own attention kernels and products by name, and those of libraries; norms, gates and activations are repeated."""
-    attention = [
-        name for name in dir(torch.ops.aten) if name.endswith(("attention", "attention_forward", "for_cpu")) and "backward" not in name
-    ]
+    attention = [name for name in dir(torch.ops.aten) if "attention" in name and "backward" not in name]
     assert len(attention) >= 5
     names = [f"aten.{name}.default" for name in attention]
     names += [f"aten.{name}.default" for name in ("mm", "addmm", "bmm", "baddbmm", "linear", "_scaled_mm", "convolution")]

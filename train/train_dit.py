@@ -296,7 +296,7 @@ def train_in(out: Path, cfg: TrainDiTConfig, stop: StopSignal, accelerator: Acce
                     meter.lap("forward")
                     accelerator.backward(losses.mean() * layout.split)
                     meter.lap("backward")
-                tokens = example.state.token_sigma(level)[0].numel()
+                tokens = example.state.tokens
                 flops = 3 * forward_flops(transformer.config, tokens, text_encoder.num_tokens)
                 meter.add(level, losses, b * tokens, b * flops)
                 if not accelerator.sync_gradients:
