@@ -186,7 +186,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--video", metavar="FILE", type=a_path, help="alone: continue it; with --strength: restyle it; with --mask or --outpaint: fill it")
     add("--mask", metavar="FILE", type=a_path, help="white is made anew, black is kept")
     add("--outpaint", metavar="ASPECT", help="show the whole video in this aspect and fill what is around it")
-    add("--strength", metavar="0..1", type=float, help="how strongly the video holds while it is restyled; 1 keeps it")
+    holds = "how strongly the video holds while it is restyled: 1 keeps it, 0 forgets it (denoise elsewhere is 1 - this)"
+    add("--strength", metavar="0..1", type=float, help=holds)
     add("--loop", action="store_true", help="the end leads back to the beginning")
 
     add = parser.add_argument_group("camera").add_argument
@@ -197,7 +198,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
     add = parser.add_argument_group("size and length").add_argument
     add("--control", metavar="FILE", type=a_path, help="a video of edges, depth or poses that the result follows")
-    add("--size", metavar="WxH", help="in pixels, such as 832x480, instead of --aspect")
+    add("--size", metavar="WIDTHxHEIGHT", help="in pixels, such as 832x480, instead of --aspect")
     add("--aspect", metavar="W:H", help="16:9, 9:16 or 1:1; default: the nearest to the picture given, else 16:9")
     add("--duration", metavar="SECONDS", type=float, help="of the clip, or of what is added to --video (5)")
     add("--num-frames", metavar="N", type=int, help="instead of --duration: 1 + 4k frames")
@@ -207,6 +208,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
     add = parser.add_argument_group("sampling; defaults are the checkpoint's own").add_argument
     add("--num-inference-steps", metavar="N", type=int)
+    add("--solver", metavar="NAME", help="euler, adams (second order) or renoise (few-step weights); default: the checkpoint's, see --mode")
     add("--guidance-scale", metavar="X", type=float, help="how hard the prompt pulls; 1 is plain")
     add("--guidance-interval", metavar=("LOW", "HIGH"), nargs=2, type=float, help="noise levels with guidance, as in 0.2 0.9; faster")
     add("--guidance-every", metavar="N", type=int, help="compute guidance anew at every N-th step only; faster (1)")
@@ -250,7 +252,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if rest and not rest[0].startswith("-"):
         raise UserError(f"'{rest[0]}' is left over: put the prompt in quotes")
     if rest:
-        raise unknown("option", rest[0].split("=")[0], [name for action in parser._actions for name in action.option_strings])
+        parser.refuse(rest)
     for name, value in vars(args).items():
         if args.replay and name not in REPLAY_TAKES and value not in (None, False):
             raise UserError(f"--replay repeats what {args.replay} says: leave out {'the prompt' if name == 'prompt' else name}")

@@ -179,3 +179,13 @@ def test_a_missing_or_half_written_model_is_refused(pipe, tmp_path):
     (tmp_path / "m" / "transformer" / "diffusion_pytorch_model.safetensors").write_bytes(b"half")
     with pytest.raises(UserError, match="transformer"):
         KlingPipeline.from_pretrained(tmp_path / "m")
+
+
+def test_a_solver_can_be_chosen(pipe):
+    """Whatever the mode; the settings say which one walked."""
+    frames = {name: pipe("a ball", solver=name, num_frames=5, num_inference_steps=3).frames for name in ("euler", "adams", "renoise")}
+    assert np.array_equal(frames["euler"], pipe("a ball", num_frames=5, num_inference_steps=3).frames)
+    assert not np.array_equal(frames["euler"], frames["adams"]) and not np.array_equal(frames["euler"], frames["renoise"])
+    assert pipe.plan(Request(mode="pro", solver="euler")).solver == "euler"
+    with pytest.raises(UserError, match="unknown solver 'eular' .did you mean 'euler'"):
+        pipe.plan(Request(solver="eular"))

@@ -26,9 +26,9 @@ from kling.condition.concat import concat_channels, concat_groups, opened
 from kling.condition.state import Given, State, build_state
 from kling.data.transforms import to_tensor, to_uint8
 from kling.dit import KlingTransformer3DModel
-from kling.errors import UserError
+from kling.errors import UserError, unknown
 from kling.flow.diffusers_scheduler import shift_key
-from kling.flow.solvers import KlingFlowScheduler
+from kling.flow.solvers import SOLVERS, KlingFlowScheduler
 from kling.hub.clip import clip_tokens
 from kling.hub.load import find_folder, load
 from kling.hub.lora import add_loras
@@ -193,7 +193,9 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         task = plan_task(request, hops)
         self._check_capable(task, request, camera, hops)
         pro = request.mode == "pro"
-        solver = self.setting("solver")
+        if request.solver is not None and request.solver not in SOLVERS:
+            raise unknown("solver", request.solver, SOLVERS)
+        solver = self.setting("solver", request.solver)
 
         def appended(hop: Hop) -> int:
             return 0 if self.groups else len(hop.given.keyframes)
@@ -208,7 +210,7 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             width=W,
             fps=fps,
             num_inference_steps=request.num_inference_steps or self.setting("num_inference_steps") * (PRO_STEPS if pro else 1),
-            solver="adams" if pro and solver == "euler" else solver,
+            solver="adams" if pro and solver == "euler" and request.solver is None else solver,
             guidance_scale=high,
             guidance_scale_2=low,
             camera_guidance_scale=self.setting("camera_guidance_scale", request.camera_guidance_scale),

@@ -46,6 +46,7 @@ class Fields(TypedDict, total=False):
     num_frames: int | None
     extend_to: float | None
     mode: str
+    solver: str | None
     num_inference_steps: int | None
     guidance_scale: float | None
     camera_guidance_scale: float | None
@@ -90,13 +91,14 @@ class Request:
 
     prompt, negative_prompt: English or Chinese. No negative prompt is the checkpoint's own, which may be empty.
     image, last_image: first and last frame. keyframes: (picture, pixel frame, strength in (0, 1]) anywhere between.
-    video: a clip to continue; with `strength` to restyle (1 keeps it, 0 forgets it); with `mask` (white = make anew) or `outpaint` to fill.
+    video: a clip to continue; with `strength` to restyle (1 keeps it, 0 forgets it: 1 - diffusers' and ComfyUI's denoise); with `mask` (white = make anew) or `outpaint` to fill.
     loop: the last frame leads back to the first.
     camera: axes ("pan=5,zoom=2" or a dict), a master shot, a trajectory file or a `Trajectory`. camera_scale multiplies its translation.
     control: a video (edges, depth, pose …) whose frames the result follows.
     size: "WIDTHxHEIGHT" instead of an aspect.
     aspect, duration (seconds) or num_frames (1 + 4k): what is not given follows from the pictures and the model.
     extend_to: seconds; the clip is continued in hops until it is that long.
+    solver: "euler", "adams" or "renoise" instead of the checkpoint's own.
     mode: "std" or "pro". Steps, guidance and shift default to the checkpoint's settings for the mode.
     guidance_interval: noise levels (low, high) at which there is guidance; guidance_every: how many steps share one computation of it;
     guidance_reach: latent frames from a frame that is given to where guidance is whole (0: everywhere).
@@ -123,6 +125,7 @@ class Request:
     num_frames: int | None = None
     extend_to: float | None = None
     mode: str = "std"
+    solver: str | None = None
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
     camera_guidance_scale: float | None = None

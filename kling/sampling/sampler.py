@@ -17,7 +17,7 @@ from kling.dit.history import History
 from kling.dit.walk_cache import WalkCache
 from kling.flow.diffusers_scheduler import DiffusersWalk
 from kling.flow.guidance import Guidance, given_share
-from kling.flow.solvers import KlingFlowScheduler
+from kling.flow.solvers import SOLVERS, KlingFlowScheduler
 from kling.flow.walk import Predict, Scheduler, Step, walk, walk_blocks
 from kling.nn.modulation import Levels
 from kling.runtime.device import upload
@@ -83,11 +83,11 @@ class Sampler:
 
     def _walker(self, state: State, device: torch.device) -> Scheduler:
         """The checkpoint's own scheduler where it can walk this, else ours, which walks anything, at its first step."""
-        plan, ours = self.plan, self.scheduler
+        plan, ours, named = self.plan, self.scheduler, self.plan.solver in SOLVERS
         if not isinstance(ours, KlingFlowScheduler):
-            if state.plain and not plan.frame_delay:
+            if state.plain and not plan.frame_delay and not named:
                 return DiffusersWalk(ours, plan.num_inference_steps, device, plan.shift)
-            ours = KlingFlowScheduler(solver="adams")  # of second order, as the published ones are
+            ours = KlingFlowScheduler(solver=plan.solver if named else "adams")  # of second order, as the published ones are
         ours.set_timesteps(plan.num_inference_steps, device, plan.shift, plan.solver if ours is self.scheduler else None)
         return ours
 
