@@ -201,7 +201,7 @@ def where() -> str:
 
 @contextmanager
 def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
-    """"cuda" is there inside the `with`."""
+    """ "cuda" is there inside the `with`."""
     torch._C._ensureCUDADeviceGuardSet()
     here = Device()
     with monkeypatch.context() as patch:
