@@ -91,7 +91,8 @@ class Request:
 
     prompt, negative_prompt: English or Chinese. No negative prompt is the checkpoint's own, which may be empty.
     image, last_image: first and last frame. keyframes: (picture, pixel frame, strength in (0, 1]) anywhere between.
-    video: a clip to continue; with `strength` to restyle (1 keeps it, 0 forgets it: 1 - diffusers' and ComfyUI's denoise); with `mask` (white = make anew) or `outpaint` to fill.
+    video: a clip to continue; with `mask` (white = make anew) or `outpaint` to fill; with `strength` to restyle: 1 keeps it, 0 forgets it
+    (diffusers' and ComfyUI's denoise is 1 - ours).
     loop: the last frame leads back to the first.
     camera: axes ("pan=5,zoom=2" or a dict), a master shot, a trajectory file or a `Trajectory`. camera_scale multiplies its translation.
     control: a video (edges, depth, pose …) whose frames the result follows.
