@@ -282,6 +282,17 @@ def test_prompts_are_encoded_as_the_wan_pipelines_do(prompt: str, folder: Path) 
     assert "\n" not in clean_prompt(prompt) and "  " not in clean_prompt(prompt)
 
 
+def test_a_plan_has_the_types_of_the_real_thing_and_nothing_warns(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    warned: list[str] = []
+    monkeypatch.setattr("diffusers.models.modeling_utils.logger.warning", lambda line, *args: warned.append(line))
+    for path, more in ((folder, {"checkpoint": "wan2.1-t2v-1.3b"}), (None, {})):
+        pipes = [KlingPipeline.from_pretrained(path, torch_dtype=torch.bfloat16, weights=weights, **more) for weights in (False, True)]
+        for part in ("transformer", "vae"):
+            planned, real = ({name: p.dtype for name, p in getattr(pipe, part).named_parameters()} for pipe in pipes)
+            assert planned == real and (part == "vae" or set(planned.values()) == {torch.float32, torch.bfloat16})
+    assert warned == []
+
+
 def test_a_prompt_that_umt5_cannot_read_whole_is_refused_or_said_to_be_cut(
     folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
