@@ -1,4 +1,4 @@
-# make sample PROMPT="..."   a video from the shipped model      make test   the fast tests
+# make sample PROMPT="..."   a video from the shipped model      make test   the fast tests      make docs   the site
 # Both make their own .venv on the first call (PYTHON=... picks the interpreter) and need no network after it.
 
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
@@ -11,7 +11,7 @@ BIN := .venv/bin
 export KLING_PROMPT := $(value PROMPT)
 export PYTHONUTF8 := 1
 
-.PHONY: sample test test-all lint clean
+.PHONY: sample test test-all docs lint clean
 
 sample: .venv/.installed
 	@$(BIN)/kling-sample --output "$(OUT)" -- "$$KLING_PROMPT"
@@ -23,12 +23,17 @@ test: .venv/.installed-dev
 test-all: .venv/.installed-dev
 	$(BIN)/python -m pytest -q
 
+# The site of docs/, into site/. A broken link, or a page that is in no menu, is an error.
+docs: .venv/.installed-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict -q
+	@echo "site/index.html"
+
 lint: .venv/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf .venv build out *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv build out site *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/bin/python:
