@@ -23,9 +23,9 @@ test: .venv/.installed-dev
 test-all: .venv/.installed-dev
 	$(BIN)/python -m pytest -q
 
-# The site of docs/, into site/. A broken link, or a page that is in no menu, is an error.
+# The site of docs/, into site/. A broken link, or a page that is in no menu, is an error (with -q mkdocs would not count them).
 docs: .venv/.installed-dev
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict -q
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 	@echo "site/index.html"
 
 lint: .venv/.installed-dev

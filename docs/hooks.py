@@ -15,8 +15,9 @@ ROOT = Path(__file__).parents[1]
 PROGRAMS = {"train": "Training and data", "sample": "Sampling", "eval": "Evaluation and benches"}
 TREE = """# The file tree
 
-Made from the first paragraph of every module's docstring when this site is built. A room imports only rooms above it in this list; a test holds
-it to that. The links lead to the API reference.
+Made from the first paragraph of every module's docstring when this site is built.
+A room imports only rooms above it in this list, which a test enforces.
+The links lead to the API reference.
 """
 COPIED = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 
