@@ -8,11 +8,18 @@ from __future__ import annotations
 
 import ast
 import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-PROGRAMS = {"train": "Training and data", "sample": "Sampling", "eval": "Evaluation and benches"}
+PROGRAMS = {
+    "train": "Training and data: one file, one program.",
+    "sample": "Sampling, and the studio.",
+    "eval": "Evaluation (a file a suite), and benches.",
+}
+SCRIPTS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
+COMMANDS = {where: name for name, where in SCRIPTS.items()}
 TREE = """# The file tree
 
 Made from the first paragraph of every module's docstring when this site is built.
@@ -61,24 +68,30 @@ def copied(name: str) -> str:
 
 def tree() -> str:
     """Every file and what it is for."""
-    lines = [TREE]
+    single = [path for room in rooms() for path in modules(room) if path.parent.name == "kling"]
+    lines = [TREE, "## kling/", "", "The ground that all rooms stand on.", "", *table(single)]
     for room in rooms():
         files = modules(room)
-        package = files[0].name == "__init__.py"
-        lines += [f"## kling/{room}{'/' if package else '.py'}", "", *([summary(files[0]), ""] if package and summary(files[0]) else [])]
-        lines += ["| file | what it is for |", "|---|---|"]
-        for path in files:
-            if path.name != "__init__.py":
-                link = f"reference/{room}.md#{dotted(path)}"
-                lines.append(f"| [`{path.relative_to(ROOT / 'kling')}`]({link}) | {cell(summary(path))} |")
-        lines.append("")
+        if files[0] not in single:
+            lines += [f"## kling/{room}/", "", summary(files[0]), "", *table(files)]
     for folder, title in PROGRAMS.items():
-        lines += [f"## {folder}/", "", f"{title}: one file, one program.", "", "| file | what it is for |", "|---|---|"]
-        for path in sorted((ROOT / folder).rglob("*.py"), key=lambda path: (path.parent, path.name)):
-            if path.name != "__init__.py":
-                lines.append(f"| `{path.relative_to(ROOT)}` | {cell(summary(path))} |")
-        lines.append("")
+        files = sorted((ROOT / folder).rglob("*.py"), key=lambda path: (path.parent, path.name))
+        lines += [f"## {folder}/", "", title, "", *table(files)]
     return "\n".join(lines)
+
+
+def table(files: list[Path]) -> list[str]:
+    """A row for each file: its path in its room, which leads to the API reference where it has a page, and what it is for."""
+    lines = ["| file | what it is for |", "|---|---|"]
+    for path in files:
+        top, *inside = path.relative_to(ROOT).parts
+        name = "/".join(inside[1:] if top == "kling" and len(inside) > 1 else inside)  # what the heading does not say
+        page = f"reference/{Path(inside[0]).stem}.md#{dotted(path)}"
+        command = COMMANDS.get(f"kling_programs.{dotted(path)}:main")
+        shown = f"[`{name}`]({page})" if top == "kling" else f"`{name}`" + (f", `{command}`" if command else "")
+        if path.name != "__init__.py":
+            lines.append(f"| {shown} | {cell(summary(path))} |")
+    return [*lines, ""]
 
 
 def cell(text: str) -> str:

@@ -168,8 +168,8 @@ def test_names_files_and_presets_exist(page: Path) -> None:
 def test_every_file_of_the_tree_says_what_it_is_for() -> None:
     silent = [line for line in GENERATED["tree.md"].splitlines() if re.search(r"\.py`.*\|\s*\|$", line)]
     assert not silent, "no docstring: " + "; ".join(silent)
-    named = set(re.findall(r"\[`([\w/]+\.py)`\]", GENERATED["tree.md"]))
-    assert named == {str(p.relative_to(ROOT / "kling")) for p in (ROOT / "kling").rglob("*.py") if p.name != "__init__.py"}
+    named = set(re.findall(r"\(reference/\w+\.md#([\w.]+)\)", GENERATED["tree.md"]))
+    assert named == {HOOKS.dotted(p) for p in (ROOT / "kling").rglob("*.py") if p.name != "__init__.py"}
 
 
 def test_the_camera_table_states_the_units() -> None:
