@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import re
-import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,6 @@ PROGRAMS = {
     "sample": "Sampling, and the studio.",
     "eval": "Evaluation (a file a suite), and benches.",
 }
-SCRIPTS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
-COMMANDS = {where: name for name, where in SCRIPTS.items()}
 TREE = """# The file tree
 
 Made from the first paragraph of every module's docstring when this site is built.
@@ -87,11 +84,17 @@ def table(files: list[Path]) -> list[str]:
         top, *inside = path.relative_to(ROOT).parts
         name = "/".join(inside[1:] if top == "kling" and len(inside) > 1 else inside)  # what the heading does not say
         page = f"reference/{Path(inside[0]).stem}.md#{dotted(path)}"
-        command = COMMANDS.get(f"kling_programs.{dotted(path)}:main")
-        shown = f"[`{name}`]({page})" if top == "kling" else f"`{name}`" + (f", `{command}`" if command else "")
+        shown = f"[`{name}`]({page})" if top == "kling" else " ".join(f"`{x}`" for x in (name, command(path)) if x)
         if path.name != "__init__.py":
             lines.append(f"| {shown} | {cell(summary(path))} |")
     return [*lines, ""]
+
+
+def command(path: Path) -> str:
+    """The command that a program's docstring shows; empty where it shows none."""
+    text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    shown = dict.fromkeys(re.findall(r"^\s*(kling-eval [a-z-]+|kling-[a-z-]+)", text, re.M))
+    return next(iter(shown)) if len(shown) == 1 else next(iter(shown), "").split(" ")[0]
 
 
 def cell(text: str) -> str:
