@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 from pathlib import Path
 
 import pytest
 import torch
+from kling_programs.eval import evaluate
 from kling_programs.eval.world import Options, load, make_ruler
 from kling_programs.sample import generate
 
@@ -122,3 +124,26 @@ def test_every_example_shows_what_it_says() -> None:
         if sum(all(reading[q] == name for q, name in asked.items()) for reading in read) < 2:
             wrong[prompt] = read
     assert not wrong
+
+
+def test_the_card_of_the_shipped_model_lists_the_vocabulary() -> None:
+    card = (ASSETS / "README.md").read_text(encoding="utf-8")
+    assert f"<!-- vocabulary -->\n{vocabulary_table()}\n<!-- /vocabulary -->" in card, "kling-eval card RUN writes it"
+
+
+def test_scores_go_into_the_card_and_its_text_stays(tmp_path: Path, capsys) -> None:
+    card, run = tmp_path / "README.md", tmp_path / "run"
+    run.mkdir()
+    card.write_text("before\n<!-- scores -->\nstale\n<!-- /scores -->\nbetween\n<!-- vocabulary --><!-- /vocabulary -->\nafter\n")
+    score = {"value": 0.5, "low": 0.4, "high": 0.6, "n": 9}
+    report = {"suite": "world", "protocol": "abc", "n": 9, "command": "kling-eval world --n 9", "scores": {"text-en": {"motion": score}}}
+    (run / "scores.json").write_text(json.dumps(report))
+    evaluate.main(["card", str(run), "--into", str(card)])
+    evaluate.main(["card", str(run), "--into", str(card)])
+    text = card.read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "between" in text and "stale" not in text
+    assert text.count("| motion, English | 50.0 % | 40.0 to 60.0 % | 9 |") == 1 and vocabulary_table() in text
+    card.write_text("no marks")
+    with pytest.raises(SystemExit, match="2"):
+        evaluate.main(["card", str(run), "--into", str(card)])
+    assert "<!-- scores -->" in capsys.readouterr().err
