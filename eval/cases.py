@@ -164,7 +164,7 @@ def going_on_case(world: World, k: int, words: str) -> Case:
     motion = LASTING[(LASTING.index(thing.motion) + 1 + k % 2) % 3] if words == "other" else thing.motion
     told = dataclasses.replace(scene, things=(dataclasses.replace(thing, motion=motion),))
     prompt = "" if words == "none" else lasting.captions(told)["en"][k % PHRASINGS]
-    given = {"video": slice(world.frames), "extend_to": (frames - 1) / FPS}
+    given = {"video": slice(world.frames), "extend_to": (frames - 1) / FPS, "num_frames": None}
     return asked(f"continuation-{words}", k, lasting, scene, prompt, **given, camera="static")
 
 
