@@ -447,6 +447,7 @@ def pipeline(cfg: TrainDiTConfig, model: Trained, vae: nn.Module, start: Start |
     able += ["text_to_image"] if 1 in cfg.frames else []
     settings = {"scheduler": scheduler_of(cfg, start), "max_frames": cfg.max_frames}
     settings["capabilities"] = list(dict.fromkeys([*kept.get("capabilities", ()), *able]))
+    settings["vocabulary"] = "world" if LatentCache(cfg.cache).settings["data"]["source"] == "world" else None
     models = start.other_models(model.transformer) if start else {"transformer": model.transformer}
     return KlingPipeline(vae, text_encoder=model.text_encoder, **{**models, **kept, **settings})
 
