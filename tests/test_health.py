@@ -234,6 +234,23 @@ def test_five_in_a_row_are_noticed_when_the_log_is_read(words: list[str], tmp_pa
     assert load_latest(tmp_path).meta["places"] > 12 and all(torch.isfinite(t).all() for t in weights(tmp_path).values())
 
 
+def test_a_rollback_rewinds_the_weights_and_keeps_the_place(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clips at places 2 to 6 make NaN whenever they are met. The run goes on after them, as one that never met them."""
+    bad, met, real = range(2, 7), [], train_dit.draw_example
+    monkeypatch.setattr(train_dit, "draw_example", lambda how, batch, place, *rest: met.append(place) or real(how, batch, place, *rest))
+    loss = train_dit.flow_loss
+    monkeypatch.setattr(train_dit, "flow_loss", lambda *args: loss(*args) * (math.nan if met[-1] in bad else 1.0))
+    train_dit.main([*words, "steps=6", f"out={tmp_path / 'back'}"])
+    assert met == list(range(11)), "five places are lost and none is met twice"
+    assert [line["step"] for line in metrics(tmp_path / "back")] == list(range(1, 7))
+
+    place = train_dit.RankBatches.place
+    monkeypatch.setattr(train_dit.RankBatches, "place", lambda feed, k: (n := place(feed, k)) + (5 if n >= 2 else 0))
+    train_dit.main([*words, "steps=6", f"out={tmp_path / 'without'}"])
+    a, b = weights(tmp_path / "without"), weights(tmp_path / "back")
+    assert all(torch.equal(a[key], b[key]) for key in a), "nothing is left of them"
+
+
 def test_five_in_a_row_again_stop_with_the_clips(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

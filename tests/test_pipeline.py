@@ -212,3 +212,13 @@ def test_the_scheduler_that_is_planned_is_the_one_that_walks(fields, solver, mon
     pipe(request, output_type="latent")
     names = {walk._solver if isinstance(walk, KlingFlowScheduler) else type(walk.scheduler).__name__ for walk in walked}
     assert names == {solver}
+
+
+def test_a_solver_can_be_chosen(pipe):
+    """Whatever the mode; the settings say which one walked."""
+    frames = {name: pipe("a ball", solver=name, num_frames=5, num_inference_steps=3).frames for name in ("euler", "adams", "renoise")}
+    assert np.array_equal(frames["euler"], pipe("a ball", num_frames=5, num_inference_steps=3).frames)
+    assert not np.array_equal(frames["euler"], frames["adams"]) and not np.array_equal(frames["euler"], frames["renoise"])
+    assert pipe.plan(Request(mode="pro", solver="euler")).solver == "euler"
+    with pytest.raises(UserError, match="unknown solver 'eular' .did you mean 'euler'"):
+        pipe.plan(Request(solver="eular"))

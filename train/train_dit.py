@@ -52,7 +52,7 @@ from kling.sampling.pipeline import KlingPipeline, load_vae
 from kling.sampling.request import Request
 from kling.shapes import latent_frames
 from kling.text import ByteTextEncoder
-from kling.training.ema import EMA
+from kling.training.ema import EMA, load_average
 from kling.training.examples import Drawing, Example, check_divides, draw_example
 from kling.training.export import save_pipeline
 from kling.training.health import DeviceGuard
@@ -63,6 +63,7 @@ from kling.training.optim import lr_at, make_optimizer, set_lr
 from kling.training.run_state import load_run_tensors, run_tensors
 from kling.training.start import (
     LONG_CAPTIONS,
+    SHIPPED,
     Start,
     captions_of,
     check_captions,
@@ -87,7 +88,7 @@ class TrainDiTConfig:
     group: batches in a row of one shape. Where the number of processes divides it, all of them have equal work in every step.
     long_captions: what to do with a caption that is longer than our text encoder reads: refuse (before the first step), or cut it.
     text_drop, camera_drop: how often the text or the camera is left out, for guidance. scheduler: settings stored with the weights.
-    init_from: a model folder to start from, ours or published; conditions that `model` adds to it start at zero. checkpoint: the
+    init_from: a model folder to start from, ours, published or shipped; conditions that `model` adds to it start at zero. checkpoint: the
     registry's name of it, where its files do not tell. expert: of two, the one to train, high or low.
     lora: train low-rank weights on top of it.
     text_from: a text encoder from kling-train-text, under a new transformer.
@@ -178,7 +179,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"group {cfg.group}: give 1 or more")
     if cfg.sample_tasks and not cfg.sample_every:
         raise UserError("sample_tasks is set but not sample_every: say every how many steps")
-    cfg.vae = cfg.vae or cfg.init_from or ""
+    cfg.vae = cfg.vae or ("" if cfg.init_from == SHIPPED else cfg.init_from) or ""
     with StopSignal() as stop:
         train(cfg, stop)
 
@@ -446,6 +447,7 @@ def pipeline(cfg: TrainDiTConfig, model: Trained, vae: nn.Module, start: Start |
     able += ["text_to_image"] if 1 in cfg.frames else []
     settings = {"scheduler": scheduler_of(cfg, start), "max_frames": cfg.max_frames}
     settings["capabilities"] = list(dict.fromkeys([*kept.get("capabilities", ()), *able]))
+    settings["vocabulary"] = "world" if LatentCache(cfg.cache).settings["data"]["source"] == "world" else None
     models = start.other_models(model.transformer) if start else {"transformer": model.transformer}
     return KlingPipeline(vae, text_encoder=model.text_encoder, **{**models, **kept, **settings})
 
@@ -455,17 +457,15 @@ def publish(cfg: TrainDiTConfig, vae: nn.Module, out: Path, start: Start | None)
     saved = checkpoint.load_latest(out)
     model = build(cfg, start)
     checkpoint.restore(saved.tensors["model"], trained(model))
-    average = EMA(model, cfg.ema)
-    average.load_state_dict(saved.tensors["ema"])
-    with average.swap(model):
-        if cfg.lora.rank:
-            export_lora(model.transformer, out / "lora")
-            if not cfg.lora.merge:
-                return
-        pipe = pipeline(cfg, model, vae, start)
-        if cfg.lora.rank:
-            pipe.fuse_lora()
-        save_pipeline(pipe, out / "export")
+    load_average(saved.tensors["ema"], model)
+    if cfg.lora.rank:
+        export_lora(model.transformer, out / "lora")
+        if not cfg.lora.merge:
+            return
+    pipe = pipeline(cfg, model, vae, start)
+    if cfg.lora.rank:
+        pipe.fuse_lora()
+    save_pipeline(pipe, out / "export")
 
 
 if __name__ == "__main__":

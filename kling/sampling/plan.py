@@ -8,7 +8,7 @@ import torch
 
 from kling.cameras.trajectory import Trajectory
 from kling.condition.state import Given
-from kling.errors import UserError
+from kling.errors import UserError, unknown
 from kling.flow.solvers import SOLVERS
 from kling.sampling.inputs import LAST, Inputs, read_camera
 from kling.sampling.request import Request
@@ -125,8 +125,15 @@ def plan_task(request: Request, hops: list[Hop]) -> str:
 
 
 def plan_solver(request: Request, hops: list[Hop], own: str, extra_channels: bool) -> tuple[str, str]:
-    """What walks all hops, and why it is not the checkpoint's `own` scheduler, if it is not. One of diffusers knows one level for the whole
-    clip, so where levels differ ours walks, of second order as the published ones are. extra_channels: what is given is no part of it."""
+    """What walks all hops: the solver that was asked for, or the checkpoint's `own`, and why it is not that one, if it is not.
+
+    A scheduler of diffusers knows one level for the whole clip; where levels differ ours walks, of second order as the published ones are.
+    extra_channels: what is given is no part of the clip. Raises `UserError` for an unknown solver.
+    """
+    if request.solver is not None:
+        if request.solver not in SOLVERS:
+            raise unknown("solver", request.solver, SOLVERS)
+        return request.solver, ""
     if own in SOLVERS:
         return ("adams" if request.mode == "pro" and own == "euler" else own), ""
     reasons = {

@@ -65,5 +65,10 @@ class EMA:
         restore(saved, self.average, "EMA weight")
 
 
+def load_average(saved: Rows, model: nn.Module) -> None:
+    """Give a model the averages of a checkpoint for good, without a copy of its own weights. Raises `UserError` as `load_state_dict`."""
+    restore(saved, dict(_params(model)), "EMA weight")
+
+
 def _params(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     return ((name, p) for name, p in model.named_parameters() if p.requires_grad and p.is_floating_point())
