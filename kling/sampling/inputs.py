@@ -16,7 +16,6 @@ from kling.cameras.files import load_trajectory
 from kling.cameras.trajectory import Trajectory
 from kling.data.image import read_image, read_mask
 from kling.data.transforms import contain, fit
-from kling.data.video import probe, read_video
 from kling.errors import UserError
 from kling.sampling.request import Movie, Picture, Request
 from kling.shapes import ASPECTS, aspect_size, clip_frames, nearest_aspect, nearest_frames, parse_size
@@ -170,6 +169,8 @@ def _mask(mask: Picture, H: int, W: int) -> Tensor:
 
 def _movie_size(video: Movie) -> tuple[int, int]:
     if isinstance(video, str | Path):
+        from kling.data.video import probe  # here: who gives no video needs no decoder
+
         info = probe(video)
         return info.height, info.width
     return tuple(_movie(video, 1.0, "video").shape[1:3])
@@ -186,6 +187,8 @@ def _array(value: object, name: str) -> Tensor:
 def _movie(movie: Movie, fps: float, name: str) -> Tensor:
     """A given video at the model's frame rate."""
     if isinstance(movie, str | Path):
+        from kling.data.video import read_video
+
         return read_video(movie, fps=fps).frames
     frames = _array(movie, name)
     if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or not len(frames):
