@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import functools
 import sys
 from collections.abc import Callable, Iterable
 
 EXIT_BAD_INPUT = 2
+FULL = (errno.ENOSPC, errno.EDQUOT)  # what no program can foresee, and any may meet at any file
 
 
 # What a thing is called here (the first of these names that exists), and what diffusers, ComfyUI, Wan's scripts and other trainers call it.
@@ -99,7 +101,7 @@ def _plain(name: str) -> str:
 
 
 def program(main: Callable[..., None]) -> Callable[..., None]:
-    """Decorate a program's `main(argv)`: a `UserError` becomes one line on stderr and exit code 2, never a traceback."""
+    """Decorate a program's `main(argv)`: a `UserError` or a full disk becomes one line on stderr and exit code 2, never a traceback."""
 
     @functools.wraps(main)
     def run(argv: list[str] | None = None) -> None:
@@ -107,6 +109,11 @@ def program(main: Callable[..., None]) -> Callable[..., None]:
             main(argv)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(EXIT_BAD_INPUT) from None
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            print(f"error: {error.filename or 'a file'} was not written ({error.strerror}): free space there", file=sys.stderr)
             raise SystemExit(EXIT_BAD_INPUT) from None
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)

@@ -97,6 +97,8 @@ def main(argv: list[str] | None = None) -> None:
     print(describe(plan, request), flush=True)
     for note in plan.notes:
         print(f"note: {note}", flush=True)
+    if pipe.config.get("vocabulary") == "world" and (line := unknown_to_the_world(request.prompt)):
+        print(line, file=sys.stderr, flush=True)
     if args.dry_run:
         print(details(plan, pipe, paths, machine, device))
         return
@@ -447,6 +449,22 @@ def describe(plan: Plan, request: Request) -> str:
     seeds = f"seed {request.seed}" if request.num_videos == 1 else f"seeds {request.seed} to {request.seed + request.num_videos - 1}"
     size = f"{plan.frames} frames {plan.width}x{plan.height} at {plan.fps:g} fps"
     return f"task: {', '.join([plan.title, *extras])} · {size} · {plan.num_inference_steps} steps · {seeds}"
+
+
+def unknown_to_the_world(prompt: str) -> str:
+    """One line about the words of a prompt that a model of the small world does not know; empty if it knows them all."""
+    from kling.data.world.captions import unknown_words, vocabulary
+
+    words = unknown_words(prompt)
+    if not words:
+        return ""
+    chinese = bool(re.search(r"[\u3400-\u9fff]", prompt))
+    subjects = ("colours", "solids", "grounds", "motions")
+    known = [("、" if chinese else ", ").join(row[1 + chinese][0] for row in vocabulary()[subject]) for subject in subjects]
+    if chinese:
+        return f"提示：这个小模型不认识{''.join(f'“{word}”' for word in words)}，照样生成；它只认识{'；'.join(known)}；以及镜头运动"
+    named = ", ".join(f'"{word}"' for word in words)
+    return f"note: this small model does not know {named} and goes on without: it knows {'; '.join(known)}; and camera moves"
 
 
 def details(plan: Plan, pipe: KlingPipeline, paths: list[Path], machine: Machine, device: torch.device) -> str:

@@ -26,7 +26,7 @@ from kling.text.umt5 import UMT5TextEncoder
 from kling.vae import AutoencoderKLKling
 
 OURS = "KlingPipeline"
-SETTINGS = ("capabilities", "fps", "max_frames", "sizes", "boundary_ratio", "block_frames", "defaults", "licence")
+SETTINGS = ("capabilities", "fps", "max_frames", "sizes", "boundary_ratio", "block_frames", "defaults", "licence", "vocabulary")
 WAN_PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 PUBLISHED = ["*.json", "*.safetensors", "*.txt", "*.model"]  # no pickles

@@ -26,16 +26,16 @@ from kling.condition.concat import concat_channels, concat_groups, opened
 from kling.condition.state import Given, State, build_state
 from kling.data.transforms import to_tensor, to_uint8
 from kling.dit import KlingTransformer3DModel
-from kling.errors import UserError, unknown
+from kling.errors import UserError
 from kling.flow.diffusers_scheduler import shift_key
-from kling.flow.solvers import SOLVERS, KlingFlowScheduler
+from kling.flow.solvers import KlingFlowScheduler
 from kling.hub.clip import clip_tokens
 from kling.hub.load import find_folder, load
 from kling.hub.lora import add_loras
 from kling.runtime.device import upload
 from kling.runtime.random import generator
 from kling.sampling.inputs import Inputs, asked_frames, paste, read_inputs
-from kling.sampling.plan import PRO_STEPS, Hop, Plan, plan_camera, plan_hops, plan_task
+from kling.sampling.plan import PRO_STEPS, Hop, Plan, plan_camera, plan_hops, plan_solver, plan_task
 from kling.sampling.request import Fields, Request
 from kling.sampling.sampler import Sampler, Signals
 from kling.shapes import ASPECTS, latent_frames, latent_size, token_grid
@@ -67,6 +67,7 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
     defaults: `num_inference_steps`, `guidance_scale` (high noise, low noise) and `negative_prompt`, where the scheduler is not ours.
     licence: of the weights, where they are published ones.
     sampling_dtype: "bf16" if the weights were measured to sample as well in it (`kling.sampling.agreement`); for programs, see `load`.
+    vocabulary: "world", where the weights have learned no words but those of the small world's captions.
     """
 
     model_cpu_offload_seq = "text_encoder->image_encoder->transformer->transformer_2->vae"
@@ -90,6 +91,7 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         defaults: dict[str, Any] | None = None,
         licence: str | None = None,
         sampling_dtype: str | None = None,
+        vocabulary: str | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(
@@ -102,7 +104,7 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         )
         self.register_to_config(capabilities=list(capabilities), fps=fps, max_frames=max_frames)
         extra = {"sizes": sizes, "boundary_ratio": boundary_ratio, "block_frames": block_frames or None, "defaults": defaults}
-        extra |= {"licence": licence, "sampling_dtype": sampling_dtype}
+        extra |= {"licence": licence, "vocabulary": vocabulary, "sampling_dtype": sampling_dtype}
         self.register_to_config(**{key: value for key, value in extra.items() if value is not None})
         self.groups = concat_groups(transformer.config.in_channels, vae.config.z_dim)
 
@@ -195,9 +197,7 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         task = plan_task(request, hops)
         self._check_capable(task, request, camera, hops)
         pro = request.mode == "pro"
-        if request.solver is not None and request.solver not in SOLVERS:
-            raise unknown("solver", request.solver, SOLVERS)
-        solver = self.setting("solver", request.solver)
+        solver, why = plan_solver(request, hops, self.setting("solver"), bool(self.groups))
 
         def appended(hop: Hop) -> int:
             return 0 if self.groups else len(hop.given.keyframes)
@@ -212,7 +212,7 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             width=W,
             fps=fps,
             num_inference_steps=request.num_inference_steps or self.setting("num_inference_steps") * (PRO_STEPS if pro else 1),
-            solver="adams" if pro and solver == "euler" and request.solver is None else solver,
+            solver=solver,
             guidance_scale=high,
             guidance_scale_2=low,
             camera_guidance_scale=self.setting("camera_guidance_scale", request.camera_guidance_scale),
@@ -223,7 +223,7 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             guidance_interval=request.guidance_interval or (0.0, 1.0),
             guidance_every=request.guidance_every,
             guidance_reach=self.setting("guidance_reach", request.guidance_reach),
-            notes=tuple(inputs.notes),
+            notes=(*inputs.notes, *([why] if why else [])),
         )
         return plan, inputs, camera
 

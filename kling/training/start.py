@@ -22,6 +22,7 @@ from kling.flow.solvers import KlingFlowScheduler
 from kling.hub.clip import load_image_encoder
 from kling.hub.load import SETTINGS, find_folder, has_umt5, load, loaded
 from kling.runtime.files import sha256, write_atomic
+from kling.sampling.pipeline import ASSETS
 from kling.text import ByteTextEncoder
 from kling.text.encoder import prompt_bytes
 from kling.text.umt5 import UMT5TextEncoder
@@ -30,6 +31,7 @@ from kling.vae import AutoencoderKLKling
 # keys of the transformer's config that a training may add to a model: inputs that start at zero
 EXTRAS = ("in_channels", "num_kinds", "camera_channels", "camera_fold", "camera_downscale", "camera_residual_blocks")
 READ = "read"  # in a cache's text folder: which captions umT5 has read, all of them
+SHIPPED = "shipped"  # what a preset calls the model that comes with the package, wherever that lies
 LONG_CAPTIONS = ("refuse", "cut")
 EXPERT_FOLDERS = {"": "transformer", "high": "transformer", "low": "transformer_2"}  # expert -> its folder
 
@@ -94,11 +96,13 @@ class Start:
 
 
 def open_start(path: str | Path, checkpoint: str | None = None, expert: str = "") -> Start:
-    """The start that a model folder or hub id is. checkpoint: the registry's name of it, where the files do not tell.
+    """The start that a model folder or hub id is, or the shipped model (`SHIPPED`).
+
+    checkpoint: the registry's name of it, where the files do not tell.
 
     Raises `UserError` if it is none, or if it has two experts and `expert` does not say which, or says so without need.
     """
-    folder = find_folder(path)
+    folder = ASSETS if path == SHIPPED else find_folder(path)
     parts = load(folder, checkpoint=checkpoint, weights=False)
     two, choices = "transformer_2" in parts, [name for name in EXPERT_FOLDERS if name]
     if two and expert not in choices:
