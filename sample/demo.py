@@ -54,16 +54,18 @@ def prepare(args: argparse.Namespace, arrivals: Path) -> tuple:
         if error.name != "gradio":
             raise
         raise UserError("the studio needs gradio, which is not installed: pip install 'kling[demo]'") from None
-    from kling_programs.sample.generate import load_pipeline
+    from kling_programs.sample.generate import load_pipeline, precision_of
     from kling_programs.sample.studio.shelf import Shelf
     from kling_programs.sample.studio.studio import Studio
     from kling_programs.sample.studio.uploads import Uploads
 
+    from kling.runtime.precision import describe
     from kling.sampling.machine import pick_device
     from kling.sampling.record import model_hashes
 
     folder, pipe = load_pipeline(args.model, args.device)
     pipe.to(pick_device(args.device))
+    print(describe(precision_of(pipe), pipe.device.type), file=sys.stderr, flush=True)
     pipe.set_progress_bar_config(disable=True)
     model = model_hashes(folder)
     shelf = Shelf(Path(args.out), model, args.keep)

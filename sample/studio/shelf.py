@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from kling_programs.sample.generate import precision_of
 
 from kling.data.image import write_png
 from kling.data.video import write_video
@@ -59,7 +60,9 @@ class Shelf:
         else:
             write_png(result.path, frames[0])
         output = {"path": str(result.path), "format": kind, "fps": plan.fps, "seconds": round(seconds, 2)}
-        record = records.make_record(request, plan, self.model, pipe.device, frames, output=output, command="kling-demo")
+        record = records.make_record(
+            request, plan, self.model, pipe.device, frames, precision_of(pipe), output=output, command="kling-demo"
+        )
         records.write_record(result.record_path, record)
         self._tidy()
         return result
