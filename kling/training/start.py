@@ -82,7 +82,7 @@ class Start:
             return text
         if settings:
             raise UserError(f"init_from {self.folder} reads prompts with umT5, which is not trained: leave text.{min(settings)} out")
-        return UMT5TextEncoder(self.folder, cache=text_folder(cache))
+        return UMT5TextEncoder(self.folder, cache=text_folder(cache), cut=True)
 
     def scheduler(self, given: Mapping[str, Any]) -> SchedulerMixin:
         """Its own scheduler with the settings `given`; a published one takes a shift, and `density` is for training alone."""
@@ -141,7 +141,7 @@ def _read_by(cache: str | Path, text: UMT5TextEncoder) -> str:
 def check_captions(
     encoder: ByteTextEncoder | UMT5TextEncoder, cache: LatentCache, prompts: Sequence[str] = (), long_captions: str = "refuse"
 ) -> int | None:
-    """The bytes to cut captions to; None where nothing is cut. umT5 cuts by itself, as in Wan's own pipelines.
+    """The bytes to cut captions to; None where nothing is cut. umT5 cuts by itself, as in Wan's own pipelines, and says so in the log.
 
     Raises `UserError` that names the clips with captions longer than our encoder reads, unless they are to be cut, and for long `prompts`.
     """
