@@ -17,7 +17,7 @@ from kling.data.image import read_image, read_mask
 from kling.data.transforms import contain, fit
 from kling.data.video import probe, read_video
 from kling.errors import UserError
-from kling.sampling.request import Movie, Picture, Request
+from kling.sampling.request import MAX_SECONDS, Movie, Picture, Request
 from kling.shapes import ASPECTS, aspect_size, clip_frames, nearest_aspect, nearest_frames, parse_size
 
 DEFAULT_SECONDS = 5.0
@@ -70,21 +70,22 @@ def read_inputs(request: Request, frames: int, fps: float, longest: int, sizes: 
     for picture, frame, strength in request.keyframes:
         if frame >= frames:
             raise UserError(
-                f"keyframe at frame {frame} lies beyond the clip's last frame {frames - 1}: give a smaller frame or a longer duration"
+                f"keyframe at frame {frame} lies beyond the clip's last frame {frames - 1}: give a smaller frame or a longer duration",
+                code="keyframe_beyond",
+                frame=frame,
+                last=frames - 1,
             )
         inputs.keyframes.append((fit(_picture(picture), H, W), frame, strength))
     if request.last_image is not None:
         inputs.keyframes.append((fit(_picture(request.last_image), H, W), frames - 1, 1.0))
     if request.video is not None:
-        inputs.video = _movie(request.video, fps, "video")
+        whole = request.strength is None and request.mask is None and request.outpaint is None  # continued
         if request.outpaint is not None:
-            inputs.video, inputs.mask = contain(inputs.video, H, W)
+            inputs.video, inputs.mask = contain(_movie(request.video, fps, "video", (H, W), longest, crop=False), H, W)
         else:
-            inputs.video = fit(inputs.video, H, W)
-        if request.strength is not None or request.mask is not None or request.outpaint is not None:
-            inputs.video = inputs.video[: min(nearest_frames(len(inputs.video))[0], longest)]
+            inputs.video = fit(_movie(request.video, fps, "video", (H, W), None if whole else longest), H, W)
     if request.control is not None:
-        inputs.control = fit(_movie(request.control, fps, "control"), H, W)
+        inputs.control = fit(_movie(request.control, fps, "control", (H, W)), H, W)
         if len(inputs.control) < frames:
             raise UserError(f"control of {len(inputs.control)} frames for a clip of {frames}: give a longer one, or ask for fewer frames")
     if request.mask is not None:
@@ -106,7 +107,10 @@ def read_camera(request: Request, frames: int, H: int, W: int) -> Trajectory | N
             raise UserError(f"camera of {len(camera)} poses for a clip of {frames} frames: give one pose a frame")
         return camera.relative().scaled(request.camera_scale)
     if isinstance(camera, str) and os.path.isfile(camera):
-        return load_trajectory(camera, frames, (H, W)).scaled(request.camera_scale)
+        try:
+            return load_trajectory(camera, frames, (H, W)).scaled(request.camera_scale)
+        except UserError as error:
+            raise UserError(str(error), code="camera_file", why=str(error).removeprefix("camera file ")) from None
     axes = parse_axes(camera) if isinstance(camera, str) else camera
     return axes_trajectory(axes, frames, H, W).scaled(request.camera_scale)
 
@@ -133,11 +137,31 @@ def _movie_size(video: Movie) -> tuple[int, int]:
     return np.asarray(video).shape[1:3]
 
 
-def _movie(movie: Movie, fps: float, name: str) -> Tensor:
-    """A given video at the model's frame rate."""
+def _movie(movie: Movie, fps: float, name: str, size: tuple[int, int], longest: int | None = None, crop: bool = True) -> Tensor:
+    """A given video at the model's frame rate, uint8 (T, h, w, 3); of a file no more is decoded than is used, and scaled as it is read.
+
+    size (H, W) will be covered, or with crop=False be filled by the whole picture; this brings no picture above what that takes.
+    longest: a clip of at most so many frames, 1 + 4k; None takes all. Raises `UserError` for more than `MAX_SECONDS` of them: time stamps
+    make many frames of few, so they are counted after resampling and before anything is decoded.
+    """
     if isinstance(movie, str | Path):
-        return read_video(movie, fps=fps).frames
+        info = probe(movie)
+        count = info.count(fps)
+        if longest is not None and count:
+            count = min(nearest_frames(count)[0], longest)
+        if count > MAX_SECONDS * fps:
+            raise UserError(
+                f"{name} {movie} lasts {info.duration:.0f} s: give at most {MAX_SECONDS:g} s, such as its beginning with "
+                f"ffmpeg -i IN -t {MAX_SECONDS:g} OUT",
+                code="video_too_long",
+                file=movie,
+                seconds=f"{info.duration:.0f}",
+                most=f"{MAX_SECONDS:g}",
+            )
+        scale = (max if crop else min)(size[0] / info.height, size[1] / info.width)
+        small = size if crop else (max(1, round(info.height * scale)), max(1, round(info.width * scale)))
+        return read_video(movie, fps=fps, num_frames=count or None, size=small if scale < 1 else None).frames
     frames = torch.as_tensor(np.asarray(movie))
     if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or not len(frames):
         raise UserError(f"{name} of type {frames.dtype} and shape {tuple(frames.shape)}: give uint8 (T, H, W, 3) or a file")
-    return frames
+    return frames if longest is None else frames[: min(nearest_frames(len(frames))[0], longest)]

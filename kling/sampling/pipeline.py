@@ -223,7 +223,12 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         asked |= {"diffusion_forcing": bool(request.frame_delay), "text_to_image": request.loop and request.image is None}  # made first
         for name in [task, *(name for name, wanted in asked.items() if wanted)]:
             if name not in able:
-                raise UserError(f"this model was not trained for '{name}': it can do {', '.join(able)}")
+                raise UserError(
+                    f"this model was not trained for '{name}': it can do {', '.join(able)}",
+                    code="not_trained",
+                    task=name,
+                    able=", ".join(able),
+                )
         if request.guidance_reach and (self.groups or self.config.get("block_frames")):
             raise UserError(f"guidance_reach {request.guidance_reach:g}: this model has no given frames among those it makes: leave it out")
 

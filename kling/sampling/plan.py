@@ -99,7 +99,8 @@ def plan_hops(request: Request, inputs: Inputs, frames: int, fps: float, longest
         return [Hop(Given(space=space, hold=request.strength or 0.0), there)]
     asked = there + frames - 1 if request.extend_to is None else clip_frames(request.extend_to, fps)
     if asked <= there:
-        raise UserError(f"the video is {there / fps:.1f} s long already: extend_to {request.extend_to:g} s adds nothing")
+        line = f"the video is {there / fps:.1f} s long already: extend_to {request.extend_to:g} s adds nothing"
+        raise UserError(line, code="adds_nothing", there=f"{there / fps:.1f}", value=f"{request.extend_to:g}")
     return _continuations(there, asked, longest)
 
 
@@ -115,7 +116,8 @@ def plan_camera(request: Request, hops: list[Hop], H: int, W: int) -> Trajectory
 def _first(request: Request, inputs: Inputs, frames: int) -> Hop:
     """The clip that starts a video."""
     if beyond := [t for _, t, _ in inputs.keyframes if t >= frames]:
-        raise UserError(f"keyframe at frame {beyond[0]}: this model makes {frames} frames at once, so give a frame up to {frames - 1}")
+        line = f"keyframe at frame {beyond[0]}: this model makes {frames} frames at once, so give a frame up to {frames - 1}"
+        raise UserError(line, code="keyframe_beyond_model", frame=beyond[0], n=frames, last=frames - 1)
     keyframes = [(t, strength) for _, t, strength in inputs.keyframes] + ([(frames - 1, 1.0)] if request.loop else [])
     return Hop(Given(known=int(inputs.image is not None or request.loop), keyframes=tuple(keyframes)), frames)
 

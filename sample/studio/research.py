@@ -13,10 +13,10 @@ import gradio as gr
 import pandas as pd
 from kling_programs.sample.studio import look, views
 from kling_programs.sample.studio.create import Form
-from kling_programs.sample.studio.events import QUICK, RAW, WITH_MASK
+from kling_programs.sample.studio.events import MASK, QUICK, RAW, WITH_MASK
 from kling_programs.sample.studio.form import FIELDS, check_number, request_of
 from kling_programs.sample.studio.jobs import Stopped, Tell, Waiting, Work
-from kling_programs.sample.studio.studio import Step, Studio, guarded, sample
+from kling_programs.sample.studio.studio import Step, Studio, guarded, sample, visitor
 from kling_programs.sample.studio.words import language, say, t
 
 from kling.data.strip import strip
@@ -44,7 +44,7 @@ class Research:
         lang, began = language(request), time.perf_counter()
         yield views.working(say(lang, "starting")), *[gr.skip()] * outputs
         try:
-            events = self.studio.queue.run(request.session_hash, work)
+            events = self.studio.queue.run(visitor(request), work, request.session_hash or "")
             while True:
                 event = next(events)
                 if isinstance(event, Waiting) and event.place:
@@ -187,7 +187,7 @@ class Research:
     def reconstruct(self, request: gr.Request, payload: Any) -> Generator:
         lang, path = language(request), self.studio.uploads.accept(payload, "video")
         if path is None:
-            raise UserError("upload a clip first")
+            raise UserError("upload a clip first", code="no_clip")
         found = yield from self._run(request, lambda tell: look.reconstruct(self.studio.pipe, path), 2)
         fps = self.studio.pipe.config.fps
         both = f"PSNR {sum(found.psnr) / len(found.psnr):.2f} dB · SSIM {sum(found.ssim) / len(found.ssim):.3f}"
@@ -248,4 +248,4 @@ def _enlarged(frame: Any) -> Any:
 
 def _shifted(by: int) -> str:
     """The script that fills in the drawn mask, for events with `by` inputs before the form's."""
-    return f"(...v) => {{ v[{by + FIELDS.index('mask')}] = window.studioMask(); return v; }}"
+    return f"(...v) => window.studio.withMask(v, {by + MASK})"
