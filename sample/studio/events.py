@@ -352,7 +352,8 @@ class Events:
     @guarded
     def choose(self, request: gr.Request, event: gr.EventData, mine: Any) -> Generator:
         """A click on a card: shown alone, or, after Compare, beside the one shown before."""
-        lang, one = language(request), self.studio.shelf.get(event._data.get("value"))
+        clicked = event._data.get("value") if isinstance(event._data, dict) else None
+        lang, one = language(request), self.studio.shelf.get(clicked)
         state = {**self._list(mine), "chosen": one.id}
         mine = mine if isinstance(mine, dict) else NOTHING
         if mine.get("comparing") and mine.get("chosen") not in (None, one.id):
