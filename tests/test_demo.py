@@ -416,7 +416,7 @@ def test_a_refused_file_keeps_its_reason_for_every_request_of_the_page(uploads):
             try:
                 uploads.accept({"path": str(bad)}, "image")
             except UserError as error:
-                told.append((error.code, str(error)))
+                told.append((error.code, str(error)))  # noqa: B023 - each round waits for its threads
 
         for _ in range(8):
             threads.append(threading.Thread(target=ask))

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_demo import clip, png
+from test_demo import Gate, clip, png
 from test_demo_page import Site, site  # noqa: F401 - a fixture
 
 from kling import KlingPipeline
@@ -230,13 +230,15 @@ def test_a_tab_that_is_loaded_anew_finds_its_job_and_its_form(page, site, tmp_pa
     fill(page, "#axis-pan input[type=number]", "6")
     fill(page, "#seed input", "77")
     tab(page, "Advanced")
-    fill(page, "#num_inference_steps input", "60")
+    fill(page, "#num_inference_steps input", "3")
     understood(page, "image to video · camera pan=6")
+    gate = Gate(site.studio.queue)
     page.click("#generate")
-    page.wait_for_selector("#stage progress[value]")
+    page.wait_for_selector("#stage :text('Waiting: 1 before you')")
     page.reload()
-    page.wait_for_selector("#stage progress[value]")  # the job goes on
+    page.wait_for_selector("#stage :text('Waiting: 1 before you')")  # the job goes on
     page.wait_for_selector("#stop:not([disabled])")
+    gate.open.set()
     page.wait_for_function("document.querySelectorAll('.card').length == 1")
     page.wait_for_function(PLAYING)
     understood(page, "image to video · camera pan=6")

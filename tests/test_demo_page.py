@@ -13,8 +13,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("gradio")
 
@@ -23,15 +25,18 @@ from kling_programs.sample import demo
 from kling_programs.sample.studio import views
 from kling_programs.sample.studio.form import request_of
 from kling_programs.sample.studio.page import build
+from kling_programs.sample.studio.restore import fields_of, record_at
 from kling_programs.sample.studio.shelf import Shelf
 from kling_programs.sample.studio.studio import Studio
 from kling_programs.sample.studio.uploads import Uploads
-from test_demo import Gate, png
+from safetensors.torch import save_file
+from test_demo import Gate, drain, png
 from test_generate import save_tiny
 
 from kling import KlingPipeline, Request
 from kling.condition.tasks import TASKS
 from kling.data.video import probe
+from kling.errors import UserError
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 SHORT = {"duration": 0.5, "num_inference_steps": 2}
@@ -111,6 +116,102 @@ def test_a_folder_of_wan_weights_opens_with_its_own_settings(tmp_path):
     line = views.understood(0, pipe.plan(request), request)
     assert f"{studio.sizes['9:16'][1]}×{studio.sizes['9:16'][0]} · 16 fps · 50 steps" in line
     assert request.negative_prompt is None and request.guidance_scale is None
+
+
+def test_visitors_choose_of_the_models_and_loras_that_the_operator_names(tmp_path):
+    """Each choice gives the frames that the library gives with it, and its record says so; the form gets it back."""
+    folders, loras = tmp_path / "models", tmp_path / "loras"
+    loras.mkdir()
+    save_tiny(tmp_path / "own", ["text"])
+    save_tiny(folders / "other", ["text"])
+    other = KlingPipeline.from_pretrained(folders / "other")
+    with torch.no_grad():
+        other.transformer.proj_out.weight.mul_(2)
+    other.save_pretrained(folders / "other")
+    layers = {}
+    for place in ("attn1.to_q", "attn1.to_out.0"):
+        layers[f"transformer.blocks.0.{place}.lora_A.weight"] = torch.randn(2, 32)
+        layers[f"transformer.blocks.0.{place}.lora_B.weight"] = torch.randn(32, 2)
+    save_file(layers, loras / "style.safetensors")
+    args = demo.parse(["--model", str(tmp_path / "own"), "--models", str(folders), "--loras", str(loras), "--out", str(tmp_path / "out")])
+    studio, _, _ = demo.prepare(args, tmp_path / "arrivals")
+    assert list(studio.models) == ["other"] and list(studio.loras) == ["style"]
+    request, seen = Request("a ball", num_frames=5, num_inference_steps=2, seed=3), {}
+    for fields in ({}, {"model": "other"}, {"lora": "style", "lora_scale": 0.5}, {"model": "other", "lora": "style", "lora_scale": -1}):
+        made = drain(studio.make("a", request, weights=studio.weights_of(fields)))[1][0]
+        lora = [(str(loras / "style.safetensors"), fields["lora_scale"])] if "lora" in fields else ()
+        alone = KlingPipeline.from_pretrained(folders / "other" if "model" in fields else tmp_path / "own", lora=lora)
+        expected = hashlib.sha256(np.ascontiguousarray(alone(request).frames[0])).hexdigest()
+        assert made.record["frames"]["sha256"] == expected
+        assert any("style.safetensors" in name for name in made.record["model"]["sha256"]) == ("lora" in fields)
+        weights = studio.weights_from(made.record)
+        assert weights == studio.weights_of(fields) and weights not in seen.values()
+        restored, remarks = fields_of(made.record, studio)
+        assert (restored["model"], restored["lora"], restored["seed"], remarks) == (weights.model, weights.lora, 3, [])
+        seen[expected] = weights
+    assert len(seen) == 4
+    for bad in ({"model": "../own"}, {"lora": "x"}, {"lora": "style", "lora_scale": 9}):
+        with pytest.raises(UserError):
+            studio.weights_of(bad)
+    assert studio._other[0] == weights  # one choice is kept loaded
+
+
+def test_what_a_request_will_take_grows_with_it(tmp_path):
+    save_tiny(tmp_path / "own", ["text", "continuation"])
+    studio, _, _ = demo.prepare(demo.parse(["--model", str(tmp_path / "own"), "--out", str(tmp_path / "out")]), tmp_path / "arrivals")
+    requests = [Request(num_frames=5), Request(num_frames=41), Request(num_frames=41, num_inference_steps=50), Request(duration=15)]
+    plans = [studio.pipe.plan(request) for request in requests]
+    assert all(
+        studio.needs(studio.pipe, plan, request)[0] is None for plan, request in zip(plans, requests, strict=True)
+    )  # not measured yet
+    drain(studio.make("a", requests[1]))
+    seconds, memory = zip(*(studio.needs(studio.pipe, plan, request) for plan, request in zip(plans, requests, strict=True)), strict=True)
+    assert seconds[0] < seconds[1] < seconds[2] and seconds[1] < seconds[3] and memory[0] <= memory[1] <= memory[3]
+    assert seconds[2] / seconds[1] == pytest.approx(25)  # two steps are its own
+    line = views.understood(0, plans[1], requests[1].replace(num_videos=3), None, (90.0, 3 * 2**30))
+    assert "3 × 41 frames" in line and "about 1m30s, 3.0 GiB of memory" in line
+
+
+def test_a_record_from_elsewhere_fills_what_it_can_and_names_the_rest(site, tmp_path):
+    """One of the command line names files that are not here, settings that the page lacks, and another model."""
+    record = json.loads(Path(site.ask(*site.fields(seed=5))[-1][1][0]["record"]["path"]).read_text())
+    record["request"] |= {"image": "/home/me/a.png", "guidance_every": 3, "num_frames": 9, "duration": None, "camera": {"pan": 2.0}}
+    record["inputs"] = {"/home/me/a.png": "0" * 64}
+    record["model"]["sha256"] = {"transformer/config.json": "0" * 64}
+    fields, remarks = fields_of(record, site.studio)
+    assert fields["duration"] == 1.0 and fields["pan"] == 2.0 and fields["image"] is None and not fields["still"]
+    assert dict(remarks) == {"again": {"names": "a.png"}, "elsewhere": {"names": "guidance_every"}, "other_model": {}}
+    kept = png(site.studio.uploads.store / ("0" * 24 + ".png"))
+    assert fields_of(record, site.studio)[0]["image"] == str(kept)  # known by its contents
+    for digest in ("*", "../*", 5, None):
+        record["inputs"] = {"/home/me/a.png": digest}
+        assert fields_of(record, site.studio)[0]["image"] is None
+
+
+def test_the_record_of_a_video_is_found_beside_it_inside_it_and_on_the_shelf(site, tmp_path):
+    one = site.studio.shelf.get(Path(site.ask(*site.fields(seed=6))[-1][1][0]["video"]["path"]).stem)
+    record, shelf = one.record, site.studio.shelf
+    for name in ("a.json", "a.mp4.json"):
+        (tmp_path / name).write_text(json.dumps(record))
+        assert record_at(tmp_path / name, name, shelf) == record
+    (tmp_path / "b.mp4").write_bytes(one.path.read_bytes())
+    assert record_at(tmp_path / "b.mp4", "b.mp4", shelf) == record
+    empty = Shelf(tmp_path / "empty", {})
+    with pytest.raises(UserError) as error:
+        record_at(tmp_path / "b.mp4", "b.mp4", empty)
+    assert error.value.code == "not_a_record"
+    with av.open(str(tmp_path / "b.mp4")) as old, av.open(str(tmp_path / "c.mp4"), "w", options={"movflags": "use_metadata_tags"}) as new:
+        stream = new.add_stream_from_template(old.streams.video[0])
+        new.metadata["comment"] = json.dumps(record)
+        for packet in old.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                new.mux(packet)
+    assert record_at(tmp_path / "c.mp4", "c.mp4", empty) == record
+    for text in ("{}", "[" * 100_000, '{"request": 5}', "words"):
+        (tmp_path / "d.json").write_text(text)
+        with pytest.raises(UserError, match="says nothing"):
+            record_at(tmp_path / "d.json", "d.json", shelf)
 
 
 # --------------------------------------------------------------------------------------------------------------- as a client

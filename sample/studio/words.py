@@ -114,8 +114,8 @@ WORDS: dict[str, tuple[str, str]] = {
     "gif": ("gif", "gif"),
     "webm": ("webm", "webm"),
     "nothing_inside": (
-        "Nothing yet. Press the button: it takes what the Create tab asks for and shows how it is made.",
-        "还没有内容。按上面的按钮，即可查看“创作”页当前请求的内部过程。",
+        "Nothing yet. Press the button above: what is found appears here.",
+        "还没有内容。按上面的按钮，结果会显示在这里。",
     ),
     "generate": ("Generate", "生成"),
     "stop": ("Stop", "停止"),
