@@ -574,11 +574,15 @@ def test_the_shelf_keeps_the_newest_and_what_they_were_made_from(pipe, tmp_path)
     assert shelf.get(names[3]).record["request"]["seed"] == 3 and shelf.get(names[2]).path.is_file()
     assert [p.exists() for p in inputs] == [False, False, True, True]
     assert len(list(shelf.folder.glob("*.mp4"))) == len(list(shelf.folder.glob("*.mp4.json"))) == 2
-    old = shelf.get(names[3]).record_path.rename(shelf.folder / f"{names[3]}.json")  # as versions before named it
+    old = shelf.get(names[3]).record_path.rename(shelf.folder / f"{names[3]}.json")  # as earlier versions named it
     assert shelf.get(names[3]).record_path == old and shelf.results()[0].id == names[3]
     for bad in (names[0], "../x", "", None, "a" * 16, 5):
         with pytest.raises(UserError, match="no longer here"):
             shelf.get(bad)
+    os.utime(old, (1, 1))
+    shelf.keep = 1
+    shelf._tidy()
+    assert sorted(p.name for p in shelf.folder.iterdir()) == [f"{names[2]}.mp4", f"{names[2]}.mp4.json", "inputs"]
 
 
 # --------------------------------------------------------------------------------------------------------- the command line

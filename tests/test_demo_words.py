@@ -37,6 +37,8 @@ from kling.sampling.plan import TASK_TITLES as PLANNED
 def test_what_visitors_commonly_meet_is_said_in_chinese(pipe, uploads, tmp_path, monkeypatch):
     """Every line of the table translates a real mistake: none is left over, and each keeps its values."""
     image, movie = str(png(uploads.store / "a.png")), str(clip(uploads.store / "v.mp4"))
+    wide = str(uploads.store / "wide.mp4")
+    write_video(wide, np.zeros((5, 64, 112, 3), np.uint8), 8)
     page, no_model = SimpleNamespace(studio=SimpleNamespace(uploads=uploads)), lambda tell: (_ for _ in ()).throw(torch.OutOfMemoryError())
 
     def handed_in(data: bytes | Image.Image, kind: str, name: str = "x.png", **saving: Any) -> str | None:
@@ -71,8 +73,10 @@ def test_what_visitors_commonly_meet_is_said_in_chinese(pipe, uploads, tmp_path,
         lambda: uploads.accept_drawing("data:image/png;base64,!!!"),
         lambda: next(Events.add_keyframe.__wrapped__(page, None, None, 0, 1, [], 5)),
         lambda: pipe.plan(Request(keyframes=[(image, 50, 1.0)], num_frames=9)),
-        lambda: pipe.plan(Request(keyframes=[(image, 50, 1.0)], duration=20)),
+        lambda: pipe.plan(Request(video=movie, keyframes=[(image, 2, 1.0)])),
+        lambda: pipe.plan(Request(keyframes=[(image, 3, 1.0), (image, 3, 0.5)], duration=20)),
         lambda: pipe.plan(Request(video=movie, extend_to=0.5)),
+        lambda: pipe.plan(Request(video=wide, outpaint="16:9")),
         lambda: look.read_scales("a"),
         lambda: runs.choice([]),
         lambda: next(Research.reconstruct.__wrapped__(page, None, None)),

@@ -172,6 +172,108 @@ def test_tar_shards_are_read_in_place(tmp_path):
     assert (read_video(source, start=1.0).frames == read_video(tmp_path / "a.mp4", start=1.0).frames).all()
 
 
+def video2dataset(folder: Path, n: int) -> Path:
+    """What video2dataset leaves of a sample: the video, its caption, and a JSON of metadata with the caption once more."""
+    make(folder / f"{n:08}.mp4", n=4)
+    meta = {"url": "https://x/1", "key": f"{n:08}", "status": "success", "error_message": None, "caption": f"clip {n}", "clips": [[0, 1]]}
+    (folder / f"{n:08}.json").write_text(json.dumps(meta | ({"caption": None} if n == 2 else {})))
+    if n != 2:
+        (folder / f"{n:08}.txt").write_text(f"clip {n}")
+    return folder
+
+
+def record_of(prompt: str) -> str:
+    """What kling-sample writes beside a video."""
+    return json.dumps({"kling": "0.1.0", "request": {"prompt": prompt, "negative": "no"}, "settings": {}, "frames": {"shape": [4]}})
+
+
+def captions_found(candidates: list) -> dict[str, list[str]]:
+    assert not [one.trouble for one in candidates if one.trouble]
+    return {Path(getattr(one.source, "name", "")).name: [c.text for c in one.captions] for one in candidates}
+
+
+def test_captions_are_found_in_every_form_that_tools_leave_them(tmp_path):
+    """A text and a JSON, metadata alone, our own records under both names; in a folder and in a tar."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for n in range(3):
+        video2dataset(folder, n)
+    for name in ("a.mp4", "b.mp4", "c.mp4", "d.mp4"):
+        make(folder / name, n=4)
+    (folder / "a.json").write_text(record_of("a red ball"))
+    (folder / "b.mp4.json").write_text(record_of("a blue cube"))
+    (folder / "c.json").write_text('["one", "two"]')
+    (folder / "d.json").write_text('[{"frame": 1, "boxes": []}]')
+    expected = {"00000000.mp4": ["clip 0"], "00000001.mp4": ["clip 1"], "00000002.mp4": []}
+    expected |= {"a.mp4": ["a red ball"], "b.mp4": ["a blue cube"], "c.mp4": ["one", "two"], "d.mp4": []}
+    listing = Listing()
+    assert captions_found(listing.find([folder])) == expected
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for path in sorted(folder.iterdir()):
+            tar.add(path, path.name)
+    shard = Listing()
+    assert captions_found(shard.find([tmp_path / "0.tar"])) == expected and not shard.passed
+
+
+@pytest.mark.parametrize("odd", "\v\f\x1c\x85\u2028\u2029")
+def test_only_a_line_end_ends_a_caption(tmp_path, odd):
+    make(tmp_path / "a.mp4", n=4)
+    (tmp_path / "a.txt").write_text(f"a ball{odd}rolls\r\nsecond", encoding="utf-8", newline="")
+    (tmp_path / "t.csv").write_text(f'video,caption\na.mp4,"a ball{odd}rolls"\n', encoding="utf-8", newline="")
+    for path, expected in ((tmp_path / "a.mp4", ["a ball rolls", "second"]), (tmp_path / "t.csv", ["a ball rolls"])):
+        assert [c.text for c in Listing().find([path])[0].captions] == expected
+
+
+def test_a_list_of_clips_in_json(tmp_path):
+    """VideoX-Fun's form."""
+    rows = [{"file_path": "train/a.mp4", "text": "a, b", "type": "video"}, {"file_path": "b.png", "text": "c", "type": "image"}]
+    (tmp_path / "metadata.json").write_text(json.dumps(rows))
+    found = Listing().find([tmp_path / "metadata.json"])
+    assert [(one.source, [c.text for c in one.captions]) for one in found] == [
+        (tmp_path / "train/a.mp4", ["a, b"]), (tmp_path / "b.png", ["c"]),
+    ]  # fmt: skip
+
+
+def test_what_pandas_writes_for_no_caption_is_no_caption(tmp_path):
+    for name, text in (
+        ("t.csv", "video,caption\na.mp4,nan\n"),
+        ("t.jsonl", '{"video": "a.mp4", "caption": NaN}\n'),
+        ("t.json", '[{"video": "a.mp4", "text": null}]'),
+    ):
+        (tmp_path / name).write_text(text)
+        assert Listing().find([tmp_path / name])[0].captions == ()
+    (tmp_path / "t.jsonl").write_text('{"video": "a.mp4", "caption": {"text": "a cat", "weight": 2}}\n')
+    (caption,) = Listing().find([tmp_path / "t.jsonl"])[0].captions
+    assert (caption.text, caption.weight) == ("a cat", 2)
+
+
+def test_a_template_names_columns_and_nothing_else(tmp_path):
+    (tmp_path / "t.jsonl").write_text('{"id": "x", "a.b": "y"}\n')
+    assert Listing({"path": "{a.b}/{id}.mp4"}).find([tmp_path / "t.jsonl"])[0].source == tmp_path / "y/x.mp4"
+
+
+def test_a_damaged_shard_costs_what_lies_behind_the_damage(tmp_path):
+    """Cut anywhere or with a rotten header: whole samples before it are kept, the shard is in the quarantine, the others are untouched."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for n in range(3):
+        video2dataset(folder, n)
+    for name in "abcd":
+        with tarfile.open(tmp_path / f"{name}.tar", "w") as tar:
+            for path in sorted(folder.iterdir()):
+                tar.add(path, path.name)
+    raw = (tmp_path / "a.tar").read_bytes()
+    with tarfile.open(tmp_path / "a.tar") as tar:
+        third = tar.getmember("00000001.mp4").offset
+    (tmp_path / "b.tar").write_bytes(raw[:third] + b"rot!" * 128 + raw[third + 512 :])
+    (tmp_path / "c.tar").write_bytes(raw[:third])
+    (tmp_path / "d.tar").write_bytes(b"\x1f\x8b" + bytes(600))
+    out = tmp_path / "out" / "m.jsonl"
+    summary = list(scan(Listing().find([tmp_path / f"{name}.tar" for name in "abcd"]), out))[-1]
+    assert summary.clips == 3 + 1 + 1 and sum(summary.bad.values()) == 3
+    assert sorted(Path(one.path).name for one in read_quarantine(quarantine_of(out))) == ["b.tar", "c.tar", "d.tar"]
+
+
 def test_filters_drop_what_they_say_and_count_it(tmp_path):
     y, x = np.mgrid[:96, :128]
     texture = np.random.default_rng(0).integers(60, 200, (96, 160, 3), dtype=np.uint8)
@@ -337,6 +439,22 @@ MISTAKES = {
     "lines that are not JSON": (lambda f: [put(f, "t.jsonl", '{"video": "a.mp4"}\n{"vid')], "t.jsonl line 2 is not JSON"),
     "a list on a line": (lambda f: [put(f, "t.jsonl", "[1]\n")], "line 1 holds a list"),
     "captions that are no text": (lambda f: [put(f, "t.jsonl", '{"video": "a", "captions": [3]}')], "captions must be text"),
+    "a comma without quotes": (
+        lambda f: [put(f, "t.csv", "video,caption\na.mp4,a cat\nb.mp4,a red ball, rolling left\n")], "line 3 has more cells than the 2",
+    ),
+    "a quote that never ends": (lambda f: [put(f, "t.csv", 'video,caption\na.mp4,"a cat\nb.mp4,x\n')], "cannot be read as a table"),
+    "two columns of one name": (lambda f: [put(f, "t.csv", "video,text,text\na.mp4,a,b\n")], "two columns 'text'"),
+    "a caption that is an object": (lambda f: [put(f, "t.jsonl", '{"video": "a", "caption": {"a": 1}}')], "line 1: captions must be text"),
+    "a caption that is a number": (lambda f: [put(f, "t.jsonl", '{"video": "a", "caption": 3}')], "line 1: captions must be text"),
+    "half a character": (lambda f: [put(f, "t.jsonl", '{"video": "a", "caption": "\\ud83d"}')], "line 1: the caption"),
+    "a template with an attribute": (lambda f: [put(f, "t.csv", "a,video\na,b\n"), "--map", "path={a.b}"], "has no column 'a.b'"),
+    "a template with a width": (lambda f: [put(f, "t.csv", "a,video\na,b\n"), "--map", "path={a:>9999999999}"], "has no column 'a:>"),
+    "a template with an empty cell": (lambda f: [put(f, "t.csv", "a,video\n,b\n"), "--map", "path={a}.mp4"], "nothing to put for {a}"),
+    "an object in a .json": (lambda f: [put(f, "t.json", '{"a": 1}')], "t.json holds a dict"),
+    "words in a .json": (lambda f: [put(f, "t.json", '["a.mp4"]')], "t.json entry 1 holds a str"),
+    "a .json in a .json in …": (lambda f: [put(f, "t.json", "[" * 100_000)], "nests thousands deep"),
+    "lines in lines in …": (lambda f: [put(f, "t.jsonl", '{"video": "a", "x": ' + "[" * 500 + "]" * 500 + "}")], "line 1 is not JSON"),
+    "times in brackets in …": (lambda f: [put(f, "t.csv", f"video,timestamp\na,{'[' * 9999}\n")], "give [start, end]"),
     "a packed tar": (lambda f: [put(f, "t.tar", b"\x1f\x8b" + bytes(600))], "t.tar is not an uncompressed tar"),
     "no filters": (lambda f: [str(f / "films"), "--filters", str(f / "no.yaml")], "no.yaml"),
     "a filter that is not there": (lambda f: [str(f / "films"), "--filters", put(f, "f.yaml", "min_motoin: 1")], "mean 'min_motion'"),

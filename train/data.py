@@ -13,6 +13,7 @@ import argparse
 import os
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -45,10 +46,12 @@ def main(argv: list[str] | None = None) -> None:
 
 def parser() -> Parser:
     top = Parser("kling-data", __doc__, allow_abbrev=True)
-    commands = top.add_subparsers(required=True, metavar="COMMAND")
+    commands = top.add_subparsers(required=True, metavar="COMMAND", parser_class=partial(Parser, allow_abbrev=True))
 
     cmd = commands.add_parser("scan", help="look at every file once; write a manifest and a quarantine")
-    cmd.add_argument("paths", nargs="+", metavar="PATH", help="folders, videos, pictures, .csv, .tsv, .jsonl and WebDataset .tar files")
+    cmd.add_argument(
+        "paths", nargs="+", metavar="PATH", help="folders, videos, pictures, .csv .tsv .json .jsonl tables, WebDataset .tar files"
+    )
     cmd.add_argument("--out", default="manifest.jsonl", help="the manifest (default %(default)s); quarantine.jsonl comes beside it")
     cmd.add_argument("--map", nargs="+", default=[], metavar="FIELD=COLUMN", help=f"columns of tables; fields: {', '.join(COLUMNS)}")
     cmd.add_argument("--root", help="folder of a table's relative paths (default: the table's)")

@@ -18,9 +18,13 @@ from typing import Any
 
 from kling.data.decode import VideoInfo
 from kling.errors import UserError
-from kling.runtime.files import Member, Source, stamp, written
+from kling.runtime.files import Member, Source, parse_json, stamp, written
 
 IMAGE = "image"  # VideoInfo.container of a still picture
+
+
+class MissingClip(UserError):
+    """A file that a manifest lists and that is gone."""
 
 
 @dataclass(frozen=True)
@@ -96,12 +100,12 @@ class Manifest:
         return Member(path, *shot.member) if shot.member else path
 
     def check(self, shot: Shot) -> Source:
-        """The clip's file, refused if it has changed since it was scanned."""
+        """The clip's file, refused if it has changed since it was scanned (`MissingClip` if it is gone)."""
         source = self.source(shot)
         try:
             now = stamp(source)
         except OSError as error:
-            raise UserError(f"{source} cannot be read ({error.strerror}): restore it, or scan again") from None
+            raise MissingClip(f"{source} of clip {shot.name} cannot be read ({error.strerror}): restore it, or scan again") from None
         if now != (shot.mtime_ns, shot.bytes):
             raise UserError(f"{source} has changed since it was scanned: run kling-data scan again")
         return source
@@ -142,7 +146,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
+            value = parse_json(line)
         except ValueError as error:
             raise UserError(f"{path} line {number} is not JSON ({error}): give one object a line") from None
         if not isinstance(value, dict):

@@ -1,34 +1,269 @@
-"""LoRAs, in any of the namings that diffusers reads, on the transformer or on the second expert."""
+"""LoRAs in the namings that trainers write, on the transformer or on the second expert.
+
+A key is PREFIX + LAYER + SUFFIX. The layer has our name or the original repository's, with dots or (kohya, musubi) with underscores:
+
+    lora_A.weight, lora_B.weight; lora_down, lora_up; lora.down, lora.up; lora_A.ADAPTER.weight (peft, DiffSynth)    ΔW = alpha / r · B A
+    alpha                            a number; without one it is r, unless peft's settings tell
+    diff, diff_b; w_norm, b_norm     of distilled LoRAs: ΔW and Δb of a layer or a norm, whole
+    lora_B.bias                      of peft's lora_bias: Δb = alpha / r · bias
+
+Low-rank parts go through peft, whole differences are added to the weights. Prefixes: those of peft, DiffSynth, ComfyUI, diffusers, musubi.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+import math
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
 from kling.errors import UserError
-from kling.hub.files import weight_files
+from kling.hub.files import read_tensors, weight_files
+from kling.hub.keys import original_transformer_name
+from kling.runtime.files import parse_json
+
+log = logging.getLogger(__name__)
+
+PREFIXES = (
+    "base_model.model.", "model.diffusion_model.", "diffusion_model.", "pipe.dit.", "pipe.dit2.", "dit.", "transformer.", "transformer_2.",
+    "model.", "module.", "unet.", "lora_unet__", "lora_unet_", "lora_transformer_",
+)  # fmt: skip
+SUFFIX = re.compile(
+    r"\.(?:(?P<down>lora_A|lora_down|lora\.down|lora_linear_layer\.down)(?:\.(?P<a>\w+))?\.weight"
+    r"|(?P<up>lora_B|lora_up|lora\.up|lora_linear_layer\.up)(?:\.(?P<b>\w+))?\.weight"
+    r"|(?P<up_bias>lora_B|lora_up)(?:\.(?P<c>\w+))?\.bias|(?P<alpha>alpha)|(?P<weight>diff|w_norm)|(?P<bias>diff_b|b_norm))$"
+)
+METHODS = {"dora": "DoRA", "lora_magnitude": "DoRA", "hada_": "LoHa", "lokr_": "LoKr", "oft_": "OFT", "lora_mid": "LoCon with a core"}
+SHOWN = 3  # keys that a message names
+
+
+@dataclass
+class Layer:
+    """What a file holds of one layer."""
+
+    down: Tensor | None = None  # (r, in) or a convolution's
+    up: Tensor | None = None  # (out, r)
+    up_bias: Tensor | None = None  # (out,)
+    alpha: Tensor | None = None  # ()
+    weight: Tensor | None = None  # whole differences, of the weight's shape
+    bias: Tensor | None = None
+    keys: list[str] = field(default_factory=list)
 
 
 def add_loras(pipe: Any, loras: Sequence[tuple[str, float]], second: bool = False) -> None:
-    """Load (file, scale) pairs on top of each other. second: into the low-noise expert.
+    """Load (file, scale) pairs on top of each other. second: into the low-noise expert. What the model has no layer for is named.
 
-    Raises `UserError` if peft is missing, or if a file is no LoRA of this model.
+    Raises `UserError` if peft is missing, or if a file is damaged, of another method, or no LoRA of this model.
     """
     if not loras:
         return
     model = pipe.transformer_2 if second else pipe.transformer
     if model is None:
         raise UserError("a LoRA was given for the second expert, and this model has one only: leave it out")
+    if find_spec("peft") is None:
+        raise UserError("a LoRA needs peft: pip install 'kling[lora]'")
     names = []
     for number, (path, scale) in enumerate(loras):
         name = f"{'low' if second else 'high'}{number}"
-        file = weight_files(path)[0]
+        layers = read_lora(path, model, second)
+        if low := {k: v for k, layer in layers.items() for k, v in _low_rank(k, layer).items()}:
+            pipe.load_lora_into_transformer(low, transformer=model, adapter_name=name, _pipeline=pipe)
+            names.append((name, scale))
+        for layer_name, layer in layers.items():
+            _add_whole(model, layer_name, layer, scale)
+    if names:
+        model.set_adapters([name for name, _ in names], [scale for _, scale in names])
+
+
+def read_lora(path: str | Path, model: nn.Module, second: bool = False) -> dict[str, Layer]:
+    """Layers of a LoRA by our names, `up` already times alpha / r. second: of a file for both experts, the second's part.
+
+    Layers that `model` has not are left out, and named in one line of the log. Raises `UserError` for what is not whole, fits nowhere, or
+    is another method's.
+    """
+    tensors = read_tensors(path)
+    if both := [key for key in tensors if key.startswith("transformer_2.")]:
+        tensors = {key: tensors[key] for key in (both if second else tensors.keys() - set(both))}
+    layers, unknown = _parts(path, tensors)
+    known = _names(model)
+    found: dict[str, Layer] = {}
+    for given, layer in layers.items():
+        name = known.get(given)
+        if name is None or not _has(model, name, layer):
+            unknown += layer.keys
+        elif name in found:
+            raise UserError(f"{path} holds {name} twice, as {found[name].keys[0]} and {layer.keys[0]}: get a file with one of them")
+        else:
+            found[name] = layer
+    if not found:
+        raise UserError(f"{path} is no LoRA that fits this model: it holds {_listed(unknown)}, and the model has no such layer")
+    if unknown:
+        log.warning("%s: %d of its %d tensors are not used, the model has no such layer: %s", path, *_share(unknown, tensors))
+    settings = _settings(weight_files(path)[0])
+    for name, layer in found.items():
+        _check(path, model, name, layer)
+        if layer.up is not None:
+            scale = _scale(name, layer, settings)
+            layer.up = (layer.up if layer.up.dtype.itemsize > 1 else layer.up.to(torch.bfloat16)) * scale
+            layer.up_bias = None if layer.up_bias is None else layer.up_bias * scale
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------------------ names
+
+
+def _parts(path: str | Path, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Layer], list[str]]:
+    """(what there is of each layer, under the file's name without prefixes; keys that belong to none)."""
+    layers: dict[str, Layer] = defaultdict(Layer)
+    unknown = []
+    for key, tensor in sorted(tensors.items()):
+        if method := next((name for mark, name in METHODS.items() if mark in key), None):
+            raise UserError(f"{path} is a {method} ({key}), which is not read: get a LoRA, or merge it into the model and give that")
+        suffix = SUFFIX.search(key)
+        if suffix is None:
+            unknown.append(key)
+            continue
+        (part,) = (part for part in ("down", "up", "up_bias", "alpha", "weight", "bias") if suffix[part])
+        layer = layers[_without_prefix(key[: suffix.start()])]
+        if getattr(layer, part) is not None:
+            raise UserError(f"{path} holds two adapters, as {layer.keys[0]} and {key}: give a file with one")
+        setattr(layer, part, tensor)
+        layer.keys.append(key)
+    return dict(layers), unknown
+
+
+def _without_prefix(name: str) -> str:
+    while prefix := next((prefix for prefix in PREFIXES if name.startswith(prefix)), ""):
+        name = name.removeprefix(prefix)
+    return name
+
+
+def _names(model: nn.Module) -> dict[str, str]:
+    """Every way to call a layer or a loose parameter of the model -> our name."""
+    ours = dict.fromkeys(_plain(name).rpartition(".")[0] for name, _ in model.named_parameters())  # layers
+    ours |= dict.fromkeys(_plain(name) for name, _ in model.named_parameters())  # and tables that no layer of torch holds
+    known: dict[str, str] = {}
+    for dotted in filter(None, ours):
+        for name in (dotted, original_transformer_name(f"{dotted}.").removesuffix("."), original_transformer_name(dotted)):
+            known.setdefault(name, dotted)
+            known.setdefault(name.replace(".", "_"), dotted)
+    return known
+
+
+def _plain(name: str) -> str:
+    """A parameter's name without what an adapter that is already there has put in."""
+    return name.replace(".base_layer.", ".")
+
+
+def _parameter(model: nn.Module, name: str) -> nn.Parameter | None:
+    layer, _, last = name.rpartition(".")
+    for place in (name, f"{layer}.base_layer.{last}"):
         try:
-            pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=name, load_into_transformer_2=second)
-        except (ValueError, RuntimeError, KeyError, IndexError) as error:
-            reason = str(error).strip().splitlines()[0][:200]
-            raise UserError(f"{path} is no LoRA that fits this model ({reason})") from None
-        if name not in getattr(model, "peft_config", {}):
-            raise UserError(f"{path} is no LoRA that fits this model: none of its layers are in the transformer")
-        names.append((name, scale))
-    model.set_adapters([name for name, _ in names], [scale for _, scale in names])
+            return model.get_parameter(place)
+        except AttributeError:
+            continue
+    return None
+
+
+def _targets(model: nn.Module, name: str) -> tuple[nn.Parameter | None, nn.Parameter | None]:
+    """The weight (or the loose parameter itself) and the bias that a layer's differences go to."""
+    weight = _parameter(model, f"{name}.weight")
+    return (weight if weight is not None else _parameter(model, name)), _parameter(model, f"{name}.bias")
+
+
+def _has(model: nn.Module, name: str, layer: Layer) -> bool:
+    """Whether the model has everything that the file changes."""
+    weight, bias = _targets(model, name)
+    needs_weight = any(part is not None for part in (layer.down, layer.up, layer.weight, layer.alpha))
+    needs_bias = any(part is not None for part in (layer.bias, layer.up_bias))
+    return (weight is not None or not needs_weight) and (bias is not None or not needs_bias)
+
+
+# ------------------------------------------------------------------------------------------------------------------------ values
+
+
+def _check(path: str | Path, model: nn.Module, name: str, layer: Layer) -> None:
+    """Refuse half a layer, shapes that do not fit, and weights that are no numbers."""
+    if (layer.down is None) != (layer.up is None):
+        has, lacks = ("first", "second") if layer.up is None else ("second", "first")
+        raise UserError(f"{path} is not whole: of {name} it holds the {has} matrix ({layer.keys[0]}) and not the {lacks}: get it again")
+    if layer.down is None and (layer.alpha is not None or layer.up_bias is not None):
+        raise UserError(f"{path} is not whole: of {name} it holds {layer.keys[0]} and no matrices: get it again")
+    for key, tensor in vars(layer).items():
+        if isinstance(tensor, Tensor) and not (tensor.is_floating_point() and tensor.float().isfinite().all()):
+            kind = "NaN or infinity" if tensor.is_floating_point() else f"{tensor.dtype} numbers".removeprefix("torch.")
+            raise UserError(f"{path} holds {kind} in {name} ({key}): get it again")
+    weight, bias = _targets(model, name)
+    if layer.down is not None:
+        given = (layer.up.shape[0], *layer.down.shape[1:])
+        if given != tuple(weight.shape) or layer.up.shape[1] != layer.down.shape[0]:
+            raise UserError(f"{path} is no LoRA that fits this model: {name} is {_size(weight.shape)}, the file's {_size(given)}")
+    for difference, target in ((layer.weight, weight), (layer.bias, bias), (layer.up_bias, bias)):
+        if difference is not None and difference.shape != target.shape and difference.shape != target.squeeze().shape:
+            sizes = f"{name} is {_size(target.shape)}, the file's {_size(difference.shape)}"
+            raise UserError(f"{path} is no LoRA that fits this model: {sizes}")
+
+
+def _settings(file: Path) -> dict[str, Any]:
+    """peft's settings, as diffusers keeps them in the file's header and peft in a JSON beside it; {} where there are none."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            text = (opened.metadata() or {}).get("lora_adapter_metadata")
+        if text is None and file.name == "adapter_model.safetensors" and (beside := file.with_name("adapter_config.json")).is_file():
+            text = beside.read_text(encoding="utf-8")
+        values = parse_json(text) if text else {}
+        return {key.removeprefix("transformer."): value for key, value in values.items()}
+    except (SafetensorError, OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{file}: its peft settings cannot be read ({error}): get it again") from None
+
+
+def _scale(name: str, layer: Layer, settings: Mapping[str, Any]) -> float:
+    """alpha / r (or √r, as the settings have it)."""
+    if settings.get("use_dora"):
+        raise UserError(f"{name} is DoRA's by its settings, which is not read: get a LoRA")
+    rank = layer.down.shape[0]
+    patterns = settings.get("alpha_pattern") or {}
+    fits = (value for key, value in patterns.items() if f".{name}".endswith("." + key.strip("^$")))
+    own = next(fits, settings.get("lora_alpha", rank))
+    alpha = own if layer.alpha is None else layer.alpha.item()
+    if not isinstance(alpha, int | float):
+        raise UserError(f"{name} has the alpha {alpha!r} in its peft settings: give a number")
+    return alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+
+
+def _low_rank(name: str, layer: Layer) -> dict[str, Tensor]:
+    """A layer's matrices as diffusers names them."""
+    if layer.down is None:
+        return {}
+    return {f"transformer.{name}.lora_A.weight": layer.down.to(layer.up.dtype), f"transformer.{name}.lora_B.weight": layer.up}
+
+
+@torch.no_grad()
+def _add_whole(model: nn.Module, name: str, layer: Layer, scale: float) -> None:
+    """Add what is no product of two matrices to the weights themselves."""
+    weight, bias = _targets(model, name)
+    for difference, target in ((layer.weight, weight), (layer.bias, bias), (layer.up_bias, bias)):
+        if difference is not None:
+            change = scale * difference.to(target.device, torch.float32).reshape(target.shape)
+            target.copy_(target.float() + change)
+
+
+def _size(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))
+
+
+def _listed(keys: Sequence[str]) -> str:
+    return ", ".join(sorted(keys)[:SHOWN]) + (f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else "")
+
+
+def _share(unused: Sequence[str], tensors: Mapping[str, Tensor]) -> tuple[int, int, str]:
+    return len(unused), len(tensors), _listed(unused)

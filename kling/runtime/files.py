@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from kling.errors import UserError
 
+DEEPEST = 100  # lists in lists in a JSON that a person or a program writes; one of thousands overflows whatever walks it later
 HEAD = 512  # bytes that `sniff` needs: two MPEG-TS packets and a little
 
 # (offset, magic, FFmpeg demuxer). The demuxer is forced: left to guess, FFmpeg takes a text file named x.mp4 for a playlist
@@ -129,6 +132,20 @@ def sniff(start: bytes) -> tuple[str | None, str]:
         return None, "text" if text.isprintable() or not any(c < " " and c not in "\t\r\n\f" for c in text) else "unknown data"
     except UnicodeDecodeError:
         return None, "unknown data"
+
+
+def parse_json(text: str | bytes) -> Any:
+    """`json.loads`. Raises ValueError for everything that is wrong, also for what nests deeper than `DEEPEST`."""
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError("it nests thousands deep") from None
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(DEEPEST):  # a level at a time: nothing here recurses
+        level = [x for one in level for x in (one.values() if isinstance(one, dict) else one) if isinstance(x, dict | list)]
+        if not level:
+            return value
+    raise ValueError(f"it nests more than {DEEPEST} deep")
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import cv2
 import numpy as np
 import torch
 from torch import Tensor
@@ -22,19 +23,25 @@ from kling.shapes import ASPECTS, aspect_size, clip_frames, nearest_aspect, near
 
 DEFAULT_SECONDS = 5.0
 DEFAULT_ASPECT = "16:9"
+LAST = -1  # the frame of a keyframe that stands at the end, wherever that will be
 
 
 @dataclass
 class Inputs:
-    """Everything given, at the clip's size: pictures (H, W, 3) uint8, video (T, H, W, 3) uint8, mask (H, W) with 1 where to generate."""
+    """Everything given, at the clip's size: pictures (H, W, 3) uint8, video (T, H, W, 3) uint8, mask (H, W) with 1 where to generate.
+
+    keyframes: (picture, pixel frame of the result, strength); the last frame comes with them, at `LAST`, and so does the first one again
+    if the clip is a loop: its picture is None, since it may have to be made first. notes: what a person should know, in whole lines.
+    """
 
     height: int
     width: int
     image: Tensor | None = None
-    keyframes: list[tuple[Tensor, int, float]] = field(default_factory=list)  # the last frame included
+    keyframes: list[tuple[Tensor | None, int, float]] = field(default_factory=list)
     video: Tensor | None = None
     mask: Tensor | None = None
     control: Tensor | None = None
+    notes: list[str] = field(default_factory=list)
 
 
 def clip_size(request: Request, sizes: dict[str, tuple[int, int]] = ASPECTS) -> tuple[int, int]:
@@ -65,36 +72,67 @@ def read_inputs(request: Request, frames: int, fps: float, longest: int, sizes: 
     """
     H, W = clip_size(request, sizes)
     inputs = Inputs(H, W)
-    if request.image is not None:
+    if request.image is not None and not request.edited:
         inputs.image = fit(_picture(request.image), H, W)
     for picture, frame, strength in request.keyframes:
-        if frame >= frames:
-            raise UserError(
-                f"keyframe at frame {frame} lies beyond the clip's last frame {frames - 1}: give a smaller frame or a longer duration",
-                code="keyframe_beyond",
-                frame=frame,
-                last=frames - 1,
-            )
         inputs.keyframes.append((fit(_picture(picture), H, W), frame, strength))
     if request.last_image is not None:
-        inputs.keyframes.append((fit(_picture(request.last_image), H, W), frames - 1, 1.0))
+        inputs.keyframes.append((fit(_picture(request.last_image), H, W), LAST, 1.0))
+    if request.loop:
+        inputs.keyframes.append((None, LAST, 1.0))
     if request.video is not None:
-        whole = request.strength is None and request.mask is None and request.outpaint is None  # continued
-        if request.outpaint is not None:
-            inputs.video, inputs.mask = contain(_movie(request.video, fps, "video", (H, W), longest, crop=False), H, W)
-        else:
-            inputs.video = fit(_movie(request.video, fps, "video", (H, W), None if whole else longest), H, W)
-    if request.control is not None:
-        inputs.control = fit(_movie(request.control, fps, "control", (H, W)), H, W)
-        if len(inputs.control) < frames:
-            raise UserError(f"control of {len(inputs.control)} frames for a clip of {frames}: give a longer one, or ask for fewer frames")
+        count = _part(_length(request.video, fps), request, frames, fps, longest, inputs.notes) if request.edited else None
+        inputs.video = _movie(request.video, fps, "video", (H, W), count, crop=request.outpaint is None)
+    elif request.edited:  # a still picture
+        if frames > 1:
+            raise UserError(f"{request.edited} was given without a video to fill: give video, or image with num_frames=1 (--image-only)")
+        inputs.video = _picture(request.image)[None]
+    if request.outpaint is not None:
+        inputs.video, inputs.mask = contain(inputs.video, H, W)
+        if not (inputs.mask > 0.5).any():
+            line = f"outpaint {request.outpaint}: what is given has that aspect already, so nothing is left to fill: give another"
+            raise UserError(line, code="nothing_to_fill", value=request.outpaint)
+    elif inputs.video is not None:
+        inputs.video = fit(inputs.video, H, W)
     if request.mask is not None:
         inputs.mask = _mask(request.mask, H, W)
-        if inputs.video is None:  # filling a still picture
-            if frames > 1 or inputs.image is None:
-                raise UserError("mask was given without a video to fill: give video, or image with num_frames=1")
-            inputs.video, inputs.image = inputs.image[None], None
+        if not (inputs.mask > 0.5).any():
+            raise UserError(
+                "mask has nothing white, so nothing would be made anew: paint white what is to be filled", code="nothing_marked"
+            )
+    if request.control is not None:
+        inputs.control = fit(_movie(request.control, fps, "control", (H, W)), H, W)
     return inputs
+
+
+def _part(there: int, request: Request, frames: int, fps: float, longest: int, notes: list[str]) -> int:
+    """How many frames of a given video of `there` are changed at once: as many as are asked for, else all that the model takes."""
+    whole, what = nearest_frames(there)[0] if there else 0, request.edited
+    most = min(whole, longest)
+    if request.num_frames is None and request.duration is None:
+        if most < there:
+            notes.append(f"{what} changes the first {most} of the video's {there} frames: this model takes 1 + 4k of them, up to {longest}")
+        return most
+    if request.duration is not None and request.duration * fps <= there:  # rounded to whole latents it may be a little longer
+        frames = min(frames, whole)
+    if frames > most:
+        why = f"the video has {there}" if whole < frames else f"this model changes {longest} at once"
+        raise UserError(f"{what} of {frames} frames was asked for, but {why}: ask for {most}, or leave duration and num_frames out")
+    return frames
+
+
+def paste(frames: Tensor, video: Tensor, mask: Tensor, feather: int) -> Tensor:
+    """What was made where the mask says so, and the given video everywhere else, pixel for pixel.
+
+    frames, video (T, H, W, 3) uint8, mask (H, W) with 1 where to make. The made part fades in over `feather` pixels inside its border:
+    the latents' grid is coarser than the mask, and decoding changes what it keeps.
+    """
+    hole = (mask > 0.5).numpy().astype(np.uint8)
+    if hole.all():
+        return frames
+    inside = cv2.distanceTransform(hole, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)  # (H, W) pixels to the nearest kept one
+    share = torch.from_numpy(inside / (feather + 1)).clamp(0, 1)[..., None]  # (H, W, 1)
+    return torch.lerp(video.float(), frames.float(), share).round_().to(torch.uint8)
 
 
 def read_camera(request: Request, frames: int, H: int, W: int) -> Trajectory | None:
@@ -127,7 +165,11 @@ def _picture(picture: Picture) -> Tensor:
 def _mask(mask: Picture, H: int, W: int) -> Tensor:
     if isinstance(mask, str | Path):
         return read_mask(mask, H, W)
-    return fit(torch.as_tensor(np.asarray(mask)).float(), H, W).clamp(0, 1)
+    pixels = torch.as_tensor(np.asarray(mask))
+    if pixels.ndim != 2 or not pixels.numel():
+        raise UserError(f"mask of shape {tuple(pixels.shape)}: give (H, W) from 0 to 1 (or uint8 to 255), or a file")
+    pixels = pixels.float() / (255 if pixels.dtype == torch.uint8 and pixels.max() > 1 else 1)
+    return fit(pixels, H, W).clamp(0, 1)
 
 
 def _movie_size(video: Movie) -> tuple[int, int]:
@@ -137,31 +179,28 @@ def _movie_size(video: Movie) -> tuple[int, int]:
     return np.asarray(video).shape[1:3]
 
 
-def _movie(movie: Movie, fps: float, name: str, size: tuple[int, int], longest: int | None = None, crop: bool = True) -> Tensor:
+def _length(movie: Movie, fps: float) -> int:
+    """Frames of a given video at the model's frame rate. Nothing is decoded."""
+    return probe(movie).count(fps) if isinstance(movie, str | Path) else len(np.asarray(movie))
+
+
+def _movie(movie: Movie, fps: float, name: str, size: tuple[int, int], count: int | None = None, crop: bool = True) -> Tensor:
     """A given video at the model's frame rate, uint8 (T, h, w, 3); of a file no more is decoded than is used, and scaled as it is read.
 
-    size (H, W) will be covered, or with crop=False be filled by the whole picture; this brings no picture above what that takes.
-    longest: a clip of at most so many frames, 1 + 4k; None takes all. Raises `UserError` for more than `MAX_SECONDS` of them: time stamps
-    make many frames of few, so they are counted after resampling and before anything is decoded.
+    size (H, W) will be covered, or with crop=False be filled by the whole picture; no picture is kept larger than that takes.
+    count: its first frames; None takes all. Raises `UserError` for more than `MAX_SECONDS` of them: time stamps make many frames of few,
+    so they are counted after resampling and before anything is decoded.
     """
     if isinstance(movie, str | Path):
         info = probe(movie)
-        count = info.count(fps)
-        if longest is not None and count:
-            count = min(nearest_frames(count)[0], longest)
-        if count > MAX_SECONDS * fps:
-            raise UserError(
-                f"{name} {movie} lasts {info.duration:.0f} s: give at most {MAX_SECONDS:g} s, such as its beginning with "
-                f"ffmpeg -i IN -t {MAX_SECONDS:g} OUT",
-                code="video_too_long",
-                file=movie,
-                seconds=f"{info.duration:.0f}",
-                most=f"{MAX_SECONDS:g}",
-            )
+        if (count or info.count(fps)) > MAX_SECONDS * fps + 1:
+            line = f"{name} {movie} lasts {info.duration:.0f} s: give at most {MAX_SECONDS:g} s, such as its beginning with "
+            line += f"ffmpeg -i IN -t {MAX_SECONDS:g} OUT"
+            raise UserError(line, code="video_too_long", file=movie, seconds=f"{info.duration:.0f}", most=f"{MAX_SECONDS:g}")
         scale = (max if crop else min)(size[0] / info.height, size[1] / info.width)
         small = size if crop else (max(1, round(info.height * scale)), max(1, round(info.width * scale)))
         return read_video(movie, fps=fps, num_frames=count or None, size=small if scale < 1 else None).frames
     frames = torch.as_tensor(np.asarray(movie))
     if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or not len(frames):
         raise UserError(f"{name} of type {frames.dtype} and shape {tuple(frames.shape)}: give uint8 (T, H, W, 3) or a file")
-    return frames if longest is None else frames[: min(nearest_frames(len(frames))[0], longest)]
+    return frames[:count]

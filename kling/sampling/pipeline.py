@@ -6,6 +6,7 @@ pipe("a red ball rolls left on grass", camera="pan=5", seed=1).frames      # (1,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -19,9 +20,9 @@ from diffusers.loaders import WanLoraLoaderMixin
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
-from kling.cameras.trajectory import Trajectory, camera_signal
+from kling.cameras.trajectory import Cameras, Trajectory
 from kling.condition.concat import concat_channels, concat_groups, opened
-from kling.condition.state import State, build_state
+from kling.condition.state import Given, State, build_state
 from kling.data.transforms import to_tensor, to_uint8
 from kling.dit import KlingTransformer3DModel
 from kling.errors import UserError
@@ -30,12 +31,13 @@ from kling.flow.solvers import KlingFlowScheduler
 from kling.hub.clip import clip_tokens
 from kling.hub.load import find_folder, load
 from kling.hub.lora import add_loras
+from kling.runtime.device import upload
 from kling.runtime.random import generator
-from kling.sampling.inputs import Inputs, asked_frames, read_inputs
-from kling.sampling.plan import PRO_STEPS, Hop, Plan, plan_camera, plan_hops
+from kling.sampling.inputs import Inputs, asked_frames, paste, read_inputs
+from kling.sampling.plan import PRO_STEPS, Hop, Plan, plan_camera, plan_hops, plan_task
 from kling.sampling.request import Request
 from kling.sampling.sampler import Sampler, Signals
-from kling.shapes import ASPECTS, latent_frames, latent_size
+from kling.shapes import ASPECTS, latent_frames, latent_size, token_grid
 from kling.text import ByteTextEncoder
 from kling.text.umt5 import UMT5TextEncoder
 from kling.vae import AutoencoderKLKling
@@ -187,14 +189,16 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         h, w = latent_size(H, W, self.vae.spatial_factor, patch[1])
         hops = plan_hops(request, inputs, frames, fps, longest, self.vae.spatial_factor)
         camera = plan_camera(request, hops, H, W)
-        task = hops[0].given.task(latent_frames(hops[0].frames))
-        self._check_capable(task, request, camera, len(hops) > 1)
+        task = plan_task(request, hops)
+        self._check_capable(task, request, camera, hops)
         pro = request.mode == "pro"
         solver = self.setting("solver")
 
         def appended(hop: Hop) -> int:
             return 0 if self.groups else len(hop.given.keyframes)
 
+        for hop in hops:
+            self.check_divides(latent_frames(hop.frames) + appended(hop), h, w)
         high, low = self.setting("guidance_scale", request.guidance_scale)
         plan = Plan(
             task=task,
@@ -214,14 +218,29 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             guidance_interval=request.guidance_interval or (0.0, 1.0),
             guidance_every=request.guidance_every,
             guidance_reach=self.setting("guidance_reach", request.guidance_reach),
+            notes=tuple(inputs.notes),
         )
         return plan, inputs, camera
 
-    def _check_capable(self, task: str, request: Request, camera: Trajectory | None, hops: bool) -> None:
+    def check_divides(self, f: int, h: int, w: int) -> None:
+        """Raises `UserError` unless the tokens of latents (f, h, w), appended frames counted, divide over those who share a clip."""
+        shared = getattr(self.transformer, "_parallel_config", None)
+        split = shared.context_parallel_config.ulysses_degree * shared.context_parallel_config.ring_degree if shared else 1
+        n = math.prod(token_grid(f, h, w, tuple(self.transformer.config.patch_size)))
+        if n % split:
+            raise UserError(
+                f"{n} tokens ({f} latent frames of {w}x{h}) do not divide over the {split} processes that share a clip: "
+                "change the frames, the size, or their number"
+            )
+
+    def _check_capable(self, task: str, request: Request, camera: Trajectory | None, hops: list[Hop]) -> None:
         able = self.config.capabilities
-        asked = {"camera": camera is not None, "continuation": hops, "control": request.control is not None}
+        asked = {"camera": camera is not None, "continuation": len(hops) > 1, "control": request.control is not None}
         asked |= {"diffusion_forcing": bool(request.frame_delay), "text_to_image": request.loop and request.image is None}  # made first
-        for name in [task, *(name for name, wanted in asked.items() if wanted)]:
+        asked |= {"restyle": bool(request.strength)}
+        beside = [hop for hop in hops if hop.given.keyframes and (hop.overlap or hop.given.space is not None or hop.given.hold)]
+        lone = [Given(keyframes=hop.given.keyframes).task(latent_frames(hop.frames)) for hop in beside]  # of a clip that is given too
+        for name in [task, *lone, *(name for name, wanted in asked.items() if wanted)]:
             if name not in able:
                 raise UserError(
                     f"this model was not trained for '{name}': it can do {', '.join(able)}",
@@ -275,7 +294,16 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """One video: (T, H, W, 3) uint8, and the latents of its last hop."""
         if request.loop and inputs.image is None:  # a loop needs a frame to come back to
-            still = request.replace(loop=False, num_frames=1, duration=None, extend_to=None, camera=None, seed=seed, num_videos=1)
+            alone = {
+                "loop": False,
+                "keyframes": [],
+                "camera": None,
+                "camera_scale": 1.0,
+                "num_frames": 1,
+                "duration": None,
+                "extend_to": None,
+            }
+            still = request.replace(**alone, seed=seed, num_videos=1)
             inputs = replace(inputs, image=torch.from_numpy(self(still).frames[0, 0]))
         device = self._execution_device
         text = self._encode_text(request, plan)
@@ -288,19 +316,21 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             state = self._state(request, hop, inputs, done if hop.overlap else None)
             concat = None
             if self.groups:
-                concat = concat_channels(state, self.groups, self._control(inputs, hop)).to(device)
+                concat = upload(concat_channels(state, self.groups, self._control(inputs, hop)), device)
                 state = opened(state)
             state = state.to(device)
-            rays = None if camera is None else self._rays(camera, hop, plan, plan.hops[0].start)
+            view = None if camera is None else self._view(camera, hop, plan, plan.hops[0].start)
             shape = state.clean.shape
             noise = torch.randn(shape, generator=generator(seed, "noise", number)) if start is None else start.float()
-            for step in sampler(state, Signals(text, rays, concat, image), noise.to(device), seed, number):
+            for step in sampler(state, Signals(text, view, concat, image), upload(noise, device), seed, number):
                 if callback is not None:
                     callback(self, steps, step.timestep, {"latents": step.z, "x0": step.x0})
                 steps += 1
             latents = state.finish(step.z)
             if decode or number + 1 < len(plan.hops):
                 frames = self.decode(latents)[0]
+                if hop.given.space is not None:
+                    frames = paste(frames, inputs.video, inputs.mask, self.vae.spatial_factor // 4)
                 done = torch.cat([done, frames[hop.overlap :]])
         return done, latents
 
@@ -316,7 +346,7 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             known = inputs.video
         elif inputs.image is not None:
             known = inputs.image[None]
-        lone = [*(picture for picture, _, _ in inputs.keyframes), *([inputs.image] * request.loop)] if hop.given.keyframes else []
+        lone = [inputs.image if (picture := inputs.keyframes[i][0]) is None else picture for i in hop.pictures]
         keyframes = None
         if self.groups:  # these weights know lone frames by their place in the clip, with grey where nothing is given
             video = torch.zeros(3, hop.frames, inputs.height, inputs.width)
@@ -336,11 +366,12 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
                 keyframes = torch.cat([self.encode(picture[None]) for picture in lone], dim=2)
         return build_state([hop.given], clean, keyframes, tuple(self.transformer.config.patch_size), request.sigma_c)
 
-    def _rays(self, camera: Trajectory, hop: Hop, plan: Plan, origin: int) -> Tensor:
-        """P of one hop, (1, 24, G, ...): its part of the path, relative to its own first frame."""
+    def _view(self, camera: Trajectory, hop: Hop, plan: Plan, origin: int) -> Cameras:
+        """The camera of one hop: its part of the path, relative to its own first frame."""
         part = camera[hop.start - origin : hop.start - origin + hop.frames].relative()
-        appended = tuple(t for t, _ in hop.given.keyframes)
-        return signal(self.transformer, self.vae, part, plan.height, plan.width, appended)[None].to(self._execution_device)
+        appended = torch.tensor([[t for t, _ in hop.given.keyframes]], dtype=torch.long)
+        grid = ray_grid(self.transformer, self.vae, plan.height, plan.width)
+        return Cameras(part.c2w[None], part.intrinsics[None], grid, appended).to(self._execution_device)
 
     def _control(self, inputs: Inputs, hop: Hop) -> Tensor | None:
         """Latents of the control video's part for one hop."""
@@ -366,7 +397,7 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             return None
         pictures = [inputs.image] if inputs.image is not None else []
         if config.pos_embed_seq_len is not None:
-            pictures += [picture for picture, _, _ in inputs.keyframes[-1:]]
+            pictures += [inputs.image if picture is None else picture for picture, _, _ in inputs.keyframes[-1:]]
         shown = pictures or [torch.zeros(inputs.height, inputs.width, 3, dtype=torch.uint8)]
         tokens = clip_tokens(self.image_encoder, self.image_processor, shown, self._execution_device)  # (1 or 2, i, image_dim)
         return tokens if pictures else torch.zeros_like(tokens)
@@ -377,7 +408,7 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
 
     def _encode(self, video: Tensor) -> Tensor:
         """(1, 3, T, H, W) in [-1, 1] -> normalised latents (1, c, f, h, w) on the CPU."""
-        video = video.to(self._execution_device, self.vae.dtype)
+        video = upload(video, self._execution_device).to(self.vae.dtype)
         return self.vae.normalize(self.vae.encode(video).latent_dist.mode()).float().cpu()
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -387,12 +418,10 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         return torch.cat(chunks, dim=1)
 
 
-def signal(
-    transformer: KlingTransformer3DModel, vae: AutoencoderKLKling, camera: Trajectory, H: int, W: int, appended: tuple[int, ...] = ()
-) -> Tensor:
-    """The camera rays (24, G, h', w') at the resolution that the transformer folds."""
+def ray_grid(transformer: KlingTransformer3DModel, vae: AutoencoderKLKling, H: int, W: int) -> tuple[int, int]:
+    """The size of the grid of rays that the transformer folds, of a clip of H x W pixels."""
     scale = vae.spatial_factor // transformer.config.camera_downscale
-    return camera_signal(camera, H // scale, W // scale, appended)
+    return H // scale, W // scale
 
 
 def load_vae(path: str | Path = "") -> AutoencoderKLKling:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from kling.cameras.trajectory import Trajectory
 from kling.condition.state import Given
 from kling.errors import UserError
-from kling.sampling.inputs import Inputs, read_camera
+from kling.sampling.inputs import LAST, Inputs, read_camera
 from kling.sampling.request import Request
 from kling.shapes import TEMPORAL, clip_frames, latent_frames, nearest_frames
 
@@ -37,6 +37,7 @@ class Hop:
     frames: int
     start: int = 0  # pixel frame of the whole video at which it begins
     overlap: int = 0
+    pictures: tuple[int, ...] = ()  # which of `Inputs.keyframes` are those of `given`
 
     @property
     def end(self) -> int:
@@ -64,6 +65,7 @@ class Plan:
     guidance_interval: tuple[float, float] = (0.0, 1.0)  # noise levels at which there is guidance
     guidance_every: int = 1  # of those steps, how many share one computation of it
     guidance_reach: float = 0.0  # latent frames from a given one to where guidance is whole; 0: it is so everywhere
+    notes: tuple[str, ...] = ()  # what a person should know before it is made
 
     @property
     def frames(self) -> int:
@@ -82,44 +84,86 @@ class Plan:
     def title(self) -> str:
         """The task in words, as the command line prints it first."""
         hops = f", then {len(self.hops) - 1} continuations" if len(self.hops) > 1 and not self.hops[0].overlap else ""
-        return TASK_TITLES[self.task] + hops
+        lone = sum(len(hop.given.keyframes) for hop in self.hops) if self.task in ("continuation", "inpaint", "restyle") else 0
+        return TASK_TITLES[self.task] + (f" with {lone} keyframe{'s' * (lone > 1)}" if lone else "") + hops
 
 
 def plan_hops(request: Request, inputs: Inputs, frames: int, fps: float, longest: int, spatial: int) -> list[Hop]:
     """The clips to sample. frames: asked for. longest: that the model makes at once. spatial: pixels along a latent."""
+    whole = None if request.extend_to is None else clip_frames(request.extend_to, fps)
     if inputs.video is None:
-        first = _first(request, inputs, min(frames, longest))
-        asked = frames if request.extend_to is None else clip_frames(request.extend_to, fps)
-        return [first, *_continuations(first.end, max(asked, first.end), longest)]
-    there = len(inputs.video)
-    if inputs.mask is not None or request.strength is not None:
+        if whole is not None and whole < frames and (request.duration or request.num_frames):
+            raise UserError(f"extend_to {request.extend_to:g} s is shorter than the clip of {frames / fps:.1f} s: leave one of them out")
+        first = min(frames, longest, whole or frames)
+        begin = Hop(Given(known=int(inputs.image is not None or request.loop)), first)
+        hops = [begin, *_continuations(first, whole or frames, longest)]
+    elif request.edited:
         space = None
         if inputs.mask is not None:  # a latent with one pixel to make is made
             space = torch.nn.functional.max_pool2d((inputs.mask > 0.5).float()[None], spatial)[0]
-        return [Hop(Given(space=space, hold=request.strength or 0.0), there)]
-    asked = there + frames - 1 if request.extend_to is None else clip_frames(request.extend_to, fps)
-    if asked <= there:
-        line = f"the video is {there / fps:.1f} s long already: extend_to {request.extend_to:g} s adds nothing"
-        raise UserError(line, code="adds_nothing", there=f"{there / fps:.1f}", value=f"{request.extend_to:g}")
-    return _continuations(there, asked, longest)
+        hops = [Hop(Given(space=space, hold=request.strength or 0.0), len(inputs.video))]
+    else:
+        there = len(inputs.video)
+        if (whole or there + frames - 1) <= there:
+            asked = f"{frames} frame" if whole is None else f"extend_to {request.extend_to:g} s"
+            line = f"the video is {there / fps:.1f} s long already: {asked} adds nothing"
+            raise UserError(line, code="adds_nothing", there=f"{there / fps:.1f}", value=f"{(whole or 0) / fps:.1f}")
+        hops = _continuations(there, whole or there + frames - 1, longest)
+    if inputs.control is not None and len(inputs.control) < hops[-1].end:
+        lengths = f"control of {len(inputs.control)} frames for a clip of {hops[-1].end}"
+        raise UserError(f"{lengths}: give a longer one, or ask for fewer frames")
+    return _with_keyframes(request, inputs, hops)
+
+
+def plan_task(request: Request, hops: list[Hop]) -> str:
+    """What is done as a whole: the first hop's task, or what the keyframes of later hops make of it."""
+    first = hops[0].given
+    if first.space is not None or first.hold or hops[0].overlap or not any(hop.pictures for hop in hops[1:]):
+        return first.task(latent_frames(hops[0].frames))
+    keyframes = tuple((hop.start + t, strength) for hop in hops for t, strength in hop.given.keyframes)
+    return replace(first, keyframes=keyframes).task(latent_frames(hops[-1].end))
 
 
 def plan_camera(request: Request, hops: list[Hop], H: int, W: int) -> Trajectory | None:
     """The asked path from the first hop's first frame to the last hop's last. Frames that were there already stand still."""
     still = max(0, hops[0].overlap - 1)
+    if request.camera is not None and hops[-1].end == 1:
+        raise UserError("camera was given for a single picture, in which nothing can move: leave it out, or give a duration")
     camera = read_camera(request, hops[-1].end - hops[0].start - still, H, W)
     if camera is None or not still:
         return camera
     return Trajectory(*(torch.cat([t[:1].expand(still, *t.shape[1:]), t]) for t in (camera.c2w, camera.intrinsics)))
 
 
-def _first(request: Request, inputs: Inputs, frames: int) -> Hop:
-    """The clip that starts a video."""
-    if beyond := [t for _, t, _ in inputs.keyframes if t >= frames]:
-        line = f"keyframe at frame {beyond[0]}: this model makes {frames} frames at once, so give a frame up to {frames - 1}"
-        raise UserError(line, code="keyframe_beyond_model", frame=beyond[0], n=frames, last=frames - 1)
-    keyframes = [(t, strength) for _, t, strength in inputs.keyframes] + ([(frames - 1, 1.0)] if request.loop else [])
-    return Hop(Given(known=int(inputs.image is not None or request.loop), keyframes=tuple(keyframes)), frames)
+def _with_keyframes(request: Request, inputs: Inputs, hops: list[Hop]) -> list[Hop]:
+    """Every keyframe goes to the hop that makes its frame. Frames are those of the result, the video that is continued included."""
+    end, there = hops[-1].end, hops[0].start + hops[0].overlap
+    if request.loop and end == 1:
+        raise UserError("loop was asked for of a single picture: give a duration")
+    taken = {0: "image" if inputs.image is not None else "the loop's first frame"} if hops[0].given.known and not there else {}
+    names = ["keyframe"] * len(request.keyframes) + ["last_image" if request.last_image is not None else "loop"]
+    placed: list[list[int]] = [[] for _ in hops]
+    frames = [end - 1 if t == LAST else t for _, t, _ in inputs.keyframes]
+    for i, t in enumerate(frames):
+        if t >= end:
+            line = f"keyframe at frame {t} lies beyond the clip's last frame {end - 1}: give a smaller frame or a longer duration"
+            raise UserError(line, code="keyframe_beyond", frame=t, last=end - 1)
+        if t < there:
+            line = f"keyframe at frame {t} lies in the given video: the first frame that is made is {there}"
+            raise UserError(line, code="keyframe_in_video", frame=t, first=there)
+        if t in taken:
+            line = f"{taken[t]} and {names[i]} both fall on frame {t}: leave one out, or give a longer duration"
+            raise UserError(line, code="same_frame", field=taken[t], other=names[i], frame=t)
+        taken[t] = names[i]
+        placed[next(number for number, hop in enumerate(hops) if t < hop.end)].append(i)
+    return [
+        replace(
+            hop,
+            pictures=tuple(mine),
+            given=replace(hop.given, keyframes=tuple((frames[i] - hop.start, inputs.keyframes[i][2]) for i in mine)),
+        )
+        for hop, mine in zip(hops, placed, strict=True)
+    ]
 
 
 def _continuations(end: int, asked: int, longest: int) -> list[Hop]:

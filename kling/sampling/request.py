@@ -136,6 +136,20 @@ class Request:
             raise UserError("both loop and video were given: loop makes a clip of its own; leave one out")
         if self.mask is not None and self.outpaint is not None:
             raise UserError("both mask and outpaint were given: give one of them")
+        if self.outpaint is not None and self.aspect is not None:
+            raise UserError("both outpaint and aspect were given: outpaint names the aspect; leave aspect out")
+        if self.edited and self.extend_to is not None:
+            raise UserError(f"both {self.edited} and extend_to were given: one changes a video, the other makes it longer; do them in turn")
+        if self.video is not None and self.extend_to is not None and (self.duration or self.num_frames):
+            length = "duration" if self.duration else "num_frames"
+            raise UserError(f"both {length} and extend_to were given: one is what is added, the other the length of the whole; give one")
+        if self.camera is None and self.camera_scale != 1:
+            raise UserError(f"camera_scale {self.camera_scale:g} was given without a camera to scale: give camera too")
+
+    @property
+    def edited(self) -> str | None:
+        """What changes the frames that are given, by its name: mask, outpaint or strength; None if they are not changed."""
+        return next((name for name in ("mask", "outpaint", "strength") if getattr(self, name) is not None), None)
 
     def replace(self, **changes: Any) -> Request:
         """A copy with some fields changed, checked again."""

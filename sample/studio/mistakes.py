@@ -25,6 +25,10 @@ LINES: dict[str, tuple[str, str]] = {
         "同时选了循环和尾帧：循环会回到起点，请去掉其中一个",
     ),
     "nothing_marked": ("Nothing is marked: paint over what is to be made anew", "还没有涂抹：请涂抹需要重做的部分"),
+    "nothing_to_fill": (
+        "The clip has the aspect {value} already, so nothing is left to fill: choose another",
+        "视频已是 {value} 画幅，没有可扩展的部分：请选其他画幅",
+    ),
     "mask_damaged": ("", "涂抹的内容已损坏：请清除后重画"),
     "keyframe_without_picture": ("Keyframe: upload its picture first", "关键帧：请先上传图片"),
     "too_many_keyframes": ("At most {most} keyframes, each with a picture, a frame and a strength", "关键帧最多 {most} 个"),
@@ -32,9 +36,13 @@ LINES: dict[str, tuple[str, str]] = {
         "Keyframe at frame {frame} lies beyond the clip's last frame {last}: choose a smaller frame or more seconds",
         "第 {frame} 帧的关键帧超出了片段的最后一帧 {last}：请选更小的帧号，或加长时长",
     ),
-    "keyframe_beyond_model": (
-        "Keyframe at frame {frame}: this model makes {n} frames at once, so choose a frame up to {last}",
-        "第 {frame} 帧的关键帧：该模型一次生成 {n} 帧，请选不超过 {last} 的帧号",
+    "keyframe_in_video": (
+        "Keyframe at frame {frame} lies in the given video: the first frame that is made is {first}",
+        "第 {frame} 帧的关键帧落在所给的视频里：新生成的第一帧是 {first}",
+    ),
+    "same_frame": (
+        "{field} and {other} both fall on frame {frame}: leave one out, or choose more seconds",
+        "“{field}”和“{other}”都落在第 {frame} 帧：请去掉其中一个，或加长时长",
     ),
     "adds_nothing": (
         "The video is {there} s long already: extending it to {value} s adds nothing",
@@ -94,7 +102,7 @@ def told_to(lang: int, error: UserError) -> str:
 def label(lang: int, name: str, value: Any) -> str:
     """A value as the page calls it: fields and tasks by their words, files by their last name."""
     text = str(value)
-    if name == "field":
+    if name in ("field", "other"):
         return WORDS.get(LABELS.get(text, text), (text, text))[lang]
     if name in ("task", "able"):
         return ("、" if lang else ", ").join(_task(lang, task) for task in text.split(", "))

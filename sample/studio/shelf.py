@@ -40,9 +40,7 @@ class Result:
 
     @property
     def record_path(self) -> Path:
-        """FILE.json beside FILE; older versions named it by the stem."""
-        path = self.path.with_name(f"{self.path.name}.json")
-        return path if path.exists() or not self.path.with_suffix(".json").exists() else self.path.with_suffix(".json")
+        return records.find_record(self.path) or records.record_path(self.path)
 
     @property
     def record(self) -> dict[str, Any]:

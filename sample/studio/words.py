@@ -225,6 +225,7 @@ LABELS = {
     "keyframe's strength": "holds",
     "camera_file": "trajectory",
     "sigma": "noise_level",
+    "the loop's first frame": "loop",
 }
 
 OURS = "studio_"  # beside Gradio's own words

@@ -1,7 +1,8 @@
-"""What there is to scan: the videos and pictures of folders, csv and jsonl tables, and WebDataset tar shards, with their captions.
+"""What there is to scan: the videos and pictures of folders, csv, json and jsonl tables, and WebDataset tar shards, with their captions.
 
 A table needs a column with the file. Well-known names are found by themselves (OpenVid `video`, Panda and Koala `videoID`, ...); others are
 mapped, with a template where the column is only part of the name: {"path": "{videoID}.mp4", "caption": ["text", "text_zh"]}.
+A .json table is a list of such rows, as VideoX-Fun and DiffSynth keep them: [{"file_path": "a.mp4", "text": "...", "type": "video"}].
 """
 
 from __future__ import annotations
@@ -19,15 +20,15 @@ from pathlib import Path
 from typing import Any
 
 from kling.data.manifest import Caption, read_lines
-from kling.data.scan.sidecar import caption, captions_from, find_camera, parse_captions, read_captions
+from kling.data.scan.sidecar import caption, caption_suffixes, captions_from, captions_in, find_camera, nothing, read_captions
 from kling.errors import UserError, unknown
-from kling.runtime.files import Member, Source, file_of, head, member_of, read_bytes, sniff
+from kling.runtime.files import Member, Source, file_of, head, member_of, parse_json, sniff
 
 VIDEOS = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".gif", ".mpg", ".mpeg", ".ts", ".m2ts", ".flv", ".wmv", ".ogv", ".3gp")
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 TEXTS = (".txt", ".json", ".jsonl", ".csv", ".tsv", ".md", ".yaml", ".html")  # never opened in search of a video
 COLUMNS = {
-    "path": ("path", "video", "video_path", "file", "file_name", "filename", "videoID", "clip_id"),
+    "path": ("path", "video", "video_path", "file", "file_path", "file_name", "filename", "videoID", "clip_id"),
     "caption": ("caption", "captions", "text", "prompt"),
     "start": ("start", "start_time"),
     "end": ("end", "end_time"),
@@ -35,6 +36,7 @@ COLUMNS = {
     "camera": ("camera",),
 }
 csv.field_size_limit(1 << 24)  # Koala's captions are long
+TOO_DEEP = (RecursionError, MemoryError)  # what Python's parser says of brackets in brackets in brackets
 
 
 @dataclass(frozen=True)
@@ -76,9 +78,11 @@ class Listing:
                 candidates = self._folder(path)
             elif path.suffix.lower() in (".csv", ".tsv"):
                 candidates = self._table(path, _read_csv(path))
+            elif path.suffix.lower() == ".json":
+                candidates = self._table(path, _read_list(path))
             elif path.suffix.lower() == ".jsonl":
-                candidates = self._table(path, read_lines(path))
-            elif path.suffix.lower() == ".tar":
+                candidates = self._table(path, ((f"line {number}", row) for number, row in read_lines(path)))
+            elif is_tar(path):
                 candidates = self._tar(path)
             else:
                 head(path)  # refuses what is missing
@@ -86,17 +90,19 @@ class Listing:
             for one in candidates:
                 key = (os.path.abspath(file_of(one.source)), member_of(one.source), one.start, one.end)
                 found[key] = _joined(found[key], one) if key in found else one
+        if found and all(one.trouble and is_tar(one.source) for one in found.values()):
+            raise UserError(next(iter(found.values())).trouble)  # nothing but shards, and none can be read
         if not found:
             seen = f" ({sum(self.passed.values())} other files)" if self.passed else ""
             raise UserError(
-                f"no video or picture in {', '.join(map(str, paths))}{seen}: give folders, csv, jsonl or tar files that hold some"
+                f"no video or picture in {', '.join(map(str, paths))}{seen}: give folders, csv, json, jsonl or tar files that hold some"
             )
         return list(found.values())
 
     def _folder(self, root: Path) -> Iterator[Candidate]:
         for path in walk(root):
             suffix = path.suffix.lower()
-            if suffix == ".tar":
+            if is_tar(path):
                 yield from self._tar(path)
             elif suffix in VIDEOS + IMAGES or (suffix not in TEXTS and is_media(path)):
                 yield with_sidecars(path)
@@ -104,8 +110,12 @@ class Listing:
                 self.passed[suffix or "no suffix"] += 1
 
     def _tar(self, path: Path) -> Iterator[Candidate]:
-        """Media of a WebDataset shard; files of one sample share their name up to its first dot."""
+        """Media of a WebDataset shard; files of one sample share their name up to its first dot.
+
+        A damaged shard gives what lies before the damage, and last a candidate with the trouble.
+        """
         samples: dict[str, dict[str, Member]] = {}
+        trouble = ""
         try:
             with tarfile.open(path, "r:") as tar:
                 for entry in tar:
@@ -113,25 +123,32 @@ class Listing:
                         folder, _, name = entry.name.rpartition("/")
                         key, _, suffix = name.partition(".")
                         samples.setdefault(f"{folder}/{key}", {})[f".{suffix}"] = Member(path, entry.name, entry.offset_data, entry.size)
-        except (tarfile.TarError, OSError) as error:
-            raise UserError(f"{path} is not an uncompressed tar that can be read ({error}): unpack it, or make it again") from None
+                with path.open("rb") as file:  # tarfile takes a rotten header for the end
+                    file.seek(tar.offset)
+                    if (end := file.read(tarfile.BLOCKSIZE)) != bytes(tarfile.BLOCKSIZE):
+                        trouble = f"{path} is damaged at byte {tar.offset} of {path.stat().st_size}" if end else f"{path} is cut short"
+                        trouble += ": what lies behind is lost, so download or make it again"
+        except (tarfile.TarError, OSError, ValueError) as error:
+            trouble = f"{path} is not an uncompressed tar that can be read to its end ({error}): unpack it, or make it again"
         for parts in samples.values():
             media = {s: m for s, m in parts.items() if s.lower() in VIDEOS + IMAGES or (s.lower() not in TEXTS and is_media(m))}
-            self.passed.update(s for s in parts if s not in media and s not in (".txt", ".json"))
-            for member in media.values():
-                texts = [(s, parts[s]) for s in (".txt", ".json") if s in parts]
+            beside = {suffix: caption_suffixes(suffix) for suffix in media}
+            self.passed.update(s for s in parts if s not in media and not any(s in suffixes for suffixes in beside.values()))
+            for suffix, member in media.items():
                 try:
-                    captions = [c for s, m in texts for c in parse_captions(read_bytes(m), s, m)]
-                    yield Candidate(member, tuple(captions))
+                    yield Candidate(member, captions_in([parts[s] for s in beside[suffix] if s in parts]))
                 except UserError as error:
                     yield Candidate(member, trouble=str(error))
+        if trouble:
+            yield Candidate(path, trouble=trouble)
 
-    def _table(self, table: Path, rows: Iterable[tuple[int, dict[str, Any]]]) -> Iterator[Candidate]:
+    def _table(self, table: Path, rows: Iterable[tuple[str, dict[str, Any]]]) -> Iterator[Candidate]:
+        """Files of rows, each of which comes with its place in the table: "line 3"."""
         root = Path(self.root) if self.root else table.parent
-        for number, row in rows:
-            where = f"{table} line {number}"
+        for place, row in rows:
+            where = f"{table} {place}"
             path = self._field(row, "path", where)
-            if path is None:
+            if not isinstance(path, str | int):
                 raise UserError(f"{where} names no file; its columns are {', '.join(row)}: map one with path=COLUMN or path={{COLUMN}}.mp4")
             captions = [c for value in self._fields(row, "caption", where) for c in _captions(value, where)]
             camera = self._field(row, "camera", where)
@@ -154,19 +171,16 @@ class Listing:
     def _fields(self, row: dict[str, Any], field: str, where: str) -> list[Any]:
         """The values of a field in a row: of all columns that it is mapped to, or else of the first well-known one that is not empty."""
         if field not in self.mapping:
-            return [row[name] for name in COLUMNS[field] if row.get(name) not in (None, "")][:1]
-        values = []
+            return [row[name] for name in COLUMNS[field] if not nothing(row.get(name))][:1]
+        values: list[Any] = []
         for column in self.mapping[field]:
             if "{" in column:
-                try:
-                    values.append(column.format(**row))
-                except (KeyError, IndexError, ValueError) as error:
-                    raise UserError(f"{where} has no column {error} for {field}={column}: its columns are {', '.join(row)}") from None
+                values.append(_filled(column, row, f"{field}={column}", where))
             elif column in row:
                 values.append(row[column])
             else:
                 raise unknown(f"column in {where}:", column, row)
-        return values
+        return [value for value in values if not nothing(value)]
 
     def _stretches(self, row: dict[str, Any], where: str) -> list[tuple[float | None, float | None]]:
         stamps = self._field(row, "timestamp", where)
@@ -176,7 +190,7 @@ class Listing:
             pairs = ast.literal_eval(stamps) if isinstance(stamps, str) else stamps
             pairs = pairs if isinstance(pairs[0], list | tuple) else [pairs]
             return [(seconds(a, where), seconds(b, where)) for a, b in pairs]
-        except (ValueError, SyntaxError, TypeError, IndexError, KeyError):
+        except (ValueError, SyntaxError, TypeError, IndexError, KeyError, *TOO_DEEP):
             raise UserError(f"{where}: timestamp {stamps!r}: give [start, end], or a list of such pairs") from None
 
 
@@ -240,19 +254,59 @@ def _captions(value: Any, where: str) -> list[Caption]:
     if isinstance(value, str) and value.startswith("[") and value.endswith("]"):
         try:
             value = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            return [caption(value)]  # a sentence in brackets
-    if isinstance(value, list):
-        return captions_from({"captions": value}, where)
-    return [caption(str(value))] if value not in (None, "") and str(value).strip() else []
+        except (ValueError, SyntaxError, *TOO_DEEP):
+            return [caption(value, where=where)]  # a sentence in brackets
+    return captions_from({"captions": value}, where)
 
 
-def _read_csv(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
+def _filled(template: str, row: dict[str, Any], word: str, where: str) -> str:
+    """A template with a row's cells in place of {column}. Nothing else means anything between the brackets."""
+
+    def cell(found: re.Match[str]) -> str:
+        name = found[1]
+        if name not in row:
+            raise UserError(f"{where} has no column '{name}' for {word}: its columns are {', '.join(row)}")
+        if not isinstance(row[name], str | int | float) or nothing(row[name]):
+            raise UserError(f"{where} has nothing to put for {{{name}}} in {word}: fill the cell, or take the row out")
+        return str(row[name])
+
+    return re.sub(r"\{([^{}]*)\}", cell, template)
+
+
+def is_tar(source: Source) -> bool:
+    return isinstance(source, Path) and source.suffix.lower() == ".tar"
+
+
+def _read_csv(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
     head(path)
+    place = "line 1"
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+            reader = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
+            names = reader.fieldnames or []
+            if double := [name for name in names if name and names.count(name) > 1]:
+                raise UserError(f"{path} has two columns '{double[0]}': give each its own name")
             for row in reader:
-                yield reader.line_num, {name: value for name, value in row.items() if name is not None}
+                place = f"line {reader.line_num}"
+                if any(cell.strip() for cell in row.pop(None, [])):  # a comma in a text that has no quotes around it
+                    many = f"{path} {place} has more cells than the {len(names)} columns of the first line"
+                    raise UserError(f'{many}: put texts that hold commas in double quotes, such as a.mp4,"a red ball, rolling"')
+                yield place, row
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path} cannot be read as a table ({error}): give csv in UTF-8 with a first line of column names") from None
+        what = f"{path} cannot be read as a table, after {place} ({error})"
+        raise UserError(f"{what}: give csv in UTF-8 with a first line of column names, quotes inside quotes doubled") from None
+
+
+def _read_list(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    head(path)
+    try:
+        rows = parse_json(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as a table ({error}): give JSON in UTF-8, a list of rows") from None
+    if not isinstance(rows, list):
+        raise UserError(f'{path} holds a {type(rows).__name__}: give a list of rows, such as [{{"file_path": "a.mp4", "text": "..."}}]')
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            what = f"{path} entry {number} holds a {type(row).__name__}"
+            raise UserError(f'{what}: give rows, such as {{"file_path": "a.mp4", "text": "..."}}')
+        yield f"entry {number}", row

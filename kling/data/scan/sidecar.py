@@ -2,58 +2,88 @@
 
 cats/a.mp4   cats/a.txt           one caption a line
 dogs/b.webm  dogs/b.json          {"caption": "..."} or {"captions": ["...", {"text": "...", "language": "zh", "weight": 2}]}
-run/c.mp4    run/c.camera.json    {"fps": 8, "intrinsics": [T][4], "c2w": [T][3][4]}, or RealEstate10K text in run/c.camera.txt
+made/c.mp4   made/c.mp4.json      what kling-sample writes beside its videos: the prompt is the caption
+run/d.mp4    run/d.camera.json    {"fps": 8, "intrinsics": [T][4], "c2w": [T][3][4]}, or RealEstate10K text in run/d.camera.txt
+
+Where there are a text and a JSON, as video2dataset writes them, the text is taken. A JSON without a caption is the user's own metadata.
 """
 
 from __future__ import annotations
 
-import json
 import math
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from kling.data.manifest import Caption
 from kling.errors import UserError
+from kling.runtime.files import Source, parse_json, read_bytes
+
+# Control characters, and what `str.splitlines` takes for the end of a line though nobody who writes a sentence does.
+STRAY = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\x85\u2028\u2029]+")
+NONE = ("", "nan", "NaN", "NAN")
+
+
+def caption_suffixes(media: str) -> tuple[str, str, str]:
+    """The suffixes of caption files beside one whose name ends in `media`, in the order in which they are looked at."""
+    return ".txt", ".json", f"{media}.json"
 
 
 def read_captions(media: Path) -> tuple[Caption, ...]:
-    """The captions beside a file, () if there are none. Raises `UserError` if the caption file is empty, doubled or ill-formed."""
-    text, record = media.with_suffix(".txt"), media.with_suffix(".json")
-    present = [path for path in (text, record) if path.is_file()]
-    if len(present) == 2:
-        raise UserError(f"{media} has both {text.name} and {record.name}: keep one")
-    if not present:
-        return ()
-    (path,) = present
-    try:
-        body = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): check its permissions") from None
-    return parse_captions(body, path.suffix, path)
+    """The captions beside a file, () if there are none. Raises `UserError` if the caption file is empty or ill-formed."""
+    beside = (media.with_suffix(suffix) for suffix in caption_suffixes(media.suffix))
+    return captions_in([path for path in beside if path.is_file()])
 
 
-def parse_captions(body: bytes, suffix: str, where: object) -> tuple[Caption, ...]:
-    """Captions in the bytes of a .txt (one a line) or a .json. Raises `UserError` that names `where`."""
+def captions_in(sources: Sequence[Source]) -> tuple[Caption, ...]:
+    """The captions of the first caption file that holds any. Raises `UserError` for an ill-formed one, and if a text alone is empty."""
+    for source in sources:
+        try:
+            body = read_bytes(source)
+        except OSError as error:
+            raise UserError(f"{source} cannot be read ({error.strerror}): check its permissions") from None
+        if captions := parse_captions(body, is_text(source), source):
+            return captions
+    if sources and is_text(sources[0]):
+        raise UserError(f"{sources[0]} holds no caption: write one a line, or remove the file and train with unconditional")
+    return ()
+
+
+def is_text(source: Source) -> bool:
+    return source.name.endswith(".txt")
+
+
+def parse_captions(body: bytes, text: bool, where: object) -> tuple[Caption, ...]:
+    """Captions in the bytes of a text (one a line) or of a JSON. Raises `UserError` that names `where`."""
     try:
-        text = body.decode("utf-8-sig")
-        captions = captions_from(json.loads(text), where) if suffix == ".json" else [caption(line) for line in text.splitlines()]
+        words = body.decode("utf-8-sig")
+        lines = re.split("\r\n|\r|\n", words)
+        captions = [caption(line, where=where) for line in lines] if text else captions_from(parse_json(words), where)
     except UnicodeDecodeError:
         raise UserError(f"{where} is not UTF-8: save it as UTF-8") from None
-    except json.JSONDecodeError as error:
+    except UserError:
+        raise
+    except ValueError as error:
         raise UserError(f"{where} is not JSON ({error}): repair it") from None
-    captions = tuple(c for c in captions if c.text)
-    if not captions:
-        raise UserError(f"{where} holds no caption: write one a line, or remove the file and train with unconditional")
-    return captions
+    return tuple(c for c in captions if c.text)
 
 
 def captions_from(record: Any, where: object) -> list[Caption]:
-    """The captions of {"caption": ..., "captions": [...]}, each a text or {"text", "language", "weight"}; other keys are the user's own."""
+    """The captions of {"caption": ..., "captions": [...]} (or "text", or "prompt"), each a text or {"text", "language", "weight"}.
+
+    Also of the record of a video that kling-sample made, and of a bare list of texts. Other keys are the user's own.
+    """
+    if isinstance(record, list):
+        record = {"captions": record} if any(isinstance(x, str) for x in record) else {}
+    if not isinstance(record, dict):
+        return []
+    request = record["request"] if isinstance(record.get("request"), dict) and "frames" in record else {}
+    names = ("caption", "captions") if {"caption", "captions"} & record.keys() else ("text",) if "text" in record else ("prompt",)
     found: list[Any] = []
-    for key in ("caption", "captions"):
-        value = record.get(key, []) if isinstance(record, dict) else None
-        found += value if isinstance(value, list) else [value]
-    captions = [caption(c) if isinstance(c, str) else _weighted(c) if isinstance(c, dict) else None for c in found]
+    for value in (record.get(name) for name in names) if not request else (request.get("prompt"),):
+        found += value if isinstance(value, list) else [] if nothing(value) else [value]
+    captions = [caption(c, where=where) if isinstance(c, str) else _weighted(c, where) if isinstance(c, dict) else None for c in found]
     if None in captions:
         raise UserError(
             f'{where}: captions must be text: write {{"caption": "..."}} or {{"captions": ["...", {{"text": "...", "weight": 2}}]}}'
@@ -61,16 +91,26 @@ def captions_from(record: Any, where: object) -> list[Caption]:
     return captions
 
 
-def caption(text: str, language: str = "", weight: float = 1.0) -> Caption:
-    """A caption, its language told from its script where it is not given."""
-    text = text.strip()
+def nothing(value: Any) -> bool:
+    """True for a cell without a value: none, an empty text, and what pandas writes for none."""
+    return value is None or (isinstance(value, float) and math.isnan(value)) or (isinstance(value, str) and value.strip() in NONE)
+
+
+def caption(text: str, language: str = "", weight: float = 1.0, where: object = "") -> Caption:
+    """A caption, its language told from its script where it is not given. Control characters and odd ends of lines become spaces.
+
+    Raises `UserError` that names `where` for half a surrogate pair, which no file in UTF-8 can hold.
+    """
+    text = STRAY.sub(" ", text).strip()
+    if any("\ud800" <= c <= "\udfff" for c in text):
+        raise UserError(f"{where}: the caption {text[:60]!r} holds half of a character, cut in the middle: write it again".lstrip(": "))
     return Caption(text, language or ("zh" if any("\u4e00" <= c <= "\u9fff" for c in text) else "en"), weight)
 
 
-def _weighted(record: dict[str, Any]) -> Caption | None:
+def _weighted(record: dict[str, Any], where: object) -> Caption | None:
     text, language, weight = record.get("text"), record.get("language", ""), record.get("weight", 1.0)
     good = isinstance(text, str) and isinstance(language, str) and isinstance(weight, int | float) and not isinstance(weight, bool)
-    return caption(text, language, float(weight)) if good and math.isfinite(weight) and weight > 0 else None
+    return caption(text, language, float(weight), where) if good and math.isfinite(weight) and weight > 0 else None
 
 
 def find_camera(media: Path) -> Path | None:
