@@ -80,7 +80,7 @@ class Studio:
     def make(
         self, visitor: str, requests: Request | list[Request], owner: str = "", weights: Weights | None = None, **kept: Any
     ) -> Generator[Any, None, list[Result]]:
-        """Sample requests in turn: yields `Waiting`, `Step` and each `Result` but the last, returns them all. kept: see `ModelQueue.run`."""
+        """Sample requests in turn: yields `Waiting`, `Step` and each `Result` but the last, returns all. kept: see `ModelQueue.run`."""
         requests, weights = requests if isinstance(requests, list) else [requests], weights or Weights()
         planner = self._planner(weights.model)
         for request in requests:
