@@ -92,6 +92,7 @@ class Events:
                 return None
             if note:
                 gr.Info(say(language(request), "brought", **note), duration=12, title="")
+                return self.studio.uploads.accept(payload, kind)  # shown as it is used
             return gr.skip()
 
         return check

@@ -103,12 +103,30 @@
     input.dispatchEvent(new Event("change", { bubbles: true }));
   });
 
-  // A GIF is a video here, and the page says so; the browser's own filter would not let it through.
-  const gifs = () => {
-    for (const input of document.querySelectorAll("#clip input[type=file], #vae-clip input[type=file]"))
+  // A GIF is a video here, and the page says so; Gradio's own filter lets through what calls itself one.
+  const CLIPS = "#clip, #vae-clip";
+  const renamed = (files) => {
+    const all = new DataTransfer();
+    for (const file of files) all.items.add(file.type === "image/gif" ? new File([file], file.name, { type: "video/gif" }) : file);
+    return all.files;
+  };
+  const gif = (files) => [...files].some((file) => file.type === "image/gif");
+  document.addEventListener("change", (event) => {
+    if (event.target.closest?.(CLIPS) && event.target.files && gif(event.target.files)) event.target.files = renamed(event.target.files);
+  }, true);
+  document.addEventListener("drop", (event) => {
+    const input = event.target.closest?.(CLIPS)?.querySelector("input[type=file]");
+    if (!input || !event.dataTransfer || !gif(event.dataTransfer.files)) return;
+    event.preventDefault();
+    event.stopPropagation();
+    input.files = renamed(event.dataTransfer.files);
+    input.dispatchEvent(new Event("change", { bubbles: true }));
+  }, true);
+  const choosable = () => {
+    for (const input of document.querySelectorAll(":is(#clip, #vae-clip) input[type=file]"))
       if (input.accept && !input.accept.includes("gif")) input.accept += ",.gif,image/gif";
   };
-  new MutationObserver(gifs).observe(document.documentElement, { childList: true, subtree: true });
+  new MutationObserver(choosable).observe(document.documentElement, { childList: true, subtree: true });
 
   // ---- what one of two compared videos does, the other does ----
 

@@ -154,12 +154,12 @@ class Uploads:
         return path
 
     def _check_video(self, path: Path) -> str | tuple[str, dict[str, Any]]:
-        """The ending of a video that is kept as it is; of one that is brought down, its copy and what was done."""
+        """The ending of a video that is kept as it is; of one that is brought down, or that no browser plays, its copy and what was done."""
         demuxer = _measure_video(path)
         info = probe(path)
         size = covering(info, self.sizes)
         seconds = min(info.duration, MAX_SECONDS, MAX_DECODED / (info.width * info.height * info.fps))
-        if size[0] * size[1] * 2 > info.width * info.height and seconds == info.duration:
+        if demuxer != "gif" and size[0] * size[1] * 2 > info.width * info.height and seconds == info.duration:
             return ENDINGS.get(demuxer, f".{demuxer}")
         frames = min(info.count(self.fps), max(1, round(seconds * self.fps)))
         kept = self.store / f"{input_hash(path)[:24]}-{size[1]}x{size[0]}-{self.fps:g}-{frames}.mp4"
