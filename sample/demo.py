@@ -78,7 +78,8 @@ def prepare(args: argparse.Namespace, arrivals: Path) -> tuple:
     shelf = Shelf(Path(args.out), model, args.keep)
     uploads = Uploads(arrivals, shelf.inputs, pipe.config.fps, pipe.config.get("sizes") or ASPECTS)
     queue = ModelQueue(places=args.places, seconds=None if args.minutes is None else 60 * args.minutes)
-    studio = Studio(pipe, model, shelf, uploads, Path(args.run) if args.run else None, queue, Door(arrivals, own_names(args.host)))
+    door = Door(arrivals, own_names(args.host), kept=(shelf.inputs,), tidy=shelf.tidy_inputs)
+    studio = Studio(pipe, model, shelf, uploads, Path(args.run) if args.run else None, queue, door)
     studio.models, studio.loras = chosen_folders(args.models), chosen_files(args.loras)
     return studio, build(studio), launch_settings(studio)
 

@@ -77,8 +77,10 @@ def test_an_address_has_a_share_of_uploads_and_the_server_a_whole(site, tmp_path
     monkeypatch.setattr(door, "_brought", {})
     monkeypatch.setattr(door, "limits", Limits(hourly=int(2.5 * size)))
     assert [site.upload(picture).status_code for _ in range(3)] == [200, 200, 429]
+    tidied: list[int] = []
     monkeypatch.setattr(door, "limits", Limits(stored=size // 2))
-    assert site.upload(picture).status_code == 507
+    monkeypatch.setattr(door, "tidy", lambda: tidied.append(1))
+    assert site.upload(picture).status_code == 507 and tidied
     monkeypatch.setattr(door, "limits", Limits(uploads=0))
     assert site.upload(picture).status_code == 429
     monkeypatch.setattr(door, "limits", Limits())

@@ -43,7 +43,7 @@ class TooMuch(Exception):
 
 @dataclass
 class Limits:
-    """file: bytes of one upload. hourly: bytes that one address may upload in an hour. stored: bytes that may lie in `arrivals` in all.
+    """file: bytes of one upload. hourly: bytes that one address may upload in an hour. stored: bytes that may lie here in all.
 
     uploads: at a time and address. seconds: that one request may take to arrive.
     """
@@ -64,6 +64,8 @@ class Door:
     limits: Limits = field(default_factory=Limits)
     listening: Counter[str] = field(default_factory=Counter)  # open streams of events, by session
     session_of: Callable[[str], str] = staticmethod(lambda event: event)  # Gradio's session of an event
+    kept: tuple[Path, ...] = ()  # where accepted uploads lie, beside `arrivals`
+    tidy: Callable[[], None] | None = None  # gives back what nothing needs any more
     convert: Callable[[str], None] | None = None  # makes a file of the shelf that is asked for under this name
     _brought: dict[str, deque[tuple[float, int]]] = field(default_factory=dict)  # address -> (when, bytes)
     _bringing: Counter[str] = field(default_factory=Counter)
@@ -119,8 +121,14 @@ class Door:
             raise TooMuch(429, f"{limits.uploads} uploads are under way already: wait for one")
         if sum(count for _, count in brought) + size > limits.hourly:
             raise TooMuch(429, f"more than {limits.hourly // MIB} MiB uploaded in an hour: try again later")
-        if sum(_size(path) for path in self.arrivals.rglob("*")) + size > limits.stored:
+        if self._stored() + size > limits.stored and self.tidy:
+            self.tidy()
+        if self._stored() + size > limits.stored:
             raise TooMuch(507, "the server has no room for uploads: try again in an hour")
+
+    def _stored(self) -> int:
+        """Bytes of everything that visitors brought and that lies here still."""
+        return sum(_size(path) for folder in (self.arrivals, *self.kept) for path in folder.rglob("*"))
 
     def brought(self, address: str, count: int) -> None:
         self._brought.setdefault(address, deque()).append((time.monotonic(), count))

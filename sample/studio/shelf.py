@@ -114,7 +114,7 @@ class Shelf:
         return sorted(ages, key=ages.__getitem__, reverse=True)
 
     def _tidy(self) -> None:
-        """Drop the oldest results beyond `keep` of whoever has most, and inputs that none of the rest was made from."""
+        """Drop the oldest results beyond `keep` of whoever has most, and inputs that nothing needs."""
         stay = self.results()
         while len(stay) > self.keep:
             most = Counter(self._owners.get(one.id, "") for one in stay).most_common(1)[0][0]
@@ -123,7 +123,11 @@ class Shelf:
             self._owners.pop(gone.id, None)
             for path in (gone.record_path, gone.path, *self.folder.glob(f"{gone.id}.*")):
                 path.unlink(missing_ok=True)
-        used = {name for one in stay for name in one.record["inputs"]}
+        self.tidy_inputs()
+
+    def tidy_inputs(self) -> None:
+        """Drop inputs that no result was made from and that nobody has touched for a while."""
+        used = {name for one in self.results() for name in one.record["inputs"]}
         old = time.time() - UNUSED_SECONDS
         for path in self.inputs.iterdir():
             if str(path) not in used and path.stat().st_mtime < old:

@@ -154,7 +154,7 @@ class Uploads:
         return path
 
     def _check_video(self, path: Path) -> str | tuple[str, dict[str, Any]]:
-        """The ending of a video that is kept as it is; of one that is brought down, or that no browser plays, its copy and what was done."""
+        """The ending of a video that is kept as it is; of one that is brought down, or that no browser plays, its copy and a note."""
         demuxer = _measure_video(path)
         info = probe(path)
         size = covering(info, self.sizes)
