@@ -256,7 +256,9 @@ def test_a_tab_that_is_loaded_anew_finds_its_job_and_its_form(browser, site, tmp
 
 
 @pytest.mark.slow
-def test_a_mask_can_be_undone_erased_and_cleared_and_the_line_follows(page, site, tmp_path):
+def test_a_mask_can_be_undone_erased_and_cleared_and_the_line_follows(browser, site, tmp_path):
+    page = new_page(browser)
+    open_for_short_clips(page, site)
     tab(page, "Video")
     upload(page, "#clip", clip(tmp_path / "clip.mp4", 9))
     understood(page, "continuation of a video")
@@ -304,6 +306,23 @@ def test_a_mask_can_be_undone_erased_and_cleared_and_the_line_follows(page, site
     stroke(0.5)
     assert marked() > 2 * one  # the brush is larger
     understood(page, "filling of a video")
+    before = marked()
+    page.wait_for_function("JSON.parse(sessionStorage.getItem('kling-studio-form')).some((v) => `${v}`.startsWith('data:image/png'))")
+    page.reload()  # what was painted comes back with the form
+    page.wait_for_selector("#plan :text('filling of a video')")
+    tab(page, "Video")
+    page.wait_for_selector(".painter canvas")
+    page.wait_for_function("window.studio.withMask([0], 0)[0]?.startsWith('data:')")
+    assert abs(marked() - before) < 0.5
+    generate(page)
+    record = site.studio.shelf.get(page.get_attribute(".card", "data-id")).record_path
+    other = new_page(browser)  # and with a record, in another browser
+    other.goto(site.url)
+    other.wait_for_selector("#plan p")
+    other.set_input_files("input[type=file]:has(+ #restore)", str(record))
+    understood(other, "filling of a video")
+    other.context.close()
+    page.context.close()
 
 
 @pytest.mark.slow

@@ -108,6 +108,7 @@ class Form:
         self.fields["strength"] = gr.Slider(0, 1, 0.4, step=0.05, label=t("strength"), visible=False)
         with gr.Column(visible=False) as self.painting:
             gr.Markdown(t("paint"))
+            self.painted = gr.JSON({}, visible=False)  # {"video", "mask"}: what was painted on which clip, when it comes back
             self.fields["mask"] = gr.HTML(padding=False, elem_id="mask", html_template="${value}")
         aspects = list(self.studio.sizes)
         self.fields["outpaint"] = gr.Radio(aspects, value=aspects[-1], label=t("outpaint_to"), visible=False)

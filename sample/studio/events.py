@@ -11,7 +11,7 @@ from typing import Any
 import gradio as gr
 from kling_programs.sample.studio import camera, views
 from kling_programs.sample.studio.create import Form, Stage
-from kling_programs.sample.studio.form import FIELDS, KINDS, Fields, apart, check_number, checked, request_of
+from kling_programs.sample.studio.form import FIELDS, KINDS, Fields, apart, check_number, checked, mask_of, request_of
 from kling_programs.sample.studio.jobs import Stopped, Waiting
 from kling_programs.sample.studio.mistakes import without_folders
 from kling_programs.sample.studio.restore import fields_of, record_at
@@ -42,6 +42,7 @@ WITH_LIST = "(...v) => window.studio.withList(v)"
 WITH_BOTH = f"(...v) => window.studio.withList(window.studio.withMask(v, {MASK}))"
 SAVED = "() => [window.studio.saved()]"
 APPLY = "(mine) => window.studio.apply(mine)"
+HOLD = "(painted) => window.studio.hold(painted)"
 AWAKE = "() => window.studio.awake()"
 
 
@@ -69,7 +70,7 @@ class Events:
 
         shown = [fields["strength"], form.painting, fields["outpaint"]]
         fields["use"].change(self.show_use, fields["use"], shown, **QUICK)
-        fields["video"].change(self.paint_on, [fields["video"], fields["aspect"]], fields["mask"], **RAW)
+        fields["video"].change(self.paint_on, [fields["video"], fields["aspect"], form.painted], fields["mask"], **RAW)
 
         form.shot.input(self.master_shot, form.shot, [fields[name] for name in UNITS], **QUICK)
         moved = [fields[name] for name in CAMERA]  # one event for all: answers to several would overtake each other
@@ -79,8 +80,10 @@ class Events:
         form.reuse.click(lenient(self.last_seed), self.stage.mine, fields["seed"], js=WITH_LIST, **QUICK)
         planned = [c for name, c in fields.items() if name != "mask" and hasattr(c, "change")]
         gr.on([*(c.change for c in planned), form.checked.click], self.explain, form.inputs, form.plan, js=KEEPING, **QUICK)
-        filled = [*form.inputs, form.timeline]
-        form.restore.upload(self.restore, form.restore, filled, **RAW)
+        filled = [*form.inputs, form.timeline, form.painted]
+        form.restore.upload(self.restore, form.restore, filled, **RAW).then(None, form.painted, None, js=HOLD, **QUICK).then(
+            self.explain, form.inputs, form.plan, js=KEEPING, **QUICK
+        )
         self.filled = filled
 
     def _checker(self, kind: str) -> Any:
@@ -160,12 +163,18 @@ class Events:
                     shown.append(checked(name, value))
             except UserError:
                 shown.append(gr.skip())
+        video, painted = shown[FIELDS.index("video")], {}
+        try:
+            if isinstance(video, str) and (mask := mask_of(fields.get("mask"), self.studio.uploads)):
+                painted = {"video": video, "mask": mask}
+        except UserError:
+            pass
         rows = shown[FIELDS.index("keyframes")]
         try:
             shown.append(self._timeline(rows, fields.get("duration")) if isinstance(rows, list) else gr.skip())
         except UserError:
             shown.append(gr.skip())
-        return shown
+        return [*shown, painted]
 
     @guarded
     def add_keyframe(self, request: gr.Request, picture: Any, frame: Any, strength: Any, rows: Any, seconds: Any) -> Generator:
@@ -191,15 +200,18 @@ class Events:
         return views.timeline(frames, marks) if marks else ""
 
     @guarded
-    def paint_on(self, request: gr.Request, payload: Any, aspect: Any) -> Generator:
-        """The first frame of the clip, at the size that will be made, to paint the mask on."""
+    def paint_on(self, request: gr.Request, payload: Any, aspect: Any, painted: Any) -> Generator:
+        """The first frame of the clip, at the size that will be made, to paint the mask on; with what was painted on it before."""
         video = self.studio.uploads.accept(payload, "video")
         if video is None:
             yield ""
             return
         asked = Request(video=video, aspect=Fields({"aspect": aspect}).choice("aspect", ASPECTS))
-        lang = language(request)
-        yield views.painter(lang, fit(read_video(video, num_frames=1).frames[0], *clip_size(asked, self.studio.sizes)).numpy())
+        before = None
+        if isinstance(painted, dict) and painted.get("video") == video:
+            before = self.studio.uploads.accept(painted.get("mask"), "image")
+        picture = fit(read_video(video, num_frames=1).frames[0], *clip_size(asked, self.studio.sizes)).numpy()
+        yield views.painter(language(request), picture, before)
 
     # ---- the camera ----
 
@@ -247,7 +259,7 @@ class Events:
     def wire_load(self, page: gr.Blocks) -> None:
         """What happens when a tab is opened, or loaded anew."""
         form, stage = self.form, self.stage
-        page.load(self.resume, stage.saved, self.filled, js=SAVED, **RAW).then(
+        page.load(self.resume, stage.saved, self.filled, js=SAVED, **RAW).then(None, form.painted, None, js=HOLD, **QUICK).then(
             self.explain, form.inputs, form.plan, js=WITH_MASK, **QUICK
         ).then(None, js=AWAKE, **QUICK)
         page.load(self.welcome, stage.mine, self.outputs, js=WITH_LIST, **RAW).then(None, stage.mine, stage.mine, js=APPLY, **QUICK)

@@ -173,9 +173,14 @@ def check_number(name: str, value: Any, low: float, high: float, default: float 
     return float(value)
 
 
+def mask_of(value: Any, uploads: Any) -> str | None:
+    """The kept file of a drawing or an upload."""
+    return uploads.accept_drawing(value) if isinstance(value, str) and value.startswith("data:") else uploads.accept(value, "image")
+
+
 def _mask(value: Any, uploads: Any) -> str:
     """A drawing of the page (a data URL), or an uploaded picture."""
-    mask = uploads.accept_drawing(value) if isinstance(value, str) and value.startswith("data:") else uploads.accept(value, "image")
+    mask = mask_of(value, uploads)
     if mask is None:
         raise UserError("nothing is marked: paint over what is to be made anew", code="nothing_marked")
     return mask

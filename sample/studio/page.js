@@ -7,7 +7,7 @@
   const random = () => [...crypto.getRandomValues(new Uint8Array(16))].map((b) => b.toString(16).padStart(2, "0")).join("");
   let tab = read(sessionStorage, TAB, null);
   if (!tab) write(sessionStorage, TAB, (tab = random()));
-  let awake = false;
+  let awake = false, pending = null;
 
   window.studio = {
     // The list is the browser's, not the tab's: it is read anew for every event, and only what changed is written.
@@ -20,9 +20,11 @@
       }
       return [rest];
     },
-    withMask: (v, place) => { v[place] = mask(); return v; },
+    // Gradio draws a tab when it is first opened: until then there is no canvas, and what came back stands for it.
+    withMask: (v, place) => { v[place] = canvasOf() ? mask() : pending; return v; },
+    hold: (painted) => { pending = painted?.mask ?? null; return []; },
     // The form is the tab's; it is kept once it has been filled again with what was kept before.
-    keep: (v) => { if (awake) write(sessionStorage, FORM, v.map((x) => (typeof x === "string" && x.startsWith("data:") ? null : x))); return v; },
+    keep: (v) => { if (awake) write(sessionStorage, FORM, v); return v; },
     saved: () => read(sessionStorage, FORM, null),
     awake: () => { awake = true; return []; },
   };
@@ -40,6 +42,7 @@
     pen.lineCap = pen.lineJoin = "round";
     pen.strokeStyle = "#fff";
     for (const stroke of list) {
+      if (stroke.image) { pen.drawImage(stroke.image, 0, 0, canvas.width, canvas.height); continue; }
       pen.globalCompositeOperation = stroke.erase ? "destination-out" : "source-over";
       pen.lineWidth = stroke.width;
       pen.beginPath();
@@ -78,6 +81,23 @@
     strokes = action === "undo" ? strokes.slice(0, -1) : [];
     changed();
   });
+
+  // What was painted before comes back as the first stroke: its white, without its black.
+  async function begin(canvas) {
+    const picture = new Image();
+    picture.src = canvas.dataset.before;
+    delete canvas.dataset.before;
+    await picture.decode();
+    const layer = document.createElement("canvas");
+    [layer.width, layer.height] = [picture.width, picture.height];
+    const pen = layer.getContext("2d");
+    pen.drawImage(picture, 0, 0);
+    const pixels = pen.getImageData(0, 0, layer.width, layer.height);
+    for (let i = 0; i < pixels.data.length; i += 4) pixels.data[i + 3] = pixels.data[i];
+    pen.putImageData(pixels, 0, 0);
+    [painted, strokes] = [canvas, [{ image: layer }]];
+    changed();
+  }
 
   // The mask as a PNG: white is painted, black is kept. null if nothing is.
   function mask() {
@@ -122,11 +142,12 @@
     input.files = renamed(event.dataTransfer.files);
     input.dispatchEvent(new Event("change", { bubbles: true }));
   }, true);
-  const choosable = () => {
+  const drawn = () => {
+    if (canvasOf()?.dataset.before) begin(canvasOf());
     for (const input of document.querySelectorAll(":is(#clip, #vae-clip) input[type=file]"))
       if (input.accept && !input.accept.includes("gif")) input.accept += ",.gif,image/gif";
   };
-  new MutationObserver(choosable).observe(document.documentElement, { childList: true, subtree: true });
+  new MutationObserver(drawn).observe(document.documentElement, { childList: true, subtree: true });
 
   // ---- what one of two compared videos does, the other does ----
 

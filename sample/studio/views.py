@@ -182,8 +182,8 @@ def drawings(lang: int, path: str, motion: str, file: str) -> str:
     return '<div class="drawings">' + "".join(f"<figure>{svg}<figcaption>{text}</figcaption></figure>" for svg, text in figures) + "</div>"
 
 
-def painter(lang: int, picture: np.ndarray) -> str:
-    """A picture to paint on, and the tools; page.js does the painting."""
+def painter(lang: int, picture: np.ndarray, before: str | None = None) -> str:
+    """A picture to paint on, and the tools; page.js does the painting. before: a mask that was painted already, a file of the store."""
     H, W = picture.shape[:2]
     tools = (
         f'<label>{say(lang, "brush_size")} <input type="range" name="brush-size" min="2" max="40" value="11"></label>'
@@ -191,7 +191,8 @@ def painter(lang: int, picture: np.ndarray) -> str:
         f'<button type="button" data-do="undo">{say(lang, "undo")}</button>'
         f'<button type="button" data-do="clear">{say(lang, "clear")}</button>'
     )
-    canvas = f'<div class="painter">{still(picture)}<canvas width="{W}" height="{H}"></canvas></div>'
+    mask = f' data-before="{escape(url(before))}"' if before else ""
+    canvas = f'<div class="painter">{still(picture)}<canvas width="{W}" height="{H}"{mask}></canvas></div>'
     return f'<div class="painting"><div class="painting-tools">{tools}</div>{canvas}</div>'
 
 
