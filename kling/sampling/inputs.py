@@ -156,7 +156,7 @@ def read_camera(request: Request, frames: int, H: int, W: int) -> Trajectory | N
 def _picture(picture: Picture) -> Tensor:
     if isinstance(picture, str | Path):
         return read_image(picture)
-    picture = torch.as_tensor(np.asarray(picture))
+    picture = _array(picture, "image")
     if picture.dtype != torch.uint8 or picture.ndim != 3 or picture.shape[-1] != 3:
         raise UserError(f"image of type {picture.dtype} and shape {tuple(picture.shape)}: give uint8 (H, W, 3) or a file")
     return picture
@@ -165,7 +165,7 @@ def _picture(picture: Picture) -> Tensor:
 def _mask(mask: Picture, H: int, W: int) -> Tensor:
     if isinstance(mask, str | Path):
         return read_mask(mask, H, W)
-    pixels = torch.as_tensor(np.asarray(mask))
+    pixels = _array(mask, "mask")
     if pixels.ndim != 2 or not pixels.numel():
         raise UserError(f"mask of shape {tuple(pixels.shape)}: give (H, W) from 0 to 1 (or uint8 to 255), or a file")
     pixels = pixels.float() / (255 if pixels.dtype == torch.uint8 and pixels.max() > 1 else 1)
@@ -176,12 +176,28 @@ def _movie_size(video: Movie) -> tuple[int, int]:
     if isinstance(video, str | Path):
         info = probe(video)
         return info.height, info.width
-    return np.asarray(video).shape[1:3]
+    return tuple(_clip(video, "video").shape[1:3])
+
+
+def _array(value: object, name: str) -> Tensor:
+    """Whatever NumPy understands: an array, a tensor, a PIL picture or a list of them."""
+    try:
+        return torch.as_tensor(np.require(value, requirements="W"))
+    except (TypeError, ValueError, RuntimeError):
+        raise UserError(f"{name} of type {type(value).__name__} holds no pixels: give uint8 (H, W, 3), frames of it, or a file") from None
+
+
+def _clip(movie: Movie, name: str) -> Tensor:
+    """A video that is no file, uint8 (T, H, W, 3)."""
+    frames = _array(movie, name)
+    if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or not len(frames):
+        raise UserError(f"{name} of type {frames.dtype} and shape {tuple(frames.shape)}: give uint8 (T, H, W, 3) or a file")
+    return frames
 
 
 def _length(movie: Movie, fps: float) -> int:
     """Frames of a given video at the model's frame rate. Nothing is decoded."""
-    return probe(movie).count(fps) if isinstance(movie, str | Path) else len(np.asarray(movie))
+    return probe(movie).count(fps) if isinstance(movie, str | Path) else len(_clip(movie, "video"))
 
 
 def _movie(movie: Movie, fps: float, name: str, size: tuple[int, int], count: int | None = None, crop: bool = True) -> Tensor:
@@ -200,7 +216,4 @@ def _movie(movie: Movie, fps: float, name: str, size: tuple[int, int], count: in
         scale = (max if crop else min)(size[0] / info.height, size[1] / info.width)
         small = size if crop else (max(1, round(info.height * scale)), max(1, round(info.width * scale)))
         return read_video(movie, fps=fps, num_frames=count or None, size=small if scale < 1 else None).frames
-    frames = torch.as_tensor(np.asarray(movie))
-    if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or not len(frames):
-        raise UserError(f"{name} of type {frames.dtype} and shape {tuple(frames.shape)}: give uint8 (T, H, W, 3) or a file")
-    return frames[:count]
+    return _clip(movie, name)[:count]
