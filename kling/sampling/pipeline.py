@@ -247,7 +247,12 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         lone = [Given(keyframes=hop.given.keyframes).task(latent_frames(hop.frames)) for hop in beside]  # of a clip that is given too
         for name in [task, *lone, *(name for name, wanted in asked.items() if wanted)]:
             if name not in able:
-                raise UserError(f"this model was not trained for '{name}': it can do {', '.join(able)}")
+                raise UserError(
+                    f"this model was not trained for '{name}': it can do {', '.join(able)}",
+                    code="not_trained",
+                    task=name,
+                    able=", ".join(able),
+                )
         if request.guidance_reach and (self.groups or self.config.get("block_frames")):
             raise UserError(f"guidance_reach {request.guidance_reach:g}: this model has no given frames among those it makes: leave it out")
 
