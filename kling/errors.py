@@ -14,14 +14,14 @@ class UserError(ValueError):
     """A mistake in what was given. The message is one line: the thing, its value, and the remedy."""
 
 
-def unknown(thing: str, value: object, choices: Iterable[str]) -> UserError:
-    """The error for a name that does not exist, with the nearest that does.
+def unknown(thing: str, value: object, choices: Iterable[str], meant: str = "") -> UserError:
+    """The error for a name that does not exist, with the one that was `meant`, or else the nearest in letters.
 
     >>> str(unknown("aspect", "16x9", ["16:9", "9:16"]))
     "unknown aspect '16x9' (did you mean '16:9'?): choose from 16:9, 9:16"
     """
     choices = list(choices)
-    near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.5)
+    near = [meant] if meant else difflib.get_close_matches(str(value), choices, n=1, cutoff=0.5)
     hint = f" (did you mean '{near[0]}'?)" if near else ""
     return UserError(f"unknown {thing} '{value}'{hint}: choose from {', '.join(choices)}")
 

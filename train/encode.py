@@ -13,12 +13,13 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
+from kling_programs.train.command import helped
 from torch import Tensor
 from tqdm import tqdm
 
 from kling.cache.store import CacheConfig, fill_cache
 from kling.config import load_config
-from kling.errors import UserError, program
+from kling.errors import program
 from kling.hub.clip import clip_tokens, load_image_encoder
 from kling.hub.load import find_folder
 from kling.runtime.accelerator import make_accelerator, set_threads
@@ -30,8 +31,8 @@ from kling.training.start import captions_of, text_folder
 @program
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] in ("-h", "--help"):
-        raise UserError("usage: kling-encode CONFIG.yaml [key=value ...]")
+    if helped("kling-encode", argv):
+        return
     cfg = load_config(CacheConfig, argv[0], argv[1:])
     set_threads(cfg.threads)
     accelerator = make_accelerator(cfg.out, "fp32")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from kling_programs.train.command import helped
 
 from kling.config import load_config, save_config, to_dict
 from kling.data.source import ClipSource, DataConfig, batches, check_data
@@ -32,7 +33,18 @@ from kling.training.run_state import load_run_tensors, run_tensors
 
 @dataclass
 class TrainTextConfig:
-    """Everything a run depends on. `text` holds the keys of `ByteTextEncoder`; `batch` counts clips, two captions each."""
+    """Everything a run depends on.
+
+    out: folder of the run: checkpoints, metrics.jsonl, and the encoder in export/. steps: updates of the weights, in all.
+    seed: of the initial weights and of everything drawn. batch: clips, two captions of each. optimizer: adamw or muon, with the same lr.
+    lr: learning rate at its highest. warmup: updates in which lr rises from 0. schedule: constant or cosine, after the warmup.
+    floor: part of lr that cosine ends at. weight_decay: of matrices, a part of lr. clip_grad: largest norm of the gradients.
+    ema: decay of the averaged weights, for an update. temperature: of the softmax over the batch, lower tells near captions apart.
+    text: keys of ByteTextEncoder. save_every: updates between checkpoints. keep_last: checkpoints that stay.
+    log_every: updates between lines of the log. mixed_precision: auto (measured), bf16, fp16 or fp32.
+    trackers: tensorboard, wandb or both, beside metrics.jsonl. workers: processes that read captions.
+    threads: CPU threads inside an operation, null is all cores.
+    """
 
     out: str = "runs/text"
     steps: int = 500
@@ -76,8 +88,8 @@ class CaptionPairs(torch.utils.data.Dataset):
 @program
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] in ("-h", "--help"):
-        raise UserError("usage: kling-train-text CONFIG.yaml [key=value ...]")
+    if helped("kling-train-text", argv):
+        return
     cfg = load_config(TrainTextConfig, argv[0], argv[1:])
     check_data(cfg.data)
     with StopSignal() as stop:

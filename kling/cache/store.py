@@ -68,12 +68,12 @@ class CacheConfig:
     image: bool = False
     clips: int | None = None
     shorter: dict[int, int] = field(default_factory=dict)
-    shares: list[float] | None = None
+    shares: list[float] | None = None  # one for each of data.aspects; null shares out evenly
     shard: int = 50
-    seed: int = 0
+    seed: int = 0  # of the world's scenes and of what is drawn from a manifest
     data: DataConfig = field(default_factory=DataConfig)
-    workers: int = 1
-    threads: int | None = None
+    workers: int = 1  # processes that read clips, for each encoding process
+    threads: int | None = None  # CPU threads inside an operation, null is all cores
 
 
 @dataclass(frozen=True)

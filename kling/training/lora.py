@@ -14,7 +14,8 @@ from kling.training.model import Trained
 class Lora:
     """Low-rank training: the weights of `init_from` stay, and W becomes W + alpha / rank · B A in the layers whose names end in `targets`.
 
-    rank: 0 trains the model itself. merge: export the whole model with B A added in, besides the small file of A and B alone.
+    rank: of A and B; 0 trains the model itself. alpha: the layers' change is times alpha / rank. targets: ends of the names of layers.
+    merge: export the whole model with B A added in, besides the small file of A and B alone.
     half: hold the weights that stay in bf16, which takes mixed_precision=bf16.
     """
 
