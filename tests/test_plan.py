@@ -29,7 +29,7 @@ from kling.training.model import set_checkpointing
 from kling.training.optim import adamw
 from kling.vae import AutoencoderKLKling
 
-from plan import PlanConfig, main, on_each_gpu, report  # isort: skip - train/, which `workers` puts on the path
+from plan import Part, PlanConfig, advice, layouts, main, on_each_gpu, report  # isort: skip - train/, which `workers` puts on the path
 
 SMALL = {"num_attention_heads": 2, "attention_head_dim": 32, "num_layers": 6, "ffn_dim": 128, "text_dim": 32}
 
@@ -111,21 +111,21 @@ def launched(words: list[str]) -> tuple[Path, list[str]]:
 
 
 @pytest.mark.parametrize("preset", ["configs/dit/debug.yaml", "dit/0.1b.yaml"])
-@pytest.mark.parametrize(("gpus", "memory"), [(1, 80), (4, 80), (16, 80), (16, 1.2), (8, 0.4)])
-def test_the_command_runs_as_it_stands(preset: str, gpus: int, memory: float, capsys: pytest.CaptureFixture) -> None:
-    main([preset, f"gpus={gpus}", f"memory={memory}", "tflops=800"])
-    text = capsys.readouterr().out
-    (line,) = [line for line in text.splitlines() if " kling-train " in line or "accelerate launch" in line]
-    words = shlex.split(line)
-    if gpus == 1:
-        assert words.pop(0) == "kling-train"
-    else:
-        config, words = launched(words)
-        assert config.is_file() and config.stem == re.search(r"recommended +(\w+)", text)[1] and config.stem != "cpu"
-        sizes = [int(n) for n in re.findall(r"(?:dp_replicate|dp_shard|cp)_size (\d+)", line)]
-        assert math.prod(sizes) in (1, gpus)
-    cfg = load_config(workers.train_dit.TrainDiTConfig, words[0], words[1:])
-    assert cfg.batch <= 256 and not (cfg.compile and cfg.activation_checkpointing == "selective")
+@pytest.mark.parametrize("gpus", [1, 4, 8, 16])
+def test_every_recommended_command_runs_as_it_stands(preset: str, gpus: int) -> None:
+    config = PlanConfig(gpus=gpus, tflops=800)
+    for layout, shards, split, what in layouts(config.gpus, config.node):
+        lines = advice(layout, shards, split, what, Part(1e9, 1e9, 1e9, 1e9, 2e9), config, read_preset(preset), preset)
+        words = shlex.split(lines[1])
+        if gpus == 1:
+            assert words.pop(0) == "kling-train"
+        else:
+            file, words = launched(words)
+            assert file.is_file() and file.stem == layout.split()[0] != "cpu"
+            sizes = [int(n) for n in re.findall(r"(?:dp_replicate|dp_shard|cp)_size (\d+)", lines[1])]
+            assert math.prod(sizes) == (1 if file.stem == "ddp" else gpus)
+        cfg = load_config(workers.train_dit.TrainDiTConfig, words[0], words[1:])
+        assert cfg.batch <= 256 and cfg.activation_checkpointing == what and not (cfg.compile and what == "selective")
 
 
 def test_what_is_assumed_is_said(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:

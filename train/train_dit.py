@@ -32,7 +32,7 @@ from kling.flow.losses import flow_loss
 from kling.flow.path import velocity
 from kling.runtime import checkpoint
 from kling.runtime.accelerator import EXIT_STOPPED, Accelerator, StopSignal, make_accelerator, set_threads, wrap_what_is_there
-from kling.runtime.log import RunLog
+from kling.runtime.log import RunLog, finished
 from kling.runtime.parallel import check_draws, lay_out, same_rng, scalar, split_sequence, total, trained
 from kling.runtime.random import generator, noise_like
 from kling.runtime.saver import Saver, find_latest, versions
@@ -230,6 +230,7 @@ def train(cfg: TrainDiTConfig, stop: StopSignal) -> None:
         return {"validation/loss": sum(losses) / len(losses), **by_level}
 
     done, places = resume()
+    began = done
     check_draws(accelerator, layout, torch.randn(8, generator=generator(cfg.seed, "sigma", places + layout.rank)))
     if accelerator.is_main_process:
         save_config(cfg, out / "config.yaml")
@@ -307,6 +308,8 @@ def train(cfg: TrainDiTConfig, stop: StopSignal) -> None:
     saver.wait()
     if accelerator.is_main_process:
         publish(cfg, vae, out, start)
+        exported = out / ("lora" if cfg.lora.rank and not cfg.lora.merge else "export")
+        print(finished(began, cfg.steps, exported), file=sys.stderr)
     accelerator.wait_for_everyone()
 
 

@@ -22,7 +22,8 @@ from kling.data.source import ClipSource, DataConfig, batches, check_data
 from kling.errors import UserError, program
 from kling.runtime.accelerator import EXIT_STOPPED, StopSignal, make_accelerator, set_threads
 from kling.runtime.checkpoint import check_same_config
-from kling.runtime.log import RunLog
+from kling.runtime.files import written_folder
+from kling.runtime.log import RunLog, finished
 from kling.runtime.saver import Saver, find_latest, versions
 from kling.text import ByteTextEncoder
 from kling.text.agree import agreement_loss, pool
@@ -139,8 +140,9 @@ def train(cfg: TrainTextConfig, stop: StopSignal) -> None:
                 raise SystemExit(EXIT_STOPPED)
 
     saver.wait()
-    with ema.swap(model):
-        model.save_pretrained(out / "export")
+    with ema.swap(model), written_folder(out / "export") as folder:
+        model.save_pretrained(folder)
+    print(finished(start, cfg.steps, out / "export"), file=sys.stderr)
 
 
 if __name__ == "__main__":

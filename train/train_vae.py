@@ -28,7 +28,8 @@ from kling.errors import UserError, program, unknown
 from kling.metrics.pixel import psnr
 from kling.runtime import checkpoint
 from kling.runtime.accelerator import EXIT_STOPPED, Accelerator, StopSignal, make_accelerator, set_threads
-from kling.runtime.log import RunLog
+from kling.runtime.files import written_folder
+from kling.runtime.log import RunLog, finished
 from kling.runtime.parallel import lay_out, scalar, total
 from kling.runtime.random import generator
 from kling.runtime.saver import Saver, find_latest, versions
@@ -157,6 +158,7 @@ def train(cfg: TrainVAEConfig, stop: StopSignal) -> None:
         return saved.step, saved.meta.get("places", saved.step * micro * layout.ranks)
 
     done, places = resume()
+    began = done
     if accelerator.is_main_process:
         save_config(cfg, out / "config.yaml")
     data = StepBatches(ClipSource(cfg.data, cfg.seed), cfg.batch)
@@ -248,6 +250,7 @@ def train(cfg: TrainVAEConfig, stop: StopSignal) -> None:
     if accelerator.is_main_process:
         with ema.swap(model):
             save_vae(model, cfg, out / "export")
+        print(finished(began, cfg.steps, out / "export"), file=sys.stderr)
     accelerator.wait_for_everyone()
 
 
@@ -278,7 +281,8 @@ def save_vae(model: AutoencoderKLKling, cfg: TrainVAEConfig, folder: Path) -> No
     if "encoder" not in cfg.freeze:
         mean, std = latent_statistics(model, cfg)
         model.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
-    model.save_pretrained(folder)
+    with written_folder(folder) as temporary:
+        model.save_pretrained(temporary)
 
 
 def latent_statistics(model: AutoencoderKLKling, cfg: TrainVAEConfig, clips: int = 32) -> tuple[Tensor, Tensor]:

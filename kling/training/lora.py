@@ -7,6 +7,7 @@ from pathlib import Path
 
 from kling.dit import KlingTransformer3DModel
 from kling.errors import UserError
+from kling.runtime.files import written_folder
 from kling.training.model import Trained
 
 
@@ -48,4 +49,5 @@ def export_lora(transformer: KlingTransformer3DModel, folder: Path) -> None:
     from peft import get_peft_model_state_dict
 
     layers, settings = get_peft_model_state_dict(transformer), transformer.peft_config["default"].to_dict()
-    WanLoraLoaderMixin.save_lora_weights(folder, layers, transformer_lora_adapter_metadata=settings)
+    with written_folder(folder) as temporary:
+        WanLoraLoaderMixin.save_lora_weights(temporary, layers, transformer_lora_adapter_metadata=settings)
