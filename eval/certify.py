@@ -23,7 +23,6 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from kling_programs.eval.common import protocol_hash, write_json, write_text
-from kling_programs.eval.videos import vbench_class
 from kling_programs.sample.command import Parser
 from torch import Tensor
 
@@ -36,6 +35,7 @@ from kling.errors import UserError
 from kling.metrics.camera.errors import rotation_error, translation_error
 from kling.metrics.camera.odometry import Stage, estimate_trajectory
 from kling.metrics.camera.structure import estimate_structure
+from kling.metrics.clip import vbench_class
 from kling.metrics.continuation import drift, seam_rows
 from kling.metrics.motion import camera_classes, dynamic_degree, optical_flow, warp_error
 from kling.metrics.pixel import flicker, psnr, ssim, temporal_psnr
