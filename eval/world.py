@@ -1,11 +1,13 @@
 """Score a model on the small world, whose truth is known: does it obey the words, the camera, and the pictures it is given?
 
 kling-eval world --model runs/dit/export --out out/eval --n 256 --workers 2
+kling-eval world --out /tmp/eval --tasks text,camera,image --n 64 --steps 12 --workers 2     # ten minutes, for checkpoints on the way
 kling-eval world --out /tmp/eval --quick                             # minutes: a look, not a score
 
 OUT gets scores.json, scores.md, strips/<task>.png, clips/<task>/<k>.npz, and cases.jsonl with a line for every case as soon as it is
 measured: the same command again goes on where it stopped. Beside every score stand the same measurement on rendered truth (how far the
-ruler itself can be trusted), on truth through the VAE, on three clips that obey nothing (frozen, shuffled, noise), and chance.
+ruler itself can be trusted), on truth through the VAE, on a truth that does what the task forbids (broken: a thing vanishes half way, the
+camera goes another way …), on three clips that obey nothing (frozen, shuffled, noise), and chance.
 
 What is right or wrong is asked N times. What is measured in dB varies little: pictures and joins are asked in the first 64 cases, and all
 that stands in for the model is measured in the first 32 (the truth of the words in all). The table gives the n of each.
@@ -33,7 +35,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from kling_programs.eval.cases import ASPECT, CASES, FRAMES, LONG, ORDERS, TABLE, Case, half, held_out, labels, with_camera
+from kling_programs.eval.cases import (
+    ASPECT,
+    FRAMES,
+    LONG,
+    ORDERS,
+    TABLE,
+    TASKS,
+    Case,
+    chosen,
+    exchanged,
+    half,
+    held_out,
+    labels,
+    other_camera,
+    spoiled,
+    with_camera,
+)
 from kling_programs.eval.common import check_order, protocol_hash, write_json
 from kling_programs.sample.command import Parser
 from torch import Tensor
@@ -46,15 +64,16 @@ from kling.data.world.scene import COLOUR_RGB, FOCAL, World, render_scene, start
 from kling.errors import UserError
 from kling.metrics.camera.odometry import Stage
 from kling.metrics.control import QUESTIONS, Detectors
-from kling.metrics.controls import frozen, noise, shuffled
+from kling.metrics.controls import frozen, noise, shuffled, taken_over
 from kling.metrics.pixel import flicker, psnr, seam, ssim
 from kling.metrics.report import Row, markdown, paired, reached, summarise
 from kling.metrics.ruler import Ruler
 from kling.runtime.files import head, written
+from kling.runtime.precision import bf16_is_fast, default_device
 from kling.runtime.random import derive_seed
 from kling.sampling.record import model_hashes
 
-PROTOCOL = 2  # raised whenever a case is asked or measured in another way: what was measured before does not mix with it
+PROTOCOL = 3  # raised whenever a case is asked or measured in another way: what was measured before does not mix with it
 EXAMPLES = 400  # rendered clips that the detectors learn from
 PICTURES = 64  # cases in which pictures are given and clips continued
 CONTROLS = 32  # cases in which other clips are measured in the model's place, and the VAE alone
@@ -74,8 +93,13 @@ class Options:
     seed: int = 0
     steps: int | None = None
     examples: int = EXAMPLES
+    tasks: tuple[str, ...] = ()  # of `TASKS`; none: all, and the VAE alone
+    bf16: bool = False  # transformer, words and VAE in bfloat16
     workers: int = 1
     limit_minutes: float | None = None
+
+    def cases(self, task: str) -> int:
+        return min(self.n, PICTURES) if TASKS[task].few else self.n
 
 
 def main(argv: list[str]) -> None:
@@ -85,18 +109,19 @@ def main(argv: list[str]) -> None:
     folder = Path(args.model) if args.model else ASSETS
     names = ("n", "steps", "seed", "workers", "limit_minutes")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    options = Options(args.out, **((QUICK if args.quick else {}) | given))
-    report = evaluate(load(folder), options, model_hashes(folder), folder)
+    tasks = chosen(args.tasks) if args.tasks else ()
+    options = Options(args.out, tasks=tasks, bf16=bf16_is_fast(default_device()), **((QUICK if args.quick else {}) | given))
+    report = evaluate(load(folder, options), options, model_hashes(folder), folder)
     report["command"] = shlex.join(["kling-eval", "world", *argv])
     write_json(Path(options.out) / "scores.json", report)
     print(report["table"])
     check_order(ORDERS, report["columns"])
 
 
-def load(folder: Path) -> Any:
+def load(folder: Path, options: Options) -> Any:
     from kling.sampling.pipeline import KlingPipeline
 
-    return KlingPipeline.from_pretrained(folder).to("cuda" if torch.cuda.is_available() else "cpu")
+    return KlingPipeline.from_pretrained(folder, torch.bfloat16 if options.bf16 else None).to(default_device())
 
 
 def evaluate(pipe: Any, options: Options, model: dict[str, Any], folder: Path | None = None) -> dict[str, Any]:
@@ -108,7 +133,10 @@ def evaluate(pipe: Any, options: Options, model: dict[str, Any], folder: Path | 
     claim(out, options, model)
     records = {k: record for k, record in recorded(out / "cases.jsonl").items() if k < options.n}
     before, todo = len(records), [k for k in range(options.n) if k not in records]
-    with closing(examined(pipe, options, todo, folder)) as answers, open(out / "cases.jsonl", "a", encoding="utf-8") as file:
+    examiner = Examiner(pipe, make_ruler(options) if todo else None, options)
+    if todo:
+        print(estimate(examiner, todo), file=sys.stderr, flush=True)
+    with closing(examined(examiner, todo, folder)) as answers, open(out / "cases.jsonl", "a", encoding="utf-8") as file:
         for record in answers:
             file.write(json.dumps(record) + "\n")
             file.flush()
@@ -116,25 +144,39 @@ def evaluate(pipe: Any, options: Options, model: dict[str, Any], folder: Path | 
             progress(records, before, options, started)
             if options.limit_minutes and time.monotonic() - started > 60 * options.limit_minutes:
                 break
-    examiner = Examiner(pipe, None, options)
     for task in examiner.able:
         show(out, task, examiner.world, [k for k in range(STRIP_ROWS) if clip_path(out, task, k).is_file()])
-    return report(options, model, [records[k] for k in sorted(records)], [task for task in CASES if task not in examiner.able])
+    asked = options.tasks or tuple(TASKS)
+    return report(options, model, [records[k] for k in sorted(records)], [task for task in asked if task not in examiner.able])
+
+
+def estimate(examiner: Examiner, todo: list[int]) -> str:
+    """How many clips there are to make and measure, and about how long that takes: as long as the first one, which is kept."""
+    counts = examiner.missing(todo)
+    task = next((task for task, count in counts.items() if count), None)
+    if task is None:
+        return "every clip is there: they are measured"
+    case = TASKS[task].make(examiner.world, todo[0])
+    truth, started = render_scene(case.scene), time.monotonic()
+    video, took = examiner.answer(case, truth)
+    measure(examiner.ruler, case, video, truth)
+    each, total = time.monotonic() - started, sum(counts.values())
+    shown = ", ".join(f"{task} {count}" for task, count in counts.items())
+    minutes = total * each / 60 / examiner.options.workers
+    return f"{total} clips ({shown}), {took:.1f} s to make and {each - took:.1f} s to measure each: about {minutes:.0f} minutes"
 
 
 # -------------------------------------------------------------------------------------------------------- one case after another
 
 
-def examined(pipe: Any, options: Options, todo: list[int], folder: Path | None) -> Iterator[Record]:
+def examined(examiner: Examiner, todo: list[int], folder: Path | None) -> Iterator[Record]:
     """Cases as they are done: here, or by `options.workers` processes that each load the model from `folder`."""
-    if not todo:
-        return
-    ruler = make_ruler(options)
-    if options.workers == 1:
-        yield from map(Examiner(pipe, ruler, options), todo)
+    options = examiner.options
+    if not todo or options.workers == 1:
+        yield from map(examiner, todo)
         return
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(options.workers, context, start_worker, (folder, ruler, options))
+    pool = ProcessPoolExecutor(options.workers, context, start_worker, (folder, examiner.ruler, options))
     try:
         for future in as_completed(pool.submit(work, k) for k in todo):
             yield future.result()
@@ -146,7 +188,7 @@ def start_worker(folder: Path, ruler: Ruler, options: Options) -> None:
     global work_on
     threading.Thread(target=leave_with_parent, daemon=True).start()
     torch.set_num_threads(max(1, torch.get_num_threads() // options.workers))
-    work_on = Examiner(load(folder), ruler, options)
+    work_on = Examiner(load(folder, options), ruler, options)
 
 
 def leave_with_parent() -> None:
@@ -166,45 +208,59 @@ class Examiner:
         self.pipe, self.ruler, self.options = pipe, ruler, options
         self.world = held_out(options.seed, FRAMES, max_things=1)
         self.camera = "camera" in pipe.config.capabilities
-        self.able = [task for task in CASES if task.split("-")[0] in pipe.config.capabilities]
+        self.able = [task for task in options.tasks or TASKS if TASKS[task].needs in pipe.config.capabilities]
 
     def __call__(self, k: int) -> Record:
         rows: dict[str, dict[str, Row]] = defaultdict(dict)
         seconds, passed = [], Passed(self.pipe)
         for task in self.able:
-            if k >= PICTURES and task in ("image", "first_last", "continuation"):
+            if k >= self.options.cases(task):
                 continue
-            case = CASES[task](self.world, k)
+            case = TASKS[task].make(self.world, k)
             truth = render_scene(case.scene)
             video, took = self.answer(case, truth)
             seconds += [took] if took else []
             rows["model"][task] = measure(self.ruler, case, video, truth)
-            for name, other in stand_ins(passed, task, k, truth):
+            for name, other in stand_ins(passed, case, truth):
                 rows[name][task] = measure(self.ruler, case, other, truth)
-        if k < CONTROLS:
+        if k < CONTROLS and not self.options.tasks:
             rows["model"] |= {f"vae-{T}": vae_row(passed, held_out(self.options.seed, T).clip(k).video) for T in (FRAMES, LONG)}
         return {"k": k, "seconds": seconds, "rows": rows}
+
+    def missing(self, todo: list[int]) -> dict[str, int]:
+        """Clips still to be made, by task."""
+        return {
+            task: sum(k < self.options.cases(task) and not clip_path(self.options.out, task, k).is_file() for k in todo)
+            for task in self.able
+        }
 
     def answer(self, case: Case, truth: Tensor) -> tuple[Tensor, float]:
         """The model's clip (T, H, W, 3) uint8 at the truth's size, made now or kept from before, and the seconds it took (0 if kept)."""
         path = clip_path(self.options.out, case.task, case.k)
         if path.is_file():
             return fit(np.load(path, allow_pickle=False)["frames"], *truth.shape[1:3]), 0.0
-        fields = dict(case.request)
-        for name in ("image", "last_image", "video"):
-            if name in fields:
-                fields[name] = truth[fields[name]].numpy()
-        if not self.camera:
-            fields.pop("camera", None)
-        if self.options.steps:
-            fields["num_inference_steps"] = self.options.steps
         started = time.monotonic()
-        frames = np.asarray(self.pipe(**fields).frames[0])
+        frames = np.asarray(self.pipe(**self.fields(case, truth)).frames[0])
         took = time.monotonic() - started
         path.parent.mkdir(parents=True, exist_ok=True)
         with written(path) as temporary, open(temporary, "wb") as file:
             np.savez_compressed(file, frames=frames)
         return fit(frames, *truth.shape[1:3]), took
+
+    def fields(self, case: Case, truth: Tensor) -> dict[str, Any]:
+        """Of the `Request` that asks a case."""
+        fields = dict(case.request)
+        frames = truth if case.given is case.scene else render_scene(case.given)
+        for name in ("image", "last_image", "video"):
+            if name in fields:
+                fields[name] = frames[fields[name]].numpy()
+        if "keyframes" in fields:
+            fields["keyframes"] = [(frames[shown].numpy(), t, strength) for shown, t, strength in fields["keyframes"]]
+        if not self.camera:
+            fields.pop("camera", None)
+        if self.options.steps:
+            fields["num_inference_steps"] = self.options.steps
+        return fields
 
 
 class Passed:
@@ -222,17 +278,35 @@ class Passed:
         return after
 
 
-def stand_ins(passed: Passed, task: str, k: int, truth: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Clips measured in the model's place. The second language has the first one's; below the VAE's ceiling means of the same case."""
-    if task == "text-en" or (task in ("camera", "continuation") and k < CONTROLS):
-        yield "truth", truth
-    if task in ("image", "first_last") or (task != "text-zh" and k < CONTROLS):
-        yield "truth through the VAE", passed(truth)
-    if task in ("text-en", "camera") and k < CONTROLS:
-        seed = derive_seed(0, "controls", k)
-        yield "frozen", frozen(truth)
-        yield "shuffled", shuffled(truth, seed)
-        yield "noise", noise(truth, seed)
+def stand_ins(passed: Passed, case: Case, truth: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Clips measured in the model's place: in a few cases, but what a score is relative to in all, and the truth of the words in all."""
+    task, seed = TASKS[case.task], derive_seed(0, "controls", case.k)
+    answers = {
+        "truth": lambda: truth,
+        "truth through the VAE": lambda: passed(truth),
+        "broken": lambda: broken(case),
+        "frozen": lambda: frozen(truth),
+        "shuffled": lambda: shuffled(truth, seed),
+        "noise": lambda: noise(truth, seed),
+    }
+    for name, answer in answers.items():
+        always = (name == "truth" and case.task == "text-en") or (name == "truth through the VAE" and task.ceiling)
+        if always or (name in task.beside and case.k < CONTROLS):
+            yield name, answer()
+
+
+def broken(case: Case) -> Tensor:
+    """A clip (T, H, W, 3) uint8 that does what its task forbids: another truth, whose things are spoiled half way.
+
+    The camera goes another way, things have each other's colours, the ground changes half way, the video to restyle is left as it was.
+    """
+    scene, family = case.scene, case.task.split("-")[0]
+    if family == "restyle":
+        return render_scene(case.given)
+    if family in ("plain", "camera", "words"):
+        scene = other_camera(scene)
+    after = exchanged(scene) if family in ("things", "continuation") else scene
+    return taken_over(render_scene(after if family == "things" else scene), render_scene(spoiled(after, case.k)))
 
 
 # ----------------------------------------------------------------------------------------------------------- what is measured
@@ -248,15 +322,31 @@ def make_ruler(options: Options) -> Ruler:
 
 def measure(ruler: Ruler, case: Case, video: Tensor, truth: Tensor) -> Row:
     """What one clip (T, H, W, 3) uint8 scores as an answer to a case; None where a measure does not apply."""
-    scene = case.scene
-    if case.task.startswith("text"):
-        return ruler.words(video, labels(scene)) | {"flicker": float(flicker(batch(video)))}
-    if case.task == "camera":
-        return ruler.camera(video, scene.trajectory, scene.axes if len(scene.axes) < 2 or scene.move else None)
+    scene, family = case.scene, case.task.split("-")[0]
+    named = scene.axes if len(scene.axes) < 2 or scene.move else None
+    if case.task == "image":
+        return {"first": float(psnr(batch(video), batch(truth))[0, 0])}
+    if case.task == "first_last":
+        return {"last": float(psnr(batch(video), batch(truth))[0, -1])}
+    if case.task == "keyframes":
+        return {"middle": float(psnr(batch(video), batch(truth))[0, half(len(truth)) - 1])}
     if case.task == "continuation":
         return {name: float(value) for name, value in seam(batch(video), half(len(truth))).items()}
-    per_frame = psnr(batch(video), batch(truth))[0]
-    return {"first": float(per_frame[0]), "last": float(per_frame[-1]) if case.task == "first_last" else None}
+    if family == "continuation":
+        end = video[-len(video) // 4 :]
+        row = ruler.permanence(video, 1) | {"ground": ruler.words(end, labels(scene))["ground"]}
+        return row | {"kept": row["whole"] and row["ground"]}
+    if family == "things":
+        truths = [labels(scene, place) for place in range(len(scene.things))]
+        return ruler.things(video, truths) | ruler.permanence(video, len(truths))
+    if family in ("camera", "words"):
+        return ruler.camera(video, scene.trajectory, named) | ruler.permanence(video, 1, leaves=bool(scene.axes))
+    row = ruler.words(video, labels(scene)) | ruler.permanence(video, 1)
+    if family == "text":
+        row["flicker"] = float(flicker(batch(video)))
+    if family == "plain":
+        row["still"] = ruler.camera(video, scene.trajectory, {})["class"]
+    return row
 
 
 def batch(frames: Tensor) -> Tensor:
@@ -281,15 +371,17 @@ def report(options: Options, model: dict[str, Any], records: list[Record], left_
     measured, seconds, n = by_answer(records), [x for record in records for x in record["seconds"]], len(records)
     own, vae = measured["model"], measured["truth through the VAE"]
     scores = {task: summarise(rows) for task, rows in own.items()}
-    scores["zh - en"] = paired(own["text-en"], own["text-zh"])
-    for task in ("image", "first_last"):
+    if "text-en" in own and "text-zh" in own:
+        scores["zh - en"] = paired(own["text-en"], own["text-zh"])
+    for task in [task for task in own if task in TASKS and TASKS[task].ceiling]:
         scores[f"{task} below VAE"] = paired(own[task], vae[task])
     columns = {name: {task: summarise(rows) for task, rows in by_task.items()} for name, by_task in measured.items() if name != "model"}
     for by_task in columns.values():
         by_task["text-zh"] = by_task.get("text-en", {})
     table = markdown(TABLE, scores, columns)
     notes = [f"n = {n} of {options.n} cases a task", f"pictures and joins in {min(n, PICTURES)}, stand-ins in {min(n, CONTROLS)}"]
-    notes += [f"seed {options.seed}", f"{options.steps or 'default'} steps"]
+    notes += [f"seed {options.seed}", f"{options.steps or 'default'} steps", "sampled in bf16" if options.bf16 else "sampled in fp32"]
+    notes += [f"of all tasks, only {', '.join(options.tasks)}"] if options.tasks else []
     notes += [f"{sum(seconds) / len(seconds):.1f} s a clip"] if seconds else []
     notes += [f"not trained for: {', '.join(left_out)}"] if left_out else []
     strips = [
@@ -299,7 +391,7 @@ def report(options: Options, model: dict[str, Any], records: list[Record], left_
     with written(Path(options.out) / "scores.md") as temporary:
         temporary.write_text("\n\n".join([" · ".join(notes) + "; bold = reached", table, *strips]) + "\n", encoding="utf-8")
     measured_as = {"suite": "world", "version": PROTOCOL, "frames": FRAMES, "pictures": PICTURES, "controls": CONTROLS}
-    measured_as |= {"examples": options.examples, "seed": options.seed, "steps": options.steps}
+    measured_as |= {"examples": options.examples, "seed": options.seed, "steps": options.steps, "bf16": options.bf16}
     return {
         "suite": "world",
         "protocol": protocol_hash(measured_as),
@@ -330,7 +422,7 @@ def show(out: Path, task: str, world: World, cases: list[int]) -> None:
     """The strip of a task: truth above what was made."""
     rows = []
     for k in cases:
-        truth = render_scene(CASES[task](world, k).scene)
+        truth = render_scene(TASKS[task].make(world, k).scene)
         made = torch.from_numpy(np.load(clip_path(out, task, k), allow_pickle=False)["frames"])
         rows += [truth, fit(made, *truth.shape[1:3])]
     if rows:
@@ -340,8 +432,9 @@ def show(out: Path, task: str, world: World, cases: list[int]) -> None:
 
 def progress(records: dict[int, Record], before: int, options: Options, started: float) -> None:
     spent, n = time.monotonic() - started, len(records)
-    text = summarise([record["rows"]["model"]["text-en"] for record in records.values() if "text-en" in record["rows"]["model"]])
-    so_far = " ".join(f"{q} {100 * text[q]['value']:.0f} %" for q in QUESTIONS if q in text)
+    own = by_answer(list(records.values()))["model"]
+    score = summarise(own["text-en"]) | summarise(own["camera"])
+    so_far = " ".join(f"{q} {100 * score[q]['value']:.0f} %" for q in (*QUESTIONS, "whole", "class") if q in score)
     left = spent / (n - before) * (options.n - n)
     print(f"{n}/{options.n} cases · {spent / 60:.1f} min, at most {left / 60:.1f} to go · {so_far}", file=sys.stderr, flush=True)
 
@@ -362,6 +455,8 @@ def claim(out: Path, options: Options, model: dict[str, Any]) -> None:
     mine = {
         "seed": options.seed,
         "steps": options.steps,
+        "tasks": list(options.tasks),
+        "bf16": options.bf16,
         "weights": model.get("sha256"),
         "examples": options.examples,
         "protocol": PROTOCOL,
@@ -388,6 +483,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--seed", metavar="N", type=int, help="of the scenes and the clips (0)")
     parser.add_argument("--steps", metavar="N", type=int, help="sampling steps; default: the checkpoint's own")
     parser.add_argument("--workers", metavar="N", type=int, help="processes that share the cases and the processor (1)")
+    names = ", ".join(TASKS)
+    parser.add_argument("--tasks", metavar="A,B", help=f"only these: {names}; a first word names all that begin with it")
     parser.add_argument("--quick", action="store_true", help=f"{QUICK['n']} cases and less certain detectors")
     parser.add_argument("--limit-minutes", metavar="M", type=float, help="stop asking after this long, and say what n was reached")
     args = parser.parse_args(argv)

@@ -4,9 +4,9 @@
     kling-sample "the ball rolls on" --image first.png --last-image last.png --camera "pan=5,zoom=2"
     kling-sample "more of the same" --video in.mp4 --extend-to 30
     kling-sample "a red ball rolls left" --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --offload model
-    kling-sample --replay out/a-red-ball-1.json
+    kling-sample --replay out/a-red-ball-1.mp4.json
 
-Beside each output lies a JSON that says how it was made, and from which --replay makes it again.
+Beside each output lies FILE.json, which says how it was made, and from which --replay makes it again.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ if TYPE_CHECKING:  # diffusers takes seconds to import: a typing mistake should 
     from kling.sampling.pipeline import KlingPipeline, Plan
 
 FORMATS = {"mp4": tuple(WRITABLE), "gif": (".gif",), "png-frames": ("",), "png": (".png",)}  # and the endings of their names
-REPLAY_TAKES = {"replay", "output", "model", "device", "format", "fps", "save_latents", "dry_run"}
+REPLAY_TAKES = {"replay", "output", "overwrite", "model", "device", "format", "fps", "save_latents", "dry_run"}
 WEIGHTS = ("transformer", "transformer_2", "vae", "checkpoint", "lora", "lora_2", "text_cache")  # beside those of the folder
 MACHINE = ("offload", "fp8", "attention", "cache", "context_parallel", "tiles", "compile")
 REPLAY_TAKES |= {*WEIGHTS, *MACHINE, "dtype"}
@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
     jobs = [request.replace(seed=request.seed + i, num_videos=1) for i in range(request.num_videos)]
     paths = [output_path(args, kind, job, several=len(jobs) > 1) for job in jobs]
     for path in paths:
-        check_place(path, kind, {*inputs, str(Path(args.replay or "").absolute())})
+        check_place(path, kind, {*inputs, str(Path(args.replay or "").absolute())}, args.save_latents, args.overwrite)
 
     from kling.sampling.machine import Machine, pick_device, set_up, write_ratios
 
@@ -93,15 +93,15 @@ def main(argv: list[str] | None = None) -> None:
         frames, latents = sample(pipe, job, plan)  # uint8 (T, H, W, 3), (c, f, h, w)
         if rank:
             continue
-        write_frames(path, kind, frames, fps)
+        write_frames(path, kind, frames, fps, args.overwrite)
         if args.save_latents:
             with written(path.with_suffix(".safetensors")) as temporary:
                 save_file({"latents": latents}, temporary)
         seconds = time.perf_counter() - started
         output = {"path": str(path.absolute()), "format": kind, "fps": fps, "seconds": round(seconds, 2)}
         record = records.make_record(job, plan, model, device, frames, output=output, command=shlex.join(["kling-sample", *argv]))
-        records.write_record(path.with_suffix(".json"), record)
-        print(f"{path} · seed {job.seed} · {seconds:.1f} s · {path.with_suffix('.json')}", flush=True)
+        records.write_record(records.record_path(path), record)
+        print(f"{path} · seed {job.seed} · {seconds:.1f} s · {records.record_path(path)}", flush=True)
         if before and (other := records.difference(before, record)):
             print(f"different from {args.replay}: {other}")
             raise SystemExit(EXIT_DIFFERENT)
@@ -225,6 +225,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
     add = parser.add_argument_group("output").add_argument
     add("--output", metavar="PATH", help="a file, or a folder (existing, or without an ending); default: out/")
+    add("--overwrite", action="store_true", help="replace files that are there already")
     add("--format", metavar="mp4|gif|png-frames", help="default: by the ending of --output, else mp4")
     add("--fps", metavar="X", type=float, help="speed at which the file plays; the frames are made at the model's own rate either way")
     add("--save-latents", action="store_true", help="also write the latents, as safetensors")
@@ -277,8 +278,9 @@ def asked_request(args: argparse.Namespace) -> Request:
     """The request that the options describe."""
     fields = given(args, (field.name for field in dataclasses.fields(Request)))
     if args.image_only:
-        if args.duration is not None or args.num_frames is not None:
-            raise UserError("--image-only makes one picture: leave out --duration and --num-frames")
+        for name in ("duration", "num_frames", "extend_to"):
+            if getattr(args, name) is not None:
+                raise UserError(f"--image-only makes one picture: leave out --{name.replace('_', '-')}")
         fields["num_frames"] = 1
     if not fields.keys() & {"prompt", "image", "last_image", "keyframes", "video"}:
         raise UserError('nothing to go by: give a prompt, as in  kling-sample "a red ball rolls left on grass"')
@@ -303,7 +305,9 @@ def output_path(args: argparse.Namespace, kind: str, request: Request, several: 
     """Where a video goes: FILE (with the seed in its name if there are several), or FOLDER/<slug>-<seed>."""
     name = f"{slug(request.prompt)}-{request.seed}{FORMATS[kind][0]}"
     if args.output is None and args.replay:
-        return Path(args.replay).with_name(f"{Path(args.replay).stem}-replay{FORMATS[kind][0]}")
+        made = Path(args.replay).name.removesuffix(".json")
+        stem = made.removesuffix(next((end for ends in FORMATS.values() for end in ends if end and made.endswith(end)), ""))
+        return Path(args.replay).with_name(f"{stem}-replay{FORMATS[kind][0]}")
     path = Path(args.output or "out")
     if os.path.isdir(path) or not path.suffix or str(args.output).endswith("/"):
         return path / name
@@ -323,13 +327,18 @@ def slug(prompt: str, length: int = 40) -> str:
     return "-".join(words)[:length].strip("-_") or "video"
 
 
-def check_place(path: Path, kind: str, inputs: set[str]) -> None:
-    """Refuse, before any work is done, a place that cannot be written or that would destroy an input. Makes no folder yet."""
-    for file in (path, path.with_suffix(".json"), path.with_suffix(".safetensors")):
+def check_place(path: Path, kind: str, inputs: set[str], latents: bool = False, overwrite: bool = False) -> None:
+    """Refuse, before any work is done, a place that cannot be written, or that would destroy an input or, unless told to, another output.
+
+    Makes no folder yet.
+    """
+    for file in (path, records.record_path(path), *([path.with_suffix(".safetensors")] if latents else [])):
         if str(file.absolute()) in inputs:
             raise UserError(f"{file} is an input and would be overwritten: choose another --output")
-    if kind == "png-frames" and os.path.exists(path):
-        raise UserError(f"{path} exists already: choose another --output for the frames, or another seed")
+        if os.path.lexists(file) and not overwrite:
+            raise UserError(f"{file} exists already: choose another --output or seed, or add --overwrite")
+    if kind == "png-frames" and path.is_dir() and not all(re.fullmatch(r"frame_\d+\.png", file.name) for file in path.iterdir()):
+        raise UserError(f"{path} holds more than frames, which --overwrite would delete: choose another --output")
     folder = path.parent
     with writing(path):
         with suppress(FileNotFoundError, NotADirectoryError):
@@ -340,7 +349,7 @@ def check_place(path: Path, kind: str, inputs: set[str]) -> None:
             pass
 
 
-def write_frames(path: Path, kind: str, frames: np.ndarray, fps: float) -> None:
+def write_frames(path: Path, kind: str, frames: np.ndarray, fps: float, overwrite: bool = False) -> None:
     """Write uint8 (T, H, W, 3); the file or folder appears whole or not at all."""
     if kind == "mp4":
         write_video(path, frames, fps)
@@ -349,13 +358,16 @@ def write_frames(path: Path, kind: str, frames: np.ndarray, fps: float) -> None:
     elif kind == "png":
         write_png(path, frames[0])
     else:
-        temporary = path.with_name(f".{uuid.uuid4().hex}.part")
+        temporary, old = (path.with_name(f".{uuid.uuid4().hex}.part") for _ in range(2))
         try:
             write_png_frames(temporary, frames)
             with writing(path):
+                if overwrite and path.is_dir():
+                    os.replace(path, old)
                 os.replace(temporary, path)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def describe(plan: Plan, request: Request) -> str:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kling.cameras.axes import MOVES, UNITS, axes_trajectory, parse_axes
-from kling.cameras.trajectory import Trajectory, camera_signal, focal_of, pack_rays, plucker_rays
+from kling.cameras.trajectory import Cameras, Trajectory, camera_signal, focal_of, plucker_rays
 from kling.errors import UserError
 
 H, W, T = 8, 12, 9
@@ -70,12 +70,20 @@ def test_plucker_rays_of_a_hand_made_camera():
 
 
 def test_packing_is_component_major_with_frame_zero_four_times():
-    rays = torch.arange(5).view(5, 1, 1, 1) * 10 + torch.arange(6).view(1, 6, 1, 1)  # value = 10 t + component
-    packed = pack_rays(rays)
-    assert packed.shape == (24, 2, 1, 1)
+    trajectory = axes_trajectory({"pan": 5, "dolly": 2}, 5, H, W)
+    signal, alone = camera_signal(trajectory, H, W), plucker_rays(trajectory, H, W)
+    assert signal.shape == (24, 2, H, W)
     for component in range(6):
-        assert packed[4 * component : 4 * component + 4, 0].flatten().tolist() == [component] * 4
-        assert packed[4 * component : 4 * component + 4, 1].flatten().tolist() == [10 * t + component for t in (1, 2, 3, 4)]
+        assert all(torch.equal(signal[4 * component + t, 0], alone[0, component]) for t in range(4))
+        assert all(torch.equal(signal[4 * component + t, 1], alone[1 + t, component]) for t in range(4))
+
+
+def test_rays_of_a_batch_are_those_of_its_clips_whole_and_in_parts():
+    paths = [axes_trajectory({"pan": 5}, 9, H, W), axes_trajectory({"dolly": 3, "zoom": 4}, 9, H, W)]
+    batch = Cameras(torch.stack([p.c2w for p in paths]), torch.stack([p.intrinsics for p in paths]), (H, W), torch.tensor([[3], [8]]))
+    want = torch.stack([camera_signal(path, H, W, (t,)) for path, t in zip(paths, (3, 8), strict=True)])
+    assert batch.frames == 4 and torch.equal(batch.rays(), want)
+    assert torch.equal(torch.cat([batch.rays(0, 1), batch.rays(1, 4)], dim=2), want)
 
 
 def test_an_appended_frame_carries_its_own_pose_four_times():

@@ -355,10 +355,17 @@ def test_the_shelf_keeps_the_newest_and_what_they_were_made_from(pipe, tmp_path)
     shelf._tidy()
     assert shelf.get(names[3]).record["request"]["seed"] == 3 and shelf.get(names[2]).path.is_file()
     assert [p.exists() for p in inputs] == [False, False, True, True]
-    assert len(list(shelf.folder.glob("*.mp4"))) == len(list(shelf.folder.glob("*.json"))) == 2
+    assert len(list(shelf.folder.glob("*.mp4"))) == len(list(shelf.folder.glob("*.mp4.json"))) == 2
     for bad in (names[0], "../x", "", None, "a" * 16, 5):
         with pytest.raises(UserError, match="no longer here"):
             shelf.get(bad)
+    old = shelf.get(names[3]).record_path  # as earlier versions named it
+    old.rename(shelf.folder / f"{names[3]}.json")
+    assert shelf.get(names[3]).record["request"]["seed"] == 3 and shelf.get(names[3]).record_path.name == f"{names[3]}.json"
+    os.utime(shelf.folder / f"{names[3]}.json", (1, 1))
+    shelf.keep = 1
+    shelf._tidy()
+    assert sorted(p.name for p in shelf.folder.iterdir()) == [f"{names[2]}.mp4", f"{names[2]}.mp4.json", "inputs"]
 
 
 # --------------------------------------------------------------------------------------------------------- the command line

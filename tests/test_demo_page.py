@@ -33,6 +33,7 @@ from test_generate import save_tiny
 from kling import KlingPipeline, Request
 from kling.condition.tasks import TASKS
 from kling.data.video import probe
+from kling.sampling.record import record_path
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 SHORT = {"duration": 0.5, "num_inference_steps": 2}
@@ -242,7 +243,7 @@ def test_a_result_is_served_where_it_lies_and_nothing_beside_it_is(site):
     for beside in (f"{site.out}-2/x.mp4", f"{site.out}/../model/vae/config.json", str(site.studio.model["path"]) + "/model_index.json"):
         assert site.http.get(f"{site.url}gradio_api/file={beside}").status_code in (403, 404)
     path = Path(made["video"]["path"])
-    for name in (path, path.with_suffix(".json")):  # as when the shelf is tidied
+    for name in (path, record_path(path)):  # as when the shelf is tidied
         name.unlink()
     assert site.http.get(made["video"]["url"]).status_code in (403, 404)
     refused(site.ask(*site.fields(video={"path": str(path)})))

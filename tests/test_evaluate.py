@@ -15,9 +15,9 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from kling_programs.eval import certify
+from kling_programs.eval import cases, certify
 from kling_programs.eval import world as program
-from kling_programs.eval.cases import CASES, held_out
+from kling_programs.eval.cases import TASKS, chosen, held_out
 from kling_programs.eval.evaluate import main
 from kling_programs.eval.world import Options, evaluate
 from torch import Tensor
@@ -33,19 +33,20 @@ N = 2
 
 
 def key(request: dict[str, Any]) -> tuple:
-    return request["prompt"], request["seed"], str(request.get("camera")), *(name in request for name in ("image", "last_image", "video"))
+    given = ("image", "last_image", "video", "keyframes")
+    return *(str(request.get(name)) for name in ("prompt", "seed", "camera", "num_frames", "strength")), *(x in request for x in given)
 
 
 class Oracle:
     """Answers every case with its truth. Counts what it was asked."""
 
-    config = SimpleNamespace(capabilities=["text", "image", "first_last", "continuation", "camera"])
+    config = SimpleNamespace(capabilities=["text", "image", "first_last", "keyframes", "restyle", "continuation", "camera"])
     device = torch.device("cpu")
 
     def __init__(self) -> None:
         world = held_out(0, program.FRAMES, max_things=1)
-        cases = [make(world, k) for make in CASES.values() for k in range(N)]
-        self.truth = {key(case.request): render_scene(case.scene) for case in cases}
+        asked = [task.make(world, k) for task in TASKS.values() for k in range(1 if task.few else N)]
+        self.truth = {key(case.request): render_scene(case.scene) for case in asked}
         self.calls = 0
 
     def __call__(self, **request: Any) -> SimpleNamespace:
@@ -72,6 +73,7 @@ def taught(make: Callable[[Options], Ruler] = program.make_ruler) -> Ruler:
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Clips of 17 frames and one set of detectors, so that the whole takes seconds."""
     monkeypatch.setattr(program, "make_ruler", ruler)
+    monkeypatch.setattr(cases, "GOES_ON", 8)
     for name, value in {"FRAMES": 17, "LONG": 21, "CONTROLS": 1, "PICTURES": 1}.items():
         monkeypatch.setattr(program, name, value)
 
@@ -84,29 +86,39 @@ def test_the_truth_scores_full_marks_and_a_second_run_makes_nothing(tmp_path: Pa
         assert all(scores[f"text-{code}"][q]["value"] == 1 for q in ("colour", "ground"))
         assert scores[f"text-{code}"]["colour"]["n"] == N
     assert scores["zh - en"]["colour"]["value"] == 0
+    kept = {task: summary["whole"]["value"] for task, summary in scores.items() if task in TASKS and "whole" in summary}
+    assert len(kept) == 14 and set(kept.values()) == {1}
+    assert scores["plain"]["still"]["value"] == 1 and scores["words"]["class"]["value"] == 1
+    assert scores["things-2"]["colour"]["value"] == 1 and scores["restyle-0.3"]["colour"]["value"] == 1
+    assert all(scores[f"continuation-{words}"]["kept"]["value"] == 1 for words in ("same", "other", "none"))
+    broken = report["columns"]["broken"]
+    assert all(broken[task]["whole"]["value"] == 0 for task in kept if task != "text-zh" and "restyle" not in task)
+    assert broken["plain"]["still"]["value"] == 0 and broken["words"]["class"]["value"] == 0
+    assert broken["things-2"]["right"]["value"] == 0 and broken["restyle-0.7"]["colour"]["value"] == 0
+    assert broken["continuation-none"]["ground"]["value"] == 0
     assert scores["camera"]["class"]["value"] == 1 and scores["camera"]["rotation"]["value"] < 0.6
     assert scores["image below VAE"]["first"]["value"] == 0 and scores["first_last below VAE"]["last"]["value"] == 0
     assert report["columns"]["noise"]["camera"]["rotation"]["value"] == 180
     assert report["columns"]["frozen"]["camera"]["registered"]["value"] == 1
     assert report["reached"]["camera class"] is True
     assert "colour, Chinese" in (tmp_path / "out/scores.md").read_text() and "RotErr" in report["table"]
-    assert {path.stem for path in (tmp_path / "out/strips").glob("*.png")} == set(CASES)
+    assert {path.stem for path in (tmp_path / "out/strips").glob("*.png")} == set(TASKS)
     json.dumps(report, allow_nan=False)
 
     n = {task: max(x["n"] for x in summary.values()) for task, summary in scores.items()}
     assert n["text-en"] == n["camera"] == N and n["image"] == n["image below VAE"] == n["continuation"] == n["vae-17"] == 1
     assert report["columns"]["truth"]["text-en"]["colour"]["n"] == N and report["columns"]["noise"]["camera"]["rotation"]["n"] == 1
 
-    made = N * 3 + 3
+    made = sum(1 if task.few else N for task in TASKS.values())
     assert pipe.calls == made
-    cases = tmp_path / "out/cases.jsonl"
-    first, second = cases.read_bytes().splitlines(keepends=True)
-    cases.write_bytes(second + first[:100])  # killed while it wrote the first case, which another worker had got
+    file = tmp_path / "out/cases.jsonl"
+    first, second = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(second + first[:100])  # killed while it wrote the first case, which another worker had got
     again = evaluate(pipe, options, {"sha256": {"a": "1"}})
     assert pipe.calls == made, "clips that are there are not made again"
     assert again["scores"] == scores and again["columns"] == report["columns"]
-    assert sorted(cases.read_bytes().splitlines()) != sorted([first.strip(), second.strip()]), "measured anew: no seconds"
-    assert {json.loads(line)["k"] for line in cases.read_text().splitlines()} == {0, 1}
+    assert sorted(file.read_bytes().splitlines()) != sorted([first.strip(), second.strip()]), "measured anew: no seconds"
+    assert {json.loads(line)["k"] for line in file.read_text().splitlines()} == {0, 1}
     with pytest.raises(UserError, match="other weights"):
         evaluate(pipe, options, {"sha256": {"a": "2"}})
 
@@ -118,9 +130,20 @@ def test_what_a_model_cannot_do_is_left_out_by_name(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(Oracle, "__call__", lambda self, **request: (asked.append(request), SimpleNamespace(frames=torch.zeros(1, 17, 64, 112, 3, dtype=torch.uint8)))[1])  # fmt: skip  # noqa: E501
     report = evaluate(pipe, Options(str(tmp_path / "out"), n=3, limit_minutes=1e-9), {"sha256": {}})
     assert report["n"] == 1  # the limit stops after the first round, and the report says so
-    assert set(report["not_trained_for"]) == {"camera", "image", "first_last", "continuation"}
+    assert set(report["not_trained_for"]) == {name for name, task in TASKS.items() if task.needs != "text"}
     assert all("camera" not in request for request in asked)
     assert report["scores"]["text-en"]["colour"]["value"] == 0  # black shows nothing
+
+
+def test_a_few_tasks_alone_and_the_time_is_said_first(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    pipe, options = Oracle(), Options(str(tmp_path / "out"), n=N, tasks=chosen("words,image"))
+    report = evaluate(pipe, options, {"sha256": {}})
+    assert set(report["scores"]) == {"words", "image", "image below VAE", "image-motion"} and pipe.calls == 2 * N + 1
+    assert "whole clips" in report["table"] and "VAE, 17" not in report["table"]
+    first = capsys.readouterr().err.splitlines()[0]
+    assert first.startswith("5 clips (words 2, image 1, image-motion 2)") and first.endswith("minutes")
+    with pytest.raises(UserError, match="other tasks"):
+        evaluate(pipe, dataclasses.replace(options, tasks=()), {"sha256": {}})
 
 
 @pytest.mark.parametrize(
@@ -130,6 +153,7 @@ def test_what_a_model_cannot_do_is_left_out_by_name(tmp_path: Path, monkeypatch:
         (["world"], "--out"),
         (["world", "--out", "x", "--n", "0"], "--n 0"),
         (["world", "--out", "x", "--workers", "0"], "--workers 0"),
+        (["world", "--out", "x", "--tasks", "text,camra"], "unknown task 'camra' (did you mean 'camera'?)"),
     ],
 )
 def test_bad_command_lines(argv: list[str], message: str, capsys: pytest.CaptureFixture) -> None:
@@ -141,7 +165,7 @@ def test_bad_command_lines(argv: list[str], message: str, capsys: pytest.Capture
 
 def share(out: Path, n: int) -> None:
     """The shipped model at one step, by two workers: they load it themselves."""
-    evaluate(program.load(ASSETS), Options(str(out), n=n, steps=1, examples=24, workers=2), {"sha256": {}}, ASSETS)
+    evaluate(program.load(ASSETS, Options("")), Options(str(out), n=n, steps=1, examples=24, workers=2), {"sha256": {}}, ASSETS)
 
 
 def test_certify_tells_which_ruler_meets_what(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
@@ -194,7 +218,7 @@ def test_two_processes_share_the_cases_and_one_goes_on_after_a_kill(tmp_path: Pa
     assert len(workers) == 2 and not psutil.wait_procs(workers, timeout=60)[1], "workers go with the one that started them"
 
     shared = program.recorded(cases)
-    pipe, options = program.load(ASSETS), Options(str(out), n=n, steps=1, examples=24)
+    pipe, options = program.load(ASSETS, Options("")), Options(str(out), n=n, steps=1, examples=24)
     report = evaluate(pipe, options, {"sha256": {}})
     assert [json.loads(line)["k"] for line in cases.read_text().splitlines()].count(first) == 1
     assert report["n"] == n and report["scores"]["camera"]["class"]["n"] == 4

@@ -19,6 +19,7 @@ from kling.cameras.axes import axes_trajectory
 from kling.cameras.files import save_trajectory
 from kling.data.video import probe, write_video
 from kling.sampling.plan import TASK_TITLES
+from kling.sampling.record import find_record, record_path
 
 QUICK = ("--num-frames", "5", "--aspect", "1:1")
 load = functools.cache(generate.load_pipeline)
@@ -82,11 +83,11 @@ def test_prompt_to_video(run, tmp_path: Path) -> None:
     assert code == 0
     assert lines[0] == "task: text to video, camera pan=5 · 5 frames 80x80 at 8 fps · 2 steps · seed 7"
     path = Path("out/a-red-ball-rolling-7.mp4")
-    assert lines[1].startswith(f"{path} · seed 7 · ") and lines[1].endswith("out/a-red-ball-rolling-7.json")
+    assert lines[1].startswith(f"{path} · seed 7 · ") and lines[1].endswith("out/a-red-ball-rolling-7.mp4.json")
     info = probe(path)
     assert (info.frames, info.width, info.height, info.fps) == (5, 80, 80, 8)
-    assert sorted(p.name for p in path.parent.iterdir()) == [path.with_suffix(".json").name, path.name]
-    record = json.loads(path.with_suffix(".json").read_text())
+    assert sorted(p.name for p in path.parent.iterdir()) == [path.name, f"{path.name}.json"]
+    record = json.loads(record_path(path).read_text())
     assert record["request"]["seed"] == 7 and record["settings"]["num_inference_steps"] == 2 and len(record["model"]["sha256"]) == 8
 
 
@@ -97,29 +98,29 @@ def test_replay_is_identical_wherever_it_is_called(run, tmp_path: Path, monkeypa
     assert run("ball", *QUICK, *given, "--output", "x.mp4")[0] == 0
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    code, lines, _ = run("--replay", "../x.json")
-    assert code == 0 and lines[-1].startswith("identical to ../x.json: 5 frames")
+    code, lines, _ = run("--replay", "../x.mp4.json")
+    assert code == 0 and lines[-1].startswith("identical to ../x.mp4.json: 5 frames")
     assert (tmp_path / "x-replay.mp4").read_bytes() == (tmp_path / "x.mp4").read_bytes()
 
 
 def test_a_seed_is_the_same_video_alone_and_among_others(run) -> None:
     run("ball", *QUICK, "--seed", "3", "--num-videos", "2", "--output", "many.mp4")
     run("ball", *QUICK, "--seed", "4", "--output", "one.mp4")
-    assert sha("many-4.json") == sha("one.json") != sha("many-3.json")
-    assert run("--replay", "many-4.json")[1][-1].startswith("identical")
+    assert sha("many-4.mp4.json") == sha("one.mp4.json") != sha("many-3.mp4.json")
+    assert run("--replay", "many-4.mp4.json")[1][-1].startswith("identical")
 
 
 def test_replay_refuses_what_changed_and_tells_what_differs(run, models: Path, tmp_path: Path) -> None:
     run("ball", *QUICK, "--image", picture("a.png"), "--output", "x.mp4")
 
-    code, _, error = run("--replay", "x.json", "--model", str(models / "unable"))
+    code, _, error = run("--replay", "x.mp4.json", "--model", str(models / "unable"))
     assert code == 2 and "model_index.json" in error
-    code, _, error = run("--replay", "x.json", "--output", "x.mp4")
+    code, _, error = run("--replay", "x.mp4.json", "--output", "x.mp4", "--overwrite")
     assert code == 2 and "would be overwritten" in error
-    code, _, error = run("--replay", "x.json", "--seed", "1")
+    code, _, error = run("--replay", "x.mp4.json", "--seed", "1")
     assert code == 2 and "leave out seed" in error
 
-    record = json.loads(Path("x.json").read_text())
+    record = json.loads(Path("x.mp4.json").read_text())
     frames = record["frames"]["each"].split()
     record["frames"] |= {"sha256": "0", "each": " ".join([*frames[:2], "00000000", *frames[3:]])}
     Path("y.json").write_text(json.dumps(record | {"machine": record["machine"] | {"torch": "1.0"}}))
@@ -127,20 +128,50 @@ def test_replay_refuses_what_changed_and_tells_what_differs(run, models: Path, t
     assert code == 1 and "1 of 5 frames, the first is 2 (torch 1.0 ->" in lines[-1]
 
     picture("a.png", 50, 50)
-    code, _, error = run("--replay", "x.json")
+    code, _, error = run("--replay", "x.mp4.json", "--output", "again.mp4")
     assert code == 2 and str(tmp_path / "a.png") in error
 
 
 def test_formats(run) -> None:
     assert run("球", *QUICK, "--seed", "1", "--format", "gif", "--fps", "4")[0] == 0
-    assert probe("out/球-1.gif").fps == 4 and json.loads(Path("out/球-1.json").read_text())["settings"]["fps"] == 8
+    assert probe("out/球-1.gif").fps == 4 and json.loads(Path("out/球-1.gif.json").read_text())["settings"]["fps"] == 8
     assert run("ball", *QUICK, "--seed", "1", "--format", "png-frames", "--output", "frames")[0] == 0
     assert len(list(Path("frames/ball-1").glob("frame_*.png"))) == 5 and Path("frames/ball-1.json").is_file()
-    assert "exists already" in run("ball", *QUICK, "--seed", "1", "--format", "png-frames", "--output", "frames")[2]
+    again = ("ball", *QUICK, "--seed", "1", "--format", "png-frames", "--output", "frames")
+    assert "exists already" in run(*again)[2] and run(*again, "--overwrite")[0] == 0
+    Path("frames/ball-1/notes.txt").touch()
+    assert "holds more than frames" in run(*again, "--overwrite")[2] and len(list(Path("frames/ball-1").iterdir())) == 6
     code, lines, _ = run("ball", "--image-only", "--output", "still.png", "--save-latents")
     assert code == 0 and lines[0].startswith("task: text to image · 1 frames 112x64")
     assert Image.open("still.png").size == (112, 64) and load_file("still.safetensors")["latents"].shape == (4, 1, 8, 14)
-    assert run("--replay", "still.json")[1][-1].startswith("identical") and Path("still-replay.png").is_file()
+    assert run("--replay", "still.png.json")[1][-1].startswith("identical") and Path("still-replay.png").is_file()
+
+
+def test_nothing_is_overwritten_unless_told_to(run) -> None:
+    assert run("ball", *QUICK, "--seed", "1", "--output", "a.mp4", "--save-latents")[0] == 0
+    first = {path.name: path.read_bytes() for path in Path().iterdir()}
+    assert set(first) == {"a.mp4", "a.mp4.json", "a.safetensors"}
+    assert run("ball", *QUICK, "--seed", "2", "--output", "a.gif")[0] == 0 and Path("a.gif.json").is_file()
+    for more in ("--output a.mp4", "--output a.gif", "--output a.mov --save-latents"):  # the last one has its latents there already
+        code, _, error = run("ball", *QUICK, "--seed", "3", *more.split())
+        assert code == 2 and "exists already: choose another --output or seed, or add --overwrite" in error
+        assert {name: Path(name).read_bytes() for name in first} == first
+    Path("b.mp4.json").touch()  # a record alone is worth as much
+    assert "b.mp4.json exists already" in run("ball", *QUICK, "--output", "b.mp4")[2]
+    assert run("ball", *QUICK, "--seed", "3", "--output", "a.mp4", "--overwrite")[0] == 0
+    assert sha("a.mp4.json") != json.loads(first["a.mp4.json"])["frames"]["sha256"]
+
+
+def test_records_under_their_earlier_names_are_found_and_replayed(run) -> None:
+    """`a.json` lay beside both `a.mp4` and `a.gif`, and was that of the later one."""
+    run("ball", *QUICK, "--seed", "1", "--output", "a.mp4")
+    Path("a.mp4.json").rename("a.json")
+    Path("a.gif").touch(), Path("b.mp4").touch()
+    Path("b.json").write_text('{"caption": "not a record"}')
+    found = {name: find_record(Path(name)) for name in ("a.mp4", "a.gif", "b.mp4", "absent.mp4")}
+    assert found == {"a.mp4": Path("a.json"), "a.gif": None, "b.mp4": None, "absent.mp4": None}
+    code, lines, _ = run("--replay", "a.json")
+    assert code == 0 and lines[-1].startswith("identical to a.json") and Path("a-replay.mp4.json").is_file()
 
 
 def test_every_task_is_understood(run) -> None:
@@ -174,7 +205,9 @@ BAD = {
     "": "prompt",
     "ball --num-frames 6": "use 5 or 9",
     "ball --num-frames many": "--num-frames",
-    "ball --image-only --duration 5": "--image-only",
+    "ball --image-only --duration 5": "leave out --duration",
+    "ball --image-only --extend-to 5": "leave out --extend-to",
+    "ball --image-only --video in.mp4": "1 frame adds nothing",
     "ball --aspect 16x9": "did you mean '16:9'",
     "ball --camera spin": "unknown camera move",
     "ball --camera spin=5": "unknown camera axis",

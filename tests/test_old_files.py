@@ -6,7 +6,11 @@ import importlib
 import json
 from pathlib import Path
 
+import numpy as np
+import pytest
+
 from kling import KlingPipeline
+from kling.data.video import write_video
 from kling.sampling.pipeline import ASSETS
 from kling.sampling.record import check_same_settings, read_record, request_of
 
@@ -17,6 +21,24 @@ def test_an_old_record_asks_for_the_same_again() -> None:
     record = read_record(RECORD)
     request = request_of(record, str(RECORD))
     check_same_settings(record, KlingPipeline.from_pretrained(weights=False).plan(request), str(RECORD))
+
+
+@pytest.mark.parametrize(
+    ("given", "asked"),
+    [
+        ({"strength": 0.5, "duration": 5.0, "extend_to": 9.0, "last_image": "a.png"}, {"strength": 0.5}),
+        ({"extend_to": 9.0, "duration": 5.0, "keyframes": [["a.png", 3, 1.0]]}, {"extend_to": 9.0}),
+        ({"outpaint": "1:1", "aspect": "9:16", "camera_scale": 2.0}, {"outpaint": "1:1"}),
+    ],
+)
+def test_what_recipe_1_did_not_use_is_left_out_of_its_requests(tmp_path, given, asked) -> None:
+    """The first versions threw away some of what they were given, and wrote it down all the same."""
+    write_video(tmp_path / "in.mp4", np.zeros((9, 64, 112, 3), np.uint8), 8)
+    video, record = str(tmp_path / "in.mp4"), read_record(RECORD)
+    fields = {**record["request"], "prompt": "a", "num_frames": None, "image": None, "keyframes": [], "camera": None, "aspect": None}
+    assert request_of(record | {"request": fields | given | {"video": video}}, "x") == request_of(
+        record | {"recipe": 2, "request": fields | asked | {"video": video}}, "x"
+    )
 
 
 def test_class_paths_in_model_folders_exist() -> None:

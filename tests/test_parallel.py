@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,9 @@ from kling.training.examples import check_divides
 from kling.vae import AutoencoderKLKling
 
 STEPS = 5
+NO_TASKS = "tasks={text: 1, image: 0, continuation: 0, inpaint: 0, restyle: 0, last: 0, first_last: 0, keyframes: 0}"
+WATCHED = ["validation.every=1", "validation.clips=2", "validation.quantiles=1", "sample_every=2",
+           "samples=[{prompt: a ball, num_frames: 5, num_inference_steps: 1}]"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +83,7 @@ def assert_same_run(run: Path, reference: Path, rtol: float = 1e-5) -> None:
 @pytest.mark.parametrize(
     ("config", "ranks", "micro", "sizes", "extra"),
     [
-        pytest.param("ddp", 2, 2, {}, [], id="ddp-2x2"),
+        pytest.param("ddp", 2, 2, {}, ["trackers=[tensorboard]"], id="ddp-2x2"),
         pytest.param("ddp", 4, 1, {}, [], id="ddp-4x1", marks=pytest.mark.slow),
         pytest.param("fsdp2", 2, 2, {"dp_shard": 2}, [], id="fsdp2-2x2"),
         pytest.param("hsdp", 4, 1, {"dp_replicate": 2, "dp_shard": 2}, [], id="hsdp-4x1", marks=pytest.mark.slow),
@@ -90,15 +95,30 @@ def assert_same_run(run: Path, reference: Path, rtol: float = 1e-5) -> None:
 def test_processes_and_accumulation_change_nothing(
     config: str, ranks: int, micro: int, sizes: dict[str, int], extra: list[str], words: list[str], alone: Path, tmp_path: Path
 ) -> None:
-    """Ring attention runs on a flash attention for CPUs that the test brings."""
+    """Ring attention runs on a flash attention for CPUs that the test brings. A tracker is open until the end."""
     env = workers.environment(config, ranks, **sizes)
     first = workers.ring_on_cpu if "context_parallel=ring" in extra else None
     words = [*words, *extra, f"out={tmp_path}", f"steps={STEPS}", f"gradient_accumulation={micro}"]
     assert workers.run(words, env, first=first) == [0] * ranks
     assert_same_run(tmp_path, alone)
     assert (tmp_path / "export" / "model_index.json").is_file()
+    assert bool(list(tmp_path.rglob("events.out.tfevents.*"))) == ("trackers=[tensorboard]" in extra)
     sharded = list((tmp_path / f"step-{STEPS:08d}").glob("model.00001.safetensors"))
     assert bool(sharded) == (config != "ddp"), "a sharded run writes each process's rows"
+
+
+def seen(path: Path) -> list[list[list]]:
+    """The lines that the processes have written to SEEN.<rank>, process by process."""
+    return [[json.loads(line) for line in file.read_text().splitlines()] for file in sorted(path.parent.glob(f"{path.name}.*"))]
+
+
+def test_gradients_stay_cut_between_micro_steps(words: list[str], tmp_path: Path) -> None:
+    """Through accelerate's branch for FSDP2, which without `sync_each_batch` keeps whole gradients until the last micro-step. Of cameras
+    and kinds, whose gradients a step may lack, all are drawn."""
+    words = [*words, f"out={tmp_path / 'run'}", "steps=1", "gradient_accumulation=3", "camera_drop=0", NO_TASKS]
+    env = workers.environment("fsdp2", 2, dp_shard=2) | {"SEEN": str(tmp_path / "seen")}
+    assert workers.run(words, env, first=workers.watch_gradients) == [0, 0]
+    assert seen(tmp_path / "seen") == [[[True, False, 0.5, 0.5], [True, False, 0.5, 0.5], [True, True, 0.5, 0.5]]] * 2
 
 
 @pytest.mark.slow
@@ -106,8 +126,7 @@ def test_processes_and_accumulation_change_nothing(
 def test_what_presets_turn_on_changes_nothing_in_shards(words: list[str], tmp_path: Path) -> None:
     """Recomputed activations in compiled blocks of sharded weights, all at once. One block and clips of one shape, since every other is
     traced anew; traced, differentiated and cut, but not made C++, which knows nothing of processes: tests/test_growing.py does that."""
-    words = [*words, "model.num_layers=1", "tasks={text: 1, image: 0, continuation: 0, inpaint: 0, restyle: 0, last: 0, first_last: 0, "
-             "keyframes: 0}", f"steps={STEPS}"]  # fmt: skip
+    words = [*words, "model.num_layers=1", NO_TASKS, f"steps={STEPS}"]
     workers.train_dit.main([*words, f"out={tmp_path / 'alone'}", "gradient_accumulation=2"])
     words = [*words, f"out={tmp_path / 'shards'}", "activation_checkpointing=full", "compile=true"]
     env = workers.environment("fsdp2", 2, dp_shard=2) | {"TRACED": str(tmp_path / "traced")}
@@ -116,14 +135,42 @@ def test_what_presets_turn_on_changes_nothing_in_shards(words: list[str], tmp_pa
     assert_same_run(tmp_path / "shards", tmp_path / "alone")
 
 
-@pytest.mark.slow
 def test_bf16_shards_train_as_bf16_alone(words: list[str], tmp_path: Path) -> None:
-    """Sharded weights are cast where they compute, whole ones by autocast: the same to a rounding of bf16."""
-    words = [*words, "steps=3", "mixed_precision=bf16"]
+    """Sharded weights are cast where they compute, whole ones by autocast: the same to a rounding of bf16. Validated and sampled."""
+    words = [*words, "steps=3", "mixed_precision=bf16", *WATCHED]
     workers.train_dit.main([*words, f"out={tmp_path / 'alone'}", "gradient_accumulation=2"])
-    assert workers.run([*words, f"out={tmp_path / 'shards'}"], workers.environment("fsdp2", 2, dp_shard=2)) == [0, 0]
-    losses = [[line["loss"] for line in metrics(tmp_path / name)] for name in ("alone", "shards")]
-    assert losses[1] == pytest.approx(losses[0], rel=0.01)
+    env = workers.environment("fsdp2", 2, dp_shard=2) | {"SEEN": str(tmp_path / "seen")}
+    assert workers.run([*words, f"out={tmp_path / 'shards'}"], env, first=workers.watch_levels) == [0, 0]
+    for key in ("loss", "validation/loss"):
+        losses = [[line[key] for line in metrics(tmp_path / name) if key in line] for name in ("alone", "shards")]
+        assert len(losses[0]) == 3 and losses[1] == pytest.approx(losses[0], rel=0.01)
+    assert (tmp_path / "shards" / "samples" / "00000003.png").is_file()
+    assert {dtype for lines in seen(tmp_path / "seen") for line in lines for dtype in line} == {"torch.float32"}
+
+
+@pytest.mark.parametrize(
+    "fsdp",
+    [
+        {"fsdp_reshard_after_forward": False},
+        pytest.param({"fsdp_transformer_layer_cls_to_wrap": "ByteTextEncoder"}, marks=pytest.mark.slow),
+    ],
+    ids=["not resharded", "blocks not cut"],
+)
+def test_averages_that_were_gathered_are_not_trained_on(fsdp: dict, words: list[str], alone: Path, tmp_path: Path) -> None:
+    """Where FSDP keeps gathered weights after a forward pass, a validation and samples change no later step."""
+    env = workers.environment("fsdp2", 2, fsdp, dp_shard=2)
+    assert workers.run([*words, *WATCHED, f"out={tmp_path}", f"steps={STEPS}", "gradient_accumulation=2"], env) == [0, 0]
+    lines = [line for line in metrics(tmp_path) if "validation/loss" not in line]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert_same_run(tmp_path, alone)
+
+
+def test_fp16_is_refused_for_training(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for program in (workers.train_dit, workers.train_vae):
+        with pytest.raises(SystemExit) as end:
+            preset = words[0] if program is workers.train_dit else "configs/vae/debug.yaml"
+            program.main([preset, "mixed_precision=fp16", f"out={tmp_path}"])
+        assert end.value.code == 2 and "fp16 is for sampling: train in bf16" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -138,11 +185,32 @@ def test_gradients_exchanged_in_bf16_are_those_rounded(words: list[str], alone: 
     )
 
 
-def test_muon_turns_whole_matrices_when_their_rows_are_cut(words: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("config", "sizes"),
+    [("fsdp2", {"dp_shard": 2}), pytest.param("hsdp", {"dp_replicate": 2, "dp_shard": 2}, marks=pytest.mark.slow)],
+    ids=["fsdp2", "hsdp"],
+)
+def test_muon_turns_each_matrix_on_one_process(
+    config: str, sizes: dict[str, int], words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole ones, though their rows are cut: as one process does it. Each of them once, and about as many on every process."""
+    ranks = math.prod(sizes.values())
     words = [*words, "optimizer=muon", f"steps={STEPS}"]
-    workers.train_dit.main([*words, f"out={tmp_path / 'alone'}", "gradient_accumulation=2"])
-    assert workers.run([*words, f"out={tmp_path / 'cut'}"], workers.environment("fsdp2", 2, dp_shard=2)) == [0, 0]
+    monkeypatch.setenv("SEEN", str(tmp_path / "one"))
+    monkeypatch.setattr(workers.muon, "orthogonal", workers.muon.orthogonal)
+    workers.count_turned(0)
+    workers.train_dit.main([*words, f"out={tmp_path / 'alone'}", f"gradient_accumulation={ranks}"])
+    env = workers.environment(config, ranks, **sizes) | {"SEEN": str(tmp_path / "all")}
+    assert workers.run([*words, f"out={tmp_path / 'cut'}"], env, first=workers.count_turned) == [0] * ranks
     assert_same_run(tmp_path / "cut", tmp_path / "alone")
+
+    def turned(lines: list[list]) -> Counter:
+        return sum((Counter({tuple(shape): count}) for count, *shape in lines), Counter())
+
+    shares = [turned(lines) for lines in seen(tmp_path / "all")]
+    assert sum(shares, Counter()) == turned(seen(tmp_path / "one")[0])
+    counts = [share.total() for share in shares]
+    assert len(counts) == ranks and max(counts) - min(counts) <= STEPS
 
 
 def test_a_run_goes_on_with_another_number_of_processes(

@@ -122,7 +122,7 @@ def test_a_cache_is_whole_resumable_and_tied_to_its_vae(vae, cache, tmp_path, ca
     assert len(LatentCache(cache)) == 8
     with pytest.raises(SystemExit):
         encode.main([*CACHE, f"vae={vae / 'export'}", f"out={cache}", "seed=1"])
-    assert "another VAE or other settings" in capsys.readouterr().err
+    assert "with other settings (seed 0, now 1)" in capsys.readouterr().err
 
 
 def test_an_epoch_uses_every_clip_however_small_its_bucket(cache):

@@ -26,11 +26,14 @@ import torch  # noqa: E402
 import train_dit  # noqa: E402
 import train_vae  # noqa: E402
 import yaml  # noqa: E402
+from accelerate import Accelerator  # noqa: E402
 from accelerate.utils import FullyShardedDataParallelPlugin  # noqa: E402, F401 - imported here, it is not imported again by each process
 from diffusers.models import attention_dispatch  # noqa: E402
+from diffusers.models.embeddings import TimestepEmbedding  # noqa: E402
 
 from kling.runtime import parallel  # noqa: E402
 from kling.runtime.saver import Saver  # noqa: E402
+from kling.training import muon  # noqa: E402
 from kling.vae import AutoencoderKLKling  # noqa: E402
 
 # The server is a Python of its own, which ignores a preload that it does not find: without this every process imports all of torch itself.
@@ -55,13 +58,13 @@ def debug_words(folder: Path, *words: str) -> list[str]:
     ]  # fmt: skip
 
 
-def environment(config: str, ranks: int, **sizes: int) -> dict[str, str]:
-    """What `accelerate launch` would set for a config of configs/accelerate, on CPUs and with other sizes."""
+def environment(config: str, ranks: int, fsdp: dict[str, Any] | None = None, **sizes: int) -> dict[str, str]:
+    """What `accelerate launch` would set for a config of configs/accelerate, on CPUs, with other sizes and other entries of fsdp_config."""
     values = yaml.safe_load((ROOT / "configs" / "accelerate" / f"{config}.yaml").read_text())
     env = {"ACCELERATE_USE_CPU": "true", "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
     if values["distributed_type"] == "FSDP":
         env["ACCELERATE_USE_FSDP"] = "true"
-        for key, value in values["fsdp_config"].items():
+        for key, value in (values["fsdp_config"] | (fsdp or {})).items():
             env[key.upper().replace("_LAYER_CLS", "_CLS")] = str(value)
         layout = values["parallelism_config"] | {f"parallelism_config_{name}_size": size for name, size in sizes.items()}
         env |= {key.upper(): str(value) for key, value in layout.items()}
@@ -168,6 +171,46 @@ def signal_in_validation(rank: int) -> None:
 
     if rank == 1:
         train_dit.validation_loss = signalled
+
+
+def watch_gradients(rank: int) -> None:
+    """After each backward pass a line in the file SEEN.<rank>: whether accelerate shards, whether an update follows, and the least and the
+    largest share of a parameter's gradient that this process holds."""
+    real = Accelerator.backward
+
+    def backward(self: Accelerator, loss: torch.Tensor, **kwargs: Any) -> None:
+        real(self, loss, **kwargs)
+        params = [p for p in self._models[0].parameters() if p.requires_grad and p.numel() % 2 == 0 and p.shape[0] % 2 == 0]
+        shares = [0 if p.grad is None else p.grad.to_local().numel() / p.numel() for p in params]
+        with Path(f"{os.environ['SEEN']}.{rank}").open("a") as file:
+            file.write(json.dumps([self.is_fsdp2, self.sync_gradients, min(shares), max(shares)]) + "\n")
+
+    Accelerator.backward = backward
+
+
+def watch_levels(rank: int) -> None:
+    """The number types of every pass through the embedding of noise levels (input, weight, result), as lines of the file SEEN.<rank>."""
+    real = TimestepEmbedding.forward
+
+    def forward(self: TimestepEmbedding, x: torch.Tensor, *rest: Any) -> torch.Tensor:
+        out = real(self, x, *rest)
+        with Path(f"{os.environ['SEEN']}.{rank}").open("a") as file:
+            file.write(json.dumps([str(t.dtype) for t in (x, self.linear_1.weight, out)]) + "\n")
+        return out
+
+    TimestepEmbedding.forward = forward
+
+
+def count_turned(rank: int) -> None:
+    """How many matrices Muon turns on this process, batch by batch, as lines of the file SEEN.<rank>."""
+    real = muon.orthogonal
+
+    def orthogonal(matrices: torch.Tensor) -> torch.Tensor:
+        with Path(f"{os.environ['SEEN']}.{rank}").open("a") as file:
+            file.write(json.dumps([len(matrices), *matrices.shape[1:]]) + "\n")
+        return real(matrices)
+
+    muon.orthogonal = orthogonal
 
 
 def ring_on_cpu(_: int) -> None:

@@ -32,6 +32,7 @@ PROGRAMS = {
     "kling-train-vae": Program("train_vae", "TrainVAEConfig", "vae"),
     "kling-train-text": Program("train_text", "TrainTextConfig", "text"),
     "kling-encode": Program("encode", "CacheConfig", "cache"),
+    "kling-train-all": Program("train_all", "TrainAllConfig", "shipped.yaml"),
     "kling-plan": Program("plan", "PlanConfig", "dit", "configs/dit/PRESET.yaml [key=value ...]"),
 }
 KLING = Path(kling.__file__).parent
@@ -51,6 +52,10 @@ def train_text(argv: list[str] | None = None) -> None:
 
 def encode(argv: list[str] | None = None) -> None:
     run("kling-encode", argv)
+
+
+def train_all(argv: list[str] | None = None) -> None:
+    run("kling-train-all", argv)
 
 
 def plan(argv: list[str] | None = None) -> None:

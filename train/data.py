@@ -13,6 +13,7 @@ import argparse
 import os
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -45,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def parser() -> Parser:
     top = Parser("kling-data", __doc__, allow_abbrev=True)
-    commands = top.add_subparsers(required=True, metavar="COMMAND")
+    commands = top.add_subparsers(required=True, metavar="COMMAND", parser_class=partial(Parser, allow_abbrev=True))
 
     cmd = commands.add_parser("scan", help="look at every file once; write a manifest and a quarantine")
     cmd.add_argument(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ from kling_programs.train.command import helped
 from torch import Tensor, nn
 
 from kling.cache.batches import LatentSteps, RankBatches
-from kling.cache.store import CacheConfig, LatentBatch, LatentCache, fill_cache
-from kling.condition.tasks import TASKS
+from kling.cache.store import INDEX, CacheConfig, LatentBatch, LatentCache, differences, fill_cache, read_index, settings_of
+from kling.condition.tasks import TASKS, keyframe_share
 from kling.config import load_config, save_config, to_dict
 from kling.data.clips import ClipSample
 from kling.data.source import DataConfig, batches
@@ -31,7 +32,16 @@ from kling.flow.levels import draw_sigma
 from kling.flow.losses import flow_loss
 from kling.flow.path import velocity
 from kling.runtime import checkpoint
-from kling.runtime.accelerator import EXIT_STOPPED, Accelerator, StopSignal, make_accelerator, set_threads, wrap_what_is_there
+from kling.runtime.accelerator import (
+    EXIT_STOPPED,
+    Accelerator,
+    StopSignal,
+    keep_in_fp32,
+    make_accelerator,
+    set_threads,
+    wrap_what_is_there,
+)
+from kling.runtime.lock import locked
 from kling.runtime.log import RunLog, finished
 from kling.runtime.parallel import check_draws, lay_out, same_rng, scalar, split_sequence, total, trained
 from kling.runtime.random import generator, noise_like
@@ -50,7 +60,18 @@ from kling.training.meter import Meter, matmul_ceiling
 from kling.training.model import Trained, set_checkpointing
 from kling.training.optim import lr_at, make_optimizer, set_lr
 from kling.training.run_state import load_run_tensors, run_tensors
-from kling.training.start import Start, captions_of, check_fit, new_scheduler, open_start, taught_text, text_folder
+from kling.training.start import (
+    LONG_CAPTIONS,
+    Start,
+    captions_of,
+    check_captions,
+    check_fit,
+    is_read,
+    new_scheduler,
+    open_start,
+    taught_text,
+    text_folder,
+)
 from kling.training.validation import Validation, draw_samples, encode, held_out, level_quantiles, task_requests, validation_loss
 
 
@@ -59,15 +80,19 @@ class TrainDiTConfig:
     """Everything a run depends on.
 
     out: folder of the run: checkpoints, metrics.jsonl, samples, and the model in export/. steps: updates of the weights, in all.
-    seed: of the initial weights and of everything drawn. batch: clips of the longest length in each process and micro-step.
+    seed: of the initial weights and of everything drawn. batch: clips of the longest length in a batch of each process and micro-step;
+    of a shorter one there are as many as make the same tokens.
+    group: batches in a row of one shape. Where the number of processes divides it, all of them have equal work in every step.
     optimizer: adamw or muon, with the same lr. lr: learning rate at its highest. betas: of the optimizer's moments.
     warmup: updates in which lr rises from 0. schedule: constant or cosine, after the warmup. floor: part of lr that cosine ends at.
     weight_decay: of matrices, a part of lr. clip_grad: largest norm of the gradients. ema: decay of the averaged weights, for an update.
     model: keys of KlingTransformer3DModel. text: keys of ByteTextEncoder. scheduler: settings stored with the weights, such as shift.
     vae: a VAE folder, or empty for that of `init_from`, or the shipped one.
-    cache: a latent cache; completed by the preset `encode` (empty: it is there). encode: preset of kling-encode that fills the cache.
-    frames: lengths to draw from in pixel frames, each 1 + 4k, at most the cache's. max_frames: longest clip in pixel frames that the export
-    makes at once. tasks: how often each is drawn, as shares.
+    cache: a latent cache; completed by the preset `encode` (empty: it is one's own, as kling-encode left it).
+    encode: preset of kling-encode that fills the cache. frames: lengths to draw from in pixel frames, each 1 + 4k, at most the cache's; one
+    named twice is drawn twice as often. max_frames: longest clip in pixel frames that the export makes at once.
+    tasks: how often each is drawn, as shares.
+    long_captions: what to do with a caption that is longer than our text encoder reads: refuse (before the first step), or cut it.
     text_drop, camera_drop: share of clips, 0 to 1, whose text or camera is left out, for guidance.
     init_from: a model folder to start from, ours or published; conditions that `model` adds to it start at zero. checkpoint: the
     registry's name of it, where its files do not tell. expert: of two, the one to train, high or low.
@@ -112,6 +137,8 @@ class TrainDiTConfig:
     encode: str = "cache/world.yaml"
     frames: list[int] = field(default_factory=lambda: [17])
     max_frames: int = 41
+    group: int = 1
+    long_captions: str = "refuse"
     tasks: dict[str, float] = field(default_factory=lambda: {"text": 1.0})
     text_drop: float = 0.1
     camera_drop: float = 0.4
@@ -157,6 +184,10 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("checkpoint or expert is set but not init_from: they tell which published weights to train, so name their folder")
     if cfg.expert and cfg.sample_every:
         raise UserError("sample_every is set, and samples need both experts: leave it at 0, and sample from the export")
+    if cfg.long_captions not in LONG_CAPTIONS:
+        raise unknown("long_captions", cfg.long_captions, LONG_CAPTIONS)
+    if cfg.group < 1:
+        raise UserError(f"group {cfg.group}: give 1 or more")
     if cfg.sample_tasks and not cfg.sample_every:
         raise UserError("sample_tasks is set but not sample_every: say every how many steps")
     cfg.vae = cfg.vae or cfg.init_from or ""
@@ -168,6 +199,12 @@ def train(cfg: TrainDiTConfig, stop: StopSignal) -> None:
     set_threads(cfg.threads)
     out = Path(cfg.out)
     accelerator = make_accelerator(out, cfg.mixed_precision, cfg.gradient_accumulation, cfg.trackers, bf16_reduction=cfg.bf16_reduction)
+    with locked(out, "run", accelerator):
+        train_in(out, cfg, stop, accelerator)
+
+
+def train_in(out: Path, cfg: TrainDiTConfig, stop: StopSignal, accelerator: Accelerator) -> None:
+    """The training in a folder that is this run's alone."""
     layout, device, micro = lay_out(accelerator), accelerator.device, cfg.gradient_accumulation
     if cfg.lora.half and accelerator.mixed_precision != "bf16":
         raise UserError("lora.half holds weights in bf16, and this run does not compute in it: set mixed_precision=bf16, or leave it out")
@@ -178,11 +215,12 @@ def train(cfg: TrainDiTConfig, stop: StopSignal) -> None:
     complete_cache(cfg, vae, stop, accelerator)
     cache = LatentCache(cfg.cache)
     cache.check_vae(vae)
-    data = LatentSteps(cache, cfg.batch, cfg.frames, cfg.seed)
-    drawing = Drawing(cfg.seed, cfg.tasks, cfg.text_drop, cfg.camera_drop)
+    if keyframe_share(cfg.tasks):
+        cache.check_lengths(cfg.frames)
+    data = LatentSteps(cache, cfg.batch, cfg.frames, cfg.seed, cfg.group)
     scheduler = scheduler_of(cfg, start)
     density, shift = cfg.scheduler.get("density", scheduler.config.get("density", "logit_normal")), scheduler.config[shift_key(scheduler)]
-    source = load_config(CacheConfig, cfg.encode).data if cfg.encode else DataConfig()
+    source = DataConfig(**cache.settings["data"])
     clips = held_out(cfg.validation, source, max(cfg.frames)) if cfg.validation.every or cfg.sample_tasks else []
     held = encode(clips, vae) if cfg.validation.every else []
     asked = requests(cfg, clips) if cfg.sample_every else []
@@ -193,13 +231,23 @@ def train(cfg: TrainDiTConfig, stop: StopSignal) -> None:
     torch.manual_seed(cfg.seed)  # the initial weights; every later draw is counter-based
     model = build(cfg, start)
     transformer, text_encoder = model.transformer, model.text_encoder
+    max_bytes = check_captions(text_encoder, cache, [request.prompt for request in asked], cfg.long_captions)
+    drawing = Drawing(cfg.seed, cfg.tasks, cfg.text_drop, cfg.camera_drop, cfg.group, max_bytes)
     check_fit(vae, transformer, cfg.tasks, cache)
     split_sequence(transformer, layout, accelerator, cfg.context_parallel)
     check_divides(data, cfg.tasks, transformer, layout.split)
+    if layout.split > 1 and (held or asked):
+        pipe = pipeline(cfg, model, vae, start)
+        for batch in held:
+            pipe.check_divides(*batch.latents.shape[2:])
+        for request in asked:
+            pipe.plan(request)  # refuses what does not divide
     set_checkpointing(transformer, cfg.activation_checkpointing)
     if cfg.compile:
         transformer.compile_repeated_blocks()
-    optimizer = make_optimizer(cfg.optimizer, model, cfg.lr, betas=cfg.betas, weight_decay=cfg.weight_decay)
+    keep_in_fp32(accelerator, transformer.condition_embedder.time_embedder)
+    exact = accelerator.mixed_precision == "no"
+    optimizer = make_optimizer(cfg.optimizer, model, cfg.lr, betas=cfg.betas, weight_decay=cfg.weight_decay, exact=exact)
     wrap_what_is_there(accelerator, model)
     net, optimizer = accelerator.prepare(model, optimizer)
     ema = EMA(model, cfg.ema)
@@ -238,13 +286,16 @@ def train(cfg: TrainDiTConfig, stop: StopSignal) -> None:
     meter = Meter(device, matmul_ceiling(device, torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32))
     if accelerator.is_main_process:
         print(data.epochs.report(), file=sys.stderr)
+        if cfg.group % layout.ranks:
+            print(f"group {cfg.group}: the {layout.ranks} batches of a step may differ in shape, and all wait for the slowest: give a "
+                  f"multiple of {layout.ranks} in a new run, if lengths differ", file=sys.stderr)  # fmt: skip
 
     with (
         Watchdog(out, accelerator.process_index, cfg.watchdog) as watchdog,
         RunLog(out, cfg.steps, accelerator=accelerator, config=to_dict(cfg), start=done, log_every=cfg.log_every) as log,
     ):
         while done < cfg.steps:
-            feed, used = RankBatches(data, places, layout), []  # after a rollback the data goes back too
+            feed, used = RankBatches(data, places, layout), []
             for k, batch in enumerate(batches(feed, 0, (cfg.steps - done) * micro, cfg.workers)):
                 place = feed.place(k)
                 example = draw_example(drawing, batch, place, transformer, vae).to(device)
@@ -269,7 +320,7 @@ def train(cfg: TrainDiTConfig, stop: StopSignal) -> None:
                 means = meter.total(accelerator)
                 lr = lr_at(done, lr=cfg.lr, warmup=cfg.warmup, steps=cfg.steps, schedule=cfg.schedule, floor=cfg.floor)
                 set_lr(optimizer, lr)
-                if guard.sound(means["loss"], norm) or accelerator.scaler is not None:  # the scaler of fp16 leaves them out itself
+                if guard.sound(means["loss"], norm):
                     optimizer.step()
                     ema.update(model, done)
                 optimizer.zero_grad()
@@ -281,7 +332,7 @@ def train(cfg: TrainDiTConfig, stop: StopSignal) -> None:
                 log.log(done, {**means, "lr": lr, "grad_norm": norm, "skipped": guard.skipped, **speed}, clips=clips)
 
                 if guard.rollback(used, out, accelerator.process_index):
-                    done, places = resume(done)
+                    done, _ = resume(done)  # the weights go back, the data goes on: what made them unsound is not met again
                     log.rewind(done)
                     break
                 used = []
@@ -298,7 +349,7 @@ def train(cfg: TrainDiTConfig, stop: StopSignal) -> None:
                 if asked and (last or done % cfg.sample_every == 0) and not stopping:
                     if accelerator.is_main_process or layout.sharded:  # sharded weights need all processes
                         picture = out / "samples" / f"{done:08d}.png" if accelerator.is_main_process else None
-                        with ema.swap(model), same_rng(device):
+                        with ema.swap(model), same_rng(device), accelerator.autocast():
                             draw_samples(pipeline(cfg, model, vae, start), asked, picture)
                     meter.lap("samples")
                 if stopping:
@@ -321,11 +372,26 @@ def complete_cache(cfg: TrainDiTConfig, vae: nn.Module, stop: StopSignal, accele
     if not cfg.encode:
         return
     settings = load_config(CacheConfig, cfg.encode, [f"out={cfg.cache}"])
-    for done, total_clips in fill_cache(settings, vae, accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone):
+    check_is_made_so(settings)
+    rank, ranks, wait = accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone
+    precision = "bf16" if accelerator.mixed_precision == "bf16" else "fp32"
+    hold = partial(locked, cfg.cache, "cache", accelerator)
+    for done, total_clips in fill_cache(settings, vae, rank, ranks, wait, precision=precision, hold=hold):
         if accelerator.is_main_process:
             print(f"latent cache {cfg.cache}: {done}/{total_clips} clips", file=sys.stderr)
         if stop and done < total_clips:
             raise SystemExit(EXIT_STOPPED)
+
+
+def check_is_made_so(cfg: CacheConfig) -> None:
+    """Raises `UserError` if the cache is finished and was made with other settings than these: it is one's own."""
+    if (Path(cfg.out) / INDEX).is_file():
+        was, now = read_index(Path(cfg.out) / INDEX)["settings"], settings_of(cfg)
+        if was != now:
+            raise UserError(
+                f"latent cache {cfg.out} was made {differences(was, now)}, and the preset `encode` would complete it: "
+                "set encode= to train on it as it is (configs/dit/own.yaml does), or give another cache="
+            )
 
 
 def requests(cfg: TrainDiTConfig, clips: list[ClipSample]) -> list[Request]:
@@ -345,8 +411,14 @@ def complete_text(
     kling-encode has read the captions already, if it was given the model.
     """
     prompts = {start.settings["defaults"]["negative_prompt"], *(request.negative_prompt or "" for request in asked)} if asked else set()
-    prompts |= {*captions_of(cfg.cache), *(clip.captions[0][0] for clip in held), *(request.prompt for request in asked)}
-    for done, new in start.text(cfg.text, cfg.cache).learn(sorted(prompts), device):
+    text = start.text(cfg.text, cfg.cache)
+    prompts |= {
+        "",
+        *(() if is_read(cfg.cache, text) else captions_of(cfg.cache)),
+        *(clip.captions[0][0] for clip in held),
+        *(request.prompt for request in asked),
+    }
+    for done, new in text.learn(sorted(prompts), device):
         print(f"text embeddings {text_folder(cfg.cache)}: {done}/{new}", file=sys.stderr)
         if stop and done < new:
             raise SystemExit(EXIT_STOPPED)

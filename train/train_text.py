@@ -19,17 +19,20 @@ from kling_programs.train.command import helped
 
 from kling.config import load_config, save_config, to_dict
 from kling.data.source import ClipSource, DataConfig, batches, check_data
-from kling.errors import UserError, program
-from kling.runtime.accelerator import EXIT_STOPPED, StopSignal, make_accelerator, set_threads
+from kling.errors import UserError, program, unknown
+from kling.runtime.accelerator import EXIT_STOPPED, Accelerator, StopSignal, make_accelerator, set_threads
 from kling.runtime.checkpoint import check_same_config
 from kling.runtime.files import written_folder
+from kling.runtime.lock import locked
 from kling.runtime.log import RunLog, finished
 from kling.runtime.saver import Saver, find_latest, versions
 from kling.text import ByteTextEncoder
 from kling.text.agree import agreement_loss, pool
+from kling.text.encoder import cut_prompt
 from kling.training.ema import EMA
 from kling.training.optim import lr_at, make_optimizer, set_lr
 from kling.training.run_state import load_run_tensors, run_tensors
+from kling.training.start import LONG_CAPTIONS, refuse_long
 
 
 @dataclass
@@ -42,6 +45,7 @@ class TrainTextConfig:
     floor: part of lr that cosine ends at. weight_decay: of matrices, a part of lr. clip_grad: largest norm of the gradients.
     ema: decay of the averaged weights, for an update. temperature: of the softmax over the batch, lower tells near captions apart.
     text: keys of ByteTextEncoder. save_every: updates between checkpoints. keep_last: checkpoints that stay.
+    long_captions: what to do with a caption that is longer than the encoder reads: refuse (before the first step), or cut it.
     log_every: updates between lines of the log. mixed_precision: auto (measured), bf16, fp16 or fp32.
     trackers: tensorboard, wandb or both, beside metrics.jsonl. workers: processes that read captions.
     threads: CPU threads inside an operation, null is all cores.
@@ -60,6 +64,7 @@ class TrainTextConfig:
     clip_grad: float = 1.0
     ema: float = 0.99
     temperature: float = 0.1
+    long_captions: str = "refuse"
     text: dict[str, Any] = field(default_factory=dict)
     data: DataConfig = field(default_factory=DataConfig)
     save_every: int = 200
@@ -72,16 +77,17 @@ class TrainTextConfig:
 
 
 class CaptionPairs(torch.utils.data.Dataset):
-    """Batch of a step: two captions of each of `batch` clips, in two lists. A function of (seed, step) alone."""
+    """Batch of a step: two captions of each of `batch` clips, in two lists. A function of (seed, step) alone. max_bytes: cut to it."""
 
-    def __init__(self, source: ClipSource, batch: int) -> None:
-        self.source, self.batch = source, batch
+    def __init__(self, source: ClipSource, batch: int, max_bytes: int | None = None) -> None:
+        self.source, self.batch, self.max_bytes = source, batch, max_bytes
 
     def __getitem__(self, step: int) -> tuple[list[str], list[str]]:
         rng = random.Random(f"pairs/{self.source.seed}/{step}")
         pairs = []
         for index in range(step * self.batch, (step + 1) * self.batch):
             captions = self.source.captions(index)
+            captions = captions if self.max_bytes is None else [cut_prompt(caption, self.max_bytes) for caption in captions]
             pairs.append(rng.sample(captions, 2) if len(captions) > 1 else captions * 2)
         return [a for a, _ in pairs], [b for _, b in pairs]
 
@@ -93,6 +99,8 @@ def main(argv: list[str] | None = None) -> None:
         return
     cfg = load_config(TrainTextConfig, argv[0], argv[1:])
     check_data(cfg.data)
+    if cfg.long_captions not in LONG_CAPTIONS:
+        raise unknown("long_captions", cfg.long_captions, LONG_CAPTIONS)
     with StopSignal() as stop:
         train(cfg, stop)
 
@@ -103,10 +111,19 @@ def train(cfg: TrainTextConfig, stop: StopSignal) -> None:
     accelerator = make_accelerator(out, cfg.mixed_precision, trackers=cfg.trackers)
     if accelerator.num_processes > 1:
         raise UserError(f"kling-train-text on {accelerator.num_processes} processes: it takes minutes on one; start one")
+    with locked(out, "run", accelerator):
+        train_in(out, cfg, stop, accelerator)
+
+
+def train_in(out: Path, cfg: TrainTextConfig, stop: StopSignal, accelerator: Accelerator) -> None:
+    """The training in a folder that is this run's alone."""
     check_same_config(out, to_dict(cfg), defaults=to_dict(TrainTextConfig()))
+    source = ClipSource(cfg.data, cfg.seed)
     torch.manual_seed(cfg.seed)  # the initial weights; every later draw is counter-based
     model = ByteTextEncoder(**cfg.text).train()
-    net, optimizer = accelerator.prepare(model, make_optimizer(cfg.optimizer, model, cfg.lr, weight_decay=cfg.weight_decay))
+    exact = accelerator.mixed_precision == "no"
+    optimizer = make_optimizer(cfg.optimizer, model, cfg.lr, weight_decay=cfg.weight_decay, exact=exact)
+    net, optimizer = accelerator.prepare(model, optimizer)
     ema = EMA(model, cfg.ema)
     saver = Saver(out, cfg.keep_last, accelerator=accelerator)
 
@@ -115,7 +132,11 @@ def train(cfg: TrainTextConfig, stop: StopSignal) -> None:
         start = saved.step
         load_run_tensors(saved, model, optimizer.optimizer, ema)
     save_config(cfg, out / "config.yaml")
-    data = CaptionPairs(ClipSource(cfg.data, cfg.seed), cfg.batch)
+    cut = model.config.max_bytes if cfg.long_captions == "cut" else None
+    if cut is None and source.manifest:
+        found = [(shot.name, [c.text for c in shot.captions]) for shot in source.manifest.manifest.shots]
+        refuse_long(found, model.config.max_bytes, f"data.source {cfg.data.source}")
+    data = CaptionPairs(source, cfg.batch, cut)
 
     with RunLog(out, cfg.steps, accelerator=accelerator, config=to_dict(cfg), start=start, log_every=cfg.log_every) as log:
         for step, (first, second) in enumerate(batches(data, start, cfg.steps, cfg.workers), start=start):

@@ -29,6 +29,7 @@ from kling.metrics.pixel import psnr
 from kling.runtime import checkpoint
 from kling.runtime.accelerator import EXIT_STOPPED, Accelerator, StopSignal, make_accelerator, set_threads
 from kling.runtime.files import written_folder
+from kling.runtime.lock import locked
 from kling.runtime.log import RunLog, finished
 from kling.runtime.parallel import lay_out, scalar, total
 from kling.runtime.random import generator
@@ -60,6 +61,7 @@ class TrainVAEConfig:
     they are; with [encoder, quant_conv] a decoder gets better under a transformer that is already trained, since the latents do not move.
     draw: the decoder sees a draw from the posterior in place of its mean; without it nothing trains the posterior's width but `loss.kl`,
     and a draw costs decibels. loss.halved: scale equivariance (see `Autoencoding`).
+    group: batches in a row of one shape. Where the number of processes divides it, all of them have equal work in every step.
     paths: how often clips go through whole, streamed in chunks, or in blended tiles, so that the loss sees what sampling does.
     perceptual: weight of VGG-16's features. perceptual_weights: a local safetensors file of VGG-16.
     save_every: updates between checkpoints. keep_last: checkpoints that stay. eval_every: updates between evaluations.
@@ -87,6 +89,7 @@ class TrainVAEConfig:
     data: DataConfig = field(default_factory=DataConfig)
     loss: LossWeights = field(default_factory=LossWeights)
     draw: bool = False
+    group: int = 1
     paths: dict[str, float] = field(default_factory=lambda: {"whole": 1.0})
     adversary: Adversary = field(default_factory=Adversary)
     perceptual: float = 0.0
@@ -114,6 +117,8 @@ def main(argv: list[str] | None = None) -> None:
     for name in cfg.paths:
         if name not in PATHS:
             raise unknown("path", name, PATHS)
+    if cfg.group < 1:
+        raise UserError(f"group {cfg.group}: give 1 or more")
     if bool(cfg.perceptual) != bool(cfg.perceptual_weights):
         raise UserError(
             "perceptual and perceptual_weights belong together: give both, a weight and a safetensors file of VGG-16, or neither"
@@ -127,6 +132,12 @@ def train(cfg: TrainVAEConfig, stop: StopSignal) -> None:
     out = Path(cfg.out)
     lone = 1 in cfg.data.frames  # convolutions over time that halve or double it see no lone frame
     accelerator = make_accelerator(out, cfg.mixed_precision, cfg.gradient_accumulation, cfg.trackers, some_unused=lone)
+    with locked(out, "run", accelerator):
+        train_in(out, cfg, stop, accelerator)
+
+
+def train_in(out: Path, cfg: TrainVAEConfig, stop: StopSignal, accelerator: Accelerator) -> None:
+    """The training in a folder that is this run's alone."""
     layout, device, micro = lay_out(accelerator), accelerator.device, cfg.gradient_accumulation
     if accelerator.is_fsdp2:
         raise UserError("a VAE is trained whole on every GPU: use configs/accelerate/ddp.yaml")
@@ -140,7 +151,9 @@ def train(cfg: TrainVAEConfig, stop: StopSignal) -> None:
         getattr(model, name).requires_grad_(False)
     critic = PatchDiscriminator3d(cfg.adversary.width, cfg.adversary.layers) if cfg.adversary.weight else None
     perceptual = Perceptual(cfg.perceptual_weights).to(device) if cfg.perceptual else None
-    net, optimizer = accelerator.prepare(Autoencoding(model), make_optimizer(cfg.optimizer, model, cfg.lr, weight_decay=cfg.weight_decay))
+    exact = accelerator.mixed_precision == "no"
+    optimizer = make_optimizer(cfg.optimizer, model, cfg.lr, weight_decay=cfg.weight_decay, exact=exact)
+    net, optimizer = accelerator.prepare(Autoencoding(model), optimizer)
     if critic is not None:
         critic_net, critic_optimizer = accelerator.prepare(critic, adamw(critic, cfg.adversary.lr, betas=(0.5, 0.9), weight_decay=0.0))
     ema = EMA(model, cfg.ema)
@@ -161,7 +174,7 @@ def train(cfg: TrainVAEConfig, stop: StopSignal) -> None:
     began = done
     if accelerator.is_main_process:
         save_config(cfg, out / "config.yaml")
-    data = StepBatches(ClipSource(cfg.data, cfg.seed), cfg.batch)
+    data = StepBatches(ClipSource(cfg.data, cfg.seed), cfg.batch, cfg.group)
     if accelerator.is_main_process and (report := data.report()):
         print(report, file=sys.stderr)
     guard, clock = Guard(), StepClock(device)
@@ -171,7 +184,7 @@ def train(cfg: TrainVAEConfig, stop: StopSignal) -> None:
         RunLog(out, cfg.steps, accelerator=accelerator, config=to_dict(cfg), start=done, log_every=cfg.log_every) as log,
     ):
         while done < cfg.steps:
-            feed, used, sums = RankBatches(data, places, layout), [], {}  # after a rollback the data goes back too
+            feed, used, sums = RankBatches(data, places, layout), [], {}
             for k, video in enumerate(batches(feed, 0, (cfg.steps - done) * micro, cfg.workers)):
                 place = feed.place(k)
                 used.append(place)
@@ -225,7 +238,7 @@ def train(cfg: TrainVAEConfig, stop: StopSignal) -> None:
 
                 bad = [{"place": p, "clips": [clip.name for clip in data.clips(p)]} for p in used] if guard.row == LIMIT else []
                 if guard.rollback(bad, out, accelerator.process_index):
-                    done, places = resume(done)
+                    done, _ = resume(done)  # the weights go back, the data goes on: what made them unsound is not met again
                     log.rewind(done)
                     break
                 used, sums = [], {}

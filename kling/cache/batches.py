@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import random
-
 from torch.utils.data import Dataset
 
 from kling.cache.store import LatentBatch, LatentCache
-from kling.data.buckets import Epochs, batch_sizes
+from kling.data.buckets import Epochs, cuts_of
 from kling.errors import UserError
 from kling.runtime.parallel import Layout
 
@@ -15,11 +13,11 @@ from kling.runtime.parallel import Layout
 class LatentSteps(Dataset):
     """Batch of place p = step * ranks + rank, as a function of (seed, p) alone, in the order of `Epochs`.
 
-    batch: clips of the largest bucket; of the others there are as many as make the same tokens. frames: lengths to draw from, for each
-    batch among those that its clips have. Raises `UserError` if a bucket is shorter than all of them.
+    batch: clips of the largest shape that is drawn; of the others there are as many as make the same tokens. frames: lengths to draw from,
+    a longer clip is cut. group: places in a row that share a shape. Raises `UserError` if a bucket is shorter than all lengths.
     """
 
-    def __init__(self, cache: LatentCache, batch: int, frames: list[int], seed: int) -> None:
+    def __init__(self, cache: LatentCache, batch: int, frames: list[int], seed: int, group: int = 1) -> None:
         self.cache, self.frames, self.seed = cache, frames, seed
         for bucket in cache.clips:
             if bucket.frames < min(frames):
@@ -27,12 +25,11 @@ class LatentSteps(Dataset):
                     f"latent cache {cache.folder} holds clips of {bucket.frames} frames, frames is {frames}: add {bucket.frames}"
                 )
         items = {bucket: len(places) for bucket, places in cache.clips.items()}
-        self.epochs = Epochs(items, batch_sizes(list(items), batch), seed)
+        self.epochs = Epochs(items, cuts_of(list(items), batch, frames), seed, group)
         self.per_epoch = self.epochs.per_epoch
 
     def __getitem__(self, place: int) -> LatentBatch:
-        _, bucket, ids = self.epochs[place]
-        frames = random.Random(f"frames/{self.seed}/{place}").choice([T for T in self.frames if bucket.frames >= T])
+        _, bucket, frames, ids = self.epochs[place]
         return self.cache.batch(bucket, ids, frames)
 
 

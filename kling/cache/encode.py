@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from kling.data.clips import ClipSample
-from kling.data.transforms import to_tensor
+from kling.data.transforms import to_batch
 from kling.vae import AutoencoderKLKling
+from kling.vae.model import PIXELS_PER_PASS
 
 
 def keyframe_times(clip: int | str, ends: list[int], seed: int) -> list[int]:
@@ -22,45 +23,59 @@ def keyframe_times(clip: int | str, ends: list[int], seed: int) -> list[int]:
 
 
 @torch.no_grad()
+def encode_videos(vae: AutoencoderKLKling, video: Tensor, precision: str = "fp32", known: int | None = None) -> Tensor:
+    """Videos uint8 (n, T, H, W, 3) -> latents (n, c, f, h, w), normalised, fp32 on the CPU; of one shape, as many at once as fill a pass.
+
+    They cross to the device as uint8. precision: fp32, or bf16 by autocast. known: only so many frames are shown, grey stands for the rest.
+    """
+    latents, device = [], vae.device
+    for part in video.split(max(1, PIXELS_PER_PASS // video[0, ..., 0].numel())):
+        x = to_batch(part.to(device))  # (b, 3, T, H, W)
+        if known is not None:
+            x[:, :, known:] = 0
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            mean = vae.encode(x).latent_dist.mode()  # (b, c, f, h, w)
+        latents.append(vae.normalize(mean.float()).cpu())
+    return torch.cat(latents)
+
+
 def encode_clips(
-    vae: AutoencoderKLKling, clips: list[ClipSample], ids: list[Any], ends: list[int], seed: int
+    vae: AutoencoderKLKling, clips: list[ClipSample], ids: list[Any], ends: list[int], seed: int, precision: str = "fp32"
 ) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
     """The tensors and rows of one shard. ids: of its clips, for the draws. ends: the lengths whose last frame training may append."""
-    latents, lone, at, c2w, intrinsics, rows = [], [], [], [], [], []
-    for name, clip in zip(ids, clips, strict=True):
-        video = to_tensor(clip.video)[None].to(vae.device)  # (1, 3, T, H, W)
-        times = keyframe_times(name, ends, seed)
-        frames = video[:, :, times].transpose(0, 2)  # (K, 3, 1, H, W)
-        latents.append(vae.normalize(vae.encode(video).latent_dist.mode())[0])  # (c, f, h, w)
-        single = (
-            vae.normalize(vae.encode(frames).latent_dist.mode())[:, :, 0] if times else latents[-1].new_zeros(0, *latents[-1][:, 0].shape)
-        )
-        lone.append(single)  # (K, c, h, w)
-        at.append(torch.tensor(times, dtype=torch.long))
-        camera, T = clip.trajectory, len(clip.video)
-        c2w.append(camera.c2w if camera else torch.zeros(T, 3, 4))
-        intrinsics.append(camera.intrinsics if camera else torch.zeros(T, 4))  # zero focal length: no camera known
-        rows.append({"name": clip.name, "captions": clip.captions, "weights": clip.weights or [1.0] * len(clip.captions)})
+    video = together(clips)
+    n, T, H, W, _ = video.shape
+    times = torch.tensor([keyframe_times(name, ends, seed) for name in ids], dtype=torch.long)  # (n, K)
+    latents = encode_videos(vae, video, precision)  # (n, c, f, h, w)
+    lone = latents.new_zeros(n, 0, *latents[0, :, 0].shape)
+    if times.numel():
+        frames = video[torch.arange(n)[:, None], times].reshape(-1, 1, H, W, 3)
+        lone = encode_videos(vae, frames, precision)[:, :, 0].unflatten(0, tuple(times.shape))  # (n, K, c, h, w)
+    cameras = [clip.trajectory for clip in clips]
     tensors = {
-        "latents": torch.stack(latents).half(),
-        "keyframes": torch.stack(lone).half(),
-        "keyframe_times": torch.stack(at),
-        "c2w": torch.stack(c2w),
-        "intrinsics": torch.stack(intrinsics),
+        "latents": latents.half(),
+        "keyframes": lone.half(),
+        "keyframe_times": times,
+        "c2w": torch.stack([camera.c2w if camera else torch.zeros(T, 3, 4) for camera in cameras]),
+        # zero focal length: no camera known
+        "intrinsics": torch.stack([camera.intrinsics if camera else torch.zeros(T, 4) for camera in cameras]),
     }
-    return {name: t.cpu().contiguous() for name, t in tensors.items()}, rows
+    rows = [{"name": c.name, "captions": c.captions, "weights": c.weights or [1.0] * len(c.captions)} for c in clips]
+    return {name: t.contiguous() for name, t in tensors.items()}, rows
+
+
+def together(clips: list[ClipSample]) -> Tensor:
+    """The videos of clips of one shape, uint8 (n, T, H, W, 3)."""
+    return torch.stack([torch.as_tensor(clip.video) for clip in clips])
 
 
 @torch.no_grad()
-def first_frames(vae: AutoencoderKLKling, clips: list[ClipSample], clip_tokens: Callable[[Tensor], Tensor] | None) -> dict[str, Tensor]:
+def first_frames(
+    vae: AutoencoderKLKling, clips: list[ClipSample], clip_tokens: Callable[[Tensor], Tensor] | None, precision: str = "fp32"
+) -> dict[str, Tensor]:
     """What image-to-video weights are shown of each clip: its first frame before nothing but grey, encoded, `shown` (n, c, f, h, w); and
     what `clip_tokens` makes of the picture uint8 (H, W, 3), CLIP's tokens `seen` (n, i, e)."""
-    shown = []
-    for clip in clips:
-        video = to_tensor(clip.video)[None].to(vae.device)  # (1, 3, T, H, W)
-        video[:, :, 1:] = 0
-        shown.append(vae.normalize(vae.encode(video).latent_dist.mode())[0])
-    tensors = {"shown": torch.stack(shown)}
+    tensors = {"shown": encode_videos(vae, together(clips), precision, known=1)}
     if clip_tokens is not None:
         tensors["seen"] = torch.stack([clip_tokens(torch.as_tensor(clip.video[0])) for clip in clips])
     return {name: t.half().cpu() for name, t in tensors.items()}

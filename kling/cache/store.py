@@ -2,43 +2,58 @@
 
     cache/index.json            what it was made from (a key), and its shards with their sizes and SHA-256; there when all are
     cache/index.0.json          the shards that process 0 has made so far
+    cache/stamps.json           when each shard was last found to be what the index says: the file's time of change
     cache/00000.safetensors     latents (n, c, f, h, w) fp16, normalised; keyframes (n, K, c, h, w); camera; for image-to-video weights also
-                                shown (n, c, f, h, w), the first frame before nothing but grey, and seen (n, i, e), CLIP's tokens of it
-    cache/00000.json            captions and names
+                                shown (n, c, f, h, w), the first frame before nothing but grey, and seen (n, i, e), CLIP's tokens of it;
+                                rows, row_ends, row_sums: a JSON line of each clip, name and captions, where it ends, a checksum of the clip
     cache/text/                 umT5's embeddings of the captions, a file each, for published weights
 
 The encoding of a prefix is the prefix of the encoding, so one long encoding serves every shorter length. Lone frames that training
 appends as keyframes are encoded on their own: the last frame of every length, and inner ones drawn once a clip. A shard holds clips of one
-shape. What decides its contents is hashed: a shard that is damaged, or whose clips have changed, is made anew and never read.
+shape. What decides its contents is hashed: a shard whose clips have changed is made anew.
+
+Nothing is read as a whole that is not needed. A reader compares sizes and times when it opens, the checksum of a clip whenever it reads
+one, and the hash of a shard at its first read if its time is not the known one; `kling-encode verify=true` compares all hashes. Caches
+from before have their rows in 00000.json and no stamps, and are read so too.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+import zlib
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
-from itertools import accumulate, pairwise
+from itertools import accumulate, islice, pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from kling.cache.encode import encode_clips, first_frames
 from kling.cameras.trajectory import Trajectory
+from kling.config import flatten
 from kling.data.buckets import Bucket
 from kling.data.clips import ClipSample
+from kling.data.manifest import MissingClip, as_line
 from kling.data.source import ClipSource, DataConfig, batches, check_data
 from kling.errors import UserError
-from kling.runtime.files import sha256, write_atomic
+from kling.runtime.files import sha256, write_atomic, writing
 from kling.shapes import latent_frames
+from kling.text.encoder import prompt_bytes
 from kling.vae import AutoencoderKLKling
 
-INDEX = "index.json"
+INDEX, STAMPS = "index.json", "stamps.json"
+ROWS, ENDS, SUMS = "rows", "row_ends", "row_sums"  # in a shard, beside the tensors of its clips
+OPEN = 64  # shards that a reader keeps open
+NAMED = 3  # clips that one error line names
 
 
 def cache_key(vae: AutoencoderKLKling, settings: dict[str, Any]) -> str:
@@ -59,7 +74,8 @@ class CacheConfig:
     weights are shown of a first frame. clips: how many of the endless world, shared out over `data.aspects` by `shares`; a manifest is
     encoded whole. data.frames: the lengths that training will use; of the world the longest is encoded, of a manifest's shot the longest
     that it fills. shorter: how many other clips of the world of each shorter length, {1: 9000} for pictures, which cost little and show
-    much. shard: clips in a file.
+    much. shard: clips in a file. mixed_precision: of the VAE: auto (measured), bf16 or fp32; each shard's record says which it was.
+    skip_missing: leave out clips whose files are gone, and count them. verify: compare the hash of every shard, and make anew what differs.
     """
 
     out: str = "runs/cache"
@@ -72,6 +88,9 @@ class CacheConfig:
     shard: int = 50
     seed: int = 0  # of the world's scenes and of what is drawn from a manifest
     data: DataConfig = field(default_factory=DataConfig)
+    mixed_precision: str = "auto"
+    skip_missing: bool = False
+    verify: bool = False
     workers: int = 1  # processes that read clips, for each encoding process
     threads: int | None = None  # CPU threads inside an operation, null is all cores
 
@@ -88,36 +107,47 @@ class Shard:
 
 def fill_cache(
     cfg: CacheConfig, vae: AutoencoderKLKling, rank: int = 0, ranks: int = 1, wait: Callable[[], None] = lambda: None,
-    clip_tokens: Callable[[Tensor], Tensor] | None = None,
+    clip_tokens: Callable[[Tensor], Tensor] | None = None, precision: str = "fp32",
+    hold: Callable[[], AbstractContextManager] = nullcontext,
 ) -> Iterator[tuple[int, int]]:  # fmt: skip
     """Encode what is not there yet; yields (clips done, clips in all) after every shard, the ones found included.
 
     Process `rank` of `ranks` takes every ranks-th of the missing shards; `wait` returns when all of them have come to it.
     clip_tokens: a picture uint8 (H, W, 3) -> CLIP's tokens of it (i, e), for `cfg.image` and weights that take them.
+    precision: fp32 or bf16. hold: keeps other runs from writing to the folder while shards are made.
+
+    Raises `MissingClip` if a clip's file is gone, unless `cfg.skip_missing`; shards that are done stay.
     """
     check_data(cfg.data)
     source = ClipSource(cfg.data, cfg.seed)
-    plan = list(_plan(cfg, source))
-    writer = CacheWriter(cfg.out, cache_key(vae, settings_of(cfg)), settings_of(cfg), rank)
-    wait()  # everyone has seen what was there before anyone adds to it
-    missing = [shard for shard in plan if shard not in writer]
-    mine = missing[rank::ranks]
-    total = sum(len(shard.numbers) for shard in plan)
-    done = total - sum(len(shard.numbers) for shard in mine)
-    yield done, total
-    clips = batches(_Clips(source, mine), 0, sum(len(shard.numbers) for shard in mine), cfg.workers)
-    for shard in mine:
-        ends = sorted(T for T in set(cfg.data.frames) if 1 < T <= shard.bucket.frames)
-        samples = [next(clips) for _ in shard.numbers]
-        ids = [sample.name for sample in samples] if source.manifest else shard.numbers
-        tensors, rows = encode_clips(vae, samples, ids, ends, cfg.seed)
-        writer.add(shard, tensors | (first_frames(vae, samples, clip_tokens) if cfg.image else {}), rows)
-        done += len(shard.numbers)
+    plan, settings = list(_plan(cfg, source)), settings_of(cfg)
+    key = cache_key(vae, settings)
+
+    writer = CacheWriter(cfg.out, key, settings, rank, cfg.verify, cfg.skip_missing)
+    with hold() if any(shard not in writer for shard in plan) else nullcontext():
+        writer.look()  # again: another run may have made some before this one held the folder
+        missing = [shard for shard in plan if shard not in writer]
+        wait()  # everyone has seen what was there before anyone adds to it
+        mine = missing[rank::ranks]
+        total = sum(len(shard.numbers) for shard in plan)
+        done = total - sum(len(shard.numbers) for shard in mine)
         yield done, total
-    wait()
-    if rank == 0:
-        writer.finish(plan)
-    wait()
+        clips = batches(_Clips(source, mine, cfg.skip_missing), 0, sum(len(shard.numbers) for shard in mine), cfg.workers)
+        for shard in mine:
+            ends = sorted(T for T in set(cfg.data.frames) if 1 < T <= shard.bucket.frames)
+            there = [(n, sample) for n, sample in zip(shard.numbers, islice(clips, len(shard.numbers)), strict=True) if sample is not None]
+            tensors, rows, samples = {}, [], [sample for _, sample in there]
+            if samples:
+                ids = [sample.name for sample in samples] if source.manifest else [n for n, _ in there]
+                tensors, rows = encode_clips(vae, samples, ids, ends, cfg.seed, precision)
+                tensors |= first_frames(vae, samples, clip_tokens, precision) if cfg.image else {}
+            writer.add(shard, tensors, rows, precision)
+            done += len(shard.numbers)
+            yield done, total
+        wait()
+        if rank == 0:
+            writer.finish(plan)
+        wait()
 
 
 def settings_of(cfg: CacheConfig) -> dict[str, Any]:
@@ -168,74 +198,128 @@ def _plan(cfg: CacheConfig, source: ClipSource) -> Iterator[Shard]:
 
 
 class CacheWriter:
-    """Writes the shards of one process. A shard that an index names, with the right hash and contents, is never made again."""
+    """Writes the shards of one process. A shard that an index names, with the right hash and contents, is never made again.
 
-    def __init__(self, folder: str | Path, key: str, settings: dict[str, Any], rank: int = 0) -> None:
+    verify: compare all hashes, not only those of files that have changed since. lacking: take shards that lack clips for whole.
+    """
+
+    def __init__(
+        self, folder: str | Path, key: str, settings: dict[str, Any], rank: int = 0, verify: bool = False, lacking: bool = False
+    ) -> None:
         self.folder, self.key, self.settings, self.own = Path(folder), key, settings, f"index.{rank}.json"
-        try:
+        self.verify, self.lacking = verify, lacking
+        with writing(self.folder / INDEX):
             self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cache {folder} cannot be written ({error.strerror}): choose another folder") from None
+        self.stamps, self._hashes = read_stamps(self.folder), {}
+        self.look()
+
+    def look(self) -> None:
+        """See what is there, made by whomever."""
         self.found = self._whole(INDEX, "index.*.json")
-        self.made = self._whole(self.own)
+        self.made = {name: entry for name, entry in self._entries(self.own).items() if name in self.found}
 
     def __contains__(self, shard: Shard) -> bool:
         entry = self.found.get(shard.name)
-        return entry is not None and entry["clips"] == len(shard.numbers) and entry.get("digest", shard.digest) == shard.digest
+        if entry is None or entry.get("digest", shard.digest) != shard.digest:
+            return False
+        return entry["clips"] + (entry.get("missing", 0) if self.lacking else 0) == len(shard.numbers)
 
-    def add(self, shard: Shard, tensors: dict[str, Tensor], rows: list[dict[str, Any]]) -> None:
-        """Write one shard: `rows` holds captions and names of its clips."""
+    def add(self, shard: Shard, tensors: dict[str, Tensor], rows: list[dict[str, Any]], precision: str = "fp32") -> None:
+        """Write one shard: `rows` holds captions and names of its clips. One without clips has no file, only a record."""
         path = self.folder / shard.name
-        temporary = path.with_suffix(".tmp")
-        save_file(tensors, temporary)
-        write_atomic(path.with_suffix(".json"), json.dumps(rows, ensure_ascii=False))
-        temporary.replace(path)
-        shape = {"aspect": shard.bucket.aspect, "frames": shard.bucket.frames, "digest": shard.digest}
-        self.made[shard.name] = {"clips": len(rows), **shape, "bytes": path.stat().st_size, "sha256": sha256(path)}
-        self._write(self.own, self.made)
+        entry = {"clips": len(rows), "aspect": shard.bucket.aspect, "frames": shard.bucket.frames, "digest": shard.digest}
+        if missing := len(shard.numbers) - len(rows):
+            entry["missing"] = missing
+        if rows:
+            temporary = path.with_suffix(".tmp")
+            try:
+                with writing(path):
+                    save_file(tensors | _packed(tensors, rows), temporary)
+                    temporary.replace(path)
+                    path.with_suffix(".json").unlink(missing_ok=True)  # of the shard before
+            except SafetensorError as error:
+                raise UserError(f"{path} cannot be written ({error}): free the place or choose another") from None
+            finally:
+                temporary.unlink(missing_ok=True)
+            longest = max((len(prompt_bytes(text)) for row in rows for text in row["captions"]), default=0)  # bytes
+            entry |= {"bytes": path.stat().st_size, "sha256": sha256(path), "precision": precision, "longest": longest}
+            self.stamps[shard.name] = path.stat().st_mtime_ns
+        self.made[shard.name] = self.found[shard.name] = entry
+        with writing(self.folder / self.own):
+            own = {name: entry | {"mtime_ns": self.stamps[name]} if name in self.stamps else entry for name, entry in self.made.items()}
+            self._write(self.own, own)
 
     def finish(self, plan: list[Shard]) -> None:
         """Gather what all processes have made into the index; shards that the plan no longer has are deleted."""
-        found = self._whole(INDEX, "index.*.json")
-        self._write(INDEX, {shard.name: found[shard.name] for shard in plan})
+        found = self.found | self._whole(INDEX, "index.*.json")
+        if lost := [shard.name for shard in plan if shard.name not in found]:
+            raise UserError(
+                f"cache {self.folder}: {lost[0]} was written and has changed since: see to the disk, and run kling-encode again"
+            )
+        names = {shard.name for shard in plan}
+        with writing(self.folder / INDEX):
+            self._write(INDEX, {name: found[name] for name in sorted(names)})
+            _write_if_new(self.folder / STAMPS, json.dumps({name: self.stamps[name] for name in sorted(names & self.stamps.keys())}))
         for path in self.folder.glob("index.*.json"):
             path.unlink()
-        names = {shard.name for shard in plan}
         for path in self.folder.glob("*.safetensors"):
             if path.name not in names:
                 path.unlink()
                 path.with_suffix(".json").unlink(missing_ok=True)
 
-    def _whole(self, *indices: str) -> dict[str, dict[str, Any]]:
-        """The undamaged shards that these indices name; the last word counts."""
+    def _entries(self, *indices: str) -> dict[str, dict[str, Any]]:
+        """The shards that these indices name; the last word counts. Raises `UserError` for an index of other contents."""
         shards: dict[str, dict[str, Any]] = {}
         for path in (path for pattern in indices for path in sorted(self.folder.glob(pattern))):
-            index = json.loads(path.read_text(encoding="utf-8"))
+            index = read_index(path)
             if index["key"] != self.key:
-                where = f"cache {self.folder} was made with another VAE or other settings"
-                raise UserError(f"{where}: choose another folder, or delete this one")
-            shards |= {name: entry for name, entry in index["shards"].items() if _whole(self.folder / name, entry)}
+                raise UserError(f"cache {self.folder} was made {differences(index['settings'], self.settings)}: choose another folder")
+            for name, entry in index["shards"].items():
+                if "mtime_ns" in entry:
+                    self.stamps[name] = entry.pop("mtime_ns")
+            shards |= index["shards"]
         return shards
+
+    def _whole(self, *indices: str) -> dict[str, dict[str, Any]]:
+        """The undamaged ones of them."""
+        found = {}
+        for name, entry in self._entries(*indices).items():
+            if not entry["clips"]:
+                found[name] = entry
+            elif (there := _stat(self.folder / name)) and there[1] == entry["bytes"]:
+                known = self.stamps.get(name) == there[0] and not self.verify
+                if known or self._hash(name, there[0]) == entry["sha256"]:
+                    found[name], self.stamps[name] = entry, there[0]
+        return found
+
+    def _hash(self, name: str, mtime_ns: int) -> str:
+        """Of a shard, computed once while its time stays."""
+        if (name, mtime_ns) not in self._hashes:
+            self._hashes[name, mtime_ns] = sha256(self.folder / name)
+        return self._hashes[name, mtime_ns]
 
     def _write(self, name: str, shards: dict[str, dict[str, Any]]) -> None:
         index = {"key": self.key, "settings": self.settings, "shards": dict(sorted(shards.items()))}
-        text, path = json.dumps(index, indent=1), self.folder / name
-        if not path.is_file() or path.read_text(encoding="utf-8") != text:  # several trainings may start at once on a cache that is whole
-            write_atomic(path, text)
+        _write_if_new(self.folder / name, json.dumps(index, indent=1))
 
 
 class _Clips(Dataset):
-    """The clips of a list of shards, one after another, so that workers make them ahead."""
+    """The clips of a list of shards, one after another, so that workers make them ahead. skip_missing: None where the file is gone."""
 
-    def __init__(self, source: ClipSource, shards: list[Shard]) -> None:
-        self.source = source
+    def __init__(self, source: ClipSource, shards: list[Shard], skip_missing: bool = False) -> None:
+        self.source, self.skip_missing = source, skip_missing
         self.places = [(shard.bucket, number) for shard in shards for number in shard.numbers]
 
-    def __getitem__(self, i: int) -> ClipSample:
+    def __getitem__(self, i: int) -> ClipSample | None:
         bucket, number = self.places[i]
-        if self.source.manifest:
+        if not self.source.manifest:
+            return self.source.clip(number, bucket.frames, bucket.aspect)
+        try:
             return self.source.manifest.clip(bucket, number)
-        return self.source.clip(number, bucket.frames, bucket.aspect)
+        except MissingClip as error:
+            if self.skip_missing:
+                return None
+            raise MissingClip(f"{error}, or leave out what is gone with skip_missing=true") from None
 
 
 @dataclass(frozen=True)
@@ -255,57 +339,102 @@ class LatentBatch:
     names: list[str] = field(default_factory=list)
 
 
+class Places(Sequence[tuple[str, int]]):
+    """Where the clips of a bucket lie: (shard, row) of each, from the shards' lengths alone."""
+
+    def __init__(self) -> None:
+        self.shards: list[str] = []
+        self.ends: list[int] = []
+
+    def add(self, shard: str, clips: int) -> None:
+        self.shards.append(shard)
+        self.ends.append(len(self) + clips)
+
+    def __len__(self) -> int:
+        return self.ends[-1] if self.ends else 0
+
+    def __getitem__(self, i: int) -> tuple[str, int]:  # type: ignore[override]
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        k = bisect_right(self.ends, i)
+        return self.shards[k], i - (self.ends[k - 1] if k else 0)
+
+
 class LatentCache:
-    """Reads a cache; shards stay memory-mapped. Raises `UserError` if there is none, or a shard is damaged."""
+    """Reads a cache; shards stay memory-mapped. Raises `UserError` if there is none, or a shard is missing or of another size; and when
+    it reads a clip that is not what was written."""
 
     def __init__(self, folder: str | Path, key: str | None = None) -> None:
         self.folder = Path(folder)
-        try:
-            index = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))
-        except OSError:
-            raise UserError(f"latent cache {folder} does not exist: make it with kling-encode") from None
-        except ValueError:
-            raise UserError(f"latent cache {folder} is damaged: {INDEX} is not readable; delete the folder and run kling-encode") from None
+        index = read_index(self.folder / INDEX)
         if key is not None and index["key"] != key:
-            raise UserError(f"latent cache {folder} was made with another VAE or other settings: delete it and run kling-encode")
-        self.key, self.settings = index["key"], index["settings"]
-        self.clips: dict[Bucket, list[tuple[str, int]]] = {}  # -> (shard, row)
-        self._rows: dict[str, list[dict]] = {}
-        for name, entry in index["shards"].items():
-            if not _whole(self.folder / name, entry):
-                raise UserError(f"latent cache {folder} is damaged: {name} has changed since it was written; run kling-encode to remake it")
+            raise UserError(f"latent cache {folder} was made with another VAE or other settings: choose another folder")
+        self.key, self.settings, self.shards = index["key"], index["settings"], index["shards"]
+        self.clips: dict[Bucket, Places] = {}
+        self._suspect: set[str] = set()  # shards whose time is not the known one
+        self._open: OrderedDict[str, _Shard] = OrderedDict()
+        stamps = read_stamps(self.folder)
+        for name, entry in self.shards.items():
+            if not entry["clips"]:
+                continue
+            there = _stat(self.folder / name)
+            if there is None or there[1] != entry["bytes"]:
+                raise self._damaged(name, "is missing" if there is None else f"has {there[1]} bytes, not {entry['bytes']}")
+            if stamps.get(name) != there[0]:
+                self._suspect.add(name)
             bucket = Bucket(entry["aspect"], entry.get("frames", max(self.settings["data"]["frames"])))
-            self.clips.setdefault(bucket, []).extend((name, row) for row in range(entry["clips"]))
-            self._rows[name] = json.loads((self.folder / name).with_suffix(".json").read_text(encoding="utf-8"))
-        self._open: dict[str, Any] = {}
+            self.clips.setdefault(bucket, Places()).add(name, entry["clips"])
+        if not self.clips:
+            raise UserError(f"latent cache {folder} holds no clip: see what kling-encode left out")
 
     def __len__(self) -> int:
         return sum(len(places) for places in self.clips.values())
 
     @property
+    def missing(self) -> int:
+        """Clips that were left out because their files were gone."""
+        return sum(entry.get("missing", 0) for entry in self.shards.values())
+
+    @property
     def holds(self) -> set[str]:
         """Names of what is kept of every clip."""
-        return set(self._shard(next(iter(self._rows))).keys())
+        return set(self._shard(next(iter(self.clips.values())).shards[0]).names)
 
     def check_vae(self, vae: AutoencoderKLKling) -> None:
         """Raises `UserError` unless these are latents of this VAE."""
         if cache_key(vae, self.settings) != self.key:
             raise UserError(f"latent cache {self.folder} was made with another VAE: give that one with vae=, or make the cache anew")
 
+    def check_lengths(self, frames: Iterable[int]) -> None:
+        """Raises `UserError` if the last frame of one of these lengths is not kept alone: they are encoded for the cache's lengths only."""
+        made = self.settings["data"]["frames"]
+        if odd := sorted({T for T in frames if T > 1} - set(made)):
+            raise UserError(
+                f"frames {odd[0]} with tasks that append a keyframe, and latent cache {self.folder} keeps last frames of {made} only: "
+                "train on these lengths, leave out the tasks last, first_last and keyframes, or make a cache with data.frames of yours"
+            )
+
+    def long_captions(self, max_bytes: int) -> Iterator[tuple[str, list[str]]]:
+        """(name, captions) of the clips of shards that hold a caption longer than `max_bytes`, or whose record does not tell."""
+        for name, entry in self.shards.items():
+            if entry["clips"] and entry.get("longest", max_bytes + 1) > max_bytes:
+                yield from ((row["name"], row["captions"]) for row in self._shard(name).all_rows())
+
+    def captions(self) -> Iterator[str]:
+        """Every caption, as often as it is there."""
+        for name, entry in self.shards.items():
+            if entry["clips"]:
+                yield from (caption for row in self._shard(name).all_rows() for caption in row["captions"])
+
     def batch(self, bucket: Bucket, ids: list[int], frames: int) -> LatentBatch:
-        """The clips `ids` of a bucket, their first `frames` pixel frames."""
+        """The clips `ids` of a bucket, their first `frames` pixel frames. Raises `UserError` for one that is damaged."""
         f = latent_frames(frames)
-        columns: dict[str, list[Tensor]] = {}
-        captions, weights, names = [], [], []
+        rows, columns = [], {}
         for i in ids:
-            shard, row = self.clips[bucket][i]
-            file = self._shard(shard)
-            for name in file.keys():  # noqa: SIM118 - no dict
-                part = file.get_slice(name)
-                columns.setdefault(name, []).append(part[row, :, :f] if name in ("latents", "shown") else part[row])
-            captions.append(self._rows[shard][row]["captions"])
-            names.append(self._rows[shard][row]["name"])
-            weights.append(self._rows[shard][row].get("weights", [1.0] * len(captions[-1])))
+            row, tensors = self._shard(self.clips[bucket][i][0]).read(self.clips[bucket][i][1])
+            rows.append(row)
+            for name, t in tensors.items():
+                columns.setdefault(name, []).append(t[:, :f] if name in ("latents", "shown") else t)
         stacked = {name: torch.stack(column) for name, column in columns.items()}
         cameras = [
             Trajectory(c2w[:frames], k[:frames]) if float(k[0, 0]) > 0 else None
@@ -313,13 +442,119 @@ class LatentCache:
         ]
         lone = stacked["keyframes"].float(), stacked["keyframe_times"]
         first = {name: stacked[name].float() for name in ("shown", "seen") if name in stacked}
+        captions, names = [row["captions"] for row in rows], [row["name"] for row in rows]
+        weights = [row.get("weights", [1.0] * len(row["captions"])) for row in rows]
         return LatentBatch(ids, stacked["latents"].float(), *lone, captions, weights, cameras, **first, names=names)
 
-    def _shard(self, name: str) -> Any:
-        if name not in self._open:
-            self._open[name] = safe_open(self.folder / name, framework="pt")
+    def _shard(self, name: str) -> _Shard:
+        if name in self._open:
+            self._open.move_to_end(name)
+        else:
+            if name in self._suspect:
+                if sha256(self.folder / name) != self.shards[name]["sha256"]:
+                    raise self._damaged(name, "has changed since it was written")
+                self._suspect.discard(name)
+            self._open[name] = _Shard(self.folder / name, self._damaged)
+            if len(self._open) > OPEN:
+                self._open.popitem(last=False)
         return self._open[name]
 
+    def _damaged(self, name: str, what: str) -> UserError:
+        return UserError(f"latent cache {self.folder} is damaged: {name} {what}; run kling-encode with verify=true to remake it")
 
-def _whole(path: Path, entry: dict[str, Any]) -> bool:
-    return path.is_file() and path.stat().st_size == entry["bytes"] and sha256(path) == entry["sha256"]
+
+class _Shard:
+    """An open shard: clips by row."""
+
+    def __init__(self, path: Path, damaged: Callable[[str, str], UserError]) -> None:
+        self.path, self.damaged = path, damaged
+        try:
+            self.file = safe_open(path, framework="pt")
+            there = set(self.file.keys())
+            self.names = sorted(there - {ROWS, ENDS, SUMS})
+            self.slices = {name: self.file.get_slice(name) for name in (*self.names, *({ROWS} & there))}
+            self.old_rows: list[dict] | None = None
+            if ROWS in there:
+                self.ends, self.sums = [0, *self.file.get_tensor(ENDS).tolist()], self.file.get_tensor(SUMS).tolist()
+            else:  # from before
+                self.old_rows = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        except (SafetensorError, OSError, ValueError) as error:
+            raise damaged(path.name, f"cannot be read ({error})") from None
+
+    def read(self, row: int) -> tuple[dict, dict[str, Tensor]]:
+        """(row, tensors) of a clip."""
+        tensors = {name: self.slices[name][row] for name in self.names}
+        if self.old_rows is not None:
+            return self.old_rows[row], tensors
+        line = self._line(row)
+        if checksum(tensors, line) != self.sums[row]:
+            raise self.damaged(self.path.name, f"has changed since it was written (clip {row})")
+        return json.loads(line), tensors
+
+    def all_rows(self) -> Iterator[dict]:
+        """The rows, without the tensors."""
+        if self.old_rows is not None:
+            yield from self.old_rows
+        else:
+            yield from (json.loads(self._line(row)) for row in range(len(self.sums)))
+
+    def _line(self, row: int) -> bytes:
+        return self.slices[ROWS][self.ends[row] : self.ends[row + 1]].numpy().tobytes()
+
+
+def checksum(tensors: Mapping[str, Tensor], line: bytes) -> int:
+    """CRC-32 of one clip's tensors, in the order of their names, and its line."""
+    sum_ = zlib.crc32(line)
+    for name in sorted(tensors):
+        sum_ = zlib.crc32(tensors[name].contiguous().view(-1).view(torch.uint8).numpy(), sum_)
+    return sum_
+
+
+def _packed(tensors: Mapping[str, Tensor], rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """What stands beside the tensors of a shard's clips: their rows as JSON lines, where each ends, and their checksums."""
+    lines = [as_line(row) for row in rows]
+    sums = [checksum({name: t[i] for name, t in tensors.items()}, line) for i, line in enumerate(lines)]
+    text = torch.frombuffer(bytearray(b"".join(lines)), dtype=torch.uint8)
+    return {ROWS: text, ENDS: torch.tensor(list(accumulate(map(len, lines)))), SUMS: torch.tensor(sums)}
+
+
+def differences(was: dict[str, Any], now: dict[str, Any]) -> str:
+    """What a cache's settings have that others have not, in words for an error."""
+    a, b = flatten(was), flatten(now)
+    changed = [f"{key} {a.get(key, 'absent')!r}, now {b.get(key, 'absent')!r}" for key in sorted(a | b) if a.get(key) != b.get(key)]
+    return f"with other settings ({'; '.join(changed)})" if changed else "with another VAE"
+
+
+def read_index(path: Path) -> dict[str, Any]:
+    """Raises `UserError` if it is missing or not one."""
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+        return {name: index[name] for name in ("key", "settings", "shards")}
+    except OSError:
+        raise UserError(f"latent cache {path.parent} does not exist: make it with kling-encode") from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"latent cache {path.parent} is damaged: {path.name} is not readable; delete it and run kling-encode") from None
+
+
+def read_stamps(folder: Path) -> dict[str, int]:
+    """Time of change of each shard when it was last found good, in ns; {} where that is not known."""
+    try:
+        stamps = json.loads((folder / STAMPS).read_text(encoding="utf-8"))
+        return stamps if isinstance(stamps, dict) else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def _write_if_new(path: Path, text: str) -> None:
+    """Several trainings may start at once on a cache that is whole: they find nothing to write."""
+    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+        write_atomic(path, text)
+
+
+def _stat(path: Path) -> tuple[int, int] | None:
+    """(time of change in ns, bytes); None if there is no such file."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return None
+    return stat.st_mtime_ns, stat.st_size

@@ -8,13 +8,14 @@ Conventions, written down once:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
 from kling.errors import UserError
+from kling.runtime.device import upload
 from kling.shapes import TEMPORAL, latent_frames
 
 RAY_CHANNELS = 6 * TEMPORAL
@@ -53,8 +54,9 @@ class Trajectory:
 def pixel_rays(intrinsics: Tensor, H: int, W: int) -> Tensor:
     """K^-1 [u, v, 1]^T for every pixel centre, not normalised: (T, 4) -> (T, 3, H, W), third component 1."""
     fx, fy, cx, cy = (k[:, None, None] for k in intrinsics.unbind(-1))  # (T, 1, 1) each
-    u = ((torch.arange(W, dtype=intrinsics.dtype) + 0.5) / W)[None, None, :]
-    v = ((torch.arange(H, dtype=intrinsics.dtype) + 0.5) / H)[None, :, None]
+    like = {"dtype": intrinsics.dtype, "device": intrinsics.device}
+    u = ((torch.arange(W, **like) + 0.5) / W)[None, None, :]
+    v = ((torch.arange(H, **like) + 0.5) / H)[None, :, None]
     x = ((u - cx) / fx).expand(-1, H, W)
     y = ((v - cy) / fy).expand(-1, H, W)
     return torch.stack([x, y, torch.ones_like(x)], dim=1)
@@ -69,22 +71,48 @@ def plucker_rays(trajectory: Trajectory, H: int, W: int) -> Tensor:
     return torch.cat([moment, d], dim=1)
 
 
-def pack_rays(rays: Tensor) -> Tensor:
-    """(T, 6, H, W) -> (24, f, H, W): frame 0 four times, then four frames a latent; channel = component * 4 + frame."""
-    latent_frames(len(rays))  # refuses what is not 1 + 4k
-    rays = torch.cat([rays[:1].expand(TEMPORAL, -1, -1, -1), rays[1:]])  # (4f, 6, H, W)
-    return rearrange(rays, "(f t) c h w -> (c t) f h w", t=TEMPORAL)
+@dataclass(frozen=True)
+class Cameras:
+    """The cameras of a batch as they travel to a device: poses, 64 bytes a frame, from which the rays are made there.
+
+    At 480p the rays of a clip of 81 frames are 805 MB.
+    """
+
+    c2w: Tensor  # (b, T, 3, 4), as in `Trajectory`
+    intrinsics: Tensor  # (b, T, 4)
+    size: tuple[int, int]  # (H, W) of the grid of rays: the pixels for a model that folds 8x8 of them, the latents for one that pools
+    appended: Tensor  # (b, K) pixel frames of the lone keyframes
+
+    def __post_init__(self) -> None:
+        latent_frames(self.c2w.shape[1])  # refuses what is not 1 + 4k
+
+    @property
+    def frames(self) -> int:
+        """G: latent frames, and after them the keyframes."""
+        return latent_frames(self.c2w.shape[1]) + self.appended.shape[1]
+
+    def to(self, device: torch.device | str) -> Cameras:
+        """On another device, without waiting for it."""
+        return replace(self, **{name: upload(getattr(self, name), device) for name in ("c2w", "intrinsics", "appended")})
+
+    def rays(self, start: int = 0, end: int | None = None) -> Tensor:
+        """P of the design, of the latent frames start … end - 1, where the poses lie: (b, 24, end - start, H, W).
+
+        Frame 0 stands four times, then four frames a latent; an appended keyframe has its own pose four times.
+        """
+        b, T = self.c2w.shape[:2]
+        clip = (torch.arange(T + TEMPORAL - 1, device=self.c2w.device) - (TEMPORAL - 1)).clamp(min=0)  # (4f,)
+        lone = self.appended[..., None].expand(-1, -1, TEMPORAL).flatten(1)  # (b, 4K)
+        at = torch.cat([clip.expand(b, -1), lone], dim=1)[:, TEMPORAL * start : TEMPORAL * (self.frames if end is None else end)]
+        row = torch.arange(b, device=at.device)[:, None]
+        rays = plucker_rays(Trajectory(self.c2w[row, at].flatten(0, 1), self.intrinsics[row, at].flatten(0, 1)), *self.size)
+        return rearrange(rays, "(b f t) c h w -> b (c t) f h w", b=b, t=TEMPORAL)
 
 
 def camera_signal(trajectory: Trajectory, H: int, W: int, appended: tuple[int, ...] = ()) -> Tensor:
-    """P of the design: (24, G, H, W), the clip's packed rays and then, for every appended keyframe, its own pose four times.
-
-    `H, W` is the grid of the rays: the pixels for a model that folds 8x8 pixels into channels, the latent grid for one that pools.
-    """
-    rays = plucker_rays(trajectory, H, W)  # (T, 6, H, W)
-    packed = [pack_rays(rays)]
-    packed += [rays[t][:, None].expand(-1, TEMPORAL, -1, -1).reshape(RAY_CHANNELS, 1, H, W) for t in appended]
-    return torch.cat(packed, dim=1)
+    """The rays (24, G, H, W) of one clip; see `Cameras`."""
+    lone = torch.tensor([appended], dtype=torch.long)
+    return Cameras(trajectory.c2w[None], trajectory.intrinsics[None], (H, W), lone).rays()[0]
 
 
 def focal_of(H: int, W: int, f: float = 1.1) -> tuple[float, float]:

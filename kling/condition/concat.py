@@ -57,7 +57,7 @@ def given_pixels(state: State) -> Tensor:
     given = (state.mask[:, :, : state.frames] == 0).to(state.clean.dtype)
     given = given.repeat(1, TEMPORAL, 1, 1, 1)  # (b, 4, F, h, w)
     for k in range(state.frames, state.mask.shape[2]):  # lone frames, which elsewhere are appended to the clip
-        for i, p in enumerate(state.position[:, k].tolist()):
+        for i, p in enumerate(state.host[1][:, k].tolist()):
             t = position_frame(p)
             j = -(-t // TEMPORAL)
             r = slice(None) if t == 0 else t - (TEMPORAL * j - 3)
@@ -74,4 +74,5 @@ def opened(state: State) -> State:
         mask=torch.ones_like(state.mask[:, :, :F]),
         position=state.position[:, :F],
         kind=torch.full_like(state.kind[:, :F], TARGET),
+        host=None,
     )

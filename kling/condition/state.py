@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kling.nn.modulation import Levels
+from kling.runtime.device import upload
 from kling.shapes import frame_position
 
 TARGET, KEYFRAME, REFERENCE, SOURCE, HISTORY = range(5)
@@ -57,7 +59,11 @@ class Given:
 
 @dataclass(frozen=True)
 class State:
-    """A batch of clips that share F and K: everything the network and the sampler need to know about what is given."""
+    """A batch of clips that share F and K: everything the network and the sampler need to know about what is given.
+
+    What decides how a walk goes (is anything given, are there soft places, which levels do tokens have) is read off the mask where it was
+    built, on the host: asking the device at every step would make the host wait for it.
+    """
 
     clean: Tensor  # c (b, c, G, h, w)
     mask: Tensor  # m (b, 1, G, h, w), constant within a token
@@ -66,47 +72,99 @@ class State:
     frames: int  # F, the target frames; the rest are appended
     patch: tuple[int, int, int]
     sigma_c: float = 0.0  # conditioning noise of given tokens
+    host: tuple[Tensor, Tensor] | None = None  # mask and position on the CPU; None: as they are
+
+    def __post_init__(self) -> None:
+        if self.host is None:
+            object.__setattr__(self, "host", (self.mask.cpu(), self.position.cpu()))
 
     def sigma(self, level: Tensor) -> Tensor:
         """Noise level of every latent element, (b, 1, G, h, w), for a schedule level (b,) or one per frame (b, G) in [0, 1]."""
-        level = level.view(*level.shape, *(1,) * (2 - level.ndim))[:, None, :, None, None]  # (b, 1, G or 1, 1, 1)
+        level = _over_frames(level)  # (b, 1, G or 1, 1, 1)
         return torch.where(self.mask > 0, self.mask * level, self.sigma_c)
 
     def spread_sigma(self, level: Tensor) -> Tensor:
         """As `sigma`, but (b, 1, 1 or G, 1, 1), which spreads over all elements, where nothing is given."""
-        return level.view(*level.shape, *(1,) * (2 - level.ndim))[:, None, :, None, None] if self.free else self.sigma(level)
+        return _over_frames(level) if self.free else self.sigma(level)
 
     def noised(self, level: Tensor, noise: Tensor) -> Tensor:
         """z = (1 - sigma_tok) c + sigma_tok eps. At level 1 this is where sampling starts; in training c is the true clip everywhere."""
         sigma = self.sigma(level)  # (b, 1, G, h, w)
         return (1 - sigma) * self.clean + sigma * noise
 
-    def token_sigma(self, level: Tensor) -> Tensor:
-        """Noise level of every token, (b, G, h', w'): what the network is told."""
-        return self.sigma(level)[:, 0, :, :: self.patch[1], :: self.patch[2]]
+    def levels(self, level: Tensor) -> Levels:
+        """What the network is told: the distinct levels of the tokens, and which each has, for a schedule level (b,) or (b, 1 or G).
+
+        Of every sample (of every frame, where each has its own level) there is a row for each of its values of m, given ones too.
+        """
+        values, index = self._runs  # (b, k), (b, g)
+        b, k = values.shape
+        level = level.view(len(level), -1)  # (b | 1, 1 or G)
+        frames = level.shape[1]
+        sigma = torch.where(values[:, None] > 0, values[:, None].to(level.dtype) * level[:, :, None], self.sigma_c)  # (b, 1 or G, k)
+        first = torch.arange(b * frames, device=values.device).view(b, frames) * k  # row of each sample's, or frame's, smallest m
+        if frames > 1:
+            index = index if index.shape[1] > 1 else index.expand(b, frames)  # runs no longer than a frame
+            first = first[:, :, None].expand(b, frames, index.shape[1] // frames).flatten(1)  # (b, g)
+        return Levels(sigma.flatten(), first + index)
 
     def finish(self, z: Tensor) -> Tensor:
         """The clip: given elements restored exactly, appended frames cut off. (b, c, F, h, w)"""
         return torch.where(self.mask > 0, z, self.clean)[:, :, : self.frames]
 
+    @property
+    def tokens(self) -> int:
+        """Of one clip."""
+        _, _, G, h, w = self.mask.shape
+        return G * (h // self.patch[1]) * (w // self.patch[2])
+
     @cached_property
     def free(self) -> bool:
         """Whether nothing is given, so that every element is at the schedule's own level."""
-        return bool((self.mask == 1).all())
+        return bool((self.host[0] == 1).all())
 
-    @property
+    @cached_property
+    def gives(self) -> bool:
+        """Whether any element is given, and not made."""
+        return bool((self.host[0] == 0).any())
+
+    @cached_property
     def plain(self) -> bool:
         """Whether every element is either given, and clean, or at the schedule's own level: any flow scheduler can walk that."""
-        return self.sigma_c == 0 and bool(((self.mask == 0) | (self.mask == 1)).all())
+        return self.sigma_c == 0 and bool(((self.host[0] == 0) | (self.host[0] == 1)).all())
 
     def part(self, start: int, end: int) -> State:
         """Target frames start … end - 1 alone, at the positions that they have in the clip."""
         cut = {name: getattr(self, name)[:, :, start:end] for name in ("clean", "mask")}
         cut |= {name: getattr(self, name)[:, start:end] for name in ("position", "kind")}
-        return replace(self, **cut, frames=end - start)
+        return replace(self, **cut, frames=end - start, host=(self.host[0][:, :, start:end], self.host[1][:, start:end]))
 
     def to(self, device: torch.device | str) -> State:
-        return replace(self, **{name: getattr(self, name).to(device) for name in ("clean", "mask", "position", "kind")})
+        """On another device, without waiting for it."""
+        there = replace(self, **{name: upload(getattr(self, name), device) for name in ("clean", "mask", "position", "kind")})
+        there.__dict__["_runs"] = tuple(upload(t, device) for t in self._runs)
+        return there
+
+    @cached_property
+    def _runs(self) -> tuple[Tensor, Tensor]:
+        """Distinct values of m of each sample, rising, (b, k), the last repeated where others have more; and which of them each run of
+        equal tokens has, (b, g) with the fewest runs: 1, G or n."""
+        tokens = self.host[0][:, 0, :, :: self.patch[1], :: self.patch[2]].flatten(1)  # (b, n)
+        found = [torch.unique(row, return_inverse=True) for row in tokens]
+        k = max(len(values) for values, _ in found)
+        values = torch.stack([torch.cat([values, values[-1:].expand(k - len(values))]) for values, _ in found])  # (b, k)
+        index = torch.stack([places for _, places in found])  # (b, n)
+        for g in (1, self.mask.shape[2]):
+            runs = index.unflatten(1, (g, -1))
+            if bool((runs == runs[..., :1]).all()):
+                index = runs[..., 0]
+                break
+        return upload(values, self.mask.device), upload(index, self.mask.device)
+
+
+def _over_frames(level: Tensor) -> Tensor:
+    """(b,) or (b, G) -> (b, 1, 1 or G, 1, 1)."""
+    return level.view(*level.shape, *(1,) * (2 - level.ndim))[:, None, :, None, None]
 
 
 def build_state(

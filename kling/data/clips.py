@@ -19,7 +19,7 @@ from kling.cameras.trajectory import Trajectory
 from kling.data.buckets import Bucket
 from kling.data.decode import VideoInfo, probe
 from kling.data.image import read_image
-from kling.data.manifest import IMAGE, Manifest, Shot, read_manifest, relative
+from kling.data.manifest import IMAGE, Manifest, MissingClip, Shot, read_manifest, relative
 from kling.data.reader import open_reader
 from kling.data.scan.listing import Listing
 from kling.data.transforms import fit
@@ -103,9 +103,12 @@ class ManifestClips:
         return self.cut(piece.shot, (piece.k * bucket.frames + slack) / self.fps, bucket.frames, bucket.aspect)
 
     def identity(self, bucket: Bucket, number: int) -> list[object]:
-        """Everything that decides what clip `number` is: contents, stretch, words and camera."""
+        """Everything that decides what clip `number` is: contents, stretch, words and camera (`missing` if its file is gone)."""
         shot, k = self.buckets[bucket][number].shot, self.buckets[bucket][number].k
-        camera = sha256(self.manifest.folder / shot.camera) if shot.camera else None
+        try:
+            camera = sha256(self.manifest.folder / shot.camera) if shot.camera else None
+        except OSError:
+            camera = "missing"  # who needs the clip refuses it by name
         return [shot.sha256, shot.start, shot.end, k, [asdict(caption) for caption in shot.captions], camera]
 
     def any(self, index: int, frames: int, aspect: str) -> ClipSample:
@@ -128,6 +131,8 @@ class ManifestClips:
             video = open_reader(source, self.reader, shot.video, threads).at(times, size)
         camera = None
         if shot.camera:
+            if not (self.manifest.folder / shot.camera).is_file():
+                raise MissingClip(f"camera {shot.camera} of clip {shot.name} does not exist: restore it, or scan again")
             when = torch.arange(frames, dtype=torch.float64) / self.fps + start
             camera = load_window(self.manifest.folder / shot.camera, when, size, shot.video.duration)
         texts = [c.text for c in shot.captions] or [""]

@@ -23,6 +23,10 @@ from kling.runtime.files import Member, Source, parse_json, stamp, written
 IMAGE = "image"  # VideoInfo.container of a still picture
 
 
+class MissingClip(UserError):
+    """A file that a manifest lists and that is gone."""
+
+
 @dataclass(frozen=True)
 class Caption:
     """One description. `weight` says how often training takes it, relative to the clip's others."""
@@ -96,12 +100,12 @@ class Manifest:
         return Member(path, *shot.member) if shot.member else path
 
     def check(self, shot: Shot) -> Source:
-        """The clip's file, refused if it has changed since it was scanned."""
+        """The clip's file, refused if it has changed since it was scanned (`MissingClip` if it is gone)."""
         source = self.source(shot)
         try:
             now = stamp(source)
         except OSError as error:
-            raise UserError(f"{source} cannot be read ({error.strerror}): restore it, or scan again") from None
+            raise MissingClip(f"{source} of clip {shot.name} cannot be read ({error.strerror}): restore it, or scan again") from None
         if now != (shot.mtime_ns, shot.bytes):
             raise UserError(f"{source} has changed since it was scanned: run kling-data scan again")
         return source

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import atexit
 import random
 import signal
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from kling.data.buckets import Epochs, batch_sizes
+from kling.data.buckets import Epochs, cuts_of
 from kling.data.clips import ClipSample, ManifestClips, held_out, open_manifest
 from kling.data.video import frame_rate
 from kling.data.world.scene import FPS, World
@@ -83,18 +86,19 @@ class ClipSource:
 class StepBatches(Dataset):
     """Batch of a place in a run's endless row of batches: uint8 (b, T, H, W, 3).
 
-    The world's length and aspect are drawn for each batch; `batch` counts clips of the longest length, and of a shorter one there are as
-    many more as make the same frames, up to `MOST`. A manifest's clips come in the order of `Epochs`, `batch` of the largest shape and of
-    the others as many as make the same tokens.
+    The world's length and aspect are drawn for each `group` of batches in a row; `batch` counts clips of the longest length, and of a
+    shorter one there are as many more as make the same frames, up to `MOST`. A manifest's clips come in the order of `Epochs`, `batch` of
+    the largest shape and of the others as many as make the same tokens.
     """
 
     MOST = 16
 
-    def __init__(self, source: ClipSource, batch: int) -> None:
-        self.source, self.batch = source, batch
+    def __init__(self, source: ClipSource, batch: int, group: int = 1) -> None:
+        self.source, self.batch, self.group = source, batch, group
         if source.manifest:
             buckets = source.manifest.buckets
-            self.epochs = Epochs({b: len(pieces) for b, pieces in buckets.items()}, batch_sizes(list(buckets), batch), source.seed)
+            items = {bucket: len(pieces) for bucket, pieces in buckets.items()}
+            self.epochs = Epochs(items, cuts_of(list(buckets), batch), source.seed, group)
 
     def __getitem__(self, place: int) -> Tensor:
         return torch.stack([torch.as_tensor(clip.video) for clip in self.clips(place)])
@@ -103,9 +107,9 @@ class StepBatches(Dataset):
         """The clips of a batch."""
         source = self.source
         if source.manifest:
-            epoch, bucket, numbers = self.epochs[place]
+            epoch, bucket, _, numbers = self.epochs[place]
             return [source.manifest.clip(bucket, number, epoch) for number in numbers]
-        rng = random.Random(f"shape/{source.seed}/{place}")
+        rng = random.Random(f"shape/{source.seed}/{place // self.group}")
         frames, aspect = rng.choice(source.cfg.frames), rng.choice(source.cfg.aspects)
         count = max(self.batch, min(self.MOST, self.batch * max(source.cfg.frames) // frames))
         first = place * max(self.batch, self.MOST)
@@ -117,15 +121,62 @@ class StepBatches(Dataset):
 
 
 def batches(data: Dataset, start: int, steps: int, workers: int) -> Iterator:
-    """The batches of steps start … steps - 1, made ahead by `workers` processes of one thread each."""
+    """The batches of steps start … steps - 1, made ahead by `workers` processes of one thread each.
+
+    A `UserError` of a worker is raised here as it was, without the worker's traceback in its message. Workers end with this iterator, and
+    at the latest with the program, whatever ends it.
+    """
     if start >= steps:
-        return iter(())
-    loader = DataLoader(data, batch_size=None, sampler=range(start, steps), num_workers=workers, worker_init_fn=_start_worker)
-    return iter(loader)
+        return
+    loader = DataLoader(_Told(data), batch_size=None, sampler=range(start, steps), num_workers=workers, worker_init_fn=_start_worker)
+    feed = iter(loader)
+    if workers:
+        _feeds.add(feed)
+    try:
+        for item in feed:
+            if isinstance(item, UserError):
+                raise item
+            yield item
+    finally:
+        if workers:
+            _end_workers(feed)
+
+
+class _Told(Dataset):
+    """Items of `data`, or the `UserError` that making one raised: what a worker raises, torch would wrap in a traceback."""
+
+    def __init__(self, data: Dataset) -> None:
+        self.data = data
+
+    def __getitem__(self, i: int) -> Any:
+        try:
+            return self.data[i]
+        except UserError as error:
+            return error
+
+
+_feeds: weakref.WeakSet = weakref.WeakSet()  # iterators that have workers
+
+
+def _end_workers(feed: Any) -> None:
+    """Ask the workers of a loader's iterator to leave, then kill one amid a long file: SIGTERM, which torch sends, they ignore."""
+    _feeds.discard(feed)
+    feed._shutdown_workers()
+    for process in feed._workers:
+        if process.is_alive():
+            process.kill()
+
+
+@atexit.register
+def _end_all_workers() -> None:
+    """Before multiprocessing waits for its children, for ever: an error in the loop's own code leaves its feed open in the traceback."""
+    for feed in list(_feeds):
+        _end_workers(feed)
 
 
 def _start_worker(worker: int) -> None:
     """One thread; and signals are the main process's business: it finishes its step, saves, and ends its workers."""
+    _feeds.clear()  # a fork has its parent's
     torch.set_num_threads(1)
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)

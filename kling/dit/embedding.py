@@ -58,6 +58,7 @@ class ConditionEmbedder(nn.Module):
         # a float64 sigma keeps 1000σ exact to the last bit of a published timestep; bf16 would destroy it
         timestep = sigma.to(torch.promote_types(sigma.dtype, torch.float32)) * self.timestep_scale
         frequencies = self.timesteps_proj(timestep).to(self.time_embedder.linear_1.weight.dtype)  # (u, freq_dim)
-        temb = self.time_embedder(frequencies).type_as(text)  # (u, d)
+        with torch.autocast(sigma.device.type, enabled=False):  # bf16 would round levels together, and sampling does not autocast
+            temb = self.time_embedder(frequencies).type_as(text)  # (u, d)
         vectors = self.time_proj(self.act_fn(temb)).unflatten(1, (6, -1))  # (u, 6, d)
         return temb, vectors, self.text_embedder(text), None if image is None else self.image_embedder(image)

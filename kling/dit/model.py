@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
 from typing import Any, Self
 
 import torch
@@ -23,18 +24,20 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import apply_lora_scale
 from torch import Tensor, nn
 
+from kling.cameras.trajectory import RAY_CHANNELS, Cameras
 from kling.dit.block import KlingTransformerBlock
 from kling.dit.camera import CameraAdapter
 from kling.dit.embedding import ConditionEmbedder, KindEmbedding
 from kling.dit.history import History
 from kling.dit.walk_cache import WalkCache
 from kling.errors import UserError, unknown
-from kling.nn.modulation import ModulatedNorm, Modulation, TokenIndex, noise_levels
+from kling.nn.modulation import Levels, ModulatedNorm, Modulation, TokenIndex, noise_levels
 from kling.nn.packing import Packing
 from kling.nn.patch import PatchEmbed, unpatchify
 from kling.nn.rope import RotaryPosEmbed
 from kling.shapes import token_grid
 
+RAYS_PER_PASS = 2**23  # numbers of rays that are made at once while sampling
 OUTPUT = "thwc"  # of the numbers that a token becomes: Wan's order, in which the channel is the fastest axis
 
 
@@ -142,12 +145,12 @@ class KlingTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
     def forward(
         self,
         hidden_states: Tensor,
-        sigma: Tensor,
+        sigma: Tensor | Levels,
         encoder_hidden_states: Tensor,
         *,
         positions: Tensor | None = None,
         kinds: Tensor | None = None,
-        camera: Tensor | None = None,
+        camera: Tensor | Cameras | None = None,
         camera_mask: Tensor | None = None,
         encoder_hidden_states_image: Tensor | None = None,
         history: History | None = None,
@@ -160,15 +163,15 @@ class KlingTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
         Args:
             hidden_states: (b, c, G, h, w) noisy latents, any conditioning channels of older checkpoints concatenated.
             sigma: noise level in [0, 1], one per sample (b,), per frame (b, G) or per token (b, G, h/ph, w/pw) or (b, n). Give float64 to
-                reach a published integer timestep exactly.
+                reach a published integer timestep exactly; or the distinct `Levels`, which on a GPU saves the wait for finding them.
             encoder_hidden_states: (b, l, e) text.
             positions: (b, G) place of each frame in time, in latent frames, any real number. Default 0 … G - 1.
             kinds: (b, G) integers below `num_kinds`. Default 0, a frame to generate.
-            camera: (b, camera_channels, G, H, W) packed Plücker rays.
+            camera: (b, camera_channels, G, H, W) packed Plücker rays, or the poses that they are made from here.
             camera_mask: (b,) True where the sample has a camera. Default: all have.
             encoder_hidden_states_image: (b, i, image_dim) image-encoder tokens of the older Wan I2V weights.
             history: frames before these, which block-causal weights attend to as well.
-            constants: what earlier steps of the same walk have found and this one may use again.
+            walk_cache: what earlier steps of the same walk have found and this one may use again.
 
         Returns:
             `.sample` (b, out_channels, G, h, w).
@@ -182,13 +185,12 @@ class KlingTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
             raise UserError("block-causal sampling cannot share its tokens between devices: leave context parallelism off")
         patch = tuple(self.config.patch_size)
         grid = token_grid(*hidden_states.shape[2:], patch)
-        rotation = None if walk_cache is None else walk_cache.rotation
-        if rotation is None:
-            rotation = self.rope(self._positions(positions, grid[0], hidden_states), *grid[1:])  # (b | 1, n, 1, head_dim / 2)
-        if walk_cache is not None:
-            walk_cache.rotation = rotation
+        still = {} if walk_cache is None else walk_cache.still
+        if "rotation" not in still:
+            still["rotation"] = self.rope(self._positions(positions, grid[0], hidden_states), *grid[1:])
+        rotation = still["rotation"]  # (b | 1, n, 1, head_dim / 2)
 
-        x = self._embed(hidden_states, grid, kinds, camera, camera_mask)  # (b, n, d)
+        x = self._embed(hidden_states, grid, kinds, camera, camera_mask, still)  # (b, n, d)
         levels, index = noise_levels(sigma, grid)  # (u,), (b, g)
         if self._parallel_config is not None and index.shape[1] > 1:
             index = self.token_index(index, x.shape[1])
@@ -215,7 +217,7 @@ class KlingTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
         for batch in batches:
             z, extras = batch["hidden_states"], [batch.get(name) for name in ("kinds", "camera", "camera_mask")]
             grid = token_grid(*z.shape[2:], patch)
-            x = self._embed(z, grid, *extras)  # (b, n, d)
+            x = self._embed(z, grid, *extras, {})  # (b, n, d)
             rotation = self.rope(self._positions(batch.get("positions"), grid[0], z), *grid[1:])
             level, index = noise_levels(batch["sigma"], grid)  # (u,), (b, g)
             indices.append(self.token_index(index, x.shape[1]) + sum(map(len, levels)))  # (b, n), into all levels
@@ -230,9 +232,17 @@ class KlingTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
         parts = packing[0].split(self._head(x, temb, index))
         return [unpatchify(part.unflatten(1, grid), patch, OUTPUT) for part, grid in zip(parts, grids, strict=True)]
 
-    def _embed(self, z: Tensor, grid: tuple[int, int, int], kinds: Tensor | None, camera: Tensor | None, mask: Tensor | None) -> Tensor:
+    def _embed(
+        self, z: Tensor, grid: tuple[int, int, int], kinds: Tensor | None, camera: Tensor | Cameras | None, mask: Tensor | None,
+        still: dict[str, Tensor],
+    ) -> Tensor:  # fmt: skip
         """Latents (b, c, G, h, w) -> tokens (b, n, d), with what is added to them."""
-        return self._add_camera(self._add_kinds(self.patch_embedding(z), kinds, grid), camera, mask)
+        x = self._add_kinds(self.patch_embedding(z), kinds, grid)
+        if camera is None:
+            return x
+        if "camera" not in still:
+            still["camera"] = self._camera(camera, x, mask)
+        return x + still["camera"]
 
     def _run(self, block: KlingTransformerBlock, *args: Any) -> Tensor:
         """One block, its activations kept or computed again in the backward pass."""
@@ -256,7 +266,8 @@ class KlingTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
         if kinds is not None and kinds.shape != (b, frames):
             raise UserError(f"kinds of shape {tuple(kinds.shape)}: give ({b}, {frames}), one per frame")
         known = max(self.config.num_kinds, 1)  # kind 0, a frame to generate, is what every model knows
-        if kinds is not None and not torch.compiler.is_compiling() and not 0 <= int(kinds.min()) <= int(kinds.max()) < known:
+        on_host = kinds is not None and kinds.device.type == "cpu"  # a GPU would have to be waited for, and its embedding checks as well
+        if on_host and not torch.compiler.is_compiling() and not 0 <= int(kinds.min()) <= int(kinds.max()) < known:
             raise UserError(f"kinds up to {int(kinds.max())}, but this model knows {known} (num_kinds): use 0 … {known - 1}")
         if self.kind_embedding is None:
             return x
@@ -264,20 +275,20 @@ class KlingTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
             return x + self.kind_embedding.weight[0]
         return (x.unflatten(1, (frames, -1)) + self.kind_embedding(kinds)[:, :, None]).flatten(1, 2)
 
-    def _add_camera(self, x: Tensor, camera: Tensor | None, mask: Tensor | None) -> Tensor:
-        if camera is None:
-            return x
+    def _camera(self, camera: Tensor | Cameras, x: Tensor, mask: Tensor | None) -> Tensor:
+        """What the camera adds to tokens like x (b, n, d)."""
         if self.control_adapter is None:
             raise UserError("a camera was given but this model has no camera input (camera_channels is 0): leave the camera out")
-        if camera.shape[1] != self.config.camera_channels:
-            raise UserError(f"camera of {camera.shape[1]} channels: this model takes {self.config.camera_channels}")
-        residual = self.control_adapter(camera.to(x.dtype))
+        channels = RAY_CHANNELS if isinstance(camera, Cameras) else camera.shape[1]
+        if channels != self.config.camera_channels:
+            raise UserError(f"camera of {channels} channels: this model takes {self.config.camera_channels}")
+        residual = torch.cat([self.control_adapter(rays.to(x.dtype)) for rays in _ray_parts(camera)], dim=1)  # (b, n, d)
         if residual.shape != x.shape:
             raise UserError(
-                f"camera of shape {tuple(camera.shape)} gives {residual.shape[1]} tokens where the latents have {x.shape[1]}: "
+                f"camera rays of {' x '.join(map(str, camera.size if isinstance(camera, Cameras) else camera.shape))} give {residual.shape[1]} tokens where the latents have {x.shape[1]}: "
                 f"render the rays at {self.config.camera_downscale} pixels per latent cell"
             )
-        return x + (residual if mask is None else residual * mask.to(residual.dtype)[:, None, None])
+        return residual if mask is None else residual * mask.to(residual.dtype)[:, None, None]
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Self | tuple[Self, dict[str, Any]]:
@@ -311,3 +322,15 @@ class KlingTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
             if key not in known and not key.startswith("_") and key != "quantization_config":
                 raise unknown("config key", key, sorted(known))
         return super().extract_init_dict(config_dict, **kwargs)
+
+
+def _ray_parts(camera: Tensor | Cameras) -> Iterator[Tensor]:
+    """Rays (b, camera_channels, ·, H, W) in the order of their frames: all at once, or while sampling so many that memory stays flat."""
+    if isinstance(camera, Tensor):
+        yield camera
+        return
+    together = camera.frames
+    if not torch.is_grad_enabled():
+        together = max(1, RAYS_PER_PASS // (len(camera.c2w) * RAY_CHANNELS * camera.size[0] * camera.size[1]))
+    for start in range(0, camera.frames, together):
+        yield camera.rays(start, min(start + together, camera.frames))

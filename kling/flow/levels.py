@@ -36,7 +36,7 @@ def truncate_density(sigma: Tensor, within: tuple[float, float], density: str, s
     """Draws of a density -> draws of the same density cut to `within`: quantiles stay in their order."""
     if within == (0.0, 1.0):
         return sigma
-    low, high = density_cdf(torch.tensor(within, dtype=torch.float64), density, shift)
+    low, high = density_cdf(torch.tensor(within, dtype=torch.float64, device=sigma.device), density, shift)
     return density_ppf(low + (high - low) * density_cdf(sigma.double(), density, shift), density, shift).to(sigma.dtype)
 
 
@@ -66,5 +66,5 @@ def frame_grid(sigmas: Tensor, delays: Tensor) -> Tensor:
     With all delays 0 every column is the plain grid.
     """
     last = len(sigmas) - 1
-    step = torch.arange(len(sigmas) + int(delays.max()))[:, None] - delays[None, :]  # (steps', G)
+    step = torch.arange(len(sigmas) + int(delays.max()), device=sigmas.device)[:, None] - delays[None, :]  # (steps', G)
     return sigmas[step.clamp(0, last)]

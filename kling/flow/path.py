@@ -21,6 +21,6 @@ def to_noise(z: Tensor, v: Tensor, sigma: Tensor) -> Tensor:
     return z + (1 - sigma) * v
 
 
-def where_made(mask: Tensor, made: Tensor, given: Tensor) -> Tensor:
-    """`made` where m > 0 and `given` elsewhere; `made` itself, and no sweep over memory, where everything is made."""
-    return made if bool((mask > 0).all()) else torch.where(mask > 0, made, given)
+def where_made(mask: Tensor | None, made: Tensor, given: Tensor) -> Tensor:
+    """`made` where m > 0 and `given` elsewhere; `made` itself, and no sweep over memory, where there is no mask: everything is made."""
+    return made if mask is None else torch.where(mask > 0, made, given)

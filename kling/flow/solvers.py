@@ -12,6 +12,7 @@ from torch import Tensor
 from kling.errors import unknown
 from kling.flow.levels import sigma_grid
 from kling.flow.path import to_x0, where_made
+from kling.runtime.device import upload
 
 
 def euler(v: Tensor, previous: Tensor, step: Tensor, previous_step: Tensor) -> Tensor:
@@ -32,7 +33,7 @@ class KlingFlowScheduler(SchedulerMixin, ConfigMixin):
     """Flow matching with a noise level per token.
 
     The settings live in the checkpoint (`scheduler/scheduler_config.json`), never in a guess. `sigmas` (steps + 1,) is the grid after
-    `set_timesteps`; `timesteps` are its values but the last, times 1000, as diffusers expects them.
+    `set_timesteps`, on the CPU as in diffusers; `timesteps` are its values but the last, times 1000, on the device.
     """
 
     order = 1
@@ -61,8 +62,8 @@ class KlingFlowScheduler(SchedulerMixin, ConfigMixin):
     ) -> None:
         """Start a walk of `num_inference_steps` steps. What is None is the checkpoint's own setting."""
         steps = self.config.num_inference_steps if num_inference_steps is None else num_inference_steps
-        self.sigmas = sigma_grid(steps, self.config.shift if shift is None else shift).to(device)  # (steps + 1,)
-        self.timesteps = 1000 * self.sigmas[:-1]
+        self.sigmas = sigma_grid(steps, self.config.shift if shift is None else shift)  # (steps + 1,)
+        self.timesteps = upload(1000 * self.sigmas[:-1], device or "cpu")
         self._solver = solver or self.config.solver
         self._solve = SOLVERS[self._solver]
         self._previous: tuple[Tensor, Tensor] | None = None  # velocity and step of every element
@@ -73,7 +74,7 @@ class KlingFlowScheduler(SchedulerMixin, ConfigMixin):
         return self._solver == "renoise"
 
     def step(
-        self, v: Tensor, sigma: Tensor, next_sigma: Tensor, z: Tensor, mask: Tensor, clean: Tensor, noise: Tensor | None = None
+        self, v: Tensor, sigma: Tensor, next_sigma: Tensor, z: Tensor, mask: Tensor | None, clean: Tensor, noise: Tensor | None = None
     ) -> tuple[Tensor, Callable[[], Tensor]]:
         """One step: x0 = z - sigma v where m > 0, c where m = 0; z <- z - (sigma - sigma+) v, which is x0 + (sigma+ / sigma)(z - x0).
 
@@ -85,7 +86,7 @@ class KlingFlowScheduler(SchedulerMixin, ConfigMixin):
         Args:
             v: (b, c, G, h, w) guided velocity at `sigma`.
             sigma, next_sigma: levels of every element before and after, (b, 1, G, h, w) or what spreads to it.
-            z, mask, clean: as in `State`.
+            z, mask, clean: as in `State`; no mask where everything is made.
             noise: eps (b, c, G, h, w), for "renoise" only.
 
         Returns z at the next level, and what computes x0, the clip as it looks from here.

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kling.condition.state import State
 from kling.flow.levels import frame_grid
+from kling.runtime.device import upload
 
 
 class Step:
@@ -29,30 +30,34 @@ class Step:
 
 
 class Scheduler(Protocol):
-    sigmas: Tensor  # (steps + 1,)
+    sigmas: Tensor  # (steps + 1,), on the CPU
 
     def step(
-        self, v: Tensor, sigma: Tensor, next_sigma: Tensor, z: Tensor, mask: Tensor, clean: Tensor, **noise: Tensor
+        self, v: Tensor, sigma: Tensor, next_sigma: Tensor, z: Tensor, mask: Tensor | None, clean: Tensor, **noise: Tensor
     ) -> tuple[Tensor, Callable[[], Tensor]]: ...
 
 
-# predict(z, level of each token (b, G, h', w'), level (b, 1 or G)) -> guided velocity; fresh(step) -> noise like z
-Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
+# predict(z, level (b, 1 or G) on the device, the highest of them) -> guided velocity; fresh(step) -> noise like z
+Predict = Callable[[Tensor, Tensor, float], Tensor]
 Fresh = Callable[[int], Tensor]
 
 
 def walk(state: State, scheduler: Scheduler, predict: Predict, noise: Tensor, fresh: Fresh, delay: int = 0) -> Iterator[Step]:
-    """From noise (b, c, G, h, w) to the clip. delay: steps by which each frame is behind the one before (diffusion forcing)."""
+    """From noise (b, c, G, h, w) to the clip. delay: steps by which each frame is behind the one before (diffusion forcing).
+
+    All levels are known on the host before the first step and go to the device at once, so that no step waits for it.
+    """
     grid = scheduler.sigmas[:, None]  # (steps + 1, 1)
     if delay:
-        grid = frame_grid(scheduler.sigmas, delay * torch.arange(noise.shape[2], device=noise.device))  # (steps', G)
+        grid = frame_grid(scheduler.sigmas, delay * torch.arange(noise.shape[2]))  # (steps', G)
+    highest, mask = grid.amax(1).tolist(), state.mask if state.gives else None
     z = state.noised(torch.ones(1, device=noise.device), noise)
-    for i, (level, next_level) in enumerate(pairwise(grid[:, None])):  # (1, 1 or G) each
-        v = predict(z, state.token_sigma(level), level)
+    for i, (level, next_level) in enumerate(pairwise(upload(grid, noise.device)[:, None])):  # (1, 1 or G) each
+        v = predict(z, level, highest[i])
         again = {"noise": fresh(i)} if getattr(scheduler, "renoises", False) else {}
-        z, x0 = scheduler.step(v, state.spread_sigma(level), state.spread_sigma(next_level), z, state.mask, state.clean, **again)
+        z, x0 = scheduler.step(v, state.spread_sigma(level), state.spread_sigma(next_level), z, mask, state.clean, **again)
         z = z.to(noise.dtype)
-        yield Step(1000 * float(level.max()), z, lambda x0=x0: x0().to(noise.dtype))
+        yield Step(1000 * highest[i], z, lambda x0=x0: x0().to(noise.dtype))
 
 
 def walk_blocks(

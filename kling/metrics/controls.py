@@ -56,6 +56,11 @@ def shuffled(video: Tensor, seed: int) -> Tensor:
     return video[torch.randperm(len(video), generator=torch.Generator().manual_seed(seed))]
 
 
+def taken_over(video: Tensor, other: Tensor) -> Tensor:
+    """The first half of a clip (T, H, W, 3) and the second half of another."""
+    return torch.cat([video[: len(video) // 2], other[len(video) // 2 :]])
+
+
 def noise(video: Tensor, seed: int) -> Tensor:
     """Every pixel drawn anew."""
     return torch.randint(0, 256, video.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -11,7 +11,9 @@ from kling.cameras.trajectory import Trajectory
 from kling.metrics.camera.errors import axes_of, camera_class, rotation_error, translation_error
 from kling.metrics.camera.odometry import Stage, estimate_trajectory
 from kling.metrics.control import QUESTIONS, Detectors
+from kling.metrics.permanence import permanence
 from kling.metrics.report import Row
+from kling.metrics.things import read_things
 
 
 @dataclass
@@ -25,6 +27,16 @@ class Ruler:
         """Right or wrong for each of `QUESTIONS`. video: (T, H, W, 3) uint8."""
         reading = self.detectors.read(video)
         return {question: reading[question] == labels[question] for question in QUESTIONS}
+
+    def things(self, video: Tensor, labels: Sequence[Mapping[str, str]]) -> Row:
+        """Whether every thing has its colour, its solid and its motion, and "right": all of these and the ground."""
+        readings = read_things(video, self.detectors, [thing["colour"] for thing in labels])
+        row = {q: all(x[q] == thing[q] for x, thing in zip(readings, labels, strict=True)) for q in QUESTIONS}
+        return row | {"right": all(row.values())}
+
+    def permanence(self, video: Tensor, count: int, leaves: bool = False) -> Row:
+        """Whether `count` things stay what they are; leaves: the camera may move them out of the picture. See `permanence`."""
+        return permanence(video, self.detectors.palette, count, self.detectors.solid, leaves)
 
     def camera(self, video: Tensor, asked: Trajectory, axes: Mapping[str, float] | None) -> Row:
         """How near the camera's path is to the asked one. axes: of a single axis, a master shot or a static camera; None for mixtures.

@@ -63,13 +63,23 @@ def gate(x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
     return torch.addcmul(x.unflatten(1, runs), update.unflatten(1, runs), gate.to(x.dtype)).flatten(1, 2)
 
 
-def noise_levels(sigma: Tensor, grid: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+class Levels(NamedTuple):
+    """Noise levels of a batch: `values` (u,), and `index` (b, g), which of them each of g runs of equal tokens has (g = 1, G or n)."""
+
+    values: Tensor
+    index: Tensor
+
+
+def noise_levels(sigma: Tensor | Levels, grid: tuple[int, int, int]) -> Levels:
     """σ (b,) | (b, G) | (b, n) | (b, G, h, w) on the token grid -> distinct levels (u,) and index (b, g) with the fewest runs g.
 
-    Raises `UserError` if σ fits no level of the grid.
+    Finding equal levels makes the host wait for the device, so training and sampling give `Levels` (from `State.levels`), which stay as
+    they are. Raises `UserError` if σ fits no level of the grid.
     """
+    if isinstance(sigma, Levels):
+        return sigma
     if sigma.ndim == 1:
-        return sigma, torch.arange(len(sigma), device=sigma.device)[:, None]
+        return Levels(sigma, torch.arange(len(sigma), device=sigma.device)[:, None])
     G, h, w = grid
     if sigma.shape[1:] not in {(G,), (G * h * w,), (G, h, w)}:
         raise UserError(f"sigma of shape {tuple(sigma.shape)} for a token grid of {G}x{h}x{w}: give one per sample, frame or token")
@@ -78,8 +88,8 @@ def noise_levels(sigma: Tensor, grid: tuple[int, int, int]) -> tuple[Tensor, Ten
     for g in (1, G):
         runs = index.unflatten(1, (g, -1))
         if (runs == runs[..., :1]).all():
-            return levels, runs[..., 0]
-    return levels, index
+            return Levels(levels, runs[..., 0])
+    return Levels(levels, index)
 
 
 class TokenIndex(nn.Module):

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.parallelism_config import ParallelismConfig
 from accelerate.utils import (
     DDPCommunicationHookType,
@@ -24,7 +24,8 @@ from accelerate.utils import (
     InitProcessGroupKwargs,
 )
 from torch import nn
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
 from kling.errors import UserError, unknown
 from kling.runtime.precision import describe, pick_precision
@@ -44,7 +45,7 @@ def make_accelerator(
 ) -> Accelerator:
     """The Accelerator of a run in the folder `out`, on whatever `accelerate launch` set up, or on one device.
 
-    mixed_precision: auto | bf16 | fp16 | fp32 (see `pick_precision`). trackers: any of tensorboard, wandb, next to metrics.jsonl.
+    mixed_precision: auto | bf16 | fp32 (see `pick_precision`). trackers: any of tensorboard, wandb, next to metrics.jsonl.
     some_unused: in some steps some parameters are not used. bf16_reduction: processes exchange gradients in bf16, half the bytes; whole
     copies (DDP) need CUDA for it.
     Sharded (FSDP2) weights are fp32, and bf16 where they compute; wrap the forward pass in `accelerator.autocast()`.
@@ -56,6 +57,8 @@ def make_accelerator(
             raise UserError(f"tracker '{name}' is not installed: pip install 'kling[{name}]', or leave it out")
     if gradient_accumulation < 1:
         raise UserError(f"gradient_accumulation {gradient_accumulation}: give 1 or more")
+    if mixed_precision == "fp16":  # a loss scaler would have to agree with accumulation, the guard and the record of every step
+        raise UserError("mixed_precision fp16 is for sampling: train in bf16, which has the range of fp32, or in fp32")
     precision = pick_precision(mixed_precision)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
         os.environ["ACCELERATE_USE_CPU"] = "true"  # `accelerate launch` forgets it: each process would train alone and say nothing
@@ -65,7 +68,10 @@ def make_accelerator(
     if bf16_reduction and not sharded and (cpu or not torch.cuda.is_available()):
         raise UserError("bf16_reduction on a CPU needs sharded weights: start with configs/accelerate/fsdp2.yaml, or leave it out")
     hook = DDPCommunicationHookType.BF16 if bf16_reduction and not sharded else DDPCommunicationHookType.NO
-    accumulation = GradientAccumulationPlugin(gradient_accumulation, adjust_scheduler=False, sync_with_dataloader=False)
+    # without a reduction in every micro-step FSDP2 keeps the whole fp32 gradient on each process until the last one
+    accumulation = GradientAccumulationPlugin(
+        gradient_accumulation, adjust_scheduler=False, sync_with_dataloader=False, sync_each_batch=sharded
+    )
     try:
         accelerator = Accelerator(
             mixed_precision="no" if precision == "fp32" else precision,
@@ -103,11 +109,23 @@ def check_same_precision(accelerator: Accelerator, precision: str) -> None:
 
 
 def wrap_what_is_there(accelerator: Accelerator, model: nn.Module) -> None:
-    """Of the classes that the launcher's configuration names for FSDP, keep those that the model has: accelerate refuses the others, and
-    a training from published weights has no text encoder of ours."""
-    if accelerator.is_fsdp2:
-        plugin, there = accelerator.state.fsdp_plugin, {type(module).__name__ for module in model.modules()}
-        plugin.transformer_cls_names_to_wrap = [name for name in plugin.transformer_cls_names_to_wrap if name in there]
+    """Which modules FSDP gathers one at a time. Of the classes that the launcher's configuration names, those that the model has:
+    accelerate refuses the others, and a training from published weights has no text encoder of ours. And the model's own parts, which
+    samples call without the model around them."""
+    if not accelerator.is_fsdp2:
+        return
+    plugin, there = accelerator.state.fsdp_plugin, {type(module).__name__ for module in model.modules()}
+    if plugin.auto_wrap_policy is not transformer_auto_wrap_policy:
+        raise UserError("sharding needs fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP: start from configs/accelerate/fsdp2.yaml")
+    named = [*(plugin.transformer_cls_names_to_wrap or ()), *(type(part).__name__ for part in model.children())]
+    plugin.transformer_cls_names_to_wrap = [name for name in dict.fromkeys(named) if name in there]
+
+
+def keep_in_fp32(accelerator: Accelerator, module: nn.Module) -> None:
+    """Gather this module's weights in fp32 where FSDP casts all others to bf16. Before the optimizer is made; call it outside autocast."""
+    if accelerator.is_fsdp2 and accelerator.mixed_precision == "bf16":
+        mesh = accelerator.torch_device_mesh[tuple(accelerator.parallelism_config.fsdp_dim_names)]
+        fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
 
 
 def _shard_on_cpu(accelerator: Accelerator) -> None:
@@ -116,6 +134,7 @@ def _shard_on_cpu(accelerator: Accelerator) -> None:
     state = accelerator.state
     state.fsdp_plugin = FullyShardedDataParallelPlugin()
     state.distributed_type = DistributedType.FSDP
+    PartialState().distributed_type = DistributedType.FSDP  # every new AcceleratorState copies it, the one that `prepare` makes too
     state.parallelism_config = sizes = ParallelismConfig()
     if sizes.total_size == 1:  # no layout given: one group of all
         state.parallelism_config = sizes = ParallelismConfig(dp_shard_size=accelerator.num_processes)

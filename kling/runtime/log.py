@@ -107,7 +107,8 @@ class RunLog:
     def close(self) -> None:
         self.flush()
         if self.accelerator is not None and self.accelerator.log_with:
-            self.accelerator.end_training()
+            for tracker in self.accelerator.trackers:  # not `end_training`: it ends the process group, and barriers are still to come
+                tracker.finish()
 
     def __enter__(self) -> RunLog:
         return self

@@ -19,6 +19,7 @@ from accelerate.utils import broadcast
 from diffusers import ContextParallelConfig, ModelMixin
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -119,6 +120,14 @@ def first_row(t: Tensor) -> int:
     if not isinstance(t, DTensor):
         return 0
     return compute_local_shape_and_global_offset(t.shape, t.device_mesh, t.placements)[1][0]
+
+
+def reshard(model: nn.Module) -> None:
+    """Forget the gathered copies of weights, which FSDP2 keeps after a forward pass where nothing else frees them: the root's always, all
+    with `fsdp_reshard_after_forward: false`. Needed wherever the rows change otherwise than by a step."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def is_mine(t: Tensor, rank: int) -> bool:

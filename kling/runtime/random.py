@@ -13,6 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kling.runtime.device import upload
+
 
 def derive_seed(seed: int, *ids: int | str) -> int:
     """A 32-bit seed from `seed` and a name such as ("noise", step, sample).
@@ -32,7 +34,7 @@ def generator(seed: int, *ids: int | str) -> torch.Generator:
 def noise_like(x: Tensor, seed: int, purpose: str, step: int, samples: Sequence[int]) -> Tensor:
     """Normal noise of x's shape, device and dtype; row i depends on (seed, purpose, step, samples[i]) only. x (b, ...)"""
     rows = [torch.randn(x.shape[1:], generator=generator(seed, purpose, step, s)) for s in _of_batch(samples, x)]
-    return torch.stack(rows).to(device=x.device, dtype=x.dtype)
+    return upload(torch.stack(rows).to(x.dtype), x.device)
 
 
 def uniform(seed: int, purpose: str, step: int, samples: Sequence[int]) -> Tensor:

@@ -56,7 +56,7 @@ class Saver:
         self.accelerator, self.background = accelerator, background
         self.rank, self.ranks = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
         self._thread: threading.Thread | None = None
-        self._error: UserError | None = None
+        self._error: BaseException | None = None
 
     def save(self, step: int, tensors: Groups, meta: dict[str, Any] | None = None) -> None:
         """Write the checkpoint of `step`. Raises `UserError` if it, or the one before, cannot be written, or a weight is not finite."""
@@ -83,7 +83,7 @@ class Saver:
         self.check()
 
     def check(self) -> None:
-        """Raise the error of a save in the background, if it had one."""
+        """Raise the error of a save in the background, if it had one: whatever it was, since a run that only seems to save loses hours."""
         if self._error is not None:
             error, self._error = self._error, None
             raise error
@@ -91,7 +91,7 @@ class Saver:
     def _try(self, *args: Any) -> None:
         try:
             self._write(*args)
-        except UserError as error:
+        except BaseException as error:  # noqa: B036 - raised by `check`, in the thread that trains
             self._error = error
 
     def _write(self, step: int, mine: dict[str, dict[str, Tensor]], meta: dict[str, Any]) -> None:

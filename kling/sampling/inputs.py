@@ -87,7 +87,7 @@ def read_inputs(request: Request, frames: int, fps: float, longest: int, sizes: 
             raise UserError(f"{request.edited} was given without a video to fill: give video, or image with num_frames=1 (--image-only)")
         inputs.video = _picture(request.image)[None]
     if request.edited:
-        inputs.video = _part(inputs.video, request, frames, longest, inputs.notes)
+        inputs.video = _part(inputs.video, request, frames, fps, longest, inputs.notes)
     if request.outpaint is not None:
         inputs.video, inputs.mask = contain(inputs.video, H, W)
         if not (inputs.mask > 0.5).any():
@@ -103,16 +103,19 @@ def read_inputs(request: Request, frames: int, fps: float, longest: int, sizes: 
     return inputs
 
 
-def _part(video: Tensor, request: Request, frames: int, longest: int, notes: list[str]) -> Tensor:
+def _part(video: Tensor, request: Request, frames: int, fps: float, longest: int, notes: list[str]) -> Tensor:
     """The frames (T, H, W, 3) of a given video that are changed at once: as many as are asked for, else all that the model takes."""
     there, what = len(video), request.edited
-    most = min(nearest_frames(there)[0], longest)
+    whole = nearest_frames(there)[0]
+    most = min(whole, longest)
     if request.num_frames is None and request.duration is None:
         if most < there:
             notes.append(f"{what} changes the first {most} of the video's {there} frames: this model takes 1 + 4k of them, up to {longest}")
         return video[:most]
+    if request.duration is not None and request.duration * fps <= there:  # rounded to whole latents it may be a little longer
+        frames = min(frames, whole)
     if frames > most:
-        why = f"the video has {there}" if nearest_frames(there)[0] < frames else f"this model changes {longest} at once"
+        why = f"the video has {there}" if whole < frames else f"this model changes {longest} at once"
         raise UserError(f"{what} of {frames} frames was asked for, but {why}: ask for {most}, or leave duration and num_frames out")
     return video[:frames]
 
@@ -124,9 +127,9 @@ def paste(frames: Tensor, video: Tensor, mask: Tensor, feather: int) -> Tensor:
     the latents' grid is coarser than the mask, and decoding changes what it keeps.
     """
     hole = (mask > 0.5).numpy().astype(np.uint8)
-    inside = cv2.distanceTransform(hole, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)  # (H, W) pixels to the nearest kept one
     if hole.all():
         return frames
+    inside = cv2.distanceTransform(hole, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)  # (H, W) pixels to the nearest kept one
     share = torch.from_numpy(inside / (feather + 1)).clamp(0, 1)[..., None]  # (H, W, 1)
     return torch.lerp(video.float(), frames.float(), share).round_().to(torch.uint8)
 

@@ -6,6 +6,7 @@ pipe("a red ball rolls left on grass", camera="pan=5", seed=1).frames      # (1,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -19,7 +20,7 @@ from diffusers.loaders import WanLoraLoaderMixin
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
-from kling.cameras.trajectory import Trajectory, camera_signal
+from kling.cameras.trajectory import Cameras, Trajectory
 from kling.condition.concat import concat_channels, concat_groups, opened
 from kling.condition.state import Given, State, build_state
 from kling.data.transforms import to_tensor, to_uint8
@@ -30,13 +31,14 @@ from kling.flow.solvers import KlingFlowScheduler
 from kling.hub.clip import clip_tokens
 from kling.hub.load import find_folder, load
 from kling.hub.lora import add_loras
+from kling.runtime.device import upload
 from kling.runtime.files import as_umask
 from kling.runtime.random import generator
 from kling.sampling.inputs import Inputs, asked_frames, paste, read_inputs
 from kling.sampling.plan import PRO_STEPS, Hop, Plan, plan_camera, plan_hops, plan_task
 from kling.sampling.request import Request
 from kling.sampling.sampler import Sampler, Signals
-from kling.shapes import ASPECTS, latent_frames, latent_size
+from kling.shapes import ASPECTS, latent_frames, latent_size, token_grid
 from kling.text import ByteTextEncoder
 from kling.text.umt5 import UMT5TextEncoder
 from kling.vae import AutoencoderKLKling
@@ -197,6 +199,8 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         def appended(hop: Hop) -> int:
             return 0 if self.groups else len(hop.given.keyframes)
 
+        for hop in hops:
+            self.check_divides(latent_frames(hop.frames) + appended(hop), h, w)
         high, low = self.setting("guidance_scale", request.guidance_scale)
         plan = Plan(
             task=task,
@@ -219,6 +223,17 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             notes=tuple(inputs.notes),
         )
         return plan, inputs, camera
+
+    def check_divides(self, f: int, h: int, w: int) -> None:
+        """Raises `UserError` unless the tokens of latents (f, h, w), appended frames counted, divide over those who share a clip."""
+        shared = getattr(self.transformer, "_parallel_config", None)
+        split = shared.context_parallel_config.ulysses_degree * shared.context_parallel_config.ring_degree if shared else 1
+        n = math.prod(token_grid(f, h, w, tuple(self.transformer.config.patch_size)))
+        if n % split:
+            raise UserError(
+                f"{n} tokens ({f} latent frames of {w}x{h}) do not divide over the {split} processes that share a clip: "
+                "change the frames, the size, or their number"
+            )
 
     def _check_capable(self, task: str, request: Request, camera: Trajectory | None, hops: list[Hop]) -> None:
         able = self.config.capabilities
@@ -276,7 +291,16 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """One video: (T, H, W, 3) uint8, and the latents of its last hop."""
         if request.loop and inputs.image is None:  # a loop needs a frame to come back to
-            still = request.replace(loop=False, num_frames=1, duration=None, extend_to=None, camera=None, seed=seed, num_videos=1)
+            alone = {
+                "loop": False,
+                "keyframes": [],
+                "camera": None,
+                "camera_scale": 1.0,
+                "num_frames": 1,
+                "duration": None,
+                "extend_to": None,
+            }
+            still = request.replace(**alone, seed=seed, num_videos=1)
             inputs = replace(inputs, image=torch.from_numpy(self(still).frames[0, 0]))
         device = self._execution_device
         text = self._encode_text(request, plan)
@@ -289,13 +313,13 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             state = self._state(request, hop, inputs, done if hop.overlap else None)
             concat = None
             if self.groups:
-                concat = concat_channels(state, self.groups, self._control(inputs, hop)).to(device)
+                concat = upload(concat_channels(state, self.groups, self._control(inputs, hop)), device)
                 state = opened(state)
             state = state.to(device)
-            rays = None if camera is None else self._rays(camera, hop, plan, plan.hops[0].start)
+            view = None if camera is None else self._view(camera, hop, plan, plan.hops[0].start)
             shape = state.clean.shape
             noise = torch.randn(shape, generator=generator(seed, "noise", number)) if start is None else start.float()
-            for step in sampler(state, Signals(text, rays, concat, image), noise.to(device), seed, number):
+            for step in sampler(state, Signals(text, view, concat, image), upload(noise, device), seed, number):
                 if callback is not None:
                     callback(self, steps, step.timestep, {"latents": step.z, "x0": step.x0})
                 steps += 1
@@ -339,11 +363,12 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
                 keyframes = torch.cat([self.encode(picture[None]) for picture in lone], dim=2)
         return build_state([hop.given], clean, keyframes, tuple(self.transformer.config.patch_size), request.sigma_c)
 
-    def _rays(self, camera: Trajectory, hop: Hop, plan: Plan, origin: int) -> Tensor:
-        """P of one hop, (1, 24, G, ...): its part of the path, relative to its own first frame."""
+    def _view(self, camera: Trajectory, hop: Hop, plan: Plan, origin: int) -> Cameras:
+        """The camera of one hop: its part of the path, relative to its own first frame."""
         part = camera[hop.start - origin : hop.start - origin + hop.frames].relative()
-        appended = tuple(t for t, _ in hop.given.keyframes)
-        return signal(self.transformer, self.vae, part, plan.height, plan.width, appended)[None].to(self._execution_device)
+        appended = torch.tensor([[t for t, _ in hop.given.keyframes]], dtype=torch.long)
+        grid = ray_grid(self.transformer, self.vae, plan.height, plan.width)
+        return Cameras(part.c2w[None], part.intrinsics[None], grid, appended).to(self._execution_device)
 
     def _control(self, inputs: Inputs, hop: Hop) -> Tensor | None:
         """Latents of the control video's part for one hop."""
@@ -380,7 +405,7 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
 
     def _encode(self, video: Tensor) -> Tensor:
         """(1, 3, T, H, W) in [-1, 1] -> normalised latents (1, c, f, h, w) on the CPU."""
-        video = video.to(self._execution_device, self.vae.dtype)
+        video = upload(video, self._execution_device).to(self.vae.dtype)
         return self.vae.normalize(self.vae.encode(video).latent_dist.mode()).float().cpu()
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -390,12 +415,10 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         return torch.cat(chunks, dim=1)
 
 
-def signal(
-    transformer: KlingTransformer3DModel, vae: AutoencoderKLKling, camera: Trajectory, H: int, W: int, appended: tuple[int, ...] = ()
-) -> Tensor:
-    """The camera rays (24, G, h', w') at the resolution that the transformer folds."""
+def ray_grid(transformer: KlingTransformer3DModel, vae: AutoencoderKLKling, H: int, W: int) -> tuple[int, int]:
+    """The size of the grid of rays that the transformer folds, of a clip of H x W pixels."""
     scale = vae.spatial_factor // transformer.config.camera_downscale
-    return camera_signal(camera, H // scale, W // scale, appended)
+    return H // scale, W // scale
 
 
 def load_vae(path: str | Path = "") -> AutoencoderKLKling:

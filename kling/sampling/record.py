@@ -1,4 +1,4 @@
-"""What made a video: a JSON beside it that can make it again, and the checks that it does.
+"""What made a video: a JSON beside it, FILE.json (`a.mp4.json`, `a.gif.json`), that can make it again, and the checks that it does.
 
     {"kling", "command", "request", "settings", "model": {"path", "sha256"}, "inputs": {file: sha256},
      "machine": {"torch", ..., "device", "threads"}, "output": {"path", "format", "fps", "seconds"}, "frames": {"shape", "sha256", "each"}}
@@ -14,6 +14,7 @@ import json
 import platform
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from importlib import metadata
 from itertools import zip_longest
 from pathlib import Path
@@ -28,6 +29,7 @@ from kling.runtime.files import head, sha256, written
 from kling.sampling.request import Request
 
 Record = dict[str, Any]
+RECIPE = 2  # goes up when the same request and settings give other frames. 1 (not written down): nothing pasted back around a mask
 NEEDED = {
     "request": ("keyframes",),
     "settings": (),
@@ -43,6 +45,7 @@ def make_record(request: Request, plan: Any, model: Record, device: torch.device
     """Everything that decides the frames of `request` (one video): uint8 (T, H, W, 3). more: whatever else is worth keeping."""
     return {
         "kling": __version__,
+        "recipe": RECIPE,
         "request": dataclasses.asdict(request),
         "settings": settings(plan),
         "model": model,
@@ -56,6 +59,22 @@ def make_record(request: Request, plan: Any, model: Record, device: torch.device
 def write_record(path: str | Path, record: Record) -> None:
     with written(path) as temporary:
         temporary.write_text(json.dumps(record, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
+
+def record_path(output: Path) -> Path:
+    """Where the record of a file, or of a folder of frames, lies."""
+    return output.with_name(f"{output.name}.json")
+
+
+def find_record(output: Path) -> Path | None:
+    """The record of a file; also an earlier version's (`a.json` for `a.mp4`), if it is of this very file. None if there is none."""
+    if (path := record_path(output)).is_file():
+        return path
+    earlier = output.with_suffix(".json")
+    with suppress(UserError):
+        if earlier.is_file() and Path(read_record(earlier)["output"].get("path", output)).name == output.name:
+            return earlier
+    return None
 
 
 def read_record(path: str | Path) -> Record:
@@ -72,7 +91,7 @@ def read_record(path: str | Path) -> Record:
 
 def request_of(record: Record, source: str) -> Request:
     """The request of a record, after checking that its input files are still the same. `source` names the record in errors."""
-    fields = record["request"]
+    fields = record["request"] if record.get("recipe", 1) > 1 else _as_understood_then(record["request"])
     try:
         request = Request(**fields | {"keyframes": [tuple(keyframe) for keyframe in fields["keyframes"]]})
     except TypeError as error:
@@ -81,6 +100,22 @@ def request_of(record: Record, source: str) -> Request:
         if input_hash(Path(path)) != digest:
             raise UserError(f"{path} is not the file that {source} was made from: put that one back")
     return request
+
+
+def _as_understood_then(fields: Record) -> Record:
+    """A request of recipe 1 without what was given and not used: later versions use or refuse it."""
+    fields = dict(fields)
+    if fields.get("video") and any(fields.get(name) is not None for name in ("strength", "mask", "outpaint")):
+        fields |= {"duration": None, "num_frames": None, "extend_to": None}
+    if fields.get("video"):
+        fields |= {"last_image": None, "keyframes": []}
+        if fields.get("extend_to"):
+            fields |= {"duration": None, "num_frames": None}
+    if fields.get("outpaint"):
+        fields |= {"aspect": None} if fields.get("video") else {"aspect": fields["outpaint"], "outpaint": None}
+    if not fields.get("camera"):
+        fields |= {"camera_scale": 1.0}
+    return fields
 
 
 def check_same_model(record: Record, model: Record, source: str) -> None:
@@ -104,9 +139,8 @@ def difference(old: Record, new: Record) -> str | None:
         return None
     then, now = (record["frames"]["each"].split() for record in (old, new))
     other = [t for t, (a, b) in enumerate(zip_longest(then, now)) if a != b]
-    changed = [
-        f"{name} {old['machine'].get(name)} -> {value}" for name, value in new["machine"].items() if old["machine"].get(name) != value
-    ]
+    before, after = ({**record["machine"], "recipe": record.get("recipe", 1)} for record in (old, new))
+    changed = [f"{name} {before.get(name)} -> {value}" for name, value in after.items() if before.get(name) != value]
     frames = f"{len(other)} of {len(now)} frames, the first is {min(other, default=0)}"
     return f"{frames} ({', '.join(changed) or 'same versions, device and threads'})"
 

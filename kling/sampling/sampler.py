@@ -10,6 +10,7 @@ import torch
 from diffusers import SchedulerMixin
 from torch import Tensor
 
+from kling.cameras.trajectory import Cameras
 from kling.condition.state import State
 from kling.dit import KlingTransformer3DModel
 from kling.dit.history import History
@@ -18,6 +19,8 @@ from kling.flow.diffusers_scheduler import DiffusersWalk
 from kling.flow.guidance import Guidance, given_share
 from kling.flow.solvers import KlingFlowScheduler
 from kling.flow.walk import Predict, Scheduler, Step, walk, walk_blocks
+from kling.nn.modulation import Levels
+from kling.runtime.device import upload
 from kling.runtime.random import generator
 from kling.sampling.plan import Plan
 
@@ -26,12 +29,12 @@ from kling.sampling.plan import Plan
 class Signals:
     """What the transformer is shown beside the noise, all on its device.
 
-    text: "prompt" and "negative" (1, l, e). rays (1, 24, G, ...). concat: channels of the older layouts (1, ·, F, h, w).
+    text: "prompt" and "negative" (1, l, e). camera: poses, of which the transformer makes rays. concat: channels of the older layouts (1, ·, F, h, w).
     image: image-encoder tokens (1 or 2, i, image_dim).
     """
 
     text: dict[str, Tensor]
-    rays: Tensor | None = None
+    camera: Cameras | None = None
     concat: Tensor | None = None
     image: Tensor | None = None
 
@@ -53,7 +56,7 @@ class Sampler:
 
         def fresh(start: int = 0, end: int | None = None) -> Callable[[int], Tensor]:
             like = noise[:, :, start:end]
-            return lambda i: torch.randn(like.shape, generator=generator(seed, "renoise", hop, start, i)).to(like)
+            return lambda i: upload(torch.randn(like.shape, generator=generator(seed, "renoise", hop, start, i)).to(like.dtype), like.device)
 
         if not plan.block_frames:
             predict = self._predict(state, signals)
@@ -62,7 +65,7 @@ class Sampler:
         history = {which: History(len(self.experts[0].blocks)) for which in signals.text}
 
         def remember(block: State, clip: Tensor) -> None:
-            clean = torch.zeros_like(block.token_sigma(noise.new_zeros(1)))
+            clean = noise.new_zeros(1)
             for which, frames in history.items():
                 frames.keep(True)
                 self._velocity(self.experts[-1], block, signals, which, True, clip, clean, frames)
@@ -90,33 +93,42 @@ class Sampler:
 
     def _predict(self, state: State, signals: Signals, history: dict[str, History] | None = None) -> Predict:
         """What gives the guided velocity of a clip. The expert and its guidance follow from the level."""
-        plan = self.plan
+        plan, keep_text = self.plan, text_counts(state, signals)
         walk_caches: dict[tuple[bool, str], WalkCache] = {}
-        guided = Guidance(plan.guidance_interval, plan.guidance_every, given_share(state.mask, state.position, plan.guidance_reach))
+        share = given_share(*state.host, plan.guidance_reach)
+        share = None if share is None else upload(share, state.mask.device)
+        guided = Guidance(plan.guidance_interval, plan.guidance_every, share)
 
-        def predict(z: Tensor, tokens: Tensor, level: Tensor) -> Tensor:
-            highest, sigma = float(level.max()), level[:, 0] if state.free and level.shape[1] == 1 else tokens
+        def cache(second: bool, which: str) -> WalkCache:
+            if (second, which) not in walk_caches:
+                beside = next((kept for (expert, _), kept in walk_caches.items() if expert == second), None)
+                walk_caches[second, which] = WalkCache(len(self.experts[second].blocks), keep_text, beside)
+            return walk_caches[second, which]
+
+        def predict(z: Tensor, level: Tensor, highest: float) -> Tensor:
             second = len(self.experts) > 1 and highest < self.boundary
             expert, guidance = self.experts[second], plan.guidance_scale_2 if second else plan.guidance_scale
+            if second and (False, "prompt") in walk_caches:  # the first expert has done its part, and so has what it kept
+                walk_caches.clear()
+            sigma = state.levels(level)
 
             def velocity(which: str, camera: bool) -> Tensor:
                 past = None if history is None else history[which]
-                kept = walk_caches.setdefault((second, which), WalkCache(len(expert.blocks))) if text_counts(tokens, signals) else None
-                return self._velocity(expert, state, signals, which, camera, z, sigma, past, kept)
+                return self._velocity(expert, state, signals, which, camera, z, sigma, past, cache(second, which))
 
-            return guided(velocity, guidance, plan.camera_guidance_scale, signals.rays is not None, highest)
+            return guided(velocity, guidance, plan.camera_guidance_scale, signals.camera is not None, highest)
 
         return predict
 
     @staticmethod
     def _velocity(
-        expert: KlingTransformer3DModel, state: State, signals: Signals, which: str, camera: bool, z: Tensor, sigma: Tensor,
-        history: History | None, walk_cache: WalkCache | None = None,
+        expert: KlingTransformer3DModel, state: State, signals: Signals, which: str, camera: bool, z: Tensor,
+        sigma: Tensor | Levels, history: History | None, walk_cache: WalkCache | None = None,
     ) -> Tensor:  # fmt: skip
-        """One pass of one expert: z (1, c, G, h, w) and its level (1,), or each token's (1, G, h', w') -> velocity (1, c, G, h, w)."""
+        """One pass of one expert: z (1, c, G, h, w) and its level (1,), or its tokens' -> velocity (1, c, G, h, w)."""
         dtype = expert.dtype
         x = z if signals.concat is None else torch.cat([z, signals.concat], dim=1)
-        branch = which if camera or signals.rays is None else "no camera"  # step caches keep what they reuse apart by these names
+        branch = which if camera or signals.camera is None else "no camera"  # step caches keep what they reuse apart by these names
         with expert.cache_context(branch) if expert.is_cache_enabled else nullcontext():
             return expert(
                 x.to(dtype),
@@ -124,14 +136,14 @@ class Sampler:
                 signals.text[which].to(dtype),
                 positions=state.position,
                 kinds=state.kind,
-                camera=signals.rays if camera else None,
+                camera=signals.camera if camera else None,
                 encoder_hidden_states_image=None if signals.image is None else signals.image.to(dtype),
                 history=history,
                 walk_cache=walk_cache,
             ).sample.float()
 
 
-def text_counts(tokens: Tensor, signals: Signals) -> bool:
+def text_counts(state: State, signals: Signals) -> bool:
     """Whether the text's keys and values are worth keeping: with 16 times as many tokens of video they are below 1 % of a pass, and for
     512 text tokens the largest models would hold 800 MB of them."""
-    return tokens.numel() < 16 * signals.text["prompt"].shape[1]
+    return state.tokens < 16 * signals.text["prompt"].shape[1]

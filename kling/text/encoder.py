@@ -17,9 +17,28 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kling.errors import UserError
+from kling.runtime.device import upload
 
 BEGIN = 256  # the mark before the first byte; alone, it is the empty prompt
 TOGETHER = 32  # prompts that are padded alike
+
+
+def prompt_bytes(prompt: str) -> bytes:
+    """What the encoder reads of a prompt: UTF-8 bytes in normal form C, no spaces around it. Raises `UserError` for half a character."""
+    try:
+        return unicodedata.normalize("NFC", prompt).strip().encode()
+    except UnicodeEncodeError:
+        raise UserError(f"prompt {prompt!r} holds half a character (a lone surrogate): write it anew") from None
+
+
+def cut_prompt(prompt: str, max_bytes: int) -> str:
+    """The beginning of a prompt that has at most `max_bytes` bytes: whole words where it has spaces, else whole characters."""
+    data = prompt_bytes(prompt)
+    if len(data) <= max_bytes:
+        return prompt
+    kept = data[:max_bytes].decode(errors="ignore")
+    words = kept.rpartition(" ")[0] if not data[len(kept.encode()) :].startswith(b" ") else kept
+    return (words if len(words) > len(kept) // 2 else kept).strip()
 
 
 class EncoderLayer(nn.Module):
@@ -88,23 +107,22 @@ class ByteTextEncoder(ModelMixin, ConfigMixin):
         """Prompts -> (b, num_tokens, out_dim). Raises `UserError` for a prompt longer than `max_bytes`."""
         return self(*self.tokenize(prompts))
 
-    def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Prompts -> byte ids (b, s), begin mark first, padded with 0 to the longest rounded up to whole tokens, and lengths (b,)."""
+    def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, list[int]]:
+        """Prompts -> byte ids (b, s), begin mark first, padded with 0 to the longest rounded up to whole tokens, and b lengths."""
         rows = [[BEGIN, *self._bytes(prompt)] for prompt in prompts]
         lengths = [len(row) for row in rows]
         width = -(-max(lengths) // self.config.fold) * self.config.fold
-        ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=self.device)
-        return ids, torch.tensor(lengths, device=self.device)
+        return upload(torch.tensor([row + [0] * (width - len(row)) for row in rows]), self.device), lengths
 
-    def forward(self, ids: Tensor, lengths: Tensor) -> Tensor:
-        """Byte ids (b, s) and lengths (b,) -> (b, num_tokens, out_dim). Prompts of like length go together: padding is half of a batch."""
-        order = lengths.argsort()
-        sizes, fold, parts = lengths[order].tolist(), self.config.fold, []
-        for first in range(0, len(sizes), TOGETHER):
-            rows, longest = order[first : first + TOGETHER], sizes[first : first + TOGETHER][-1]
-            width = -(-longest // fold) * fold
-            parts.append(self._encode(ids[rows, :width], lengths[rows]))
-        return torch.cat(parts)[order.argsort()]
+    def forward(self, ids: Tensor, lengths: list[int]) -> Tensor:
+        """Byte ids (b, s) and b lengths -> (b, num_tokens, out_dim). Prompts of like length go together: padding is half of a batch."""
+        sizes, order = torch.tensor(lengths).sort()  # on the host, which cuts the batch
+        there, back, fold, parts = upload(order, ids.device), upload(order.argsort(), ids.device), self.config.fold, []
+        rows = zip(ids[there].split(TOGETHER), upload(sizes, ids.device).split(TOGETHER), sizes.split(TOGETHER), strict=True)
+        for some, long, known in rows:
+            width = -(-int(known[-1]) // fold) * fold
+            parts.append(self._encode(some[:, :width], long))
+        return torch.cat(parts)[back]
 
     def _encode(self, ids: Tensor, lengths: Tensor) -> Tensor:
         """The same for prompts that are padded alike."""
@@ -125,7 +143,7 @@ class ByteTextEncoder(ModelMixin, ConfigMixin):
         return F.pad(x, (0, 0, 0, self.num_tokens - x.shape[1]))
 
     def _bytes(self, prompt: str) -> bytes:
-        data = unicodedata.normalize("NFC", prompt).strip().encode()
+        data = prompt_bytes(prompt)
         if len(data) > self.config.max_bytes:
             raise UserError(f"prompt of {len(data)} bytes is longer than this model reads ({self.config.max_bytes}): shorten it")
         return data

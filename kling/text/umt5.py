@@ -68,6 +68,11 @@ class UMT5TextEncoder:
         """Tokens that the transformer sees of every prompt."""
         return self.max_tokens
 
+    @property
+    def identity(self) -> str:
+        """Of the encoder: what it was loaded from, its dtype and the length it reads."""
+        return hashlib.sha256(self._identity + repr((str(self.dtype), self.max_tokens)).encode()).hexdigest()
+
     def encode(self, prompts: Sequence[str], device: torch.device | str = "cpu") -> Tensor:
         """Prompts -> (b, max_tokens, e) on `device`. Longer prompts are cut off, as in the Wan pipelines."""
         for _ in self.learn(prompts, device):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from kling.errors import UserError
 from kling.runtime.checkpoint import Rows, restore
-from kling.runtime.parallel import local
+from kling.runtime.parallel import local, reshard
 
 
 class EMA:
@@ -39,6 +39,7 @@ class EMA:
     @contextmanager
     def swap(self, model: nn.Module) -> Iterator[nn.Module]:
         """The model carries the averages inside the `with`, and its own weights, bit for bit, after it (errors included)."""
+        reshard(model)
         params = [(local(p), local(self.average[name])) for name, p in _params(model)]
         own = [p.clone() for p, _ in params]
         try:
@@ -47,6 +48,7 @@ class EMA:
                     p.copy_(average)
             yield model
         finally:
+            reshard(model)
             with torch.no_grad():
                 for (p, _), weight in zip(params, own, strict=True):
                     p.copy_(weight)

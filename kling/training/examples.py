@@ -12,15 +12,17 @@ from torch import Tensor
 
 from kling.cache.batches import LatentSteps
 from kling.cache.store import LatentBatch
-from kling.cameras.trajectory import Trajectory
+from kling.cameras.trajectory import Cameras, Trajectory
 from kling.condition.concat import concat_channels, concat_groups
 from kling.condition.state import Given, State, build_state
 from kling.condition.tasks import TASKS, draw_task, keyframe_share
 from kling.data.world.captions import speaks_of_camera
 from kling.dit import KlingTransformer3DModel
 from kling.errors import UserError
-from kling.sampling.pipeline import signal
-from kling.shapes import token_grid
+from kling.runtime.device import upload
+from kling.sampling.pipeline import ray_grid
+from kling.shapes import pixel_frames, token_grid
+from kling.text.encoder import cut_prompt
 from kling.vae import AutoencoderKLKling
 
 SAY_CAMERA = 0.9  # of clips whose moving camera is not given as a signal, those whose prompt says it where a caption does
@@ -42,12 +44,19 @@ def check_divides(data: LatentSteps, tasks: Mapping[str, float], transformer: Kl
 
 @dataclass(frozen=True)
 class Drawing:
-    """How examples are drawn: weights of the tasks, and how often text or camera are left out."""
+    """How examples are drawn: weights of the tasks, and how often text or camera are left out. group: places in a row that share a shape.
+    max_bytes: longer captions are cut to it."""
 
     seed: int
     tasks: Mapping[str, float]
     text_drop: float
     camera_drop: float
+    group: int = 1
+    max_bytes: int | None = None
+
+    def appends_keyframe(self, place: int) -> bool:
+        """Whether the batch of a place has the shape of tasks that append a frame: alike in a group, since that is work too."""
+        return random.Random(f"keyframe/{self.seed}/{place // self.group}").random() < keyframe_share(self.tasks)
 
 
 @dataclass(frozen=True)
@@ -56,21 +65,23 @@ class Example:
 
     state: State
     prompts: list[str]
-    rays: Tensor | None  # (b, 24, G, h', w'), zeros where a clip has no camera; None for a model without a camera input
+    cameras: Cameras | None  # standing still where a clip has none; None for a model without a camera input
     has_camera: Tensor  # (b,)
     concat: Tensor | None = None  # (b, ·, F, h, w) what is given, for weights that take it beside the noise
     seen: Tensor | None = None  # (b, i, e) what CLIP sees of the first frame, for weights that take that, zeros where none is given
 
     def to(self, device: torch.device) -> Example:
-        moved = {name: t.to(device) for name in ("rays", "has_camera", "concat", "seen") if (t := getattr(self, name)) is not None}
-        return replace(self, state=self.state.to(device), **moved)
+        """On the device, without waiting for it."""
+        moved = {name: upload(t, device) for name in ("has_camera", "concat", "seen") if (t := getattr(self, name)) is not None}
+        cameras = None if self.cameras is None else self.cameras.to(device)
+        return replace(self, state=self.state.to(device), cameras=cameras, **moved)
 
 
 def draw_example(how: Drawing, batch: LatentBatch, place: int, transformer: KlingTransformer3DModel, vae: AutoencoderKLKling) -> Example:
     """What is given of every clip of a batch, its prompt and its camera. Draws depend on (seed, place) alone."""
     rng = random.Random(f"condition/{how.seed}/{place}")
     b, _, f, h, w = batch.latents.shape
-    K = int(f > 1 and rng.random() < keyframe_share(how.tasks))  # the same for all clips of a batch, which share a shape
+    K = int(f > 1 and how.appends_keyframe(place))  # the same for all clips of a batch, which share a shape
     given: list[Given] = []
     lone, prompts, has_camera = [], [], []
     for i in range(b):
@@ -85,7 +96,7 @@ def draw_example(how: Drawing, batch: LatentBatch, place: int, transformer: Klin
         has_camera.append(shown)
     keyframes = torch.stack(lone)[:, :, None] if K else None  # (b, c, 1, h, w)
     state = build_state(given, batch.latents, keyframes, tuple(transformer.config.patch_size))
-    example = Example(state, prompts, batch_rays(batch, given, transformer, vae), torch.tensor(has_camera))
+    example = Example(state, prompts, batch_cameras(batch, given, transformer, vae), torch.tensor(has_camera))
     return as_extra_channels(example, batch, given, transformer)
 
 
@@ -103,6 +114,7 @@ def draw_words(
         said = [i for i, text in enumerate(captions) if speaks_of_camera(text)]
         if said:
             prompt = rng.choices([captions[i] for i in said], [weights[i] for i in said])[0]
+    prompt = prompt if how.max_bytes is None else cut_prompt(prompt, how.max_bytes)
     return ("" if rng.random() < how.text_drop else prompt), shown
 
 
@@ -124,21 +136,22 @@ def as_extra_channels(example: Example, batch: LatentBatch, given: list[Given], 
     return replace(example, state=build_state([Given()] * b, batch.latents, None, state.patch), concat=concat)
 
 
-def batch_rays(batch: LatentBatch, given: list[Given], transformer: KlingTransformer3DModel, vae: AutoencoderKLKling) -> Tensor | None:
-    """Rays of every clip (b, 24, G, h', w'), zeros where its camera is not known.
+def batch_cameras(
+    batch: LatentBatch, given: list[Given], transformer: KlingTransformer3DModel, vae: AutoencoderKLKling
+) -> Cameras | None:
+    """The camera of every clip, standing still where it is not known (`Example.has_camera` then keeps it out).
 
     Also when no clip of the batch has one: every process must use every parameter at every step.
     """
     if not transformer.config.camera_channels:
         return None
     _, _, f, h, w = batch.latents.shape
-    s, fold = vae.spatial_factor, transformer.config.camera_downscale
-    blank = torch.zeros(transformer.config.camera_channels, f + len(given[0].keyframes), h * fold, w * fold)
-    rows = [
-        blank if camera is None else signal(transformer, vae, camera, h * s, w * s, tuple(t for t, _ in what.keyframes))
-        for camera, what in zip(batch.cameras, given, strict=True)
-    ]
-    return torch.stack(rows)
+    T = pixel_frames(f)
+    still = Trajectory(torch.eye(3, 4).expand(T, 3, 4), torch.tensor([1.0, 1.0, 0.5, 0.5]).expand(T, 4))
+    paths = [still if camera is None else camera for camera in batch.cameras]
+    grid = ray_grid(transformer, vae, h * vae.spatial_factor, w * vae.spatial_factor)
+    appended = torch.tensor([[t for t, _ in what.keyframes] for what in given], dtype=torch.long)
+    return Cameras(torch.stack([path.c2w for path in paths]), torch.stack([path.intrinsics for path in paths]), grid, appended)
 
 
 def choose_keyframe(what: Given, times: list[int], f: int, rng: random.Random) -> tuple[Given, int]:

@@ -14,7 +14,7 @@ from kling.text.umt5 import UMT5TextEncoder
 
 
 def save_pipeline(pipe: KlingPipeline, folder: Path) -> None:
-    """The folder that `KlingPipeline.from_pretrained` reads, what was trained in bf16; whole or absent.
+    """The folder that `KlingPipeline.from_pretrained` reads, what was trained in bf16 but for what must stay fp32; whole or absent.
 
     Of published weights the encoders are copied, and the VAE keeps its precision: no training has touched them.
     """
@@ -33,7 +33,11 @@ def _write(pipe: KlingPipeline, temporary: Path) -> None:
         part.save_config(temporary / name)
         _forget_origin(temporary / name / "config.json")
         dtype = torch.float32 if published and name == "vae" else torch.bfloat16
-        weights = {key: t.detach().to("cpu", dtype).contiguous() for key, t in part.state_dict().items()}
+        exact = set(part._keep_in_fp32_modules or ())
+        weights = {
+            key: t.detach().to("cpu", torch.float32 if exact & set(key.split(".")) else dtype).contiguous()
+            for key, t in part.state_dict().items()
+        }
         save_file(weights, temporary / name / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
     pipe.scheduler.save_pretrained(temporary / "scheduler")
     pipe.save_config(temporary)

@@ -16,6 +16,8 @@ from kling.text import ByteTextEncoder
 from kling.text.umt5 import UMT5TextEncoder
 from kling.training.examples import Example
 
+# names of operations, whatever their overload; attention of any library has the word in its name
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "linear", "matmul", "_scaled_mm", "_grouped_mm", "_addmm_activation", "convolution")
 CHECKPOINTING = ("none", "selective", "full")
 
 
@@ -27,23 +29,23 @@ class Trained(nn.Module):
         super().__init__()
         self.transformer, self.text_encoder = transformer, text_encoder
 
-    def words(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
-        """What `forward` takes of the prompts: byte ids (b, s) and lengths (b,), or umT5's embeddings (b, l, e)."""
+    def words(self, prompts: Sequence[str]) -> tuple[Tensor] | tuple[Tensor, list[int]]:
+        """What `forward` takes of the prompts: byte ids (b, s) and b lengths, or umT5's embeddings (b, l, e)."""
         if isinstance(self.text_encoder, UMT5TextEncoder):
             return (self.text_encoder.encode(prompts, self.transformer.device).float(),)
         return self.text_encoder.tokenize(prompts)
 
-    def forward(self, example: Example, z: Tensor, level: Tensor, words: tuple[Tensor, ...]) -> Tensor:
+    def forward(self, example: Example, z: Tensor, level: Tensor, words: tuple[Tensor] | tuple[Tensor, list[int]]) -> Tensor:
         """Velocity of z (b, c, G, h, w) at levels (b,)."""
         text = words[0] if len(words) == 1 else self.text_encoder(*words)  # (b, l, e)
         state = example.state
         return self.transformer(
             z if example.concat is None else torch.cat([z, example.concat], dim=1),
-            state.token_sigma(level),
+            state.levels(level),
             text,
             positions=state.position,
             kinds=state.kind,
-            camera=example.rays,
+            camera=example.cameras,
             camera_mask=example.has_camera,
             encoder_hidden_states_image=example.seen,
         ).sample  # (b, c, G, h, w)
@@ -67,6 +69,6 @@ def _checkpoint(contexts: dict[str, Any], block: nn.Module, *args: Any) -> Tenso
 
 
 def _keep_products(_: Any, op: Any, *__: Any, **___: Any) -> CheckpointPolicy:
-    name = str(op)
-    keep = any(part in name for part in ("aten.mm", "aten.addmm", "aten.bmm", "scaled_dot_product", "flash_attn"))
+    name = str(op)  # namespace.name.overload
+    keep = "".join(name.split(".")[1:2]) in PRODUCTS or any(part in name for part in ("attention", "attn", "scaled_dot_product"))
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE

@@ -40,23 +40,27 @@ def muon(
     betas: tuple[float, float] = (0.9, 0.95),
     weight_decay: float = 0.01,
     momentum: float = 0.95,
+    exact: bool = False,
 ) -> Muon:
     """Muon over the matrices and kernels that train, and AdamW over the rest: vectors, scalars and embeddings, whose rows are looked up
-    one at a time. `lr` is of AdamW's size for both."""
+    one at a time. `lr` is of AdamW's size for both. exact: in fp32 even where bf16 is faster, as a run in fp32 is."""
     looked_up = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     params = trainable(model)
     turned = [p for p in params if is_matrix(p) and id(p) not in looked_up]
     inside = {id(p) for p in turned}
     plain = [p for p in params if id(p) not in inside]
     groups = [{"params": turned, "weight_decay": weight_decay, "momentum": momentum}, {"params": plain, "weight_decay": 0.0}]
-    return Muon([g for g in groups if g["params"]], lr=lr, betas=tuple(betas))
+    return Muon([g for g in groups if g["params"]], lr=lr, betas=tuple(betas), exact=exact)
 
 
-def make_optimizer(name: str, model: nn.Module, lr: float, betas: Iterable[float] = (0.9, 0.95), weight_decay: float = 0.01) -> AdamW:
-    """The optimizer of a config's `optimizer:`. Raises `UserError` for a name that is none."""
+def make_optimizer(
+    name: str, model: nn.Module, lr: float, betas: Iterable[float] = (0.9, 0.95), weight_decay: float = 0.01, exact: bool = False
+) -> AdamW:
+    """The optimizer of a config's `optimizer:`. exact: see `muon`. Raises `UserError` for a name that is none."""
     if name not in OPTIMIZERS:
         raise unknown("optimizer", name, OPTIMIZERS)
-    return OPTIMIZERS[name](model, lr, betas=tuple(betas), weight_decay=weight_decay)
+    extra = {"exact": exact} if name == "muon" else {}
+    return OPTIMIZERS[name](model, lr, betas=tuple(betas), weight_decay=weight_decay, **extra)
 
 
 OPTIMIZERS = {"adamw": adamw, "muon": muon}

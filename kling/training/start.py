@@ -5,8 +5,7 @@ What a folder says beside its weights (scheduler, sizes, guidance, licence) stay
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from diffusers import SchedulerMixin
 
-from kling.cache.store import INDEX, LatentCache
+from kling.cache.store import INDEX, NAMED, LatentCache
 from kling.condition.concat import concat_groups
 from kling.dit import KlingTransformer3DModel
 from kling.errors import UserError, unknown
@@ -22,12 +21,16 @@ from kling.flow.diffusers_scheduler import shift_key
 from kling.flow.solvers import KlingFlowScheduler
 from kling.hub.clip import load_image_encoder
 from kling.hub.load import SETTINGS, find_folder, has_umt5, load, loaded
+from kling.runtime.files import sha256, write_atomic
 from kling.text import ByteTextEncoder
+from kling.text.encoder import prompt_bytes
 from kling.text.umt5 import UMT5TextEncoder
 from kling.vae import AutoencoderKLKling
 
 # keys of the transformer's config that a training may add to a model: inputs that start at zero
 EXTRAS = ("in_channels", "num_kinds", "camera_channels", "camera_fold", "camera_downscale", "camera_residual_blocks")
+READ = "read"  # in a cache's text folder: which captions umT5 has read, all of them
+LONG_CAPTIONS = ("refuse", "cut")
 EXPERT_FOLDERS = {"": "transformer", "high": "transformer", "low": "transformer_2"}  # expert -> its folder
 
 
@@ -113,9 +116,52 @@ def text_folder(cache: str | Path) -> Path:
 
 def captions_of(folder: str | Path) -> list[str]:
     """Every caption of a finished cache once, sorted, and the empty one, which stands for a prompt that is left out."""
-    shards = json.loads((Path(folder) / INDEX).read_text(encoding="utf-8"))["shards"]
-    rows = (row for name in shards for row in json.loads((Path(folder) / name).with_suffix(".json").read_text(encoding="utf-8")))
-    return sorted({"", *(caption for row in rows for caption in row["captions"])})
+    return sorted({"", *LatentCache(folder).captions()})
+
+
+def mark_read(cache: str | Path, text: UMT5TextEncoder) -> None:
+    """Note that umT5 has read all captions that the cache has now, so that a training need not look for each of them."""
+    write_atomic(text_folder(cache) / READ, _read_by(cache, text))
+
+
+def is_read(cache: str | Path, text: UMT5TextEncoder) -> bool:
+    """Whether that was noted, of this cache as it is and of this umT5."""
+    path = text_folder(cache) / READ
+    return path.is_file() and path.read_text(encoding="utf-8") == _read_by(cache, text)
+
+
+def _read_by(cache: str | Path, text: UMT5TextEncoder) -> str:
+    return f"{sha256(Path(cache) / INDEX)} {text.identity}\n"
+
+
+def check_captions(
+    encoder: ByteTextEncoder | UMT5TextEncoder, cache: LatentCache, prompts: Sequence[str] = (), long_captions: str = "refuse"
+) -> int | None:
+    """The bytes to cut captions to; None where nothing is cut. umT5 cuts by itself, as in Wan's own pipelines.
+
+    Raises `UserError` that names the clips with captions longer than our encoder reads, unless they are to be cut, and for long `prompts`.
+    """
+    if not isinstance(encoder, ByteTextEncoder):
+        return None
+    most = encoder.config.max_bytes
+    for prompt in prompts:
+        if (size := len(prompt_bytes(prompt))) > most and long_captions != "cut":
+            raise UserError(f"the prompt '{prompt[:40]}…' of samples has {size} bytes, this text encoder reads {most}: shorten it")
+    if long_captions == "cut":
+        return most
+    refuse_long(cache.long_captions(most), most, f"latent cache {cache.folder}")
+    return None
+
+
+def refuse_long(clips: Iterable[tuple[str, Sequence[str]]], most: int, where: str) -> None:
+    """Raises `UserError` that names the clips (name, captions) with a caption of more than `most` bytes."""
+    sizes = ((name, max((len(prompt_bytes(text)) for text in captions), default=0)) for name, captions in clips)
+    if found := [(name, size) for name, size in sizes if size > most]:
+        named = ", ".join(f"{name}: {size}" for name, size in found[:NAMED]) + (", …" if len(found) > NAMED else "")
+        raise UserError(
+            f"{len(found)} clips of {where} have a caption longer than the {most} bytes that this text encoder reads ({named} bytes): "
+            "shorten them (and run kling-encode again), or set long_captions=cut"
+        )
 
 
 def new_scheduler(settings: Mapping[str, Any]) -> KlingFlowScheduler:

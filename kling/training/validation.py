@@ -21,11 +21,12 @@ from kling.errors import UserError
 from kling.flow.levels import density_ppf, truncate_density
 from kling.flow.losses import flow_loss
 from kling.flow.path import velocity
+from kling.runtime.device import upload
 from kling.runtime.parallel import Layout
 from kling.runtime.random import noise_like
 from kling.sampling.pipeline import KlingPipeline
 from kling.sampling.request import Request
-from kling.training.examples import Example, as_extra_channels, batch_rays
+from kling.training.examples import Example, as_extra_channels, batch_cameras
 from kling.training.model import Trained
 from kling.vae import AutoencoderKLKling
 
@@ -92,11 +93,11 @@ def validation_loss(
         given = [Given()]
         state = build_state(given, batch.latents, None, tuple(model.transformer.config.patch_size))
         has_camera = torch.tensor([batch.cameras[0] is not None])
-        example = Example(state, [batch.captions[0][0]], batch_rays(batch, given, model.transformer, vae), has_camera)
+        example = Example(state, [batch.captions[0][0]], batch_cameras(batch, given, model.transformer, vae), has_camera)
         example = as_extra_channels(example, batch, given, model.transformer).to(device)
         for q, level in enumerate(levels):
             noise = noise_like(example.state.clean, 0, "validation", q, batch.ids)
-            v = run(example, level[None].to(device), noise)  # (1, c, f, h, w)
+            v = run(example, upload(level[None], device), noise)  # (1, c, f, h, w)
             loss = flow_loss(v, velocity(example.state.clean, noise), example.state.mask)  # (1,)
             sums[:, q] += torch.stack([loss[0], torch.ones_like(loss[0])]) * (mine < len(clips))
     return sums

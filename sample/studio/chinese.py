@@ -24,8 +24,11 @@ LINES = {
     "keyframe at frame {frame} lies beyond the clip's last frame {last}: give a smaller frame or a longer duration": (
         "第 {frame} 帧的关键帧超出了片段的最后一帧 {last}：请选更小的帧号，或加长时长"
     ),
-    "keyframe at frame {frame}: this model makes {n} frames at once, so give a frame up to {last}": (
-        "第 {frame} 帧的关键帧：该模型一次生成 {n} 帧，请选不超过 {last} 的帧号"
+    "keyframe at frame {frame} lies in the given video: the first frame that is made is {first}": (
+        "第 {frame} 帧的关键帧落在所给的视频里：新生成的第一帧是 {first}"
+    ),
+    "{one} and {other} both fall on frame {frame}: leave one out, or give a longer duration": (
+        "{one} 和 {other} 都落在第 {frame} 帧：请去掉其中一个，或加长时长"
     ),
     "the video is {there} s long already: extend_to {value} s adds nothing": "视频已有 {there} 秒：延长至 {value} 秒不会增加内容",
     "scales: give one to eight numbers from 0 to 50 with commas between them, such as 1, 3, 6": (

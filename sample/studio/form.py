@@ -44,6 +44,9 @@ def request_of(fields: dict[str, Any], uploads: Any) -> Request:
     if camera_file and axes:
         raise UserError(f"both a trajectory file and {next(iter(axes))} were given: remove the file or set the sliders to 0")
     still = given.flag("still")
+    goes_on = not video or use == "continue"  # else the clip is as long as the video
+    extend_to = (given.number("extend_to", 0, MAX_SECONDS) or None) if goes_on else None
+    camera = camera_file or ",".join(f"{name}={value:g}" for name, value in axes.items()) or None
     return Request(
         prompt=given.text("prompt"),
         negative_prompt=given.text("negative_prompt") or None,  # the checkpoint's own
@@ -55,13 +58,13 @@ def request_of(fields: dict[str, Any], uploads: Any) -> Request:
         strength=given.number("strength", 0, 1) if video and use == "restyle" else None,
         mask=_mask(fields.get("mask"), uploads) if video and use == "fill" else None,
         outpaint=given.choice("outpaint", ASPECTS) if video and use == "outpaint" else None,
-        camera=camera_file or ",".join(f"{name}={value:g}" for name, value in axes.items()) or None,
-        camera_scale=given.number("camera_scale", 0, 10, 1.0),
+        camera=camera,
+        camera_scale=given.number("camera_scale", 0, 10, 1.0) if camera else 1.0,
         camera_guidance_scale=given.number("camera_guidance_scale", 0, 20),
-        aspect=given.choice("aspect", ASPECTS),
-        duration=None if still else given.number("duration", 0.1, MAX_SECONDS),
+        aspect=given.choice("aspect", ASPECTS) if not video or use != "outpaint" else None,
+        duration=None if still or not goes_on or (video and extend_to) else given.number("duration", 0.1, MAX_SECONDS),
         num_frames=1 if still else None,
-        extend_to=given.number("extend_to", 0, MAX_SECONDS) or None,
+        extend_to=extend_to,
         mode=given.choice("mode", MODES) or "std",
         num_inference_steps=given.whole("num_inference_steps", 0, MAX_STEPS) or None,  # 0: the model's own
         guidance_scale=given.number("guidance_scale", 0, 50) or None,

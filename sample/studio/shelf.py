@@ -35,7 +35,7 @@ class Result:
 
     @property
     def record_path(self) -> Path:
-        return self.path.with_suffix(".json")
+        return records.find_record(self.path) or records.record_path(self.path)
 
     @property
     def record(self) -> dict[str, Any]:
@@ -69,7 +69,7 @@ class Shelf:
         if isinstance(name, str) and re.fullmatch(r"[0-9a-f]{16}", name):
             for kind in ("mp4", "png"):
                 path = self.folder / f"{name}.{kind}"
-                if path.is_file() and path.with_suffix(".json").is_file():
+                if path.is_file() and records.find_record(path):
                     return Result(path)
         raise UserError("that video is no longer here: make it again")
 
@@ -81,7 +81,8 @@ class Shelf:
         """Drop the oldest results beyond `keep`, and inputs that none of the rest was made from."""
         stay, go = self._results()[: self.keep], self._results()[self.keep :]
         for record in go:
-            for path in (record, record.with_suffix(".mp4"), record.with_suffix(".png")):
+            name = record.name.split(".")[0]
+            for path in (record, self.folder / f"{name}.mp4", self.folder / f"{name}.png"):
                 path.unlink(missing_ok=True)
         used = {name for record in stay for name in json.loads(record.read_text(encoding="utf-8"))["inputs"]}
         old = time.time() - UNUSED_SECONDS

@@ -101,7 +101,7 @@ def result(lang: int, one: Result, other: Result | None = None) -> str:
     rows = {name: value for name, value in rows.items() if value not in (None, "", [], False)}
     table = "".join(f"<tr><th>{escape(name)}</th><td>{escape(_short(value))}</td></tr>" for name, value in rows.items())
     links = f'<a download="{one.id}{one.path.suffix}" href="{url(one.path)}">{say(lang, "mp4")}</a>'
-    links += f'<a download="{one.id}.json" href="{url(one.record_path)}">{say(lang, "replay")}</a>'
+    links += f'<a download="{one.record_path.name}" href="{url(one.record_path)}">{say(lang, "replay")}</a>'
     details = f"<details><summary>{say(lang, 'settings')}</summary><table>{table}</table></details>"
     line = f'<p class="line">{say(lang, "done", seconds=duration(record["output"]["seconds"]))} <span class="links">{links}</span></p>'
     return f'<div class="stage done">{_player(one)}{line}{details}</div>'
