@@ -15,6 +15,8 @@ import tiny_wan
 import torch
 from safetensors.torch import load_file, save_file
 
+from kling.cache.store import CacheConfig, fill_cache
+from kling.config import load_config
 from kling.errors import UserError
 from kling.hub.export import export_weights
 from kling.runtime import checkpoint
@@ -66,6 +68,11 @@ def an_export(place: Path) -> None:
     export_weights(WAN[0], place / "other", "original")
 
 
+def a_cache(place: Path) -> None:
+    cfg = load_config(CacheConfig, None, [f"out={place / 'cache'}", "clips=3", "data.frames=[1]", "workers=0"])
+    list(fill_cache(cfg, a_vae()))
+
+
 def a_checkpoint(place: Path) -> None:
     with checkpoint.disk_errors(place, 1):
         checkpoint.begin(place, 1)
@@ -73,7 +80,7 @@ def a_checkpoint(place: Path) -> None:
         checkpoint.finish(place, 1, files, {}, keep_last=1)
 
 
-WRITERS: dict[str, Callable[[Path], None]] = {f.__name__: f for f in (latents, a_text, a_model, an_export, a_checkpoint)}
+WRITERS: dict[str, Callable[[Path], None]] = {f.__name__: f for f in (latents, a_text, a_model, an_export, a_cache, a_checkpoint)}
 
 
 @pytest.mark.parametrize("writer", WRITERS)
@@ -90,7 +97,7 @@ def test_files_are_made_with_the_users_umask(writer: str, umask: int, tmp_path: 
 
 @pytest.mark.parametrize("writer", WRITERS)
 def test_a_full_disk_is_one_line_and_leaves_nothing(writer: str, tmp_path: Path) -> None:
-    with full_after(4096), pytest.raises(UserError, match="too large|written") as error:
+    with full_after(1024), pytest.raises(UserError, match="too large|written") as error:
         WRITERS[writer](tmp_path)
     assert "\n" not in str(error.value)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]

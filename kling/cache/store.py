@@ -234,7 +234,10 @@ class CacheWriter:
             temporary = path.with_suffix(".tmp")
             try:
                 with writing(path):
+                    temporary.touch()
+                    mode = temporary.stat().st_mode  # by the user's umask; safetensors puts a file for its owner alone in the place
                     save_file(tensors | _packed(tensors, rows), temporary)
+                    temporary.chmod(mode)
                     temporary.replace(path)
                     path.with_suffix(".json").unlink(missing_ok=True)  # of the shard before
             except SafetensorError as error:
