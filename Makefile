@@ -1,4 +1,4 @@
-# make sample PROMPT="..."   a video from the shipped model      make test   the fast tests
+# make sample PROMPT="..."   a video from the shipped model      make test   the fast tests      make docs   the site
 # make model                 the shipped model again, from nothing; SCALE=0.01 to see every stage run in five minutes
 # Both make their own .venv on the first call (PYTHON=... picks the interpreter) and need no network after it.
 
@@ -14,7 +14,7 @@ BIN := .venv/bin
 export KLING_PROMPT := $(value PROMPT)
 export PYTHONUTF8 := 1
 
-.PHONY: sample model test test-all lint clean
+.PHONY: sample model test test-all docs lint clean
 
 sample: .venv/.installed
 	@$(BIN)/kling-sample --output "$(OUT)" --overwrite -- "$$KLING_PROMPT"
@@ -29,12 +29,17 @@ test: .venv/.installed-dev
 test-all: .venv/.installed-dev
 	$(BIN)/python -m pytest -q
 
+# The site of docs/, into site/. A broken link, or a page that is in no menu, is an error (with -q mkdocs would not count them).
+docs: .venv/.installed-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	@echo "site/index.html"
+
 lint: .venv/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf .venv build out *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv build out site *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/bin/python:

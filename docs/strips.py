@@ -1,6 +1,8 @@
-"""The strips of the README: one row of frames for every task, made by the shipped model from held-out scenes.
+"""The strips of the README and of docs/controls.md: rows of frames for every control, made by the shipped model.
 
-python docs/strips.py            # writes docs/strips/<task>.png, minutes on two cores
+python docs/strips.py                        # writes docs/strips/<control>.png, minutes on two cores
+python docs/strips.py runs/dit/export        # by another model
+python docs/strips.py "" text camera-pan     # these alone
 """
 
 from __future__ import annotations
@@ -11,23 +13,26 @@ from pathlib import Path
 import torch
 
 from kling import KlingPipeline, Request
+from kling.cameras.axes import MOVES, UNITS
 from kling.data.image import write_png
 from kling.data.strip import strip
 from kling.data.world.scene import World
 
 HERE = Path(__file__).parent / "strips"
+STILL = "a yellow ball stays still on tiles"
 
 
-def requests() -> dict[str, Request]:
-    """Every task on held-out scenes; what is given comes from the scene's own rendering."""
+def requests() -> dict[str, list[Request]]:
+    """By name the rows of a strip. What is given comes from the rendering of a scene that no training has seen."""
     clip = World(seed=1, frames=41, aspect="16:9", split="heldout", max_things=1).clip(3)
     video, prompt = clip.video, clip.captions["en"][0]
     hole = torch.zeros(64, 112)
     hole[16:48, 32:80] = 1
-    return {
+    wanted = {
+        "seeds": [Request("a red ball rolls left on grass", seed=seed) for seed in (1, 2, 3)],
         "text": Request("a red cube moves right on grass", seed=1),
         "chinese": Request("一个蓝色的球在雪地上上下弹跳", seed=2),
-        "camera": Request("a yellow ball stays still on tiles", camera="pan=7", seed=3),
+        "camera": Request(STILL, camera="pan=7", seed=3),
         "image": Request(prompt, image=video[0].numpy(), seed=4),
         "first_last": Request(prompt, image=video[0].numpy(), last_image=video[-1].numpy(), seed=5),
         "last": Request(prompt, last_image=video[-1].numpy(), seed=5),
@@ -37,16 +42,24 @@ def requests() -> dict[str, Request]:
         "inpaint": Request(prompt, video=video.numpy(), mask=hole.numpy(), seed=9),
         "outpaint": Request(prompt, video=video.numpy(), outpaint="1:1", seed=10),
         "restyle": Request("a purple ball on snow", video=video.numpy(), strength=0.3, seed=11),
+        "strength": [Request("a purple ball on snow", video=video.numpy(), strength=s, seed=11) for s in (0.2, 0.5, 0.8)],
+        "guidance": [Request("a blue cube stays still on sand", guidance_scale=g, seed=12) for g in (1.0, 3.0, 5.0)],
+        "steps": [Request("a blue cube stays still on sand", num_inference_steps=n, seed=12) for n in (4, 10, 20)],
+        "aspects": [Request("an orange ball bounces up and down on snow", aspect=aspect, seed=13) for aspect in ("9:16", "1:1")],
+        **{f"camera-{axis}": [Request(STILL, camera={axis: value}, seed=3) for value in (-8.0, 8.0)] for axis in UNITS},
+        "camera-moves": [Request(STILL, camera=move, seed=3) for move in MOVES],
     }
+    return {name: rows if isinstance(rows, list) else [rows] for name, rows in wanted.items()}
 
 
-def main() -> None:
-    pipe = KlingPipeline.from_pretrained(sys.argv[1] if len(sys.argv) > 1 else None)
+def main(argv: list[str]) -> None:
+    pipe = KlingPipeline.from_pretrained(argv[0] if argv and argv[0] else None)
     HERE.mkdir(exist_ok=True)
-    for name, request in requests().items():
-        write_png(HERE / f"{name}.png", strip([torch.from_numpy(pipe(request).frames[0])]))
-        print(HERE / f"{name}.png", flush=True)
+    for name, rows in requests().items():
+        if not argv[1:] or name in argv[1:]:
+            write_png(HERE / f"{name}.png", strip([torch.from_numpy(pipe(row).frames[0]) for row in rows]))
+            print(HERE / f"{name}.png", flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

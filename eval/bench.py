@@ -25,17 +25,15 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from kling_programs.eval.benches.machine import ceilings, describe, pin
-from kling_programs.eval.benches.measure import Bench, Row
-from kling_programs.eval.benches.plot import plot
 from kling_programs.sample.command import Parser
 
 from kling.errors import UserError, program, unknown
 from kling.runtime.files import written
-from kling.sampling.machine import pick_device
+
+if TYPE_CHECKING:  # torch takes seconds to import: --help and a typing mistake should not wait for it
+    from kling_programs.eval.benches.measure import Bench, Row
 
 SUITES = ("dit", "attn", "vae", "vae-mem", "sampler", "video", "loader", "train", "scaling")
 ON_CPU = ("video", "loader")  # whatever the device
@@ -57,6 +55,12 @@ def main(argv: list[str] | None = None) -> None:
             raise unknown("suite", suite, SUITES)
     if args.threads < 1:
         raise UserError(f"--threads {args.threads}: give at least 1")
+
+    import torch
+    from kling_programs.eval.benches.machine import ceilings, describe, pin
+    from kling_programs.eval.benches.measure import Bench
+
+    from kling.sampling.machine import pick_device
 
     device = pick_device(args.device)
     core = pin(args.core, args.threads)
@@ -92,6 +96,8 @@ def line(row: Row) -> str:
 
 def save(report: dict[str, Any], path: Path) -> None:
     """The report, and beside it, as PNG, what grows with frames or tokens."""
+    from kling_programs.eval.benches.plot import plot
+
     with written(path) as temporary:
         temporary.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     try:

@@ -2,7 +2,7 @@
 
     kling-eval certify --out out/certify                     # 112x64, 128x128, 256x256; pan, tilt, roll, dolly, truck, orbit and mixtures
     kling-eval certify --out out/certify --made out/clips    # and on clips that the shipped model made, where the two are compared
-    kling-eval certify --out out/certify --sizes 64x112 --n 1 --seed 12
+    kling-eval certify --out out/certify --sizes 112x64 --n 1 --seed 12
 
 Two rulers: `world` knows the small world's stage (kling/metrics/camera/odometry.py) and scores the shipped model; `any`
 knows nothing but the intrinsics (kling/metrics/camera/structure.py) and scores folders of videos. An object moves in every clip; since
@@ -45,6 +45,7 @@ from kling.metrics.motion import camera_classes, dynamic_degree, optical_flow, w
 from kling.metrics.pixel import flicker, psnr, ssim, temporal_psnr
 from kling.metrics.report import Line, Row, markdown, reached, summarise
 from kling.metrics.vmaf import vmaf
+from kling.shapes import parse_size
 
 FRAMES, SEED = 17, 11
 RULERS = {"world": "move", "any": "move", "any, still": "stand"}  # what the object does in the clips
@@ -172,15 +173,12 @@ def processor_seconds() -> float:
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = Parser("kling-eval certify", __doc__)
     parser.add_argument("--out", metavar="FOLDER", required=True)
-    parser.add_argument("--sizes", metavar="HxW,HxW", default="64x112,128x128,256x256", help="64x112,128x128,256x256")
+    parser.add_argument("--sizes", metavar="WIDTHxHEIGHT,…", default="112x64,128x128,256x256", help="(112x64,128x128,256x256)")
     parser.add_argument("--n", metavar="N", type=int, default=1, help=f"clips for each of {len(MOVES)} moves (1)")
     parser.add_argument("--seed", metavar="N", type=int, default=SEED, help=f"of the scenes ({SEED})")
     parser.add_argument("--made", metavar="FOLDER", help="videos of the small world that a model made, without zoom")
     args = parser.parse_args(argv)
-    try:
-        args.sizes = [(int(h), int(w)) for h, w in (size.split("x") for size in args.sizes.split(","))]
-    except ValueError:
-        raise UserError(f"--sizes {args.sizes}: give heights x widths, like 64x112,256x256") from None
+    args.sizes = [parse_size(size) for size in args.sizes.split(",")]
     if args.n < 1 or min(min(size) for size in args.sizes) < 32:
         raise UserError("give --n of at least 1 and --sizes of at least 32x32")
     return args

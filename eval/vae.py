@@ -1,7 +1,7 @@
 """Diffusers VAEs beside each other on the same clips: quality, time, memory, and whether any of it grows with the length.
 
     kling-eval vae kling/assets/vae wan21/vae --out out/vae                  # the first is what the others are compared with
-    kling-eval vae my/vae --videos clips/ --size 480x832 --out out/vae
+    kling-eval vae my/vae --videos clips/ --size 832x480 --out out/vae
 
 Without --videos the clips are held-out scenes of the small world. Any folder that diffusers' AutoModel opens will do, if it encodes video
 (b, 3, T, H, W). Each length has its own lines: PSNR, SSIM, temporal PSNR, flicker added, ms a frame each way, and the peak memory (CUDA's
@@ -30,7 +30,7 @@ from kling.errors import UserError
 from kling.metrics.controls import Order, frozen, noise, shuffled
 from kling.metrics.pixel import flicker, psnr, ssim, temporal_psnr
 from kling.metrics.report import Line, Row, markdown, paired, summarise
-from kling.shapes import latent_frames
+from kling.shapes import latent_frames, parse_size
 
 QUALITY = (("psnr", "PSNR", "dB"), ("ssim", "SSIM", ""), ("temporal", "temporal PSNR", "dB"), ("flicker", "flicker added", "levels"))
 COST = (("encode", "encode", "ms a frame"), ("decode", "decode", "ms a frame"), ("memory", "peak memory", "MiB"))
@@ -166,18 +166,16 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--out", metavar="FOLDER", required=True)
     parser.add_argument("--videos", metavar="FOLDER", help="clips; default: held-out scenes of the small world")
     parser.add_argument("--frames", metavar="T,T", default="17,41", help="lengths, each 1 + 4k (17,41)")
-    parser.add_argument("--size", metavar="HxW", help="default: 64x112, or each video's own")
+    parser.add_argument("--size", metavar="WIDTHxHEIGHT", help="default: 112x64, or each video's own")
     parser.add_argument("--n", metavar="N", type=int, default=8, help="clips (8)")
     args = parser.parse_args(argv)
     try:
         args.frames = [int(x) for x in args.frames.split(",")]
-        args.size = tuple(int(x) for x in args.size.split("x")) if args.size else None
     except ValueError:
-        raise UserError(f"--frames {args.frames} --size {args.size}: give whole numbers, like 17,41 and 480x832") from None
+        raise UserError(f"--frames {args.frames}: give whole numbers, like 17,41") from None
+    args.size = parse_size(args.size) if args.size else None
     for T in args.frames:
         latent_frames(T)
-    if args.size and (len(args.size) != 2 or min(args.size) < 1):
-        raise UserError(f"--size {'x'.join(map(str, args.size))}: give height x width, like 480x832")
     if len(set(args.folders)) < len(args.folders):
         raise UserError("one folder is given twice: give each VAE once")
     if args.n < 1:

@@ -3,31 +3,105 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import functools
 import sys
 from collections.abc import Callable, Iterable
 
 EXIT_BAD_INPUT = 2
+FULL = (errno.ENOSPC, errno.EDQUOT)  # what no program can foresee, and any may meet at any file
+
+
+# What a thing is called here (the first of these names that exists), and what diffusers, ComfyUI, Wan's scripts and other trainers call it.
+NAMES = {
+    "num_inference_steps": "steps sample_steps num_steps sampling_steps",
+    "guidance_scale": "cfg cfg_scale sample_guide_scale guide_scale guidance embedded_cfg_scale",
+    "solver": "sampler sampler_name sample_solver scheduler",
+    "shift": "sample_shift flow_shift time_shift",
+    "negative_prompt": "neg negative neg_prompt n_prompt sample_neg_prompt",
+    "prompt": "text positive",
+    "size": "width height resolution",
+    "aspect": "aspect_ratio ratio",
+    "num_frames": "frame_num frames length video_length n_frames",
+    "duration": "seconds",
+    "fps": "frame_rate frames_per_second",
+    "last_image": "end_image tail_image image_tail end_frame last_frame image_end",
+    "image": "start_image first_image first_frame init_image input_image source_image img",
+    "keyframes": "keyframe",
+    "video": "input_video src_video init_video source_video",
+    "mask": "mask_image src_mask inpaint_mask",
+    "strength": "denoise denoising_strength",
+    "control": "control_video",
+    "camera": "camera_motion camera_control",
+    "seed": "generator base_seed noise_seed random_seed",
+    "num_videos": "num_videos_per_prompt num_images_per_prompt batch_count",
+    "model": "ckpt_dir ckpt model_path model_id checkpoint_path task",
+    "model init_from": "pretrained_model_name_or_path",
+    "lora": "lora_path loras lora_weights",
+    "output": "save_file save_path out o",
+    "output out": "output_dir outdir",
+    "dtype mixed_precision": "precision torch_dtype fp16 bf16",
+    "offload": "offload_model cpu_offload",
+    "context_parallel": "ulysses_size",
+    "overwrite": "force y yes",
+    "device": "gpu cuda",
+    "lr": "learning_rate",
+    "steps": "max_train_steps max_steps train_steps num_train_steps",
+    "batch": "batch_size train_batch_size",
+    "gradient_accumulation": "gradient_accumulation_steps grad_accum",
+    "workers": "num_workers dataloader_num_workers",
+    "warmup": "lr_warmup_steps warmup_steps",
+    "schedule": "lr_scheduler",
+    "clip_grad": "max_grad_norm gradient_clip",
+    "ema": "ema_decay",
+    "save_every": "checkpointing_steps",
+    "data cache": "data_dir dataset train_data_dir",
+}
+MEANS = {theirs: ours for ours, several in NAMES.items() for theirs in several.split()}
+# What must be known when such a name is replaced by ours.
+DIFFERS = {
+    "width": "as WIDTHxHEIGHT", "height": "as WIDTHxHEIGHT", "denoise": "which is 1 - denoise: 1 keeps",
+    "denoising_strength": "which is 1 - denoise: 1 keeps", "generator": "a whole number", "fp16": "fp16", "bf16": "bf16",
+}  # fmt: skip
 
 
 class UserError(ValueError):
     """A mistake in what was given. The message is one line: the thing, its value, and the remedy."""
 
 
-def unknown(thing: str, value: object, choices: Iterable[str], meant: str = "") -> UserError:
-    """The error for a name that does not exist, with the one that was `meant`, or else the nearest in letters.
+def unknown(thing: str, value: object, choices: Iterable[str], known_as: str = "") -> UserError:
+    """The error for a name that does not exist, with the one that is `known_as` it, or else the nearest that does.
 
     >>> str(unknown("aspect", "16x9", ["16:9", "9:16"]))
     "unknown aspect '16x9' (did you mean '16:9'?): choose from 16:9, 9:16"
     """
     choices = list(choices)
-    near = [meant] if meant else difflib.get_close_matches(str(value), choices, n=1, cutoff=0.5)
-    hint = f" (did you mean '{near[0]}'?)" if near else ""
+    near, key = known_as or meant(str(value), choices), _plain(str(value))
+    hint = f" (did you mean '{near}'{', ' + DIFFERS[key] if key in DIFFERS else ''}?)" if near else ""
     return UserError(f"unknown {thing} '{value}'{hint}: choose from {', '.join(choices)}")
 
 
+def meant(value: str, choices: list[str]) -> str | None:
+    """The choice that a name of elsewhere stands for, else the nearest by its letters, else None.
+
+    >>> meant("--cfg", ["--camera", "--guidance-scale"]), meant("optim.learning_rate", ["optim.lr", "optim.name"]), meant("sizee", ["size"])
+    ('--guidance-scale', 'optim.lr', 'size')
+    """
+    plain = {_plain(choice): choice for choice in choices}
+    key = _plain(value).rsplit(".", 1)[-1]
+    for name in (_plain(value), *MEANS.get(key, "").split()):
+        if found := [choice for other, choice in plain.items() if other == name or other.endswith(f".{name}")]:
+            return found[0]
+    return next(iter(difflib.get_close_matches(value, choices, n=1, cutoff=0.5)), None)
+
+
+def _plain(name: str) -> str:
+    """`--Num-Frames` -> num_frames"""
+    return name.lstrip("-").lower().replace("-", "_")
+
+
 def program(main: Callable[..., None]) -> Callable[..., None]:
-    """Decorate a program's `main(argv)`: a `UserError` becomes one line on stderr and exit code 2, never a traceback."""
+    """Decorate a program's `main(argv)`: a `UserError` or a full disk becomes one line on stderr and exit code 2, never a traceback."""
 
     @functools.wraps(main)
     def run(argv: list[str] | None = None) -> None:
@@ -35,6 +109,11 @@ def program(main: Callable[..., None]) -> Callable[..., None]:
             main(argv)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(EXIT_BAD_INPUT) from None
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            print(f"error: {error.filename or 'a file'} was not written ({error.strerror}): free space there", file=sys.stderr)
             raise SystemExit(EXIT_BAD_INPUT) from None
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from kling.errors import UserError
+from kling.errors import UserError, unknown
 
 
 class Parser(argparse.ArgumentParser):
@@ -14,6 +14,18 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, prog: str | None = None, description: str | None = None, allow_abbrev: bool = False, **more: Any) -> None:
         more = {"formatter_class": argparse.RawDescriptionHelpFormatter} | more
         super().__init__(prog, description=description, allow_abbrev=allow_abbrev, **more)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        known, rest = self.parse_known_args(args, namespace)
+        if rest:
+            self.refuse(rest)
+        return known
+
+    def refuse(self, rest: list[str]) -> None:
+        """Say what is not understood of the words that are left over, and what was probably meant."""
+        if rest[0].startswith("-"):
+            raise unknown("option", rest[0].split("=")[0], [name for action in self._actions for name in action.option_strings])
+        self.error(f"'{rest[0]}' is left over")
 
     def error(self, message: str) -> None:
         raise UserError(f"{message} ({self.prog} --help lists everything)")

@@ -28,41 +28,46 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
 from kling_programs.sample.command import Parser
-from safetensors.torch import save_file
-from tqdm import tqdm
 
-from kling.data.image import write_png, write_png_frames
-from kling.data.video import WRITABLE, frame_rate, write_gif, write_video
 from kling.errors import UserError, program, unknown
 from kling.runtime.files import writing, written
-from kling.sampling import record as records
-from kling.sampling.request import Request
 
-if TYPE_CHECKING:  # diffusers takes seconds to import: a typing mistake should not wait for it
+if TYPE_CHECKING:  # torch and diffusers take seconds to import: --help and a typing mistake should not wait for them
+    import numpy as np
+    import torch
+
     from kling.sampling.machine import Machine
     from kling.sampling.pipeline import KlingPipeline, Plan
+    from kling.sampling.record import Record
+    from kling.sampling.request import Request
 
-FORMATS = {"mp4": tuple(WRITABLE), "gif": (".gif",), "png-frames": ("",), "png": (".png",)}  # and the endings of their names
+FORMATS = {"mp4": (".mp4", ".mov", ".mkv"), "gif": (".gif",), "png-frames": ("",), "png": (".png",)}  # and the endings of their names
 REPLAY_TAKES = {"replay", "output", "overwrite", "model", "device", "format", "fps", "save_latents", "dry_run"}
 WEIGHTS = ("transformer", "transformer_2", "vae", "checkpoint", "lora", "lora_2", "text_cache")  # beside those of the folder
 MACHINE = ("offload", "fp8", "attention", "cache", "context_parallel", "tiles", "compile")
 REPLAY_TAKES |= {*WEIGHTS, *MACHINE, "dtype"}
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 EXIT_DIFFERENT = 1
 
 
 @program
 def main(argv: list[str] | None = None) -> None:
+    started, cold = time.perf_counter(), "torch" not in sys.modules
     argv = sys.argv[1:] if argv is None else argv
     args = parse(argv)
+
+    import torch
+
+    from kling.data.video import frame_rate
+    from kling.sampling import record as records
+
     before = records.read_record(args.replay) if args.replay else None
     request = records.request_of(before, args.replay) if before else asked_request(args)
     kind = chosen_format(args, before)
     inputs = records.input_hashes(request)
-
+    if cold:  # this takes seconds in a process of its own
+        print("loading diffusers and the model …", file=sys.stderr, flush=True)
     folder, pipe = load_pipeline(args.model or (before and before["model"]["path"]), args.device, loading(args))
     if before:
         records.check_same_model(before, model_hashes(folder, args), args.replay)
@@ -83,25 +88,31 @@ def main(argv: list[str] | None = None) -> None:
     if rank := int(os.environ.get("RANK", "0")):  # of processes that share a clip, the first one speaks and writes
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the end
     print(describe(plan, request), flush=True)
+    if pipe.config.get("vocabulary") == "world" and (line := unknown_to_the_world(request.prompt)):
+        print(line, file=sys.stderr, flush=True)
     if args.dry_run:
         print(details(plan, pipe, paths, machine, device))
         return
     set_up(pipe, machine, device, plan.num_inference_steps)
     model = model_hashes(folder, args)
     for job, path in zip(jobs, paths, strict=True):
-        started = time.perf_counter()
+        began = time.perf_counter()
         frames, latents = sample(pipe, job, plan)  # uint8 (T, H, W, 3), (c, f, h, w)
         if rank:
             continue
         write_frames(path, kind, frames, fps, args.overwrite)
         if args.save_latents:
+            from safetensors.torch import save_file
+
             with written(path.with_suffix(".safetensors")) as temporary:
                 save_file({"latents": latents}, temporary)
-        seconds = time.perf_counter() - started
+        seconds, loading_seconds = time.perf_counter() - began, began - started
         output = {"path": str(path.absolute()), "format": kind, "fps": fps, "seconds": round(seconds, 2)}
         record = records.make_record(job, plan, model, device, frames, output=output, command=shlex.join(["kling-sample", *argv]))
         records.write_record(records.record_path(path), record)
-        print(f"{path} · seed {job.seed} · {seconds:.1f} s · {records.record_path(path)}", flush=True)
+        taken = f"{seconds + loading_seconds:.1f} s" + (f" ({loading_seconds:.1f} s to load)" if loading_seconds > 0.1 else "")
+        print(f"{path} · seed {job.seed} · {taken} · {records.record_path(path)}", flush=True)
+        started = time.perf_counter()
         if before and (other := records.difference(before, record)):
             print(f"different from {args.replay}: {other}")
             raise SystemExit(EXIT_DIFFERENT)
@@ -113,6 +124,9 @@ def main(argv: list[str] | None = None) -> None:
 
 def sample(pipe: KlingPipeline, request: Request, plan: Plan) -> tuple[np.ndarray, torch.Tensor]:
     """One video and its latents, with a progress bar over all steps of all hops."""
+    import torch
+    from tqdm import tqdm
+
     with tqdm(total=plan.total_steps, desc=f"seed {request.seed}", unit="step", dynamic_ncols=True, leave=False) as bar:
 
         def advance(pipe: KlingPipeline, step: int, timestep: Any, kwargs: dict) -> dict:
@@ -143,13 +157,16 @@ def loading(args: argparse.Namespace) -> tuple[tuple[str, Any], ...]:
     if args.dtype is not None:
         if args.dtype not in DTYPES:
             raise unknown("dtype", args.dtype, DTYPES)
-        options["torch_dtype"] = DTYPES[args.dtype]
+        import torch
+
+        options["torch_dtype"] = getattr(torch, DTYPES[args.dtype])
     return tuple((options | ({"weights": False} if args.dry_run else {})).items())
 
 
 def model_hashes(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Of everything that decides the frames, for the record."""
     from kling.hub.files import weight_files
+    from kling.sampling import record as records
 
     beside = [args.transformer, args.transformer_2, args.vae, *(path for path, _ in [*(args.lora or []), *(args.lora_2 or [])])]
     return records.model_hashes(folder, [file for path in beside if path is not None for file in weight_files(path)])
@@ -171,7 +188,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--video", metavar="FILE", type=a_path, help="alone: continue it; with --strength: restyle it; with --mask or --outpaint: fill it")
     add("--mask", metavar="FILE", type=a_path, help="white is made anew, black is kept")
     add("--outpaint", metavar="ASPECT", help="show the whole video in this aspect and fill what is around it")
-    add("--strength", metavar="0..1", type=float, help="how strongly the video holds while it is restyled; 1 keeps it")
+    holds = "how strongly the video holds while it is restyled: 1 keeps it, 0 forgets it (denoise elsewhere is 1 - this)"
+    add("--strength", metavar="0..1", type=float, help=holds)
     add("--loop", action="store_true", help="the end leads back to the beginning")
 
     add = parser.add_argument_group("camera").add_argument
@@ -182,7 +200,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
     add = parser.add_argument_group("size and length").add_argument
     add("--control", metavar="FILE", type=a_path, help="a video of edges, depth or poses that the result follows")
-    add("--size", metavar="WxH", help="in pixels, such as 832x480, instead of --aspect")
+    add("--size", metavar="WIDTHxHEIGHT", help="in pixels, such as 832x480, instead of --aspect")
     add("--aspect", metavar="W:H", help="16:9, 9:16 or 1:1; default: the nearest to the picture given, else 16:9")
     add("--duration", metavar="SECONDS", type=float, help="of the clip, or of what is added to --video (5)")
     add("--num-frames", metavar="N", type=int, help="instead of --duration: 1 + 4k frames")
@@ -192,6 +210,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
     add = parser.add_argument_group("sampling; defaults are the checkpoint's own").add_argument
     add("--num-inference-steps", metavar="N", type=int)
+    add("--solver", metavar="NAME", help="euler, adams (second order) or renoise (few-step weights); default: the checkpoint's, see --mode")
     add("--guidance-scale", metavar="X", type=float, help="how hard the prompt pulls; 1 is plain")
     add("--guidance-interval", metavar=("LOW", "HIGH"), nargs=2, type=float, help="noise levels with guidance, as in 0.2 0.9; faster")
     add("--guidance-every", metavar="N", type=int, help="compute guidance anew at every N-th step only; faster (1)")
@@ -235,7 +254,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if rest and not rest[0].startswith("-"):
         raise UserError(f"'{rest[0]}' is left over: put the prompt in quotes")
     if rest:
-        raise unknown("option", rest[0].split("=")[0], [name for action in parser._actions for name in action.option_strings])
+        parser.refuse(rest)
     for name, value in vars(args).items():
         if args.replay and name not in REPLAY_TAKES and value not in (None, False):
             raise UserError(f"--replay repeats what {args.replay} says: leave out {'the prompt' if name == 'prompt' else name}")
@@ -276,6 +295,8 @@ def given(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
 
 def asked_request(args: argparse.Namespace) -> Request:
     """The request that the options describe."""
+    from kling.sampling.request import Request
+
     fields = given(args, (field.name for field in dataclasses.fields(Request)))
     if args.image_only:
         for name in ("duration", "num_frames", "extend_to"):
@@ -290,7 +311,7 @@ def asked_request(args: argparse.Namespace) -> Request:
 # ---------------------------------------------------------------------------------------------------------------------- output
 
 
-def chosen_format(args: argparse.Namespace, before: records.Record | None) -> str:
+def chosen_format(args: argparse.Namespace, before: Record | None) -> str:
     """What is asked for, else what the name of the output says, else that of the video to replay, else mp4."""
     if args.image_only and args.format:
         raise UserError(f"--image-only writes a png: leave out --format {args.format}")
@@ -332,6 +353,8 @@ def check_place(path: Path, kind: str, inputs: set[str], latents: bool = False, 
 
     Makes no folder yet.
     """
+    from kling.sampling import record as records
+
     for file in (path, records.record_path(path), *([path.with_suffix(".safetensors")] if latents else [])):
         if str(file.absolute()) in inputs:
             raise UserError(f"{file} is an input and would be overwritten: choose another --output")
@@ -351,6 +374,9 @@ def check_place(path: Path, kind: str, inputs: set[str], latents: bool = False, 
 
 def write_frames(path: Path, kind: str, frames: np.ndarray, fps: float, overwrite: bool = False) -> None:
     """Write uint8 (T, H, W, 3); the file or folder appears whole or not at all."""
+    from kling.data.image import write_png, write_png_frames
+    from kling.data.video import write_gif, write_video
+
     if kind == "mp4":
         write_video(path, frames, fps)
     elif kind == "gif":
@@ -376,6 +402,22 @@ def describe(plan: Plan, request: Request) -> str:
     seeds = f"seed {request.seed}" if request.num_videos == 1 else f"seeds {request.seed} to {request.seed + request.num_videos - 1}"
     size = f"{plan.frames} frames {plan.width}x{plan.height} at {plan.fps:g} fps"
     return f"task: {', '.join([plan.title, *extras])} · {size} · {plan.num_inference_steps} steps · {seeds}"
+
+
+def unknown_to_the_world(prompt: str) -> str:
+    """One line about the words of a prompt that a model of the small world does not know; empty if it knows them all."""
+    from kling.data.world.captions import unknown_words, vocabulary
+
+    words = unknown_words(prompt)
+    if not words:
+        return ""
+    chinese = bool(re.search(r"[\u3400-\u9fff]", prompt))
+    subjects = ("colours", "solids", "grounds", "motions")
+    known = [("、" if chinese else ", ").join(row[1 + chinese][0] for row in vocabulary()[subject]) for subject in subjects]
+    if chinese:
+        return f"提示：这个小模型不认识{''.join(f'“{word}”' for word in words)}，照样生成；它只认识{'；'.join(known)}；以及镜头运动"
+    named = ", ".join(f'"{word}"' for word in words)
+    return f"note: this small model does not know {named} and goes on without: it knows {'; '.join(known)}; and camera moves"
 
 
 def details(plan: Plan, pipe: KlingPipeline, paths: list[Path], machine: Machine, device: torch.device) -> str:

@@ -6,10 +6,10 @@ there, and every time that the host waits for the device is written down with th
 
 from __future__ import annotations
 
-import traceback
+import sys
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,14 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 ROOT = str(Path(__file__).parents[1])
 CUDA = torch.device("cuda", 0)
 aten = torch.ops.aten
 # operations whose result, or its shape, the host must know before it goes on
 WAITS = {
-    "_local_scalar_dense", "is_nonzero", "equal", "nonzero", "nonzero_numpy", "_unique2", "unique_dim", "unique_consecutive", "masked_select",
-    "argwhere", "bincount", "histc",
+    "_local_scalar_dense", "is_nonzero", "equal", "nonzero", "nonzero_numpy", "_unique2", "unique_dim", "unique_consecutive",
+    "masked_select", "argwhere", "bincount", "histc",
 }  # fmt: skip
 
 
@@ -52,7 +51,7 @@ class Pretended(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """What a PyTorch without CUDA refuses before it dispatches."""
-        own = {Tensor.to: to, Tensor.tolist: lambda x: x.cpu().tolist()}.get(func)
+        own = {Tensor.to: to, Tensor.tolist: lambda x: x.cpu().tolist(), Tensor.new_tensor: new_tensor}.get(func)
         with torch._C.DisableTorchFunctionSubclass():
             return (own or func)(*args, **(kwargs or {}))
 
@@ -85,77 +84,57 @@ class Device(TorchDispatchMode):
         Device.current = None
 
     def run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        name = func._schema.name.removeprefix("aten::")
-        flat, _ = tree_flatten((args, kwargs))
-        tensors = [x for x in flat if isinstance(x, Tensor)]
-        there = [x for x in tensors if isinstance(x, Pretended)]
-        here = [x for x in tensors if not isinstance(x, Pretended)]
+        tensors = list(tensors_of((*args, *kwargs.values())))
+        there = [x for x in tensors if type(x) is Pretended]
         asked = kwargs.get("device")
-        target = CUDA if asked is not None and torch.device(asked).type in ("cuda", "meta") else None
+        name = func._schema.name.removeprefix("aten::")
         if name == "_pin_memory":
-            out = args[0].clone()
-            self.pinned.add(out.data_ptr())
+            self.pinned.add((out := args[0].clone()).data_ptr())
             return out
         if name == "is_pinned":
             return args[0].data_ptr() in self.pinned
-        if name == "_fused_sdp_choice":
+        if name == "_fused_sdp_choice" and there:
             return 0  # plain operations, which any device has
-        if name == "record_stream":
-            return None
-        moves = name in ("_to_copy", "copy_", "set_") or name.startswith("_foreach_copy")
-        self.note(name, func, args, kwargs, there, here, asked)
-        if there and here and not moves:
+        ours = ("cuda", "meta") if there or name == "scalar_tensor" else ("cuda",)  # C++ makes the 0.0 of `where(m, x, 0.0)` on "meta"
+        target = asked is not None and torch.device(asked).type in ours
+        if not there and not target:
+            return func(*args, **kwargs)
+        here = [x for x in tensors if type(x) is not Pretended]
+        self.note(name, args, kwargs, there, here, asked, target)
+        if there and here and name not in ("_to_copy", "copy_"):
             for x in here:
-                index = name.startswith(("index", "_index", "_unsafe_index")) or name == "_foreach_add_"
-                if x.ndim > 0 and not index:
+                if x.ndim > 0 and not name.startswith(("index", "_index", "_unsafe_index")):
                     raise RuntimeError(f"{func}: a CPU tensor {tuple(x.shape)} meets a CUDA one at {where()}")
                 if x.ndim > 0:
                     self.wait(f"{name} with a CPU index")
-        if name == "_pin_memory" or (target is None and asked is None and not there):
-            return func(*args, **kwargs)
-        if target is not None or asked is not None:
+        if asked is not None:
             kwargs = {**kwargs, "device": torch.device("cpu")}
-        if name == "_to_copy" and kwargs.pop("non_blocking", False):
-            pass
-        kwargs.pop("pin_memory", None)
-        plain_args, plain_kwargs = tree_map(lambda x: x.held if isinstance(x, Pretended) else x, (args, kwargs))
-        with nullcontext():
-            out = func(*plain_args, **plain_kwargs)
-        if name == "copy_":
-            return args[0]
-        goes_back = name == "_to_copy" and asked is not None and target is None
-        if goes_back:  # a copy on the CPU
+            kwargs.pop("pin_memory", None)
+        args, kwargs = held(args), {key: held(value) for key, value in kwargs.items()}
+        out = func(*args, **kwargs)
+        if name == "_to_copy" and asked is not None and not target:  # back on the CPU
             return out
-        if name == "_to_copy" and target is not None and not there:
-            out = out.clone() if out is plain_args[0] else out
-        written = {id(p): o for p, o in zip(tree_leaves((plain_args, plain_kwargs)), flat, strict=False) if isinstance(p, Tensor)}
-        if not there and target is None:
+        wrappers = {id(x.held): x for x in there}
+        if name == "copy_" and there[0] is not tensors[0]:
             return out
-        return tree_map(lambda x: written[id(x)] if id(x) in written else Pretended(x) if isinstance(x, Tensor) else x, out)
+        return again(out, wrappers)
 
-    def note(self, name: str, func: Any, args: Any, kwargs: Any, there: list, here: list, asked: Any) -> None:
+    def note(self, name: str, args: Any, kwargs: Any, there: list[Tensor], here: list[Tensor], asked: Any, target: bool) -> None:
         """Write down what makes the host wait."""
-        if there and name in WAITS:
+        if there and name in WAITS or name == "repeat_interleave" and kwargs.get("output_size") is None:
             self.wait(name)
         elif there and name in ("index", "index_put", "index_put_", "_index_put_impl_"):
-            indices = [i for i in tree_leaves(args[1]) if isinstance(i, Tensor)]
-            if any(i.dtype in (torch.bool, torch.uint8) for i in indices):
+            if any(i.dtype in (torch.bool, torch.uint8) for i in tensors_of(args[1])):
                 self.wait(f"{name} by a mask")
-        elif there and name == "repeat_interleave" and kwargs.get("output_size") is None:
-            self.wait(name)
         elif name == "_to_copy" and asked is not None:
-            kind = "cuda" if torch.device(asked).type == "meta" else torch.device(asked).type
-            if kind == "cpu" and there and not kwargs.get("non_blocking"):
+            if there and not target:
                 self.wait("copy to the CPU")
-            if kind == "cuda" and here and not (kwargs.get("non_blocking") and here[0].data_ptr() in self.pinned):
+            if here and target and not (kwargs.get("non_blocking") and here[0].data_ptr() in self.pinned):
                 self.wait("copy from pageable memory")
-        elif name == "copy_":
-            to, source = args[0], args[1]
+        elif name == "copy_" and there and here and here[0].ndim > 0:
             blocking = not (kwargs.get("non_blocking") or (len(args) > 2 and args[2]))
-            if isinstance(source, Pretended) and not isinstance(to, Pretended) and blocking:
-                self.wait("copy to the CPU")
-            if isinstance(to, Pretended) and not isinstance(source, Pretended) and source.ndim > 0 and blocking:
-                self.wait("copy from pageable memory")
+            if type(args[0]) is not Pretended or blocking:
+                self.wait("copy to the CPU" if type(args[1]) is Pretended else "copy from pageable memory")
 
     def wait(self, what: str) -> None:
         self.waits.append((what, where()))
@@ -165,11 +144,38 @@ class Device(TorchDispatchMode):
         return Counter(self.waits[mark:])
 
 
+def new_tensor(x: Tensor, data: Any, dtype: torch.dtype | None = None) -> Tensor:
+    return torch.tensor(data, dtype=dtype or x.dtype, device=CUDA)
+
+
 def to(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """As `Tensor.to`, which takes this device for another one than "cuda"."""
     there = ("cuda", "cuda:0", CUDA)
     args, kwargs = tuple(a for a in args if a not in there), {k: v for k, v in kwargs.items() if not (k == "device" and v in there)}
     return Tensor.to(x, *args, **kwargs) if args or kwargs.keys() - {"non_blocking"} else x
+
+
+def tensors_of(values: Any) -> Iterator[Tensor]:
+    """The tensors among the arguments of an operation, in lists too."""
+    for x in values:
+        if isinstance(x, Tensor):
+            yield x
+        elif isinstance(x, list | tuple):
+            yield from tensors_of(x)
+
+
+def held(x: Any) -> Any:
+    """Arguments with their numbers in place of the tensors that pretend."""
+    if type(x) is Pretended:
+        return x.held
+    return type(x)(map(held, x)) if type(x) in (list, tuple) else x
+
+
+def again(out: Any, wrappers: dict[int, Tensor]) -> Any:
+    """Results as tensors that pretend; those that were written into are the ones that were given."""
+    if isinstance(out, Tensor):
+        return wrappers.get(id(out)) if id(out) in wrappers else Pretended(out)
+    return type(out)(again(x, wrappers) for x in out) if type(out) in (list, tuple) else out
 
 
 class Event:
@@ -193,15 +199,18 @@ class Event:
 
 def where() -> str:
     """The innermost line of the toolkit that is running."""
-    for frame in reversed(traceback.extract_stack()):
-        if frame.filename.startswith(ROOT) and "/tests/" not in frame.filename and "/.venv/" not in frame.filename:
-            return f"{Path(frame.filename).relative_to(ROOT)}:{frame.lineno}"
+    frame = sys._getframe(1)
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if file.startswith(ROOT) and "/tests/" not in file and "/.venv/" not in file:
+            return f"{Path(file).relative_to(ROOT)}:{frame.f_lineno}"
+        frame = frame.f_back
     return "elsewhere"
 
 
 @contextmanager
 def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
-    """"cuda" is there inside the `with`."""
+    """ "cuda" is there inside the `with`."""
     torch._C._ensureCUDADeviceGuardSet()
     here = Device()
     with monkeypatch.context() as patch:

@@ -161,7 +161,7 @@ def test_a_suite_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         yield {"case": "bad"} | Check(torch.ones(2), torch.zeros(2), torch.zeros(2)).row
 
     monkeypatch.setattr(program, "rows_of", lambda suite, bench: rows(bench))
-    monkeypatch.setattr(program, "ceilings", lambda device, quick: {"matmul fp32": 1e9})
+    monkeypatch.setattr(machine, "ceilings", lambda device, quick: {"matmul fp32": 1e9})
     with pytest.raises(SystemExit) as stop:
         program.main(["dit", "--quick", "--json", str(tmp_path / "b.json")])
     assert stop.value.code == 3, "a wrong result"

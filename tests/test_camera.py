@@ -69,6 +69,15 @@ def test_plucker_rays_of_a_hand_made_camera():
     assert torch.allclose(rays[0, :3, 0, 0], torch.stack([torch.tensor(0.0), -d[2], d[1]]), atol=1e-6)
 
 
+def test_rays_are_not_rounded_by_autocast():
+    """Training makes them inside the network's pass, under autocast: bf16 has three digits, which is a third of a degree."""
+    trajectory = axes_trajectory({"pan": 7, "dolly": 5}, T, H, W)
+    plain = plucker_rays(trajectory, H, W)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = plucker_rays(trajectory, H, W)
+    assert torch.equal(cast, plain)
+
+
 def test_packing_is_component_major_with_frame_zero_four_times():
     trajectory = axes_trajectory({"pan": 5, "dolly": 2}, 5, H, W)
     signal, alone = camera_signal(trajectory, H, W), plucker_rays(trajectory, H, W)

@@ -38,7 +38,7 @@ B, G, H, W, TOKENS = 2, 3, 4, 6, 18  # latents, and tokens at patch (1, 2, 2)
 def wan(**config: object) -> WanTransformer3DModel:
     """diffusers' class with weights that hide nothing."""
     torch.manual_seed(0)
-    model = WanTransformer3DModel(**SMALL, **config).eval()
+    model = WanTransformer3DModel(**SMALL | config).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     return model
@@ -127,7 +127,56 @@ def test_equals_wan_in_bf16() -> None:
 def test_integer_positions_give_the_rotations_of_wan() -> None:
     cos, sin = WanRotaryPosEmbed(16, (1, 2, 2), 32)(torch.empty(B, 4, G, H, W))
     ours = RotaryPosEmbed(16)(torch.arange(G)[None], 2, 3)
-    assert torch.equal(ours.real, cos[..., ::2]) and torch.equal(ours.imag, sin[..., 1::2])
+    assert torch.equal(ours[..., 0], cos[..., ::2]) and torch.equal(ours[..., 1], sin[..., 1::2])
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+def test_levels_are_embedded_in_fp32_under_autocast(bf16: bool) -> None:
+    """In sampling nothing is cast by autocast, so in training the embedding of levels is not either; what follows it is."""
+    embedder = kling().condition_embedder
+    sigma, text = torch.tensor([0.5, 0.5001]), torch.randn(2, 5, 12)
+    temb, vectors, *_ = embedder(sigma, text)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        cast = embedder(sigma, text)
+    assert torch.equal(cast[0], temb) and not torch.equal(temb[0], temb[1])
+    assert cast[1].dtype == (torch.bfloat16 if bf16 else torch.float32)
+
+
+# ---- compiled ----
+
+
+class Counted:
+    """A backend of `torch.compile` that runs the graph as it is, and keeps it."""
+
+    def __init__(self) -> None:
+        self.graphs: list[torch.fx.GraphModule] = []
+
+    def __call__(self, graph: torch.fx.GraphModule, _: list[Tensor]) -> torch.fx.GraphModule:
+        self.graphs.append(graph)
+        return graph
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_compiled_blocks_are_few_graphs_of_real_numbers_for_any_shape() -> None:
+    """15 shapes, each with a level per sample, per frame and per token, of one and of several samples: two graphs, of rows and of tokens,
+    and as many again for one sample. More than eight would train eager without a word, or not at all as one graph."""
+    torch._dynamo.reset()
+    plain, compiled, backend = kling(wan(num_layers=1)).train(), kling(wan(num_layers=1)).train(), Counted()
+    compiled.compile_repeated_blocks(dynamic=True, backend=backend)
+    shapes = [(b, frames, 2 * h, 2 * w) for b, frames in ((1, 1), (3, 1), (1, 3), (2, 6), (5, 11)) for h, w in ((4, 7), (7, 4), (5, 5))]
+    for b, frames, h, w in shapes:
+        x, text = torch.randn(b, 4, frames, h, w), torch.randn(b, 5, 12)
+        places = torch.arange(float(frames)).expand(b, frames).clone()
+        for level in (torch.rand(b), torch.rand(b, frames), torch.rand(b, frames, h // 2, w // 2)):
+            expected, found = (model(x, level, text, positions=places).sample for model in (plain, compiled))
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+        a, b_ = gradients(plain, expected), gradients(compiled, found)
+        for name in a:
+            torch.testing.assert_close(b_[name], a[name], atol=1e-5, rtol=1e-3, msg=name)
+    assert len(backend.graphs) <= 4
+    values = [node.meta.get("example_value") for graph in backend.graphs for node in graph.graph.nodes]
+    assert not any(value.is_complex() for value in values if isinstance(value, Tensor))
 
 
 # ---- positions ----

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,7 @@ from safetensors.torch import load_file
 from kling import AutoencoderKLKling, ByteTextEncoder, KlingFlowScheduler, KlingPipeline, KlingTransformer3DModel
 from kling.cameras.axes import axes_trajectory
 from kling.cameras.files import save_trajectory
-from kling.data.video import probe, write_video
+from kling.data.video import WRITABLE, probe, write_video
 from kling.sampling.plan import TASK_TITLES
 from kling.sampling.record import find_record, record_path
 
@@ -279,6 +281,25 @@ def test_model_refuses_what_it_was_not_trained_for(run, models: Path, given: str
     write_video("in.mp4", np.full((9, 64, 112, 3), 99, np.uint8), 8)
     code, _, error = run("ball", "--model", str(models / "unable"), *given.split())
     assert code == 2 and "not trained for" in error and not Path("out").exists()
+
+
+def test_the_time_is_counted_from_the_start(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was waited for, and how much of it was loading; the second video is not charged for it again."""
+
+    def slowly(*args: object) -> tuple[Path, KlingPipeline]:
+        time.sleep(0.5)
+        return load(*args)
+
+    monkeypatch.setattr(generate, "load_pipeline", slowly)
+    began = time.perf_counter()
+    _, lines, _ = run("ball", *QUICK, "--seed", "1", "--num-videos", "2", "--output", "a.mp4")
+    waited = time.perf_counter() - began
+    (first, loading), (second, none) = (re.search(r"· ([\d.]+) s(?: \(([\d.]+) s to load\))? ·", line).groups() for line in lines[-2:])
+    assert float(loading) >= 0.5 and none is None and abs(float(first) + float(second) - waited) < 0.3
+
+
+def test_the_names_of_the_formats_are_those_that_can_be_written() -> None:
+    assert generate.FORMATS["mp4"] == tuple(WRITABLE)
 
 
 def test_slug() -> None:

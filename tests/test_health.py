@@ -23,8 +23,10 @@ from kling.errors import UserError
 from kling.flow.levels import draw_sigma
 from kling.runtime.checkpoint import load_latest
 from kling.runtime.watchdog import Watchdog
-from kling.training.health import Guard
+from kling.training.ema import EMA
+from kling.training.health import DeviceGuard, Guard
 from kling.training.meter import StepClock, matmul_ceiling
+from kling.training.optim import make_optimizer, optimizer_tensors
 from kling.training.validation import Validation, held_out, level_quantiles, task_requests
 
 train_dit = workers.train_dit
@@ -41,6 +43,54 @@ def test_the_guard_counts_goes_back_once_and_stops(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="3 updates in a row .*bad-batch-00000.json"):
         guard.rollback(batch, tmp_path, rank=0)
     assert json.loads((tmp_path / "bad-batch-00000.json").read_text()) == batch
+
+
+def test_on_a_device_the_guard_leaves_out_without_a_look_and_the_host_goes_back_when_it_looks(tmp_path: Path) -> None:
+    guard, numbers = DeviceGuard(torch.device("cpu"), limit=3), torch.tensor([1.0, 2.0])
+    bad = numbers.clone()
+    bad[1] = math.nan
+    assert [float(guard.judge(values.sum(), values[0])) for values in (numbers, bad, bad, numbers, bad, bad, bad, bad)] == [
+        0,
+        1,
+        1,
+        0,
+        1,
+        1,
+        1,
+        1,
+    ]
+    assert guard.row == 0 and not guard.rollback([], tmp_path), "it has not looked"
+    guard.look(*guard.counts.tolist())
+    assert (guard.row, guard.skipped) == (4, 6) and guard.rollback([], tmp_path)
+    guard.judge(numbers.sum())
+    guard.look(*guard.counts.tolist())
+    assert (guard.row, guard.skipped) == (0, 6)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_an_update_that_is_left_out_on_the_device_changes_no_bit(name: str) -> None:
+    def after(*updates: float | None) -> dict[str, Tensor]:
+        """What there is after updates that are judged (0, or 1: its gradients are not finite) or not (None)."""
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Embedding(4, 16), torch.nn.Linear(16, 24), torch.nn.LayerNorm(24))
+        optimizer, average = make_optimizer(name, model, 1e-2, weight_decay=0.1), EMA(model, 0.9)
+        for step, left_out in enumerate(updates):
+            model(torch.arange(4)).square().mul(torch.arange(24)).sum().backward()
+            for p in model.parameters():
+                p.grad[0] *= math.nan if left_out else 1.0
+            optimizer.found_inf = None if left_out is None else torch.tensor(left_out)
+            optimizer.step()
+            average.update(model, step, optimizer.found_inf)
+            optimizer.zero_grad()
+        state = {**dict(model.named_parameters()), **optimizer_tensors(optimizer, model)}
+        return {key: t.detach() for key, t in state.items()} | {f"average/{key}": t for key, t in average.average.items()}
+
+    once, left_out, twice = after(0.0), after(0.0, 1.0), after(0.0, 0.0)
+    assert once.keys() == left_out.keys() and all(torch.equal(once[key], left_out[key]) for key in once)
+    assert not any(torch.equal(once[key], twice[key]) for key in once)
+    plain = after(None, None)
+    assert all(torch.equal(plain[key], twice[key]) for key in plain if not key.startswith("average")), "nor does one that is only judged"
+    torch.testing.assert_close(plain, twice)
 
 
 def test_a_hang_shows_where_it_stands(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -170,12 +220,35 @@ def test_a_step_that_is_not_finite_changes_nothing(words: list[str], tmp_path: P
 
 
 def test_five_in_a_row_go_back_once(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    train_dit.main([*words, "steps=8", f"out={tmp_path / 'straight'}"])
     poison(monkeypatch, lambda call: 3 <= call <= 7)  # after the save of step 2, five updates are lost
-    train_dit.main([*words, "steps=8", "save_every=2", f"out={tmp_path / 'back'}"])
-    assert [line["step"] for line in metrics(tmp_path / "back")] == list(range(1, 9))
-    a, b = weights(tmp_path / "straight"), weights(tmp_path / "back")
-    assert all(torch.equal(a[key], b[key]) for key in a), "it was a passing fault: nothing is left of it"
+    train_dit.main([*words, "steps=8", "save_every=2", f"out={tmp_path}"])
+    assert [line["step"] for line in metrics(tmp_path)] == list(range(1, 9))
+    assert all(torch.isfinite(t).all() for t in weights(tmp_path).values()), "it was a passing fault: nothing is left of it"
+    assert load_latest(tmp_path).meta["places"] == 8 + 5, "the clips that were met then are not met again"
+
+
+def test_five_in_a_row_are_noticed_when_the_log_is_read(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    poison(monkeypatch, lambda call: 3 <= call <= 9)
+    train_dit.main([*words, "steps=12", "save_every=2", "log_every=4", f"out={tmp_path}"])
+    assert [line["step"] for line in metrics(tmp_path)] == list(range(1, 13))
+    assert load_latest(tmp_path).meta["places"] > 12 and all(torch.isfinite(t).all() for t in weights(tmp_path).values())
+
+
+def test_a_rollback_rewinds_the_weights_and_keeps_the_place(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clips at places 2 to 6 make NaN whenever they are met. The run goes on after them, as one that never met them."""
+    bad, met, real = range(2, 7), [], train_dit.draw_example
+    monkeypatch.setattr(train_dit, "draw_example", lambda how, batch, place, *rest: met.append(place) or real(how, batch, place, *rest))
+    loss = train_dit.flow_loss
+    monkeypatch.setattr(train_dit, "flow_loss", lambda *args: loss(*args) * (math.nan if met[-1] in bad else 1.0))
+    train_dit.main([*words, "steps=6", f"out={tmp_path / 'back'}"])
+    assert met == list(range(11)), "five places are lost and none is met twice"
+    assert [line["step"] for line in metrics(tmp_path / "back")] == list(range(1, 7))
+
+    place = train_dit.RankBatches.place
+    monkeypatch.setattr(train_dit.RankBatches, "place", lambda feed, k: (n := place(feed, k)) + (5 if n >= 2 else 0))
+    train_dit.main([*words, "steps=6", f"out={tmp_path / 'without'}"])
+    a, b = weights(tmp_path / "without"), weights(tmp_path / "back")
+    assert all(torch.equal(a[key], b[key]) for key in a), "nothing is left of them"
 
 
 def test_five_in_a_row_again_stop_with_the_clips(

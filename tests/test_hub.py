@@ -277,9 +277,40 @@ def test_rows_are_told_apart_by_name_and_repository() -> None:
 def test_prompts_are_encoded_as_the_wan_pipelines_do(prompt: str, folder: Path) -> None:
     theirs = _pipeline(folder)
     expected, _ = theirs.encode_prompt(prompt, do_classifier_free_guidance=False, max_sequence_length=512)
-    ours = UMT5TextEncoder(folder, torch.float32).encode([prompt])
+    ours = UMT5TextEncoder(folder, torch.float32, cut=True).encode([prompt])
     torch.testing.assert_close(ours, expected, atol=5e-5, rtol=0)
     assert "\n" not in clean_prompt(prompt) and "  " not in clean_prompt(prompt)
+
+
+def test_a_plan_has_the_types_of_the_real_thing_and_nothing_warns(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    warned: list[str] = []
+    monkeypatch.setattr("diffusers.models.modeling_utils.logger.warning", lambda line, *args: warned.append(line))
+    for path, more in ((folder, {"checkpoint": "wan2.1-t2v-1.3b"}), (None, {})):
+        pipes = [KlingPipeline.from_pretrained(path, torch_dtype=torch.bfloat16, weights=weights, **more) for weights in (False, True)]
+        for part in ("transformer", "vae"):
+            planned, real = ({name: p.dtype for name, p in getattr(pipe, part).named_parameters()} for pipe in pipes)
+            assert planned == real and (part == "vae" or set(planned.values()) == {torch.float32, torch.bfloat16})
+    assert warned == []
+
+
+def test_a_prompt_that_umt5_cannot_read_whole_is_refused_or_said_to_be_cut(
+    folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One token a letter here, and an end: 511 letters fit."""
+    text, longest = UMT5TextEncoder(folder, torch.float32), "b" * 511
+    assert text.encode([longest]).shape[1] == 512
+    with pytest.raises(UserError, match="has 520 tokens, and umT5 reads 512: shorten it; from '(c ?){8}…' on it would be lost") as error:
+        text.encode([longest + "c" * 8])
+    assert "\n" not in str(error.value)
+    monkeypatch.setattr(text, "_load", lambda device: pytest.fail("the prompt is refused before gigabytes are loaded"))
+    with pytest.raises(UserError, match="has 1001 tokens"):
+        text.encode(["d" * 1000])
+    monkeypatch.undo()
+    pipe = KlingPipeline.from_pretrained(folder, checkpoint="wan2.1-t2v-1.3b", **FP32)
+    with pytest.raises(UserError, match="umT5 reads 512"):
+        pipe("b" * 600, size="32x32", num_frames=1, num_inference_steps=1)
+    cut = UMT5TextEncoder(folder, torch.float32, cut=True)
+    assert torch.equal(cut.encode([longest + "c" * 8]), text.encode([longest])) and "has 520 tokens" in caplog.text
 
 
 def test_the_encoder_is_loaded_for_new_prompts_only_and_freed(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

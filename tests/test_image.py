@@ -24,6 +24,54 @@ def test_exif_rotation(tmp_path):
     assert np.abs(read_image(tmp_path / "a.jpg").numpy() - want).mean() < 2
 
 
+def icc(space: str, curve: bytes, primaries: tuple = ()) -> bytes:
+    """A version 4 profile of a display: tone curves and, for RGB, where the primaries lie in XYZ (D50)."""
+
+    def xyz(x: float, y: float, z: float) -> bytes:
+        return b"XYZ " + bytes(4) + b"".join(round(value * 65536).to_bytes(4, "big", signed=True) for value in (x, y, z))
+
+    tags = {b"wtpt": xyz(0.9642, 1.0, 0.8249)}
+    names = (b"rTRC", b"gTRC", b"bTRC") if primaries else (b"kTRC",)
+    tags |= {name: curve for name in names} | {name: xyz(*at) for name, at in zip((b"rXYZ", b"gXYZ", b"bXYZ"), primaries, strict=False)}
+    start, table, data = 128 + 4 + 12 * len(tags), b"", b""
+    for name, body in tags.items():
+        table += name + (start + len(data)).to_bytes(4, "big") + len(body).to_bytes(4, "big")
+        data += body
+    head = bytes(4) + b"\x04\x20\0\0mntr" + space.encode().ljust(4) + b"XYZ " + bytes(12) + b"acsp" + bytes(28)  # without its size
+    head += xyz(0.9642, 1.0, 0.8249)[8:] + bytes(48)
+    whole = head + len(tags).to_bytes(4, "big") + table + data
+    return (4 + len(whole)).to_bytes(4, "big") + whole
+
+
+SRGB_CURVE = b"para" + bytes(4) + b"\0\3\0\0" + b"".join(
+    round(value * 65536).to_bytes(4, "big") for value in (2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045)
+)  # fmt: skip
+LINEAR = b"curv" + bytes(8)
+P3 = ((0.51512, 0.24120, -0.00105), (0.29198, 0.69225, 0.04189), (0.15710, 0.06657, 0.78407))
+
+
+def test_an_embedded_colour_profile_is_applied(tmp_path):
+    """A phone's green in Display P3 lies outside sRGB: red is cut off at 0."""
+    display_p3, linear_grey = icc("RGB", SRGB_CURVE, P3), icc("GRAY", LINEAR)
+    green = np.full((H, W, 3), (60, 200, 90), np.uint8)
+    saved = {"a.png": Image.fromarray(green), "a.tiff": Image.fromarray(green), "p.png": Image.fromarray(green).quantize(4)}
+    saved["alpha.png"] = Image.fromarray(np.dstack([green, np.full((H, W), 255, np.uint8)]))
+    for name, image in saved.items():
+        image.save(tmp_path / name, icc_profile=display_p3)
+        assert np.abs(read_image(tmp_path / name)[0, 0].numpy().astype(int) - (0, 205, 72)).max() <= 2, name
+    Image.fromarray(green).save(tmp_path / "a.jpg", icc_profile=display_p3, quality=98)
+    assert np.abs(read_image(tmp_path / "a.jpg")[0, 0].numpy().astype(int) - (0, 205, 72)).max() <= 5
+    Image.fromarray(green[..., 0]).save(tmp_path / "grey.png", icc_profile=linear_grey)
+    want = 255 * (1.055 * (60 / 255) ** (1 / 2.4) - 0.055)
+    assert np.abs(read_image(tmp_path / "grey.png")[0, 0].numpy() - want).max() <= 2
+    half = np.dstack([green, np.zeros((H, W), np.uint8)])
+    Image.fromarray(half).save(tmp_path / "clear.png", icc_profile=display_p3)
+    assert read_image(tmp_path / "clear.png").eq(255).all()
+    for profile in (None, b"no profile", display_p3[:200]):  # none, or a damaged one: as in browsers, the numbers are sRGB's
+        Image.fromarray(green).save(tmp_path / "plain.png", icc_profile=profile)
+        assert read_image(tmp_path / "plain.png")[0, 0].tolist() == [60, 200, 90]
+
+
 def test_every_mode(tmp_path):
     grey = np.linspace(0, 255, W, dtype=np.uint8)[None].repeat(H, 0)
     plain = torch.from_numpy(grey)[..., None].expand(H, W, 3).float()

@@ -181,7 +181,7 @@ def test_kling_sample_takes_it_all(folder: Path, tmp_path: Path, capsys, monkeyp
     assert seen["lora"] == ["high0"] and seen["backend"] == "_native_math" and seen["cache"].threshold == 0.2
     assert seen["tiles"] == 32
     assert seen["stored"] == torch.float8_e4m3fn and (tmp_path / "a.mp4").stat().st_size > 0
-    record = json.loads((tmp_path / "a.json").read_text())
+    record = json.loads((tmp_path / "a.mp4.json").read_text())
     assert str(tmp_path / "l.safetensors") in record["model"]["sha256"]
     assert len(list((tmp_path / "text").rglob("*.safetensors"))) == 2, "the prompt's embedding and the negative one's"
 

@@ -79,6 +79,16 @@ def test_a_thing_that_tears(solid: str) -> None:
     assert (row["torn"] or row["split"]) and not row["whole"], row
 
 
+def test_a_ball_that_is_squashed_and_one_that_only_comes_closer() -> None:
+    ball = next(scene for scene in scenes(9, 60, 1) if scene.things[0].solid == "ball" and scene.things[0].motion == "toward")
+    video = render_scene(ball)
+    flat = torch.nn.functional.interpolate(video.permute(0, 3, 1, 2).float(), size=(40, 112)).permute(0, 2, 3, 1).byte()
+    squashed = video.clone()
+    squashed[10:, 24:] = flat[10:]
+    squashed[10:, :24] = flat[10:, :1]
+    assert permanence(squashed, COLOUR_RGB, 1)["bent"] and whole(video, 1)
+
+
 def test_noise_and_shuffled_frames_are_not_whole_and_a_frozen_clip_is() -> None:
     moving = next(scene for scene in scenes(10, 40, 1) if scene.things[0].motion == "left")
     video = render_scene(moving)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from diffusers import UniPCMultistepScheduler
 
 from kling import AutoencoderKLKling, ByteTextEncoder, KlingFlowScheduler, KlingPipeline, KlingTransformer3DModel, Request
 from kling.cameras.axes import axes_trajectory
 from kling.condition.tasks import TASKS
 from kling.errors import UserError
+from kling.flow.diffusers_scheduler import DiffusersWalk
 
 H, W = 64, 112
 SHORT = {"num_frames": 5, "num_inference_steps": 2}
@@ -179,3 +181,44 @@ def test_a_missing_or_half_written_model_is_refused(pipe, tmp_path):
     (tmp_path / "m" / "transformer" / "diffusion_pytorch_model.safetensors").write_bytes(b"half")
     with pytest.raises(UserError, match="transformer"):
         KlingPipeline.from_pretrained(tmp_path / "m")
+
+
+WAN = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+
+
+@pytest.mark.parametrize(
+    ("fields", "solver"),
+    [
+        ({}, "UniPCMultistepScheduler"),
+        ({"image": picture()}, "UniPCMultistepScheduler"),
+        ({"video": movie(5), "strength": 1.0}, "UniPCMultistepScheduler"),
+        ({"sigma_c": 0.1}, "UniPCMultistepScheduler"),  # of nothing
+        ({"image": picture(), "sigma_c": 0.1}, "adams"),
+        ({"keyframes": [(picture(), 2, 0.7)]}, "adams"),
+        ({"video": movie(5), "strength": 0.5}, "adams"),
+        ({"frame_delay": 1}, "adams"),
+    ],
+)
+def test_the_scheduler_that_is_planned_is_the_one_that_walks(fields, solver, monkeypatch):
+    pipe = tiny_pipeline(capabilities=[*TASKS, "diffusion_forcing"], defaults={"guidance_scale": 1.0})
+    pipe.register_modules(scheduler=UniPCMultistepScheduler(**WAN))
+    walked = []
+    for walk in (DiffusersWalk, KlingFlowScheduler):
+        step = walk.step
+        monkeypatch.setattr(walk, "step", lambda self, *args, step=step, **kwargs: (walked.append(self), step(self, *args, **kwargs))[1])
+    request = Request(prompt="a ball", **({} if "video" in fields else {"num_frames": 5}), num_inference_steps=2, **fields)
+    plan = pipe.plan(request)
+    assert plan.solver == solver and len(plan.notes) == (solver == "adams")
+    pipe(request, output_type="latent")
+    names = {walk._solver if isinstance(walk, KlingFlowScheduler) else type(walk.scheduler).__name__ for walk in walked}
+    assert names == {solver}
+
+
+def test_a_solver_can_be_chosen(pipe):
+    """Whatever the mode; the settings say which one walked."""
+    frames = {name: pipe("a ball", solver=name, num_frames=5, num_inference_steps=3).frames for name in ("euler", "adams", "renoise")}
+    assert np.array_equal(frames["euler"], pipe("a ball", num_frames=5, num_inference_steps=3).frames)
+    assert not np.array_equal(frames["euler"], frames["adams"]) and not np.array_equal(frames["euler"], frames["renoise"])
+    assert pipe.plan(Request(mode="pro", solver="euler")).solver == "euler"
+    with pytest.raises(UserError, match="unknown solver 'eular' .did you mean 'euler'"):
+        pipe.plan(Request(solver="eular"))

@@ -17,6 +17,7 @@ import torch
 import workers
 from accelerate.commands.launch import launch_command_parser
 from diffusers import AutoencoderKLWan
+from torch.utils.checkpoint import CheckpointPolicy
 from torch.utils.flop_counter import FlopCounterMode
 
 from kling.config import load_config, read_preset
@@ -24,12 +25,15 @@ from kling.dit import KlingTransformer3DModel
 from kling.dit.cost import forward_flops
 from kling.dit.memory import LiveBytes, step_memory
 from kling.errors import UserError
+from kling.nn.modulation import Levels
 from kling.training.ema import EMA
-from kling.training.model import set_checkpointing
+from kling.training.model import _keep_products, set_checkpointing
 from kling.training.optim import adamw
 from kling.vae import AutoencoderKLKling
 
-from plan import Part, PlanConfig, advice, layouts, main, on_each_gpu, report  # isort: skip - train/, which `workers` puts on the path
+from plan import (  # isort: skip - train/, which `workers` puts on the path
+    Part, PlanConfig, advice, layouts, level_runs, main, on_each_gpu, on_the_host, report,
+)  # fmt: skip
 
 SMALL = {"num_attention_heads": 2, "attention_head_dim": 32, "num_layers": 6, "ffn_dim": 128, "text_dim": 32}
 
@@ -80,6 +84,36 @@ def test_depth_is_extrapolated_exactly(what: str) -> None:
         model(torch.zeros(shape), torch.zeros(1), torch.zeros(1, 4, 32)).sample.square().mean().backward()
     assert six.parameters == sum(p.numel() for p in model.parameters())
     assert six.peak == pytest.approx(counter.peak, rel=0.03)
+
+
+def test_levels_of_tokens_are_counted() -> None:
+    """Where parts of frames are given each token has gates of its own: more is kept, as much as real tensors take."""
+    shape, model, found = (1, 16, 2, 4, 6), KlingTransformer3DModel(**SMALL).train(), {}
+    for runs in (1, 2, 12):
+        levels, counter = Levels(torch.rand(2), torch.arange(runs)[None] % 2) if runs > 1 else torch.rand(1), LiveBytes()
+        hooks = [p.register_post_accumulate_grad_hook(counter.note_gradient) for p in model.parameters()]
+        with counter:
+            model(torch.zeros(shape), levels, torch.zeros(1, 4, 32)).sample.square().mean().backward()
+        for hook in hooks:
+            hook.remove()
+        model.zero_grad()
+        found[runs] = step_memory(SMALL, shape, 4, bf16=False, runs=runs).activations
+        assert found[runs] == pytest.approx(counter.activations, rel=0.03)
+    vector = 4 * SMALL["num_attention_heads"] * SMALL["attention_head_dim"]
+    assert found[12] - found[1] > 3 * SMALL["num_layers"] * 11 * vector, "of the six vectors that a block takes, most are kept"
+    for tasks, runs in (({"text": 1}, 1), ({"text": 1, "restyle": 1}, 1), ({"image": 1}, 5), ({"last": 1}, 5), ({"inpaint": 0.1}, 40),
+                        ({"text": 1, "inpaint": 0}, 1)):  # fmt: skip
+        assert level_runs(tasks, (5, 2, 4)) == runs
+
+
+def test_what_the_host_needs() -> None:
+    """A run of one process copies weights, average and moments before it writes them; the export holds one model, and its bf16 copy."""
+    step = step_memory(SMALL, CLIP, 8, bf16=False)
+    model = KlingTransformer3DModel(**SMALL)
+    average = EMA(model)
+    held = [*model.parameters(), *average.state_dict().values()] * 2  # AdamW's two moments are as large as these two
+    assert on_the_host(step, 1)[0] == sum(t.numel() * t.element_size() for t in held)
+    assert on_the_host(step, 4, moments=1) == (on_the_host(step, 1)[0] * 3 // 16, 6 * step.parameters)
 
 
 def test_a_plan(capsys: pytest.CaptureFixture) -> None:
@@ -166,6 +200,28 @@ def test_muon_keeps_half_of_what_adamw_keeps() -> None:
     assert adamw.optimizer == 2 * muon.optimizer == 8 * step.parameters
     with pytest.raises(UserError, match="did you mean 'muon'"):
         report({**read_preset("configs/dit/debug.yaml"), "optimizer": "muom"}, PlanConfig())
+
+
+def test_selective_checkpointing_keeps_products_and_attention_of_every_backend() -> None:
+    """All of torch's own attention kernels and products by name, and those of libraries; norms, gates and activations are repeated."""
+    attention = [name for name in dir(torch.ops.aten) if "attention" in name and "backward" not in name]
+    assert len(attention) >= 5
+    names = [f"aten.{name}.default" for name in attention]
+    names += [f"aten.{name}.default" for name in ("mm", "addmm", "bmm", "baddbmm", "linear", "_scaled_mm", "convolution")]
+    names += ["flash_attn._flash_attn_forward.default", "_diffusers_flash_attn_3.forward.default", "sageattention.sageattn.default",
+              "xformers.efficient_attention_forward_cutlass.default", "flex_attention"]  # fmt: skip
+    kept = {name: _keep_products(None, name) == CheckpointPolicy.MUST_SAVE for name in names}
+    assert all(kept.values()), kept
+    for name in (
+        "add.Tensor",
+        "mul.Tensor",
+        "addcmul.default",
+        "gelu.default",
+        "native_layer_norm.default",
+        "_softmax.default",
+        "_to_copy.default",
+    ):
+        assert _keep_products(None, f"aten.{name}") == CheckpointPolicy.PREFER_RECOMPUTE
 
 
 @pytest.mark.slow

@@ -155,7 +155,7 @@ def test_muon_is_adamw_where_there_is_no_matrix(tmp_path: Path) -> None:
     ours, theirs, again = made(), made(), made()
     optimizer, plain = (
         muon(ours, lr=1e-2, weight_decay=0.1),
-        torch.optim.AdamW(theirs.parameters(), lr=1e-2, betas=(0.9, 0.95), weight_decay=0.0),
+        torch.optim.AdamW(theirs.parameters(), lr=1e-2, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
     )
     for step in range(3):
         grads(ours, step), grads(theirs, step)
@@ -348,11 +348,16 @@ def test_losses_are_means_over_micro_steps_in_all_and_by_sigma(tmp_path: Path) -
     accelerator, meter = make_accelerator(tmp_path, mixed_precision="fp32"), Meter(torch.device("cpu"), ceiling=100.0)
     meter.add(torch.tensor([0.1, 0.2]), torch.tensor([1.0, 3.0]), tokens=10, flops=50)
     meter.add(torch.tensor([0.6, 1.0]), torch.tensor([5.0, 7.0]), tokens=10, flops=50)
-    assert meter.total(accelerator) == {"loss": 4, "loss/sigma_0.00-0.25": 2, "loss/sigma_0.50-0.75": 5, "loss/sigma_0.75-1.00": 7}
+    assert Meter.means(meter.sums(accelerator).flatten().tolist()) == {
+        "loss": 4,
+        "loss/sigma_0.00-0.25": 2,
+        "loss/sigma_0.50-0.75": 5,
+        "loss/sigma_0.75-1.00": 7,
+    }
     meter.lap("forward")
-    found = meter.take(batches=2, processes=4)
+    found = meter.close(batches=2, processes=4)()
     assert found["tokens/s"] == pytest.approx(40 / found["time/step"]) and found["mfu"] == pytest.approx(200 / found["time/step"] / 400)
-    assert found["time/forward"] == found["time/step"] and meter.take()["tokens/s"] == 0
+    assert found["time/forward"] == found["time/step"] and meter.close()()["tokens/s"] == 0
 
 
 @pytest.mark.slow

@@ -153,6 +153,26 @@ def test_a_disk_that_fills_up(tmp_path: Path) -> None:
         subprocess.run(["umount", str(disk)], check=True)
 
 
+@pytest.mark.parametrize(
+    "error", [UserError("a"), RuntimeError("b"), MemoryError("c"), KeyError("d")], ids=lambda error: type(error).__name__
+)
+def test_whatever_goes_wrong_in_the_background_is_raised(error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> None:
+        raise error
+
+    saves = Saver(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(saver, "write", fails)
+        saves.save(1, group(1.0))
+        with pytest.raises(type(error)) as found:
+            saves.wait()
+    assert found.value is error
+    saves.check()  # once
+    saves.save(2, group(2.0))
+    saves.wait()
+    assert load_latest(tmp_path).step == 2  # type: ignore[union-attr]
+
+
 def pointed(run: Path) -> int:
     """The step that `latest` names."""
     return int((run / "latest").read_text()[5:]) if (run / "latest").exists() else 0

@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from kling.condition.state import KEYFRAME, TARGET, Given, build_state
+from kling.condition.state import KEYFRAME, TARGET, Given, State, build_state
 from kling.condition.tasks import TASKS, draw_task, keyframe_share
 from kling.errors import UserError
 from kling.flow.levels import frame_grid, sigma_grid
@@ -44,8 +44,40 @@ def test_spatial_masks_are_whole_tokens():
     space[0, 0] = 1
     state = state_of(Given(space=space))
     assert state.mask[0, 0, 0, :2, :2].min() == 1 and state.mask.sum() == 4 * F
-    tokens = state.token_sigma(torch.tensor([0.5]))
+    tokens = told(state, torch.tensor([0.5]))
     assert tokens.shape == (1, F, 2, 3) and tokens[0, :, 0, 0].tolist() == [0.5] * F
+
+
+def told(state: State, level: torch.Tensor) -> torch.Tensor:
+    """The level of every token (b, G, h', w'), spelled out of the distinct ones."""
+    values, index = state.levels(level)
+    G, h, w = state.mask.shape[2], HH // 2, WW // 2
+    return values[index].repeat_interleave(G * h * w // index.shape[1], dim=1).unflatten(1, (G, h, w))
+
+
+@pytest.mark.parametrize("per_frame", [False, True])
+def test_the_network_is_told_the_level_of_every_token_in_few_rows(per_frame):
+    """Clips that are given in part, softly, in space and not at all, in one batch, against the formula of every element."""
+    hole = torch.zeros(HH, WW)
+    hole[2:, 2:] = 1
+    rows = {
+        (Given(), Given()): (2, 1),
+        (Given(known=1), Given(known=2)): (4, F),
+        (Given(hold=0.5), Given(space=hole)): (4, F * 6),
+        (Given(known=1, space=hole), Given(hold=0.3)): (4, F * 6),
+        (Given(keyframes=((9, 0.7),)), Given(known=1, keyframes=((12, 1.0),))): (4, F + 1),
+    }
+    for given, (values, runs) in rows.items():
+        state = state_of(*given, sigma_c=0.02)
+        G = state.mask.shape[2]
+        level = torch.rand(2, G) if per_frame else torch.rand(2)
+        assert torch.equal(told(state, level), state.sigma(level)[:, 0, :, ::2, ::2])
+        found = state.levels(level)
+        assert found.values.shape == (values * (G if per_frame else 1),) and found.index.shape == (2, max(runs, G if per_frame else 1))
+        part = state.part(1, 3)
+        assert torch.equal(
+            told(part, level[:, 1:3] if per_frame else level), part.sigma(level[:, 1:3] if per_frame else level)[:, 0, :, ::2, ::2]
+        )
 
 
 def test_a_per_frame_level_reaches_its_frame():

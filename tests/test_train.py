@@ -145,6 +145,10 @@ def test_a_resumed_dit_run_is_bit_equal_and_its_model_samples(vae, cache, tmp_pa
     pipe = KlingPipeline.from_pretrained(straight / "export")
     frames = pipe("a red ball", camera="pan=3", num_frames=5, num_inference_steps=2).frames
     assert frames.shape == (1, 5, 64, 112, 3)
+    average, exact = weights(straight), ("time_embedder", "scale_shift_table", "norm2")
+    for name, t in load_file(straight / "export" / "transformer" / "diffusion_pytorch_model.safetensors").items():
+        dtype = torch.float32 if any(part in name for part in exact) else torch.bfloat16
+        assert t.dtype == dtype and torch.equal(t, average[f"ema/transformer.{name}"].to(dtype)), name
     assert (straight / "samples" / "00000004.png").is_file()
 
 

@@ -48,7 +48,7 @@ def test_two_vaes_beside_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         (["nowhere"], "holds no config.json"),
         (["a", "a"], "given twice"),
         (["a", "--frames", "6"], "use 5 or 9"),
-        (["a", "--size", "64"], "give height x width"),
+        (["a", "--size", "64"], "size '64': write it as WIDTHxHEIGHT"),
         (["a", "--frames", "x"], "whole numbers"),
     ],
 )

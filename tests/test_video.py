@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import multiprocessing
+import tempfile
 from fractions import Fraction
 from pathlib import Path
 
@@ -304,6 +307,28 @@ def test_same_frames_same_bytes(tmp_path, suffix):
         out.write(smooth(9)[1:])
     assert paths[0].read_bytes() == paths[1].read_bytes()
     assert probe(paths[0]).fps == pytest.approx(30000 / 1001, abs=1e-3 if suffix == "mkv" else 1e-9)
+
+
+def encoded(size: tuple[int, int]) -> list[str]:
+    """Hashes of the file that the same frames make, over and over."""
+    h, w = size
+    rng = np.random.default_rng(0)
+    blocks = np.kron(rng.integers(0, 256, (17, h // 8, w // 8, 3)), np.ones((1, 8, 8, 1), np.int64))
+    frames = (blocks + rng.integers(-12, 12, blocks.shape)).clip(0, 255).astype(np.uint8)
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        for k in range(4):
+            write_video(Path(folder) / f"{k}.mp4", frames, 8)
+            found.append(hashlib.sha256((Path(folder) / f"{k}.mp4").read_bytes()).hexdigest())
+    return found
+
+
+@pytest.mark.parametrize("size", [(64, 112), (112, 64), (80, 80), (128, 224)])
+def test_same_frames_same_bytes_again_and_in_other_processes(size):
+    """x264's AVX-512 code failed this at most sizes: several files from one clip."""
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        elsewhere = pool.map(encoded, [size] * 4, chunksize=1)
+    assert len({digest for found in [encoded(size), *elsewhere] for digest in found}) == 1
 
 
 def test_a_failure_leaves_no_trace_and_keeps_the_old_file(tmp_path):

@@ -239,14 +239,14 @@ def ring_on_cpu(_: int) -> None:
 
 
 def trace_only(rank: int) -> None:
-    """Compiled blocks run the graphs of torch.compile, forward and backward, operation by operation; that there are any tells the file
-    TRACED.<rank>."""
+    """Compiled blocks run the graphs of torch.compile, forward and backward, operation by operation; a line for each in SEEN.<rank>."""
     from torch._dynamo.backends.debugging import aot_eager  # here: the others need no compiler
 
     model = train_dit.KlingTransformer3DModel
 
     def backend(graph: Any, inputs: Any) -> Any:
-        Path(f"{os.environ['TRACED']}.{rank}").touch()
+        with Path(f"{os.environ['SEEN']}.{rank}").open("a") as file:
+            file.write("1\n")
         return aot_eager(graph, inputs)
 
     model.compile_repeated_blocks = functools.partialmethod(model.compile_repeated_blocks, backend=backend)

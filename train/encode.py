@@ -49,7 +49,7 @@ def encode(cfg: CacheConfig, accelerator: Accelerator) -> None:
     rank, ranks, wait = accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone
     precision = "bf16" if accelerator.mixed_precision == "bf16" else "fp32"
     folder = find_folder(cfg.model)
-    text = UMT5TextEncoder(folder, cache=text_folder(cfg.out)) if cfg.model else None
+    text = UMT5TextEncoder(folder, cache=text_folder(cfg.out), cut=True) if cfg.model else None
     vae = load_vae(cfg.vae or cfg.model).to(accelerator.device)
     eye = clip(folder, accelerator.device) if cfg.image and cfg.model and (folder / "image_encoder").is_dir() else None
     show(fill_cache(cfg, vae, rank, ranks, wait, eye, precision), "clip", f"encode to {cfg.out}", accelerator.is_main_process)

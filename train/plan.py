@@ -7,6 +7,7 @@ kling-plan configs/dit/world.yaml gpus=1 memory=16                    # tflops l
 from __future__ import annotations
 
 import math
+import random
 import shlex
 import sys
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from kling_programs.train.command import helped
 
+from kling.condition.tasks import TASKS, keyframe_share
 from kling.config import PRESETS, find_config, load_config, read_preset
 from kling.data.source import DataConfig
 from kling.dit import KlingTransformer3DModel
@@ -76,11 +78,18 @@ class Part:
 def on_each_gpu(step: StepMemory, clips: int, shards: int, split: int, moments: int = 2) -> Part:
     """One GPU's memory when the state is cut over `shards` and the sequence over `split`, with `clips` of its own at a time.
 
-    Weights, gradients, the optimizer's moments and the average are fp32. A sharded run also holds two whole blocks while it computes.
+    Weights, gradients, the optimizer's moments and the average are fp32. A sharded run also holds two whole blocks while it computes. A
+    validation keeps the weights beside the averages that it uses: in the place of the gradients, which are gone by then.
     """
     state = 4 * step.parameters / shards
     gathered = 2 * 4 * step.block if shards > 1 else 0
     return Part(state + gathered, state, moments * state, state, step.beyond(state, clips / split))
+
+
+def on_the_host(step: StepMemory, shards: int, moments: int = 2) -> tuple[int, int]:
+    """Bytes of one process's host memory: while a checkpoint of weights, average and moments is written in the background, and, in the main
+    process alone, of the export: averaged weights in fp32, and their copy in bf16."""
+    return (2 + moments) * 4 * step.parameters // shards, (4 + 2) * step.parameters
 
 
 @program
@@ -129,7 +138,10 @@ def report(preset: dict[str, Any], plan: PlanConfig, name: str = "PRESET") -> li
     device = default_device()
     precision = "fp32" if not plan.bf16 else "bf16" if plan.tflops else pick_precision("auto", device)  # another machine's GPUs have it
     bf16 = precision == "bf16"
-    steps = {what: step_memory(model, latents, l, partial(set_checkpointing, what=what), bf16) for what in CHECKPOINTING}
+    tasks = preset.get("tasks", {"text": 1.0})
+    held = (*latents[:2], latents[2] + (keyframe_share(tasks) > 0 and frames > 1), h, w)  # the largest that a batch is
+    runs = level_runs(tasks, token_grid(*held[2:], patch))
+    steps = {what: step_memory(model, held, l, partial(set_checkpointing, what=what), bf16, runs) for what in CHECKPOINTING}
     some = steps["none"]
     each = partial(on_each_gpu, moments=MOMENTS[optimizer])
 
@@ -163,7 +175,17 @@ def report(preset: dict[str, Any], plan: PlanConfig, name: str = "PRESET") -> li
     if best is None:
         least = each(steps["full"], 1, plan.gpus, min(8, plan.gpus, plan.node)).total / GIB
         return [*lines, "", f"nothing fits: the smallest layout needs {least:.3g} GiB; take more GPUs, or shorter or smaller clips"]
-    return [*lines, "", *advice(*best, plan, preset, name)]
+    saving, export = on_the_host(some, best[1], MOMENTS[optimizer])
+    host = f"host memory    {saving / GIB:.3g} GiB a process to save in the background, {export / GIB:.3g} GiB in the main one to export"
+    return [*lines, "", host, *advice(*best, plan, preset, name)]
+
+
+def level_runs(tasks: dict[str, float], grid: tuple[int, int, int]) -> int:
+    """Runs of equal noise levels in a clip's tokens, (f, h, w): all tokens where a task gives parts of frames, f where it gives frames."""
+    drawn = [TASKS[name][1](random.Random(0), max(2, grid[0]), 4, 4) for name, weight in tasks.items() if weight > 0]
+    if any(given.space is not None for given in drawn):
+        return math.prod(grid)
+    return grid[0] if any(given.known or given.keyframes for given in drawn) else 1
 
 
 def layouts(gpus: int, node: int) -> list[tuple[str, int, int, str]]:

@@ -8,6 +8,7 @@ accelerate launch --config_file configs/accelerate/fsdp2.yaml train/train_dit.py
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -41,9 +42,10 @@ from kling.runtime.accelerator import (
     set_threads,
     wrap_what_is_there,
 )
+from kling.runtime.device import upload
 from kling.runtime.lock import locked
-from kling.runtime.log import RunLog, finished
-from kling.runtime.parallel import check_draws, lay_out, same_rng, scalar, split_sequence, total, trained
+from kling.runtime.log import Later, RunLog, finished
+from kling.runtime.parallel import check_draws, lay_out, same_rng, split_sequence, total, trained, whole
 from kling.runtime.random import generator, noise_like
 from kling.runtime.saver import Saver, find_latest, versions
 from kling.runtime.watchdog import Watchdog
@@ -51,10 +53,10 @@ from kling.sampling.pipeline import KlingPipeline, load_vae
 from kling.sampling.request import Request
 from kling.shapes import latent_frames
 from kling.text import ByteTextEncoder
-from kling.training.ema import EMA
+from kling.training.ema import EMA, load_average
 from kling.training.examples import Drawing, Example, check_divides, draw_example
 from kling.training.export import save_pipeline
-from kling.training.health import Guard
+from kling.training.health import DeviceGuard
 from kling.training.lora import Lora, add_lora, export_lora
 from kling.training.meter import Meter, matmul_ceiling
 from kling.training.model import Trained, set_checkpointing
@@ -62,6 +64,7 @@ from kling.training.optim import lr_at, make_optimizer, set_lr
 from kling.training.run_state import load_run_tensors, run_tensors
 from kling.training.start import (
     LONG_CAPTIONS,
+    SHIPPED,
     Start,
     captions_of,
     check_captions,
@@ -94,7 +97,7 @@ class TrainDiTConfig:
     tasks: how often each is drawn, as shares.
     long_captions: what to do with a caption that is longer than our text encoder reads: refuse (before the first step), or cut it.
     text_drop, camera_drop: share of clips, 0 to 1, whose text or camera is left out, for guidance.
-    init_from: a model folder to start from, ours or published; conditions that `model` adds to it start at zero. checkpoint: the
+    init_from: a model folder to start from, ours, published or shipped; conditions that `model` adds to it start at zero. checkpoint: the
     registry's name of it, where its files do not tell. expert: of two, the one to train, high or low.
     lora: train low-rank weights on top of it.
     text_from: a text encoder from kling-train-text, under a new transformer.
@@ -190,7 +193,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"group {cfg.group}: give 1 or more")
     if cfg.sample_tasks and not cfg.sample_every:
         raise UserError("sample_tasks is set but not sample_every: say every how many steps")
-    cfg.vae = cfg.vae or cfg.init_from or ""
+    cfg.vae = cfg.vae or ("" if cfg.init_from == SHIPPED else cfg.init_from) or ""
     with StopSignal() as stop:
         train(cfg, stop)
 
@@ -234,6 +237,8 @@ def train_in(out: Path, cfg: TrainDiTConfig, stop: StopSignal, accelerator: Acce
     max_bytes = check_captions(text_encoder, cache, [request.prompt for request in asked], cfg.long_captions)
     drawing = Drawing(cfg.seed, cfg.tasks, cfg.text_drop, cfg.camera_drop, cfg.group, max_bytes)
     check_fit(vae, transformer, cfg.tasks, cache)
+    if cfg.compile:
+        transformer.compile_repeated_blocks(dynamic=True)
     split_sequence(transformer, layout, accelerator, cfg.context_parallel)
     check_divides(data, cfg.tasks, transformer, layout.split)
     if layout.split > 1 and (held or asked):
@@ -243,8 +248,6 @@ def train_in(out: Path, cfg: TrainDiTConfig, stop: StopSignal, accelerator: Acce
         for request in asked:
             pipe.plan(request)  # refuses what does not divide
     set_checkpointing(transformer, cfg.activation_checkpointing)
-    if cfg.compile:
-        transformer.compile_repeated_blocks()
     keep_in_fp32(accelerator, transformer.condition_embedder.time_embedder)
     exact = accelerator.mixed_precision == "no"
     optimizer = make_optimizer(cfg.optimizer, model, cfg.lr, betas=cfg.betas, weight_decay=cfg.weight_decay, exact=exact)
@@ -271,7 +274,7 @@ def train_in(out: Path, cfg: TrainDiTConfig, stop: StopSignal, accelerator: Acce
     def validate() -> dict[str, float]:
         """Loss of the averaged weights on held-out clips at fixed levels; weights and generators are as before after it."""
         levels = level_quantiles(cfg.validation.quantiles, density, shift, within)
-        with ema.swap(model), same_rng(device):
+        with ema.swap(model), same_rng(device), torch.compiler.set_stance("force_eager"):  # of few shapes, each a graph of its own
             sums, counts = total(accelerator, validation_loss(predict, held, levels, layout, model, vae, device))
         losses = (sums / counts).tolist()
         by_level = {f"validation/sigma_{sigma:.2f}": loss for sigma, loss in zip(levels, losses, strict=True)}
@@ -282,7 +285,7 @@ def train_in(out: Path, cfg: TrainDiTConfig, stop: StopSignal, accelerator: Acce
     check_draws(accelerator, layout, torch.randn(8, generator=generator(cfg.seed, "sigma", places + layout.rank)))
     if accelerator.is_main_process:
         save_config(cfg, out / "config.yaml")
-    guard = Guard()
+    guard = DeviceGuard(device)
     meter = Meter(device, matmul_ceiling(device, torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32))
     if accelerator.is_main_process:
         print(data.epochs.report(), file=sys.stderr)
@@ -300,7 +303,7 @@ def train_in(out: Path, cfg: TrainDiTConfig, stop: StopSignal, accelerator: Acce
                 place = feed.place(k)
                 example = draw_example(drawing, batch, place, transformer, vae).to(device)
                 b = len(batch.ids)  # clips of one shape, as many as make the tokens of `cfg.batch` of the largest
-                level = draw_sigma((b,), generator(cfg.seed, "sigma", place), density, shift, within).to(device)  # (b,)
+                level = upload(draw_sigma((b,), generator(cfg.seed, "sigma", place), density, shift, within), device)  # (b,)
                 noise = noise_like(example.state.clean, cfg.seed, "noise", place, range(b))  # (b, c, G, h, w)
                 used.append({"place": place, "clips": batch.names})
                 meter.lap("data")
@@ -310,36 +313,40 @@ def train_in(out: Path, cfg: TrainDiTConfig, stop: StopSignal, accelerator: Acce
                     meter.lap("forward")
                     accelerator.backward(losses.mean() * layout.split)
                     meter.lap("backward")
-                tokens = example.state.token_sigma(level)[0].numel()
+                tokens = example.state.tokens
                 flops = 3 * forward_flops(transformer.config, tokens, text_encoder.num_tokens)
                 meter.add(level, losses, b * tokens, b * flops)
                 if not accelerator.sync_gradients:
                     continue
 
-                norm = scalar(accelerator.clip_grad_norm_(model.parameters(), cfg.clip_grad))
-                means = meter.total(accelerator)
+                norm = whole(accelerator.clip_grad_norm_(model.parameters(), cfg.clip_grad))  # () on the device, as all here is
+                sums = meter.sums(accelerator)  # (2, bins)
+                optimizer.optimizer.found_inf = bad = guard.judge(sums[0].sum(), norm)
                 lr = lr_at(done, lr=cfg.lr, warmup=cfg.warmup, steps=cfg.steps, schedule=cfg.schedule, floor=cfg.floor)
                 set_lr(optimizer, lr)
-                if guard.sound(means["loss"], norm):
-                    optimizer.step()
-                    ema.update(model, done)
+                optimizer.step()
+                ema.update(model, done, left_out=bad)
                 optimizer.zero_grad()
                 meter.lap("optimizer")
                 done, places = done + 1, places + micro * layout.ranks
                 watchdog.beat()
                 clips = b * micro * layout.ranks
-                speed = meter.take(layout.ranks, accelerator.num_processes)
-                log.log(done, {**means, "lr": lr, "grad_norm": norm, "skipped": guard.skipped, **speed}, clips=clips)
+                speed = meter.close(layout.ranks, accelerator.num_processes)
+                log.log(done, Later(torch.cat([sums.flatten(), norm.view(1), guard.counts]), partial(told, guard, lr, speed)), clips=clips)
+                last = done == cfg.steps
+                look = last or done % cfg.log_every == 0  # several processes must ask each other who got a signal
+                stopping = (look or accelerator.num_processes == 1) and stop.seen(accelerator)
+                save = last or stopping or done % cfg.save_every == 0
+                if save:
+                    log.flush()
 
                 if guard.rollback(used, out, accelerator.process_index):
                     done, _ = resume(done)  # the weights go back, the data goes on: what made them unsound is not met again
                     log.rewind(done)
                     break
                 used = []
-                stopping, last = stop.seen(accelerator), done == cfg.steps
                 saver.check()
-                if last or stopping or (done % cfg.save_every == 0 and not guard.row):  # never amid lost updates: what to go back to
-                    log.flush()
+                if last or stopping or (save and not guard.row):  # never amid lost updates: what to go back to
                     meta = {"config": to_dict(cfg), "places": places, "versions": versions()}
                     saver.save(done, run_tensors(model, optimizer.optimizer, ema), meta)
                     meter.lap("save")
@@ -349,7 +356,7 @@ def train_in(out: Path, cfg: TrainDiTConfig, stop: StopSignal, accelerator: Acce
                 if asked and (last or done % cfg.sample_every == 0) and not stopping:
                     if accelerator.is_main_process or layout.sharded:  # sharded weights need all processes
                         picture = out / "samples" / f"{done:08d}.png" if accelerator.is_main_process else None
-                        with ema.swap(model), same_rng(device), accelerator.autocast():
+                        with ema.swap(model), same_rng(device), accelerator.autocast(), torch.compiler.set_stance("force_eager"):
                             draw_samples(pipeline(cfg, model, vae, start), asked, picture)
                     meter.lap("samples")
                 if stopping:
@@ -362,6 +369,13 @@ def train_in(out: Path, cfg: TrainDiTConfig, stop: StopSignal, accelerator: Acce
         exported = out / ("lora" if cfg.lora.rank and not cfg.lora.merge else "export")
         print(finished(began, cfg.steps, exported), file=sys.stderr)
     accelerator.wait_for_everyone()
+
+
+def told(guard: DeviceGuard, lr: float, speed: Callable[[], dict[str, float]], numbers: list[float]) -> dict[str, float]:
+    """A step's line in the log, of its numbers, which the host has read now; the guard sees them too."""
+    *sums, norm, row, skipped = numbers
+    guard.look(row, skipped)
+    return {**Meter.means(sums), "lr": lr, "grad_norm": norm, "skipped": guard.skipped, **speed()}
 
 
 def complete_cache(cfg: TrainDiTConfig, vae: nn.Module, stop: StopSignal, accelerator: Accelerator) -> None:
@@ -450,6 +464,7 @@ def pipeline(cfg: TrainDiTConfig, model: Trained, vae: nn.Module, start: Start |
     able += ["text_to_image"] if 1 in cfg.frames else []
     settings = {"scheduler": scheduler_of(cfg, start), "max_frames": cfg.max_frames}
     settings["capabilities"] = list(dict.fromkeys([*kept.get("capabilities", ()), *able]))
+    settings["vocabulary"] = "world" if LatentCache(cfg.cache).settings["data"]["source"] == "world" else None
     models = start.other_models(model.transformer) if start else {"transformer": model.transformer}
     return KlingPipeline(vae, text_encoder=model.text_encoder, **{**models, **kept, **settings})
 
@@ -459,17 +474,15 @@ def publish(cfg: TrainDiTConfig, vae: nn.Module, out: Path, start: Start | None)
     saved = checkpoint.load_latest(out)
     model = build(cfg, start)
     checkpoint.restore(saved.tensors["model"], trained(model))
-    average = EMA(model, cfg.ema)
-    average.load_state_dict(saved.tensors["ema"])
-    with average.swap(model):
-        if cfg.lora.rank:
-            export_lora(model.transformer, out / "lora")
-            if not cfg.lora.merge:
-                return
-        pipe = pipeline(cfg, model, vae, start)
-        if cfg.lora.rank:
-            pipe.fuse_lora()
-        save_pipeline(pipe, out / "export")
+    load_average(saved.tensors["ema"], model)
+    if cfg.lora.rank:
+        export_lora(model.transformer, out / "lora")
+        if not cfg.lora.merge:
+            return
+    pipe = pipeline(cfg, model, vae, start)
+    if cfg.lora.rank:
+        pipe.fuse_lora()
+    save_pipeline(pipe, out / "export")
 
 
 if __name__ == "__main__":

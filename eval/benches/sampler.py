@@ -101,7 +101,8 @@ def schedulers(solver: str) -> tuple[SchedulerMixin, SchedulerMixin]:
 @torch.no_grad()
 def our_walk(solver: str, velocities: Velocities, noise: Tensor) -> Tensor:
     state = build_state([Given()], torch.zeros_like(noise), None)
-    plan = Plan("text", [], 0, 0, 8.0, STEPS, "euler", GUIDANCE, GUIDANCE, 1.0, SHIFT, 0)
+    walks = "euler" if solver == "euler" else UniPCMultistepScheduler.__name__
+    plan = Plan("text", [], 0, 0, 8.0, STEPS, walks, GUIDANCE, GUIDANCE, 1.0, SHIFT, 0)
     text = {"prompt": noise.new_ones(1, 1, 1), "negative": noise.new_zeros(1, 1, 1)}
     for step in Sampler([Stub(velocities)], None, schedulers(solver)[0], plan)(state, Signals(text), noise):
         z = step.z

@@ -1,0 +1,1 @@
+"""Latents encoded once: how they are made, stored, and handed to a training in batches."""

@@ -65,7 +65,8 @@ def pixel_rays(intrinsics: Tensor, H: int, W: int) -> Tensor:
 def plucker_rays(trajectory: Trajectory, H: int, W: int) -> Tensor:
     """(o x d, d) for every pixel centre, as (T, 6, H, W)."""
     R, o = trajectory.c2w[:, :, :3], trajectory.c2w[:, :, 3]
-    d = torch.einsum("tij,tjhw->tihw", R, pixel_rays(trajectory.intrinsics, H, W))  # (T, 3, H, W)
+    with torch.autocast(R.device.type, enabled=False):  # directions stay fp32 inside a pass in bf16
+        d = torch.einsum("tij,tjhw->tihw", R, pixel_rays(trajectory.intrinsics, H, W))  # (T, 3, H, W)
     d = d / d.norm(dim=1, keepdim=True)
     moment = torch.linalg.cross(o[:, :, None, None].expand_as(d), d, dim=1)
     return torch.cat([moment, d], dim=1)

@@ -74,5 +74,6 @@ def opened(state: State) -> State:
         mask=torch.ones_like(state.mask[:, :, :F]),
         position=state.position[:, :F],
         kind=torch.full_like(state.kind[:, :F], TARGET),
+        sigma_c=0.0,
         host=None,
     )

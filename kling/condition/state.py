@@ -41,6 +41,16 @@ class Given:
     space: Tensor | None = None
     hold: float = 0.0
 
+    @property
+    def gives(self) -> bool:
+        """Whether anything is."""
+        return bool(self.known or self.keyframes or self.space is not None or self.hold)
+
+    @property
+    def whole(self) -> bool:
+        """Whether everything is either given or made, and nothing is held in part."""
+        return self.hold in (0, 1) and all(strength in (0, 1) for _, strength in self.keyframes)
+
     def task(self, frames: int) -> str:
         """The name under which a checkpoint lists this in its `capabilities`."""
         if self.space is not None:
@@ -131,7 +141,7 @@ class State:
     @cached_property
     def plain(self) -> bool:
         """Whether every element is either given, and clean, or at the schedule's own level: any flow scheduler can walk that."""
-        return self.sigma_c == 0 and bool(((self.host[0] == 0) | (self.host[0] == 1)).all())
+        return (self.sigma_c == 0 or not self.gives) and bool(((self.host[0] == 0) | (self.host[0] == 1)).all())
 
     def part(self, start: int, end: int) -> State:
         """Target frames start … end - 1 alone, at the positions that they have in the clip."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from kling.data.transforms import Frames, fit
@@ -19,7 +19,8 @@ SEVERAL = ("GIF", "WEBP", "PNG")  # formats in which more than one frame means a
 
 
 def read_image(path: str | Path | Member) -> Tensor:
-    """uint8 (H, W, 3). EXIF rotation is applied, transparency is laid on white, 16-bit greys keep their upper 8 bits.
+    """uint8 (H, W, 3) in sRGB. EXIF rotation and an embedded colour profile are applied, transparency is laid on white, 16-bit greys keep
+    their upper 8 bits.
 
     Raises `UserError` for what is not an image, an animation (give it as a video), or a damaged file.
     """
@@ -77,10 +78,31 @@ def _open(path: Source) -> Image.Image:
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB of any mode."""
+    """8-bit sRGB of any mode."""
+    image = _srgb(image)
     if image.mode.startswith("I"):  # 16-bit grey; Pillow would clip it to white
         return Image.fromarray((np.asarray(image, dtype=np.float32) / 257).round().clip(0, 255).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
+
+
+def _srgb(image: Image.Image) -> Image.Image:
+    """The colours of an embedded profile as sRGB's: the same numbers are other colours on a phone's (Display P3) or a printer's (CMYK)
+    screen. What has no profile, or a damaged one, is sRGB already, as in browsers."""
+    profile = image.info.get("icc_profile")
+    if not profile or image.mode.startswith("I"):
+        return image
+    alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+    try:
+        source = ImageCms.ImageCmsProfile(BytesIO(profile))
+        mode = {"GRAY": "L", "CMYK": "CMYK"}.get(source.profile.xcolor_space.strip(), "RGB")
+        colours = image.convert("RGB").convert(mode) if image.mode != mode else image
+        image = ImageCms.profileToProfile(colours, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    except (ImageCms.PyCMSError, OSError):
+        return image
+    image.info.pop("icc_profile", None)
+    if alpha is not None:
+        image.putalpha(alpha)
+    return image

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cache
 from pathlib import Path
 
 import av
@@ -150,7 +151,7 @@ class VideoWriter:
             raise UserError(f"size {width}x{height} is odd, which H.264 cannot store: use {width + width % 2}x{height + height % 2}")
         # One thread: x264 cuts a frame by the number of threads, and the machine's would end up in the bytes.
         # Centred chroma, as swscale makes it: untagged it would be read as H.264's default, left, half a pixel off.
-        options = {"crf": str(self.crf), "threads": "1", "x264-params": "chromaloc=1"}
+        options = {"crf": str(self.crf), "threads": "1", "x264-params": "chromaloc=1" + same_everywhere()}
         self.stream = self.container.add_stream("libx264", rate=self.rate, options=options)
         self.stream.width, self.stream.height, self.stream.pix_fmt = width, height, "yuv420p"
         context = self.stream.codec_context
@@ -167,6 +168,14 @@ class VideoWriter:
             if self.stream is None:
                 raise UserError(f"no frame was written to {self.path}: a video needs at least one")
             self.container.mux(self.stream.encode())
+
+
+@cache
+def same_everywhere() -> str:
+    """x264's AVX-512 code gives other bytes from one encode of the same frames to the next, at most sizes of a small model; its AVX2 code,
+    which every CPU with AVX-512 has, does not. Nothing elsewhere: on a CPU without AVX2 it would be an illegal instruction."""
+    supported = getattr(torch.cpu, "_is_avx512_supported", lambda: torch.backends.cpu.get_cpu_capability() == "AVX512")
+    return ":asm=avx2" if supported() else ""
 
 
 def write_video(path: str | Path, frames: Frames, fps: float, *, crf: int = 17) -> None:

@@ -41,13 +41,27 @@ class KlingTransformerBlock(nn.Module):
         hidden_states: Tensor,  # (b, n, d)
         encoder_hidden_states: Tensor,  # (b, l, d)
         temb: Modulation,  # 6 vectors
-        rotary_emb: Tensor,  # (b | 1, n, 1, head_dim / 2) complex
+        rotary_emb: Tensor,  # (b | 1, n, 1, head_dim / 2, 2)
         encoder_hidden_states_image: Tensor | None = None,  # (b, i, d)
         history: LayerHistory | None = None,
         kept: Kept | None = None,  # keys and values of the text, from an earlier step
         packing: tuple[Packing, Packing] | None = None,  # of tokens and text, where many shapes are one row
     ) -> Tensor:
-        x = hidden_states
+        # what may be compiled is a call inside `forward`, so that hooks on `forward` (shards, offload, caches) stay around it
+        return self.layer(hidden_states, encoder_hidden_states, temb, rotary_emb, encoder_hidden_states_image, history, kept, packing)
+
+    def layer(
+        self,
+        x: Tensor,
+        text: Tensor,
+        temb: Modulation,
+        rotary_emb: Tensor,
+        image: Tensor | None,
+        history: LayerHistory | None,
+        kept: Kept | None,
+        packing: tuple[Packing, Packing] | None,
+    ) -> Tensor:
+        """The computation of `forward`: tokens (b, n, d) and text (b, l, d) -> tokens (b, n, d)."""
         own, cross = (None, None) if packing is None else ((packing[0], packing[0]), packing)
         temb = temb + self.scale_shift_table  # shift, scale and gate of attention, then of the feed-forward
 
@@ -55,8 +69,7 @@ class KlingTransformerBlock(nn.Module):
         x = gate(x, self.attn1(y, rotary_emb=rotary_emb, history=history, packing=own), temb.vector(2))
 
         y = self.norm2(x)
-        image = encoder_hidden_states_image
-        x = x + self.attn2(y, encoder_hidden_states, encoder_hidden_states_image=image, kept=kept, packing=cross)
+        x = x + self.attn2(y, text, encoder_hidden_states_image=image, kept=kept, packing=cross)
 
         y = self.norm3(x, temb.vector(3), temb.vector(4))
         return gate(x, self.ffn(y), temb.vector(5))

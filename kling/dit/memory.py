@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from kling.dit.model import KlingTransformer3DModel
 from kling.flow.losses import flow_loss
+from kling.nn.modulation import Levels
 
 
 class LiveBytes(TorchDispatchMode):
@@ -77,12 +78,16 @@ def step_memory(
     text_tokens: int,
     set_checkpointing: Callable[[KlingTransformer3DModel], None] = lambda _: None,
     bf16: bool = True,
+    runs: int = 1,
 ) -> StepMemory:
-    """A step of a transformer on clips of latents (b, c, f, h, w) with `text_tokens` of text, fp32 weights, bf16 by autocast if asked."""
+    """A step of a transformer on clips of latents (b, c, f, h, w) with `text_tokens` of text, fp32 weights, bf16 by autocast if asked.
+
+    runs: of equal noise levels in a clip: 1, f where frames are given, all tokens where parts of frames are; each has gates of its own.
+    """
     layers = int(config["num_layers"])
     if layers <= 4:
-        return _trace(config, latents, text_tokens, set_checkpointing, bf16)
-    two, four = (_trace({**config, "num_layers": n}, latents, text_tokens, set_checkpointing, bf16) for n in (2, 4))
+        return _trace(config, latents, text_tokens, set_checkpointing, bf16, runs)
+    two, four = (_trace({**config, "num_layers": n}, latents, text_tokens, set_checkpointing, bf16, runs) for n in (2, 4))
 
     def extended(name: str) -> int:
         a, b = getattr(two, name), getattr(four, name)
@@ -92,7 +97,7 @@ def step_memory(
 
 
 def _trace(
-    config: Mapping[str, Any], latents: tuple[int, ...], text_tokens: int, set_checkpointing: Callable[..., None], bf16: bool
+    config: Mapping[str, Any], latents: tuple[int, ...], text_tokens: int, set_checkpointing: Callable[..., None], bf16: bool, runs: int
 ) -> StepMemory:
     with FakeTensorMode():
         model = KlingTransformer3DModel(**config).train()
@@ -102,12 +107,14 @@ def _trace(
         scale = model.config.camera_downscale
         camera = torch.zeros(b, model.config.camera_channels, f, h * scale, w * scale) if model.config.camera_channels else None
         z, mask = torch.zeros(latents), torch.ones(b, 1, f, h, w)
+        # of every clip a level that is drawn, and one of what is given
+        sigma = Levels(torch.zeros(2 * b), torch.zeros(b, runs, dtype=torch.long)) if runs > 1 else torch.zeros(b)
         counter = LiveBytes()
         for p in model.parameters():
             p.register_post_accumulate_grad_hook(counter.note_gradient)
         with counter:
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                v = model(z, torch.zeros(b), text, camera=camera).sample  # (b, c, f, h, w)
+                v = model(z, sigma, text, camera=camera).sample  # (b, c, f, h, w)
             flow_loss(v, z, mask).mean().backward()
             del v
     return StepMemory(_numbers(model), _numbers(model.blocks[0]), counter.peak, counter.activations)

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from typing import Any, Self
 
 import torch
+import torch.fx.experimental._config
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
@@ -31,7 +32,7 @@ from kling.dit.embedding import ConditionEmbedder, KindEmbedding
 from kling.dit.history import History
 from kling.dit.walk_cache import WalkCache
 from kling.errors import UserError, unknown
-from kling.nn.modulation import Levels, ModulatedNorm, Modulation, TokenIndex, noise_levels
+from kling.nn.modulation import Levels, ModulatedNorm, Modulation, TokenIndex, noise_levels, spell_alike
 from kling.nn.packing import Packing
 from kling.nn.patch import PatchEmbed, unpatchify
 from kling.nn.rope import RotaryPosEmbed
@@ -60,7 +61,7 @@ class KlingTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
     _keys_to_ignore_on_load_unexpected = ["norm_added_q"]
     _repeated_blocks = ["KlingTransformerBlock"]
     _cp_plan = {
-        "rope": {0: ContextParallelInput(split_dim=1, expected_dims=4, split_output=True)},
+        "rope": {0: ContextParallelInput(split_dim=1, expected_dims=5, split_output=True)},
         "token_index": {0: ContextParallelInput(split_dim=1, expected_dims=2, split_output=True)},
         "blocks.0": {"hidden_states": ContextParallelInput(split_dim=1, expected_dims=3, split_output=False)},
         "proj_out": ContextParallelOutput(gather_dim=1, expected_dims=3),
@@ -117,6 +118,7 @@ class KlingTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
 
         self.gradient_checkpointing = False
+        self.many_shapes = False  # whether the blocks are compiled for any shape
         self.initialize_weights()
 
     def initialize_weights(self) -> None:
@@ -134,6 +136,18 @@ class KlingTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
         nn.init.zeros_(self.proj_out.weight)
         for extra in self._extras.values():
             extra.zero_init()
+
+    def compile_repeated_blocks(self, fullgraph: bool = True, dynamic: bool | None = None, **kwargs: Any) -> None:
+        """Compile the blocks, once for all of them; arguments are those of `torch.compile`. dynamic: one graph for many shapes, as
+        training needs; by default each shape has its own until there are two.
+
+        As diffusers' method, but only the computation of a block is compiled and not the hooks on it, so that nothing breaks its graph.
+        """
+        if dynamic:  # else two lengths that are alike in the first batch, such as samples and levels, must be so in every one
+            torch.fx.experimental._config.use_duck_shape = False
+        for block in self.blocks:
+            block.layer = torch.compile(block.layer, fullgraph=fullgraph, dynamic=dynamic, **kwargs)
+        self.many_shapes = bool(dynamic)
 
     @property
     def _extras(self) -> dict[str, KindEmbedding | CameraAdapter]:
@@ -188,10 +202,13 @@ class KlingTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
         still = {} if walk_cache is None else walk_cache.still
         if "rotation" not in still:
             still["rotation"] = self.rope(self._positions(positions, grid[0], hidden_states), *grid[1:])
-        rotation = still["rotation"]  # (b | 1, n, 1, head_dim / 2)
+        rotation = still["rotation"]  # (b | 1, n, 1, head_dim / 2, 2)
 
         x = self._embed(hidden_states, grid, kinds, camera, camera_mask, still)  # (b, n, d)
         levels, index = noise_levels(sigma, grid)  # (u,), (b, g)
+        if self.many_shapes:
+            levels, index = spell_alike(levels, index, grid)
+            rotation = rotation.clone()  # a view brings the lengths of what it views into every graph
         if self._parallel_config is not None and index.shape[1] > 1:
             index = self.token_index(index, x.shape[1])
         temb, vectors, text, image = self.condition_embedder(levels, encoder_hidden_states, encoder_hidden_states_image)
@@ -221,7 +238,7 @@ class KlingTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
             rotation = self.rope(self._positions(batch.get("positions"), grid[0], z), *grid[1:])
             level, index = noise_levels(batch["sigma"], grid)  # (u,), (b, g)
             indices.append(self.token_index(index, x.shape[1]) + sum(map(len, levels)))  # (b, n), into all levels
-            grids.append(grid), tokens.append(x), levels.append(level), rotations.append(rotation.expand(len(x), -1, -1, -1))
+            grids.append(grid), tokens.append(x), levels.append(level), rotations.append(rotation.expand(len(x), -1, -1, -1, -1))
         texts = [batch["encoder_hidden_states"] for batch in batches]
         packing = tuple(Packing(tuple(tuple(x.shape[:2]) for x in parts)) for parts in (tokens, texts))
 
@@ -284,8 +301,9 @@ class KlingTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
             raise UserError(f"camera of {channels} channels: this model takes {self.config.camera_channels}")
         residual = torch.cat([self.control_adapter(rays.to(x.dtype)) for rays in _ray_parts(camera)], dim=1)  # (b, n, d)
         if residual.shape != x.shape:
+            shape = camera.size if isinstance(camera, Cameras) else camera.shape
             raise UserError(
-                f"camera rays of {' x '.join(map(str, camera.size if isinstance(camera, Cameras) else camera.shape))} give {residual.shape[1]} tokens where the latents have {x.shape[1]}: "
+                f"camera rays of {' x '.join(map(str, shape))} give {residual.shape[1]} tokens where the latents have {x.shape[1]}: "
                 f"render the rays at {self.config.camera_downscale} pixels per latent cell"
             )
         return residual if mask is None else residual * mask.to(residual.dtype)[:, None, None]

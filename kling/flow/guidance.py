@@ -35,7 +35,8 @@ def given_share(mask: Tensor, position: Tensor, reach: float) -> Tensor | None:
     A picture says more than words do, and guidance drives what is made beside it away from its colours. Stable Video Diffusion (Blattmann
     et al. 2023, arXiv 2311.15127) lets the scale grow over the frames after a first one; here it does from any given frame.
 
-    mask: (b, 1, G, h, w), 0 where given. position: (b, G). Both on the CPU, or the host waits for them. Returns (b, 1, G, 1, 1), or None where no clip is given a whole frame.
+    mask: (b, 1, G, h, w), 0 where given. position: (b, G). Both on the CPU, or the host waits for them.
+    Returns (b, 1, G, 1, 1), or None where no clip is given a whole frame.
     """
     whole = mask.amax(dim=(1, 3, 4)) == 0  # (b, G)
     if reach == 0 or not bool(whole.any()):

@@ -25,7 +25,7 @@ from kling.text.umt5 import UMT5TextEncoder
 from kling.vae import AutoencoderKLKling
 
 OURS = "KlingPipeline"
-SETTINGS = ("capabilities", "fps", "max_frames", "sizes", "boundary_ratio", "block_frames", "defaults", "licence")
+SETTINGS = ("capabilities", "fps", "max_frames", "sizes", "boundary_ratio", "block_frames", "defaults", "licence", "vocabulary")
 WAN_PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 PUBLISHED = ["*.json", "*.safetensors", "*.txt", "*.model"]  # no pickles
@@ -164,13 +164,27 @@ def loaded(folder: Path, name: str, part: type, weights: bool = True, **kwargs: 
     try:
         if not weights:
             with torch.device("meta"):
-                return part.from_config(part.load_config(folder / name)).to(kwargs["torch_dtype"])
+                return in_dtype(part.from_config(part.load_config(folder / name)), kwargs["torch_dtype"])
         return part.from_pretrained(folder / name, **kwargs)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         if isinstance(error, UserError):
             raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"model {folder} is incomplete: {name} cannot be loaded ({reason})") from None
+
+
+def dtype_of(name: str, model: torch.nn.Module, dtype: torch.dtype) -> torch.dtype:
+    """What a parameter of a model in `dtype` is stored in: float32 in the parts that the model names."""
+    exact = getattr(model, "_keep_in_fp32_modules", None) or ()
+    return torch.float32 if set(exact) & set(name.split(".")) else dtype
+
+
+def in_dtype(model: torch.nn.Module, dtype: torch.dtype) -> Any:
+    """The same model, as `from_pretrained(torch_dtype=dtype)` would give it; `.to(dtype)` casts what must stay exact too, and warns."""
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype_of(name, model, dtype))
+    return model
 
 
 def load_transformer(path: str | Path, dtype: torch.dtype = torch.float32, weights: bool = True) -> KlingTransformer3DModel:
@@ -184,11 +198,10 @@ def load_transformer(path: str | Path, dtype: torch.dtype = torch.float32, weigh
     with torch.device("meta"):
         model = KlingTransformer3DModel(**config)
     if not weights:
-        return model.to(dtype)
-    exact = set(KlingTransformer3DModel._keep_in_fp32_modules)
+        return in_dtype(model, dtype)
     tensors = {}
     for name, tensor in read_tensors(path).items():
-        tensors[names[name]] = tensor.to(torch.float32 if exact & set(names[name].split(".")) else dtype)
+        tensors[names[name]] = tensor.to(dtype_of(names[name], model, dtype))
     ignored = KlingTransformer3DModel._keys_to_ignore_on_load_unexpected
     tensors = {name: tensor for name, tensor in tensors.items() if not any(sign in name for sign in ignored)}
     model.load_state_dict(tensors, assign=True)

@@ -66,7 +66,7 @@ class AttentionProcessor:
         attn: Attention,
         hidden_states: Tensor,  # (b, n, d)
         encoder_hidden_states: Tensor | None = None,  # (b, l, d), None for self-attention
-        rotary_emb: Tensor | None = None,  # (b | 1, n, 1, head_dim / 2) complex
+        rotary_emb: Tensor | None = None,  # (b | 1, n, 1, head_dim / 2, 2)
         encoder_hidden_states_image: Tensor | None = None,  # (b, i, added_kv_proj_dim)
         history: KeyValues | None = None,
         kept: Kept | None = None,  # of the text's keys and values; not for self-attention, whose tokens change

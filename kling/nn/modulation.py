@@ -92,6 +92,13 @@ def noise_levels(sigma: Tensor | Levels, grid: tuple[int, int, int]) -> Levels:
     return Levels(levels, index)
 
 
+def spell_alike(levels: Tensor, index: Tensor, grid: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+    """What `noise_levels` gives, as compiled blocks take it: two levels or more, and an index of each row of tokens (b, G·h) or each token
+    (b, n). A lone level, sample or frame is a length of 1, which `torch.compile` makes a graph of its own for."""
+    rows = grid[0] * grid[1]
+    return levels.expand(max(2, len(levels))), index.repeat_interleave(max(1, rows // index.shape[1]), dim=1).clone()  # no view
+
+
 class TokenIndex(nn.Module):
     """Spell an index (b, g) out to every token (b, n). A module so that context parallelism can shard it as it shards tokens."""
 

@@ -1,1 +1,1 @@
-"""The machine: accelerator, randomness, optimiser, average, checkpoints, logs. Training loops are made of these; none knows a model."""
+"""The machine: devices and precision, processes, randomness, files, checkpoints, logs. Nothing here knows a model."""

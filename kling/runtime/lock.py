@@ -14,12 +14,13 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-from accelerate import Accelerator
+from typing import TYPE_CHECKING
 
 from kling.errors import UserError
 from kling.runtime.files import writing
-from kling.runtime.parallel import same_for_all
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 LOCK = ".lock"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # what file systems without locks answer
@@ -39,8 +40,11 @@ def locked(folder: str | Path, what: str = "run", accelerator: Accelerator | Non
             file = _take(path, what)
         except UserError as error:
             refused = error
-    if several and not same_for_all(accelerator, int(refused is None)) and refused is None:
-        refused = UserError(f"{what} {folder} is in use: the main process says by whom")
+    if several:
+        from kling.runtime.parallel import same_for_all  # torch and accelerate, which one process does without
+
+        if not same_for_all(accelerator, int(refused is None)) and refused is None:
+            refused = UserError(f"{what} {folder} is in use: the main process says by whom")
     if refused is not None:
         raise refused
     try:

@@ -6,10 +6,11 @@ import json
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
+import torch
 from torch import Tensor
 
 from kling.config import flatten
@@ -17,6 +18,13 @@ from kling.runtime.files import write_atomic, writing
 
 METRICS = "metrics.jsonl"
 _BIN = "loss/sigma_"
+
+
+class Later(NamedTuple):
+    """Values of a step that lie on the device: `numbers` (k,), and what makes names and values of them when they have been read."""
+
+    numbers: Tensor
+    spell: Callable[[list[float]], dict[str, float]]
 
 
 class RunLog:
@@ -41,7 +49,7 @@ class RunLog:
         self.stream = stream or sys.stderr
         self.accelerator = accelerator
         self.writes = accelerator is None or accelerator.is_main_process
-        self._lines: list[tuple[int, float, dict[str, Any]]] = []  # (step, time, values), not yet written
+        self._lines: list[tuple[int, float, Mapping[str, float] | Later]] = []  # (step, time, values), not yet written
         self._clips = 0
         self._began = self._since = time.monotonic()
         if self.writes:
@@ -52,12 +60,12 @@ class RunLog:
             hparams = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in flatten(dict(config or {})).items()}
             accelerator.init_trackers("kling", config=hparams, init_kwargs={"wandb": run})
 
-    def log(self, step: int, values: Mapping[str, float | Tensor], clips: int = 0) -> None:
+    def log(self, step: int, values: Mapping[str, float] | Later, clips: int = 0) -> None:
         """Note the values of update number `step` (1-based: updates done), and how many clips it took, over all processes.
 
-        Scalars may stay tensors on the device: they are read, for all buffered steps at once, each `log_every` steps.
+        `Later` stays on the device, and is read for all buffered steps at once, each `log_every` steps.
         """
-        self._lines.append((step, time.time(), {k: v.detach() if isinstance(v, Tensor) else v for k, v in values.items()}))
+        self._lines.append((step, time.time(), values))
         self._clips += clips
         if step % self.log_every == 0 or step >= self.steps:
             self.flush()
@@ -66,7 +74,10 @@ class RunLog:
         """Write everything noted so far. Call it before a checkpoint is saved: a resumed run keeps lines up to its step."""
         if not self._lines:
             return
-        lines = [(step, at, {k: float(v) for k, v in values.items()}) for step, at, values in self._lines]
+        waiting = [values.numbers for _, _, values in self._lines if isinstance(values, Later)]
+        read = iter([part.tolist() for part in torch.cat(waiting).cpu().split([len(numbers) for numbers in waiting])] if waiting else [])
+        lines = [(step, at, values.spell(next(read)) if isinstance(values, Later) else values) for step, at, values in self._lines]
+        lines = [(step, at, {k: float(v) for k, v in values.items()}) for step, at, values in lines]
         self._lines = []
         if not self.writes:
             return

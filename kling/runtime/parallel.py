@@ -95,9 +95,14 @@ def same_for_all(accelerator: Accelerator, number: int) -> int:
     return int(broadcast(torch.tensor(number, device=accelerator.device)))
 
 
+def whole(value: Tensor) -> Tensor:
+    """A number on the device that may be a DTensor, as the norm of sharded gradients is."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
 def scalar(value: Tensor) -> float:
-    """A number that may be a DTensor, as the norm of sharded gradients is."""
-    return float(value.full_tensor() if isinstance(value, DTensor) else value)
+    """The same, read."""
+    return float(whole(value))
 
 
 @contextmanager

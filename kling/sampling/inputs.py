@@ -152,7 +152,7 @@ def read_camera(request: Request, frames: int, H: int, W: int) -> Trajectory | N
 def _picture(picture: Picture) -> Tensor:
     if isinstance(picture, str | Path):
         return read_image(picture)
-    picture = torch.as_tensor(np.asarray(picture))
+    picture = _array(picture, "image")
     if picture.dtype != torch.uint8 or picture.ndim != 3 or picture.shape[-1] != 3:
         raise UserError(f"image of type {picture.dtype} and shape {tuple(picture.shape)}: give uint8 (H, W, 3) or a file")
     return picture
@@ -161,7 +161,7 @@ def _picture(picture: Picture) -> Tensor:
 def _mask(mask: Picture, H: int, W: int) -> Tensor:
     if isinstance(mask, str | Path):
         return read_mask(mask, H, W)
-    pixels = torch.as_tensor(np.asarray(mask))
+    pixels = _array(mask, "mask")
     if pixels.ndim != 2 or not pixels.numel():
         raise UserError(f"mask of shape {tuple(pixels.shape)}: give (H, W) from 0 to 1 (or uint8 to 255), or a file")
     pixels = pixels.float() / (255 if pixels.dtype == torch.uint8 and pixels.max() > 1 else 1)
@@ -172,14 +172,22 @@ def _movie_size(video: Movie) -> tuple[int, int]:
     if isinstance(video, str | Path):
         info = probe(video)
         return info.height, info.width
-    return np.asarray(video).shape[1:3]
+    return tuple(_movie(video, 1.0, "video").shape[1:3])
+
+
+def _array(value: object, name: str) -> Tensor:
+    """Whatever NumPy understands: an array, a tensor, a PIL picture or a list of them."""
+    try:
+        return torch.as_tensor(np.require(value, requirements="W"))
+    except (TypeError, ValueError, RuntimeError):
+        raise UserError(f"{name} of type {type(value).__name__} holds no pixels: give uint8 (H, W, 3), frames of it, or a file") from None
 
 
 def _movie(movie: Movie, fps: float, name: str) -> Tensor:
     """A given video at the model's frame rate."""
     if isinstance(movie, str | Path):
         return read_video(movie, fps=fps).frames
-    frames = torch.as_tensor(np.asarray(movie))
+    frames = _array(movie, name)
     if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or not len(frames):
         raise UserError(f"{name} of type {frames.dtype} and shape {tuple(frames.shape)}: give uint8 (T, H, W, 3) or a file")
     return frames

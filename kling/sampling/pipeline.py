@@ -6,12 +6,13 @@ pipe("a red ball rolls left on grass", camera="pan=5", seed=1).frames      # (1,
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
@@ -35,8 +36,8 @@ from kling.runtime.device import upload
 from kling.runtime.files import as_umask
 from kling.runtime.random import generator
 from kling.sampling.inputs import Inputs, asked_frames, paste, read_inputs
-from kling.sampling.plan import PRO_STEPS, Hop, Plan, plan_camera, plan_hops, plan_task
-from kling.sampling.request import Request
+from kling.sampling.plan import PRO_STEPS, Hop, Plan, plan_camera, plan_hops, plan_solver, plan_task
+from kling.sampling.request import Fields, Request
 from kling.sampling.sampler import Sampler, Signals
 from kling.shapes import ASPECTS, latent_frames, latent_size, token_grid
 from kling.text import ByteTextEncoder
@@ -66,6 +67,7 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
     sizes: aspect -> (H, W). block_frames: latent frames made at a time by block-causal weights; 0 makes all at once.
     defaults: `num_inference_steps`, `guidance_scale` (high noise, low noise) and `negative_prompt`, where the scheduler is not ours.
     licence: of the weights, where they are published ones.
+    vocabulary: "world", where the weights have learned no words but those of the small world's captions.
     """
 
     model_cpu_offload_seq = "text_encoder->image_encoder->transformer->transformer_2->vae"
@@ -88,6 +90,7 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         block_frames: int = 0,
         defaults: dict[str, Any] | None = None,
         licence: str | None = None,
+        vocabulary: str | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(
@@ -100,7 +103,7 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         )
         self.register_to_config(capabilities=list(capabilities), fps=fps, max_frames=max_frames)
         extra = {"sizes": sizes, "boundary_ratio": boundary_ratio, "block_frames": block_frames or None, "defaults": defaults}
-        extra["licence"] = licence
+        extra |= {"licence": licence, "vocabulary": vocabulary}
         self.register_to_config(**{key: value for key, value in extra.items() if value is not None})
         self.groups = concat_groups(transformer.config.in_channels, vae.config.z_dim)
 
@@ -194,7 +197,7 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         task = plan_task(request, hops)
         self._check_capable(task, request, camera, hops)
         pro = request.mode == "pro"
-        solver = self.setting("solver")
+        solver, why = plan_solver(request, hops, self.setting("solver"), bool(self.groups))
 
         def appended(hop: Hop) -> int:
             return 0 if self.groups else len(hop.given.keyframes)
@@ -209,7 +212,7 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             width=W,
             fps=fps,
             num_inference_steps=request.num_inference_steps or self.setting("num_inference_steps") * (PRO_STEPS if pro else 1),
-            solver="adams" if pro and solver == "euler" else solver,
+            solver=solver,
             guidance_scale=high,
             guidance_scale_2=low,
             camera_guidance_scale=self.setting("camera_guidance_scale", request.camera_guidance_scale),
@@ -220,7 +223,7 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             guidance_interval=request.guidance_interval or (0.0, 1.0),
             guidance_every=request.guidance_every,
             guidance_reach=self.setting("guidance_reach", request.guidance_reach),
-            notes=tuple(inputs.notes),
+            notes=(*inputs.notes, *([why] if why else [])),
         )
         return plan, inputs, camera
 
@@ -259,18 +262,20 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         callback_on_step_end: Callable[[Any, int, float, dict], dict] | None = None,
         latents: Tensor | None = None,
         return_dict: bool = True,
-        **fields: Any,
+        **fields: Unpack[Fields],
     ) -> KlingOutput | tuple:
-        """Make `num_videos` clips from a `Request`, or from its fields as keywords.
+        """Make `num_videos` clips from a `Request`, or from its fields as keywords; fields beside a request replace its own.
 
         callback_on_step_end(pipe, step, timestep, {"latents": z, "x0": x0}) is called after every step; `step` counts over all hops.
         latents: the noise to start from (1, c, G, h, w), instead of the seed's.
         Videos are made one at a time, so that a seed gives the same video alone and among others.
         """
-        request = prompt if isinstance(prompt, Request) else Request(prompt=prompt, **fields)
+        request = prompt.replace(**fields) if isinstance(prompt, Request) else Request(prompt=prompt, **fields)
         if output_type not in ("np", "pt", "latent"):
             raise UserError(f"output_type '{output_type}': choose from np, pt, latent")
         plan, inputs, camera = self._prepare(request)
+        if latents is not None:
+            self._check_latents(latents, plan, request)
         decode = output_type != "latent"
         videos, made = [], []
         for i in range(request.num_videos):
@@ -284,6 +289,16 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             result = stacked.numpy() if output_type == "np" else stacked.permute(0, 1, 4, 2, 3).float() / 255
         output = KlingOutput(frames=result, latents=torch.cat(made))
         return output if return_dict else (output.frames, output.latents)
+
+    def _check_latents(self, latents: Tensor, plan: Plan, request: Request) -> None:
+        """Noise to start from must be of one hop of one video."""
+        if request.num_videos > 1 or len(plan.hops) > 1:
+            raise UserError(f"latents were given for {request.num_videos} videos in {len(plan.hops)} hops: they start one clip; use seed")
+        (hop,), scale = plan.hops, self.vae.spatial_factor
+        frames = latent_frames(hop.frames) + (0 if self.groups else len(hop.given.keyframes))
+        shape = (1, self.vae.config.z_dim, frames, plan.height // scale, plan.width // scale)
+        if tuple(latents.shape) != shape:
+            raise UserError(f"latents of shape {tuple(latents.shape)}: this clip starts from {shape}")
 
     def _one(
         self, request: Request, plan: Plan, inputs: Inputs, camera: Trajectory | None, seed: int, callback: Callable | None, decode: bool,
@@ -413,6 +428,16 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         stream = self.vae.decode_stream(self.vae.denormalize(latents.to(self.vae.dtype)))
         chunks = [torch.stack([to_uint8(video) for video in chunk]) for chunk in stream]
         return torch.cat(chunks, dim=1)
+
+
+# What `help` and notebooks show: every field by its name. Editors read `Fields`.
+_shown, _asked = inspect.signature(KlingPipeline.__call__), inspect.signature(Request).parameters
+KlingPipeline.__call__.__signature__ = _shown.replace(
+    parameters=[
+        *[parameter for parameter in _shown.parameters.values() if parameter.name != "fields"],
+        *[parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for name, parameter in _asked.items() if name != "prompt"],
+    ]
+)
 
 
 def ray_grid(transformer: KlingTransformer3DModel, vae: AutoencoderKLKling, H: int, W: int) -> tuple[int, int]:

@@ -8,7 +8,8 @@ import torch
 
 from kling.cameras.trajectory import Trajectory
 from kling.condition.state import Given
-from kling.errors import UserError
+from kling.errors import UserError, unknown
+from kling.flow.solvers import SOLVERS
 from kling.sampling.inputs import LAST, Inputs, read_camera
 from kling.sampling.request import Request
 from kling.shapes import TEMPORAL, clip_frames, latent_frames, nearest_frames
@@ -121,6 +122,27 @@ def plan_task(request: Request, hops: list[Hop]) -> str:
         return first.task(latent_frames(hops[0].frames))
     keyframes = tuple((hop.start + t, strength) for hop in hops for t, strength in hop.given.keyframes)
     return replace(first, keyframes=keyframes).task(latent_frames(hops[-1].end))
+
+
+def plan_solver(request: Request, hops: list[Hop], own: str, extra_channels: bool) -> tuple[str, str]:
+    """What walks all hops: the solver that was asked for, or the checkpoint's `own`, and why it is not that one, if it is not.
+
+    A scheduler of diffusers knows one level for the whole clip; where levels differ ours walks, of second order as the published ones are.
+    extra_channels: what is given is no part of the clip. Raises `UserError` for an unknown solver.
+    """
+    if request.solver is not None:
+        if request.solver not in SOLVERS:
+            raise unknown("solver", request.solver, SOLVERS)
+        return request.solver, ""
+    if own in SOLVERS:
+        return ("adams" if request.mode == "pro" and own == "euler" else own), ""
+    reasons = {
+        "frames follow one another": bool(request.frame_delay),
+        "what is given is noised": not extra_channels and request.sigma_c > 0 and any(hop.given.gives for hop in hops),
+        "what is given holds in part": not extra_channels and not all(hop.given.whole for hop in hops),
+    }
+    why = next((reason for reason, holds in reasons.items() if holds), None)
+    return (own, "") if why is None else ("adams", f"solver adams instead of {own}, which has one noise level for all frames: {why}")
 
 
 def plan_camera(request: Request, hops: list[Hop], H: int, W: int) -> Trajectory | None:

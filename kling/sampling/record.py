@@ -92,10 +92,10 @@ def read_record(path: str | Path) -> Record:
 def request_of(record: Record, source: str) -> Request:
     """The request of a record, after checking that its input files are still the same. `source` names the record in errors."""
     fields = record["request"] if record.get("recipe", 1) > 1 else _as_understood_then(record["request"])
-    try:
-        request = Request(**fields | {"keyframes": [tuple(keyframe) for keyframe in fields["keyframes"]]})
-    except TypeError as error:
-        raise UserError(f"{source} was written by kling {record.get('kling')}, with another request ({error}): use that version") from None
+    names = {field.name for field in dataclasses.fields(Request)}
+    if other := [name for name in fields if name not in names]:
+        raise UserError(f"{source} was written by kling {record.get('kling')}, whose requests have '{other[0]}': use that version")
+    request = Request(**fields)
     for path, digest in record["inputs"].items():
         if input_hash(Path(path)) != digest:
             raise UserError(f"{path} is not the file that {source} was made from: put that one back")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+import numbers
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, TypeVar
 
 import numpy as np
 
@@ -18,23 +20,86 @@ from kling.shapes import ASPECTS, latent_frames, parse_size
 
 Picture = str | Path | np.ndarray | None  # a file, or uint8 (H, W, 3)
 Movie = str | Path | np.ndarray | None  # a file, or uint8 (T, H, W, 3) at the model's fps
+T = TypeVar("T")
 MODES = ("std", "pro")
 MAX_SECONDS = 180.0
 
 
+class Fields(TypedDict, total=False):
+    """The fields of a `Request` beside the prompt, for editors: what `pipe(...)` takes by name."""
+
+    negative_prompt: str | None
+    image: Picture
+    last_image: Picture
+    keyframes: list[tuple[Any, int, float]]
+    video: Movie
+    mask: Picture
+    outpaint: str | None
+    strength: float | None
+    loop: bool
+    camera: str | dict[str, float] | Trajectory | None
+    camera_scale: float
+    control: Movie
+    aspect: str | None
+    size: str | None
+    duration: float | None
+    num_frames: int | None
+    extend_to: float | None
+    mode: str
+    solver: str | None
+    num_inference_steps: int | None
+    guidance_scale: float | None
+    camera_guidance_scale: float | None
+    guidance_interval: tuple[float, float] | None
+    guidance_every: int
+    guidance_reach: float | None
+    shift: float | None
+    sigma_c: float
+    frame_delay: int
+    seed: int
+    num_videos: int
+
+
+# What a field that is written so takes, and how that is said.
+KINDS = {
+    "int": (numbers.Integral, int, "a whole number"),
+    "float": (numbers.Real, float, "a number"),
+    "bool": ((bool, np.bool_), bool, "True or False"),
+    "str": (str, str, "text"),
+}
+
+
+def named(cls: type[T]) -> type[T]:
+    """A dataclass whose constructor says in one line which field it does not have."""
+    plain, names = cls.__init__, [field.name for field in dataclasses.fields(cls)]
+
+    @functools.wraps(plain)
+    def __init__(self: Any, *args: Any, **fields: Any) -> None:
+        for name in fields:
+            if name not in names:
+                raise unknown("field", name, names)
+        plain(self, *args, **fields)
+
+    cls.__init__ = __init__
+    return cls
+
+
+@named
 @dataclass
 class Request:
     """Everything that one call of the pipeline may be given. The task follows from what is there.
 
     prompt, negative_prompt: English or Chinese. No negative prompt is the checkpoint's own, which may be empty.
     image, last_image: first and last frame. keyframes: (picture, pixel frame, strength in (0, 1]) anywhere between.
-    video: a clip to continue; with `strength` to restyle (1 keeps it, 0 forgets it); with `mask` (white = make anew) or `outpaint` to fill.
+    video: a clip to continue; with `mask` (white = make anew) or `outpaint` to fill; with `strength` to restyle: 1 keeps it, 0 forgets it
+    (diffusers' and ComfyUI's denoise is 1 - ours).
     loop: the last frame leads back to the first.
     camera: axes ("pan=5,zoom=2" or a dict), a master shot, a trajectory file or a `Trajectory`. camera_scale multiplies its translation.
     control: a video (edges, depth, pose …) whose frames the result follows.
     size: "WIDTHxHEIGHT" instead of an aspect.
     aspect, duration (seconds) or num_frames (1 + 4k): what is not given follows from the pictures and the model.
     extend_to: seconds; the clip is continued in hops until it is that long.
+    solver: "euler", "adams" or "renoise" instead of the checkpoint's own.
     mode: "std" or "pro". Steps, guidance and shift default to the checkpoint's settings for the mode.
     guidance_interval: noise levels (low, high) at which there is guidance; guidance_every: how many steps share one computation of it;
     guidance_reach: latent frames from a frame that is given to where guidance is whole (0: everywhere).
@@ -61,6 +126,7 @@ class Request:
     num_frames: int | None = None
     extend_to: float | None = None
     mode: str = "std"
+    solver: str | None = None
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
     camera_guidance_scale: float | None = None
@@ -74,6 +140,7 @@ class Request:
     num_videos: int = 1
 
     def __post_init__(self) -> None:
+        self._check_types()
         if self.mode not in MODES:
             raise unknown("mode", self.mode, MODES)
         for name in ("aspect", "outpaint"):
@@ -122,6 +189,34 @@ class Request:
         elif isinstance(self.camera, str) and not os.path.isfile(self.camera):
             parse_axes(self.camera)
 
+    def _check_types(self) -> None:
+        """Everything of the type that it is written with; numbers of NumPy become Python's, keyframes tuples of three."""
+        for field_ in dataclasses.fields(self):
+            value = getattr(self, field_.name)
+            kind, optional = field_.type.removesuffix(" | None"), field_.type.endswith(" | None")
+            if kind not in KINDS or (optional and value is None):
+                continue
+            takes, plain, said = KINDS[kind]
+            if not isinstance(value, takes) or (kind in ("int", "float") and isinstance(value, bool)):
+                several = "; num_videos makes several of one prompt" if field_.name == "prompt" and isinstance(value, list | tuple) else ""
+                raise UserError(f"{field_.name} {_short(value)} is of type {type(value).__name__}: give {said}{several}")
+            try:
+                setattr(self, field_.name, plain(value))
+            except OverflowError:  # an int with hundreds of digits; the checks of ranges refuse it
+                setattr(self, field_.name, math.inf)
+        pair = self.guidance_interval
+        whole = isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(value, numbers.Real) for value in pair)
+        if pair is not None and not whole:
+            raise UserError(f"guidance_interval {_short(pair)}: give two noise levels, such as (0.2, 0.9)")
+        if not isinstance(self.camera, str | Path | dict | Trajectory | None):
+            raise UserError(f"camera {_short(self.camera)}: give axes as in 'pan=5,zoom=2' or a dict, a file, or a Trajectory")
+        if isinstance(self.camera, dict) and (bad := [k for k, v in self.camera.items() if not isinstance(v, numbers.Real)]):
+            raise UserError(f"camera axis {bad[0]} is {_short(self.camera[bad[0]])}: give a number from -10 to 10")
+        self.camera = str(self.camera) if isinstance(self.camera, Path) else self.camera
+        if not isinstance(self.keyframes, list | tuple):
+            raise UserError(f"keyframes {_short(self.keyframes)}: give a list of (picture, frame) or (picture, frame, strength)")
+        self.keyframes = [_keyframe(given) for given in self.keyframes]
+
     def _check_together(self) -> None:
         """What only makes sense with something else, or without it."""
         needs_video = {"mask": self.mask, "outpaint": self.outpaint, "strength": self.strength}
@@ -154,3 +249,24 @@ class Request:
     def replace(self, **changes: Any) -> Request:
         """A copy with some fields changed, checked again."""
         return dataclasses.replace(self, **changes)
+
+
+def _keyframe(given: Any) -> tuple[Any, int, float]:
+    """(picture, frame, strength) of what was given as a keyframe."""
+    row = (*given, 1.0)[:3] if isinstance(given, list | tuple) and 2 <= len(given) <= 3 else None
+    if row is not None:
+        picture, frame, strength = row
+        numeric = isinstance(frame, numbers.Integral) and isinstance(strength, numbers.Real)
+        if numeric and not isinstance(picture, int | float | None) and not isinstance(frame, bool):
+            return picture, int(frame), float(strength)
+    raise UserError(f"keyframe {_short(given)}: give (picture, frame) or (picture, frame, strength), such as ('mid.png', 20, 0.8)")
+
+
+def _short(value: Any) -> str:
+    """A value for a line of text."""
+    if isinstance(value, list | tuple):
+        inside = ", ".join(map(_short, value[:4])) + (", …" if len(value) > 4 else "")
+        return f"({inside})" if isinstance(value, tuple) else f"[{inside}]"
+    shape = getattr(value, "shape", None)
+    text = repr(value) if shape is None else f"{type(value).__name__} {tuple(shape)}"
+    return " ".join((text if len(text) <= 60 else text[:57] + "…").split())

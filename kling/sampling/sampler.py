@@ -17,7 +17,7 @@ from kling.dit.history import History
 from kling.dit.walk_cache import WalkCache
 from kling.flow.diffusers_scheduler import DiffusersWalk
 from kling.flow.guidance import Guidance, given_share
-from kling.flow.solvers import KlingFlowScheduler
+from kling.flow.solvers import SOLVERS, KlingFlowScheduler
 from kling.flow.walk import Predict, Scheduler, Step, walk, walk_blocks
 from kling.nn.modulation import Levels
 from kling.runtime.device import upload
@@ -29,8 +29,8 @@ from kling.sampling.plan import Plan
 class Signals:
     """What the transformer is shown beside the noise, all on its device.
 
-    text: "prompt" and "negative" (1, l, e). camera: poses, of which the transformer makes rays. concat: channels of the older layouts (1, ·, F, h, w).
-    image: image-encoder tokens (1 or 2, i, image_dim).
+    text: "prompt" and "negative" (1, l, e). camera: poses, of which the transformer makes rays.
+    concat: channels of the older layouts (1, ·, F, h, w). image: image-encoder tokens (1 or 2, i, image_dim).
     """
 
     text: dict[str, Tensor]
@@ -56,7 +56,9 @@ class Sampler:
 
         def fresh(start: int = 0, end: int | None = None) -> Callable[[int], Tensor]:
             like = noise[:, :, start:end]
-            return lambda i: upload(torch.randn(like.shape, generator=generator(seed, "renoise", hop, start, i)).to(like.dtype), like.device)
+            return lambda i: upload(
+                torch.randn(like.shape, generator=generator(seed, "renoise", hop, start, i)).to(like.dtype), like.device
+            )
 
         if not plan.block_frames:
             predict = self._predict(state, signals)
@@ -82,13 +84,14 @@ class Sampler:
         )
 
     def _walker(self, state: State, device: torch.device) -> Scheduler:
-        """The checkpoint's own scheduler where it can walk this, else ours, which walks anything, at its first step."""
-        plan, ours = self.plan, self.scheduler
-        if not isinstance(ours, KlingFlowScheduler):
-            if state.plain and not plan.frame_delay:
-                return DiffusersWalk(ours, plan.num_inference_steps, device, plan.shift)
-            ours = KlingFlowScheduler(solver="adams")  # of second order, as the published ones are
-        ours.set_timesteps(plan.num_inference_steps, device, plan.shift, plan.solver if ours is self.scheduler else None)
+        """The scheduler that was planned, at its first step."""
+        plan = self.plan
+        if plan.solver not in SOLVERS:
+            if not state.plain or plan.frame_delay:
+                raise ValueError(f"{plan.solver} was planned, and has one level for all elements: plan one of {', '.join(SOLVERS)}")
+            return DiffusersWalk(self.scheduler, plan.num_inference_steps, device, plan.shift)
+        ours = self.scheduler if isinstance(self.scheduler, KlingFlowScheduler) else KlingFlowScheduler()
+        ours.set_timesteps(plan.num_inference_steps, device, plan.shift, plan.solver)
         return ours
 
     def _predict(self, state: State, signals: Signals, history: dict[str, History] | None = None) -> Predict:

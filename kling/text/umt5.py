@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import html
+import logging
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -22,6 +25,7 @@ from torch import Tensor
 from kling.errors import UserError
 from kling.runtime.files import written
 
+log = logging.getLogger(__name__)
 FOLDERS = ("tokenizer", "text_encoder")
 MAX_TOKENS = 512
 END = 2**20  # bytes
@@ -45,18 +49,24 @@ class UMT5TextEncoder:
 
     folder: holds `tokenizer/` and `text_encoder/`, as in a Wan folder. dtype: of the weights while they run.
     cache: a folder of embeddings, one file a prompt, that outlives the process; without it they are kept in memory.
+    cut: a prompt of more than `max_tokens` is cut, with a line in the log, instead of refused (training captions).
     """
 
     def __init__(
-        self, folder: str | Path, dtype: torch.dtype = torch.bfloat16, max_tokens: int = MAX_TOKENS, cache: str | Path | None = None
+        self,
+        folder: str | Path,
+        dtype: torch.dtype = torch.bfloat16,
+        max_tokens: int = MAX_TOKENS,
+        cache: str | Path | None = None,
+        cut: bool = False,
     ) -> None:
-        self.folder, self.dtype, self.max_tokens = Path(folder), dtype, max_tokens
+        self.folder, self.dtype, self.max_tokens, self.cut = Path(folder), dtype, max_tokens, cut
         self.cache = None if cache is None else Path(cache)
         for part in FOLDERS:
             if not (self.folder / part).is_dir():
                 raise UserError(f"model {folder} is incomplete: it has no folder '{part}'")
         self._known: dict[str, Tensor] = {}  # on the CPU, unpadded
-        self._loaded: tuple | None = None
+        self._loaded: Any = None
 
     @property
     def loaded(self) -> bool:
@@ -74,7 +84,7 @@ class UMT5TextEncoder:
         return hashlib.sha256(self._identity + repr((str(self.dtype), self.max_tokens)).encode()).hexdigest()
 
     def encode(self, prompts: Sequence[str], device: torch.device | str = "cpu") -> Tensor:
-        """Prompts -> (b, max_tokens, e) on `device`. Longer prompts are cut off, as in the Wan pipelines."""
+        """Prompts -> (b, max_tokens, e) on `device`. Raises `UserError` for a longer prompt (the Wan pipelines cut it without a word)."""
         for _ in self.learn(prompts, device):
             pass
         rows = [self._recall(clean_prompt(prompt)) for prompt in prompts]
@@ -83,6 +93,8 @@ class UMT5TextEncoder:
     def learn(self, prompts: Iterable[str], device: torch.device | str = "cpu") -> Iterator[tuple[int, int]]:
         """Encode what is not known yet, then free the encoder. Yields (done, all of them) before the first one and after each."""
         unknown = [prompt for prompt in dict.fromkeys(map(clean_prompt, prompts)) if not self._knows(prompt)]
+        for prompt in unknown:  # before the encoder is loaded
+            self._check_length(prompt)
         yield 0, len(unknown)
         try:
             for done, prompt in enumerate(unknown, start=1):
@@ -104,23 +116,44 @@ class UMT5TextEncoder:
                 shutil.copytree(self.folder / part, Path(folder) / part, dirs_exist_ok=True)
 
     def _run(self, prompt: str, device: torch.device | str) -> Tensor:
-        tokenizer, encoder = self._load(device)
-        ids = tokenizer([prompt], padding="max_length", max_length=self.max_tokens, truncation=True, return_tensors="pt")  # (1, l)
+        encoder = self._load(device)
+        ids = self._tokenizer([prompt], padding="max_length", max_length=self.max_tokens, truncation=True, return_tensors="pt")  # (1, l)
         with torch.no_grad():
             out = encoder(ids.input_ids.to(device), ids.attention_mask.to(device)).last_hidden_state  # (1, l, e)
         return out[0, : int(ids.attention_mask.sum())].cpu()
 
-    def _load(self, device: torch.device | str) -> tuple:
-        if self._loaded is None:
-            from transformers import AutoTokenizer, UMT5EncoderModel
+    def _check_length(self, prompt: str) -> None:
+        ids = self._tokenizer(prompt, verbose=False).input_ids  # of the whole prompt and its end
+        if len(ids) <= self.max_tokens:
+            return
+        lost = self._tokenizer.decode(ids[self.max_tokens - 1 : self.max_tokens + 24], skip_special_tokens=True)[:60].strip()
+        line = f"prompt '{prompt[:40]}…' has {len(ids)} tokens, and umT5 reads {self.max_tokens}"
+        if not self.cut:
+            raise UserError(f"{line}: shorten it; from '{lost}…' on it would be lost")
+        log.warning("%s: cut before '%s…'", line, lost)
 
-            try:
-                tokenizer = AutoTokenizer.from_pretrained(self.folder / "tokenizer")
+    @cached_property
+    def _tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
+        with self._loading():
+            return AutoTokenizer.from_pretrained(self.folder / "tokenizer")
+
+    def _load(self, device: torch.device | str) -> Any:
+        if self._loaded is None:
+            from transformers import UMT5EncoderModel
+
+            with self._loading():
                 encoder = UMT5EncoderModel.from_pretrained(self.folder / "text_encoder", dtype=self.dtype, use_safetensors=True)
-            except (OSError, ValueError, ImportError, SafetensorError) as error:
-                raise UserError(f"text encoder of {self.folder} cannot be loaded ({str(error).strip().splitlines()[0]})") from None
-            self._loaded = tokenizer, encoder.to(device).eval()
+            self._loaded = encoder.to(device).eval()
         return self._loaded
+
+    @contextmanager
+    def _loading(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError, ImportError, SafetensorError) as error:
+            raise UserError(f"text encoder of {self.folder} cannot be loaded ({str(error).strip().splitlines()[0]})") from None
 
     # ---- the embeddings that are known ----
 

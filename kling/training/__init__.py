@@ -1,0 +1,1 @@
+"""What the training programs are made of: examples, optimizers, average, health, validation, export."""

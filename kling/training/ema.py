@@ -30,11 +30,14 @@ class EMA:
         return min(self.decay, (1 + step) / (10 + step))
 
     @torch.no_grad()
-    def update(self, model: nn.Module, step: int) -> None:
-        """Take in the weights after update number `step` (0-based)."""
+    def update(self, model: nn.Module, step: int, left_out: Tensor | None = None) -> None:
+        """Take in the weights after update number `step` (0-based). left_out: () 1 on the device if that was not made, else 0."""
         params = dict(_params(model))
         averages = [local(average) for average in self.average.values()]
-        torch._foreach_lerp_(averages, [local(params[name]).float() for name in self.average], 1 - self.decay_at(step))
+        weight: float | list[Tensor] = 1 - self.decay_at(step)
+        if left_out is not None:
+            weight = [(1 - left_out) * weight] * len(averages)
+        torch._foreach_lerp_(averages, [local(params[name]).float() for name in self.average], weight)
 
     @contextmanager
     def swap(self, model: nn.Module) -> Iterator[nn.Module]:
@@ -60,6 +63,11 @@ class EMA:
     def load_state_dict(self, saved: Rows) -> None:
         """Raises `UserError` if a name is missing, not known, or of another shape."""
         restore(saved, self.average, "EMA weight")
+
+
+def load_average(saved: Rows, model: nn.Module) -> None:
+    """Give a model the averages of a checkpoint for good, without a copy of its own weights. Raises `UserError` as `load_state_dict`."""
+    restore(saved, dict(_params(model)), "EMA weight")
 
 
 def _params(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

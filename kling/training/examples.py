@@ -136,9 +136,7 @@ def as_extra_channels(example: Example, batch: LatentBatch, given: list[Given], 
     return replace(example, state=build_state([Given()] * b, batch.latents, None, state.patch), concat=concat)
 
 
-def batch_cameras(
-    batch: LatentBatch, given: list[Given], transformer: KlingTransformer3DModel, vae: AutoencoderKLKling
-) -> Cameras | None:
+def batch_cameras(batch: LatentBatch, given: list[Given], transformer: KlingTransformer3DModel, vae: AutoencoderKLKling) -> Cameras | None:
     """The camera of every clip, standing still where it is not known (`Example.has_camera` then keeps it out).
 
     Also when no clip of the batch has one: every process must use every parameter at every step.

@@ -7,6 +7,9 @@ import math
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from kling.errors import UserError
 from kling.runtime.files import write_atomic
 
@@ -43,3 +46,30 @@ class Guard:
             )
         self.row, self.rolled_back = 0, True
         return True
+
+
+class DeviceGuard(Guard):
+    """The same without a wait in any update: each is left out where its gradients are, on the device (`found_inf` of PyTorch's fused
+    optimizers and of `Muon`), and counted there. The host looks at the counts whenever the log is read, and goes back to the last
+    checkpoint if at that moment `limit` or more in a row were left out; none of them has changed anything.
+    """
+
+    def __init__(self, device: torch.device, limit: int = LIMIT) -> None:
+        super().__init__(limit)
+        self.counts = torch.zeros(2, device=device)  # updates left out: in a row, and in all
+
+    def judge(self, *values: Tensor) -> Tensor:
+        """() 1.0 if an update with these values must be left out, else 0.0. Values that all processes share, as in `Guard`."""
+        bad = 1.0 - torch.stack([value.float() for value in values]).isfinite().all().float()
+        self.counts = torch.stack([(self.counts[0] + 1) * bad, self.counts[1] + bad])
+        return bad
+
+    def look(self, row: float, skipped: float) -> None:
+        """What `counts` was, read."""
+        self.row, self.skipped = int(row), int(skipped)
+
+    def rollback(self, batch: list[dict[str, Any]], out: str | Path, rank: int = 0) -> bool:
+        back = super().rollback(batch, out, rank)
+        if back:
+            self.counts[0].zero_()
+        return back

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ SIGMA_BINS = 4
 class StepClock:
     """Where the seconds of a step go: `lap(name)` after each part of it, `take()` once a step.
 
-    On a GPU laps are events in its queue, read once a step, when the loop has waited for its gradient norm anyway.
+    On a GPU laps are events in its queue. `take` waits for them; `close` does not, and what it returns is for when they have happened.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -37,17 +38,28 @@ class StepClock:
         """What was done since the last lap was `name`."""
         self._laps.append((name, self._now()))
 
+    def close(self) -> Callable[[], dict[str, float]]:
+        """End a step. Called when the device has come to it, what is returned gives the same as `take`."""
+        laps, since = self._laps, self._since
+        self._laps, self._since = [], laps[-1][1] if laps else since
+
+        def spent() -> dict[str, float]:
+            found: dict[str, float] = {}
+            before = since
+            for name, now in laps:
+                seconds = before.elapsed_time(now) / 1000 if self.cuda else now - before
+                found[f"time/{name}"] = found.get(f"time/{name}", 0.0) + seconds
+                before = now
+            return found | {"time/step": sum(found.values())}
+
+        return spent
+
     def take(self) -> dict[str, float]:
         """{"time/<name>": seconds} since the last `take`, "time/step" their sum."""
+        spent = self.close()
         if self.cuda:
             torch.cuda.synchronize(self.device)
-        spent: dict[str, float] = {}
-        for name, now in self._laps:
-            seconds = self._since.elapsed_time(now) / 1000 if self.cuda else now - self._since
-            spent[f"time/{name}"] = spent.get(f"time/{name}", 0.0) + seconds
-            self._since = now
-        self._laps = []
-        return spent | {"time/step": sum(spent.values())}
+        return spent()
 
 
 class Meter(StepClock):
@@ -69,30 +81,38 @@ class Meter(StepClock):
         self._losses.index_add_(1, index, torch.stack([losses.detach().float(), torch.ones_like(losses, dtype=torch.float32)]))
         self._work += torch.tensor([tokens, flops])
 
-    def total(self, accelerator: Accelerator) -> dict[str, float]:
-        """Mean loss of the update over all its samples, in all and by σ, the same on every process; and forget it."""
-        sums, counts = total(accelerator, self._losses).tolist()
+    def sums(self, accelerator: Accelerator) -> Tensor:
+        """Losses of the update over all its samples, and how many they are, by σ: (2, bins), the same on every process, on the device; and
+        forget them."""
+        sums = total(accelerator, self._losses.clone())
         self._losses.zero_()
+        return sums
+
+    @staticmethod
+    def means(numbers: list[float]) -> dict[str, float]:
+        """Mean loss in all and by σ, of `sums`, read."""
+        sums, counts = numbers[:SIGMA_BINS], numbers[SIGMA_BINS:]
         found = {"loss": sum(sums) / sum(counts)}
         for i in range(SIGMA_BINS):
             if counts[i]:
                 found[f"loss/sigma_{i / SIGMA_BINS:.2f}-{(i + 1) / SIGMA_BINS:.2f}"] = sums[i] / counts[i]
         return found
 
-    def take(self, batches: int = 1, processes: int = 1) -> dict[str, float]:
-        """Times since the last `take`, and with them tokens/s of all processes, MFU and peak memory.
+    def close(self, batches: int = 1, processes: int = 1) -> Callable[[], dict[str, float]]:
+        """End a step: its times, and with them tokens/s of all processes, MFU and peak memory.
 
         batches: how many different ones the processes worked on; this process's tokens and operations stand for each.
         """
-        times = super().take()
-        (tokens, flops), seconds = (self._work * batches).tolist(), max(times["time/step"], 1e-9)
+        spent, (tokens, flops), memory = super().close(), (self._work * batches).tolist(), peak_memory(self.device)
         self._work.zero_()
-        used = {
-            "tokens/s": tokens / seconds,
-            "mfu": flops / seconds / (self.ceiling * processes),
-            "memory/peak_gib": peak_memory(self.device),
-        }
-        return times | used
+
+        def used() -> dict[str, float]:
+            times = spent()
+            seconds = max(times["time/step"], 1e-9)
+            speed = {"tokens/s": tokens / seconds, "mfu": flops / seconds / (self.ceiling * processes), "memory/peak_gib": memory}
+            return times | speed
+
+        return used
 
 
 def peak_memory(device: torch.device) -> float:

@@ -47,12 +47,18 @@ class Muon(torch.optim.AdamW):
 
     def _turn(self, params: list[nn.Parameter], group: dict[str, Any]) -> None:
         """Matrices of one shape are made orthogonal together."""
+        bad: Tensor | None = getattr(self, "found_inf", None)  # () 1 on the device: leave the update out, as PyTorch's fused AdamW does
+        keep: float | Tensor = 1 - group["lr"] * group["weight_decay"]
+        if bad is not None:
+            keep = torch.where(bad > 0, 1.0, keep)
         alike: dict[tuple[int, int], list[tuple[nn.Parameter, Tensor]]] = {}
         for p in params:
             state = self.state[p]
             if "momentum" not in state:
                 state["momentum"] = torch.zeros_like(p)
             average = state["momentum"]
+            if bad is not None:  # what is not finite must not come into the momentum, which then stays as it is
+                local(p.grad).copy_(torch.where(bad > 0, local(average), local(p.grad)))
             average.lerp_(p.grad, 1 - group["momentum"])
             ahead = p.grad.lerp(average, group["momentum"])  # Nesterov's
             p.grad = None  # AdamW passes it by
@@ -67,8 +73,8 @@ class Muon(torch.optim.AdamW):
                 updates = owners.turn([part for _, part in batch], rows, turned_before + start)
                 for (p, _), update in zip(batch, updates, strict=True):
                     own = local(p)
-                    own.mul_(1 - group["lr"] * group["weight_decay"])
-                    own.add_(update.view(own.shape), alpha=-group["lr"] * scale)
+                    own.mul_(keep)
+                    own.add_(update.view(own.shape) if bad is None else update.view(own.shape) * (1 - bad), alpha=-group["lr"] * scale)
             turned_before += len(found)
 
 

@@ -50,7 +50,7 @@ def muon(
     inside = {id(p) for p in turned}
     plain = [p for p in params if id(p) not in inside]
     groups = [{"params": turned, "weight_decay": weight_decay, "momentum": momentum}, {"params": plain, "weight_decay": 0.0}]
-    return Muon([g for g in groups if g["params"]], lr=lr, betas=tuple(betas), exact=exact)
+    return Muon([g for g in groups if g["params"]], lr=lr, betas=tuple(betas), fused=True, exact=exact)
 
 
 def make_optimizer(

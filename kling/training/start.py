@@ -22,6 +22,7 @@ from kling.flow.solvers import KlingFlowScheduler
 from kling.hub.clip import load_image_encoder
 from kling.hub.load import SETTINGS, find_folder, has_umt5, load, loaded
 from kling.runtime.files import sha256, write_atomic
+from kling.sampling.pipeline import ASSETS
 from kling.text import ByteTextEncoder
 from kling.text.encoder import prompt_bytes
 from kling.text.umt5 import UMT5TextEncoder
@@ -30,6 +31,7 @@ from kling.vae import AutoencoderKLKling
 # keys of the transformer's config that a training may add to a model: inputs that start at zero
 EXTRAS = ("in_channels", "num_kinds", "camera_channels", "camera_fold", "camera_downscale", "camera_residual_blocks")
 READ = "read"  # in a cache's text folder: which captions umT5 has read, all of them
+SHIPPED = "shipped"  # what a preset calls the model that comes with the package, wherever that lies
 LONG_CAPTIONS = ("refuse", "cut")
 EXPERT_FOLDERS = {"": "transformer", "high": "transformer", "low": "transformer_2"}  # expert -> its folder
 
@@ -80,7 +82,7 @@ class Start:
             return text
         if settings:
             raise UserError(f"init_from {self.folder} reads prompts with umT5, which is not trained: leave text.{min(settings)} out")
-        return UMT5TextEncoder(self.folder, cache=text_folder(cache))
+        return UMT5TextEncoder(self.folder, cache=text_folder(cache), cut=True)
 
     def scheduler(self, given: Mapping[str, Any]) -> SchedulerMixin:
         """Its own scheduler with the settings `given`; a published one takes a shift, and `density` is for training alone."""
@@ -94,11 +96,13 @@ class Start:
 
 
 def open_start(path: str | Path, checkpoint: str | None = None, expert: str = "") -> Start:
-    """The start that a model folder or hub id is. checkpoint: the registry's name of it, where the files do not tell.
+    """The start that a model folder or hub id is, or the shipped model (`SHIPPED`).
+
+    checkpoint: the registry's name of it, where the files do not tell.
 
     Raises `UserError` if it is none, or if it has two experts and `expert` does not say which, or says so without need.
     """
-    folder = find_folder(path)
+    folder = ASSETS if path == SHIPPED else find_folder(path)
     parts = load(folder, checkpoint=checkpoint, weights=False)
     two, choices = "transformer_2" in parts, [name for name in EXPERT_FOLDERS if name]
     if two and expert not in choices:
@@ -137,7 +141,7 @@ def _read_by(cache: str | Path, text: UMT5TextEncoder) -> str:
 def check_captions(
     encoder: ByteTextEncoder | UMT5TextEncoder, cache: LatentCache, prompts: Sequence[str] = (), long_captions: str = "refuse"
 ) -> int | None:
-    """The bytes to cut captions to; None where nothing is cut. umT5 cuts by itself, as in Wan's own pipelines.
+    """The bytes to cut captions to; None where nothing is cut. umT5 cuts by itself, as in Wan's own pipelines, and says so in the log.
 
     Raises `UserError` that names the clips with captions longer than our encoder reads, unless they are to be cut, and for long `prompts`.
     """

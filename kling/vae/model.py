@@ -22,6 +22,7 @@ from torch import Tensor
 from kling.errors import UserError, unknown
 from kling.nn.conv import CausalConv3d, Downsample, StreamState, Upsample, started
 from kling.nn.patch import patchify, unpatchify
+from kling.runtime.device import upload
 from kling.shapes import TEMPORAL, latent_size
 from kling.vae.blocks import AttentionBlock, Decoder, Encoder, ResidualBlock
 from kling.vae.stream import in_chunks, split_latents, split_video
@@ -206,7 +207,8 @@ class AutoencoderKLKling(ModelMixin, ConfigMixin):
         return latents * std + mean
 
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        return tuple(like.new_tensor(self.config[key]).view(1, -1, 1, 1, 1) for key in ("latents_mean", "latents_std"))
+        both = (torch.tensor(self.config[key], dtype=like.dtype).view(1, -1, 1, 1, 1) for key in ("latents_mean", "latents_std"))
+        return tuple(upload(t, like.device) for t in both)
 
     # ---- the two halves ----
 

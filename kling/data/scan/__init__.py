@@ -1,0 +1,1 @@
+"""Raw files to a manifest: finding, decoding, measuring, filtering, captioning, reporting."""

@@ -1,9 +1,9 @@
 """What lies beside a video: captions in .txt or .json, a camera path in .camera.txt or .camera.json.
 
-cats/a.mp4   cats/a.txt           one caption a line
-dogs/b.webm  dogs/b.json          {"caption": "..."} or {"captions": ["...", {"text": "...", "language": "zh", "weight": 2}]}
-made/c.mp4   made/c.mp4.json      what kling-sample writes beside its videos: the prompt is the caption
-run/d.mp4    run/d.camera.json    {"fps": 8, "intrinsics": [T][4], "c2w": [T][3][4]}, or RealEstate10K text in run/d.camera.txt
+    cats/a.mp4   cats/a.txt           one caption a line
+    dogs/b.webm  dogs/b.json          {"caption": "..."} or {"captions": ["...", {"text": "...", "language": "zh", "weight": 2}]}
+    made/c.mp4   made/c.mp4.json      what kling-sample writes beside its videos: the prompt is the caption
+    run/d.mp4    run/d.camera.json    {"fps": 8, "intrinsics": [T][4], "c2w": [T][3][4]}, or RealEstate10K text in run/d.camera.txt
 
 Where there are a text and a JSON, as video2dataset writes them, the text is taken. A JSON without a caption is the user's own metadata.
 """

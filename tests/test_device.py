@@ -1,0 +1,128 @@
+"""On a device that is not the CPU: nothing of the host is in the way, and the host does not wait for it while it works.
+
+The device is pretended (`pretend.py`), so these run everywhere; `test_gpu.py` is for a real one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pretend
+import pytest
+import torch
+import workers
+from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+from test_pipeline import H, W, movie, picture, tiny_pipeline
+
+from kling import KlingFlowScheduler, KlingPipeline, KlingTransformer3DModel
+
+train_dit = workers.train_dit
+HOLE = np.zeros((H, W), np.float32)
+HOLE[16:48, 32:80] = 1
+WAN_UNIPC = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+TINY = {
+    "num_attention_heads": 1, "attention_head_dim": 16, "out_channels": 4, "text_dim": 32, "freq_dim": 16, "ffn_dim": 32, "num_layers": 1,
+}  # fmt: skip
+
+
+def second_expert(pipe: KlingPipeline) -> None:
+    torch.manual_seed(1)
+    pipe.register_modules(transformer_2=KlingTransformer3DModel.from_config(pipe.transformer.config))
+    pipe.register_to_config(boundary_ratio=0.6)
+
+
+def extra_channels(pipe: KlingPipeline) -> None:
+    torch.manual_seed(2)
+    pipe.register_modules(transformer=KlingTransformer3DModel(in_channels=4 + 4 + 4, **TINY))
+    pipe.groups = ("mask", "clean")
+
+
+def changed(**scheduler: Any) -> Any:
+    return lambda pipe: pipe.register_modules(scheduler=KlingFlowScheduler(**scheduler))
+
+
+MODES: dict[str, tuple[dict[str, Any], Any]] = {
+    "text": ({}, None),
+    "one picture": ({"num_frames": 1}, None),
+    "image": ({"image": picture()}, None),
+    "last": ({"last_image": picture()}, None),
+    "first and last": ({"image": picture(), "last_image": picture(1)}, None),
+    "soft keyframe": ({"keyframes": [(picture(), 2, 0.7)]}, None),
+    "loop": ({"loop": True}, None),
+    "continuation": ({"video": movie(9)}, None),
+    "hops": ({"num_frames": None, "extend_to": 2.5}, None),
+    "inpaint": ({"video": movie(5), "mask": HOLE}, None),
+    "restyle": ({"video": movie(5), "strength": 0.5}, None),
+    "camera": ({"camera": "pan=5,zoom=2", "camera_guidance_scale": 2.0}, None),
+    "camera at a keyframe": ({"camera": "dolly=3", "last_image": picture()}, None),
+    "noise on what is given": ({"image": picture(), "sigma_c": 0.1}, None),
+    "frames one behind another": ({"frame_delay": 1}, None),
+    "frames one behind another, one given": ({"frame_delay": 2, "image": picture()}, None),
+    "guidance now and then": ({"guidance_every": 2, "guidance_interval": (0.1, 0.9)}, None),
+    "guidance away from what is given": ({"image": picture(), "guidance_reach": 2.0}, None),
+    "second order": ({"mode": "pro"}, None),
+    "fresh noise": ({"image": picture()}, changed(solver="renoise")),
+    "UniPC": ({"image": picture()}, lambda pipe: pipe.register_modules(scheduler=UniPCMultistepScheduler(**WAN_UNIPC))),
+    "UniPC, soft": (
+        {"video": movie(5), "strength": 0.5},
+        lambda pipe: pipe.register_modules(scheduler=UniPCMultistepScheduler(**WAN_UNIPC)),
+    ),
+    "another scheduler": ({}, lambda pipe: pipe.register_modules(scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0))),
+    "block by block": ({}, lambda pipe: pipe.register_to_config(block_frames=1)),
+    "two experts": ({"camera": "pan=5"}, second_expert),
+    "extra channels": ({"image": picture()}, extra_channels),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_sampling_runs_there_and_no_step_waits(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fields, change = MODES[mode]
+    able = ["text", "image", "last", "first_last", "keyframes", "continuation", "inpaint", "restyle", "camera", "text_to_image"]
+    pipe = tiny_pipeline(capabilities=[*able, "diffusion_forcing"])
+    if change is not None:
+        change(pipe)
+    asked = {"num_frames": 5, "num_inference_steps": 3, "guidance_scale": 2.0, "seed": 1, **fields}
+    want = pipe("a ball", output_type="latent", **asked).latents
+    marks: list[int] = []
+    with pretend.device(monkeypatch) as device:
+        pipe.to(pretend.CUDA)
+
+        def note(pipe: KlingPipeline, step: int, timestep: float, kwargs: dict) -> dict:
+            marks.append(len(device.waits))
+            return kwargs
+
+        out = pipe("a ball", output_type="np", callback_on_step_end=note, **asked)
+        latents = out.latents.cpu()
+    torch.testing.assert_close(latents, want, atol=2e-3, rtol=1e-3)
+    assert out.frames.dtype == np.uint8 and out.frames.shape[-3:-1] == (H, W)
+    hops = len(pipe.plan(request_of(asked)).hops)
+    if hops == 1 and not fields.get("loop"):
+        assert not device.since(marks[0]).keys() & {w for w in device.waits[: marks[-1]]}, device.since(marks[0])
+        assert marks[-1] == marks[0], f"steps waited: {device.waits[marks[0] : marks[-1]]}"
+
+
+def request_of(fields: dict[str, Any]) -> Any:
+    from kling import Request
+
+    return Request(prompt="a ball", **fields)
+
+
+def test_no_step_of_a_training_waits_but_to_log(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """All tasks, keyframes and cameras included, with either optimizer: one copy of the logged numbers every third step, and no other."""
+    monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", "cuda:0")
+    words = workers.debug_words(tmp_path, "batch=2", "save_every=100", "log_every=3", "steps=9", "optimizer=muon", "watchdog=0")
+    marks: list[int] = []
+    with pretend.device(monkeypatch) as device:
+        monkeypatch.setattr(train_dit, "publish", lambda *_: None)
+        monkeypatch.setattr(train_dit, "matmul_ceiling", lambda *_: 1e12)
+        monkeypatch.setattr(train_dit.StopSignal, "seen", lambda *_: marks.append(len(device.waits)))
+        train_dit.main([*words, f"out={tmp_path / 'run'}"])
+    waited = [device.waits[a:b] for a, b in pairwise(marks)]  # from the end of a step to that of the next
+    assert [len(what) for what in waited[:-1]] == [0, 1, 0, 0, 1, 0, 0], waited
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 10)) and all(math.isfinite(line["loss"]) for line in lines)
