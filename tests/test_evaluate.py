@@ -24,8 +24,10 @@ from torch import Tensor
 
 from kling.cameras.axes import axes_trajectory
 from kling.cameras.trajectory import Trajectory
+from kling.data.video import write_video
 from kling.data.world.scene import render_scene
 from kling.errors import UserError
+from kling.metrics.controls import noise
 from kling.metrics.ruler import Ruler
 from kling.sampling.pipeline import ASSETS
 
@@ -196,6 +198,21 @@ def test_certify_tells_which_ruler_meets_what(tmp_path: Path, monkeypatch: pytes
     assert "mixture 0" in capsys.readouterr().err
     pairs = [(seen[i][0], seen[i + 1][0]) for i in range(0, 14, 2)]
     assert all(torch.equal(move[0], stand[0]) for move, stand in pairs) and not all(torch.equal(*pair) for pair in pairs)
+
+
+def test_certify_holds_the_rulers_against_each_other_on_made_clips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One clip whose camera both find, one in which there is none: it is counted, and is in no mean."""
+    turning = certify.shot({"pan": 6.0}, 0, 128, 128, 11, "none")[0]
+    for name, frames in (("turning", turning), ("noise", noise(turning, 0))):
+        write_video(tmp_path / "made" / f"{name}.mp4", frames, 8, crf=5)
+    for name, nothing in (("MOVES", {}), ("CLASSED", ()), ("speeds", lambda H, W: {})):
+        monkeypatch.setattr(certify, name, nothing)
+    certify.main(["--out", str(tmp_path / "out"), "--sizes", "32x32", "--made", str(tmp_path / "made")])
+    report = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert report["rows"]["made turning"]["any"] and report["rows"]["made noise"] == {"world": False, "any": False, "rotation": None}
+    found = report["scores"]["made"]
+    assert found["any"]["value"] == 0.5 and found["rotation"]["n"] == 1 and found["rotation"]["value"] < 0.5
+    assert "any against world" in report["table"] and report["reached"] == {"made rotation": True}
 
 
 @pytest.mark.slow

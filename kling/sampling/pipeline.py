@@ -33,6 +33,7 @@ from kling.hub.clip import clip_tokens
 from kling.hub.load import find_folder, load
 from kling.hub.lora import add_loras
 from kling.runtime.device import upload
+from kling.runtime.files import as_umask
 from kling.runtime.random import generator
 from kling.sampling.inputs import Inputs, asked_frames, paste, read_inputs
 from kling.sampling.plan import PRO_STEPS, Hop, Plan, plan_camera, plan_hops, plan_solver, plan_task
@@ -138,6 +139,7 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             text.save_pretrained(save_directory)
             self.text_encoder = None  # diffusers would only say that it knows no way to save it
         super().save_pretrained(save_directory, **kwargs)
+        as_umask(Path(save_directory))
         self.text_encoder = text
 
     @classmethod
