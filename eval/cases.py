@@ -164,7 +164,7 @@ def going_on_case(world: World, k: int, words: str) -> Case:
     motion = LASTING[(LASTING.index(thing.motion) + 1 + k % 2) % 3] if words == "other" else thing.motion
     told = dataclasses.replace(scene, things=(dataclasses.replace(thing, motion=motion),))
     prompt = "" if words == "none" else lasting.captions(told)["en"][k % PHRASINGS]
-    given = {"video": slice(world.frames), "extend_to": (frames - 1) / FPS}
+    given = {"video": slice(world.frames), "extend_to": (frames - 1) / FPS, "num_frames": None}
     return asked(f"continuation-{words}", k, lasting, scene, prompt, **given, camera="static")
 
 
@@ -186,6 +186,7 @@ class Task:
 
     make: the k-th. needs: the capability it asks for. few: a few cases are enough, since it is measured in dB or is dear.
     beside: what is measured in the model's place, see `stand_ins` in world.py. ceiling: scored below what the VAE alone reaches.
+    cost: of a clip, in clips of `FRAMES`.
     """
 
     make: Callable[[World, int], Case]
@@ -193,6 +194,7 @@ class Task:
     few: bool = False
     beside: tuple[str, ...] = ("truth", "broken")
     ceiling: bool = False
+    cost: float = 1.0
 
 
 EVERYTHING = ("truth", "truth through the VAE", "broken", "frozen", "shuffled", "noise")
@@ -202,7 +204,7 @@ TASKS = {
     "plain": Task(plain_case),
     "things-2": Task(lambda world, k: things_case(world, k, 2)),
     "things-3": Task(lambda world, k: things_case(world, k, 3), few=True),
-    "long": Task(long_case, few=True),
+    "long": Task(long_case, few=True, cost=2),
     "camera": Task(camera_case, "camera", beside=EVERYTHING),
     "words": Task(words_case),
     "image": Task(lambda world, k: picture_case(world, k, "image", image=0), "image", few=True, beside=(), ceiling=True),
@@ -215,9 +217,9 @@ TASKS = {
     "restyle-0.3": Task(lambda world, k: restyle_case(world, k, 0.3), "restyle", few=True),
     "restyle-0.7": Task(lambda world, k: restyle_case(world, k, 0.7), "restyle", few=True),
     "continuation": Task(continuation_case, "continuation", few=True, beside=("truth", "truth through the VAE")),
-    "continuation-same": Task(lambda world, k: going_on_case(world, k, "same"), "continuation"),
-    "continuation-other": Task(lambda world, k: going_on_case(world, k, "other"), "continuation", few=True),
-    "continuation-none": Task(lambda world, k: going_on_case(world, k, "none"), "continuation", few=True),
+    "continuation-same": Task(lambda world, k: going_on_case(world, k, "same"), "continuation", cost=2),
+    "continuation-other": Task(lambda world, k: going_on_case(world, k, "other"), "continuation", few=True, cost=2),
+    "continuation-none": Task(lambda world, k: going_on_case(world, k, "none"), "continuation", few=True, cost=2),
 }  # fmt: skip
 
 

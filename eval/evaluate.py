@@ -8,6 +8,7 @@ kling-eval certify                  the camera rulers on rendered truth, and wha
 kling-eval benchmark ACTION NAME    other people's benchmarks: file names to sample, a check of them, their results weighted as they do
 kling-eval side-by-side A B         a blind page on which people choose, and the win rate
 kling-eval report RUN...            one HTML of many runs
+kling-eval card RUN                 the scores of a run into a model card
 
 `kling-eval SUITE --help` lists its options. Exit codes: 2 a mistake in what was given, 3 a metric that ranks its own controls wrongly.
 """
@@ -29,6 +30,7 @@ SUITES = {
     "benchmark": "benchmark",
     "side-by-side": "side_by_side",
     "report": "report",
+    "card": "card",
 }
 
 

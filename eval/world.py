@@ -9,8 +9,9 @@ measured: the same command again goes on where it stopped. Beside every score st
 ruler itself can be trusted), on truth through the VAE, on a truth that does what the task forbids (broken: a thing vanishes half way, the
 camera goes another way …), on three clips that obey nothing (frozen, shuffled, noise), and chance.
 
-What is right or wrong is asked N times. What is measured in dB varies little: pictures and joins are asked in the first 64 cases, and all
-that stands in for the model is measured in the first 32 (the truth of the words in all). The table gives the n of each.
+What is right or wrong is asked N times. What is measured in dB varies little, and some clips are dear: these are asked in the first 64
+cases, and all that stands in for the model is measured in the first 32 (the truth of the words in all). The table gives the n of each.
+With --tasks it is a look on the way: half as many of the former, a quarter of the latter.
 """
 
 from __future__ import annotations
@@ -69,13 +70,13 @@ from kling.metrics.pixel import flicker, psnr, seam, ssim
 from kling.metrics.report import Row, markdown, paired, reached, summarise
 from kling.metrics.ruler import Ruler
 from kling.runtime.files import head, written
-from kling.runtime.precision import bf16_is_fast, default_device
+from kling.runtime.precision import bf16_is_fast, default_device, describe
 from kling.runtime.random import derive_seed
 from kling.sampling.record import model_hashes
 
 PROTOCOL = 3  # raised whenever a case is asked or measured in another way: what was measured before does not mix with it
 EXAMPLES = 400  # rendered clips that the detectors learn from
-PICTURES = 64  # cases in which pictures are given and clips continued
+PICTURES = 64  # cases of a task of which few are enough
 CONTROLS = 32  # cases in which other clips are measured in the model's place, and the VAE alone
 STRIP_ROWS = 4
 QUICK = {"n": 8, "examples": 120}
@@ -98,8 +99,18 @@ class Options:
     workers: int = 1
     limit_minutes: float | None = None
 
+    @property
+    def pictures(self) -> int:
+        """Cases of a task of which few are enough."""
+        return max(1, PICTURES // 2) if self.tasks else PICTURES
+
+    @property
+    def controls(self) -> int:
+        """Cases in which other clips are measured in the model's place."""
+        return max(1, CONTROLS // 4) if self.tasks else CONTROLS
+
     def cases(self, task: str) -> int:
-        return min(self.n, PICTURES) if TASKS[task].few else self.n
+        return min(self.n, self.pictures) if TASKS[task].few else self.n
 
 
 def main(argv: list[str]) -> None:
@@ -111,6 +122,7 @@ def main(argv: list[str]) -> None:
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     tasks = chosen(args.tasks) if args.tasks else ()
     options = Options(args.out, tasks=tasks, bf16=bf16_is_fast(default_device()), **((QUICK if args.quick else {}) | given))
+    print(describe("bf16" if options.bf16 else "fp32"), file=sys.stderr, flush=True)
     report = evaluate(load(folder, options), options, model_hashes(folder), folder)
     report["command"] = shlex.join(["kling-eval", "world", *argv])
     write_json(Path(options.out) / "scores.json", report)
@@ -162,7 +174,7 @@ def estimate(examiner: Examiner, todo: list[int]) -> str:
     measure(examiner.ruler, case, video, truth)
     each, total = time.monotonic() - started, sum(counts.values())
     shown = ", ".join(f"{task} {count}" for task, count in counts.items())
-    minutes = total * each / 60 / examiner.options.workers
+    minutes = sum(count * TASKS[task].cost for task, count in counts.items()) * each / TASKS[case.task].cost / 60 / examiner.options.workers
     return f"{total} clips ({shown}), {took:.1f} s to make and {each - took:.1f} s to measure each: about {minutes:.0f} minutes"
 
 
@@ -221,7 +233,7 @@ class Examiner:
             video, took = self.answer(case, truth)
             seconds += [took] if took else []
             rows["model"][task] = measure(self.ruler, case, video, truth)
-            for name, other in stand_ins(passed, case, truth):
+            for name, other in stand_ins(passed, case, truth, self.options.controls):
                 rows[name][task] = measure(self.ruler, case, other, truth)
         if k < CONTROLS and not self.options.tasks:
             rows["model"] |= {f"vae-{T}": vae_row(passed, held_out(self.options.seed, T).clip(k).video) for T in (FRAMES, LONG)}
@@ -278,8 +290,8 @@ class Passed:
         return after
 
 
-def stand_ins(passed: Passed, case: Case, truth: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Clips measured in the model's place: in a few cases, but what a score is relative to in all, and the truth of the words in all."""
+def stand_ins(passed: Passed, case: Case, truth: Tensor, few: int) -> Iterator[tuple[str, Tensor]]:
+    """Clips measured in the model's place: in `few` cases, but what a score is relative to in all, and the truth of the words in all."""
     task, seed = TASKS[case.task], derive_seed(0, "controls", case.k)
     answers = {
         "truth": lambda: truth,
@@ -291,7 +303,7 @@ def stand_ins(passed: Passed, case: Case, truth: Tensor) -> Iterator[tuple[str, 
     }
     for name, answer in answers.items():
         always = (name == "truth" and case.task == "text-en") or (name == "truth through the VAE" and task.ceiling)
-        if always or (name in task.beside and case.k < CONTROLS):
+        if always or (name in task.beside and case.k < few):
             yield name, answer()
 
 
@@ -379,7 +391,7 @@ def report(options: Options, model: dict[str, Any], records: list[Record], left_
     for by_task in columns.values():
         by_task["text-zh"] = by_task.get("text-en", {})
     table = markdown(TABLE, scores, columns)
-    notes = [f"n = {n} of {options.n} cases a task", f"pictures and joins in {min(n, PICTURES)}, stand-ins in {min(n, CONTROLS)}"]
+    notes = [f"n = {n} of {options.n} cases a task", f"of some {min(n, options.pictures)}, stand-ins in {min(n, options.controls)}"]
     notes += [f"seed {options.seed}", f"{options.steps or 'default'} steps", "sampled in bf16" if options.bf16 else "sampled in fp32"]
     notes += [f"of all tasks, only {', '.join(options.tasks)}"] if options.tasks else []
     notes += [f"{sum(seconds) / len(seconds):.1f} s a clip"] if seconds else []
@@ -390,7 +402,7 @@ def report(options: Options, model: dict[str, Any], records: list[Record], left_
     ]
     with written(Path(options.out) / "scores.md") as temporary:
         temporary.write_text("\n\n".join([" · ".join(notes) + "; bold = reached", table, *strips]) + "\n", encoding="utf-8")
-    measured_as = {"suite": "world", "version": PROTOCOL, "frames": FRAMES, "pictures": PICTURES, "controls": CONTROLS}
+    measured_as = {"suite": "world", "version": PROTOCOL, "frames": FRAMES, "pictures": options.pictures, "controls": options.controls}
     measured_as |= {"examples": options.examples, "seed": options.seed, "steps": options.steps, "bf16": options.bf16}
     return {
         "suite": "world",

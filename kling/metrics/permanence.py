@@ -1,8 +1,8 @@
 """Do the things of a small-world clip stay what they are: as many as were asked, each in one piece, of one colour and of one solid?
 
-Three facts of the world make this a matter of pixels. The things of a scene differ in colour, so a colour names a thing. All solids are
-convex, so a silhouette with a dent is torn or molten, unless something hides a part of it. And a step from frame to frame is small
-against a thing's size.
+Four facts of the world make this a matter of pixels. The things of a scene differ in colour, so a colour names a thing. All solids are
+convex, so a silhouette with a dent is torn or molten, unless something hides a part of it. They are rigid and hardly turn, so the share
+of its smallest circle that a silhouette fills stays what it is. And a step from frame to frame is small against a thing's size.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ from kling.metrics.things import NEAR, Thing, find_things, opened, parts
 
 SHARE = 0.95  # of the frames that must be in order
 CONVEX = 0.8  # of its hull that a silhouette must fill
+BENT = 0.2  # by which the share of its circle that a silhouette fills may be off its median over the clip; rendered truth is within 0.09
 JUMP = 1.0  # of its size by which a thing may move from a frame to the next
 GROWTH = 1.8  # times the area of its box that it may have in the next frame
 FOREIGN = 0.25  # share of a silhouette that may have another colour
 PALE = 0.3  # nearness to the palette below which a part is ground that happens to look like it, such as a wave seen from close by
 HIDDEN = 1 / 3  # share of the clip for which a thing may be behind another
 STRETCHES = 3  # of a clip, in each of which the solid is read
-FAULTS = ("vanished", "split", "extra", "torn", "jumped", "recoloured")
+FAULTS = ("vanished", "split", "extra", "torn", "bent", "jumped", "recoloured")
 
 
 def permanence(video: Tensor, palette: Palette, count: int, solid: Callable[[Tensor], str] | None = None, leaves: bool = False) -> Row:
@@ -49,6 +50,7 @@ def permanence(video: Tensor, palette: Palette, count: int, solid: Callable[[Ten
         faults["vanished"] |= _vanished(thing, [other for other in things if other is not thing], leaves)
         faults["split"] |= thing.parts > 1
         faults["torn"] |= [bool(free) and _filled(mask) < CONVEX for free, mask in zip(thing.free, thing.mask, strict=True)]
+        faults["bent"] |= _bent(thing)
         faults["jumped"] |= _jumped(thing)
     in_order = float((~np.logical_or.reduce(list(faults.values()))).mean())
     has = {name: bool(frames.mean() > 1 - SHARE) for name, frames in faults.items()}
@@ -95,6 +97,16 @@ def _filled(mask: np.ndarray) -> float:
     points = np.argwhere(mask)[:, ::-1].astype(np.int32)
     hull = cv2.fillConvexPoly(np.zeros(mask.shape, np.uint8), cv2.convexHull(points), 1)
     return float(mask.sum() / hull.sum())
+
+
+def _bent(thing: Thing) -> np.ndarray:
+    """(T,) bool: another silhouette than over most of the clip, whatever its size and its turn in the picture."""
+    filled = np.full(len(thing.seen), np.nan)
+    for t in np.flatnonzero(thing.free & ~thing.edge):
+        _, radius = cv2.minEnclosingCircle(np.argwhere(thing.mask[t]).astype(np.float32))
+        filled[t] = thing.mask[t].sum() / (np.pi * (radius + 0.5) ** 2)
+    clear = ~np.isnan(filled)
+    return clear & (np.abs(filled / np.median(filled[clear]) - 1) > BENT) if clear.any() else clear
 
 
 def _jumped(thing: Thing) -> np.ndarray:

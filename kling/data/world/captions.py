@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 
 LANGUAGES = ("en", "zh")
 
@@ -103,3 +105,65 @@ def caption(
         return f"{text}, {said}" if said else text
     text = "，".join([place, *phrases] if place_first else [*phrases, place])
     return f"{text}，{said}" if said else text
+
+
+# ------------------------------------------------------------------------------------------------------------- what can be said
+
+# Words that a sentence may hold beside those of the phrases, and that change nothing.
+SMALL_WORDS = set(re.findall(r"\w+", "a an the and with is are it its of at by to in on as while then there one two three this that s"))
+SMALL_CHARACTERS = set("一二两三个只的了在有和与并且里上下中是着它都这那")
+
+
+def vocabulary() -> dict[str, list[tuple[str, tuple[str, ...], tuple[str, ...]]]]:
+    """Everything that captions say, by subject: (name, English phrases, Chinese phrases)."""
+    axes = {f"{axis} {'+' if sign > 0 else '-'}": phrases for (axis, sign), phrases in CAMERA_AXES.items()}
+    return {
+        "colours": [(name, (name,), (chinese,)) for name, chinese in COLOURS.items()],
+        "solids": [(name, SOLIDS_EN[name], chinese) for name, chinese in SOLIDS.items()],
+        "grounds": [(name, *phrases) for name, phrases in GROUNDS.items()],
+        "motions": [(name, tuple(_spelled(english)), tuple(_spelled(chinese))) for name, (english, chinese) in MOTIONS.items()],
+        "camera": [(name, *phrases) for name, phrases in (axes | CAMERA_MOVES).items()],
+    }
+
+
+def _spelled(phrases: Sequence[str]) -> Iterator[str]:
+    """Phrases with every word that may stand in their gaps: balls roll and other things slide."""
+    for phrase in phrases:
+        yield from dict.fromkeys(phrase.format(**words) for words in ({"roll": "rolls", "滚": "滚动"}, {"roll": "slides", "滚": "滑动"}))
+
+
+def vocabulary_table() -> str:
+    """`vocabulary` as a table in markdown."""
+    titles = {"colours": "colour", "solids": "solid", "grounds": "ground", "motions": "motion", "camera": "camera"}
+    lines = ["| | English | 中文 |", "|---|---|---|"]
+    for subject, rows in vocabulary().items():
+        lines += [f"| {titles[subject]} | {' · '.join(english)} | {' · '.join(chinese)} |" for _, english, chinese in rows]
+    return "\n".join(lines)
+
+
+def unknown_words(text: str) -> list[str]:
+    """The words of a prompt that no caption says, in their order: of Chinese, runs of characters that none has.
+
+    >>> unknown_words("A red cat rolls left at sunset.")
+    ['cat', 'sunset']
+    >>> unknown_words("一只红色的猫在草地上")
+    ['猫']
+    """
+    words, characters = _known()
+    found = re.findall(r"[\u3400-\u9fff]+|[^\W\d_\u3400-\u9fff]+", text.lower())
+    unknown: list[str] = []
+    for word in found:
+        if re.match(r"[\u3400-\u9fff]", word):
+            unknown += "".join(" " if c in characters else c for c in word).split()
+        elif word not in words:
+            unknown.append(word)
+    return list(dict.fromkeys(unknown))
+
+
+@cache
+def _known() -> tuple[set[str], set[str]]:
+    """English words and Chinese characters of all captions."""
+    rows = [row for rows in vocabulary().values() for row in rows]
+    english = {word for _, phrases, _ in rows for phrase in phrases for word in re.findall(r"[a-z]+", phrase)}
+    chinese = {c for _, _, phrases in rows for phrase in phrases for c in phrase}
+    return english | SMALL_WORDS, chinese | SMALL_CHARACTERS

@@ -1,0 +1,65 @@
+"""Write the scores of a run of `kling-eval world`, and what the model understands, into its model card.
+
+kling-eval card out/eval                            # into kling/assets/README.md
+kling-eval card out/eval --into runs/mine/README.md
+
+The card keeps its text: only what stands between its marks `<!-- scores -->` and `<!-- vocabulary -->` and their ends is written anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from kling_programs.eval.cases import TABLE
+from kling_programs.eval.common import write_text
+from kling_programs.sample.command import Parser
+
+from kling.data.world.captions import vocabulary_table
+from kling.errors import UserError
+from kling.metrics.report import markdown
+from kling.runtime.files import head
+
+
+def main(argv: list[str]) -> None:
+    args = parse(argv)
+    card, scores = Path(args.into), Path(args.run) / "scores.json"
+    for path in (scores, card):
+        head(path)
+    text = card.read_text(encoding="utf-8")
+    try:
+        report = json.loads(scores.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{scores} is not JSON ({error}): write the run again") from None
+    if report.get("suite") != "world":
+        raise UserError(f"{scores} is of the suite {report.get('suite')}: a card takes the scores of kling-eval world")
+    text = between(text, "scores", score_lines(report), card)
+    write_text(card, between(text, "vocabulary", vocabulary_table(), card))
+    print(card)
+
+
+def score_lines(report: dict[str, Any]) -> str:
+    """The table without the controls' columns, which scores.md holds, under how it was measured."""
+    facts = [f"protocol {report['protocol']}", f"n = {report['n']}", f"`{report.get('command', 'kling-eval world')}`"]
+    return " · ".join(facts) + "; bold = reached\n\n" + markdown(TABLE, report["scores"], {})
+
+
+def between(text: str, mark: str, lines: str, card: Path) -> str:
+    """The text with `lines` between two marks. Raises `UserError` where they are missing."""
+    start, end = f"<!-- {mark} -->", f"<!-- /{mark} -->"
+    before, found, rest = text.partition(start)
+    _, ended, after = rest.partition(end)
+    if not found or not ended:
+        raise UserError(f"{card} has no place for the {mark}: put {start} and {end} around it")
+    return f"{before}{start}\n{lines}\n{end}{after}"
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    from kling.sampling.pipeline import ASSETS
+
+    parser = Parser("kling-eval card", __doc__)
+    parser.add_argument("run", metavar="RUN", help="a folder that kling-eval world wrote")
+    parser.add_argument("--into", metavar="FILE.md", default=str(ASSETS / "README.md"), help="the card; default: the shipped model's")
+    return parser.parse_args(argv)
