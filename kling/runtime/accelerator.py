@@ -29,6 +29,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
 from kling.errors import UserError, unknown
+from kling.runtime.device import multiply_in_tf32
 from kling.runtime.precision import describe, pick_precision
 
 EXIT_STOPPED = 143  # 128 + SIGTERM: what a scheduler expects of a job that it asked to leave
@@ -60,6 +61,7 @@ def make_accelerator(
         raise UserError(f"gradient_accumulation {gradient_accumulation}: give 1 or more")
     if mixed_precision == "fp16":  # a loss scaler would have to agree with accumulation, the guard and the record of every step
         raise UserError("mixed_precision fp16 is for sampling: train in bf16, which has the range of fp32, or in fp32")
+    multiply_in_tf32()
     precision = pick_precision(mixed_precision)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
         os.environ["ACCELERATE_USE_CPU"] = "true"  # `accelerate launch` forgets it: each process would train alone and say nothing
