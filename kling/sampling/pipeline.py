@@ -33,6 +33,7 @@ from kling.hub.clip import clip_tokens
 from kling.hub.load import find_folder, load
 from kling.hub.lora import add_loras
 from kling.runtime.device import upload
+from kling.runtime.files import as_umask
 from kling.runtime.random import generator
 from kling.sampling.inputs import Inputs, asked_frames, paste, read_inputs
 from kling.sampling.plan import PRO_STEPS, Hop, Plan, plan_camera, plan_hops, plan_solver, plan_task
@@ -138,6 +139,7 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             text.save_pretrained(save_directory)
             self.text_encoder = None  # diffusers would only say that it knows no way to save it
         super().save_pretrained(save_directory, **kwargs)
+        as_umask(Path(save_directory))
         self.text_encoder = text
 
     @classmethod
@@ -247,7 +249,12 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         lone = [Given(keyframes=hop.given.keyframes).task(latent_frames(hop.frames)) for hop in beside]  # of a clip that is given too
         for name in [task, *lone, *(name for name, wanted in asked.items() if wanted)]:
             if name not in able:
-                raise UserError(f"this model was not trained for '{name}': it can do {', '.join(able)}")
+                raise UserError(
+                    f"this model was not trained for '{name}': it can do {', '.join(able)}",
+                    code="not_trained",
+                    task=name,
+                    able=", ".join(able),
+                )
         if request.guidance_reach and (self.groups or self.config.get("block_frames")):
             raise UserError(f"guidance_reach {request.guidance_reach:g}: this model has no given frames among those it makes: leave it out")
 
