@@ -66,7 +66,14 @@ DIFFERS = {
 
 
 class UserError(ValueError):
-    """A mistake in what was given. The message is one line: the thing, its value, and the remedy."""
+    """A mistake in what was given. The message is one line: the thing, its value, and the remedy.
+
+    code: names the kind of mistake, for programs and translations, which then need not read English; values: what the message names.
+    """
+
+    def __init__(self, message: str = "", /, code: str = "", **values: object) -> None:
+        super().__init__(message)
+        self.code, self.values = code, values
 
 
 def unknown(thing: str, value: object, choices: Iterable[str], known_as: str = "") -> UserError:

@@ -123,6 +123,10 @@ def train_in(out: Path, cfg: TrainTextConfig, stop: StopSignal, accelerator: Acc
     model = ByteTextEncoder(**cfg.text).train()
     exact = accelerator.mixed_precision == "no"
     optimizer = make_optimizer(cfg.optimizer, model, cfg.lr, weight_decay=cfg.weight_decay, exact=exact)
+    cut = model.config.max_bytes if cfg.long_captions == "cut" else None
+    if cut is None and source.manifest:
+        found = [(shot.name, [c.text for c in shot.captions]) for shot in source.manifest.manifest.shots]
+        refuse_long(found, model.config.max_bytes, f"data.source {cfg.data.source}")
     net, optimizer = accelerator.prepare(model, optimizer)
     ema = EMA(model, cfg.ema)
     saver = Saver(out, cfg.keep_last, accelerator=accelerator)
@@ -132,10 +136,6 @@ def train_in(out: Path, cfg: TrainTextConfig, stop: StopSignal, accelerator: Acc
         start = saved.step
         load_run_tensors(saved, model, optimizer.optimizer, ema)
     save_config(cfg, out / "config.yaml")
-    cut = model.config.max_bytes if cfg.long_captions == "cut" else None
-    if cut is None and source.manifest:
-        found = [(shot.name, [c.text for c in shot.captions]) for shot in source.manifest.manifest.shots]
-        refuse_long(found, model.config.max_bytes, f"data.source {cfg.data.source}")
     data = CaptionPairs(source, cfg.batch, cut)
 
     with RunLog(out, cfg.steps, accelerator=accelerator, config=to_dict(cfg), start=start, log_every=cfg.log_every) as log:

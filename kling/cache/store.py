@@ -25,7 +25,7 @@ import zlib
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate, islice, pairwise
 from pathlib import Path
@@ -262,6 +262,7 @@ class CacheWriter:
         names = {shard.name for shard in plan}
         with writing(self.folder / INDEX):
             self._write(INDEX, {name: found[name] for name in sorted(names)})
+        with suppress(OSError):  # a cache from before on a disk that is only read: its hashes are compared at every start
             _write_if_new(self.folder / STAMPS, json.dumps({name: self.stamps[name] for name in sorted(names & self.stamps.keys())}))
         for path in self.folder.glob("index.*.json"):
             path.unlink()

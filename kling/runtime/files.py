@@ -117,7 +117,7 @@ def head(source: Source) -> bytes:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{source} cannot be read ({reason}): check the path and its permissions") from None
     if not start:
-        raise UserError(f"{source} is empty (0 bytes): download or export it again")
+        raise UserError(f"{source} is empty (0 bytes): download or export it again", code="empty_file", file=source)
     return start
 
 

@@ -67,6 +67,7 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
     sizes: aspect -> (H, W). block_frames: latent frames made at a time by block-causal weights; 0 makes all at once.
     defaults: `num_inference_steps`, `guidance_scale` (high noise, low noise) and `negative_prompt`, where the scheduler is not ours.
     licence: of the weights, where they are published ones.
+    sampling_dtype: "bf16" if the weights were measured to sample as well in it (`kling.sampling.agreement`); for programs, see `load`.
     vocabulary: "world", where the weights have learned no words but those of the small world's captions.
     """
 
@@ -90,6 +91,7 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         block_frames: int = 0,
         defaults: dict[str, Any] | None = None,
         licence: str | None = None,
+        sampling_dtype: str | None = None,
         vocabulary: str | None = None,
     ) -> None:
         super().__init__()
@@ -103,7 +105,7 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         )
         self.register_to_config(capabilities=list(capabilities), fps=fps, max_frames=max_frames)
         extra = {"sizes": sizes, "boundary_ratio": boundary_ratio, "block_frames": block_frames or None, "defaults": defaults}
-        extra |= {"licence": licence, "vocabulary": vocabulary}
+        extra |= {"licence": licence, "vocabulary": vocabulary, "sampling_dtype": sampling_dtype}
         self.register_to_config(**{key: value for key, value in extra.items() if value is not None})
         self.groups = concat_groups(transformer.config.in_channels, vae.config.z_dim)
 
@@ -247,7 +249,12 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         lone = [Given(keyframes=hop.given.keyframes).task(latent_frames(hop.frames)) for hop in beside]  # of a clip that is given too
         for name in [task, *lone, *(name for name, wanted in asked.items() if wanted)]:
             if name not in able:
-                raise UserError(f"this model was not trained for '{name}': it can do {', '.join(able)}")
+                raise UserError(
+                    f"this model was not trained for '{name}': it can do {', '.join(able)}",
+                    code="not_trained",
+                    task=name,
+                    able=", ".join(able),
+                )
         if request.guidance_reach and (self.groups or self.config.get("block_frames")):
             raise UserError(f"guidance_reach {request.guidance_reach:g}: this model has no given frames among those it makes: leave it out")
 
