@@ -23,7 +23,12 @@ Made from the first paragraph of every module's docstring when this site is buil
 A room imports only rooms above it in this list, which a test enforces.
 The links lead to the API reference.
 """
-COPIED = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+COPIED = {
+    "README.md": "index.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+    "kling/assets/README.md": "shipped-model.md",
+}
 
 
 def rooms() -> list[str]:
@@ -56,11 +61,15 @@ def dotted(path: Path) -> str:
 
 
 def copied(name: str) -> str:
-    """A file of the repository's root as a page: links into docs/ lose that folder, links to its sisters go to their pages."""
-    text = (ROOT / name).read_text(encoding="utf-8")
+    """A file of the repository as a page: links into docs/ lose that folder, links to its sisters go to their pages."""
+    return re.sub(r'(\]\(|src=")docs/', r"\1", to_pages((ROOT / name).read_text(encoding="utf-8")))
+
+
+def to_pages(text: str, up: str = "") -> str:
+    """The same text with links to files that are copied leading to their pages. up: how the text leads to the repository's root."""
     for source, page in (COPIED | {"LICENSE": "LICENSE.txt"}).items():
-        text = text.replace(f"]({source})", f"]({page})")
-    return re.sub(r'(\]\(|src=")docs/', r"\1", text)
+        text = text.replace(f"]({up}{source}", f"]({page}")
+    return text
 
 
 def tree() -> str:
@@ -131,3 +140,7 @@ def on_files(files: Any, config: Any) -> Any:
         files.append(File.generated(config, path, content=text))
     files.append(File.generated(config, "LICENSE.txt", abs_src_path=str(ROOT / "LICENSE")))
     return files
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    return to_pages(markdown, "../")

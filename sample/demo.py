@@ -59,13 +59,14 @@ def prepare(args: argparse.Namespace, arrivals: Path) -> tuple:
         if error.name != "gradio":
             raise
         raise UserError("the studio needs gradio, which is not installed: pip install 'kling[demo]'") from None
-    from kling_programs.sample.generate import load_pipeline
+    from kling_programs.sample.generate import load_pipeline, precision_of
     from kling_programs.sample.studio.guard import Door, own_names
     from kling_programs.sample.studio.jobs import ModelQueue
     from kling_programs.sample.studio.shelf import Shelf
     from kling_programs.sample.studio.studio import Studio
     from kling_programs.sample.studio.uploads import Uploads
 
+    from kling.runtime.precision import describe
     from kling.sampling.machine import pick_device
     from kling.sampling.record import model_hashes
     from kling.shapes import ASPECTS
@@ -73,6 +74,7 @@ def prepare(args: argparse.Namespace, arrivals: Path) -> tuple:
     folder, pipe = load_pipeline(args.model, args.device)
     device = pick_device(args.device)
     pipe.to(device)
+    print(describe(precision_of(pipe), device.type), file=sys.stderr, flush=True)
     pipe.set_progress_bar_config(disable=True)
     model = model_hashes(folder)
     shelf = Shelf(Path(args.out), model, args.keep)

@@ -502,7 +502,7 @@ def test_a_run_on_two_million_clips_starts_in_seconds(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_from_ones_own_videos_to_a_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The commands of README's "Your own videos", on six clips and for two steps, each in a process of its own as a person starts it."""
+    """The commands of docs/own-videos.md, on six clips and for two steps, each in a process of its own as a person starts it."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "VIDEOS").mkdir()
     for i in range(6):

@@ -1,4 +1,4 @@
-"""The plan of the house (README, "Where things are"): who may import whom, and what must not stand where. Each test walks all files."""
+"""The plan of the house (docs: the file tree): who may import whom, and what must not stand where. Each test walks all files."""
 
 from __future__ import annotations
 

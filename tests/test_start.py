@@ -217,7 +217,7 @@ def test_resuming_is_exact(wan: Path, cache: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_videos_of_one_s_own_through_both_presets(wan: Path, tmp_path: Path) -> None:
-    """Two mp4s with captions in two languages -> kling-encode -> kling-train, as the README has it, but small."""
+    """Two mp4s with captions in two languages -> kling-encode -> kling-train, as docs/own-videos.md has it, but small."""
     (tmp_path / "cats").mkdir()
     for name, caption in (("a", "a red ball"), ("b", "一个红色的球")):
         write_video(tmp_path / "cats" / f"{name}.mp4", np.random.default_rng(0).integers(0, 255, (24, 64, 112, 3), dtype=np.uint8), 16)

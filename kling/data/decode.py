@@ -6,7 +6,6 @@ import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache, lru_cache, partial
 from itertools import pairwise
@@ -18,45 +17,18 @@ import torch
 from av.video.reformatter import ColorPrimaries, Colorspace, ColorTrc, Interpolation, VideoReformatter
 from torch import Tensor
 
+from kling.data.info import EPS, UNTAGGED, VideoInfo
 from kling.data.transforms import cover_size, crop, fit
 from kling.errors import UserError
 from kling.runtime.files import Member, Source, as_source, head, sniff, stamp, url
 
-EPS = 1e-6  # seconds; ties between two frames go to the earlier one whatever the rounding
 # Chroma at full resolution and accurate rounding, together: without either, swscale darkens each pass by 1 to 2 levels of 255.
 TO_RGB = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.BITEXACT
 TO_SMALL_RGB = Interpolation.AREA | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.BITEXACT
 MAX_GAP = 600  # seconds for which a frame may stand; a longer one is a time stamp gone wrong, and would be filled with copies
 JUMP = 1.0  # seconds: a key frame so far ahead of the last picked frame is worth opening the file again for
-UNTAGGED = 2  # AVCOL_SPC_UNSPECIFIED
 HDR = (ColorTrc.SMPTE2084, ColorTrc.ARIB_STD_B67)  # PQ and HLG (phones): mapped to BT.709 by swscale
 COUNTED = ("avi", "mpeg", "h264", "hevc")  # containers that state few or no presentation times: frame i is shown at i / rate
-
-
-@dataclass(frozen=True)
-class VideoInfo:
-    """What a file holds. Width and height are as read: after rotation, with square pixels."""
-
-    width: int
-    height: int
-    frames: int  # stored frames
-    fps: float  # mean rate
-    duration: float  # seconds, from the first frame to the end of the last
-    rotation: int  # degrees counter-clockwise that reading applies
-    codec: str
-    pix_fmt: str
-    origin: float | None = 0.0  # time stamp of the first frame, seconds; None where none are stored and frames are counted
-    gap: float = 0.0  # longest time from one frame to the next, seconds; 0 for a single frame
-    vfr: bool = False  # the rate varies
-    pixel_aspect: float = 1.0  # width of a stored pixel over its height
-    matrix: int = UNTAGGED  # AVColorSpace
-    container: str = ""  # FFmpeg's demuxer
-    keyframes: tuple[float, ...] = ()  # times of key frames that are `JUMP` or more apart, seconds
-
-    def count(self, fps: float, start: float = 0.0) -> int:
-        """Frames that `read_video` gives at `fps` from `start`: up to half a stored frame past the last one."""
-        end = self.duration - 0.5 / self.fps + EPS
-        return max(0, math.floor((end - start) * fps) + 1)
 
 
 def probe(path: str | Path | Member) -> VideoInfo:

@@ -16,7 +16,6 @@ from kling.cameras.files import load_trajectory
 from kling.cameras.trajectory import Trajectory
 from kling.data.image import read_image, read_mask
 from kling.data.transforms import contain, fit
-from kling.data.video import probe, read_video
 from kling.errors import UserError
 from kling.sampling.request import MAX_SECONDS, Movie, Picture, Request
 from kling.shapes import ASPECTS, aspect_size, clip_frames, nearest_aspect, nearest_frames, parse_size
@@ -174,6 +173,8 @@ def _mask(mask: Picture, H: int, W: int) -> Tensor:
 
 def _movie_size(video: Movie) -> tuple[int, int]:
     if isinstance(video, str | Path):
+        from kling.data.video import probe  # here: who gives no video needs no decoder
+
         info = probe(video)
         return info.height, info.width
     return tuple(_clip(video, "video").shape[1:3])
@@ -197,6 +198,8 @@ def _clip(movie: Movie, name: str) -> Tensor:
 
 def _length(movie: Movie, fps: float) -> int:
     """Frames of a given video at the model's frame rate. Nothing is decoded."""
+    from kling.data.video import probe
+
     return probe(movie).count(fps) if isinstance(movie, str | Path) else len(_clip(movie, "video"))
 
 
@@ -208,6 +211,8 @@ def _movie(movie: Movie, fps: float, name: str, size: tuple[int, int], count: in
     so they are counted after resampling and before anything is decoded.
     """
     if isinstance(movie, str | Path):
+        from kling.data.video import probe, read_video
+
         info = probe(movie)
         if (count or info.count(fps)) > MAX_SECONDS * fps + 1:
             line = f"{name} {movie} lasts {info.duration:.0f} s: give at most {MAX_SECONDS:g} s, such as its beginning with "

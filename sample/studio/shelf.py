@@ -14,6 +14,7 @@ from typing import Any
 
 import av
 import numpy as np
+from kling_programs.sample.generate import precision_of
 
 from kling.data.image import write_png
 from kling.data.video import frame_rate, read_video, write_gif, write_video
@@ -74,8 +75,8 @@ class Shelf:
         weights = model or self.model
         output = {"path": str(result.path), "format": kind, "fps": plan.fps, "seconds": round(seconds, 2)}
         record = records.make_record(
-            request, plan, {name: weights[name] for name in ("path", "sha256")}, pipe.device, frames, output=output, command="kling-demo",
-            **({"studio": weights["studio"]} if "studio" in weights else {}),
+            request, plan, {name: weights[name] for name in ("path", "sha256")}, pipe.device, frames, precision_of(pipe),
+            output=output, command="kling-demo", **({"studio": weights["studio"]} if "studio" in weights else {}),
         )  # fmt: skip
         records.write_record(result.record_path, record)
         self._owners[result.id] = visitor
