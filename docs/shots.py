@@ -83,7 +83,6 @@ def visit(browser: Browser, url: str, width: int, height: int, **context: object
 def make(page: Page, prompt: str, seed: int) -> None:
     """A video with a known seed, so that the pictures come out the same again."""
     before = page.locator(".card").count()
-    page.check("#lock input")
     page.fill("#seed input", str(seed))
     page.fill("#prompt textarea", prompt)
     page.press("#prompt textarea", "Tab")

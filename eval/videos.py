@@ -6,22 +6,20 @@
       --keyframes pictures/                     how near frame F comes to NAME@F.png
       --seams 41:32                             the joins at 41, 73, 105, …, and what drifts from hop to hop
 
-A file that is missing, cannot be read or does not fit counts with every measure's worst value, and is named. Beside every score stand
-controls made from the same videos; a measure that ranks them wrongly ends the run with exit code 3. OUT gets scores.json, scores.md and
-strips (worst above best).
+A file that is missing, cannot be read or does not fit is named and counted as failed, and enters no mean: a video in every task, a file
+beside it in its own task only; so does a clip whose camera cannot be found. Beside every score stand controls made from the same videos;
+a measure that ranks them wrongly ends the run with exit code 3. OUT gets scores.json, scores.md and strips (worst above best). A metric
+is one function in kling/metrics/clip.py.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import math
 import shlex
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -29,82 +27,21 @@ from typing import Any
 import torch
 from kling_programs.eval.common import VIDEOS, check_order, files, protocol_hash, write_json, write_text
 from kling_programs.sample.command import Parser
-from torch import Tensor
 
-from kling.cameras.axes import axes_trajectory
 from kling.cameras.files import load_trajectory
-from kling.cameras.trajectory import Trajectory
 from kling.data.image import read_image, write_png
 from kling.data.strip import strip
-from kling.data.transforms import fit, to_tensor
+from kling.data.transforms import fit
 from kling.data.video import probe, read_video
 from kling.errors import UserError
-from kling.metrics.camera.errors import WORST_ROTATION, WORST_TRANSLATION, axes_of, rotation_error, summed_errors, translation_error
-from kling.metrics.camera.structure import estimate_structure
-from kling.metrics.continuation import drift, seam_rows
+from kling.metrics.clip import METRICS, Clip
 from kling.metrics.controls import Order, frozen, noise, shuffled, stepped, turned
-from kling.metrics.motion import camera_classes, dynamic_degree, optical_flow, warp_error
-from kling.metrics.pixel import flicker, psnr, ssim, temporal_psnr
 from kling.metrics.report import Line, Row, markdown, summarise
-from kling.metrics.vmaf import vmaf
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 CONTROLS = 4  # clips from which controls are made
 CONTROL_FRAMES = 17  # of each of them
-STANDS_STILL = 0.5  # levels of 255: a clip that never changes more than this from its first frame is a picture, not a video
 STRIPS = 4  # best and worst clips shown
-
-
-@dataclass(frozen=True)
-class Measure:
-    """One number of a task: what a failure counts, and in which order its controls must come out (best first)."""
-
-    task: str
-    name: str
-    title: str
-    unit: str
-    worst: float | bool
-    controls: tuple[str, ...] = ()
-    higher: bool = True
-
-
-MEASURES = (
-    Measure("reference", "psnr", "PSNR", "dB", 0.0, ("truth", "shuffled", "noise")),
-    Measure("reference", "ssim", "SSIM", "", 0.0, ("truth", "shuffled", "noise")),
-    Measure("reference", "temporal", "temporal PSNR", "dB", 0.0, ("truth", "shuffled", "noise")),
-    Measure("reference", "vmaf", "VMAF", "", 0.0, ("truth", "noise")),
-    Measure("motion", "flicker", "flicker", "levels", 510.0, ("frozen", "noise"), higher=False),
-    Measure("motion", "warp", "warp error, mean square", "", 1.0, ("frozen", "noise"), higher=False),
-    Measure("motion", "dynamic", "dynamic degree", "%", False, ("turned", "frozen")),
-    Measure("camera", "class", "camera class (VBench's seven)", "%", False, ("turned", "frozen")),
-    Measure("camera", "rotation", "RotErr", "°", WORST_ROTATION, ("turned", "frozen", "noise"), higher=False),
-    Measure("camera", "rotation_sum", "RotErr, CamI2V's sum", "rad", math.nan, ("turned", "frozen", "noise"), higher=False),
-    Measure("camera", "translation", "TransErr, relative", "", WORST_TRANSLATION),
-    Measure("camera", "translation_sum", "TransErr, CamI2V's sum", "", math.nan),
-    Measure("camera", "cammc", "CamMC, CamI2V's sum", "", math.nan, ("turned", "noise"), higher=False),
-    Measure("camera", "registered", "camera found", "%", False, ("turned", "noise")),
-    Measure("keyframes", "psnr", "keyframes, PSNR", "dB", 0.0, ("faded", "noise", "frozen")),
-    Measure("keyframes", "frozen", "stands still (counts 0 dB)", "%", True, ("faded", "frozen"), higher=False),
-    Measure("continuation", "gap", "join, below its neighbours", "dB", 100.0, ("frozen", "stepped"), higher=False),
-    Measure("continuation", "jump", "join, excess colour change", "levels", 442.0, ("frozen", "stepped"), higher=False),
-    Measure("continuation", "velocity", "join, change of speed", "px", 100.0, ("frozen", "stepped"), higher=False),
-    Measure("continuation", "colour", "drift of colour a hop", "levels", 442.0, ("frozen", "stepped"), higher=False),
-    Measure("continuation", "contrast", "drift of contrast a hop", "%", 1.0, ("frozen", "stepped"), higher=False),
-    Measure("continuation", "sharpness", "drift of sharpness a hop", "%", 1.0, ("frozen", "stepped"), higher=False),
-)
-ORDERS = tuple(Order(f"{m.task} {m.name}", m.controls, m.higher) for m in MEASURES if m.controls)
-
-
-@dataclass
-class Given:
-    """What is known of one clip beside its frames."""
-
-    fps: float
-    reference: Tensor | None = None  # (T, H, W, 3) uint8
-    camera: Trajectory | None = None
-    keyframes: dict[int, Tensor] = field(default_factory=dict)  # frame -> (H, W, 3) uint8; -1 is the last
-    seams: list[int] = field(default_factory=list)
-    colmap: bool = False  # whether pycolmap may place the camera too
 
 
 def main(argv: list[str]) -> None:
@@ -112,10 +49,10 @@ def main(argv: list[str]) -> None:
     report = evaluate(args)
     report["command"] = shlex.join(["kling-eval", "videos", *argv])
     write_json(Path(args.out) / "scores.json", report)
-    print(report["table"])
+    print(report["head"], report["table"], sep="\n\n")
     for name, reason in report["failures"].items():
-        print(f"failed, counted as worst: {name}: {reason}", file=sys.stderr)
-    check_order(ORDERS, report["columns"])
+        print(f"failed, in no mean: {name}: {reason}", file=sys.stderr)
+    check_order([Order(f"{m.task} {m.name}", m.controls, m.higher) for m in METRICS if m.controls], report["columns"])
 
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
@@ -132,22 +69,24 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     rows: dict[str, dict[str, Row]] = {}
     controls: dict[str, dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
     seconds: dict[str, float] = defaultdict(float)
-    failures, frames = {}, 0
+    failed: dict[str, dict[str, str]] = {}  # by name, then task: what is wrong
+    frames = shown = 0
     for k, name in enumerate(names):
         try:
-            video, given = load(name, made, beside, pictures, args)
+            clip, troubles = load(name, made, beside, pictures, args)
         except UserError as error:
-            failures[name] = str(error)
-            rows[name] = {task: worst(task, beside["camera"].get(name)) for task in tasks}
+            failed[name], rows[name] = dict.fromkeys(tasks, str(error)), {}
             continue
-        frames += len(video)
-        rows[name] = measure(video, given, seconds)
-        if k < CONTROLS:
-            for control, row in control_rows(video, given):
+        failed |= {name: troubles} if troubles else {}
+        frames += len(clip.video)
+        rows[name] = measure(clip, seconds)
+        if shown < CONTROLS:
+            shown += 1
+            for control, row in control_rows(clip):
                 for task, values in row.items():
                     controls[control][task].append(values)
         print(f"{k + 1}/{len(names)} {name}", file=sys.stderr, flush=True)
-    return report(args, names, rows, controls, failures, {task: 17 * s / max(frames, 1) for task, s in seconds.items()})
+    return report(args, names, rows, controls, failed, {task: 17 * s / max(frames, 1) for task, s in seconds.items()})
 
 
 # -------------------------------------------------------------------------------------------------------------- what is read
@@ -166,31 +105,57 @@ def keyframe_files(folder: str) -> dict[str, dict[int, Path]]:
 
 def load(
     name: str, made: dict[str, Path], beside: dict[str, dict[str, Path]], pictures: dict[str, dict[int, Path]], args: argparse.Namespace
-) -> tuple[Tensor, Given]:
-    """A clip (T, H, W, 3) uint8 and what is known of it. Raises `UserError` for what must count as a failure."""
+) -> tuple[Clip, dict[str, str]]:
+    """A clip with what is known of it, and what is wrong with the files beside it, by the task that they spoil.
+
+    Raises `UserError` if the video itself is missing or cannot be read.
+    """
     if name not in made:
         raise UserError("there is no such video")
     video = read_video(made[name]).frames
     T, H, W, _ = video.shape
-    given = Given(probe(made[name]).fps, seams=[t for t in seams(args.seams, T)] if args.seams else [], colmap=args.colmap)
-    if beside["reference"]:
+    clip = Clip(video, probe(made[name]).fps, colmap=args.colmap)
+    troubles: dict[str, str] = {}
+
+    def beside_it(task: str, read: Callable[[], None]) -> None:
+        try:
+            read()
+        except UserError as error:
+            troubles[task] = str(error)
+
+    def reference() -> None:
         if name not in beside["reference"]:
             raise UserError(f"{args.reference} has no video of that name")
-        given.reference = read_video(beside["reference"][name]).frames
-        if given.reference.shape != video.shape:
-            there = "x".join(str(x) for x in given.reference.shape[:3])
+        clip.reference = read_video(beside["reference"][name]).frames
+        if clip.reference.shape != video.shape:
+            there, clip.reference = "x".join(str(x) for x in clip.reference.shape[:3]), None
             raise UserError(f"it has {T}x{H}x{W} frames, height and width, its reference {there}")
-    if beside["camera"]:
+
+    def camera() -> None:
         if name not in beside["camera"]:
             raise UserError(f"{args.cameras} has no path of that name")
-        given.camera = load_trajectory(beside["camera"][name], T, (H, W))
-    for frame, path in pictures.get(name, {}).items():
-        if not -T <= frame < T:
-            raise UserError(f"{path} is of frame {frame}, the video has {T}")
-        given.keyframes[frame] = fit(read_image(path), H, W)
-    if args.seams and not given.seams:
-        raise UserError(f"it has {T} frames, so no join at {args.seams}")
-    return video, given
+        clip.camera = load_trajectory(beside["camera"][name], T, (H, W))
+
+    def keyframes() -> None:
+        found = {}
+        for frame, path in pictures.get(name, {}).items():
+            if not -T <= frame < T:
+                raise UserError(f"{path} is of frame {frame}, the video has {T}")
+            found[frame] = fit(read_image(path), H, W)
+        clip.keyframes = found
+
+    def continuation() -> None:
+        clip.seams = seams(args.seams, T)
+        if not clip.seams:
+            raise UserError(f"it has {T} frames, so no join at {args.seams}")
+
+    for given, task, read in (
+        (beside["reference"], "reference", reference), (beside["camera"], "camera", camera), (pictures, "keyframes", keyframes),
+        (args.seams, "continuation", continuation),
+    ):  # fmt: skip
+        if given:
+            beside_it(task, read)
+    return clip, troubles
 
 
 def seams(text: str, T: int) -> list[int]:
@@ -209,114 +174,43 @@ def seams(text: str, T: int) -> list[int]:
 # ----------------------------------------------------------------------------------------------------------- what is measured
 
 
-def measure(video: Tensor, given: Given, seconds: dict[str, float] | None = None) -> dict[str, Row]:
-    """Rows by task for one clip (T, H, W, 3) uint8, of what is given. seconds: where the time of each task is added."""
+def measure(clip: Clip, seconds: dict[str, float] | None = None, only: str = "") -> dict[str, Row]:
+    """Rows by task of what is given with a clip, or of one task only. seconds: where the time of each task is added."""
     seconds = defaultdict(float) if seconds is None else seconds
     rows: dict[str, Row] = {}
-    started = time.perf_counter()
-
-    def done(task: str, row: Row) -> None:
-        nonlocal started
-        now = time.perf_counter()
-        rows[task], seconds[task], started = row, seconds[task] + now - started, now
-
-    flow = optical_flow(video)
-    batch = to_tensor(video)[None]  # (1, 3, T, H, W)
-    still = not (video.float() - video[:1]).abs().mean(dim=(1, 2, 3)).max() > STANDS_STILL
-    row: Row = {"flicker": float(flicker(batch)) if len(video) > 2 else 0.0, "warp": warp_error(video, flow)}
-    done("motion", row | {"dynamic": dynamic_degree(flow, given.fps)})
-    if given.reference is not None:
-        done("reference", reference_row(video, given.reference))
-    if given.camera is not None:
-        done("camera", camera_row(video, given, camera_classes(flow)))
-    if given.keyframes:
-        pairs = [(to_tensor(video[f][None])[None], to_tensor(picture[None])[None]) for f, picture in given.keyframes.items()]
-        near = sum(float(psnr(a, b)) for a, b in pairs) / len(pairs)
-        done("keyframes", {"psnr": 0.0 if still else near, "frozen": still})
-    if given.seams:
-        joins = seam_rows(batch, given.seams, flow.speed())
-        done("continuation", {"gap": joins["gap"], "jump": joins["colour"], "velocity": joins["velocity"]} | drift(video, given.seams))
+    for m in METRICS:
+        if clip.has(m.task) and only in ("", m.task):
+            started = time.perf_counter()
+            rows[m.task] = {**rows.get(m.task, {}), m.name: m.of(clip)}
+            seconds[m.task] += time.perf_counter() - started
     return rows
 
 
-def reference_row(video: Tensor, reference: Tensor) -> Row:
-    a, b = to_tensor(video)[None], to_tensor(reference)[None]
-    row: Row = {"psnr": float(psnr(a, b).mean()), "ssim": float(ssim(a, b).mean())}
-    row["temporal"] = float(temporal_psnr(a, b).mean()) if len(video) > 1 else None
-    return row | {"vmaf": vmaf(video, reference)}
-
-
-def camera_row(video: Tensor, given: Given, classes: set[str]) -> Row:
-    """The estimated path against the asked one; the class where the asked path is one of VBench's seven."""
-    asked = given.camera
-    estimate = estimate_structure(video, asked.intrinsics, given.colmap)
-    found = estimate.found
-    sums = summed_errors(estimate.trajectory, asked, found)
-    name = vbench_class(asked)
-    travels = translation_error(estimate.trajectory, asked, found)
-    return {
-        "class": None if name is None else name in classes,
-        "rotation": rotation_error(estimate.trajectory, asked, found),
-        "rotation_sum": sums["rotation"],
-        "translation": travels,
-        "translation_sum": None if travels is None else sums["translation"],
-        "cammc": sums["cammc"],
-        "registered": bool(found.all()),
-    }
-
-
-def vbench_class(path: Trajectory) -> str | None:
-    """Which of VBench's seven a path is, if one: a single axis, where travel sideways reads as a pan and travel forward as a zoom."""
-    axes = {name: value for name, value in axes_of(path).items() if abs(value) > 0.5}
-    if not axes:
-        return "static"
-    if len(axes) > 1:
-        return None
-    (name, value), names = next(iter(axes.items())), ("left", "right")
-    if name in ("pan", "horizontal"):
-        return f"pan_{names[value > 0]}"
-    if name in ("tilt", "vertical"):
-        return "tilt_up" if value > 0 else "tilt_down"
-    if name in ("zoom", "dolly"):
-        return "zoom_in" if (value > 0) == (name == "dolly") else "zoom_out"
-    return None
-
-
-def worst(task: str, camera: Path | None = None) -> Row:
-    """The row of a failure. The sums are those of as many frames as a control has: the file that would tell is the one that failed."""
-    row: Row = {m.name: m.worst for m in MEASURES if m.task == task}
-    if task == "camera":
-        path = load_trajectory(camera, CONTROL_FRAMES) if camera else axes_trajectory({}, CONTROL_FRAMES, 1, 1)
-        sums = summed_errors(path, path, torch.zeros(len(path), dtype=torch.bool))
-        row |= {"rotation_sum": sums["rotation"], "translation_sum": sums["translation"], "cammc": sums["cammc"]}
-    return row
-
-
-def control_rows(video: Tensor, given: Given) -> Iterator[tuple[str, dict[str, Row]]]:
+def control_rows(clip: Clip) -> Iterator[tuple[str, dict[str, Row]]]:
     """Known clips, made from this one, by name; each measured like an answer."""
-    video, fps = video[:CONTROL_FRAMES], given.fps
-    yield "frozen", {"motion": measure(frozen(video), Given(fps))["motion"]}
-    yield "noise", {"motion": measure(noise(video, 0), Given(fps))["motion"]}
+    video, fps = clip.video[:CONTROL_FRAMES], clip.fps
+    yield "frozen", measure(Clip(frozen(video), fps))
+    yield "noise", measure(Clip(noise(video, 0), fps))
     turning, path = turned(video[0])
-    known = Given(8.0, camera=path if given.camera else None, colmap=given.colmap)
-    yield "turned", measure(turning, known)
-    if given.camera:
-        for name, clip in (("frozen", frozen(turning)), ("noise", noise(turning, 0))):
-            yield name, {"camera": measure(clip, known)["camera"]}
-    if given.reference is not None:
-        truth = given.reference[:CONTROL_FRAMES]
-        for name, clip in (("truth", truth), ("shuffled", shuffled(truth, 0)), ("noise", noise(truth, 0))):
-            yield name, {"reference": reference_row(clip, truth)}
-    if given.keyframes:
-        picture = next(iter(given.keyframes.values()))
+    known = Clip(turning, 8.0, camera=path if clip.camera else None, colmap=clip.colmap)
+    yield "turned", measure(known)
+    if clip.camera:
+        for name, made in (("frozen", frozen(turning)), ("noise", noise(turning, 0))):
+            yield name, measure(Clip(made, 8.0, camera=path, colmap=clip.colmap), only="camera")
+    if clip.reference is not None:
+        truth = clip.reference[:CONTROL_FRAMES]
+        for name, made in (("truth", truth), ("shuffled", shuffled(truth, 0)), ("noise", noise(truth, 0))):
+            yield name, measure(Clip(made, fps, reference=truth), only="reference")
+    if clip.keyframes:
+        picture = next(iter(clip.keyframes.values()))
         fade = torch.linspace(0, 1, CONTROL_FRAMES)[:, None, None, None]
         faded = torch.lerp(picture.float(), picture.flip(1).float(), fade).round().to(torch.uint8)
-        for name, clip in (("faded", faded), ("frozen", frozen(faded)), ("noise", noise(faded, 0))):
-            yield name, {"keyframes": measure(clip, Given(fps, keyframes={0: picture}))["keyframes"]}
-    if given.seams:
-        picture, known = video[:1].expand(CONTROL_FRAMES, -1, -1, -1), Given(fps, seams=[9, 13])
-        for name, at in (("frozen", []), ("stepped", known.seams)):
-            yield name, {"continuation": measure(stepped(picture, at), known)["continuation"]}
+        for name, made in (("faded", faded), ("frozen", frozen(faded)), ("noise", noise(faded, 0))):
+            yield name, measure(Clip(made, fps, keyframes={0: picture}), only="keyframes")
+    if clip.seams:
+        picture = video[:1].expand(CONTROL_FRAMES, -1, -1, -1)
+        for name, at in (("frozen", []), ("stepped", [9, 13])):
+            yield name, measure(Clip(stepped(picture, at), fps, seams=[9, 13]), only="continuation")
 
 
 # ------------------------------------------------------------------------------------------------------------- what is written
@@ -327,40 +221,53 @@ def report(
     names: Sequence[str],
     rows: dict[str, dict[str, Row]],
     controls: Any,
-    failures: dict[str, str],
+    failed: dict[str, dict[str, str]],
     seconds: dict[str, float],
 ) -> dict[str, Any]:
-    tasks = list(dict.fromkeys(m.task for m in MEASURES))
+    tasks = list(dict.fromkeys(m.task for m in METRICS))
     scores = {task: summarise([rows[name][task] for name in names if task in rows[name]]) for task in tasks}
     columns = {name: {task: summarise(found) for task, found in by_task.items()} for name, by_task in controls.items()}
-    lines = [Line(m.task, m.name, m.title, m.unit) for m in MEASURES]
-    protocol = {"suite": "videos", "version": 2, "measures": [dataclasses.astuple(m)[:3] for m in MEASURES], "seams": args.seams}
+    lines = [Line(m.task, m.name, m.title, m.unit) for m in METRICS]
+    protocol = {"suite": "videos", "version": 3, "measures": [(m.task, m.name, m.title) for m in METRICS], "seams": args.seams}
     protocol["colmap"] = args.colmap
     table = markdown(lines, scores, columns)
-    head = f"n = {len(names)}, of which {len(failures)} failed and count as worst; protocol {protocol_hash(protocol)}"
+    counts = {task: sum(task in troubles for troubles in failed.values()) for task in tasks}
+    left_out = ", ".join(f"{n} in {task}" for task, n in counts.items() if n) or "none"
+    head = f"n = {len(names)}, failed and in no mean: {left_out}; protocol {protocol_hash(protocol)}"
     notes = "; ".join(f"{task} {s:.2f} s" for task, s in seconds.items())
-    failed = "".join(f"\n- failed: {name}: {reason}" for name, reason in failures.items())
-    write_text(Path(args.out) / "scores.md", f"{head}\n\n{table}\n\nseconds for 17 frames: {notes}\n{failed}\n")
-    ranked = show(args, [n for n in names if n not in failures], rows)
+    failures = {name: reason_of(troubles) for name, troubles in failed.items()}
+    said = "".join(f"\n- failed: {name}: {reason}" for name, reason in failures.items())
+    write_text(Path(args.out) / "scores.md", f"{head}\n\n{table}\n\nseconds for 17 frames: {notes}\n{said}\n")
+    ranked = show(args, names, rows)
     return {
         "suite": "videos",
         "options": {name: value for name, value in vars(args).items() if value is not None},
         "protocol": protocol_hash(protocol),
         "n": len(names),
         "failures": failures,
+        "failed": counts,
         "scores": scores,
         "columns": columns,
         "seconds_per_17_frames": seconds,
         "ranked": ranked,
         "rows": rows,
+        "head": head,
         "table": table,
     }
 
 
+def reason_of(troubles: dict[str, str]) -> str:
+    """What is wrong with a video (the same in every task), or with the files beside it."""
+    own = set(troubles.values())
+    return own.pop() if len(own) == 1 < len(troubles) else "; ".join(f"{task}: {why}" for task, why in troubles.items())
+
+
 def show(args: argparse.Namespace, names: list[str], rows: dict[str, dict[str, Row]]) -> list[str]:
     """Clips from worst to best by the first measure that was asked for; writes the ends as a strip."""
-    key = next((m for m in MEASURES if all(m.task in rows[n] for n in names) and m.task != "motion"), MEASURES[5])
-    ranked = sorted(names, key=lambda n: (rows[n][key.task][key.name] or 0) * (1 if key.higher else -1))
+    asked = [m for m in METRICS if m.task != "motion" and any(m.task in row for row in rows.values())]
+    key = next(iter(asked), next(m for m in METRICS if m.name == "warp"))
+    known = [n for n in names if rows[n].get(key.task, {}).get(key.name) is not None]
+    ranked = sorted(known, key=lambda n: rows[n][key.task][key.name] * (1 if key.higher else -1))
     ends = ranked if len(ranked) <= 2 * STRIPS else ranked[:STRIPS] + ranked[-STRIPS:]
     if ends:
         made = files(args.folder, VIDEOS, "videos")

@@ -70,7 +70,7 @@ from kling.metrics.pixel import flicker, psnr, seam, ssim
 from kling.metrics.report import Row, markdown, paired, reached, summarise
 from kling.metrics.ruler import Ruler
 from kling.runtime.files import head, written
-from kling.runtime.precision import bf16_is_fast, default_device
+from kling.runtime.precision import bf16_is_fast, default_device, describe
 from kling.runtime.random import derive_seed
 from kling.sampling.record import model_hashes
 
@@ -122,6 +122,7 @@ def main(argv: list[str]) -> None:
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     tasks = chosen(args.tasks) if args.tasks else ()
     options = Options(args.out, tasks=tasks, bf16=bf16_is_fast(default_device()), **((QUICK if args.quick else {}) | given))
+    print(describe("bf16" if options.bf16 else "fp32"), file=sys.stderr, flush=True)
     report = evaluate(load(folder, options), options, model_hashes(folder), folder)
     report["command"] = shlex.join(["kling-eval", "world", *argv])
     write_json(Path(options.out) / "scores.json", report)

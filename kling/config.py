@@ -6,12 +6,15 @@ the child) that is read first, and command-line words `a.b=c` come last:
     cfg = load_config(TrainConfig, "configs/dit/small.yaml", ["steps=100", "model.num_layers=2", "betas=[0.9,0.99]"])
 
 Nested dataclasses merge key by key, `dict[str, Any]` fields too (free-form model settings), lists are replaced. A key that the dataclass
-does not have, a value of the wrong type and a required key that nobody gave are `UserError`s which say where they came from.
+does not have, a value of the wrong type and a required key that nobody gave are `UserError`s which say where they came from. `${other}` is
+the value of another key; files may not read the environment with `${oc.env:NAME}`, since presets are passed on, unless the user sets
+KLING_ALLOW_ENV=1. On the command line it is the user's own.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import types
 import typing
@@ -20,12 +23,64 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from kling.errors import UserError, unknown
 
 T = TypeVar("T")
+
+DEEPEST, MOST = 50, 100_000  # of a config: values in values, and values in all; aliases of aliases (`*a`) come to billions
+ALLOW_ENV = "KLING_ALLOW_ENV"
+# What other trainers (diffusers, transformers, kohya, musubi, DeepSpeed) call our keys: names by meaning, where letters are no help.
+MEANT = {
+    "lr": ("learning_rate", "base_lr", "max_lr", "peak_lr", "unet_lr", "transformer_lr"),
+    "steps": ("max_train_steps", "max_steps", "num_train_steps", "train_steps", "num_steps", "total_steps", "iterations", "max_iterations",
+              "num_train_epochs", "max_train_epochs", "num_epochs", "epochs"),
+    "batch": ("train_batch_size", "batch_size", "per_device_train_batch_size", "micro_batch_size", "train_micro_batch_size_per_gpu", "bs"),
+    "gradient_accumulation": ("gradient_accumulation_steps", "grad_accum", "accumulation_steps", "accumulate_grad_batches"),
+    "warmup": ("lr_warmup_steps", "warmup_steps", "num_warmup_steps", "lr_warmup"),
+    "schedule": ("lr_scheduler", "lr_scheduler_type", "lr_schedule"),
+    "floor": ("lr_min_ratio", "min_lr_ratio", "lr_scheduler_min_lr_ratio", "min_lr"),
+    "weight_decay": ("adam_weight_decay", "wd"),
+    "betas": ("adam_beta1", "adam_beta2", "adam_betas", "beta1", "beta2"),
+    "clip_grad": ("max_grad_norm", "grad_clip", "clip_grad_norm", "gradient_clipping", "gradient_clip_val"),
+    "ema": ("ema_decay", "use_ema", "ema_rate"),
+    "optimizer": ("optimizer_type", "optim", "opt", "use_8bit_adam"),
+    "out": ("output_dir", "out_dir", "output", "save_dir", "work_dir", "logging_dir", "project_dir", "outdir"),
+    "save_every": ("checkpointing_steps", "save_steps", "save_interval", "save_every_n_steps", "checkpoint_every", "ckpt_every"),
+    "keep_last": ("checkpoints_total_limit", "save_total_limit", "max_checkpoints"),
+    "log_every": ("logging_steps", "log_interval", "log_freq", "print_freq"),
+    "validation.every": ("validation_steps", "eval_steps", "eval_interval", "eval_every", "val_every"),
+    "eval_every": ("validation_steps", "eval_steps", "eval_interval", "val_every"),
+    "samples": ("validation_prompts", "validation_prompt", "sample_prompts"),
+    "sample_every": ("sample_every_n_steps", "sample_steps", "validation_steps"),
+    "trackers": ("report_to", "log_with", "tracker", "wandb", "tensorboard"),
+    "activation_checkpointing": ("gradient_checkpointing", "use_gradient_checkpointing", "grad_checkpoint"),
+    "mixed_precision": ("precision", "dtype", "bf16", "fp16", "torch_dtype", "amp"),
+    "compile": ("torch_compile", "use_compile"),
+    "workers": ("dataloader_num_workers", "num_workers", "max_data_loader_n_workers"),
+    "seed": ("random_seed", "global_seed", "manual_seed"),
+    "init_from": ("pretrained_model_name_or_path", "pretrained_model", "model_path", "pretrained", "ckpt_dir", "resume_from_checkpoint",
+                  "transformer_path", "ckpt", "weights", "load_from"),
+    "lora.rank": ("rank", "lora_rank", "network_dim", "lora_r"),
+    "lora.alpha": ("alpha", "lora_alpha", "network_alpha"),
+    "lora.targets": ("target_modules", "lora_target_modules", "lora_layers"),
+    "text_drop": ("caption_dropout", "caption_dropout_rate", "proportion_empty_prompts", "uncond_prob", "cfg_dropout", "text_dropout"),
+    "frames": ("num_frames", "max_num_frames", "target_frames", "video_sample_n_frames", "sample_n_frames", "n_frames", "clip_length"),
+    "source": ("dataset", "dataset_path", "data_dir", "train_data_dir", "instance_data_root", "data_root", "data_path",
+                    "dataset_config", "train_data_meta", "instance_data_dir", "dataset_name", "data", "manifest", "path"),
+    "fps": ("target_fps", "frame_rate"),
+    "reader": ("video_backend", "video_reader", "decoder"),
+    "encode": ("dataset", "dataset_path", "data_dir", "train_data_dir", "instance_data_root", "data_root", "data_path"),
+    "cache": ("cache_dir", "latents_dir", "latent_cache", "cache_directory"),
+    "scheduler": ("flow_shift", "shift", "timestep_sampling", "weighting_scheme", "discrete_flow_shift"),
+    "clips": ("num_clips", "num_videos", "n_clips", "samples", "max_train_samples"),
+    "shard": ("shard_size", "samples_per_shard"),
+    "height": ("H", "video_height"),
+    "width": ("W", "video_width"),
+    "memory": ("vram", "gpu_memory"),
+    "gpus": ("num_gpus", "nproc", "num_processes", "world_size", "n_gpus"),
+    "node": ("gpus_per_node", "nproc_per_node", "num_gpus_per_node"),
+}  # fmt: skip
 
 # Presets lie next to the package: in the repository, and in an installed wheel.
 PRESETS = (Path(__file__).parents[1] / "configs", Path(__file__).parents[1] / "kling_programs" / "configs")
@@ -37,6 +92,9 @@ def load_config(cls: type[T], path: str | Path | None = None, overrides: Sequenc
     `path` is a file, or the name of a preset (`configs/dit/small.yaml` or `dit/small.yaml`) that is looked up beside the package.
     Raises `UserError` for a missing file, an unknown key, a wrong type or a required key without a value.
     """
+    from omegaconf import OmegaConf  # half a second: a program's --help lists presets without it
+    from omegaconf.errors import OmegaConfBaseException
+
     layers = [] if path is None else _chain(find_config(path))
     layers += [(f"override '{word}'", _override(word)) for word in overrides]
 
@@ -60,6 +118,8 @@ def load_config(cls: type[T], path: str | Path | None = None, overrides: Sequenc
 
 def read_preset(path: str | Path) -> dict[str, Any]:
     """Everything that a preset and its bases set, merged, whatever program it is for."""
+    from omegaconf import OmegaConf
+
     merged = OmegaConf.merge(*(OmegaConf.create(values) for _, values in _chain(find_config(path))))
     return typing.cast(dict[str, Any], OmegaConf.to_container(merged))
 
@@ -79,7 +139,7 @@ def save_config(cfg: Any, path: str | Path) -> None:
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping in a yaml file ({} if it is empty). Raises `UserError` naming the file, and the line of a syntax error."""
     try:
-        values = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
+        values = _parse(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"config '{path}' does not exist: check the path") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -88,6 +148,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         mark = getattr(error, "problem_mark", None)
         place = f" line {mark.line + 1}" if mark else ""
         raise UserError(f"config '{path}'{place} is not yaml: {getattr(error, 'problem', None) or _first_line(error)}") from None
+    except (RecursionError, ValueError, TypeError) as error:
+        reason = "it nests thousands deep" if isinstance(error, RecursionError) else _first_line(error)
+        raise UserError(f"config '{path}' cannot be used: {reason}") from None
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -129,6 +192,9 @@ def _chain(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[str, dict[str,
     if path.resolve() in seen:
         raise UserError(f"config '{path}' is its own base: remove one `base:` of {', '.join(p.name for p in seen)}")
     values = read_yaml(path)
+    for text in _texts(values):
+        if re.search(r"\$\{.*:", text, re.DOTALL) and os.environ.get(ALLOW_ENV) != "1":
+            raise UserError(f"{text!r} in {path} reads more than this file, such as your environment: write it out, or set {ALLOW_ENV}=1")
     base = values.pop("base", None)
     if base is None:
         return [(str(path), values)]
@@ -148,9 +214,11 @@ def _override(word: str) -> dict[str, Any]:
     if not equals or not all(names):
         raise UserError(f"override '{word}' is not key=value: write for example steps=1000 or model.num_layers=4")
     try:
-        value = yaml.load(text, _Loader)
+        value = _parse(text)
     except yaml.YAMLError:
         value = text
+    except (RecursionError, ValueError, TypeError) as error:
+        raise UserError(f"override '{word[:60]}…' cannot be used ({_first_line(error)[:100]}): write plain values") from None
     if (isinstance(value, dict) and not text.lstrip().startswith("{")) or (value is None and text.strip().lower() not in ("null", "~")):
         value = text
     for name in reversed(names):
@@ -164,7 +232,8 @@ def _leaves(cls: type, values: dict[str, Any], where: str, prefix: str = "") -> 
     names = [f.name for f in dataclasses.fields(cls) if f.init]
     for name, value in values.items():
         if name not in names:
-            raise unknown(f"key in {where}:", f"{prefix}{name}", [prefix + n for n in names])
+            meant = _meant(cls, name)
+            raise unknown(f"key in {where}:", f"{prefix}{name}", [prefix + n for n in names], meant and prefix + meant)
         inner = _dataclass_in(hints[name])
         if inner is not None and isinstance(value, dict) and value:
             # An optional part that is None until now starts from its defaults, so it is yielded as a whole first.
@@ -173,6 +242,54 @@ def _leaves(cls: type, values: dict[str, Any], where: str, prefix: str = "") -> 
             yield from _leaves(inner, value, where, f"{prefix}{name}.")
         else:
             yield prefix + name, value, hints[name]
+
+
+def _meant(cls: type, name: str) -> str:
+    """The key of `cls` that other trainers call `name`; "" if there is none."""
+    ours = [key for key, theirs in MEANT.items() if name.lower().replace("-", "_") in theirs]
+    inside = [part for part, hint in typing.get_type_hints(cls).items() if ours and _dataclass_in(hint)]
+    return next((key for key in [*ours, *(f"{part}.{key}" for part in inside for key in ours)] if _has_key(cls, key)), "")
+
+
+def _has_key(cls: type, dotted: str) -> bool:
+    first, _, rest = dotted.partition(".")
+    if first not in {f.name for f in dataclasses.fields(cls)}:
+        return False
+    inner = _dataclass_in(typing.get_type_hints(cls)[first])
+    return not rest or (inner is not None and _has_key(inner, rest))
+
+
+def _parse(text: str) -> Any:
+    """Yaml text. Raises YAMLError for what is none, ValueError (or RecursionError) for what no person writes."""
+    depth = 0
+    for bracket in re.findall(r"[\[\]{}]", text):  # the parser takes seconds until its stack is full
+        depth += 1 if bracket in "[{" else -1
+        if depth > 10 * DEEPEST:
+            raise ValueError("it nests thousands deep")
+    return _plainly(yaml.load(text, _Loader))
+
+
+def _plainly(value: Any) -> Any:
+    """`value` if it is as small and shallow as what people write. Raises ValueError: later steps recurse, and write aliases out."""
+    level, count = [value], 0
+    for _ in range(DEEPEST):
+        count += len(level)
+        if count > MOST:
+            raise ValueError(f"it comes to more than {MOST} values")
+        if any(isinstance(x, int) and abs(x) >= 2**63 for x in level):
+            raise ValueError("it holds an integer beyond 64 bits")
+        level = [x for one in level if isinstance(one, dict | list) for x in (one.values() if isinstance(one, dict) else one)]
+        if not level:
+            return value
+    raise ValueError(f"it nests more than {DEEPEST} deep")
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in a value that `_plainly` let through."""
+    for x in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _texts(x)
+    if isinstance(value, str):
+        yield value
 
 
 def _dataclass_in(hint: Any) -> type | None:
@@ -202,10 +319,11 @@ class _Loader(yaml.SafeLoader):
     """Yaml 1.2 scalars, no repeated keys: in yaml 1.1 `16:9` is 969, `1e-4` is text, `no` is false and 010 is 8."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        for i, key in enumerate(keys):
-            if key in keys[:i]:
-                raise yaml.constructor.ConstructorError(None, None, f"'{key}' is given twice", node.value[i][0].start_mark)
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"'{key.value}' is given twice", key.start_mark)
+            seen.add(str(key.value))
         return super().construct_mapping(node, deep)
 
     def construct_int(self, node: yaml.ScalarNode) -> int:

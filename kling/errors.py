@@ -66,17 +66,24 @@ DIFFERS = {
 
 
 class UserError(ValueError):
-    """A mistake in what was given. The message is one line: the thing, its value, and the remedy."""
+    """A mistake in what was given. The message is one line: the thing, its value, and the remedy.
+
+    code: names the kind of mistake, for programs and translations, which then need not read English; values: what the message names.
+    """
+
+    def __init__(self, message: str = "", /, code: str = "", **values: object) -> None:
+        super().__init__(message)
+        self.code, self.values = code, values
 
 
-def unknown(thing: str, value: object, choices: Iterable[str]) -> UserError:
-    """The error for a name that does not exist, with the nearest that does.
+def unknown(thing: str, value: object, choices: Iterable[str], known_as: str = "") -> UserError:
+    """The error for a name that does not exist, with the one that is `known_as` it, or else the nearest that does.
 
     >>> str(unknown("aspect", "16x9", ["16:9", "9:16"]))
     "unknown aspect '16x9' (did you mean '16:9'?): choose from 16:9, 9:16"
     """
     choices = list(choices)
-    near, key = meant(str(value), choices), _plain(str(value))
+    near, key = known_as or meant(str(value), choices), _plain(str(value))
     hint = f" (did you mean '{near}'{', ' + DIFFERS[key] if key in DIFFERS else ''}?)" if near else ""
     return UserError(f"unknown {thing} '{value}'{hint}: choose from {', '.join(choices)}")
 

@@ -2,7 +2,8 @@
 
 kling-demo                                   # http://127.0.0.1:7860, the shipped model
 kling-demo --model runs/dit/export --run runs/dit
-kling-demo --listen --auth me:secret         # for others on the network
+kling-demo --listen --auth accounts.txt      # for others on the network; lines of USER:PASSWORD, or KLING_DEMO_AUTH in the environment
+kling-demo --models models --loras loras     # folders of which visitors choose
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import shutil
 import signal
 import socket
+import ssl
 import sys
 import tempfile
 from pathlib import Path
@@ -26,10 +28,12 @@ UPLOAD_LIMIT = "64mb"
 @program
 def main(argv: list[str] | None = None) -> None:
     args = parse(sys.argv[1:] if argv is None else argv)
-    auth = check_auth(args.auth, args.listen)
+    auth = check_auth(args)
     host = "0.0.0.0" if args.listen else "127.0.0.1"
     if args.run and not (Path(args.run) / "metrics.jsonl").is_file():
         raise UserError(f"run folder '{args.run}' holds no metrics.jsonl: give the `out` of kling-train")
+    chosen_folders(args.models), chosen_files(args.loras)
+    tls = check_tls(args)
     check_port(host, args.port)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl+C: closes the server, and the arrivals go
     arrivals = Path(tempfile.mkdtemp(prefix="kling-demo-"))
@@ -37,10 +41,11 @@ def main(argv: list[str] | None = None) -> None:
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     try:
         _, page, settings = prepare(args, arrivals)
-        page.launch(server_name=host, server_port=args.port, auth=auth, prevent_thread_lock=True, max_file_size=UPLOAD_LIMIT, **settings)
-        print(
-            f"kling studio: http://{'127.0.0.1' if host == '127.0.0.1' else socket.gethostname()}:{args.port}  (Ctrl+C ends it)", flush=True
+        page.launch(
+            server_name=host, server_port=args.port, auth=auth, prevent_thread_lock=True, max_file_size=UPLOAD_LIMIT, **tls, **settings
         )
+        name = socket.gethostname() if args.listen else "127.0.0.1"
+        print(f"kling studio: {'https' if tls else 'http'}://{name}:{args.port}  (Ctrl+C ends it)", flush=True)
         page.block_thread()
     finally:
         shutil.rmtree(arrivals, ignore_errors=True)
@@ -54,51 +59,114 @@ def prepare(args: argparse.Namespace, arrivals: Path) -> tuple:
         if error.name != "gradio":
             raise
         raise UserError("the studio needs gradio, which is not installed: pip install 'kling[demo]'") from None
-    from kling_programs.sample.generate import load_pipeline
+    from kling_programs.sample.generate import load_pipeline, precision_of
+    from kling_programs.sample.studio.guard import Door, own_names
+    from kling_programs.sample.studio.jobs import ModelQueue
     from kling_programs.sample.studio.shelf import Shelf
     from kling_programs.sample.studio.studio import Studio
     from kling_programs.sample.studio.uploads import Uploads
 
+    from kling.runtime.precision import describe
     from kling.sampling.machine import pick_device
     from kling.sampling.record import model_hashes
+    from kling.shapes import ASPECTS
 
     folder, pipe = load_pipeline(args.model, args.device)
-    pipe.to(pick_device(args.device))
+    device = pick_device(args.device)
+    pipe.to(device)
+    print(describe(precision_of(pipe), device.type), file=sys.stderr, flush=True)
     pipe.set_progress_bar_config(disable=True)
     model = model_hashes(folder)
     shelf = Shelf(Path(args.out), model, args.keep)
-    studio = Studio(pipe, model, shelf, Uploads(arrivals, shelf.inputs), Path(args.run) if args.run else None)
+    uploads = Uploads(arrivals, shelf.inputs, pipe.config.fps, pipe.config.get("sizes") or ASPECTS)
+    queue = ModelQueue(places=args.places, seconds=None if args.minutes is None else 60 * args.minutes)
+    door = Door(arrivals, own_names(args.host), kept=(shelf.inputs,), tidy=shelf.tidy_inputs)
+    studio = Studio(pipe, model, shelf, uploads, Path(args.run) if args.run else None, queue, door)
+    studio.models, studio.loras = chosen_folders(args.models), chosen_files(args.loras)
     return studio, build(studio), launch_settings(studio)
+
+
+def chosen_folders(folder: str | None) -> dict[str, Path]:
+    """name -> model folder, of those in the operator's folder."""
+    found = {path.parent.name: path.parent.absolute() for path in sorted(Path(folder).glob("*/model_index.json"))} if folder else {}
+    if folder and not found:
+        raise UserError(f"--models {folder}: no folder in it holds a model_index.json; give the folder that holds model folders")
+    return found
+
+
+def chosen_files(folder: str | None) -> dict[str, Path]:
+    """name -> LoRA file, of those in the operator's folder."""
+    found = {path.stem: path.absolute() for path in sorted(Path(folder).glob("*.safetensors"))} if folder else {}
+    if folder and not found:
+        raise UserError(f"--loras {folder}: it holds no .safetensors file; give the folder that holds LoRA files")
+    return found
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = Parser("kling-demo", __doc__)
     parser.add_argument("--model", metavar="FOLDER", help="default: the shipped one")
+    parser.add_argument("--models", metavar="FOLDER", help="a folder of model folders, of which visitors may choose one")
+    parser.add_argument("--loras", metavar="FOLDER", help="a folder of LoRA files (.safetensors), of which visitors may choose one")
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, …; default: cuda if there is one")
     parser.add_argument("--run", metavar="RUNDIR", help="a training run: compare its checkpoints, see its curves")
-    parser.add_argument("--port", metavar="N", type=int, default=7860)
-    parser.add_argument("--listen", action="store_true", help="let other machines in; needs --auth")
-    parser.add_argument("--auth", metavar="USER:PASSWORD", help="who may open the page")
     parser.add_argument("--out", metavar="FOLDER", default="out/studio", help="where videos and what they were made from go (out/studio)")
-    parser.add_argument("--keep", metavar="N", type=int, default=200, help="videos that stay; the oldest go first (200)")
+    parser.add_argument(
+        "--keep", metavar="N", type=int, default=200, help="videos that stay; whoever has most loses the oldest first (200)"
+    )
+    add = parser.add_argument_group("for others on the network").add_argument
+    parser.add_argument("--port", metavar="N", type=int, default=7860)
+    add("--listen", action="store_true", help="let other machines in; needs --auth or KLING_DEMO_AUTH")
+    add("--auth", metavar="FILE", help="who may open the page: lines of USER:PASSWORD; or give them in KLING_DEMO_AUTH")
+    add(
+        "--host", metavar="NAME", action="append", help="a name under which the page is reached, beside this machine's own; repeat for more"
+    )
+    add("--tls-cert", metavar="FILE", help="certificate (PEM), for https")
+    add("--tls-key", metavar="FILE", help="its private key (PEM)")
+    add(
+        "--places",
+        metavar="N",
+        type=int,
+        help="videos that one visitor may have in the making (3 with --listen, else as many as there are)",
+    )
+    add("--minutes", metavar="N", type=float, help="of the model's time that one visitor may use in an hour (30 with --listen, else all)")
     args = parser.parse_args(argv)
     if not 0 < args.port < 65536:
         raise UserError(f"port {args.port}: give a number from 1 to 65535")
-    if args.keep < 1:
-        raise UserError(f"--keep {args.keep}: give at least 1")
+    for name, least in (("keep", 1), ("places", 1), ("minutes", 0.1)):
+        value = getattr(args, name)
+        if value is not None and not value >= least:
+            raise UserError(f"--{name} {value}: give at least {least}")
+    if args.listen:
+        args.places, args.minutes = args.places or 3, args.minutes or 30.0
     return args
 
 
-def check_auth(text: str | None, listen: bool) -> tuple[str, str] | None:
-    """(user, password), which a page that other machines reach must have."""
-    if text is None:
-        if listen:
-            raise UserError("--listen opens the page to the network: give --auth USER:PASSWORD too")
-        return None
-    user, _, password = text.partition(":")
-    if not user or not password:
-        raise UserError("--auth is not USER:PASSWORD: give both, with a colon between them")
-    return user, password
+def check_auth(args: argparse.Namespace) -> list[tuple[str, str]] | None:
+    """(user, password) of all, which a page that other machines reach must have."""
+    from kling_programs.sample.studio.guard import read_accounts
+
+    accounts = read_accounts(args.auth)
+    if accounts is None and args.listen:
+        raise UserError("--listen opens the page to the network: give --auth FILE with lines of USER:PASSWORD, or set KLING_DEMO_AUTH")
+    return accounts
+
+
+def check_tls(args: argparse.Namespace) -> dict:
+    """The settings of the launch for https; none without a certificate."""
+    if args.tls_cert is None and args.tls_key is None:
+        return {}
+    given = {"--tls-cert": args.tls_cert, "--tls-key": args.tls_key}
+    if None in given.values():
+        missing = next(option for option, file in given.items() if file is None)
+        raise UserError(f"{missing} is missing: https needs a certificate and its key")
+    for option, file in given.items():
+        if not Path(file).is_file():
+            raise UserError(f"{option} {file}: no such file; give a PEM file")
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(args.tls_cert, args.tls_key, password="")
+    except (ssl.SSLError, OSError) as error:
+        raise UserError(f"--tls-cert {args.tls_cert} with --tls-key {args.tls_key} cannot be used ({error}): give a PEM pair") from None
+    return {"ssl_certfile": args.tls_cert, "ssl_keyfile": args.tls_key, "ssl_verify": False}  # Gradio asks itself whether it answers
 
 
 def check_port(host: str, port: int) -> None:

@@ -2,7 +2,8 @@
 
     kling-sample "a red ball rolls left on grass, the camera pans right"
     kling-sample "the ball rolls on" --image first.png --last-image last.png --camera "pan=5,zoom=2"
-    kling-sample "more of the same" --video in.mp4 --extend-to 30
+    kling-sample --video out/a-red-ball-1.mp4 --extend-to 30     # goes on with the prompt that it was made from
+    kling-sample "the ball rolls on" --video in.mp4 --extend-to 30
     kling-sample "a red ball rolls left" --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --offload model
     kling-sample --replay out/a-red-ball-1.mp4.json
 
@@ -68,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
     inputs = records.input_hashes(request)
     if cold:  # this takes seconds in a process of its own
         print("loading diffusers and the model …", file=sys.stderr, flush=True)
-    folder, pipe = load_pipeline(args.model or (before and before["model"]["path"]), args.device, loading(args))
+    folder, pipe = load_pipeline(args.model or (before and before["model"]["path"]), args.device, loading(args, before))
     if before:
         records.check_same_model(before, model_hashes(folder, args), args.replay)
         torch.set_num_threads(before["machine"]["threads"])
@@ -82,12 +83,20 @@ def main(argv: list[str] | None = None) -> None:
     for path in paths:
         check_place(path, kind, {*inputs, str(Path(args.replay or "").absolute())}, args.save_latents, args.overwrite)
 
+    from kling.runtime.precision import describe as describe_precision
     from kling.sampling.machine import Machine, pick_device, set_up, write_ratios
 
     machine, device = Machine(**given(args, MACHINE)), pick_device(args.device)
     if rank := int(os.environ.get("RANK", "0")):  # of processes that share a clip, the first one speaks and writes
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the end
+    precision = precision_of(pipe)
+    if not rank:
+        print(describe_precision(precision, device.type), file=sys.stderr, flush=True)
+        if before and (why := records.doubts(before, device, precision)):
+            print(f"{args.replay} was made elsewhere, and may not come out to the bit here: {why}", file=sys.stderr, flush=True)
     print(describe(plan, request), flush=True)
+    for note in plan.notes:
+        print(f"note: {note}", flush=True)
     if pipe.config.get("vocabulary") == "world" and (line := unknown_to_the_world(request.prompt)):
         print(line, file=sys.stderr, flush=True)
     if args.dry_run:
@@ -108,7 +117,8 @@ def main(argv: list[str] | None = None) -> None:
                 save_file({"latents": latents}, temporary)
         seconds, loading_seconds = time.perf_counter() - began, began - started
         output = {"path": str(path.absolute()), "format": kind, "fps": fps, "seconds": round(seconds, 2)}
-        record = records.make_record(job, plan, model, device, frames, output=output, command=shlex.join(["kling-sample", *argv]))
+        command = shlex.join(["kling-sample", *argv])
+        record = records.make_record(job, plan, model, device, frames, precision, output=output, command=command)
         records.write_record(records.record_path(path), record)
         taken = f"{seconds + loading_seconds:.1f} s" + (f" ({loading_seconds:.1f} s to load)" if loading_seconds > 0.1 else "")
         print(f"{path} · seed {job.seed} · {taken} · {records.record_path(path)}", flush=True)
@@ -141,18 +151,28 @@ def sample(pipe: KlingPipeline, request: Request, plan: Plan) -> tuple[np.ndarra
 
 
 def load_pipeline(model: str | None, device: str | None, options: tuple[tuple[str, Any], ...] = ()) -> tuple[Path, KlingPipeline]:
-    """The model's folder and its pipeline, not yet on the device. options: see `loading`."""
-    from kling.hub.load import find_folder
+    """The model's folder and its pipeline, not yet on the device. options: see `loading`; without a dtype, the one that is fastest here
+    of those that the checkpoint allows."""
+    from kling.hub.load import find_folder, sampling_dtype
     from kling.sampling.machine import pick_device
     from kling.sampling.pipeline import ASSETS, KlingPipeline
 
-    pick_device(device)  # a device that is not there is said before anything is loaded
-    folder = find_folder(model, dict(options).get("weights", True)) if model else ASSETS
-    return folder.absolute(), KlingPipeline.from_pretrained(folder, **dict(options))
+    kind, given = pick_device(device).type, dict(options)  # a device that is not there is said before anything is loaded
+    folder = find_folder(model, given.get("weights", True)) if model else ASSETS
+    if not given.keys() & {"torch_dtype", "transformer", "lora"}:  # the permission is for the checkpoint's own weights
+        given["torch_dtype"] = sampling_dtype(folder, kind)
+    return folder.absolute(), KlingPipeline.from_pretrained(folder, **given)
 
 
-def loading(args: argparse.Namespace) -> tuple[tuple[str, Any], ...]:
-    """What to load instead of the folder's own parts or on top of them, and in which precision. A dry run loads no weights."""
+def precision_of(pipe: KlingPipeline) -> str:
+    """What the transformer computes in, by the name that --dtype takes."""
+    name = str(pipe.transformer.dtype).removeprefix("torch.")
+    return {full: short for short, full in DTYPES.items()}.get(name, name)
+
+
+def loading(args: argparse.Namespace, before: Record | None = None) -> tuple[tuple[str, Any], ...]:
+    """What to load instead of the folder's own parts or on top of them, and in which precision: a replay's is that of its record, where
+    earlier versions took the folder's default. A dry run loads no weights."""
     options = {name: tuple(value) if isinstance(value, list) else value for name, value in given(args, WEIGHTS).items()}
     if args.dtype is not None:
         if args.dtype not in DTYPES:
@@ -160,6 +180,10 @@ def loading(args: argparse.Namespace) -> tuple[tuple[str, Any], ...]:
         import torch
 
         options["torch_dtype"] = getattr(torch, DTYPES[args.dtype])
+    elif before:
+        import torch
+
+        options["torch_dtype"] = getattr(torch, DTYPES.get(before["machine"].get("dtype"), ""), None)
     return tuple((options | ({"weights": False} if args.dry_run else {})).items())
 
 
@@ -185,7 +209,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--image", metavar="FILE", type=a_path, help="the first frame: png, jpg or webp; cropped to the clip's aspect")
     add("--last-image", metavar="FILE", type=a_path, help="the last frame")
     add("--keyframe", metavar="FILE@FRAME[:STRENGTH]", dest="keyframes", type=a_keyframe, action="append", help="repeat for more")
-    add("--video", metavar="FILE", type=a_path, help="alone: continue it; with --strength: restyle it; with --mask or --outpaint: fill it")
+    add(
+        "--video",
+        metavar="FILE",
+        type=a_path,
+        help="alone: continue it; with --strength: restyle it; with --mask or --outpaint: fill it",
+    )
     add("--mask", metavar="FILE", type=a_path, help="white is made anew, black is kept")
     add("--outpaint", metavar="ASPECT", help="show the whole video in this aspect and fill what is around it")
     holds = "how strongly the video holds while it is restyled: 1 keeps it, 0 forgets it (denoise elsewhere is 1 - this)"
@@ -233,7 +262,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
     add = parser.add_argument_group("machine").add_argument
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1, …; default: cuda if there is one")
-    add("--dtype", metavar="fp32|bf16|fp16", help="of transformer and text encoder; default: fp32 for ours, bf16 for published weights")
+    add(
+        "--dtype",
+        metavar="fp32|bf16|fp16",
+        help="of transformer and text encoder; default: bf16 for published weights and where it is faster and ours allow it",
+    )
     add("--offload", metavar="model|group", help="keep one part, or one block, on the device at a time")
     add("--fp8", action="store_true", default=None, help="store the transformer in 8 bits")
     add("--attention", metavar="NAME", help="native, math, cudnn, flex, xformers, flash, flash3 or sage")
@@ -305,7 +338,21 @@ def asked_request(args: argparse.Namespace) -> Request:
         fields["num_frames"] = 1
     if not fields.keys() & {"prompt", "image", "last_image", "keyframes", "video"}:
         raise UserError('nothing to go by: give a prompt, as in  kling-sample "a red ball rolls left on grass"')
-    return Request(**{"seed": secrets.randbelow(2**31)} | fields)
+    request = Request(**{"seed": secrets.randbelow(2**31)} | fields)
+    if args.video and args.prompt is None and not request.edited and (found := prompt_of(Path(args.video))):
+        request = request.replace(prompt=found)
+        print(f"prompt: {found} (what {args.video} was made from; give another to change it)", file=sys.stderr)
+    return request
+
+
+def prompt_of(video: Path) -> str:
+    """What one of our own videos was made from; empty if its record is not there."""
+    from kling.sampling.record import find_record, read_record
+
+    with suppress(UserError):
+        if found := find_record(video):
+            return read_record(found)["request"].get("prompt") or ""
+    return ""
 
 
 # ---------------------------------------------------------------------------------------------------------------------- output

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -69,6 +70,13 @@ def test_texts_that_yaml_1_1_would_turn_into_something_else(text: str, tmp_path:
         ("sizes=[1,a]", ["sizes = [1, 'a']", "expected list[int]"]),
         ("model=3", ["model = 3", "expected dict[str, Any]"]),
         ("steps", ["'steps'", "key=value"]),
+        ("learning_rate=1", ["'learning_rate'", "did you mean 'optim.lr'"]),
+        ("optim.learning_rate=1", ["'optim.learning_rate'", "did you mean 'optim.lr'"]),
+        ("max_train_steps=1", ["did you mean 'steps'"]),
+        ("steps=" + "9" * 400, ["cannot be used", "beyond 64 bits"]),
+        ("steps=" + "9" * 5000, ["cannot be used"]),
+        ("model=" + "[" * 100_000, ["cannot be used"]),
+        ("model.x=" + "[" * 60 + "]" * 60, ["nests more than 50 deep"]),
         ("data=${nothing}", ["nothing"]),
     ],
 )
@@ -115,13 +123,47 @@ def test_base_chain(tmp_path: Path) -> None:
         ("- 1", "holds a list"),
         ("stps: 1", "c.yaml.*did you mean 'steps'"),
         ("steps: x", "steps = 'x' in .*c.yaml: expected int"),
+        ("model: {x: " + "[" * 100_000, "c.yaml' cannot be used: it nests thousands deep"),
+        ("model:" + "".join(f"\n{' ' * i}a:" for i in range(1, 300)), "cannot be used"),
+        ("".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9) if i else 'x'}]\n" for i in range(40)), "more than 100000 values"),
+        ("a: &a [*a]", "cannot be used"),
+        ("steps: " + "9" * 5000, "cannot be used"),
+        ("data: ${oc.env:HOME}", "reads more than this file"),
+        ("sizes: [1]\nmodel: {x: [{y: 'a${oc.decode:${oc.env:HOME}}'}]}", "reads more than this file"),
+        ("data: '${${on}:HOME}'", "reads more than this file"),
     ],
 )
 def test_a_bad_file_is_named(text: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text(text)
-    with pytest.raises(UserError, match=message):
+    before = time.process_time()
+    with pytest.raises(UserError, match=message) as error:
         load(path=path)
+    assert time.process_time() - before < 5 and "\n" not in str(error.value)
+
+
+def test_the_environment_is_read_where_the_user_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PLACE", "here")
+    path = tmp_path / "c.yaml"
+    path.write_text("data: ${oc.env:PLACE}\nsteps: 4\nsizes: ['${steps}']")
+    monkeypatch.setenv("KLING_ALLOW_ENV", "1")
+    assert load_config(Settings, path).data == "here"
+    monkeypatch.delenv("KLING_ALLOW_ENV")
+    with pytest.raises(UserError, match="KLING_ALLOW_ENV"):
+        load_config(Settings, path)
+    path.write_text("data: x\nsteps: 4\nsizes: ['${steps}']")
+    cfg = load_config(Settings, path, ["data=${oc.env:PLACE}"])  # the user's own words
+    assert (cfg.data, cfg.sizes) == ("here", [4])
+
+
+def test_what_other_trainers_call_a_key_leads_to_ours() -> None:
+    """Of the real programs: every hint names a key that is there, and no name of ours is taken for somebody else's."""
+    from kling_programs.train import command
+
+    for asked in command.PROGRAMS.values():
+        names = {key.name for key in command.keys_of(Path(command.__file__).with_name(f"{asked.module}.py"), asked.settings)}
+        assert names, asked
+    assert len({name for theirs in config.MEANT.values() for name in theirs}) > 100
 
 
 def test_presets_are_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

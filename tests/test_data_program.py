@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,10 +13,21 @@ import numpy as np
 import pytest
 
 from kling.data.manifest import read_manifest
+from kling.data.scan.captioner import PROMPTS
+from kling.data.scan.listing import COLUMNS
 from kling.data.video import write_video
+from kling.metrics.camera.clips import METHODS
 
 sys.path[:0] = [str(Path(__file__).parents[1] / "train")]
 import data as program  # noqa: E402
+
+
+def test_help_comes_without_torch_and_offers_what_the_library_has():
+    words = "import sys; sys.argv = ['kling-data', 'scan', '--help']; from kling_programs.train.data import main\ntry: main()\n"
+    words += "finally: print('torch' in sys.modules)"
+    said = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True, timeout=60).stdout
+    assert "--allow-bad" in said and said.endswith("False\n")
+    assert set(COLUMNS) == set(program.FIELDS) and set(PROMPTS) == set(program.LANGUAGES) and METHODS == program.METHODS
 
 
 @pytest.fixture

@@ -8,10 +8,13 @@ import io
 import json
 import math
 import os
+import resource
 import threading
 import time
+from fractions import Fraction
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -20,7 +23,8 @@ from PIL import Image
 pytest.importorskip("gradio")
 
 from kling_programs.sample import demo
-from kling_programs.sample.studio.form import request_of
+from kling_programs.sample.studio import jobs
+from kling_programs.sample.studio.form import apart, request_of
 from kling_programs.sample.studio.jobs import Busy, ModelQueue, Stopped, Waiting
 from kling_programs.sample.studio.shelf import Shelf
 from kling_programs.sample.studio.studio import Step, sample
@@ -31,8 +35,9 @@ from kling import KlingPipeline, Request
 from kling.cameras.axes import axes_trajectory
 from kling.cameras.files import save_trajectory
 from kling.condition.tasks import TASKS
-from kling.data.video import write_video
+from kling.data.video import VideoWriter, probe, read_video, write_video
 from kling.errors import UserError
+from kling.sampling import inputs
 
 H, W = 64, 112
 
@@ -138,6 +143,99 @@ def test_a_mistake_in_a_job_reaches_who_waits_for_it():
         drain(queue.run("a", lambda tell: (_ for _ in ()).throw(torch.OutOfMemoryError())))
 
 
+def following(queue: ModelQueue, owner: str) -> tuple[list, list]:
+    """Draw from a job in the background: what it told, and how it ended."""
+    seen, end = [], []
+
+    def draw() -> None:
+        try:
+            found = drain(queue.follow(owner))
+            seen.extend(found[0])
+            end.append(found[1])
+        except BaseException as error:
+            end.append(error)
+
+    thread = threading.Thread(target=draw)
+    thread.start()
+    thread.join(20)
+    return seen, end
+
+
+def test_a_job_of_a_page_goes_on_while_its_tab_is_loaded_anew_and_no_longer(monkeypatch):
+    monkeypatch.setattr(jobs, "ALONE", 1.5)
+    queue, go = ModelQueue(), threading.Event()
+
+    def work(tell):
+        tell("first")
+        while not go.wait(0.02):
+            tell(7)
+        return "done"
+
+    events = queue.run("a", work, "tab", keep=True)
+    assert next(events) == "first"
+    events.close()  # the tab is left
+    time.sleep(0.3)
+    again = queue.follow("tab")
+    assert "first" in (next(again), next(again)) and queue.running  # what was told last is told again
+    late = queue.follow("tab")  # a second listener takes over
+    next(late)
+    assert drain(again)[1] is None
+    late.close()
+    go.set()
+    seen, end = following(queue, "tab")
+    assert end == ["done"]
+    assert following(queue, "tab")[1] == ["done"]  # until the tab has seen it
+    queue.forget("tab")
+    assert queue.job("tab") is None and following(queue, "tab")[1] == [None]
+
+    go.clear()
+    left = queue.run("a", work, "tab", keep=True)
+    next(left)
+    left.close()
+    deadline = time.time() + 10
+    while queue.running and time.time() < deadline:
+        time.sleep(0.05)
+    assert not queue.running and isinstance(following(queue, "tab")[1][0], Stopped)
+
+
+def test_a_job_that_nobody_hears_ends_though_it_is_drawn_from(monkeypatch):
+    monkeypatch.setattr(jobs, "UNHEARD", 0.5)
+    queue = ModelQueue()
+
+    def work(tell):
+        while True:
+            tell(1)
+            time.sleep(0.02)
+
+    with pytest.raises(Stopped):
+        drain(queue.run("a", work, listening=lambda: False))
+    gate = Gate(queue)
+    with pytest.raises(Stopped):  # one that waits, likewise
+        drain(queue.run("b", work, listening=lambda: False))
+    assert queue.waiting == 0
+    gate.open.set()
+
+
+def test_a_visitor_has_a_share_of_places_and_of_time():
+    queue = ModelQueue(places=2, seconds=0.2)
+    gate = Gate(queue, "a")
+    second = queue.run("a", lambda tell: 1)
+    next(second)
+    with pytest.raises(Busy, match="2 videos") as error:
+        next(queue.run("a", lambda tell: 1))
+    assert error.value.code == "no_place"
+    assert isinstance(next(queue.run("b", lambda tell: 1)), Waiting)  # others have theirs
+    time.sleep(0.3)
+    gate.open.set()
+    gate.thread.join(10)
+    second.close()
+    while queue.running:
+        time.sleep(0.01)
+    with pytest.raises(Busy, match="try again in 60 minutes") as error:
+        next(queue.run("a", lambda tell: 1))
+    assert error.value.code == "no_time" and drain(queue.run("c", lambda tell: 1))[1] == 1
+
+
 def test_sampling_stops_within_a_step(pipe):
     steps = []
 
@@ -236,8 +334,8 @@ def test_bad_files_are_refused_without_their_folder_and_deleted(uploads):
 
 def test_a_video_is_measured_before_it_is_decoded(uploads, monkeypatch):
     decoded = []
-    monkeypatch.setattr("kling_programs.sample.studio.uploads.probe", decoded.append)
-    for limit, value, message in (("MAX_FRAMES", 8, "9 frames"), ("MAX_FRAME", 100, "112x64"), ("MAX_BYTES", 50, "MiB")):
+    monkeypatch.setattr("kling_programs.sample.studio.uploads.probe", lambda path: decoded.append(path) or probe(path))
+    for limit, value, message in (("MAX_FRAMES", 8, "8 frames"), ("MAX_FRAME", 100, "112x64"), ("MAX_BYTES", 50, "MiB")):
         with monkeypatch.context() as patch:
             patch.setattr(f"kling_programs.sample.studio.uploads.{limit}", value)
             file = clip(uploads.arrivals / "v.mp4")
@@ -246,6 +344,90 @@ def test_a_video_is_measured_before_it_is_decoded(uploads, monkeypatch):
             assert not decoded and not file.exists()
     uploads.accept({"path": str(clip(uploads.arrivals / "v.mp4"))}, "video")
     assert decoded
+
+
+def sparse(path: Path, frames: int = 10, apart: float = 590.0) -> Path:
+    """A few kilobytes of video whose frames are minutes apart."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=25, options={"crf": "40"})
+        stream.width, stream.height, stream.pix_fmt = W, H, "yuv420p"
+        stream.codec_context.time_base = Fraction(1, 1000)
+        for i in range(frames):
+            frame = av.VideoFrame.from_ndarray(np.full((H, W, 3), 20 * i, np.uint8), format="rgb24")
+            frame.pts, frame.time_base = int(1000 * apart * i), Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+def test_a_few_frames_far_apart_are_counted_after_resampling(pipe, uploads, tmp_path, monkeypatch):
+    """Ten frames 590 s apart are 42 000 at 8 fps: the library refuses to read them, and the page takes the first minute."""
+    file = sparse(tmp_path / "s.mp4")
+    assert file.stat().st_size < 8000 and probe(file).count(8) > 42_000
+    monkeypatch.setattr("kling.sampling.inputs.read_video", None)  # nothing is decoded
+    with pytest.raises(UserError, match="lasts 5[0-9]{3} s: give at most 180 s") as error:
+        pipe.plan(Request(video=str(file)))
+    assert error.value.code == "video_too_long"
+    monkeypatch.undo()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    began = time.perf_counter()
+    kept = uploads.accept({"path": str(sparse(uploads.arrivals / "s.mp4"))}, "video")
+    info = probe(kept)
+    assert info.frames == 480 and abs(info.duration - 60) < 0.2 and time.perf_counter() - began < 20
+    assert pipe.plan(Request(video=kept, strength=0.5)).frames == pipe.config.max_frames  # a part of it is read
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 150_000  # KiB
+
+
+def test_what_is_restyled_is_read_no_further_than_the_model_goes(pipe, tmp_path, monkeypatch):
+    """And scaled while it is read: no frame is ever there at its own size, unless that is smaller."""
+    write_video(tmp_path / "v.mp4", np.random.default_rng(0).integers(0, 256, (60, 256, 448, 3), dtype=np.uint8), 8)
+    read, asked = [], {"video": str(tmp_path / "v.mp4")}
+    real = inputs.read_video
+    monkeypatch.setattr(inputs, "read_video", lambda *a, **k: read.append(real(*a, **k)) or read[-1])
+    pipe.plan(Request(strength=0.5, **asked))
+    pipe.plan(Request(outpaint="9:16", **asked))
+    pipe.plan(Request(**asked))
+    assert [tuple(clip.frames.shape) for clip in read] == [(41, H, W, 3), (41, 37, H, 3), (60, H, W, 3)]
+
+
+def test_a_phone_s_video_is_brought_down_and_the_page_says_so(uploads):
+    file = uploads.arrivals / "IMG_1.mp4"
+    with VideoWriter(file, 30, crf=40) as out:  # 2 s of 1080p30
+        for i in range(60):
+            out.write(np.full((1080, 1920, 3), 4 * i, np.uint8))
+    os.utime(file, (5, 5))
+    kept = uploads.accept({"path": str(file)}, "video")
+    info = probe(kept)
+    assert (info.width, info.height, info.frames, info.fps) == (200, 112, 16, 8.0)  # covers 112x64, 64x112 and 80x80
+    assert uploads.note({"path": str(file)}) == {"name": "IMG_1.mp4", "size": "200x112", "seconds": 2.0, "of": 2.0}
+    assert np.allclose(read_video(kept).frames.float().mean((1, 2, 3)), [4 * round(i * 30 / 8 - 0.01) for i in range(16)], atol=3)
+    small = clip(uploads.arrivals / "own.mp4")
+    assert uploads.note({"path": str(small)}) is None and Path(uploads.accept(str(small), "video")).read_bytes() == small.read_bytes()
+
+
+def test_a_refused_file_keeps_its_reason_for_every_request_of_the_page(uploads):
+    """The page checks a file, draws it and explains it; whoever comes after the first finds it deleted."""
+    bad = uploads.arrivals / "a.png"
+    for _ in range(2):  # and if it is uploaded again
+        bad.write_bytes(b"words")
+        told, threads = [], []
+
+        def ask() -> None:
+            try:
+                uploads.accept({"path": str(bad)}, "image")
+            except UserError as error:
+                told.append((error.code, str(error)))  # noqa: B023 - each round waits for its threads
+
+        for _ in range(8):
+            threads.append(threading.Thread(target=ask))
+            threads[-1].start()
+        for thread in threads:
+            thread.join(20)
+        assert len(told) == 8 and {code for code, _ in told} == {"not_an_image"} and len({line for _, line in told}) == 1
+        assert not bad.exists()
+    with pytest.raises(UserError) as error:
+        uploads.accept({"path": str(uploads.arrivals / "never.png")}, "image")
+    assert error.value.code == "not_uploaded"
 
 
 def test_only_what_was_uploaded_can_be_named(uploads, tmp_path):
@@ -311,12 +493,23 @@ def test_fields_become_the_request(uploads):
     assert plain.video and plain.strength is None and plain.outpaint is None and plain.mask is None
 
 
+def test_a_seed_of_minus_one_is_drawn_and_several_videos_have_their_own(uploads):
+    drawn = {request_of({"seed": -1}, uploads).seed for _ in range(4)}
+    assert len(drawn) == 4 and all(0 <= seed < 2**32 for seed in drawn)
+    three = apart(request_of({"seed": 2**32 - 1, "num_videos": 3, "prompt": "a"}, uploads))
+    assert [(one.seed, one.num_videos, one.prompt) for one in three] == [(2**32 - 1, 1, "a"), (0, 1, "a"), (1, 1, "a")]
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({"prompt": "x" * 10_000}, "10000 characters"),
         ({"prompt": 5}, "prompt"),
         ({"seed": math.nan}, "seed"),
+        ({"seed": 10**400}, "seed"),
+        ({"seed": -2}, "seed"),
+        ({"duration": -(10**400)}, "duration"),
+        ({"num_videos": 1000}, "num_videos"),
         ({"seed": "7"}, "seed"),
         ({"seed": 1.5}, "whole"),
         ({"seed": True}, "seed"),
@@ -341,6 +534,31 @@ def test_bad_fields_are_refused_by_name(uploads, fields, message):
 # ----------------------------------------------------------------------------------------------------------------- the shelf
 
 
+def test_nobody_pushes_out_what_others_made(pipe, tmp_path):
+    shelf, made = Shelf(tmp_path / "out", {"path": "m", "sha256": {}}, keep=4), []
+    for i, visitor in enumerate("baaaaaa"):
+        request = Request("a", seed=i, num_frames=5)
+        made.append(shelf.put(np.zeros((5, H, W, 3), np.uint8), request, pipe.plan(request), pipe, 1.0, visitor))
+        os.utime(made[-1].record_path, (i + 10, i + 10))
+    assert [one.path.exists() for one in made] == [True, False, False, False, True, True, True]
+
+
+def test_a_result_can_be_had_as_gif_and_webm(pipe, tmp_path):
+    shelf = Shelf(tmp_path / "out", {"path": "m", "sha256": {}})
+    request = Request("a", num_frames=5)
+    frames = np.stack([np.full((H, W, 3), 50 * i, np.uint8) for i in range(5)])
+    one = shelf.put(frames, request, pipe.plan(request), pipe, 1.0)
+    for kind in ("gif", "webm"):
+        shelf.convert(f"{one.id}.{kind}")
+        clip = read_video(one.path.with_suffix(f".{kind}"))
+        assert len(clip.frames) == 5 and abs(clip.fps - 8) < 0.5  # a GIF ticks 100 times a second
+        assert np.allclose(clip.frames.float().mean((1, 2, 3)), frames.mean((1, 2, 3)), atol=3)
+    for bad in ("x.gif", f"{one.id}.exe", "../a.gif", f"{'0' * 16}.gif"):
+        shelf.convert(bad)
+    assert len(list(shelf.folder.iterdir())) == 5  # video, record, inputs, gif, webm
+    assert len(shelf.results()) == 1
+
+
 def test_the_shelf_keeps_the_newest_and_what_they_were_made_from(pipe, tmp_path):
     shelf = Shelf(tmp_path / "out", {"path": "m", "sha256": {}}, keep=2)
     names, inputs = [], []
@@ -356,13 +574,12 @@ def test_the_shelf_keeps_the_newest_and_what_they_were_made_from(pipe, tmp_path)
     assert shelf.get(names[3]).record["request"]["seed"] == 3 and shelf.get(names[2]).path.is_file()
     assert [p.exists() for p in inputs] == [False, False, True, True]
     assert len(list(shelf.folder.glob("*.mp4"))) == len(list(shelf.folder.glob("*.mp4.json"))) == 2
+    old = shelf.get(names[3]).record_path.rename(shelf.folder / f"{names[3]}.json")  # as earlier versions named it
+    assert shelf.get(names[3]).record_path == old and shelf.results()[0].id == names[3]
     for bad in (names[0], "../x", "", None, "a" * 16, 5):
         with pytest.raises(UserError, match="no longer here"):
             shelf.get(bad)
-    old = shelf.get(names[3]).record_path  # as earlier versions named it
-    old.rename(shelf.folder / f"{names[3]}.json")
-    assert shelf.get(names[3]).record["request"]["seed"] == 3 and shelf.get(names[3]).record_path.name == f"{names[3]}.json"
-    os.utime(shelf.folder / f"{names[3]}.json", (1, 1))
+    os.utime(old, (1, 1))
     shelf.keep = 1
     shelf._tidy()
     assert sorted(p.name for p in shelf.folder.iterdir()) == [f"{names[2]}.mp4", f"{names[2]}.mp4.json", "inputs"]
@@ -374,8 +591,13 @@ def test_the_shelf_keeps_the_newest_and_what_they_were_made_from(pipe, tmp_path)
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--listen"], "--auth USER:PASSWORD"),
-        (["--listen", "--auth", "me"], "USER:PASSWORD"),
+        (["--listen"], "--auth FILE"),
+        (["--listen", "--auth", "me"], "no such file"),
+        (["--auth", "me:secret"], "everybody on this machine can read"),
+        (["--tls-cert", "x.pem"], "--tls-key is missing"),
+        (["--places", "0"], "--places 0"),
+        (["--models", "/nowhere"], "model_index.json"),
+        (["--loras", "/nowhere"], ".safetensors"),
         (["--port", "99999"], "99999"),
         (["--run", "nowhere"], "nowhere"),
         (["--keep", "0"], "--keep 0"),

@@ -4,19 +4,22 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from test_demo import clip, png
+from test_demo import Gate, clip, png
 from test_demo_page import Site, site  # noqa: F401 - a fixture
 
 from kling import KlingPipeline
 from kling.cameras.axes import axes_trajectory
 from kling.cameras.files import load_trajectory
+from kling.data.video import write_gif
 
 playwright = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install 'kling[dev]'")
 
@@ -175,7 +178,8 @@ def test_stop_stops_and_the_page_can_go_on(page, site):
 
 
 @pytest.mark.slow
-def test_a_closed_tab_stops_its_job(browser, site):
+def test_a_closed_tab_stops_its_job(browser, site, monkeypatch):
+    monkeypatch.setattr("kling_programs.sample.studio.jobs.ALONE", 2.0)
     page = new_page(browser)
     page.goto(site.url)
     page.wait_for_selector("#plan p")
@@ -194,11 +198,233 @@ def test_a_closed_tab_stops_its_job(browser, site):
 
 
 @pytest.mark.slow
+def test_two_tabs_of_a_browser_share_one_list(browser, site):
+    visitor = browser.new_context(viewport={"width": 1440, "height": 1000}, locale="en-US")
+    visitor.set_default_timeout(WAIT)
+    first, second = visitor.new_page(), visitor.new_page()
+    for page in (first, second):
+        open_for_short_clips(page, site)
+    for page in (first, second, first):  # each knew of nothing when it was opened
+        page.bring_to_front()
+        generate(page)
+    for page in (first, second):
+        page.wait_for_function("document.querySelectorAll('.card').length == 3")
+    shown = [second.get_attribute(f".card >> nth={i}", "data-id") for i in range(3)]
+    second.click(".card >> nth=1")
+    second.wait_for_selector(".card[aria-current] >> nth=0")
+    second.click("#remove")
+    for page in (first, second):
+        page.wait_for_function("document.querySelectorAll('.card').length == 2")
+    third = visitor.new_page()
+    third.goto(site.url)
+    third.wait_for_function("document.querySelectorAll('.card').length == 2")
+    assert [third.get_attribute(f".card >> nth={i}", "data-id") for i in range(2)] == [shown[0], shown[2]]
+    visitor.close()
+
+
+@pytest.mark.slow
+def test_a_tab_that_is_loaded_anew_finds_its_job_and_its_form(browser, site, tmp_path):
+    page = new_page(browser)  # not `page`: streams that are cut off are errors on its console
+    open_for_short_clips(page, site)
+    tab(page, "Pictures")
+    page.fill("#prompt textarea", "a blue cube")
+    upload(page, "#first", png(tmp_path / "a.png", (112, 64)))
+    tab(page, "Camera")
+    fill(page, "#axis-pan input[type=number]", "6")
+    fill(page, "#seed input", "77")
+    tab(page, "Advanced")
+    fill(page, "#num_inference_steps input", "3")
+    understood(page, "image to video · camera pan=6")
+    gate = Gate(site.studio.queue)
+    page.click("#generate")
+    page.wait_for_selector("#stage :text('Waiting: 1 before you')")
+    page.reload()
+    page.wait_for_selector("#stage :text('Waiting: 1 before you')")  # the job goes on
+    page.wait_for_selector("#stop:not([disabled])")
+    gate.open.set()
+    page.wait_for_function("document.querySelectorAll('.card').length == 1")
+    page.wait_for_function(PLAYING)
+    understood(page, "image to video · camera pan=6")
+    assert page.input_value("#prompt textarea") == "a blue cube" and page.input_value("#seed input") == "77"
+    made = site.studio.shelf.get(page.get_attribute(".card", "data-id")).record["request"]
+    assert made["seed"] == 77 and made["camera"] == "pan=6" and made["image"]
+    page.reload()  # and once more, when it is done
+    page.wait_for_function("document.querySelectorAll('.card').length == 1")
+    understood(page, "image to video · camera pan=6")
+    page.wait_for_selector("#generate:not([disabled])")
+    page.context.close()
+
+
+@pytest.mark.slow
+def test_a_mask_can_be_undone_erased_and_cleared_and_the_line_follows(browser, site, tmp_path):
+    page = new_page(browser)
+    open_for_short_clips(page, site)
+    tab(page, "Video")
+    upload(page, "#clip", clip(tmp_path / "clip.mp4", 9))
+    understood(page, "continuation of a video")
+    page.click("#use label:has-text('repaint a part')")
+    page.wait_for_selector("#plan .bad")  # nothing is marked
+    box = page.locator(".painter canvas")
+    box.scroll_into_view_if_needed()
+    box = box.bounding_box()
+
+    def stroke(y: float) -> None:
+        page.mouse.move(box["x"] + box["width"] * 0.2, box["y"] + box["height"] * y)
+        page.mouse.down()
+        page.mouse.move(box["x"] + box["width"] * 0.8, box["y"] + box["height"] * y, steps=6)
+        page.mouse.up()
+
+    def marked() -> float:
+        """Percent of the mask that is white."""
+        return page.evaluate("""async () => {
+            const url = window.studio.withMask([0], 0)[0];
+            if (!url) return 0;
+            const image = new Image(); image.src = url; await image.decode();
+            const canvas = document.createElement('canvas'); [canvas.width, canvas.height] = [image.width, image.height];
+            const pen = canvas.getContext('2d'); pen.drawImage(image, 0, 0);
+            const data = pen.getImageData(0, 0, image.width, image.height).data;
+            return 100 * data.filter((v, i) => i % 4 == 0 && v > 127).length / (image.width * image.height); }""")
+
+    stroke(0.3)
+    understood(page, "filling of a video")  # the red line is gone without another touch
+    one = marked()
+    stroke(0.7)
+    two = marked()
+    assert two > 1.7 * one > 0
+    page.click("[data-do=undo]")
+    assert abs(marked() - one) < 0.01
+    page.check("[name=eraser]")
+    page.evaluate("document.querySelector('[name=brush-size]').value = 40")
+    stroke(0.3)
+    assert marked() == 0
+    page.wait_for_selector("#plan .bad")
+    page.click("[data-do=undo]")
+    understood(page, "filling of a video")
+    page.click("[data-do=clear]")
+    page.wait_for_selector("#plan .bad")
+    page.uncheck("[name=eraser]")
+    stroke(0.5)
+    assert marked() > 2 * one  # the brush is larger
+    understood(page, "filling of a video")
+    before = marked()
+    page.wait_for_function("JSON.parse(sessionStorage.getItem('kling-studio-form')).some((v) => `${v}`.startsWith('data:image/png'))")
+    page.reload()  # what was painted comes back with the form
+    page.wait_for_selector("#plan :text('filling of a video')")
+    tab(page, "Video")
+    page.wait_for_selector(".painter canvas")
+    page.wait_for_function("window.studio.withMask([0], 0)[0]?.startsWith('data:')")
+    assert abs(marked() - before) < 0.5
+    generate(page)
+    record = site.studio.shelf.get(page.get_attribute(".card", "data-id")).record_path
+    other = new_page(browser)  # and with a record, in another browser
+    other.goto(site.url)
+    other.wait_for_selector("#plan p")
+    other.set_input_files("input[type=file]:has(+ #restore)", str(record))
+    understood(other, "filling of a video")
+    other.context.close()
+    page.context.close()
+
+
+@pytest.mark.slow
+def test_the_settings_of_a_video_come_back_from_its_file(page, site, tmp_path):
+    """From the replay JSON, from the video, chosen or dropped anywhere on the page; several videos from one press."""
+    page.fill("#prompt textarea", "a green ball")
+    fill(page, "#seed input", "41")
+    fill(page, "#num-videos input", "2")
+    tab(page, "Camera")
+    fill(page, "#axis-tilt input[type=number]", "-4")
+    understood(page, "text to video · camera tilt=-4")
+    page.click("#generate")
+    page.wait_for_function("document.querySelectorAll('.card').length == 2")
+    page.wait_for_selector("#stage .done")
+    made = [site.studio.shelf.get(page.get_attribute(f".card >> nth={i}", "data-id")) for i in range(2)]
+    assert [one.record["request"]["seed"] for one in made] == [42, 41]
+    record, video = (tmp_path / "any name.json", tmp_path / "any name.mp4")
+    record.write_bytes(made[0].record_path.read_bytes())
+    video.write_bytes(made[1].path.read_bytes())
+
+    page.fill("#prompt textarea", "a green balloon")
+    page.wait_for_selector("#plan p:text-matches('about [0-9hms]+, [0-9.]+ MiB of memory')")  # known once something was made
+    for file, seed, dropped in ((record, "42", False), (video, "41", True)):
+        page.fill("#prompt textarea", "something else")
+        tab(page, "Camera")
+        fill(page, "#axis-tilt input[type=number]", "0")
+        understood(page, "text to video")
+        if dropped:
+            page.evaluate(
+                """([name, text]) => {
+                const dataTransfer = new DataTransfer();
+                dataTransfer.items.add(new File([Uint8Array.from(atob(text), (c) => c.charCodeAt(0))], name));
+                const drop = new DragEvent('drop', { dataTransfer, bubbles: true, cancelable: true });
+                document.querySelector('.top').dispatchEvent(drop); }""",
+                [file.name, base64.b64encode(file.read_bytes()).decode()],
+            )
+        else:
+            page.set_input_files("input[type=file]:has(+ #restore)", str(file))
+        understood(page, "text to video · camera tilt=-4")
+        page.wait_for_function(f"document.querySelector('#seed input').value == '{seed}'")
+        assert page.input_value("#prompt textarea") == "a green ball"
+    (tmp_path / "other.json").write_text("{}")
+    page.set_input_files("input[type=file]:has(+ #restore)", str(tmp_path / "other.json"))
+    page.wait_for_selector(":text('says nothing about how it was made')")
+
+
+@pytest.mark.slow
+def test_what_is_typed_is_what_is_asked(page, site, tmp_path):
+    page.fill("#prompt textarea", "x" * 2500)  # not cut: refused, by its label
+    page.wait_for_selector("#plan .bad:text('Prompt has 2500 characters: give at most 2000')")
+    page.fill("#prompt textarea", "a ball")
+    fill(page, "#seed input", "123")
+    generate(page)
+    assert site.studio.shelf.get(page.get_attribute(".card", "data-id")).record["request"]["seed"] == 123
+    page.click("#dice")
+    page.wait_for_function("document.querySelector('#seed input').value == '-1'")
+    generate(page)
+    drawn = site.studio.shelf.get(page.get_attribute(".card", "data-id")).record["request"]["seed"]
+    assert drawn != 123 and page.input_value("#seed input") == "-1"
+    page.click("#reuse")
+    page.wait_for_function(f"document.querySelector('#seed input').value == '{drawn}'")
+    tab(page, "Pictures")
+    assert page.get_attribute("#key-frame input[type=number]", "max") == "4"  # half a second: five frames
+    tab(page, "Size")
+    fill(page, "#duration input[type=number]", "2")
+    tab(page, "Pictures")
+    page.wait_for_function("document.querySelector('#key-frame input[type=number]').max == '16'")
+    tab(page, "Advanced")
+    fill(page, "#num_inference_steps input", "1e9")
+    page.wait_for_selector("#plan .bad:text('Steps 1e+09: give a number from 0 to 100')")
+    fill(page, "#num_inference_steps input", "2")
+    tab(page, "Video")
+    write_gif(tmp_path / "a.gif", np.stack([np.full((64, 112, 3), 30 * i, np.uint8) for i in range(9)]), 8)
+    upload(page, "#clip", tmp_path / "a.gif")
+    understood(page, "continuation of a video")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [390, 1000])
+def test_every_control_has_room(browser, site, width):
+    page = new_page(browser, width)
+    page.goto(site.url)
+    page.wait_for_selector("#plan p")
+    for name in ("Pictures", "Video", "Camera", "Size", "Advanced"):  # none behind "…"
+        assert page.locator(f"#inputs button[role=tab]:text-is('{name}')").is_visible()
+    cut = "[...document.querySelectorAll('#inputs .prompt')].filter((e) => e.offsetWidth && e.scrollWidth > e.clientWidth + 1).length"
+    assert page.locator("#inputs .prompt").count() >= 3 and page.evaluate(cut) == 0
+    tab(page, "Camera")
+    page.wait_for_selector("#axis-pan input[type=range]")
+    for axis in ("pan", "tilt", "dolly", "zoom"):
+        assert page.locator(f"#axis-{axis} input[type=range]").bounding_box()["width"] > 120
+    page.context.close()
+
+
+@pytest.mark.slow
 def test_a_refused_upload_says_why_and_is_gone(page, site, tmp_path):
     (tmp_path / "fake.png").write_bytes(b"GIF89a" + os.urandom(300))
     upload(page, "#first", tmp_path / "fake.png")
-    page.wait_for_selector(":text('fake.png')")
+    page.wait_for_selector(":text('fake.png is a damaged image'), :text('fake.png is not an image')")
     page.wait_for_selector("#first input[type=file]", state="attached")  # empty again
+    page.wait_for_timeout(1000)
+    assert "no longer here" not in page.inner_text("body") and "not uploaded" not in page.inner_text("body")  # of whoever looked second
     assert not list(site.arrivals.rglob("fake.png"))
 
 

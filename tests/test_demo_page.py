@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import gc
 import hashlib
 import json
@@ -14,8 +13,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("gradio")
 
@@ -24,16 +25,18 @@ from kling_programs.sample import demo
 from kling_programs.sample.studio import views
 from kling_programs.sample.studio.form import request_of
 from kling_programs.sample.studio.page import build
+from kling_programs.sample.studio.restore import fields_of, record_at
 from kling_programs.sample.studio.shelf import Shelf
 from kling_programs.sample.studio.studio import Studio
 from kling_programs.sample.studio.uploads import Uploads
-from test_demo import Gate, png
+from safetensors.torch import save_file
+from test_demo import Gate, drain, png
 from test_generate import save_tiny
 
 from kling import KlingPipeline, Request
 from kling.condition.tasks import TASKS
 from kling.data.video import probe
-from kling.sampling.record import record_path
+from kling.errors import UserError
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 SHORT = {"duration": 0.5, "num_inference_steps": 2}
@@ -42,13 +45,14 @@ SHORT = {"duration": 0.5, "num_inference_steps": 2}
 class Site:
     """A running page and what is behind it."""
 
-    def __init__(self, folder: Path, run: Path | None = None, unable: tuple[str, ...] = ("text_to_image",)) -> None:
+    def __init__(self, folder: Path, run: Path | None = None, unable: tuple[str, ...] = ("text_to_image",), more: tuple = ()) -> None:
         self.arrivals, self.out = folder / "arrivals", folder / "out"
         self.arrivals.mkdir()
         os.environ["GRADIO_TEMP_DIR"] = str(self.arrivals)
         model = folder / "model"
         save_tiny(model, [task for task in (*TASKS, "camera") if task not in unable])
-        args = argparse.Namespace(model=str(model), device="cpu", out=str(self.out), keep=50, run=None if run is None else str(run))
+        args = demo.parse(["--model", str(model), "--device", "cpu", "--out", str(self.out), "--keep", "50", *more])
+        args.run = None if run is None else str(run)
         self.studio, page, settings = demo.prepare(args, self.arrivals)
         _, self.url, _ = page.launch(server_name="127.0.0.1", server_port=None, prevent_thread_lock=True, max_file_size="1mb", **settings)
         self.page, self.http = page, httpx.Client(timeout=600)
@@ -93,7 +97,7 @@ def site(tmp_path_factory) -> Iterator[Site]:
 
 def test_weights_go_to_the_asked_device(tmp_path):
     save_tiny(tmp_path / "model", ["text"])
-    args = argparse.Namespace(model=str(tmp_path / "model"), device="meta", out=str(tmp_path / "out"), keep=5, run=None)
+    args = demo.parse(["--model", str(tmp_path / "model"), "--device", "meta", "--out", str(tmp_path / "out")])
     studio, page, _ = demo.prepare(args, tmp_path)
     assert studio.pipe.transformer.device.type == studio.pipe.vae.device.type == "meta"
     assert any("<span>meta</span>" in str(getattr(block, "value", "")) for block in page.blocks.values())
@@ -112,6 +116,102 @@ def test_a_folder_of_wan_weights_opens_with_its_own_settings(tmp_path):
     line = views.understood(0, pipe.plan(request), request)
     assert f"{studio.sizes['9:16'][1]}×{studio.sizes['9:16'][0]} · 16 fps · 50 steps" in line
     assert request.negative_prompt is None and request.guidance_scale is None
+
+
+def test_visitors_choose_of_the_models_and_loras_that_the_operator_names(tmp_path):
+    """Each choice gives the frames that the library gives with it, and its record says so; the form gets it back."""
+    folders, loras = tmp_path / "models", tmp_path / "loras"
+    loras.mkdir()
+    save_tiny(tmp_path / "own", ["text"])
+    save_tiny(folders / "other", ["text"])
+    other = KlingPipeline.from_pretrained(folders / "other")
+    with torch.no_grad():
+        other.transformer.proj_out.weight.mul_(2)
+    other.save_pretrained(folders / "other")
+    layers = {}
+    for place in ("attn1.to_q", "attn1.to_out.0"):
+        layers[f"transformer.blocks.0.{place}.lora_A.weight"] = torch.randn(2, 32)
+        layers[f"transformer.blocks.0.{place}.lora_B.weight"] = torch.randn(32, 2)
+    save_file(layers, loras / "style.safetensors")
+    args = demo.parse(["--model", str(tmp_path / "own"), "--models", str(folders), "--loras", str(loras), "--out", str(tmp_path / "out")])
+    studio, _, _ = demo.prepare(args, tmp_path / "arrivals")
+    assert list(studio.models) == ["other"] and list(studio.loras) == ["style"]
+    request, seen = Request("a ball", num_frames=5, num_inference_steps=2, seed=3), {}
+    for fields in ({}, {"model": "other"}, {"lora": "style", "lora_scale": 0.5}, {"model": "other", "lora": "style", "lora_scale": -1}):
+        made = drain(studio.make("a", request, weights=studio.weights_of(fields)))[1][0]
+        lora = [(str(loras / "style.safetensors"), fields["lora_scale"])] if "lora" in fields else ()
+        alone = KlingPipeline.from_pretrained(folders / "other" if "model" in fields else tmp_path / "own", lora=lora)
+        expected = hashlib.sha256(np.ascontiguousarray(alone(request).frames[0])).hexdigest()
+        assert made.record["frames"]["sha256"] == expected
+        assert any("style.safetensors" in name for name in made.record["model"]["sha256"]) == ("lora" in fields)
+        weights = studio.weights_from(made.record)
+        assert weights == studio.weights_of(fields) and weights not in seen.values()
+        restored, remarks = fields_of(made.record, studio)
+        assert (restored["model"], restored["lora"], restored["seed"], remarks) == (weights.model, weights.lora, 3, [])
+        seen[expected] = weights
+    assert len(seen) == 4
+    for bad in ({"model": "../own"}, {"lora": "x"}, {"lora": "style", "lora_scale": 9}):
+        with pytest.raises(UserError):
+            studio.weights_of(bad)
+    assert studio._other[0] == weights  # one choice is kept loaded
+
+
+def test_what_a_request_will_take_grows_with_it(tmp_path):
+    save_tiny(tmp_path / "own", ["text", "continuation"])
+    studio, _, _ = demo.prepare(demo.parse(["--model", str(tmp_path / "own"), "--out", str(tmp_path / "out")]), tmp_path / "arrivals")
+    requests = [Request(num_frames=5), Request(num_frames=41), Request(num_frames=41, num_inference_steps=50), Request(duration=15)]
+    plans = [studio.pipe.plan(request) for request in requests]
+    assert all(
+        studio.needs(studio.pipe, plan, request)[0] is None for plan, request in zip(plans, requests, strict=True)
+    )  # not measured yet
+    drain(studio.make("a", requests[1]))
+    seconds, memory = zip(*(studio.needs(studio.pipe, plan, request) for plan, request in zip(plans, requests, strict=True)), strict=True)
+    assert seconds[0] < seconds[1] < seconds[2] and seconds[1] < seconds[3] and memory[0] <= memory[1] <= memory[3]
+    assert seconds[2] / seconds[1] == pytest.approx(25)  # two steps are its own
+    line = views.understood(0, plans[1], requests[1].replace(num_videos=3), None, (90.0, 3 * 2**30))
+    assert "3 × 41 frames" in line and "about 1m30s, 3.0 GiB of memory" in line
+
+
+def test_a_record_from_elsewhere_fills_what_it_can_and_names_the_rest(site, tmp_path):
+    """One of the command line names files that are not here, settings that the page lacks, and another model."""
+    record = json.loads(Path(site.ask(*site.fields(seed=5))[-1][1][0]["record"]["path"]).read_text())
+    record["request"] |= {"image": "/home/me/a.png", "guidance_every": 3, "num_frames": 9, "duration": None, "camera": {"pan": 2.0}}
+    record["inputs"] = {"/home/me/a.png": "0" * 64}
+    record["model"]["sha256"] = {"transformer/config.json": "0" * 64}
+    fields, remarks = fields_of(record, site.studio)
+    assert fields["duration"] == 1.0 and fields["pan"] == 2.0 and fields["image"] is None and not fields["still"]
+    assert dict(remarks) == {"again": {"names": "a.png"}, "elsewhere": {"names": "guidance_every"}, "other_model": {}}
+    kept = png(site.studio.uploads.store / ("0" * 24 + ".png"))
+    assert fields_of(record, site.studio)[0]["image"] == str(kept)  # known by its contents
+    for digest in ("*", "../*", 5, None):
+        record["inputs"] = {"/home/me/a.png": digest}
+        assert fields_of(record, site.studio)[0]["image"] is None
+
+
+def test_the_record_of_a_video_is_found_beside_it_inside_it_and_on_the_shelf(site, tmp_path):
+    one = site.studio.shelf.get(Path(site.ask(*site.fields(seed=6))[-1][1][0]["video"]["path"]).stem)
+    record, shelf = one.record, site.studio.shelf
+    for name in ("a.json", "a.mp4.json"):
+        (tmp_path / name).write_text(json.dumps(record))
+        assert record_at(tmp_path / name, name, shelf) == record
+    (tmp_path / "b.mp4").write_bytes(one.path.read_bytes())
+    assert record_at(tmp_path / "b.mp4", "b.mp4", shelf) == record
+    empty = Shelf(tmp_path / "empty", {})
+    with pytest.raises(UserError) as error:
+        record_at(tmp_path / "b.mp4", "b.mp4", empty)
+    assert error.value.code == "not_a_record"
+    with av.open(str(tmp_path / "b.mp4")) as old, av.open(str(tmp_path / "c.mp4"), "w", options={"movflags": "use_metadata_tags"}) as new:
+        stream = new.add_stream_from_template(old.streams.video[0])
+        new.metadata["comment"] = json.dumps(record)
+        for packet in old.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                new.mux(packet)
+    assert record_at(tmp_path / "c.mp4", "c.mp4", empty) == record
+    for text in ("{}", "[" * 100_000, '{"request": 5}', "words"):
+        (tmp_path / "d.json").write_text(text)
+        with pytest.raises(UserError, match="says nothing"):
+            record_at(tmp_path / "d.json", "d.json", shelf)
 
 
 # --------------------------------------------------------------------------------------------------------------- as a client
@@ -159,9 +259,11 @@ def test_what_must_not_pass_is_refused_without_a_trace_or_a_path(site, tmp_path)
     mine = {"path": stored}
     bad_fields = [
         ({"prompt": "x" * 10_000}, "10000 characters"),
-        ({"seed": "7"}, "seed"),
-        ({"duration": "5; rm -rf"}, "duration"),
-        ({"camera": {"pan": "x"}}, "pan"),
+        ({"seed": "7"}, "Seed"),
+        ({"duration": "5; rm -rf"}, "Seconds"),
+        ({"camera": {"pan": "x"}}, "Pan"),
+        ({"camera": {"prompt": "x"}}, "prompt"),
+        ({"camera": {"video": "x"}}, "video"),
         ({"camera": {"pam": 1}}, "pam"),
         ({"camera": [1]}, "camera"),
         ({"still": True}, "not trained"),
@@ -213,7 +315,7 @@ def test_twenty_at_once_on_a_queue_of_eight(site):
         if events[-1][0] == "complete"
     }
     assert max(most) == 8 and len(made) == 8 and len(told) == 12
-    assert all("the queue is full (8 are waiting)" in refused(events) for events in told)
+    assert all("queue is full (8 are waiting)" in refused(events) for events in told)
     for seed, record in made.items():
         assert record["request"]["seed"] == seed and record["request"]["prompt"] == f"ball {seed}"
     assert len({record["frames"]["sha256"] for record in made.values()}) == 8
@@ -243,7 +345,7 @@ def test_a_result_is_served_where_it_lies_and_nothing_beside_it_is(site):
     for beside in (f"{site.out}-2/x.mp4", f"{site.out}/../model/vae/config.json", str(site.studio.model["path"]) + "/model_index.json"):
         assert site.http.get(f"{site.url}gradio_api/file={beside}").status_code in (403, 404)
     path = Path(made["video"]["path"])
-    for name in (path, record_path(path)):  # as when the shelf is tidied
+    for name in (path, Path(made["record"]["path"])):  # as when the shelf is tidied
         name.unlink()
     assert site.http.get(made["video"]["url"]).status_code in (403, 404)
     refused(site.ask(*site.fields(video={"path": str(path)})))

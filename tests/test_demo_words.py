@@ -6,22 +6,22 @@ from __future__ import annotations
 
 import math
 import re
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import gradio as gr
 import numpy as np
 import pytest
 import torch
 from kling_programs.sample.studio import look, runs, views
-from kling_programs.sample.studio.chinese import LINES, in_chinese
 from kling_programs.sample.studio.events import Events
 from kling_programs.sample.studio.form import FIELDS, request_of
 from kling_programs.sample.studio.jobs import ModelQueue
+from kling_programs.sample.studio.mistakes import LINES, told_to, without_folders
 from kling_programs.sample.studio.research import Research
+from kling_programs.sample.studio.restore import record_at
 from kling_programs.sample.studio.shelf import Shelf
-from kling_programs.sample.studio.studio import without_folders
 from kling_programs.sample.studio.words import CHINESE_TASKS, WORDS
 from PIL import Image
 from test_demo import H, W, clip, drain, pipe, png, uploads  # noqa: F401 - pipe and uploads are fixtures
@@ -37,6 +37,8 @@ from kling.sampling.plan import TASK_TITLES as PLANNED
 def test_what_visitors_commonly_meet_is_said_in_chinese(pipe, uploads, tmp_path, monkeypatch):
     """Every line of the table translates a real mistake: none is left over, and each keeps its values."""
     image, movie = str(png(uploads.store / "a.png")), str(clip(uploads.store / "v.mp4"))
+    wide = str(uploads.store / "wide.mp4")
+    write_video(wide, np.zeros((5, 64, 112, 3), np.uint8), 8)
     page, no_model = SimpleNamespace(studio=SimpleNamespace(uploads=uploads)), lambda tell: (_ for _ in ()).throw(torch.OutOfMemoryError())
 
     def handed_in(data: bytes | Image.Image, kind: str, name: str = "x.png", **saving: Any) -> str | None:
@@ -49,9 +51,16 @@ def test_what_visitors_commonly_meet_is_said_in_chinese(pipe, uploads, tmp_path,
             patch.setattr(f"kling_programs.sample.studio.uploads.{limit}", 8)
             return handed_in(Path(movie).read_bytes(), "video", "v.mp4")
 
-    def full() -> None:
-        queue = ModelQueue(size=0)
-        next(queue.run("a", no_model))
+    def full(visitor: str = "a", **limits: Any) -> None:
+        queue = ModelQueue(**limits)
+        if limits.get("seconds"):
+            drain(queue.run(visitor, lambda tell: time.sleep(0.01)))
+        next(queue.run(visitor, no_model))
+
+    def too_long() -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr("kling.sampling.inputs.MAX_SECONDS", 0.5)
+            pipe.plan(Request(video=movie))
 
     noise = png(tmp_path / "n.png", (200, 200)).read_bytes()
     mistakes = [
@@ -62,14 +71,15 @@ def test_what_visitors_commonly_meet_is_said_in_chinese(pipe, uploads, tmp_path,
         lambda: pipe.plan(Request(num_frames=1)),
         lambda: Request(image=image, last_image=image, loop=True),
         lambda: uploads.accept_drawing("data:image/png;base64,!!!"),
-        lambda: next(Events.add_keyframe(page, None, None, 0, 1, [], 5)),
+        lambda: next(Events.add_keyframe.__wrapped__(page, None, None, 0, 1, [], 5)),
         lambda: pipe.plan(Request(keyframes=[(image, 50, 1.0)], num_frames=9)),
         lambda: pipe.plan(Request(video=movie, keyframes=[(image, 2, 1.0)])),
         lambda: pipe.plan(Request(keyframes=[(image, 3, 1.0), (image, 3, 0.5)], duration=20)),
         lambda: pipe.plan(Request(video=movie, extend_to=0.5)),
+        lambda: pipe.plan(Request(video=wide, outpaint="16:9")),
         lambda: look.read_scales("a"),
         lambda: runs.choice([]),
-        lambda: next(Research.reconstruct(page, None, None)),
+        lambda: next(Research.reconstruct.__wrapped__(page, None, None)),
         lambda: uploads.accept("/etc/passwd", "image"),
         *(lambda name=name: limited(name) for name in ("MAX_BYTES", "MAX_FRAME", "MAX_FRAMES")),
         lambda: handed_in(Image.new("1", (6000, 6000)), "image"),
@@ -82,23 +92,33 @@ def test_what_visitors_commonly_meet_is_said_in_chinese(pipe, uploads, tmp_path,
         lambda: handed_in(noise[: len(noise) // 2], "image"),
         lambda: handed_in(Image.new("RGB", (9, 9)), "image", "x.webp", save_all=True, append_images=[Image.new("RGB", (9, 9), "red")]),
         lambda: handed_in(b"1 2 3", "camera", "p.txt"),
-        full,
+        *(lambda limits=limits: full(**limits) for limits in ({"size": 0}, {"places": 0}, {"seconds": 1e-3})),
+        too_long,
+        lambda: record_at(Path(movie), "v.mp4", Shelf(tmp_path / "empty", {})),
         lambda: drain(ModelQueue().run("a", no_model)),
         lambda: Shelf(tmp_path / "out", {}).get("x"),
     ]
     met = set()
     for mistake in mistakes:
-        with pytest.raises((UserError, gr.Error)) as error:
+        with pytest.raises(UserError) as error:
             mistake()
-        line = error.value.message if isinstance(error.value, gr.Error) else without_folders(str(error.value))
-        english = [template for template in LINES if re.fullmatch(re.sub(r"\\{\w+\\}", ".+", re.escape(template)), line)]
-        assert english, line
-        met |= set(english)
-        chinese = in_chinese(line)
+        assert error.value.code in LINES, error.value
+        met.add(error.value.code)
+        english, chinese = (told_to(lang, error.value) for lang in (0, 1))
         assert re.search("[\u4e00-\u9fff]", chinese) and not re.search(r"[{}]|\bgive\b", re.sub("（.*）", "", chinese)), chinese
+        assert english and not re.search("[\u4e00-\u9fff{}]", english) and str(tmp_path) not in english + chinese
     assert met == set(LINES)
-    assert in_chinese("a line that nobody translated") == "a line that nobody translated"
-    assert in_chinese("prompt of 9999 characters: give at most 2000") == "提示词有 9999 个字符：最多 2000 个"
+
+
+def test_a_translation_goes_by_the_code_and_uses_the_labels_of_the_page():
+    error = UserError("whatever the library calls it", code="out_of_range", field="duration", value="1e+09", low="0.1", high="60")
+    assert told_to(0, error) == "Seconds 1e+09: give a number from 0.1 to 60"
+    assert told_to(1, error) == "时长（秒） 1e+09：请填 0.1 到 60 之间的数"
+    assert told_to(0, UserError("x", code="not_trained", task="text", able="image, camera")).endswith("it can do image to video, camera")
+    for lang in (0, 1):
+        assert told_to(lang, UserError("/a/b.png is odd")) == "b.png is odd"  # without a code
+        assert told_to(lang, UserError("/a/b.png is odd", code="not_an_image")).endswith("b.png is odd")  # without its values
+        assert told_to(lang, UserError("odd", code="new_since")) == "odd"
 
 
 def _poses(folder: Path, frames: int = 9) -> str:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -126,3 +128,21 @@ def test_no_step_of_a_training_waits_but_to_log(monkeypatch: pytest.MonkeyPatch,
     assert [len(what) for what in waited[:-1]] == [0, 1, 0, 0, 1, 0, 0], waited
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, 10)) and all(math.isfinite(line["loss"]) for line in lines)
+
+
+WITHOUT = """
+import importlib, sys
+for name in ("av", "decord", "gradio"):
+    sys.modules[name] = None  # as if it were not installed
+for name in sys.argv[1:]:
+    importlib.import_module(f"kling_programs.{name}")
+from kling.data.source import ClipSource, DataConfig
+assert ClipSource(DataConfig()).clip(0, 5, "1:1").video.shape == (5, 80, 80, 3)
+"""
+BENCHES = [f"eval.benches.{name}" for name in ("dit", "attn", "vae", "vae_mem", "sampler", "train", "scaling")]
+
+
+def test_the_world_training_its_evaluation_and_benches_need_no_decoder_and_no_demo() -> None:
+    """A machine with a GPU and no network has none of them (configs/gpu/first.sh)."""
+    programs = ["train.train_dit", "train.train_vae", "train.train_text", "train.encode", "eval.world", "eval.bench", *BENCHES]
+    subprocess.run([sys.executable, "-c", WITHOUT, *programs], check=True)

@@ -24,8 +24,10 @@ from torch import Tensor
 
 from kling.cameras.axes import axes_trajectory
 from kling.cameras.trajectory import Trajectory
+from kling.data.video import write_video
 from kling.data.world.scene import render_scene
 from kling.errors import UserError
+from kling.metrics.controls import noise
 from kling.metrics.ruler import Ruler
 from kling.sampling.pipeline import ASSETS
 
@@ -46,12 +48,12 @@ class Oracle:
     def __init__(self) -> None:
         world = held_out(0, program.FRAMES, max_things=1)
         asked = [task.make(world, k) for task in TASKS.values() for k in range(1 if task.few else N)]
-        self.truth = {key(case.request): render_scene(case.scene) for case in asked}
+        self.asked = {key(case.request): case for case in asked}
         self.calls = 0
 
     def __call__(self, **request: Any) -> SimpleNamespace:
         self.calls += 1
-        return SimpleNamespace(frames=self.truth[key(request)][None].numpy())
+        return SimpleNamespace(frames=render_scene(self.asked[key(request)].scene)[None].numpy())
 
     def encode(self, frames: Tensor) -> Tensor:
         return frames[None]
@@ -78,7 +80,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(program, name, value)
 
 
-def test_the_truth_scores_full_marks_and_a_second_run_makes_nothing(tmp_path: Path) -> None:
+def test_the_truth_scores_full_marks_and_what_is_broken_none(tmp_path: Path) -> None:
     pipe, options = Oracle(), Options(str(tmp_path / "out"), n=N)
     report = evaluate(pipe, options, {"sha256": {"a": "1"}})
     scores = report["scores"]
@@ -108,19 +110,7 @@ def test_the_truth_scores_full_marks_and_a_second_run_makes_nothing(tmp_path: Pa
     n = {task: max(x["n"] for x in summary.values()) for task, summary in scores.items()}
     assert n["text-en"] == n["camera"] == N and n["image"] == n["image below VAE"] == n["continuation"] == n["vae-17"] == 1
     assert report["columns"]["truth"]["text-en"]["colour"]["n"] == N and report["columns"]["noise"]["camera"]["rotation"]["n"] == 1
-
-    made = sum(1 if task.few else N for task in TASKS.values())
-    assert pipe.calls == made
-    file = tmp_path / "out/cases.jsonl"
-    first, second = file.read_bytes().splitlines(keepends=True)
-    file.write_bytes(second + first[:100])  # killed while it wrote the first case, which another worker had got
-    again = evaluate(pipe, options, {"sha256": {"a": "1"}})
-    assert pipe.calls == made, "clips that are there are not made again"
-    assert again["scores"] == scores and again["columns"] == report["columns"]
-    assert sorted(file.read_bytes().splitlines()) != sorted([first.strip(), second.strip()]), "measured anew: no seconds"
-    assert {json.loads(line)["k"] for line in file.read_text().splitlines()} == {0, 1}
-    with pytest.raises(UserError, match="other weights"):
-        evaluate(pipe, options, {"sha256": {"a": "2"}})
+    assert pipe.calls == sum(1 if task.few else N for task in TASKS.values())
 
 
 def test_what_a_model_cannot_do_is_left_out_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,14 +126,26 @@ def test_what_a_model_cannot_do_is_left_out_by_name(tmp_path: Path, monkeypatch:
 
 
 def test_a_few_tasks_alone_and_the_time_is_said_first(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    pipe, options = Oracle(), Options(str(tmp_path / "out"), n=N, tasks=chosen("words,image"))
-    report = evaluate(pipe, options, {"sha256": {}})
-    assert set(report["scores"]) == {"words", "image", "image below VAE", "image-motion"} and pipe.calls == 2 * N + 1
+    pipe, options = Oracle(), Options(str(tmp_path / "out"), n=N, tasks=chosen("text,image"))
+    report = evaluate(pipe, options, {"sha256": {"a": "1"}})
+    assert set(report["scores"]) == {"text-en", "text-zh", "zh - en", "image", "image below VAE", "image-motion"}
+    assert pipe.calls == (made := 3 * N + 1)
     assert "whole clips" in report["table"] and "VAE, 17" not in report["table"]
     first = capsys.readouterr().err.splitlines()[0]
-    assert first.startswith("5 clips (words 2, image 1, image-motion 2)") and first.endswith("minutes")
+    assert first.startswith("7 clips (text-en 2, text-zh 2, image 1, image-motion 2)") and first.endswith("minutes")
     with pytest.raises(UserError, match="other tasks"):
-        evaluate(pipe, dataclasses.replace(options, tasks=()), {"sha256": {}})
+        evaluate(pipe, dataclasses.replace(options, tasks=()), {"sha256": {"a": "1"}})
+
+    file = tmp_path / "out/cases.jsonl"
+    first, second = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(second + first[:100])  # killed while it wrote the first case, which another worker had got
+    again = evaluate(pipe, options, {"sha256": {"a": "1"}})
+    assert pipe.calls == made, "clips that are there are not made again"
+    assert again["scores"] == report["scores"] and again["columns"] == report["columns"]
+    assert sorted(file.read_bytes().splitlines()) != sorted([first.strip(), second.strip()]), "measured anew: no seconds"
+    assert {json.loads(line)["k"] for line in file.read_text().splitlines()} == {0, 1}
+    with pytest.raises(UserError, match="other weights"):
+        evaluate(pipe, options, {"sha256": {"a": "2"}})
 
 
 @pytest.mark.parametrize(
@@ -196,6 +198,21 @@ def test_certify_tells_which_ruler_meets_what(tmp_path: Path, monkeypatch: pytes
     assert "mixture 0" in capsys.readouterr().err
     pairs = [(seen[i][0], seen[i + 1][0]) for i in range(0, 14, 2)]
     assert all(torch.equal(move[0], stand[0]) for move, stand in pairs) and not all(torch.equal(*pair) for pair in pairs)
+
+
+def test_certify_holds_the_rulers_against_each_other_on_made_clips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One clip whose camera both find, one in which there is none: it is counted, and is in no mean."""
+    turning = certify.shot({"pan": 6.0}, 0, 128, 128, 11, "none")[0]
+    for name, frames in (("turning", turning), ("noise", noise(turning, 0))):
+        write_video(tmp_path / "made" / f"{name}.mp4", frames, 8, crf=5)
+    for name, nothing in (("MOVES", {}), ("CLASSED", ()), ("speeds", lambda H, W: {})):
+        monkeypatch.setattr(certify, name, nothing)
+    certify.main(["--out", str(tmp_path / "out"), "--sizes", "32x32", "--made", str(tmp_path / "made")])
+    report = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert report["rows"]["made turning"]["any"] and report["rows"]["made noise"] == {"world": False, "any": False, "rotation": None}
+    found = report["scores"]["made"]
+    assert found["any"]["value"] == 0.5 and found["rotation"]["n"] == 1 and found["rotation"]["value"] < 0.5
+    assert "any against world" in report["table"] and report["reached"] == {"made rotation": True}
 
 
 @pytest.mark.slow

@@ -135,8 +135,8 @@ def test_frames_behind_each_other_all_arrive(solver: str, delay: int) -> None:
     scheduler = KlingFlowScheduler(solver=solver, num_inference_steps=4)
     levels: list[Tensor] = []
 
-    def velocity(z: Tensor, tokens: Tensor, level: Tensor) -> Tensor:
-        levels.append(tokens[0, :, 0, 0])
+    def velocity(z: Tensor, level: Tensor, highest: float) -> Tensor:
+        levels.append(state.sigma(level)[0, 0, :, 0, 0])
         return noise - target
 
     steps = list(walk(state, scheduler, velocity, noise, _none, delay))

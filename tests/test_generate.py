@@ -298,6 +298,32 @@ def test_the_time_is_counted_from_the_start(run, monkeypatch: pytest.MonkeyPatch
     assert float(loading) >= 0.5 and none is None and abs(float(first) + float(second) - waited) < 0.3
 
 
+def test_a_continuation_goes_on_with_the_words_of_its_source(run) -> None:
+    """Unless others are given, or it is changed and not continued. A video of elsewhere has none."""
+    run("a red ball", *QUICK, "--seed", "1", "--output", "a.mp4")
+    write_video("in.mp4", np.full((5, 80, 80, 3), 99, np.uint8), 8)
+    Path("in.mp4.json").write_text('{"caption": "somebody else\'s"}')
+    for k, (words, prompt) in enumerate(
+        {
+            "--video a.mp4": "a red ball",
+            "it --video a.mp4": "it",
+            "--video a.mp4 --strength 0.5": "",
+            "--video in.mp4": "",
+        }.items()
+    ):
+        code, _, said = run(*words.split(), "--num-frames", "5", "--seed", "1", "--output", f"{k}.mp4")
+        assert code == 0 and json.loads(Path(f"{k}.mp4.json").read_text())["request"]["prompt"] == prompt
+        assert ("a red ball" in said) == (k == 0)
+    Path("a.mp4.json").rename("a.json")
+    assert generate.prompt_of(Path("a.mp4")) == "a red ball"
+
+
+def test_what_is_left_out_of_a_long_video_is_said(run) -> None:
+    write_video("in.mp4", np.full((50, 64, 112, 3), 99, np.uint8), 8)
+    lines = run("ball", "--video", "in.mp4", "--strength", "0.5", "--dry-run")[1]
+    assert lines[1].startswith("note: strength changes the first 41 of the video's 50 frames")
+
+
 def test_the_names_of_the_formats_are_those_that_can_be_written() -> None:
     assert generate.FORMATS["mp4"] == tuple(WRITABLE)
 

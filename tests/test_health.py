@@ -240,13 +240,13 @@ def test_a_rollback_rewinds_the_weights_and_keeps_the_place(words: list[str], tm
     monkeypatch.setattr(train_dit, "draw_example", lambda how, batch, place, *rest: met.append(place) or real(how, batch, place, *rest))
     loss = train_dit.flow_loss
     monkeypatch.setattr(train_dit, "flow_loss", lambda *args: loss(*args) * (math.nan if met[-1] in bad else 1.0))
-    train_dit.main([*words, "steps=6", f"out={tmp_path / 'back'}"])
-    assert met == list(range(11)), "five places are lost and none is met twice"
-    assert [line["step"] for line in metrics(tmp_path / "back")] == list(range(1, 7))
+    train_dit.main([*words, "steps=8", "log_every=1", f"out={tmp_path / 'back'}"])
+    assert met == list(range(13)), "five places are lost and none is met twice"
+    assert [line["step"] for line in metrics(tmp_path / "back")] == list(range(1, 9))
 
     place = train_dit.RankBatches.place
     monkeypatch.setattr(train_dit.RankBatches, "place", lambda feed, k: (n := place(feed, k)) + (5 if n >= 2 else 0))
-    train_dit.main([*words, "steps=6", f"out={tmp_path / 'without'}"])
+    train_dit.main([*words, "steps=8", f"out={tmp_path / 'without'}"])
     a, b = weights(tmp_path / "without"), weights(tmp_path / "back")
     assert all(torch.equal(a[key], b[key]) for key in a), "nothing is left of them"
 

@@ -6,7 +6,9 @@ import json
 import math
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import workers
@@ -20,8 +22,10 @@ from kling.dit import KlingTransformer3DModel
 from kling.errors import UserError
 from kling.runtime.accelerator import make_accelerator
 from kling.runtime.parallel import Layout, check_draws, split_sequence
+from kling.sampling.request import Request
 from kling.training.examples import check_divides
 from kling.vae import AutoencoderKLKling
+from tests.test_pipeline import tiny_pipeline
 
 STEPS = 5
 NO_TASKS = "tasks={text: 1, image: 0, continuation: 0, inpaint: 0, restyle: 0, last: 0, first_last: 0, keyframes: 0}"
@@ -325,3 +329,17 @@ def test_draws_are_checked_at_the_start(tmp_path: Path, monkeypatch: pytest.Monk
         else:
             with pytest.raises(UserError, match="same"):
                 check_draws(accelerator, layout, torch.arange(3.0))
+
+
+def test_a_sample_whose_tokens_do_not_divide_is_refused_before_it_is_made() -> None:
+    """While training, and by kling-sample in several processes: hops and appended frames counted."""
+    pipe = tiny_pipeline()
+    words = {"prompt": "a ball", "num_frames": 5, "size": "112x64"}  # 2 latent frames of 4 x 7 tokens
+    last = np.zeros((64, 112, 3), np.uint8)
+    for split, fields, fine in ((1, words, True), (8, words, True), (16, words, False), (8, words | {"last_image": last}, False)):
+        pipe.transformer._parallel_config = SimpleNamespace(context_parallel_config=SimpleNamespace(ulysses_degree=split, ring_degree=1))
+        if fine:
+            pipe.plan(Request(**fields))
+        else:
+            with pytest.raises(UserError, match=rf"tokens \(. latent frames of 14x8\) do not divide over the {split} processes"):
+                pipe.plan(Request(**fields))

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from kling_programs.eval.cases import TASKS, spoiled, with_camera
+from kling_programs.eval.cases import TASKS, exchanged, held_out, spoiled, with_camera
 from torch import Tensor
 
 from kling.data.world.scene import COLOUR_RGB, Scene, World, render_scene
@@ -120,6 +120,22 @@ def test_certified_at_the_length_that_is_scored(things: int, static: bool) -> No
         kept += ruler.permanence(video, things, leaves=not static)["whole"]
         wrong += ruler.permanence(taken_over(video, render_scene(spoiled(scene, k))), things, leaves=not static)["whole"]
     assert kept >= 0.99 * n and wrong <= 0.01 * n, (kept, wrong)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("task", ["things-2", "things-3"])
+def test_each_of_several_things_is_read(task: str) -> None:
+    """Truth >= 99 % right in colour, solid and motion of every thing and the ground; with exchanged colours never."""
+    from kling_programs.eval.world import FRAMES, Options, make_ruler, measure
+
+    ruler, n = make_ruler(Options("", examples=400)), 100
+    right = wrong = 0
+    for case in (TASKS[task].make(held_out(3, FRAMES, max_things=1), k) for k in range(n)):
+        truth = render_scene(case.scene)
+        right += measure(ruler, case, truth, truth)["right"]
+        wrong += measure(ruler, case, render_scene(exchanged(case.scene)), truth)["right"]
+    assert right >= 0.99 * n and wrong == 0, (right, wrong)
 
 
 def test_every_task_has_a_right_answer_under_its_name() -> None:

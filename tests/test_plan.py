@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.util
+import math
+import re
 import resource
+import shlex
+import sys
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import workers
+from accelerate.commands.launch import launch_command_parser
 from diffusers import AutoencoderKLWan
 from torch.utils.checkpoint import CheckpointPolicy
 from torch.utils.flop_counter import FlopCounterMode
@@ -25,7 +31,9 @@ from kling.training.model import _keep_products, set_checkpointing
 from kling.training.optim import adamw
 from kling.vae import AutoencoderKLKling
 
-from plan import PlanConfig, level_runs, main, on_each_gpu, on_the_host, report  # isort: skip - train/, which `workers` puts on the path
+from plan import (  # isort: skip - train/, which `workers` puts on the path
+    Part, PlanConfig, advice, layouts, level_runs, main, on_each_gpu, on_the_host, report,
+)  # fmt: skip
 
 SMALL = {"num_attention_heads": 2, "attention_head_dim": 32, "num_layers": 6, "ffn_dim": 128, "text_dim": 32}
 
@@ -112,16 +120,64 @@ def test_a_plan(capsys: pytest.CaptureFixture) -> None:
     main(["configs/dit/debug.yaml", "gpus=8", "memory=80", "tflops=800", "height=64", "width=112"])
     text = capsys.readouterr().out
     assert "140 tokens" in text and "recommended    ddp, activation_checkpointing=none" in text
+    assert "precision      bf16" in text and "as given by tflops=" in text
     main(["configs/dit/debug.yaml", "gpus=1", "memory=0.001", "tflops=800", "height=64", "width=112"])
     assert "nothing fits: the smallest layout needs 0.0" in capsys.readouterr().out
     for words, message in (
         (["configs/vae/world.yaml"], "has no model and frames"),
         (["configs/dit/debug.yaml", "height=100"], "does not divide"),
         (["configs/dit/debug.yaml", "mfu=40"], "an mfu of at most 1"),
+        (["configs/dit/debug.yaml", "gpus=12"], "not full machines"),
+        (["configs/dit/debug.yaml", "tflops=-1"], "give positive numbers"),
+        ([], "usage: kling-plan"),
     ):
         with pytest.raises(SystemExit):
             main(words)
         assert message in capsys.readouterr().err
+
+
+def launched(words: list[str]) -> tuple[Path, list[str]]:
+    """(configuration of accelerate, arguments of kling-train) of a recommended command, taken apart by accelerate's own parser."""
+    assert words[:2] == ["accelerate", "launch"]
+    given = launch_command_parser().parse_args(words[2:])
+    assert given.module and importlib.util.find_spec(given.training_script)
+    return Path(given.config_file), given.training_script_args
+
+
+@pytest.mark.parametrize("preset", ["configs/dit/debug.yaml", "dit/0.1b.yaml"])
+@pytest.mark.parametrize("gpus", [1, 4, 8, 16])
+def test_every_recommended_command_runs_as_it_stands(preset: str, gpus: int) -> None:
+    config = PlanConfig(gpus=gpus, tflops=800)
+    for layout, shards, split, what in layouts(config.gpus, config.node):
+        lines = advice(layout, shards, split, what, Part(1e9, 1e9, 1e9, 1e9, 2e9), config, read_preset(preset), preset)
+        words = shlex.split(lines[1])
+        if gpus == 1:
+            assert words.pop(0) == "kling-train"
+        else:
+            file, words = launched(words)
+            assert file.is_file() and file.stem == layout.split()[0] != "cpu"
+            sizes = [int(n) for n in re.findall(r"(?:dp_replicate|dp_shard|cp)_size (\d+)", lines[1])]
+            assert math.prod(sizes) == (1 if file.stem == "ddp" else gpus)
+        cfg = load_config(workers.train_dit.TrainDiTConfig, words[0], words[1:])
+        assert cfg.batch <= 256 and cfg.activation_checkpointing == what and not (cfg.compile and what == "selective")
+
+
+def test_what_is_assumed_is_said(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose TFLOP/s, whose size; and memory is planned in the type that is measured."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    measured = []
+    monkeypatch.setattr(sys.modules["plan"], "matmul_ceiling", lambda device, dtype: measured.append(dtype) or 1e12)
+    for fast, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr("kling.runtime.precision.bf16_is_fast", lambda device, fast=fast: fast)
+        main(["dit/debug.yaml", "gpus=1"])
+        text = capsys.readouterr().out
+        assert f"precision      {'bf16' if fast else 'fp32'}" in text and measured.pop() is dtype
+        assert "this machine's CPU" in text and "give tflops= of yours" in text and "112x64 (of cache/debug.yaml)" in text
+        assert "cpu.yaml" not in text
+    main(["dit/debug.yaml", "gpus=1", "width=224", "height=128", "tflops=1"])
+    assert "224x128 (as given)" in capsys.readouterr().out
+    report_of = report({**read_preset("dit/debug.yaml"), "encode": ""}, PlanConfig(gpus=1, tflops=1))
+    assert any("832x480 (assumed" in line for line in report_of)
 
 
 def test_what_is_recommended_is_what_training_takes(capsys: pytest.CaptureFixture) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from kling.cameras.axes import MOVES, axes_trajectory
-from kling.cameras.files import load_trajectory, save_trajectory
+from kling.cameras.files import load_trajectory, load_window, save_trajectory
 from kling.cameras.kling_http import AXES, axes_from_wire, axes_to_wire
 from kling.cameras.poses import cropped, inverse, quaternion, rotation_matrix
 from kling.cameras.trajectory import Trajectory
@@ -95,13 +95,54 @@ def test_quaternions_cover_all_turns() -> None:
     assert torch.allclose(rotation_matrix(quaternion(R)), R, atol=1e-12)
 
 
+def rows(n: int, time: str = "{t} ", more: str = "") -> str:
+    """RealEstate10K lines of a camera that goes forward, one unit a frame."""
+    return "".join(time.format(t=1000 * t) + f"0.5 0.9 0.5 0.5 0 0 1 0 0 0 0 1 0 0 0 0 1 {-t}{more}\n" for t in range(n))
+
+
+FORMS = {
+    "timed.txt": rows(5), "no-times.txt": rows(5, time=""), "zero-times.txt": rows(5, time="0 "), "4x4.txt": rows(5, more=" 0 0 0 1"),
+    "no-times-4x4.txt": rows(5, time="", more=" 0 0 0 1"), "url.txt": "https://example.org\n" + rows(5, time=""),
+}  # fmt: skip
+GOES = [[[1.0, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, t]] for t in range(5)]
+FORMS |= {
+    name: json.dumps({"fps": 8, "intrinsics": k, "c2w": [pose + last for pose in GOES]})
+    for name, k, last in (
+        ("4x4.json", [K] * 5, [[0, 0, 0, 1]]), ("one-row.json", [K], []), ("flat-row.json", K, []), ("both.json", K, [[0, 0, 0, 1]]),
+    )
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_every_usual_form_is_the_same_path(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text(FORMS[name])
+    trajectory = load_trajectory(tmp_path / name, 9)
+    assert torch.allclose(trajectory.c2w[:, :, 3], torch.tensor([[0.0, 0, 4]]) * torch.linspace(0, 1, 9)[:, None], atol=1e-6)
+    assert trajectory.intrinsics.shape == (9, 4) and trajectory.intrinsics[:, 2:].eq(0.5).all()
+
+
+@pytest.mark.parametrize("name", ["no-times.txt", "zero-times.txt"])
+def test_a_path_beside_a_video_needs_times(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text(FORMS[name])
+    with pytest.raises(UserError, match="give microseconds") as error:
+        load_window(tmp_path / name, torch.linspace(0, 1, 5), (H, W), 1.0)
+    assert name in str(error.value)
+
+
 LINE = "0 0.5 0.9 0.5 0.5 0 0 1 0 0 0 0 1 0 0 0 0 1 0\n"
 BAD = {
     "empty.txt": ("", "no pose"),
     "url-only.txt": ("https://example.org\n", "no pose"),
     "short.txt": (LINE + "1 0.5 0.9\n", "frame 1 has 3 columns"),
     "word.txt": (LINE.replace("0.9", "wide"), "word"),
-    "time.txt": (LINE + LINE, "frame 1: its timestamp"),
+    "time.txt": ("2" + LINE + "1" + LINE, "frame 1: its timestamp"),
+    "columns.txt": ("0 0.5 0.9 0.5 0.5 1 0 0 0 0 1 0 0 0 0 1 0\n", "frame 0 has 17 columns: give 19"),
+    "mixed.txt": (LINE + LINE[2:], "frame 1 has 18 columns"),
+    "transposed.txt": (LINE.rstrip() + " 0 0 1 1\n", "frame 0: the last row of its 4x4"),
+    "transposed.json": (json.dumps({"intrinsics": K, "c2w": [[*EYE, [3, 0, 0, 1]]]}), "frame 0: the last row of its 4x4"),
+    "list.json": (json.dumps([EYE, EYE]), "holds a list"),
+    "w2c.json": (json.dumps({"intrinsics": K, "w2c": [EYE]}), "w2c is the inverse of c2w"),
+    "deep.json": ('{"c2w": ' + "[" * 100_000, "nests thousands deep"),
     "lens.txt": (LINE.replace("0 0 1 0 0 0", "0.1 0 1 0 0 0", 1), "distortion"),
     "nan.txt": (LINE.replace("0.9", "nan"), "frame 0 holds NaN"),
     "focal.txt": (LINE.replace("0.9", "-0.9"), "focal"),

@@ -36,11 +36,12 @@ VAE = [
     "log_every=1",
     "save_every=2",
     "eval_every=4",
+    "mixed_precision=fp32",
 ]
 CACHE = ["configs/cache/debug.yaml", "clips=8", "shard=3", "data.frames=[1,5]", "workers=0"]
 DIT = [
     "configs/dit/debug.yaml", "frames=[5]", "max_frames=5", "workers=0", "log_every=1", "save_every=2", "sample_every=4",
-    "samples=[{prompt: a ball, num_frames: 5}]",
+    "samples=[{prompt: a ball, num_frames: 5}]", "mixed_precision=fp32",
 ]  # fmt: skip
 
 
@@ -154,7 +155,7 @@ def test_a_resumed_dit_run_is_bit_equal_and_its_model_samples(vae, cache, tmp_pa
 
 def test_a_text_encoder_learns_that_phrasings_agree_resumes_exactly_and_serves_a_transformer(vae, cache, tmp_path):
     words = ["configs/text/world.yaml", "text={byte_dim: 32, byte_layers: 1, out_dim: 32, token_layers: 1}", "batch=16", "lr=3e-3"]
-    words += ["warmup=5", "schedule=constant", "workers=0", "log_every=1", "save_every=20"]
+    words += ["warmup=5", "schedule=constant", "mixed_precision=fp32", "workers=0", "log_every=1", "save_every=20"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train_text.main([*words, f"out={whole}", "steps=60"])
     for steps in (40, 60):

@@ -1,4 +1,4 @@
-"""kling-eval videos on real mp4s: failures count, controls decide, mistakes are one line."""
+"""kling-eval videos on real mp4s: failures are counted apart, controls decide, mistakes are one line."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from kling.cameras.axes import axes_trajectory
 from kling.cameras.files import save_trajectory
 from kling.data.image import write_png
 from kling.data.video import write_video
-from kling.metrics.controls import turned
+from kling.metrics import clip as clip_metrics
+from kling.metrics.clip import METRICS
+from kling.metrics.controls import noise, turned
 
 
 @pytest.fixture
@@ -37,7 +39,7 @@ def run(folder: Path, *options: str) -> dict:
     return json.loads((folder / "out/scores.json").read_text())
 
 
-def test_what_is_missing_counts_as_the_worst_and_controls_are_beside_everything(clips: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_missing_is_counted_and_in_no_mean_and_controls_are_beside_everything(clips: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("imageio_ffmpeg")
     monkeypatch.setattr(program, "CONTROLS", 1)
     monkeypatch.setattr(program, "CONTROL_FRAMES", 17)
@@ -48,14 +50,64 @@ def test_what_is_missing_counts_as_the_worst_and_controls_are_beside_everything(
     assert rows["a"]["reference"]["psnr"] > 35 and rows["a"]["reference"]["vmaf"] > 90 and rows["a"]["camera"]["rotation"] < 0.3
     assert rows["a"]["camera"]["class"] and rows["a"]["camera"]["registered"] and rows["a"]["motion"]["dynamic"]
     assert rows["a"]["keyframes"]["psnr"] > 35
-    assert rows["b"]["keyframes"] == {"psnr": 0.0, "frozen": True}  # a perfect first frame, and no video
+    assert rows["b"]["keyframes"] == {"psnr": None, "frozen": True}  # a perfect first frame, and no video
     assert rows["b"]["camera"]["rotation"] == pytest.approx(9, abs=0.2) and not rows["b"]["motion"]["dynamic"]
-    assert rows["c"]["reference"] == {"psnr": 0, "ssim": 0, "temporal": 0, "vmaf": 0} and rows["c"]["camera"]["rotation"] == 180
-    assert report["scores"]["reference"]["psnr"]["n"] == 3
-    for measure in program.MEASURES:
-        for control in measure.controls:
-            assert measure.name in report["columns"][control][measure.task], (measure.name, control)
+    assert rows["c"] == {} and report["failed"] == dict.fromkeys(report["failed"], 1) and len(report["failed"]) == 5
+    for m in METRICS:
+        found = [rows[name][m.task][m.name] for name in "ab" if rows[name][m.task][m.name] is not None]
+        assert not found or report["scores"][m.task][m.name]["value"] == pytest.approx(sum(found) / len(found)), m.name
+        for control in m.controls:
+            assert m.name in report["columns"][control][m.task], (m.name, control)
     assert (clips / "out/strips/reference-psnr.png").is_file() and report["ranked"] == ["b", "a"]
+
+
+def test_a_file_beside_a_video_spoils_its_own_rows_only(clips: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A damaged reference, a path that is no path, a picture of a frame beyond the end, and a file that is not there."""
+    monkeypatch.setattr(program, "CONTROLS", 0)
+    write_video(clips / "made" / "c.mp4", turned(torch.from_numpy(texture(64, 96)))[0], 8, crf=10)
+    (clips / "true" / "a.mp4").write_bytes(b"no video")
+    (clips / "paths" / "b.txt").write_text("no path")
+    (clips / "paths" / "c.txt").unlink()
+    (clips / "first" / "c@0.png").rename(clips / "first" / "c@99.png")
+    report = run(clips, "--reference", str(clips / "true"), "--cameras", str(clips / "paths"), "--keyframes", str(clips / "first"))
+    assert {name: set(row) for name, row in report["rows"].items()} == {
+        "a": {"motion", "camera", "keyframes"}, "b": {"motion", "reference", "keyframes"}, "c": {"motion", "reference"},
+    }  # fmt: skip
+    assert report["failed"] == {"motion": 0, "reference": 1, "camera": 2, "keyframes": 1, "continuation": 0}
+    assert report["scores"]["motion"]["warp"]["n"] == 3 and report["scores"]["camera"]["rotation"]["n"] == 1
+    assert report["scores"]["camera"]["rotation"]["value"] < 1 and report["scores"]["reference"]["psnr"]["value"] > 10
+    assert "1 in reference, 2 in camera, 1 in keyframes" in (clips / "out/scores.md").read_text()
+    assert "keyframes: " in report["failures"]["c"] and "camera: " in report["failures"]["c"]
+
+
+def test_a_camera_that_cannot_be_found_is_counted_and_in_no_mean(clips: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(program, "CONTROLS", 0)
+    write_video(clips / "made" / "b.mp4", noise(turned(torch.from_numpy(texture(64, 96)))[0], 0), 8, crf=10)
+    report = run(clips, "--cameras", str(clips / "paths"))
+    assert report["rows"]["b"]["camera"]["registered"] is False and report["rows"]["b"]["camera"]["rotation"] is None
+    assert report["scores"]["camera"]["registered"]["value"] == 0.5 and report["scores"]["camera"]["rotation"]["value"] < 1
+
+
+def test_a_metric_is_one_function(clips: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of them, one with an order of controls that is wrong: in the table, the report and the check."""
+    monkeypatch.setattr(program, "CONTROLS", 1)
+    monkeypatch.setattr(clip_metrics, "METRICS", before := list(METRICS))
+    monkeypatch.setattr(program, "METRICS", before)
+
+    @clip_metrics.metric("motion", "brightness", "levels", controls=("turned", "noise"))
+    def motion_brightness(clip: clip_metrics.Clip) -> float:
+        return float(clip.video.float().mean())
+
+    @clip_metrics.metric("motion", "frames", controls=("frozen", "turned"), higher=False)
+    def motion_frames(clip: clip_metrics.Clip) -> float:
+        return float(len(clip.video))
+
+    with pytest.raises(SystemExit) as stop:
+        run(clips)
+    report = json.loads((clips / "out/scores.json").read_text())
+    assert stop.value.code == 3
+    assert report["rows"]["a"]["motion"]["frames"] == 9 and report["columns"]["noise"]["motion"]["brightness"]["value"] > 100
+    assert "| brightness |" in report["table"] and "| frames |" in report["table"]
 
 
 def test_a_metric_that_ranks_its_controls_wrongly_fails_the_run(
@@ -63,7 +115,7 @@ def test_a_metric_that_ranks_its_controls_wrongly_fails_the_run(
 ) -> None:
     monkeypatch.setattr(program, "CONTROLS", 1)
     monkeypatch.setattr(
-        program, "warp_error", lambda video, flow: 1.0 - float(flow.speed().mean() > 0)
+        clip_metrics, "warp_error", lambda video, flow: 1.0 - float(flow.speed().mean() > 0)
     )  # best where nothing can be matched
     with pytest.raises(SystemExit) as stop:
         run(clips)
@@ -74,7 +126,7 @@ def test_a_metric_that_ranks_its_controls_wrongly_fails_the_run(
 
 def test_classes_of_paths() -> None:
     names = {"pan": 5.0, "tilt": -5.0, "zoom": -5.0, "dolly": -5.0, "horizontal": -5.0, "roll": 5.0}
-    found = {name: program.vbench_class(axes_trajectory({name: value}, 9, 64, 96)) for name, value in names.items()}
+    found = {name: clip_metrics.vbench_class(axes_trajectory({name: value}, 9, 64, 96)) for name, value in names.items()}
     assert found == {
         "pan": "pan_right",
         "tilt": "tilt_down",
@@ -83,8 +135,8 @@ def test_classes_of_paths() -> None:
         "horizontal": "pan_left",
         "roll": None,
     }
-    assert program.vbench_class(axes_trajectory({}, 9, 64, 96)) == "static"
-    assert program.vbench_class(axes_trajectory({"pan": 5.0, "tilt": 5.0}, 9, 64, 96)) is None
+    assert clip_metrics.vbench_class(axes_trajectory({}, 9, 64, 96)) == "static"
+    assert clip_metrics.vbench_class(axes_trajectory({"pan": 5.0, "tilt": 5.0}, 9, 64, 96)) is None
 
 
 @pytest.mark.parametrize(

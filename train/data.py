@@ -18,24 +18,15 @@ from pathlib import Path
 from statistics import median
 
 from kling_programs.sample.command import Parser
-from tqdm import tqdm
 
-from kling.cameras.files import read_path
-from kling.cameras.plot import draw_path
-from kling.config import load_config
-from kling.data.image import write_png
-from kling.data.manifest import quarantine_of, read_manifest, read_quarantine, write_manifest
-from kling.data.scan.captioner import PROMPTS, Captioner
-from kling.data.scan.filters import Filters
-from kling.data.scan.listing import COLUMNS, Listing
-from kling.data.scan.report import write_report
-from kling.data.scan.scan import Summary, scan
 from kling.errors import UserError, program
-from kling.metrics.camera.clips import METHODS, check_file, estimated
-from kling.metrics.camera.rotation import WIDTH
 
 EXIT_TOO_BAD = 3
 SAVE_EVERY = 20  # captions
+# What the command line offers, as the library has it (tests/test_data_program.py): torch takes seconds to import, a --help should not.
+FIELDS = ("path", "caption", "start", "end", "timestamp", "camera")
+LANGUAGES = ("en", "zh")
+METHODS = ("rotation", "colmap")
 
 
 @program
@@ -53,7 +44,7 @@ def parser() -> Parser:
         "paths", nargs="+", metavar="PATH", help="folders, videos, pictures, .csv .tsv .json .jsonl tables, WebDataset .tar files"
     )
     cmd.add_argument("--out", default="manifest.jsonl", help="the manifest (default %(default)s); quarantine.jsonl comes beside it")
-    cmd.add_argument("--map", nargs="+", default=[], metavar="FIELD=COLUMN", help=f"columns of tables; fields: {', '.join(COLUMNS)}")
+    cmd.add_argument("--map", nargs="+", default=[], metavar="FIELD=COLUMN", help=f"columns of tables; fields: {', '.join(FIELDS)}")
     cmd.add_argument("--root", help="folder of a table's relative paths (default: the table's)")
     cmd.add_argument("--shots", action="store_true", help="split videos at their cuts (PySceneDetect)")
     cmd.add_argument("--filters", metavar="YAML", help="thresholds, such as configs/data/filters.yaml")
@@ -75,7 +66,7 @@ def parser() -> Parser:
     cmd = commands.add_parser("caption", help="write captions with a local image-text-to-text model")
     cmd.add_argument("manifest")
     cmd.add_argument("--model", required=True, metavar="DIR", help="a transformers model with its processor")
-    cmd.add_argument("--language", nargs="+", default=["en"], choices=sorted(PROMPTS), help="one caption in each (default: en)")
+    cmd.add_argument("--language", nargs="+", default=["en"], choices=LANGUAGES, help="one caption in each (default: en)")
     cmd.add_argument("--prompt", help="what the model is asked, in place of our question")
     cmd.add_argument("--frames", type=int, default=4, help="frames that it is shown (default %(default)s)")
     cmd.add_argument("--device", default="cpu")
@@ -91,6 +82,14 @@ def parser() -> Parser:
 
 
 def run_scan(args: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from kling.config import load_config
+    from kling.data.manifest import quarantine_of
+    from kling.data.scan.filters import Filters
+    from kling.data.scan.listing import Listing
+    from kling.data.scan.scan import Summary, scan
+
     if args.workers < 1 or args.seconds_per_minute <= 0 or not 0 <= args.allow_bad <= 1:
         raise UserError("--workers and --seconds-per-minute must be positive, --allow-bad between 0 and 1: put them right")
     out = Path(args.out)
@@ -123,6 +122,9 @@ def run_scan(args: argparse.Namespace) -> None:
 
 
 def run_report(args: argparse.Namespace) -> None:
+    from kling.data.manifest import quarantine_of, read_manifest, read_quarantine
+    from kling.data.scan.report import write_report
+
     path = Path(args.manifest)
     out = Path(args.out) if args.out else path.with_suffix(".html")
     write_report(out, read_manifest(path), read_quarantine(quarantine_of(path)), args.sheet)
@@ -131,6 +133,11 @@ def run_report(args: argparse.Namespace) -> None:
 
 def run_caption(args: argparse.Namespace) -> None:
     """Clips that have a caption in a language keep it, so the same command again goes on where it stopped."""
+    from tqdm import tqdm
+
+    from kling.data.manifest import read_manifest, write_manifest
+    from kling.data.scan.captioner import PROMPTS, Captioner
+
     if args.frames < 1:
         raise UserError(f"--frames {args.frames}: give at least 1")
     path = Path(args.manifest)
@@ -146,6 +153,15 @@ def run_caption(args: argparse.Namespace) -> None:
 
 
 def run_camera(args: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from kling.cameras.files import read_path
+    from kling.cameras.plot import draw_path
+    from kling.data.image import write_png
+    from kling.data.manifest import read_manifest, write_manifest
+    from kling.metrics.camera.clips import check_file, estimated
+    from kling.metrics.camera.rotation import WIDTH
+
     path = Path(args.path)
     if path.suffix != ".jsonl":
         times, trajectory = read_path(path)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
+from kling_programs.train.command import helped
 from torch import Tensor
 from tqdm import tqdm
 
@@ -32,8 +33,8 @@ from kling.training.start import captions_of, mark_read, text_folder
 @program
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] in ("-h", "--help"):
-        raise UserError("usage: kling-encode CONFIG.yaml [key=value ...]")
+    if helped("kling-encode", argv):
+        return
     cfg = load_config(CacheConfig, argv[0], argv[1:])
     set_threads(cfg.threads)
     if cfg.mixed_precision == "fp16":

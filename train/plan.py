@@ -1,34 +1,39 @@
-"""Plan a training before buying the machine: parameters, operations, memory by part, days, and the layout to start it with.
+"""Plan a training before buying the machine: parameters, operations, memory by part, days, and the command to start it with.
 
 kling-plan configs/dit/14b.yaml gpus=64 memory=80 tflops=800 mfu=0.4 clips=50000000
-kling-plan configs/dit/world.yaml gpus=1 memory=16                    # tflops left out: measured on this machine
+kling-plan configs/dit/world.yaml gpus=1 memory=16                    # tflops left out: measured on this machine, and said so
 """
 
 from __future__ import annotations
 
 import math
 import random
+import shlex
 import sys
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+from kling_programs.train.command import helped
 
 from kling.condition.tasks import TASKS, keyframe_share
-from kling.config import load_config, read_preset
+from kling.config import PRESETS, find_config, load_config, read_preset
+from kling.data.source import DataConfig
 from kling.dit import KlingTransformer3DModel
 from kling.dit.cost import forward_flops
 from kling.dit.memory import StepMemory, step_memory
 from kling.errors import UserError, program, unknown
-from kling.runtime.precision import bf16_is_fast, default_device
-from kling.shapes import latent_frames, latent_size, token_grid
+from kling.runtime.precision import default_device, pick_precision
+from kling.shapes import aspect_size, latent_frames, latent_size, token_grid
 from kling.text import ByteTextEncoder
 from kling.training.meter import matmul_ceiling
 from kling.training.model import CHECKPOINTING, set_checkpointing
 from kling.training.optim import MOMENTS
 
 GIB = 2**30
+LARGEST = 256  # clips of a GPU's batch that are recommended where more fit: an update is seldom better with more
 RESERVE = 0.9  # of a GPU's memory; the rest is for its context, communication and fragments
 
 
@@ -36,9 +41,11 @@ RESERVE = 0.9  # of a GPU's memory; the rest is for its context, communication a
 class PlanConfig:
     """What it is planned for.
 
-    gpus, node: how many in all and in one machine. memory: GiB of each. tflops: what a GPU reaches on matrix products, 0 measures this one.
-    mfu: the part of it that training is assumed to reach. clips: how many the run trains on, with repetition.
-    height, width: pixels of a clip; the preset's longest length is planned for.
+    gpus: how many in all. node: how many in one machine. memory: GiB of each.
+    tflops: TFLOP/s that a GPU reaches on matrix products, 0 measures this machine.
+    mfu: the part of it that training is assumed to reach, 0 to 1. clips: how many the run trains on, with repetition.
+    height, width: pixels of a clip, 0 takes the largest of the preset's cache, or 480x832 if it names none; its longest length is planned.
+    spatial_factor: pixels of a latent of the VAE, across. bf16: compute in bfloat16; where tflops is measured, only if that is faster here.
     """
 
     gpus: int = 8
@@ -47,8 +54,8 @@ class PlanConfig:
     tflops: float = 0.0
     mfu: float = 0.4
     clips: int = 10_000_000
-    height: int = 480
-    width: int = 832
+    height: int = 0
+    width: int = 0
     spatial_factor: int = 8
     bf16: bool = True
 
@@ -88,67 +95,89 @@ def on_the_host(step: StepMemory, shards: int, moments: int = 2) -> tuple[int, i
 @program
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] in ("-h", "--help"):
-        raise UserError("usage: kling-plan configs/dit/PRESET.yaml [gpus=64 memory=80 tflops=800 mfu=0.4 clips=N height=480 width=832]")
+    if helped("kling-plan", argv):
+        return
     preset = read_preset(argv[0])
     if "model" not in preset or "frames" not in preset:
         raise UserError(f"preset '{argv[0]}' has no model and frames: give one that says its sizes, such as configs/dit/1.3b.yaml")
     plan = load_config(PlanConfig, None, argv[1:])
-    if plan.gpus < 1 or plan.memory <= 0 or not 0 < plan.mfu <= 1:
+    if plan.gpus < 1 or plan.node < 1 or plan.clips < 1 or not 0 < plan.memory < math.inf or not 0 < plan.mfu <= 1:
         raise UserError(f"gpus {plan.gpus}, memory {plan.memory}, mfu {plan.mfu}: give positive numbers, and an mfu of at most 1")
-    for line in report(preset, plan):
+    if not 0 <= plan.tflops < math.inf or min(plan.height, plan.width) < 0:
+        raise UserError(f"tflops {plan.tflops}, height {plan.height}, width {plan.width}: give positive numbers")
+    if plan.gpus > plan.node and plan.gpus % plan.node:
+        raise UserError(f"gpus {plan.gpus} are not full machines of node={plan.node}: give a multiple")
+    for line in report(preset, plan, argv[0]):
         print(line)
 
 
-def report(preset: dict[str, Any], plan: PlanConfig) -> list[str]:
-    """The lines of a plan."""
+def own_size(preset: dict[str, Any]) -> tuple[int, int, str]:
+    """(height, width, whose they are): the largest clips of the cache that a preset names, or what published models make."""
+    if not preset.get("encode"):
+        return 480, 832, "assumed, since the preset names no cache: give height= and width= of yours"
+    data = load_config(DataConfig, None) if "data" not in (cache := read_preset(preset["encode"])) else DataConfig(**cache["data"])
+    sizes = (aspect_size(aspect, data.scale) for aspect in data.aspects)
+    return *max(sizes, key=math.prod), f"of {preset['encode']}"
+
+
+def report(preset: dict[str, Any], plan: PlanConfig, name: str = "PRESET") -> list[str]:
+    """The lines of a plan. name: of the preset, for the command."""
     if (optimizer := preset.get("optimizer", "adamw")) not in MOMENTS:
         raise unknown("optimizer", optimizer, MOMENTS)
     with torch.device("meta"):
         text = ByteTextEncoder(**preset.get("text", {}))
         model = {"text_dim": text.config.out_dim, **preset["model"]}
         config = {**KlingTransformer3DModel(**{**model, "num_layers": 1}).config, "num_layers": model.get("num_layers", 40)}
+    height, width, whose = own_size(preset)
+    height, width, whose = plan.height or height, plan.width or width, "as given" if plan.height or plan.width else whose
     patch, frames, l = tuple(config["patch_size"]), max(preset["frames"]), text.num_tokens
-    h, w = latent_size(plan.height, plan.width, plan.spatial_factor, patch[1])
+    h, w = latent_size(height, width, plan.spatial_factor, patch[1])
     latents = (1, config["in_channels"], latent_frames(frames), h, w)
     tokens = math.prod(token_grid(*latents[2:], patch))
     flops = 3 * forward_flops(config, tokens, l)
+    device = default_device()
+    precision = "fp32" if not plan.bf16 else "bf16" if plan.tflops else pick_precision("auto", device)  # another machine's GPUs have it
+    bf16 = precision == "bf16"
     tasks = preset.get("tasks", {"text": 1.0})
     held = (*latents[:2], latents[2] + (keyframe_share(tasks) > 0 and frames > 1), h, w)  # the largest that a batch is
     runs = level_runs(tasks, token_grid(*held[2:], patch))
-    steps = {what: step_memory(model, held, l, partial(set_checkpointing, what=what), plan.bf16, runs) for what in CHECKPOINTING}
+    steps = {what: step_memory(model, held, l, partial(set_checkpointing, what=what), bf16, runs) for what in CHECKPOINTING}
     some = steps["none"]
     each = partial(on_each_gpu, moments=MOMENTS[optimizer])
 
-    dtype = torch.bfloat16 if plan.bf16 and bf16_is_fast(default_device()) else torch.float32
-    ceiling = plan.tflops * 1e12 or matmul_ceiling(torch.device(default_device()), dtype)
+    ceiling = plan.tflops * 1e12 or matmul_ceiling(torch.device(device), torch.bfloat16 if bf16 else torch.float32)
     rate = ceiling * plan.mfu * plan.gpus / flops  # clips a second
-    size = f"{plan.width}x{plan.height}"
+    size = f"{width}x{height}"
+    here = f"measured on this machine's {torch.cuda.get_device_name() if device == 'cuda' else 'CPU'} in {precision}"
+    if device == "cpu":
+        here += ": no GPU is here, so give tflops= of yours (matrix products in bf16 reach about 600 on an H100, 230 on an A100)"
     speed = f"{rate:.3g} clips/s, {rate * tokens:.4g} tokens/s"
     lines = [
         f"model          {some.parameters / 1e9:.3f} B parameters, {some.block / 1e6:.1f} M in each of {config['num_layers']} blocks",
-        f"clip           {frames} frames of {size}: latents {tuple(latents[1:])}, {tokens} tokens, {l} of text",
+        f"precision      {precision}, with weights, gradients and optimizer in fp32",
+        f"clip           {frames} frames of {size} ({whose}): latents {tuple(latents[1:])}, {tokens} tokens, {l} of text",
         f"operations     {flops / 1e12:.3g} TFLOP a clip and update",
         f"speed          {speed}, on {plan.gpus} x {ceiling / 1e12:.3g} TFLOP/s at MFU {plan.mfu:.2f}",
+        f"               TFLOP/s as {'given by tflops=' if plan.tflops else here}",
         f"time           {plan.clips} clips in {plan.clips / rate / 86400:.3g} days",
         "",
         f"{'memory of each GPU in GiB, one clip at a time':<54}weights gradients optimizer   average activations   total",
     ]
     best = None
-    for name, shards, split, what in layouts(plan.gpus, plan.node):
+    for layout, shards, split, what in layouts(plan.gpus, plan.node):
         part = each(steps[what], 1, shards, split)
         fits = part.total < RESERVE * plan.memory * GIB
         values = [getattr(part, field) / GIB for field in ("weights", "gradients", "optimizer", "average", "activations", "total")]
         row = "".join(f"{value:>10.2f}" for value in values)
-        lines.append(f"  {name:<20} {what:<12} {'fits' if fits else 'too large':<15}" + row)
+        lines.append(f"  {layout:<20} {what:<12} {'fits' if fits else 'too large':<15}" + row)
         if fits and best is None:
-            best = name, shards, split, what, part
+            best = layout, shards, split, what, part
     if best is None:
         least = each(steps["full"], 1, plan.gpus, min(8, plan.gpus, plan.node)).total / GIB
         return [*lines, "", f"nothing fits: the smallest layout needs {least:.3g} GiB; take more GPUs, or shorter or smaller clips"]
     saving, export = on_the_host(some, best[1], MOMENTS[optimizer])
     host = f"host memory    {saving / GIB:.3g} GiB a process to save in the background, {export / GIB:.3g} GiB in the main one to export"
-    return [*lines, "", host, *advice(*best, plan, preset.get("compile", False))]
+    return [*lines, "", host, *advice(*best, plan, preset, name)]
 
 
 def level_runs(tasks: dict[str, float], grid: tuple[int, int, int]) -> int:
@@ -172,16 +201,31 @@ def layouts(gpus: int, node: int) -> list[tuple[str, int, int, str]]:
     ]
 
 
-def advice(name: str, shards: int, split: int, what: str, part: Part, plan: PlanConfig, compiled: bool) -> list[str]:
-    """The first layout that fits, and the largest batch in it."""
+def advice(layout: str, shards: int, split: int, what: str, part: Part, plan: PlanConfig, preset: dict[str, Any], name: str) -> list[str]:
+    """The first layout that fits, the largest batch in it, and the command, which runs as it stands where a cache is named."""
     room = RESERVE * plan.memory * GIB - (part.total - part.activations)
     clips = max(1, int(room // max(1.0, part.activations)))
-    preset = {"one GPU": "cpu" if not torch.cuda.is_available() else "ddp"}.get(name, name.split()[0])
-    options = f"activation_checkpointing={what} batch={clips}" + (" compile=false" if compiled and what == "selective" else "")
-    return [
-        f"recommended    {name}, {options}: {clips * plan.gpus // split} clips a micro-step",
-        f"               accelerate launch --config_file configs/accelerate/{preset}.yaml train/train_dit.py PRESET {options}",
-    ]
+    batch = min(clips, LARGEST)
+    options = [f"activation_checkpointing={what}", f"batch={batch}"]
+    options += ["compile=false"] if preset.get("compile", False) and what == "selective" else []
+    said = f"recommended    {layout}, {' '.join(options)}: {batch * plan.gpus // split} clips a micro-step, {clips} fit on a GPU"
+    given = [f"out=runs/{Path(name).stem}", *([] if preset.get("encode") else ["vae=VAE", "cache=CACHE"]), *options]
+    if plan.gpus == 1:
+        return [said, f"               kling-train {shlex.join([name, *given])}"]
+    nodes, kind = -(-plan.gpus // plan.node), layout.split()[0]
+    sizes = {
+        "fsdp2": {"dp_shard_size": plan.gpus},
+        "hsdp": {"dp_replicate_size": nodes, "dp_shard_size": plan.node},
+        "fsdp2_cp": {"cp_size": split, "dp_shard_size": plan.gpus // split},
+    }.get(kind, {})
+    config = find_config(f"accelerate/{kind}.yaml")
+    words = ["--config_file", str(config if PRESETS[0] not in config.parents else Path("configs") / config.relative_to(PRESETS[0]))]
+    words += ["--num_processes", str(plan.gpus), "--num_machines", str(nodes)]
+    words += [word for key, value in sizes.items() for word in (f"--parallelism_config_{key}", str(value))]
+    words += ["--machine_rank", "0", "--main_process_ip", "HOST", "--main_process_port", "29500"] if nodes > 1 else []
+    launch = f"               accelerate launch {shlex.join([*words, '-m', 'kling_programs.train.train_dit', name, *given])}"
+    note = "               HOST is machine 0's address; on the others --machine_rank 1, 2, ...; with SLURM see configs/slurm.sh"
+    return [said, launch, note] if nodes > 1 else [said, launch]
 
 
 if __name__ == "__main__":

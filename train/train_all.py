@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 import yaml
+from kling_programs.train.command import helped
 
 from kling.config import load_config, read_preset
 from kling.errors import UserError, program, unknown
@@ -43,7 +44,8 @@ class TrainAllConfig:
     stages: by name: `program` (one of `PROGRAMS`), `preset`, and settings on top of it, where a value that begins with the name of an
     earlier stage is a path in its folder (`init_from: pictures/export`). model: what becomes OUT/model, likewise.
     scale: what the steps and the clips of every stage are multiplied by.
-    processes: that share each batch; 0 is one for every GPU, or one in all.
+    processes: that share each batch; 0 is one for every GPU, or one in all. threads: CPU threads inside an operation, null is all cores.
+    out: folder of the stages and of the model.
     """
 
     out: str = "runs/shipped"
@@ -57,8 +59,8 @@ class TrainAllConfig:
 @program
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] in ("-h", "--help"):
-        raise UserError("usage: kling-train-all CONFIG.yaml [key=value ...]")
+    if helped("kling-train-all", argv):
+        return
     cfg = load_config(TrainAllConfig, argv[0], argv[1:])
     out, processes = Path(cfg.out), cfg.processes or max(1, torch.cuda.device_count())
     words = {name: stage_words(cfg, name, processes) for name in cfg.stages}  # a mistake is said before the first hour

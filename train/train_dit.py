@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from diffusers import SchedulerMixin
+from kling_programs.train.command import helped
 from torch import Tensor, nn
 
 from kling.cache.batches import LatentSteps, RankBatches
@@ -43,7 +44,7 @@ from kling.runtime.accelerator import (
 )
 from kling.runtime.device import upload
 from kling.runtime.lock import locked
-from kling.runtime.log import Later, RunLog
+from kling.runtime.log import Later, RunLog, finished
 from kling.runtime.parallel import check_draws, lay_out, same_rng, split_sequence, total, trained, whole
 from kling.runtime.random import generator, noise_like
 from kling.runtime.saver import Saver, find_latest, versions
@@ -81,23 +82,36 @@ from kling.training.validation import Validation, draw_samples, encode, held_out
 class TrainDiTConfig:
     """Everything a run depends on.
 
-    vae: a VAE folder, or empty for that of `init_from`, or the shipped one. optimizer: adamw or muon, with the same lr.
-    cache: a latent cache; completed by the preset `encode` (empty: it is one's own, as kling-encode left it).
-    frames: pixel lengths to draw from, at most the cache's; one named twice is drawn twice as often. tasks: how often each is drawn.
-    batch: clips of the longest length in a batch; of a shorter one there are as many as make the same tokens.
+    out: folder of the run: checkpoints, metrics.jsonl, samples, and the model in export/. steps: updates of the weights, in all.
+    seed: of the initial weights and of everything drawn. batch: clips of the longest length in a batch of each process and micro-step;
+    of a shorter one there are as many as make the same tokens.
     group: batches in a row of one shape. Where the number of processes divides it, all of them have equal work in every step.
+    optimizer: adamw or muon, with the same lr. lr: learning rate at its highest. betas: of the optimizer's moments.
+    warmup: updates in which lr rises from 0. schedule: constant or cosine, after the warmup. floor: part of lr that cosine ends at.
+    weight_decay: of matrices, a part of lr. clip_grad: largest norm of the gradients. ema: decay of the averaged weights, for an update.
+    model: keys of KlingTransformer3DModel. text: keys of ByteTextEncoder. scheduler: settings stored with the weights, such as shift.
+    vae: a VAE folder, or empty for that of `init_from`, or the shipped one.
+    cache: a latent cache; completed by the preset `encode` (empty: it is one's own, as kling-encode left it).
+    encode: preset of kling-encode that fills the cache. frames: lengths to draw from in pixel frames, each 1 + 4k, at most the cache's; one
+    named twice is drawn twice as often. max_frames: longest clip in pixel frames that the export makes at once.
+    tasks: how often each is drawn, as shares.
     long_captions: what to do with a caption that is longer than our text encoder reads: refuse (before the first step), or cut it.
-    text_drop, camera_drop: how often the text or the camera is left out, for guidance. scheduler: settings stored with the weights.
+    text_drop, camera_drop: share of clips, 0 to 1, whose text or camera is left out, for guidance.
     init_from: a model folder to start from, ours, published or shipped; conditions that `model` adds to it start at zero. checkpoint: the
     registry's name of it, where its files do not tell. expert: of two, the one to train, high or low.
     lora: train low-rank weights on top of it.
     text_from: a text encoder from kling-train-text, under a new transformer.
-    samples: what is drawn every `sample_every` steps, as fields of `Request`. sample_tasks: and a held-out clip for each task of `tasks`.
-    keep_every: checkpoints of these steps stay for good.
+    samples: what is drawn every `sample_every` updates, as fields of `Request`. sample_every: updates between samples, 0 draws none.
+    sample_tasks: and a held-out clip for each task of `tasks`. save_every: updates between checkpoints. save_in_background: train on while
+    a checkpoint is written. keep_last: checkpoints that stay. keep_every: checkpoints of these steps stay for good, 0 is none.
+    log_every: updates between lines of the log. mixed_precision: auto (measured), bf16, fp16 or fp32.
+    gradient_accumulation: micro-steps of an update.
     activation_checkpointing: none, selective or full. compile: regional `torch.compile`, each kind of block once.
     bf16_reduction: processes exchange gradients in bf16, half the bytes.
     context_parallel: ulysses or ring, how the processes of a group cut attention (configs/accelerate/fsdp2_cp.yaml says how many).
     watchdog: seconds without a step after which every process writes where it stands; 0 is off.
+    trackers: tensorboard, wandb or both, beside metrics.jsonl. workers: processes that read clips, for each training process.
+    threads: CPU threads inside an operation, null is OMP_NUM_THREADS or all cores.
     """
 
     out: str = "runs/dit"
@@ -155,8 +169,8 @@ class TrainDiTConfig:
 @program
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] in ("-h", "--help"):
-        raise UserError("usage: kling-train CONFIG.yaml [key=value ...]")
+    if helped("kling-train", argv):
+        return
     cfg = load_config(TrainDiTConfig, argv[0], argv[1:])
     for name in cfg.tasks:
         if name not in TASKS:
@@ -267,6 +281,7 @@ def train_in(out: Path, cfg: TrainDiTConfig, stop: StopSignal, accelerator: Acce
         return {"validation/loss": sum(losses) / len(losses), **by_level}
 
     done, places = resume()
+    began = done
     check_draws(accelerator, layout, torch.randn(8, generator=generator(cfg.seed, "sigma", places + layout.rank)))
     if accelerator.is_main_process:
         save_config(cfg, out / "config.yaml")
@@ -351,6 +366,8 @@ def train_in(out: Path, cfg: TrainDiTConfig, stop: StopSignal, accelerator: Acce
     saver.wait()
     if accelerator.is_main_process:
         publish(cfg, vae, out, start)
+        exported = out / ("lora" if cfg.lora.rank and not cfg.lora.merge else "export")
+        print(finished(began, cfg.steps, exported), file=sys.stderr)
     accelerator.wait_for_everyone()
 
 

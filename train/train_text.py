@@ -15,14 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from kling_programs.train.command import helped
 
 from kling.config import load_config, save_config, to_dict
 from kling.data.source import ClipSource, DataConfig, batches, check_data
 from kling.errors import UserError, program, unknown
 from kling.runtime.accelerator import EXIT_STOPPED, Accelerator, StopSignal, make_accelerator, set_threads
 from kling.runtime.checkpoint import check_same_config
+from kling.runtime.files import written_folder
 from kling.runtime.lock import locked
-from kling.runtime.log import RunLog
+from kling.runtime.log import RunLog, finished
 from kling.runtime.saver import Saver, find_latest, versions
 from kling.text import ByteTextEncoder
 from kling.text.agree import agreement_loss, pool
@@ -35,9 +37,18 @@ from kling.training.start import LONG_CAPTIONS, refuse_long
 
 @dataclass
 class TrainTextConfig:
-    """Everything a run depends on. `text` holds the keys of `ByteTextEncoder`; `batch` counts clips, two captions each.
+    """Everything a run depends on.
 
+    out: folder of the run: checkpoints, metrics.jsonl, and the encoder in export/. steps: updates of the weights, in all.
+    seed: of the initial weights and of everything drawn. batch: clips, two captions of each. optimizer: adamw or muon, with the same lr.
+    lr: learning rate at its highest. warmup: updates in which lr rises from 0. schedule: constant or cosine, after the warmup.
+    floor: part of lr that cosine ends at. weight_decay: of matrices, a part of lr. clip_grad: largest norm of the gradients.
+    ema: decay of the averaged weights, for an update. temperature: of the softmax over the batch, lower tells near captions apart.
+    text: keys of ByteTextEncoder. save_every: updates between checkpoints. keep_last: checkpoints that stay.
     long_captions: what to do with a caption that is longer than the encoder reads: refuse (before the first step), or cut it.
+    log_every: updates between lines of the log. mixed_precision: auto (measured), bf16, fp16 or fp32.
+    trackers: tensorboard, wandb or both, beside metrics.jsonl. workers: processes that read captions.
+    threads: CPU threads inside an operation, null is all cores.
     """
 
     out: str = "runs/text"
@@ -84,8 +95,8 @@ class CaptionPairs(torch.utils.data.Dataset):
 @program
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] in ("-h", "--help"):
-        raise UserError("usage: kling-train-text CONFIG.yaml [key=value ...]")
+    if helped("kling-train-text", argv):
+        return
     cfg = load_config(TrainTextConfig, argv[0], argv[1:])
     check_data(cfg.data)
     if cfg.long_captions not in LONG_CAPTIONS:
@@ -112,6 +123,10 @@ def train_in(out: Path, cfg: TrainTextConfig, stop: StopSignal, accelerator: Acc
     model = ByteTextEncoder(**cfg.text).train()
     exact = accelerator.mixed_precision == "no"
     optimizer = make_optimizer(cfg.optimizer, model, cfg.lr, weight_decay=cfg.weight_decay, exact=exact)
+    cut = model.config.max_bytes if cfg.long_captions == "cut" else None
+    if cut is None and source.manifest:
+        found = [(shot.name, [c.text for c in shot.captions]) for shot in source.manifest.manifest.shots]
+        refuse_long(found, model.config.max_bytes, f"data.source {cfg.data.source}")
     net, optimizer = accelerator.prepare(model, optimizer)
     ema = EMA(model, cfg.ema)
     saver = Saver(out, cfg.keep_last, accelerator=accelerator)
@@ -121,10 +136,6 @@ def train_in(out: Path, cfg: TrainTextConfig, stop: StopSignal, accelerator: Acc
         start = saved.step
         load_run_tensors(saved, model, optimizer.optimizer, ema)
     save_config(cfg, out / "config.yaml")
-    cut = model.config.max_bytes if cfg.long_captions == "cut" else None
-    if cut is None and source.manifest:
-        found = [(shot.name, [c.text for c in shot.captions]) for shot in source.manifest.manifest.shots]
-        refuse_long(found, model.config.max_bytes, f"data.source {cfg.data.source}")
     data = CaptionPairs(source, cfg.batch, cut)
 
     with RunLog(out, cfg.steps, accelerator=accelerator, config=to_dict(cfg), start=start, log_every=cfg.log_every) as log:
@@ -150,8 +161,9 @@ def train_in(out: Path, cfg: TrainTextConfig, stop: StopSignal, accelerator: Acc
                 raise SystemExit(EXIT_STOPPED)
 
     saver.wait()
-    with ema.swap(model):
-        model.save_pretrained(out / "export")
+    with ema.swap(model), written_folder(out / "export") as folder:
+        model.save_pretrained(folder)
+    print(finished(start, cfg.steps, out / "export"), file=sys.stderr)
 
 
 if __name__ == "__main__":

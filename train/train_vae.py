@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from kling_programs.train.command import helped
 from torch import Tensor
 
 from kling.cache.batches import RankBatches
@@ -27,8 +28,9 @@ from kling.errors import UserError, program, unknown
 from kling.metrics.pixel import psnr
 from kling.runtime import checkpoint
 from kling.runtime.accelerator import EXIT_STOPPED, Accelerator, StopSignal, make_accelerator, set_threads
+from kling.runtime.files import written_folder
 from kling.runtime.lock import locked
-from kling.runtime.log import RunLog
+from kling.runtime.log import RunLog, finished
 from kling.runtime.parallel import lay_out, scalar, total
 from kling.runtime.random import generator
 from kling.runtime.saver import Saver, find_latest, versions
@@ -50,13 +52,22 @@ FREEZABLE = ("encoder", "quant_conv", "post_quant_conv", "decoder")
 class TrainVAEConfig:
     """Everything a run depends on. `model` holds the keys of `AutoencoderKLKling`.
 
-    optimizer: adamw or muon, with the same lr. init_from: a VAE folder to start from, in place of `model`. freeze: parts that stay as
+    out: folder of the run: checkpoints, metrics.jsonl, strips, and the VAE in export/. steps: updates of the weights, in all.
+    seed: of the initial weights and of everything drawn. batch: clips in each process and micro-step.
+    optimizer: adamw or muon, with the same lr. lr: learning rate at its highest. warmup: updates in which lr rises from 0.
+    schedule: constant or cosine, after the warmup. floor: part of lr that cosine ends at. weight_decay: of matrices, a part of lr.
+    clip_grad: largest norm of the gradients. ema: decay of the averaged weights, for an update. model: keys of AutoencoderKLKling.
+    init_from: a VAE folder to start from, in place of `model`. freeze: parts that stay as
     they are; with [encoder, quant_conv] a decoder gets better under a transformer that is already trained, since the latents do not move.
     draw: the decoder sees a draw from the posterior in place of its mean; without it nothing trains the posterior's width but `loss.kl`,
     and a draw costs decibels. loss.halved: scale equivariance (see `Autoencoding`).
     group: batches in a row of one shape. Where the number of processes divides it, all of them have equal work in every step.
     paths: how often clips go through whole, streamed in chunks, or in blended tiles, so that the loss sees what sampling does.
-    adversary: a discriminator that joins later. perceptual: weight, and a local file of VGG-16.
+    perceptual: weight of VGG-16's features. perceptual_weights: a local safetensors file of VGG-16.
+    save_every: updates between checkpoints. keep_last: checkpoints that stay. eval_every: updates between evaluations.
+    eval_clips: clips of each. log_every: updates between lines of the log. mixed_precision: auto (measured), bf16, fp16 or fp32.
+    gradient_accumulation: micro-steps of an update. trackers: tensorboard, wandb or both, beside metrics.jsonl.
+    workers: processes that read clips, for each training process. threads: CPU threads inside an operation, null is all cores.
     watchdog: seconds without a step after which every process writes where it stands; 0 is off.
     """
 
@@ -99,8 +110,8 @@ class TrainVAEConfig:
 @program
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] in ("-h", "--help"):
-        raise UserError("usage: kling-train-vae CONFIG.yaml [key=value ...]")
+    if helped("kling-train-vae", argv):
+        return
     cfg = load_config(TrainVAEConfig, argv[0], argv[1:])
     check_data(cfg.data)
     for name in cfg.paths:
@@ -160,6 +171,7 @@ def train_in(out: Path, cfg: TrainVAEConfig, stop: StopSignal, accelerator: Acce
         return saved.step, saved.meta.get("places", saved.step * micro * layout.ranks)
 
     done, places = resume()
+    began = done
     if accelerator.is_main_process:
         save_config(cfg, out / "config.yaml")
     data = StepBatches(ClipSource(cfg.data, cfg.seed), cfg.batch, cfg.group)
@@ -251,6 +263,7 @@ def train_in(out: Path, cfg: TrainVAEConfig, stop: StopSignal, accelerator: Acce
     if accelerator.is_main_process:
         with ema.swap(model):
             save_vae(model, cfg, out / "export")
+        print(finished(began, cfg.steps, out / "export"), file=sys.stderr)
     accelerator.wait_for_everyone()
 
 
@@ -281,7 +294,8 @@ def save_vae(model: AutoencoderKLKling, cfg: TrainVAEConfig, folder: Path) -> No
     if "encoder" not in cfg.freeze:
         mean, std = latent_statistics(model, cfg)
         model.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
-    model.save_pretrained(folder)
+    with written_folder(folder) as temporary:
+        model.save_pretrained(temporary)
 
 
 def latent_statistics(model: AutoencoderKLKling, cfg: TrainVAEConfig, clips: int = 32) -> tuple[Tensor, Tensor]:

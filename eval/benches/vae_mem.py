@@ -17,7 +17,6 @@ from kling_programs.eval.benches.vae import HALVES, config, shape
 from torch import Tensor
 
 from kling.data.transforms import to_uint8
-from kling.data.video import VideoWriter
 from kling.vae import AutoencoderKLKling
 
 SIDE, BASE, BLOCKS = 256, 8, 1
@@ -59,6 +58,8 @@ def decode(which: str, frames: int, device: str) -> Work:
 
     @torch.no_grad()
     def work(z: Tensor, before: int = 0) -> None:
+        from kling.data.video import VideoWriter  # here: the other rows need no encoder
+
         with TemporaryDirectory() as folder, VideoWriter(Path(folder) / "clip.mp4", fps=8) as file:
             file.write(torch.zeros(before, height, width, 3, dtype=torch.uint8))
             for video in model.decode_stream(z) if which == "ours" else [model.decode(z).sample]:

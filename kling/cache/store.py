@@ -25,7 +25,7 @@ import zlib
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate, islice, pairwise
 from pathlib import Path
@@ -84,15 +84,15 @@ class CacheConfig:
     image: bool = False
     clips: int | None = None
     shorter: dict[int, int] = field(default_factory=dict)
-    shares: list[float] | None = None
+    shares: list[float] | None = None  # one for each of data.aspects; null shares out evenly
     shard: int = 50
-    seed: int = 0
+    seed: int = 0  # of the world's scenes and of what is drawn from a manifest
     data: DataConfig = field(default_factory=DataConfig)
     mixed_precision: str = "auto"
     skip_missing: bool = False
     verify: bool = False
-    workers: int = 1
-    threads: int | None = None
+    workers: int = 1  # processes that read clips, for each encoding process
+    threads: int | None = None  # CPU threads inside an operation, null is all cores
 
 
 @dataclass(frozen=True)
@@ -234,7 +234,10 @@ class CacheWriter:
             temporary = path.with_suffix(".tmp")
             try:
                 with writing(path):
+                    temporary.touch()
+                    mode = temporary.stat().st_mode  # by the user's umask; safetensors puts a file for its owner alone in the place
                     save_file(tensors | _packed(tensors, rows), temporary)
+                    temporary.chmod(mode)
                     temporary.replace(path)
                     path.with_suffix(".json").unlink(missing_ok=True)  # of the shard before
             except SafetensorError as error:
@@ -259,6 +262,7 @@ class CacheWriter:
         names = {shard.name for shard in plan}
         with writing(self.folder / INDEX):
             self._write(INDEX, {name: found[name] for name in sorted(names)})
+        with suppress(OSError):  # a cache from before on a disk that is only read: its hashes are compared at every start
             _write_if_new(self.folder / STAMPS, json.dumps({name: self.stamps[name] for name in sorted(names & self.stamps.keys())}))
         for path in self.folder.glob("index.*.json"):
             path.unlink()

@@ -4,6 +4,9 @@
            timestamp(µs) fx fy cx cy 0 0 r11 r12 r13 t1 r21 ... t3        the 3x4 is world-to-camera
     JSON   {"fps": 8, "intrinsics": [T][4], "c2w": [T][3][4]}
 
+Read too: lines without the timestamp, or with the same in all of them (frames are evenly spaced then); 4x4 matrices, whose last row is
+0 0 0 1; in JSON one row of intrinsics for all frames.
+
 Both hold OpenCV axes (x right, y down, z forward) and intrinsics normalised by width and height. A path is read whole, first pose to
 last, and brought to the clip's number of frames: it takes as long as the clip does, like a named camera move.
 """
@@ -19,9 +22,10 @@ from torch import Tensor
 from kling.cameras.poses import cropped, inverse, quaternion, resample, rotation_matrix
 from kling.cameras.trajectory import Trajectory
 from kling.errors import UserError
-from kling.runtime.files import replaced, writing
+from kling.runtime.files import parse_json, replaced, writing
 
 COLUMNS = 19
+LAST_ROW = [0.0, 0.0, 0.0, 1.0]  # of a 4x4
 SLACK = 1e-2  # how far R Rᵀ may be from the identity: files round to a few digits
 MAX_FOCAL = 20.0  # widths; more means pixels
 
@@ -58,7 +62,7 @@ def load_window(path: str | Path, when: Tensor, size: tuple[int, int], duration:
 
 
 def read_path(path: str | Path, timed: bool = False) -> tuple[Tensor, Trajectory]:
-    """(times (n,), the poses as they stand in the file), float64. Times are seconds; a JSON file without fps has numbers, unless `timed`.
+    """(times (n,), the poses as they stand in the file), float64. Times are seconds; a file without any has numbers, unless `timed`.
 
     Raises `UserError` naming what is wrong and in which frame.
     """
@@ -69,7 +73,7 @@ def read_path(path: str | Path, timed: bool = False) -> tuple[Tensor, Trajectory
         raise UserError(f"camera file {path} does not exist: check the path") from None
     except (OSError, ValueError) as error:
         raise UserError(f"camera file {path} cannot be read ({error}): give RealEstate10K text or JSON") from None
-    times, intrinsics, c2w = _from_json(path, text, timed) if text.lstrip().startswith("{") else _from_text(path, text)
+    times, intrinsics, c2w = _from_json(path, text, timed) if text.lstrip()[:1] in ("{", "[") else _from_text(path, text, timed)
     _check(path, intrinsics, c2w)
     R = rotation_matrix(quaternion(c2w[:, :, :3]))  # exact, whatever the file was rounded to
     return times, Trajectory(torch.cat([R, c2w[:, :, 3:]], dim=-1), intrinsics)
@@ -102,21 +106,34 @@ def save_trajectory(path: str | Path, trajectory: Trajectory, fps: float = 8.0, 
 # ------------------------------------------------------------------------------------------------------------------- reading
 
 
-def _from_text(path: Path, text: str) -> tuple[Tensor, Tensor, Tensor]:
+def _from_text(path: Path, text: str, timed: bool) -> tuple[Tensor, Tensor, Tensor]:
     """(times (n,) in seconds, intrinsics (n, 4), c2w (n, 3, 4)) of RealEstate10K lines, float64."""
     lines = [line.split() for line in text.splitlines() if line.strip()]
     if lines and len(lines[0]) == 1:  # the url
         lines = lines[1:]
     if not lines:
         raise UserError(f"camera file {path} holds no pose: give one line of {COLUMNS} numbers for each frame")
+    columns = len(lines[0])
     for t, line in enumerate(lines):
-        if len(line) != COLUMNS:
-            raise UserError(f"camera file {path}, frame {t} has {len(line)} columns: give {COLUMNS} (time, 4 intrinsics, 2 zeros, 3x4)")
+        if len(line) != columns or columns not in (COLUMNS - 1, COLUMNS, COLUMNS + 3, COLUMNS + 4):
+            layout = "time, 4 intrinsics, 2 zeros, the 3x4 world-to-camera matrix row by row; the time may be missing, the matrix 4x4"
+            raise UserError(f"camera file {path}, frame {t} has {len(line)} columns: give {COLUMNS} ({layout})")
     try:
         table = torch.tensor([[float(x) for x in line] for line in lines], dtype=torch.float64)
     except ValueError as error:
         raise UserError(f"camera file {path} holds a word where a number belongs ({error})") from None
+    if columns > COLUMNS:
+        _check_last_rows(path, table[:, -4:])
+        table = table[:, :-4]
+    untimed = table.shape[1] < COLUMNS
+    if untimed:
+        table = torch.cat([torch.zeros(len(table), 1, dtype=table.dtype), table], dim=1)
     times = table[:, 0].contiguous()
+    if len(times) > 1 and (times == times[0]).all():
+        if timed:
+            what = "no timestamps" if untimed else f"the timestamp {times[0]:g} in every line"
+            raise UserError(f"camera file {path} has {what}: give microseconds from the video's start, line by line")
+        times = 1e6 * torch.arange(len(times), dtype=times.dtype)
     for t in range(1, len(times)):
         if not times[t] > times[t - 1]:
             raise UserError(f"camera file {path}, frame {t}: its timestamp {times[t]:g} is not after {times[t - 1]:g}: sort by time")
@@ -129,24 +146,43 @@ def _from_text(path: Path, text: str) -> tuple[Tensor, Tensor, Tensor]:
 def _from_json(path: Path, text: str, timed: bool) -> tuple[Tensor, Tensor, Tensor]:
     """The same of `{fps, intrinsics, c2w}`; frames are evenly spaced."""
     try:
-        data = json.loads(text)
+        data = parse_json(text)
+        if isinstance(data, list):
+            raise UserError(f'camera file {path} holds a list: give {{"fps": 8, "intrinsics": [T][4], "c2w": [T][3][4]}}')
         fps, intrinsics, c2w = data.get("fps", 0 if timed else 1), data["intrinsics"], data["c2w"]
+        if _numbers(intrinsics, 4):
+            intrinsics = [intrinsics]
+        if len(intrinsics) == 1:
+            intrinsics = intrinsics * len(c2w)
         counts = len(intrinsics), len(c2w)
+    except UserError:
+        raise
     except ValueError as error:
         raise UserError(f"camera file {path} is not JSON ({error})") from None
     except KeyError as error:
-        raise UserError(f"camera file {path} has no {error}: give fps, intrinsics [T][4] and c2w [T][3][4]") from None
+        known = "" if error.args[0] != "c2w" or "w2c" not in data else " (w2c is the inverse of c2w)"
+        raise UserError(f"camera file {path} has no {error}{known}: give fps, intrinsics [T][4] and c2w [T][3][4]") from None
     except TypeError:
         raise UserError(f"camera file {path}: intrinsics and c2w must be lists, [T][4] and [T][3][4]") from None
     if counts[0] != counts[1] or not counts[0]:
         raise UserError(f"camera file {path} has {counts[0]} intrinsics and {counts[1]} poses: give one of each for every frame")
     for t, (k, pose) in enumerate(zip(intrinsics, c2w, strict=True)):
-        if not (_numbers(k, 4) and isinstance(pose, list) and len(pose) == 3 and all(_numbers(row, 4) for row in pose)):
-            raise UserError(f"camera file {path}, frame {t}: give 4 intrinsics and a 3x4 matrix of numbers")
+        if not (_numbers(k, 4) and isinstance(pose, list) and len(pose) in (3, 4) and all(_numbers(row, 4) for row in pose)):
+            raise UserError(f"camera file {path}, frame {t}: give 4 intrinsics (fx fy cx cy) and a 3x4 matrix of numbers")
+    if any(len(pose) == 4 for pose in c2w):
+        _check_last_rows(path, torch.tensor([pose[3] if len(pose) == 4 else LAST_ROW for pose in c2w], dtype=torch.float64))
+        c2w = [pose[:3] for pose in c2w]
     if not isinstance(fps, int | float) or not fps > 0:
         raise UserError(f"camera file {path} has fps {fps!r}: give a positive number of poses a second")
     times = torch.arange(counts[0], dtype=torch.float64) / fps
     return times, torch.tensor(intrinsics, dtype=torch.float64), torch.tensor(c2w, dtype=torch.float64)
+
+
+def _check_last_rows(path: Path, rows: Tensor) -> None:
+    """Refuse 4x4 matrices whose last rows (n, 4) are not 0 0 0 1, such as transposed ones."""
+    if (off := (rows - torch.tensor(LAST_ROW, dtype=rows.dtype)).abs().gt(1e-6).any(1)).any():
+        frame = int(off.int().argmax())
+        raise UserError(f"camera file {path}, frame {frame}: the last row of its 4x4 is not 0 0 0 1: give [R | t; 0 0 0 1] by rows")
 
 
 def _numbers(row: object, n: int) -> bool:

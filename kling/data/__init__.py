@@ -1,5 +1,16 @@
 """Frames and pictures, what is known of them, and the small world."""
 
-from kling.data.video import VideoWriter, read_video
+from __future__ import annotations
+
+from typing import Any
 
 __all__ = ["VideoWriter", "read_video"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used: the small world needs no decoder."""
+    if name not in __all__:
+        raise AttributeError(f"module 'kling.data' has no attribute '{name}'")
+    from kling.data import video
+
+    return getattr(video, name)

@@ -17,8 +17,8 @@ from torch import Tensor
 from kling.cameras.files import load_window
 from kling.cameras.trajectory import Trajectory
 from kling.data.buckets import Bucket
-from kling.data.decode import VideoInfo, probe
 from kling.data.image import read_image
+from kling.data.info import VideoInfo
 from kling.data.manifest import IMAGE, Manifest, MissingClip, Shot, read_manifest, relative
 from kling.data.reader import open_reader
 from kling.data.scan.listing import Listing
@@ -183,6 +183,8 @@ def held_out(manifest: Manifest, share: float, evaluation: bool) -> Manifest:
 
 
 def _facts(source: Source) -> VideoInfo:
+    from kling.data.decode import probe  # here: the small world needs no decoder
+
     _, kind = sniff(head(source))
     if not kind.endswith("image"):
         return probe(source)

@@ -6,7 +6,6 @@ import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache, lru_cache, partial
 from itertools import pairwise
@@ -18,45 +17,18 @@ import torch
 from av.video.reformatter import ColorPrimaries, Colorspace, ColorTrc, Interpolation, VideoReformatter
 from torch import Tensor
 
+from kling.data.info import EPS, UNTAGGED, VideoInfo
 from kling.data.transforms import cover_size, crop, fit
 from kling.errors import UserError
 from kling.runtime.files import Member, Source, as_source, head, sniff, stamp, url
 
-EPS = 1e-6  # seconds; ties between two frames go to the earlier one whatever the rounding
 # Chroma at full resolution and accurate rounding, together: without either, swscale darkens each pass by 1 to 2 levels of 255.
 TO_RGB = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.BITEXACT
 TO_SMALL_RGB = Interpolation.AREA | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.BITEXACT
 MAX_GAP = 600  # seconds for which a frame may stand; a longer one is a time stamp gone wrong, and would be filled with copies
 JUMP = 1.0  # seconds: a key frame so far ahead of the last picked frame is worth opening the file again for
-UNTAGGED = 2  # AVCOL_SPC_UNSPECIFIED
 HDR = (ColorTrc.SMPTE2084, ColorTrc.ARIB_STD_B67)  # PQ and HLG (phones): mapped to BT.709 by swscale
 COUNTED = ("avi", "mpeg", "h264", "hevc")  # containers that state few or no presentation times: frame i is shown at i / rate
-
-
-@dataclass(frozen=True)
-class VideoInfo:
-    """What a file holds. Width and height are as read: after rotation, with square pixels."""
-
-    width: int
-    height: int
-    frames: int  # stored frames
-    fps: float  # mean rate
-    duration: float  # seconds, from the first frame to the end of the last
-    rotation: int  # degrees counter-clockwise that reading applies
-    codec: str
-    pix_fmt: str
-    origin: float | None = 0.0  # time stamp of the first frame, seconds; None where none are stored and frames are counted
-    gap: float = 0.0  # longest time from one frame to the next, seconds; 0 for a single frame
-    vfr: bool = False  # the rate varies
-    pixel_aspect: float = 1.0  # width of a stored pixel over its height
-    matrix: int = UNTAGGED  # AVColorSpace
-    container: str = ""  # FFmpeg's demuxer
-    keyframes: tuple[float, ...] = ()  # times of key frames that are `JUMP` or more apart, seconds
-
-    def count(self, fps: float, start: float = 0.0) -> int:
-        """Frames that `read_video` gives at `fps` from `start`: up to half a stored frame past the last one."""
-        end = self.duration - 0.5 / self.fps + EPS
-        return max(0, math.floor((end - start) * fps) + 1)
 
 
 def probe(path: str | Path | Member) -> VideoInfo:
@@ -82,7 +54,8 @@ def pick(
             yield time, frame()
             found += 1
         if found < len(run):
-            raise UserError(f"{source} is damaged {run[found]:.2f} s in ({found} of {len(run)} frames read): download or export it again")
+            line = f"{source} is damaged {run[found]:.2f} s in ({found} of {len(run)} frames read): download or export it again"
+            raise UserError(line, code="damaged_video", file=source)
 
 
 @contextmanager
@@ -91,12 +64,13 @@ def open_video(source: Source, threads: int = 0, **options: str) -> Iterator[tup
     demuxer, kind = sniff(head(source))
     if demuxer is None:
         remedy = "give it as an image" if kind.endswith("image") else "give an mp4, mov, webm, mkv, avi or gif"
-        raise UserError(f"{source} is not a video: it holds {kind} ({remedy})")
+        raise UserError(f"{source} is not a video: it holds {kind} ({remedy})", code="not_a_video", file=source, kind=kind)
     # Titles in Latin-1 or rotten tags are no reason to refuse the pictures.
     with damage(source), av.open(url(source), format=demuxer, metadata_errors="replace") as container:
         moving = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
         if not len(container.streams):
-            raise UserError(f"{source} is damaged or incomplete (no stream in it): download or export it again")
+            line = f"{source} is damaged or incomplete (no stream in it): download or export it again"
+            raise UserError(line, code="damaged_video", file=source)
         if not moving:
             others = ", ".join(sorted({s.type for s in container.streams}))
             raise UserError(f"{source} has no video stream, only {others}: give a file with a moving picture")
@@ -114,7 +88,8 @@ def damage(source: Source) -> Iterator[None]:
     except UserError:
         raise
     except (av.FFmpegError, OSError) as error:
-        raise UserError(f"{source} is damaged or incomplete ({error.strerror}): download or export it again") from None
+        line = f"{source} is damaged or incomplete ({error.strerror}): download or export it again"
+        raise UserError(line, code="damaged_video", file=source) from None
 
 
 def picture(
@@ -130,7 +105,8 @@ def picture(
     a third of the work of converting every pixel first.
     """
     if frame.is_corrupt:
-        raise UserError(f"{source} is damaged at time stamp {frame.time} s: download or export it again")
+        line = f"{source} is damaged at time stamp {frame.time} s: download or export it again"
+        raise UserError(line, code="damaged_video", file=source)
     # Pixels are squared by stretching the short side, so that nothing is lost.
     aspect = pixel_aspect if pixel_aspect and 1 / 4 <= pixel_aspect <= 4 else Fraction(1)  # beyond that, a damaged header
     width, height = round(frame.width * max(1, aspect)), round(frame.height / min(1, aspect))
@@ -185,9 +161,10 @@ def _probe(source: Source, mtime_ns: int, size: int) -> VideoInfo:
         keys = sorted(float(pts * stream.time_base) - times[0] for pts, key in whole if key) if timed else []
         demuxer, promised = container.format.name, _promised(stream)
     if not whole:
-        raise UserError(f"{source} holds no whole frame: download or export it again")
+        raise UserError(f"{source} holds no whole frame: download or export it again", code="no_whole_frame", file=source)
     if missing:
-        raise UserError(f"{source} is cut short ({missing} of {expected} frames are missing): download or export it again")
+        line = f"{source} is cut short ({missing} of {expected} frames are missing): download or export it again"
+        raise UserError(line, code="cut_short", file=source)
     span = times[-1] - times[0] if timed else (len(whole) - 1) / fps
     steps = [b - a for a, b in pairwise(times)] or [span / max(1, len(whole) - 1)]
     if max(steps) > MAX_GAP:
@@ -197,7 +174,8 @@ def _probe(source: Source, mtime_ns: int, size: int) -> VideoInfo:
     if timed and span > 0 and abs(span * fps - (len(whole) - 1)) > 0.5:  # a variable rate, or a header that is wrong about it
         fps = (len(whole) - 1) / span
     if promised and timed and times[-1] + 1.5 / fps + 0.1 < promised:
-        raise UserError(f"{source} is cut short ({times[-1]:.2f} of {promised:.2f} s are there): download or export it again")
+        line = f"{source} is cut short ({times[-1]:.2f} of {promised:.2f} s are there): download or export it again"
+        raise UserError(line, code="cut_short", file=source)
     with open_video(source) as (container, stream):
         first = next(container.decode(stream), None)
         if first is None:
@@ -289,7 +267,8 @@ def _decode(source: Source, info: VideoInfo, times: Sequence[float], size: tuple
                 if info.origin is None:
                     time = index / info.fps
                 elif frame.time is None:
-                    raise UserError(f"{source} is damaged (frame {index} has no time stamp): download or export it again")
+                    line = f"{source} is damaged (frame {index} has no time stamp): download or export it again"
+                    raise UserError(line, code="damaged_video", file=source)
                 else:
                     time = frame.time - info.origin
                 if seek and index == 0 and time > start + EPS:

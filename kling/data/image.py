@@ -62,19 +62,22 @@ def _open(path: Source) -> Image.Image:
     try:
         image = Image.open(BytesIO(read_bytes(path)) if isinstance(path, Member) else path, formats=FORMATS)
         if image.format in SEVERAL and getattr(image, "n_frames", 1) > 1:
-            raise UserError(f"{path} is an animation of {image.n_frames} frames: give it as a video, or export one frame as PNG")
+            line = f"{path} is an animation of {image.n_frames} frames: give it as a video, or export one frame as PNG"
+            raise UserError(line, code="animation", file=path, n=image.n_frames)
         if image.mode == "F":
             raise UserError(f"{path} holds floating-point pixels, whose white is not stated: export it as 8- or 16-bit PNG")
         return ImageOps.exif_transpose(image)
     except UnidentifiedImageError:
         remedy = "give it as a video, or export one frame as PNG" if demuxer else "export it as PNG or JPEG"
-        raise UserError(f"{path} is not an image that can be read ({kind}): {remedy}") from None
+        line = f"{path} is not an image that can be read ({kind}): {remedy}"
+        raise UserError(line, code="not_an_image", file=path, kind=kind) from None
     except UserError:
         raise
     except Image.DecompressionBombError:
         raise UserError(f"{path} has more than {2 * Image.MAX_IMAGE_PIXELS // 10**6} megapixels: scale it down") from None
     except (OSError, SyntaxError, ValueError, EOFError) as error:  # Pillow's ways to say that the data is damaged
-        raise UserError(f"{path} is a damaged image ({error}): export or download it again") from None
+        line = f"{path} is a damaged image ({error}): export or download it again"
+        raise UserError(line, code="damaged_image", file=path) from None
 
 
 def _rgb(image: Image.Image) -> Image.Image:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kling.data.decode import VideoInfo
+from kling.data.info import VideoInfo
 from kling.errors import UserError
 from kling.runtime.files import Member, Source, parse_json, stamp, written
 

@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from kling.data.decode import EPS, UNTAGGED, VideoInfo, pick, probe
+from kling.data.info import EPS, UNTAGGED, VideoInfo
 from kling.data.transforms import fit
 from kling.errors import UserError, unknown
 from kling.runtime.files import Member, Source, as_source, url
@@ -44,6 +44,8 @@ class PyAVReader:
         self.source, self.info, self.threads = source, info, threads
 
     def at(self, times: Sequence[float], size: tuple[int, int] | None = None) -> Tensor:
+        from kling.data.decode import pick  # here: the small world needs no decoder
+
         size = size or (self.info.height, self.info.width)
         frames = torch.empty((len(times), *size, 3), dtype=torch.uint8)
         for i, (_, frame) in enumerate(pick(self.source, self.info, times, size, self.threads)):
@@ -113,6 +115,8 @@ def open_reader(path: str | Path | Member, backend: str = "auto", info: VideoInf
     """
     if backend not in ("auto", *READERS):
         raise unknown("reader", backend, ["auto", *READERS])
+    from kling.data.decode import probe  # here: the small world needs no decoder
+
     source = as_source(path)
     return READERS["pyav" if backend == "auto" else backend](source, info or probe(source), threads)
 

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from kling.data.buckets import Epochs, cuts_of
 from kling.data.clips import ClipSample, ManifestClips, held_out, open_manifest
-from kling.data.video import frame_rate
+from kling.data.info import frame_rate
 from kling.data.world.scene import FPS, World
 from kling.errors import UserError
 from kling.shapes import ASPECTS, aspect_size, latent_frames

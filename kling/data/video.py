@@ -15,7 +15,6 @@ import math
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from fractions import Fraction
 from functools import cache
 from pathlib import Path
 
@@ -26,7 +25,8 @@ from av.video.reformatter import ColorRange, Colorspace
 from PIL import Image
 from torch import Tensor
 
-from kling.data.decode import EPS, TO_RGB, VideoInfo, pick, probe
+from kling.data.decode import TO_RGB, pick, probe
+from kling.data.info import EPS, VideoInfo, frame_rate
 from kling.data.transforms import Frames, check_size
 from kling.errors import UserError
 from kling.runtime.files import Member, Source, as_source, writing, written
@@ -211,11 +211,3 @@ def _ask(
         gives = f"{path} ({info.duration:.2f} s) gives {there} frames at {fps:g} fps from {start:g} s on"
         raise UserError(f"{gives}, {num_frames or 1} needed: give a longer video or ask for fewer")
     return fps, num_frames or there, size
-
-
-def frame_rate(fps: float) -> Fraction:
-    """Frames a second as a fraction; 23.976 and 29.97 become the 24000/1001 and 30000/1001 that they stand for."""
-    if isinstance(fps, bool) or not isinstance(fps, int | float | Fraction) or not math.isfinite(fps) or fps <= 0:
-        raise UserError(f"fps {fps}: give a positive number of frames a second")
-    ntsc = Fraction(1000 * round(fps * 1.001), 1001)
-    return ntsc if abs(ntsc - Fraction(fps)) < 2e-4 * fps else Fraction(fps).limit_denominator(1001)

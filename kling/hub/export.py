@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from kling.hub.detect import transformer_config, transformer_names
 from kling.hub.files import read_shapes, read_tensors
 from kling.hub.keys import original_transformer_name, original_vae_name
 from kling.hub.load import OURS, has, load_scheduler, read_index
-from kling.runtime.files import writing
+from kling.runtime.files import writing, written_folder
 
 NAMINGS = ("diffusers", "original")
 EXPERTS = {"transformer": "high_noise_model", "transformer_2": "low_noise_model"}
@@ -43,7 +42,7 @@ def export_weights(source: str | Path, target: str | Path, naming: str = "diffus
         raise unknown("naming", naming, NAMINGS)
     if target.exists():
         raise UserError(f"{target} exists already: choose another place")
-    with _whole(target) as folder:
+    with written_folder(target, replace=False) as folder:
         if not (source / "model_index.json").is_file():
             _transformer(source, folder, naming)
         elif naming == "diffusers":
@@ -154,18 +153,3 @@ def _write_tensors(tensors: dict[str, Tensor], folder: Path, rename: Callable[[s
     renamed = {rename(name): tensor for name, tensor in tensors.items()}
     with writing(folder):
         save_torch_state_dict(renamed, folder, filename_pattern=f"{stem}{{suffix}}.safetensors", max_shard_size=SHARD)
-
-
-@contextmanager
-def _whole(target: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `target` if all goes well, and nothing if not."""
-    temporary = target.with_name(f".{target.name}.part")
-    with writing(target):
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        with writing(target):
-            temporary.rename(target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

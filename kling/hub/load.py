@@ -20,6 +20,7 @@ from kling.hub.detect import build_of, transformer_config, transformer_names
 from kling.hub.files import read_shapes, read_tensors
 from kling.hub.keys import strip_prefix, vae_name
 from kling.hub.registry import CHECKPOINTS, PublishedCheckpoint, by_build, by_name
+from kling.runtime.precision import bf16_is_fast
 from kling.text.encoder import ByteTextEncoder
 from kling.text.umt5 import UMT5TextEncoder
 from kling.vae import AutoencoderKLKling
@@ -111,7 +112,7 @@ def load(
         )
     parts["scheduler"] = load_scheduler(folder)
     if not wan and checkpoint is None and transformer is None:
-        return parts | {key: index[key] for key in SETTINGS if key in index}
+        return parts | {key: index[key] for key in (*SETTINGS, "sampling_dtype") if key in index}
 
     experts = "transformer_2" in parts
     boundary = index.get("boundary_ratio") if experts else None
@@ -120,6 +121,13 @@ def load(
         parts["scheduler"] = scheduler_of(row, parts["scheduler"])
         boundary = row.boundary
     return parts | settings_of(row, boundary)
+
+
+def sampling_dtype(folder: Path, device_type: str) -> torch.dtype | None:
+    """What programs sample a model folder of ours in: bfloat16 where the checkpoint allows it (`sampling_dtype`) and this device is faster
+    so; None is `load`'s default. A training that starts from the folder forgets the permission: its weights are measured anew."""
+    allowed = read_index(folder).get("sampling_dtype") == "bf16"
+    return torch.bfloat16 if allowed and bf16_is_fast(device_type) else None
 
 
 def has(index: dict[str, Any], name: str) -> bool:

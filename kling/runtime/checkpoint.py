@@ -30,7 +30,7 @@ from torch import Tensor
 
 from kling.config import flatten, read_yaml
 from kling.errors import UserError
-from kling.runtime.files import sha256, sync_to_disk, write_atomic
+from kling.runtime.files import as_umask, sha256, sync_to_disk, write_atomic
 from kling.runtime.parallel import first_row, local
 
 log = logging.getLogger(__name__)
@@ -161,6 +161,7 @@ def write(run_dir: str | Path, step: int, tensors: Groups, part: str = "") -> di
         path = temporary / f"{name}{part}.safetensors"
         save_file({key: t.detach().contiguous() for key, t in group.items()}, path)
         files[path.name] = _seal(path)
+    as_umask(temporary)
     return files
 
 

@@ -1,10 +1,12 @@
-"""What a file holds, by its first bytes, and how a file is written: beside its final name, then moved there whole."""
+"""What a file holds, by its first bytes, and how a file or a folder is written: beside its final name, then moved there whole."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -12,8 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from kling.errors import UserError
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)  # what a disk says to a writer, and to nobody else
 DEEPEST = 100  # lists in lists in a JSON that a person or a program writes; one of thousands overflows whatever walks it later
 HEAD = 512  # bytes that `sniff` needs: two MPEG-TS packets and a little
 
@@ -112,7 +117,7 @@ def head(source: Source) -> bytes:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{source} cannot be read ({reason}): check the path and its permissions") from None
     if not start:
-        raise UserError(f"{source} is empty (0 bytes): download or export it again")
+        raise UserError(f"{source} is empty (0 bytes): download or export it again", code="empty_file", file=source)
     return start
 
 
@@ -156,8 +161,10 @@ def replaced(path: Path, sync: bool = False) -> Iterator[Path]:
     """
     temporary = path.with_name(f".{uuid.uuid4().hex}.part")
     temporary.touch(exist_ok=False)
+    mode = temporary.stat().st_mode  # by the user's umask; some writers (safetensors) put a file of their own in its place, for themselves
     try:
         yield temporary
+        os.chmod(temporary, mode)
         if sync:
             sync_to_disk(temporary)
         os.replace(temporary, path)
@@ -196,9 +203,44 @@ def written(path: str | Path) -> Iterator[Path]:
     with ExitStack() as stack:
         with writing(path):
             temporary = stack.enter_context(replaced(path))
-        yield temporary
+        with disk_errors(path):
+            yield temporary
         with writing(path):
             stack.close()
+
+
+@contextmanager
+def written_folder(target: str | Path, replace: bool = True) -> Iterator[Path]:
+    """A temporary folder that becomes `target` when the block ends well, whole, for everybody whom the user's umask lets in.
+
+    replace: what is there is deleted then. Raises `UserError` for what the disk or the system refuses; nothing half is left.
+    """
+    target = Path(target)
+    temporary = target.with_name(f".{target.name}.part")
+    with writing(target):
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    try:
+        with disk_errors(target):
+            yield temporary
+        with writing(target):
+            as_umask(temporary)
+            if replace:
+                shutil.rmtree(target, ignore_errors=True)
+            temporary.rename(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def as_umask(folder: Path) -> None:
+    """Give every file below `folder` the mode that the user's umask gives new ones: some writers make theirs for the owner alone."""
+    new = folder / f".{uuid.uuid4().hex}.part"
+    new.touch()
+    mode = new.stat().st_mode
+    new.unlink()
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(mode | path.stat().st_mode)
 
 
 @contextmanager
@@ -206,5 +248,23 @@ def writing(path: Path) -> Iterator[None]:
     """The system's refusal to write (no permission, disk full, a file where a folder should be) as a `UserError`."""
     try:
         yield
+    except (OSError, SafetensorError) as error:
+        raise _refused(path, error) from None
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """As `writing`, around a block that does other things too: what a full or broken disk says. Other errors stay what they are."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise _refused(path, error) from None
     except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror or error}): free the place or choose another") from None
+        if error.errno not in FULL:
+            raise
+        raise _refused(path, error) from None
+
+
+def _refused(path: Path, error: Exception) -> UserError:
+    reason = getattr(error, "strerror", None) or str(error)
+    return UserError(f"{path} cannot be written ({reason}): free the place or choose another")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kling.config import flatten
-from kling.runtime.files import write_atomic
+from kling.runtime.files import write_atomic, writing
 
 METRICS = "metrics.jsonl"
 _BIN = "loss/sigma_"
@@ -81,10 +81,11 @@ class RunLog:
         self._lines = []
         if not self.writes:
             return
-        with self.path.open("a", encoding="utf-8") as file:
-            for step, at, values in lines:
-                finite = {k: v if math.isfinite(v) else None for k, v in values.items()}  # JSON has no NaN
-                file.write(json.dumps({"step": step, "time": round(at, 3), **finite}) + "\n")
+        text = ""
+        for step, at, values in lines:
+            finite = {k: v if math.isfinite(v) else None for k, v in values.items()}  # JSON has no NaN
+            text += json.dumps({"step": step, "time": round(at, 3), **finite}) + "\n"
+        append(self.path, text)
         if self.accelerator is not None and self.accelerator.log_with:
             for step, _, values in lines:
                 self.accelerator.log(values, step=step)
@@ -125,6 +126,25 @@ class RunLog:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def append(path: Path, text: str) -> None:
+    """Add lines to a file, all of them or, where the disk is full, none. Raises `UserError` if they cannot be written."""
+    with writing(path), path.open("ab", buffering=0) as file:
+        before, left = file.seek(0, 2), memoryview(text.encode("utf-8"))
+        try:
+            while left:
+                left = left[file.write(left) :]
+        except OSError:
+            file.truncate(before)
+            raise
+
+
+def finished(start: int, steps: int, model: Path) -> str:
+    """What a run says at its end. start: updates that were done when this process began."""
+    if start >= steps:
+        return f"finished before: {start} of {steps} steps were done, the model is in {model}; give more steps= to go on, or another out="
+    return f"finished: {steps} steps, the model is in {model}"
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:

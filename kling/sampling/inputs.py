@@ -16,9 +16,8 @@ from kling.cameras.files import load_trajectory
 from kling.cameras.trajectory import Trajectory
 from kling.data.image import read_image, read_mask
 from kling.data.transforms import contain, fit
-from kling.data.video import probe, read_video
 from kling.errors import UserError
-from kling.sampling.request import Movie, Picture, Request
+from kling.sampling.request import MAX_SECONDS, Movie, Picture, Request
 from kling.shapes import ASPECTS, aspect_size, clip_frames, nearest_aspect, nearest_frames, parse_size
 
 DEFAULT_SECONDS = 5.0
@@ -81,43 +80,44 @@ def read_inputs(request: Request, frames: int, fps: float, longest: int, sizes: 
     if request.loop:
         inputs.keyframes.append((None, LAST, 1.0))
     if request.video is not None:
-        inputs.video = _movie(request.video, fps, "video")
+        count = _part(_length(request.video, fps), request, frames, fps, longest, inputs.notes) if request.edited else None
+        inputs.video = _movie(request.video, fps, "video", (H, W), count, crop=request.outpaint is None)
     elif request.edited:  # a still picture
         if frames > 1:
             raise UserError(f"{request.edited} was given without a video to fill: give video, or image with num_frames=1 (--image-only)")
         inputs.video = _picture(request.image)[None]
-    if request.edited:
-        inputs.video = _part(inputs.video, request, frames, fps, longest, inputs.notes)
     if request.outpaint is not None:
         inputs.video, inputs.mask = contain(inputs.video, H, W)
         if not (inputs.mask > 0.5).any():
-            raise UserError(f"outpaint {request.outpaint}: what is given has that aspect already, so nothing is left to fill: give another")
+            line = f"outpaint {request.outpaint}: what is given has that aspect already, so nothing is left to fill: give another"
+            raise UserError(line, code="nothing_to_fill", value=request.outpaint)
     elif inputs.video is not None:
         inputs.video = fit(inputs.video, H, W)
     if request.mask is not None:
         inputs.mask = _mask(request.mask, H, W)
         if not (inputs.mask > 0.5).any():
-            raise UserError("mask has nothing white, so nothing would be made anew: paint white what is to be filled")
+            raise UserError(
+                "mask has nothing white, so nothing would be made anew: paint white what is to be filled", code="nothing_marked"
+            )
     if request.control is not None:
-        inputs.control = fit(_movie(request.control, fps, "control"), H, W)
+        inputs.control = fit(_movie(request.control, fps, "control", (H, W)), H, W)
     return inputs
 
 
-def _part(video: Tensor, request: Request, frames: int, fps: float, longest: int, notes: list[str]) -> Tensor:
-    """The frames (T, H, W, 3) of a given video that are changed at once: as many as are asked for, else all that the model takes."""
-    there, what = len(video), request.edited
-    whole = nearest_frames(there)[0]
+def _part(there: int, request: Request, frames: int, fps: float, longest: int, notes: list[str]) -> int:
+    """How many frames of a given video of `there` are changed at once: as many as are asked for, else all that the model takes."""
+    whole, what = nearest_frames(there)[0] if there else 0, request.edited
     most = min(whole, longest)
     if request.num_frames is None and request.duration is None:
         if most < there:
             notes.append(f"{what} changes the first {most} of the video's {there} frames: this model takes 1 + 4k of them, up to {longest}")
-        return video[:most]
+        return most
     if request.duration is not None and request.duration * fps <= there:  # rounded to whole latents it may be a little longer
         frames = min(frames, whole)
     if frames > most:
         why = f"the video has {there}" if whole < frames else f"this model changes {longest} at once"
         raise UserError(f"{what} of {frames} frames was asked for, but {why}: ask for {most}, or leave duration and num_frames out")
-    return video[:frames]
+    return frames
 
 
 def paste(frames: Tensor, video: Tensor, mask: Tensor, feather: int) -> Tensor:
@@ -144,7 +144,10 @@ def read_camera(request: Request, frames: int, H: int, W: int) -> Trajectory | N
             raise UserError(f"camera of {len(camera)} poses for a clip of {frames} frames: give one pose a frame")
         return camera.relative().scaled(request.camera_scale)
     if isinstance(camera, str) and os.path.isfile(camera):
-        return load_trajectory(camera, frames, (H, W)).scaled(request.camera_scale)
+        try:
+            return load_trajectory(camera, frames, (H, W)).scaled(request.camera_scale)
+        except UserError as error:
+            raise UserError(str(error), code="camera_file", why=str(error).removeprefix("camera file ")) from None
     axes = parse_axes(camera) if isinstance(camera, str) else camera
     return axes_trajectory(axes, frames, H, W).scaled(request.camera_scale)
 
@@ -170,9 +173,11 @@ def _mask(mask: Picture, H: int, W: int) -> Tensor:
 
 def _movie_size(video: Movie) -> tuple[int, int]:
     if isinstance(video, str | Path):
+        from kling.data.video import probe  # here: who gives no video needs no decoder
+
         info = probe(video)
         return info.height, info.width
-    return tuple(_movie(video, 1.0, "video").shape[1:3])
+    return tuple(_clip(video, "video").shape[1:3])
 
 
 def _array(value: object, name: str) -> Tensor:
@@ -183,11 +188,37 @@ def _array(value: object, name: str) -> Tensor:
         raise UserError(f"{name} of type {type(value).__name__} holds no pixels: give uint8 (H, W, 3), frames of it, or a file") from None
 
 
-def _movie(movie: Movie, fps: float, name: str) -> Tensor:
-    """A given video at the model's frame rate."""
-    if isinstance(movie, str | Path):
-        return read_video(movie, fps=fps).frames
+def _clip(movie: Movie, name: str) -> Tensor:
+    """A video that is no file, uint8 (T, H, W, 3)."""
     frames = _array(movie, name)
     if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or not len(frames):
         raise UserError(f"{name} of type {frames.dtype} and shape {tuple(frames.shape)}: give uint8 (T, H, W, 3) or a file")
     return frames
+
+
+def _length(movie: Movie, fps: float) -> int:
+    """Frames of a given video at the model's frame rate. Nothing is decoded."""
+    from kling.data.video import probe
+
+    return probe(movie).count(fps) if isinstance(movie, str | Path) else len(_clip(movie, "video"))
+
+
+def _movie(movie: Movie, fps: float, name: str, size: tuple[int, int], count: int | None = None, crop: bool = True) -> Tensor:
+    """A given video at the model's frame rate, uint8 (T, h, w, 3); of a file no more is decoded than is used, and scaled as it is read.
+
+    size (H, W) will be covered, or with crop=False be filled by the whole picture; no picture is kept larger than that takes.
+    count: its first frames; None takes all. Raises `UserError` for more than `MAX_SECONDS` of them: time stamps make many frames of few,
+    so they are counted after resampling and before anything is decoded.
+    """
+    if isinstance(movie, str | Path):
+        from kling.data.video import probe, read_video
+
+        info = probe(movie)
+        if (count or info.count(fps)) > MAX_SECONDS * fps + 1:
+            line = f"{name} {movie} lasts {info.duration:.0f} s: give at most {MAX_SECONDS:g} s, such as its beginning with "
+            line += f"ffmpeg -i IN -t {MAX_SECONDS:g} OUT"
+            raise UserError(line, code="video_too_long", file=movie, seconds=f"{info.duration:.0f}", most=f"{MAX_SECONDS:g}")
+        scale = (max if crop else min)(size[0] / info.height, size[1] / info.width)
+        small = size if crop else (max(1, round(info.height * scale)), max(1, round(info.width * scale)))
+        return read_video(movie, fps=fps, num_frames=count or None, size=small if scale < 1 else None).frames
+    return _clip(movie, name)[:count]

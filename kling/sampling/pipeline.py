@@ -33,6 +33,7 @@ from kling.hub.clip import clip_tokens
 from kling.hub.load import find_folder, load
 from kling.hub.lora import add_loras
 from kling.runtime.device import upload
+from kling.runtime.files import as_umask
 from kling.runtime.random import generator
 from kling.sampling.inputs import Inputs, asked_frames, paste, read_inputs
 from kling.sampling.plan import PRO_STEPS, Hop, Plan, plan_camera, plan_hops, plan_solver, plan_task
@@ -66,6 +67,7 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
     sizes: aspect -> (H, W). block_frames: latent frames made at a time by block-causal weights; 0 makes all at once.
     defaults: `num_inference_steps`, `guidance_scale` (high noise, low noise) and `negative_prompt`, where the scheduler is not ours.
     licence: of the weights, where they are published ones.
+    sampling_dtype: "bf16" if the weights were measured to sample as well in it (`kling.sampling.agreement`); for programs, see `load`.
     vocabulary: "world", where the weights have learned no words but those of the small world's captions.
     """
 
@@ -89,6 +91,7 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         block_frames: int = 0,
         defaults: dict[str, Any] | None = None,
         licence: str | None = None,
+        sampling_dtype: str | None = None,
         vocabulary: str | None = None,
     ) -> None:
         super().__init__()
@@ -102,7 +105,7 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         )
         self.register_to_config(capabilities=list(capabilities), fps=fps, max_frames=max_frames)
         extra = {"sizes": sizes, "boundary_ratio": boundary_ratio, "block_frames": block_frames or None, "defaults": defaults}
-        extra |= {"licence": licence, "vocabulary": vocabulary}
+        extra |= {"licence": licence, "vocabulary": vocabulary, "sampling_dtype": sampling_dtype}
         self.register_to_config(**{key: value for key, value in extra.items() if value is not None})
         self.groups = concat_groups(transformer.config.in_channels, vae.config.z_dim)
 
@@ -136,6 +139,7 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             text.save_pretrained(save_directory)
             self.text_encoder = None  # diffusers would only say that it knows no way to save it
         super().save_pretrained(save_directory, **kwargs)
+        as_umask(Path(save_directory))
         self.text_encoder = text
 
     @classmethod
@@ -245,7 +249,12 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         lone = [Given(keyframes=hop.given.keyframes).task(latent_frames(hop.frames)) for hop in beside]  # of a clip that is given too
         for name in [task, *lone, *(name for name, wanted in asked.items() if wanted)]:
             if name not in able:
-                raise UserError(f"this model was not trained for '{name}': it can do {', '.join(able)}")
+                raise UserError(
+                    f"this model was not trained for '{name}': it can do {', '.join(able)}",
+                    code="not_trained",
+                    task=name,
+                    able=", ".join(able),
+                )
         if request.guidance_reach and (self.groups or self.config.get("block_frames")):
             raise UserError(f"guidance_reach {request.guidance_reach:g}: this model has no given frames among those it makes: leave it out")
 

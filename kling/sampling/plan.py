@@ -107,7 +107,8 @@ def plan_hops(request: Request, inputs: Inputs, frames: int, fps: float, longest
         there = len(inputs.video)
         if (whole or there + frames - 1) <= there:
             asked = f"{frames} frame" if whole is None else f"extend_to {request.extend_to:g} s"
-            raise UserError(f"the video is {there / fps:.1f} s long already: {asked} adds nothing")
+            line = f"the video is {there / fps:.1f} s long already: {asked} adds nothing"
+            raise UserError(line, code="adds_nothing", there=f"{there / fps:.1f}", value=f"{(whole or 0) / fps:.1f}")
         hops = _continuations(there, whole or there + frames - 1, longest)
     if inputs.control is not None and len(inputs.control) < hops[-1].end:
         lengths = f"control of {len(inputs.control)} frames for a clip of {hops[-1].end}"
@@ -167,11 +168,14 @@ def _with_keyframes(request: Request, inputs: Inputs, hops: list[Hop]) -> list[H
     frames = [end - 1 if t == LAST else t for _, t, _ in inputs.keyframes]
     for i, t in enumerate(frames):
         if t >= end:
-            raise UserError(f"keyframe at frame {t} lies beyond the clip's last frame {end - 1}: give a smaller frame or a longer duration")
+            line = f"keyframe at frame {t} lies beyond the clip's last frame {end - 1}: give a smaller frame or a longer duration"
+            raise UserError(line, code="keyframe_beyond", frame=t, last=end - 1)
         if t < there:
-            raise UserError(f"keyframe at frame {t} lies in the given video: the first frame that is made is {there}")
+            line = f"keyframe at frame {t} lies in the given video: the first frame that is made is {there}"
+            raise UserError(line, code="keyframe_in_video", frame=t, first=there)
         if t in taken:
-            raise UserError(f"{taken[t]} and {names[i]} both fall on frame {t}: leave one out, or give a longer duration")
+            line = f"{taken[t]} and {names[i]} both fall on frame {t}: leave one out, or give a longer duration"
+            raise UserError(line, code="same_frame", field=taken[t], other=names[i], frame=t)
         taken[t] = names[i]
         placed[next(number for number, hop in enumerate(hops) if t < hop.end)].append(i)
     return [

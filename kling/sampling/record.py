@@ -41,8 +41,11 @@ NEEDED = {
 }
 
 
-def make_record(request: Request, plan: Any, model: Record, device: torch.device, frames: np.ndarray, **more: Any) -> Record:
-    """Everything that decides the frames of `request` (one video): uint8 (T, H, W, 3). more: whatever else is worth keeping."""
+def make_record(request: Request, plan: Any, model: Record, device: torch.device, frames: np.ndarray, dtype: str, **more: Any) -> Record:
+    """Everything that decides the frames of `request` (one video): uint8 (T, H, W, 3).
+
+    dtype: what the transformer computes in, by its short name. more: whatever else is worth keeping.
+    """
     return {
         "kling": __version__,
         "recipe": RECIPE,
@@ -50,7 +53,7 @@ def make_record(request: Request, plan: Any, model: Record, device: torch.device
         "settings": settings(plan),
         "model": model,
         "inputs": input_hashes(request),
-        "machine": machine(device),
+        "machine": machine(device) | {"dtype": dtype},
         "frames": frame_hashes(frames),
         **more,
     }
@@ -143,6 +146,13 @@ def difference(old: Record, new: Record) -> str | None:
     changed = [f"{name} {before.get(name)} -> {value}" for name, value in after.items() if before.get(name) != value]
     frames = f"{len(other)} of {len(now)} frames, the first is {min(other, default=0)}"
     return f"{frames} ({', '.join(changed) or 'same versions, device and threads'})"
+
+
+def doubts(record: Record, device: torch.device, dtype: str) -> str | None:
+    """Why this machine may not repeat a record to the bit: what about it differs; None if nothing does."""
+    now, then = machine(device) | {"dtype": dtype}, record["machine"]
+    other = [name for name in ("torch", "device", "threads", "dtype") if name in then and then[name] != now[name]]
+    return ", ".join(f"{name} {then[name]} -> {now[name]}" for name in other) or None
 
 
 def settings(plan: Any) -> Record:

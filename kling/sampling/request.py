@@ -226,7 +226,7 @@ class Request:
         if self.video is not None and self.image is not None:
             raise UserError("both image and video were given: the video's own frames start the clip; leave image out")
         if self.loop and self.last_image is not None:
-            raise UserError("both loop and last_image were given: a loop ends where it starts; leave one out")
+            raise UserError("both loop and last_image were given: a loop ends where it starts; leave one out", code="loop_and_last")
         if self.video is not None and self.loop:
             raise UserError("both loop and video were given: loop makes a clip of its own; leave one out")
         if self.mask is not None and self.outpaint is not None:

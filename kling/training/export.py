@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
+from kling.runtime.files import written_folder
 from kling.sampling.pipeline import KlingPipeline
 from kling.text.umt5 import UMT5TextEncoder
 
@@ -18,8 +18,11 @@ def save_pipeline(pipe: KlingPipeline, folder: Path) -> None:
 
     Of published weights the encoders are copied, and the VAE keeps its precision: no training has touched them.
     """
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    with written_folder(folder) as temporary:
+        _write(pipe, temporary)
+
+
+def _write(pipe: KlingPipeline, temporary: Path) -> None:
     published = isinstance(pipe.text_encoder, UMT5TextEncoder)
     for name in ("text_encoder", "image_encoder", "image_processor") if published else ():
         if (part := getattr(pipe, name)) is not None:
@@ -38,8 +41,6 @@ def save_pipeline(pipe: KlingPipeline, folder: Path) -> None:
         save_file(weights, temporary / name / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
     pipe.scheduler.save_pretrained(temporary / "scheduler")
     pipe.save_config(temporary)
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
 
 
 def _forget_origin(config: Path) -> None:

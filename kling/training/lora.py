@@ -7,6 +7,7 @@ from pathlib import Path
 
 from kling.dit import KlingTransformer3DModel
 from kling.errors import UserError
+from kling.runtime.files import written_folder
 from kling.training.model import Trained
 
 
@@ -14,7 +15,8 @@ from kling.training.model import Trained
 class Lora:
     """Low-rank training: the weights of `init_from` stay, and W becomes W + alpha / rank · B A in the layers whose names end in `targets`.
 
-    rank: 0 trains the model itself. merge: export the whole model with B A added in, besides the small file of A and B alone.
+    rank: of A and B; 0 trains the model itself. alpha: the layers' change is times alpha / rank. targets: ends of the names of layers.
+    merge: export the whole model with B A added in, besides the small file of A and B alone.
     half: hold the weights that stay in bf16, which takes mixed_precision=bf16.
     """
 
@@ -47,4 +49,5 @@ def export_lora(transformer: KlingTransformer3DModel, folder: Path) -> None:
     from peft import get_peft_model_state_dict
 
     layers, settings = get_peft_model_state_dict(transformer), transformer.peft_config["default"].to_dict()
-    WanLoraLoaderMixin.save_lora_weights(folder, layers, transformer_lora_adapter_metadata=settings)
+    with written_folder(folder) as temporary:
+        WanLoraLoaderMixin.save_lora_weights(temporary, layers, transformer_lora_adapter_metadata=settings)

@@ -35,6 +35,7 @@ from kling.vae import AutoencoderKLKling
 class Validation:
     """The loss on clips that no training sees, every `every` updates (0: never): the same clips, noise and levels each time.
 
+    every: updates between measurements, 0 is never. clips: how many.
     source: a folder of held-out videos; empty for the held-out scenes of the small world. quantiles: levels, as quantiles of the
     training density, so that each stands for an equal share of training.
     """

@@ -16,10 +16,10 @@ from torch import Tensor
 class LossWeights:
     """Weights of the terms of `vae_loss`, and the width of Charbonnier's rounded corner."""
 
-    pixel: float = 1.0
+    pixel: float = 1.0  # weight of the distance between pixels
     edge: float = 0.5  # differences between neighbours in height and width: an L1 on pixels alone blurs
     motion: float = 0.5  # differences between neighbouring frames
-    kl: float = 1e-4
+    kl: float = 1e-4  # weight of the posterior's divergence from a normal one, nats
     halved: float = 0.0  # the same three terms of what halved latents decode to, against the halved video; a quarter is usual
     corner: float = 1e-3  # in units of [-1, 1]
 

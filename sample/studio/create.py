@@ -6,12 +6,13 @@ from typing import Any
 
 import gradio as gr
 from kling_programs.sample.studio import views
-from kling_programs.sample.studio.form import FIELDS, MAX_PROMPT, MAX_SECONDS, MAX_STEPS, USES, missing
+from kling_programs.sample.studio.form import FIELDS, MAX_SECONDS, USES, missing
 from kling_programs.sample.studio.studio import Studio
 from kling_programs.sample.studio.words import t
 
 from kling.cameras.axes import LIMIT, MOVES, UNITS
 from kling.sampling.request import MODES
+from kling.shapes import clip_frames
 
 EXAMPLES = [
     "a red ball rolls left on grass",
@@ -29,7 +30,8 @@ class Form:
         self.fields: dict[str, Any] = {}
         self._text()
         self._go()
-        with gr.Tabs(elem_id="inputs") as self.tabs:
+        self.checked = gr.Button("", elem_id="checked", elem_classes="unseen")  # page.js presses it when the mask was painted on
+        with gr.Tabs(elem_id="inputs", overflow_behavior="wrap") as self.tabs:
             with gr.Tab(t("pictures"), id="pictures"):
                 self._pictures()
             with gr.Tab(t("video"), id="video"):
@@ -45,6 +47,16 @@ class Form:
     def inputs(self) -> list[Any]:
         return [self.fields[name] for name in FIELDS]
 
+    @property
+    def first_seconds(self) -> float:
+        """What the clip's length stands at."""
+        config = self.studio.pipe.config
+        return min(5.0, (config.max_frames - 1) / config.fps)
+
+    def last_frame(self, seconds: float) -> int:
+        """Of a clip of so many seconds: where keyframes end."""
+        return max(1, clip_frames(seconds, self.studio.pipe.config.fps) - 1)
+
     def _able(self, name: str, info: Any = None) -> dict[str, Any]:
         """Greyed out, with the reason, where the model was not trained for it."""
         if need := missing(self.studio.pipe, name):
@@ -58,15 +70,16 @@ class Form:
         return gr.Image(label=text, type="filepath", image_mode=None, sources=sources, height=150, buttons=[], interactive=able, **kwargs)
 
     def _text(self) -> None:
-        self.fields["prompt"] = prompt = gr.Textbox(
-            label=t("prompt"), placeholder=t("prompt_hint"), lines=3, max_length=MAX_PROMPT, elem_id="prompt"
-        )
+        self.fields["prompt"] = prompt = gr.Textbox(label=t("prompt"), placeholder=t("prompt_hint"), lines=3, elem_id="prompt")
         examples = gr.Dataset(
             label=t("examples"), components=[gr.Textbox(visible=False)], samples=[[e] for e in EXAMPLES], type="values", elem_id="examples"
         )
         examples.click(lambda row: row[0], examples, prompt, queue=False, api_visibility="private", show_progress="hidden")
         own = self.studio.pipe.setting("negative_prompt") or t("negative_hint")
-        self.fields["negative_prompt"] = gr.Textbox(label=t("negative_prompt"), placeholder=own, max_length=MAX_PROMPT)
+        self.fields["negative_prompt"] = gr.Textbox(label=t("negative_prompt"), placeholder=own)
+        self.restore = gr.UploadButton(
+            t("restore"), size="sm", file_types=[".json", ".mp4", ".png", ".webm", ".gif"], elem_id="restore", elem_classes="quiet"
+        )
 
     def _pictures(self) -> None:
         with gr.Row():
@@ -77,7 +90,8 @@ class Form:
             self.key_image = self._picture("keyframe", "keyframes", elem_id="key", min_width=140)
             with gr.Column(min_width=140):
                 able = self._able("keyframes")["interactive"]
-                self.key_frame = gr.Slider(0, 160, 20, step=1, label=t("at"), buttons=[], interactive=able, elem_id="key-frame")
+                last = self.last_frame(self.first_seconds)
+                self.key_frame = gr.Slider(0, last, min(20, last), step=1, label=t("at"), buttons=[], interactive=able, elem_id="key-frame")
                 self.key_strength = gr.Slider(0.05, 1, 1, step=0.05, label=t("holds"), buttons=[], interactive=able)
                 with gr.Row():
                     self.add_key = gr.Button(t("add_keyframe"), size="sm", interactive=able, elem_id="add-key", min_width=80)
@@ -94,6 +108,7 @@ class Form:
         self.fields["strength"] = gr.Slider(0, 1, 0.4, step=0.05, label=t("strength"), visible=False)
         with gr.Column(visible=False) as self.painting:
             gr.Markdown(t("paint"))
+            self.painted = gr.JSON({}, visible=False)  # {"video", "mask"}: what was painted on which clip, when it comes back
             self.fields["mask"] = gr.HTML(padding=False, elem_id="mask", html_template="${value}")
         aspects = list(self.studio.sizes)
         self.fields["outpaint"] = gr.Radio(aspects, value=aspects[-1], label=t("outpaint_to"), visible=False)
@@ -103,13 +118,13 @@ class Form:
         shots = [(t("static"), "static"), *((t(move), move) for move in MOVES)]
         self.shot = gr.Radio(shots, value="static", label=t("shot"), elem_id="shot", **self._able("camera"))
         self.drawing = gr.HTML(padding=False, elem_id="camera-drawing")
-        with gr.Row():
+        with gr.Row(elem_classes="sliders"):
             for name in UNITS:
                 self.fields[name] = gr.Slider(
                     -LIMIT, LIMIT, 0, step=0.5, label=t(name), info=t(f"{name}_is"), min_width=195, buttons=[], interactive=able,
                     elem_id=f"axis-{name}",
                 )  # fmt: skip
-        with gr.Row():
+        with gr.Row(elem_classes="sliders"):
             own = self.studio.pipe.setting("camera_guidance_scale")
             for name, (low, high, value, step) in {"camera_scale": (0, 3, 1, 0.1), "camera_guidance_scale": (1, 6, own, 0.5)}.items():
                 self.fields[name] = gr.Slider(low, high, value, step=step, label=t(name), min_width=170, buttons=[], interactive=able)
@@ -118,33 +133,37 @@ class Form:
     def _size(self) -> None:
         aspects = [(t("auto"), "auto"), *((a, a) for a in self.studio.sizes)]
         self.fields["aspect"] = gr.Radio(aspects, value="auto", label=t("aspect"), elem_id="aspect")
-        pipe = self.studio.pipe
-        once = (pipe.config.max_frames - 1) / pipe.config.fps
         self.fields["duration"] = gr.Slider(
-            0.5, MAX_SECONDS, min(5.0, once), step=0.5, label=t("duration"), info=t("duration_is"), elem_id="duration"
+            0.5, MAX_SECONDS, self.first_seconds, step=0.5, label=t("duration"), info=t("duration_is"), elem_id="duration"
         )
-        self.fields["extend_to"] = gr.Number(0, label=t("extend_to"), minimum=0, maximum=MAX_SECONDS, **self._able("extend_to"))
+        self.fields["extend_to"] = gr.Number(0, label=t("extend_to"), **self._able("extend_to"))
         self.fields["still"] = gr.Checkbox(label=t("still"), elem_id="still", **self._able("still"))
 
     def _advanced(self) -> None:
         with gr.Row():
-            for name, most in {"num_inference_steps": MAX_STEPS, "guidance_scale": 50, "shift": 50}.items():
+            for name in ("num_inference_steps", "guidance_scale", "shift"):
                 own = self.studio.pipe.setting(name)
                 own = " / ".join(f"{g:g}" for g in dict.fromkeys(own)) if isinstance(own, list | tuple) else f"{own:g}"
                 info = f"{t('own')} ({own})"
-                self.fields[name] = gr.Number(0, label=t(name), info=info, minimum=0, maximum=most, min_width=120, elem_id=name)
-            self.fields["sigma_c"] = gr.Number(
-                0, label=t("sigma_c"), info=t("sigma_c_is"), minimum=0, maximum=0.99, step=0.01, min_width=120
-            )
+                self.fields[name] = gr.Number(0, label=t(name), info=info, min_width=120, elem_id=name)
+            self.fields["sigma_c"] = gr.Number(0, label=t("sigma_c"), info=t("sigma_c_is"), step=0.01, min_width=120)
+        models, loras = self.studio.models, self.studio.loras
+        with gr.Row(visible=bool(models or loras)):
+            choices = [(t("own_model"), ""), *((name, name) for name in models)]
+            self.fields["model"] = gr.Dropdown(choices, value="", label=t("model"), visible=bool(models), elem_id="model")
+            choices = [(t("none"), ""), *((name, name) for name in loras)]
+            self.fields["lora"] = gr.Dropdown(choices, value="", label=t("lora"), visible=bool(loras), elem_id="lora")
+            self.fields["lora_scale"] = gr.Slider(-2, 2, 1, step=0.05, label=t("lora_scale"), buttons=[], visible=bool(loras))
 
     def _go(self) -> None:
         self.plan = gr.HTML(elem_id="plan", padding=False)
         with gr.Row(elem_classes="seed-row"):
             self.fields["mode"] = gr.Radio([(t(m), m) for m in MODES], value="std", label=t("mode"), min_width=140, scale=2)
-            self.fields["seed"] = gr.Number(0, label=t("seed"), precision=0, minimum=0, maximum=2**32 - 1, min_width=110, elem_id="seed")
+            self.fields["seed"] = gr.Number(-1, label=t("seed"), precision=0, min_width=110, elem_id="seed")
             with gr.Column(min_width=90, scale=1, elem_classes="seed-tools"):
-                self.lock = gr.Checkbox(False, label=t("lock"), container=False, elem_id="lock")
                 self.dice = gr.Button(t("dice"), size="sm", min_width=50, elem_id="dice")
+                self.reuse = gr.Button(t("reuse"), size="sm", min_width=50, elem_id="reuse")
+            self.fields["num_videos"] = gr.Number(1, label=t("num_videos"), precision=0, min_width=70, elem_id="num-videos")
         with gr.Row():
             self.generate = gr.Button(t("generate"), variant="primary", size="lg", scale=3, elem_id="generate", min_width=160)
             self.stop = gr.Button(t("stop"), variant="stop", size="lg", scale=1, elem_id="stop", interactive=False, min_width=80)
@@ -162,9 +181,11 @@ class Stage:
             self.compare = gr.Button(t("compare"), size="sm", min_width=70, elem_id="compare")
             self.remove = gr.Button(t("remove"), size="sm", min_width=70, elem_id="remove")
         gr.Markdown(t("results"))
+        self.refresh = gr.Button("", elem_id="refresh", elem_classes="unseen")  # page.js presses it when another tab has made something
         choose = """element.addEventListener('click', (event) => {
             const card = event.target.closest('[data-id]');
             if (card) trigger('select', { value: card.dataset.id });
         })"""
         self.cards = gr.HTML(padding=False, elem_id="cards", js_on_load=choose)
-        self.mine = gr.BrowserState({"ids": [], "chosen": None, "comparing": False}, storage_key="kling-studio", secret="kling-studio")
+        self.mine = gr.JSON({}, visible=False)  # {"chosen", "comparing"}; page.js adds the browser's list, "ids", and its "tab"
+        self.saved = gr.JSON({}, visible=False)  # what page.js kept of the form

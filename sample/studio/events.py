@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 import time
 from collections.abc import Generator
@@ -10,10 +11,12 @@ from typing import Any
 import gradio as gr
 from kling_programs.sample.studio import camera, views
 from kling_programs.sample.studio.create import Form, Stage
-from kling_programs.sample.studio.form import FIELDS, Fields, check_number, request_of
+from kling_programs.sample.studio.form import FIELDS, KINDS, Fields, apart, check_number, checked, mask_of, request_of
 from kling_programs.sample.studio.jobs import Stopped, Waiting
+from kling_programs.sample.studio.mistakes import without_folders
+from kling_programs.sample.studio.restore import fields_of, record_at
 from kling_programs.sample.studio.shelf import Result
-from kling_programs.sample.studio.studio import Step, Studio, guarded, public
+from kling_programs.sample.studio.studio import Step, Studio, guarded, lenient, public, visitor
 from kling_programs.sample.studio.words import language, say
 
 from kling.cameras.axes import LIMIT, MOVES, UNITS, axes_trajectory, parse_axes
@@ -29,9 +32,18 @@ from kling.shapes import ASPECTS, clip_frames
 
 RAW = {"preprocess": False, "api_visibility": "private", "show_progress": "hidden"}
 QUICK = RAW | {"queue": False, "trigger_mode": "always_last"}
-NOTHING = {"ids": [], "chosen": None, "comparing": False}
+NOTHING = {"chosen": None, "comparing": False}
 CAMERA = (*UNITS, "camera_file", "camera_scale", "aspect", "duration")
-WITH_MASK = f"(...v) => {{ v[{FIELDS.index('mask')}] = window.studioMask(); return v; }}"  # the drawing lives in the browser
+MASK = FIELDS.index("mask")
+# What lives in the browser: the drawn mask, the list of what it has made (all tabs share it), and the tab's own name. See page.js.
+WITH_MASK = f"(...v) => window.studio.withMask(v, {MASK})"
+KEEPING = f"(...v) => window.studio.keep(window.studio.withMask(v, {MASK}))"
+WITH_LIST = "(...v) => window.studio.withList(v)"
+WITH_BOTH = f"(...v) => window.studio.withList(window.studio.withMask(v, {MASK}))"
+SAVED = "() => [window.studio.saved()]"
+APPLY = "(mine) => window.studio.apply(mine)"
+HOLD = "(painted) => window.studio.hold(painted)"
+AWAKE = "() => window.studio.awake()"
 
 
 class Events:
@@ -51,54 +63,133 @@ class Events:
         form.key_image.upload(self._checker("image"), form.key_image, form.key_image, **RAW)
         keys = [form.key_image, form.key_frame, form.key_strength, fields["keyframes"], fields["duration"]]
         form.add_key.click(self.add_keyframe, keys, [fields["keyframes"], form.timeline, form.key_image], **RAW)
-        form.clear_keys.click(
-            lambda seconds: ([], self._timeline([], seconds)), fields["duration"], [fields["keyframes"], form.timeline], **RAW
-        )
+        form.clear_keys.click(lambda: ([], ""), None, [fields["keyframes"], form.timeline], **RAW)
         fields["duration"].change(
-            lambda rows, seconds: self._timeline(rows, seconds), [fields["keyframes"], fields["duration"]], form.timeline, **QUICK
+            lenient(self.measure), [fields["keyframes"], fields["duration"], form.key_frame], [form.timeline, form.key_frame], **QUICK
         )
 
         shown = [fields["strength"], form.painting, fields["outpaint"]]
-        fields["use"].change(
-            lambda use: [gr.update(visible=use == u) for u in ("restyle", "fill", "outpaint")], fields["use"], shown, **QUICK
-        )
-        fields["video"].change(self.paint_on, [fields["video"], fields["aspect"]], fields["mask"], **RAW)
+        fields["use"].change(self.show_use, fields["use"], shown, **QUICK)
+        fields["video"].change(self.paint_on, [fields["video"], fields["aspect"], form.painted], fields["mask"], **RAW)
 
         form.shot.input(self.master_shot, form.shot, [fields[name] for name in UNITS], **QUICK)
         moved = [fields[name] for name in CAMERA]  # one event for all: answers to several would overtake each other
         gr.on([c.change for c in moved], self.draw_camera, moved, form.drawing, **QUICK)
 
-        form.dice.click(lambda: secrets.randbelow(2**31), None, fields["seed"], **QUICK)
-        planned = [c for name, c in fields.items() if name not in ("mask", "seed") and hasattr(c, "change")]
-        gr.on([c.change for c in planned], self.explain, form.inputs, form.plan, js=WITH_MASK, **QUICK)
+        form.dice.click(lambda: -1, None, fields["seed"], **QUICK)
+        form.reuse.click(lenient(self.last_seed), self.stage.mine, fields["seed"], js=WITH_LIST, **QUICK)
+        planned = [c for name, c in fields.items() if name != "mask" and hasattr(c, "change")]
+        gr.on([*(c.change for c in planned), form.checked.click], self.explain, form.inputs, form.plan, js=KEEPING, **QUICK)
+        filled = [*form.inputs, form.timeline, form.painted]
+        form.restore.upload(self.restore, form.restore, filled, **RAW).then(None, form.painted, None, js=HOLD, **QUICK).then(
+            self.explain, form.inputs, form.plan, js=KEEPING, **QUICK
+        )
+        self.filled = filled
 
     def _checker(self, kind: str) -> Any:
         def check(request: gr.Request, payload: Any) -> Any:
             try:
-                self.studio.uploads.accept(payload, kind)
-                return gr.skip()
+                note = self.studio.uploads.note(payload, kind)
             except Exception as error:
                 gr.Warning(public(error, request).message, duration=12, title="")
                 return None
+            if note:
+                gr.Info(say(language(request), "brought", **note), duration=12, title="")
+                return self.studio.uploads.accept(payload, kind)  # shown as it is used
+            return gr.skip()
 
         return check
 
     def explain(self, request: gr.Request, *values: Any) -> str:
-        """One line that says which task was understood, or what is wrong."""
+        """One line that says which task was understood, what it will need, or what is wrong."""
+        lang = language(request)
         try:
-            asked = request_of(dict(zip(FIELDS, values, strict=True)), self.studio.uploads)
-            return views.understood(language(request), self.studio.pipe.plan(asked), asked)
+            fields = dict(zip(FIELDS, values, strict=True))
+            asked = request_of(fields, self.studio.uploads)
+            pipe = self.studio.planner(fields)
+            plan = pipe.plan(asked)
+            return views.understood(lang, plan, asked, self.studio.clip_seconds(asked, plan), self.studio.needs(pipe, plan, asked))
         except Exception as error:
             return views.mistake(public(error, request).message)
+
+    def show_use(self, use: Any) -> list[Any]:
+        return [gr.update(visible=use == u) for u in ("restyle", "fill", "outpaint")]
+
+    def last_seed(self, mine: Any) -> int:
+        """Of the video that is chosen."""
+        return self._chosen(mine, 0).record["request"]["seed"]
+
+    def restore(self, request: gr.Request, payload: Any) -> list[Any]:
+        """The form as it was for a replay JSON, or for a video that carries one or still lies here."""
+        lang = language(request)
+        try:
+            file = self.studio.uploads.place(payload)
+            name = without_folders(str(file))
+            try:
+                fields, remarks = fields_of(record_at(file, name, self.studio.shelf), self.studio)
+            except (TypeError, ValueError, KeyError, AttributeError) as error:
+                if isinstance(error, UserError):
+                    raise
+                raise UserError(f"{name} says nothing about how it was made", code="not_a_record", file=name) from None
+        except Exception as error:
+            gr.Warning(public(error, request).message, duration=12, title="")
+            return [gr.skip()] * len(self.filled)
+        gr.Info(
+            ". ".join([say(lang, "restored", name=name), *(say(lang, key, **values) for key, values in remarks)]), duration=12, title=""
+        )
+        return self._fill(fields)
+
+    def resume(self, request: gr.Request, saved: Any) -> list[Any]:
+        """The form as this tab left it, when it is loaded anew."""
+        if not isinstance(saved, list) or len(saved) != len(FIELDS):
+            return [gr.skip()] * len(self.filled)
+        return self._fill(dict(zip(FIELDS, saved, strict=True)))
+
+    def _fill(self, fields: dict[str, Any]) -> list[Any]:
+        """What the form's components show for these fields; what no request could hold is left as it is."""
+        shown: list[Any] = []
+        for name in FIELDS:
+            value = fields.get(name)
+            if name == "mask" or (name not in fields):
+                shown.append(gr.skip())
+                continue
+            try:
+                if name in KINDS:
+                    shown.append(self.studio.uploads.accept(value, KINDS[name]))
+                elif name == "keyframes":
+                    rows = Fields({name: value}).keyframes()
+                    shown.append([{"file": self.studio.uploads.accept(f, "image"), "frame": t, "strength": w} for f, t, w in rows])
+                else:
+                    shown.append(checked(name, value))
+            except UserError:
+                shown.append(gr.skip())
+        video, painted = shown[FIELDS.index("video")], {}
+        try:
+            if isinstance(video, str) and (mask := mask_of(fields.get("mask"), self.studio.uploads)):
+                painted = {"video": video, "mask": mask}
+        except UserError:
+            pass
+        rows = shown[FIELDS.index("keyframes")]
+        try:
+            shown.append(self._timeline(rows, fields.get("duration")) if isinstance(rows, list) else gr.skip())
+        except UserError:
+            shown.append(gr.skip())
+        return [*shown, painted]
 
     @guarded
     def add_keyframe(self, request: gr.Request, picture: Any, frame: Any, strength: Any, rows: Any, seconds: Any) -> Generator:
         kept = self.studio.uploads.accept(picture, "image")
         if kept is None:
-            raise UserError("keyframe: upload its picture first")
+            raise UserError("keyframe: upload its picture first", code="keyframe_without_picture")
         rows = [*(rows or []), {"file": kept, "frame": frame, "strength": strength}]
         Fields({"keyframes": rows}).keyframes()
         yield rows, self._timeline(rows, seconds), None
+
+    def measure(self, rows: Any, seconds: Any, frame: Any) -> tuple[str, Any]:
+        """The timeline, and the keyframes' slider, for a clip of another length."""
+        last = self.form.last_frame(check_number("duration", seconds, 0.1, 180, 5.0))
+        frame = check_number("keyframe's frame", frame, 0, 10_000, 0)
+        return self._timeline(rows, seconds), gr.update(maximum=last, value=min(last, int(frame)))
 
     def _timeline(self, rows: Any, seconds: Any) -> str:
         frames = clip_frames(check_number("duration", seconds, 0.1, 180, 5.0), self.studio.pipe.config.fps)
@@ -109,19 +200,23 @@ class Events:
         return views.timeline(frames, marks) if marks else ""
 
     @guarded
-    def paint_on(self, request: gr.Request, payload: Any, aspect: Any) -> Generator:
-        """The first frame of the clip, at the size that will be made, to paint the mask on."""
+    def paint_on(self, request: gr.Request, payload: Any, aspect: Any, painted: Any) -> Generator:
+        """The first frame of the clip, at the size that will be made, to paint the mask on; with what was painted on it before."""
         video = self.studio.uploads.accept(payload, "video")
         if video is None:
             yield ""
             return
         asked = Request(video=video, aspect=Fields({"aspect": aspect}).choice("aspect", ASPECTS))
-        yield views.painter(fit(read_video(video, num_frames=1).frames[0], *clip_size(asked, self.studio.sizes)).numpy())
+        before = None
+        if isinstance(painted, dict) and painted.get("video") == video:
+            before = self.studio.uploads.accept(painted.get("mask"), "image")
+        picture = fit(read_video(video, num_frames=1).frames[0], *clip_size(asked, self.studio.sizes)).numpy()
+        yield views.painter(language(request), picture, before)
 
     # ---- the camera ----
 
     def master_shot(self, shot: str) -> list[float]:
-        axes = parse_axes(shot) if shot in ("static", *MOVES) else {}
+        axes = parse_axes(shot) if isinstance(shot, str) and shot in ("static", *MOVES) else {}
         return [axes.get(name, 0) for name in UNITS]
 
     def trajectory(self, *values: Any) -> tuple[Any, int, int]:
@@ -147,34 +242,53 @@ class Events:
 
     def _wire_stage(self) -> None:
         form, stage, fields = self.form, self.stage, self.form.fields
-        outputs = [stage.screen, fields["seed"], stage.mine, stage.cards, form.generate, form.stop]
-        form.generate.click(self.generate, [*form.inputs, form.lock, stage.mine], outputs, js=WITH_MASK, **RAW)
-        stage.vary.click(self.vary, stage.mine, outputs, **RAW)
-        form.stop.click(self.stop, None, None, **QUICK)
-        stage.cards.select(self.choose, stage.mine, [stage.screen, stage.mine, stage.cards], **RAW)
-        stage.compare.click(self.compare, stage.mine, [stage.screen, stage.mine], **RAW)
-        stage.remove.click(self.remove, stage.mine, [stage.screen, stage.mine, stage.cards], **RAW)
-        stage.use_last.click(self.use_last, stage.mine, [fields["image"], fields["video"], form.tabs], **RAW)
-        stage.extend.click(self.extend, stage.mine, [fields["video"], fields["use"], form.tabs], **RAW)
+        outputs = self.outputs = [stage.screen, stage.mine, stage.cards, form.generate, form.stop]
+        for event in (
+            form.generate.click(self.generate, [*form.inputs, stage.mine], outputs, js=WITH_BOTH, **RAW),
+            stage.vary.click(self.vary, stage.mine, outputs, js=WITH_LIST, **RAW),
+            stage.remove.click(self.remove, stage.mine, [stage.screen, stage.mine, stage.cards], js=WITH_LIST, **RAW),
+        ):
+            event.then(None, stage.mine, stage.mine, js=APPLY, **QUICK)
+        form.stop.click(self.stop, stage.mine, None, js=WITH_LIST, **QUICK)
+        stage.refresh.click(lenient(self.refresh), stage.mine, stage.cards, js=WITH_LIST, **QUICK)
+        stage.cards.select(self.choose, stage.mine, [stage.screen, stage.mine, stage.cards], js=WITH_LIST, **RAW)
+        stage.compare.click(self.compare, stage.mine, [stage.screen, stage.mine], js=WITH_LIST, **RAW)
+        stage.use_last.click(self.use_last, stage.mine, [fields["image"], fields["video"], form.tabs], js=WITH_LIST, **RAW)
+        stage.extend.click(self.extend, stage.mine, [fields["video"], fields["use"], form.tabs], js=WITH_LIST, **RAW)
 
-    def welcome(self, request: gr.Request, mine: Any) -> tuple[str, str]:
-        """What a visitor sees first: (stage, cards)."""
+    def wire_load(self, page: gr.Blocks) -> None:
+        """What happens when a tab is opened, or loaded anew."""
+        form, stage = self.form, self.stage
+        page.load(self.resume, stage.saved, self.filled, js=SAVED, **RAW).then(None, form.painted, None, js=HOLD, **QUICK).then(
+            self.explain, form.inputs, form.plan, js=WITH_MASK, **QUICK
+        ).then(None, js=AWAKE, **QUICK)
+        page.load(self.welcome, stage.mine, self.outputs, js=WITH_LIST, **RAW).then(None, stage.mine, stage.mine, js=APPLY, **QUICK)
+        page.load(self.draw_camera, [form.fields[name] for name in CAMERA], form.drawing, **QUICK)
+
+    def welcome(self, request: gr.Request, mine: Any) -> Generator:
+        """What a visitor sees first: the job of this tab if there is one, else the last video of the browser, or nothing yet."""
         lang, results = language(request), self._results(mine)
-        return (views.result(lang, results[0]) if results else views.empty(lang)), views.cards(
-            lang, results, results[0].id if results else None
-        )
+        job = self.studio.queue.job(owner(request, mine))
+        if job is not None:
+            yield from self._watch(request, lang, self.studio.queue.follow(job.owner, self._heard(request)), mine, came_back=True)
+            return
+        screen = views.result(lang, results[0]) if results else views.empty(lang)
+        yield screen, gr.skip(), views.cards(lang, results, results[0].id if results else None), gr.skip(), gr.skip()
+
+    def refresh(self, request: gr.Request, mine: Any) -> str:
+        """The list again, after another tab has changed it."""
+        return views.cards(language(request), self._results(mine), mine.get("chosen") if isinstance(mine, dict) else None)
 
     def generate(self, request: gr.Request, *values: Any) -> Generator:
-        *values, lock, mine = values
+        *values, mine = values
         lang = language(request)
         try:
-            asked = request_of(dict(zip(FIELDS, values, strict=True)), self.studio.uploads)
-            if not lock:
-                asked = asked.replace(seed=secrets.randbelow(2**31))
+            fields = dict(zip(FIELDS, values, strict=True))
+            asked, weights = request_of(fields, self.studio.uploads), self.studio.weights_of(fields)
         except Exception as error:
             yield self._end(views.failed(public(error, request).message))
             return
-        yield from self._make(request, lang, asked, mine)
+        yield from self._make(request, lang, asked, mine, weights)
 
     def vary(self, request: gr.Request, mine: Any) -> Generator:
         """The chosen video's request again, with another seed."""
@@ -182,51 +296,79 @@ class Events:
         try:
             one = self._chosen(mine, lang)
             asked = recorded_request(one.record, "this video").replace(seed=secrets.randbelow(2**31))
+            weights = self.studio.weights_from(one.record)
         except Exception as error:
             yield self._end(views.failed(public(error, request).message))
             return
-        yield from self._make(request, lang, asked, mine)
+        yield from self._make(request, lang, asked, mine, weights)
 
-    def _make(self, request: gr.Request, lang: int, asked: Request, mine: Any) -> Generator:
-        """Run a request on the stage: waiting, steps with previews, the video."""
-        preview, began = "", 0.0
-        yield views.waiting(lang, 0), asked.seed, gr.skip(), gr.skip(), gr.update(interactive=False), gr.update(interactive=True)
-        work = self.studio.make(request.session_hash, asked)
+    def _heard(self, request: gr.Request) -> Any:
+        door = self.studio.door
+        return None if door is None else lambda: door.heard(request.session_hash)
+
+    def _make(self, request: gr.Request, lang: int, asked: Request, mine: Any, weights: Any) -> Generator:
+        """Run a request on the stage."""
+        yield views.waiting(lang, 0), gr.skip(), gr.skip(), gr.update(interactive=False), gr.update(interactive=True)
+        kept = {"keep": True, "listening": self._heard(request)}
+        yield from self._watch(request, lang, self.studio.make(visitor(request), apart(asked), owner(request, mine), weights, **kept), mine)
+
+    def _watch(self, request: gr.Request, lang: int, work: Generator, mine: Any, came_back: bool = False) -> Generator:
+        """A job on the stage: waiting, steps with previews, the videos."""
+        preview, began, first, added = "", 0.0, 0, []
+        if came_back:
+            yield views.waiting(lang, 0), gr.skip(), gr.skip(), gr.update(interactive=False), gr.update(interactive=True)
         try:
             while True:
                 event = next(work)
                 if isinstance(event, Step):
+                    first = first if began else event.step
                     began = began or time.perf_counter()
                     if event.preview is not None:
                         preview = views.moving(event.preview, self.studio.pipe.config.fps)
-                    left = (time.perf_counter() - began) / event.step * (event.total - event.step) if event.step else None
-                    yield views.progress(lang, event.step, event.total, left, preview), *[gr.skip()] * 5
+                    done = event.step - first
+                    left = (time.perf_counter() - began) / done * (event.total - event.step) if done else None
+                    yield views.progress(lang, event.step, event.total, left, preview), *[gr.skip()] * 4
                 elif isinstance(event, Waiting) and (event.place or not began):
-                    yield views.waiting(lang, event.place), *[gr.skip()] * 5
+                    yield views.waiting(lang, event.place), *[gr.skip()] * 4
+                elif isinstance(event, Result):
+                    added.insert(0, event.id)
+                    mine = {**self._list(mine), "ids": [event.id, *self._ids(mine)], "chosen": event.id, "add": added}
+                    yield gr.skip(), gr.skip(), views.cards(lang, self._results(mine), event.id), gr.skip(), gr.skip()
                 else:
-                    yield [gr.skip()] * 6  # a sign of life, by which Gradio notices a closed tab
+                    yield [gr.skip()] * 5  # a sign of life, by which Gradio notices a closed tab
         except StopIteration as done:
-            mine = {**NOTHING, "ids": [done.value.id, *self._ids(mine)], "chosen": done.value.id}
-            cards = views.cards(lang, self._results(mine), done.value.id)
-            yield views.result(lang, done.value), asked.seed, mine, cards, gr.update(interactive=True), gr.update(interactive=False)
+            if done.value is None:  # the tab was loaded anew, or doubled, and follows there
+                yield self._end(views.ended(lang, "watched_elsewhere"))
+                return
+            made = done.value
+            mine = {**self._list(mine), "ids": [*(one.id for one in reversed(made)), *self._ids(mine)], "chosen": made[-1].id}
+            mine["ids"] = list(dict.fromkeys(mine["ids"]))
+            mine["add"] = [one.id for one in reversed(made)]
+            cards = views.cards(lang, self._results(mine), made[-1].id)
+            yield views.result(lang, made[-1]), mine, cards, gr.update(interactive=True), gr.update(interactive=False)
+            self.studio.queue.forget(owner(request, mine))
         except Stopped:
-            yield self._end(views.ended(lang, "stopped"))
+            yield self._end(views.ended(lang, "came_back" if came_back else "stopped"), mine if added else None)
+            self.studio.queue.forget(owner(request, mine))
         except Exception as error:
-            yield self._end(views.failed(public(error, request).message))
+            yield self._end(views.failed(public(error, request).message), mine if added else None)
+            self.studio.queue.forget(owner(request, mine))
         finally:
             work.close()
 
-    def _end(self, screen: str) -> list[Any]:
-        return [screen, gr.skip(), gr.skip(), gr.skip(), gr.update(interactive=True), gr.update(interactive=False)]
+    def _end(self, screen: str, mine: Any = None) -> list[Any]:
+        return [screen, gr.skip() if mine is None else mine, gr.skip(), gr.update(interactive=True), gr.update(interactive=False)]
 
-    def stop(self, request: gr.Request) -> None:
-        self.studio.queue.stop(request.session_hash)
+    def stop(self, request: gr.Request, mine: Any) -> None:
+        self.studio.queue.stop(owner(request, mine))
 
     @guarded
     def choose(self, request: gr.Request, event: gr.EventData, mine: Any) -> Generator:
         """A click on a card: shown alone, or, after Compare, beside the one shown before."""
-        lang, one = language(request), self.studio.shelf.get(event._data.get("value"))
-        state = {**NOTHING, "ids": self._ids(mine), "chosen": one.id}
+        clicked = event._data.get("value") if isinstance(event._data, dict) else None
+        lang, one = language(request), self.studio.shelf.get(clicked)
+        state = {**self._list(mine), "chosen": one.id}
+        mine = mine if isinstance(mine, dict) else NOTHING
         if mine.get("comparing") and mine.get("chosen") not in (None, one.id):
             screen = views.result(lang, self.studio.shelf.get(mine["chosen"]), one)
         else:
@@ -238,13 +380,13 @@ class Events:
         lang = language(request)
         one = self._chosen(mine, lang)
         gr.Info(say(lang, "pick_two"), title="")
-        yield views.result(lang, one), {**NOTHING, "ids": self._ids(mine), "chosen": one.id, "comparing": True}
+        yield views.result(lang, one), {**self._list(mine), "chosen": one.id, "comparing": True}
 
     @guarded
     def remove(self, request: gr.Request, mine: Any) -> Generator:
         """Take the chosen video off this browser's list; the file goes when the shelf is tidied."""
         lang, gone = language(request), self._chosen(mine, language(request))
-        state = {**NOTHING, "ids": [name for name in self._ids(mine) if name != gone.id]}
+        state = {**self._list(mine), "ids": [name for name in self._ids(mine) if name != gone.id], "drop": [gone.id]}
         yield views.empty(lang), state, views.cards(lang, self._results(state), None)
 
     @guarded
@@ -258,6 +400,11 @@ class Events:
     def extend(self, request: gr.Request, mine: Any) -> Generator:
         one = self._chosen(mine, language(request))
         yield self.studio.uploads.keep(one.path), "continue", gr.Tabs(selected="video")
+
+    def _list(self, mine: Any) -> dict[str, Any]:
+        """This browser's list and this tab's name, with nothing chosen."""
+        tab = mine.get("tab") if isinstance(mine, dict) else None
+        return {**NOTHING, "ids": self._ids(mine), "tab": tab}
 
     def _ids(self, mine: Any) -> list[str]:
         ids = mine.get("ids") if isinstance(mine, dict) else None
@@ -280,3 +427,9 @@ class Events:
             if one.id == (chosen or results[0].id):
                 return one
         raise UserError(say(lang, "choose_first"))
+
+
+def owner(request: gr.Request, mine: Any) -> str:
+    """Whose job it is on this page: the tab's, by a name that nobody can guess and that lasts when it is loaded anew."""
+    tab = mine.get("tab") if isinstance(mine, dict) else None
+    return tab if isinstance(tab, str) and re.fullmatch(r"[0-9a-f]{32}", tab) else request.session_hash or ""

@@ -5,7 +5,7 @@ Values come as JSON: nothing is believed. Every refusal is one line that names t
 
 from __future__ import annotations
 
-import math
+import secrets
 from typing import Any
 
 from kling.cameras.axes import LIMIT, UNITS
@@ -14,6 +14,8 @@ from kling.sampling.pipeline import KlingPipeline
 from kling.sampling.request import MODES, Request
 from kling.shapes import ASPECTS
 
+LARGEST = 10**15  # of a number that is worth comparing
+MAX_VIDEOS = 8  # of one request, one after another
 MAX_PROMPT = 2000  # characters
 MAX_STEPS = 100
 MAX_SECONDS = 60.0
@@ -27,7 +29,8 @@ FIELDS = (
     *UNITS,
     *("camera_file", "camera_scale", "camera_guidance_scale"),
     *("aspect", "duration", "extend_to", "still", "mode"),
-    *("num_inference_steps", "guidance_scale", "shift", "sigma_c", "seed"),
+    *("num_inference_steps", "guidance_scale", "shift", "sigma_c", "seed", "num_videos"),
+    *("model", "lora", "lora_scale"),
 )
 
 
@@ -42,7 +45,9 @@ def request_of(fields: dict[str, Any], uploads: Any) -> Request:
     axes = {name: value for name in UNITS if (value := given.number(name, -LIMIT, LIMIT))}
     camera_file = uploads.accept(fields.get("camera_file"), "camera")
     if camera_file and axes:
-        raise UserError(f"both a trajectory file and {next(iter(axes))} were given: remove the file or set the sliders to 0")
+        field = next(iter(axes))
+        line = f"both a trajectory file and {field} were given: remove the file or set the sliders to 0"
+        raise UserError(line, code="file_and_sliders", field=field)
     still = given.flag("still")
     goes_on = not video or use == "continue"  # else the clip is as long as the video
     extend_to = (given.number("extend_to", 0, MAX_SECONDS) or None) if goes_on else None
@@ -70,8 +75,37 @@ def request_of(fields: dict[str, Any], uploads: Any) -> Request:
         guidance_scale=given.number("guidance_scale", 0, 50) or None,
         shift=given.number("shift", 0, 50) or None,
         sigma_c=given.number("sigma_c", 0, 0.99, 0.0),
-        seed=given.whole("seed", 0, 2**32 - 1) or 0,
+        seed=seed_of(given.whole("seed", -1, 2**32 - 1)),
+        num_videos=given.whole("num_videos", 1, MAX_VIDEOS) or 1,
     )
+
+
+def seed_of(asked: int | None) -> int:
+    """The seed that was asked for; -1 draws one."""
+    return secrets.randbelow(2**31) if asked == -1 else asked or 0
+
+
+def apart(request: Request) -> list[Request]:
+    """A request of several videos as one request each: seeds n, n + 1, …"""
+    return [request.replace(seed=(request.seed + i) % 2**32, num_videos=1) for i in range(request.num_videos)]
+
+
+def checked(name: str, value: Any) -> Any:
+    """The value of a field that is no file, as the page may show it. Raises `UserError` for one that no request could hold."""
+    given = Fields({name: value})
+    if name in TEXTS:
+        return given.text(name)
+    if name in CHOICES:
+        return given.choice(name, CHOICES[name]) or value
+    if name in FLAGS:
+        return given.flag(name)
+    return check_number(name, value, -LIMIT, 2**32 - 1)
+
+
+KINDS = {"image": "image", "last_image": "image", "video": "video", "camera_file": "camera"}  # of files
+TEXTS = ("prompt", "negative_prompt", "model", "lora")
+FLAGS = ("loop", "still")
+CHOICES = {"use": USES, "outpaint": ASPECTS, "aspect": ASPECTS, "mode": MODES}
 
 
 class Fields:
@@ -85,7 +119,8 @@ class Fields:
         if not isinstance(value, str):
             raise UserError(f"{name} is not text: write it in words")
         if len(value) > MAX_PROMPT:
-            raise UserError(f"{name} of {len(value)} characters: give at most {MAX_PROMPT}")
+            line = f"{name} of {len(value)} characters: give at most {MAX_PROMPT}"
+            raise UserError(line, code="text_too_long", field=name, n=len(value), most=MAX_PROMPT)
         return value
 
     def number(self, name: str, low: float, high: float, default: float | None = None) -> float | None:
@@ -94,7 +129,7 @@ class Fields:
     def whole(self, name: str, low: int, high: int) -> int | None:
         value = self.number(name, low, high)
         if value is not None and value != int(value):
-            raise UserError(f"{name} {value:g}: give a whole number")
+            raise UserError(f"{name} {value:g}: give a whole number", code="not_whole", field=name, value=f"{value:g}")
         return None if value is None else int(value)
 
     def flag(self, name: str) -> bool:
@@ -114,7 +149,8 @@ class Fields:
         """[{"file": upload, "frame": t, "strength": s}, …]"""
         rows = self.values.get("keyframes") or []
         if not isinstance(rows, list) or len(rows) > MAX_KEYFRAMES or not all(isinstance(row, dict) for row in rows):
-            raise UserError(f"keyframes: give a list of at most {MAX_KEYFRAMES}, each with file, frame and strength")
+            line = f"keyframes: give a list of at most {MAX_KEYFRAMES}, each with file, frame and strength"
+            raise UserError(line, code="too_many_keyframes", most=MAX_KEYFRAMES)
         found = []
         for row in rows:
             frame = check_number("keyframe's frame", row.get("frame"), 0, 10_000)
@@ -128,18 +164,25 @@ def check_number(name: str, value: Any, low: float, high: float, default: float 
     """A finite number in [low, high]; text and booleans are none."""
     if value is None or value == "":
         return default
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise UserError(f"{name} is not a number: give one from {low:g} to {high:g}")
-    if not low <= value <= high:
-        raise UserError(f"{name} {value:g}: give a number from {low:g} to {high:g}")
+    told = {"field": name, "low": f"{low:.10g}", "high": f"{high:.10g}"}
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
+        raise UserError(f"{name} is not a number: give one from {told['low']} to {told['high']}", code="not_a_number", **told)
+    if not low <= value <= high:  # a whole number may be too large to be a float
+        shown = f"{value:g}" if abs(value) < LARGEST else "is out of range"
+        raise UserError(f"{name} {shown}: give a number from {told['low']} to {told['high']}", code="out_of_range", value=shown, **told)
     return float(value)
+
+
+def mask_of(value: Any, uploads: Any) -> str | None:
+    """The kept file of a drawing or an upload."""
+    return uploads.accept_drawing(value) if isinstance(value, str) and value.startswith("data:") else uploads.accept(value, "image")
 
 
 def _mask(value: Any, uploads: Any) -> str:
     """A drawing of the page (a data URL), or an uploaded picture."""
-    mask = uploads.accept_drawing(value) if isinstance(value, str) and value.startswith("data:") else uploads.accept(value, "image")
+    mask = mask_of(value, uploads)
     if mask is None:
-        raise UserError("nothing is marked: paint over what is to be made anew")
+        raise UserError("nothing is marked: paint over what is to be made anew", code="nothing_marked")
     return mask
 
 

@@ -3,14 +3,20 @@
     for event in queue.run(visitor, work):     # Waiting(place) while others are served, then whatever `work(tell)` tells
         ...                                    # leaving the loop, or closing the generator, stops the work
 
+    for event in queue.run(visitor, work, tab, keep=True):  # of a page: a tab that is loaded anew finds its job again
+    for event in queue.follow(tab):                         # within `ALONE` seconds; and what it made, for `KEPT` seconds
+
 All work runs on one thread of its own: kernels keep one pool of threads, whoever asks.
 """
 
 from __future__ import annotations
 
 import gc
+import logging
 import queue
 import threading
+import time
+from collections import OrderedDict, deque
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,14 +25,20 @@ import torch
 
 from kling.errors import UserError
 
+log = logging.getLogger(__name__)
+
 Tell = Callable[[Any], None]
 Work = Callable[[Tell], Any]
 HEARTBEAT = 1.0  # seconds after which a silent job hands over a sign of life, so that a closed tab is noticed
-REMEMBERED = 1000  # visitors whose last turn is remembered
+ALONE = 60.0  # seconds for which a job of a page goes on though nobody watches it: while a tab is loaded anew
+UNHEARD = 15.0  # seconds for which a job of a program goes on though nobody listens to it
+KEPT = 3600.0  # seconds for which a tab that comes back is told how its job ended
+HOUR = 3600.0
+REMEMBERED = 1000  # visitors whose last turn is remembered, and tabs whose last job is
 
 
 class Busy(UserError):
-    """The queue is full."""
+    """The queue is full, or the visitor has had their share of it."""
 
 
 class Stopped(Exception):
@@ -42,16 +54,50 @@ class Waiting:
 
 @dataclass(eq=False)
 class Job:
+    """visitor: whose turn it takes. owner: who may stop it, a tab or a client. keep: it outlives its listener for a while.
+
+    label: what was asked, for who comes later; told: what was told last, likewise.
+    """
+
     visitor: str
     work: Work
+    owner: str = ""
+    keep: bool = False
+    label: Any = None
     events: queue.SimpleQueue = field(default_factory=queue.SimpleQueue)  # what it tells, then (result, error)
     stopped: threading.Event = field(default_factory=threading.Event)
+    seen: float = field(default_factory=time.monotonic)  # when somebody last listened
+    told: dict[type, Any] = field(default_factory=dict)  # the last event of each type
+    end: _End | None = None
+    _switch: threading.Lock = field(default_factory=threading.Lock)
 
     def tell(self, event: Any) -> None:
         """Hand over an event. Raises `Stopped` if nobody listens: this is where work ends early."""
-        if self.stopped.is_set():
+        if self.stopped.is_set() or self.alone:
             raise Stopped
-        self.events.put(event)
+        with self._switch:
+            self.told[type(event)] = event
+            self.events.put(event)
+
+    def finish(self, end: _End) -> None:
+        with self._switch:
+            if self.end is None:
+                self.end, self.seen = end, time.monotonic()
+                self.told.clear()  # previews are large
+                self.events.put(end)
+
+    def listen(self) -> queue.SimpleQueue:
+        """The events from now on, and before them the last of each kind; whoever listened before hears no more."""
+        with self._switch:
+            self.events, self.seen = queue.SimpleQueue(), time.monotonic()
+            for event in [*self.told.values(), *([self.end] if self.end else [])]:
+                self.events.put(event)
+            return self.events
+
+    @property
+    def alone(self) -> bool:
+        """Nobody has listened for so long that nobody will."""
+        return time.monotonic() - self.seen > (ALONE if self.keep else UNHEARD)
 
 
 @dataclass(frozen=True)
@@ -61,29 +107,74 @@ class _End:
 
 
 class ModelQueue:
-    """The model's door. size: how many jobs may wait while one runs."""
+    """The model's door. size: how many jobs may wait while one runs.
 
-    def __init__(self, size: int = 8) -> None:
-        self.size = size
+    places: how many jobs one visitor may have here, waiting or running; seconds: of the model's time within an hour; None: no limit.
+    """
+
+    def __init__(self, size: int = 8, places: int | None = None, seconds: float | None = None) -> None:
+        self.size, self.places, self.seconds = size, places, seconds
         self._waiting: list[Job] = []
         self._running: Job | None = None
         self._served: dict[str, int] = {}  # visitor -> number of their last turn
+        self._spent: dict[str, deque[tuple[float, float]]] = {}  # visitor -> (when, seconds) of the model's time
+        self._kept: OrderedDict[str, Job] = OrderedDict()  # owner -> its last job that is kept
         self._turns = 0
         self._changed = threading.Condition()
         threading.Thread(target=self._serve, name="model", daemon=True).start()
 
-    def run(self, visitor: str, work: Work) -> Generator[Any, None, Any]:
-        """Yield what the job tells and return its result. Raises `Busy` if the queue is full, `Stopped` if `stop` was called."""
-        job = Job(visitor, work)
+    def run(
+        self,
+        visitor: str,
+        work: Work,
+        owner: str = "",
+        *,
+        keep: bool = False,
+        listening: Callable[[], bool] | None = None,
+        label: Any = None,
+    ) -> Generator[Any, None, Any]:
+        """Yield what the job tells and return its result. Raises `Busy` if there is no place for it, `Stopped` if `stop` was called.
+
+        owner: who may stop it, by default the visitor. keep: `follow` finds it again by its owner, and is handed `label` with it.
+        listening: whether anybody hears what is yielded; a generator may be drawn from though nobody does.
+        """
+        job = Job(visitor, work, owner or visitor, keep, label)
         with self._changed:
-            if len(self._waiting) >= self.size:
-                raise Busy(f"the queue is full ({self.size} are waiting): try again in a minute")
+            self._forget_the_left()
+            self._check_share(visitor)
             self._waiting.append(job)
+            if keep:
+                self._kept[job.owner] = job
+                self._kept.move_to_end(job.owner)
+                while len(self._kept) > REMEMBERED:
+                    self._kept.popitem(last=False)
             self._changed.notify_all()
+        return (yield from self._events(job, job.events, listening))
+
+    def follow(self, owner: str, listening: Callable[[], bool] | None = None) -> Generator[Any, None, Any]:
+        """As `run`, of the job that an owner has here already; whoever followed it before hears no more, and gets None."""
+        job = self.job(owner)
+        return (yield from self._events(job, job.listen(), listening)) if job else None
+
+    def job(self, owner: str) -> Job | None:
+        """The last job that is kept for an owner, while it matters."""
+        job = self._kept.get(owner)
+        return None if job is None or (job.end and time.monotonic() - job.seen > KEPT) else job
+
+    def forget(self, owner: str) -> None:
+        """The owner has seen how its job ended."""
+        if (job := self._kept.get(owner)) and job.end:
+            self._kept.pop(owner, None)
+
+    def _events(self, job: Job, events: queue.SimpleQueue, listening: Callable[[], bool] | None) -> Generator[Any, None, Any]:
         try:
-            while True:
+            while job.events is events:
+                if listening is None or listening():
+                    job.seen = time.monotonic()
+                elif job.alone:
+                    raise Stopped
                 try:
-                    event = job.events.get(timeout=HEARTBEAT)
+                    event = events.get(timeout=HEARTBEAT)
                 except queue.Empty:
                     event = Waiting(self.place(job))
                 if isinstance(event, _End):
@@ -92,17 +183,19 @@ class ModelQueue:
                     return event.result
                 yield event
         finally:
-            self._stop(job)
+            if not job.keep and job.events is events:  # a page's job waits for its tab to come back
+                self._stop(job)
 
-    def stop(self, visitor: str) -> None:
-        """Stop everything that a visitor has running or waiting."""
+    def stop(self, owner: str) -> None:
+        """Stop everything that an owner has running or waiting."""
         with self._changed:
-            jobs = [job for job in [self._running, *self._waiting] if job is not None and job.visitor == visitor]
+            jobs = [job for job in [self._running, *self._waiting] if job is not None and job.owner == owner]
         for job in jobs:
             self._stop(job)
 
     def place(self, job: Job) -> int:
         with self._changed:
+            self._forget_the_left(but=job)
             return 1 + sorted(self._waiting, key=self._turn).index(job) if job in self._waiting else 0
 
     @property
@@ -114,6 +207,26 @@ class ModelQueue:
     def running(self) -> bool:
         return self._running is not None
 
+    def _check_share(self, visitor: str) -> None:
+        """Raises `Busy` if one more job of this visitor has no place."""
+        if len(self._waiting) >= self.size:
+            raise Busy(f"the queue is full ({self.size} are waiting): try again in a minute", code="queue_full", n=self.size)
+        here = sum(job is not None and job.visitor == visitor for job in [self._running, *self._waiting])
+        if self.places is not None and here >= self.places:
+            raise Busy(f"you have {here} videos in the making already: wait for one, or stop it", code="no_place", n=here)
+        used, now = self._spent.get(visitor, deque()), time.monotonic()
+        while used and used[0][0] < now - HOUR:
+            used.popleft()
+        if self.seconds is not None and sum(s for _, s in used) >= self.seconds:
+            most, wait = f"{self.seconds / 60:g}", f"{max(1, (used[0][0] + HOUR - now) / 60):.0f}"
+            raise Busy(f"you have used your {most} minutes of this hour: try again in {wait} minutes", code="no_time", n=most, wait=wait)
+
+    def _forget_the_left(self, but: Job | None = None) -> None:
+        """Take what nobody waits for any more out of the queue."""
+        for job in [job for job in self._waiting if job.alone and job is not but]:
+            self._waiting.remove(job)
+            job.finish(_End(error=Stopped()))
+
     def _turn(self, job: Job) -> int:
         """Who was served longest ago comes first; `min` and `sorted` keep the order of arrival among equals."""
         return self._served.get(job.visitor, 0)
@@ -123,32 +236,44 @@ class ModelQueue:
         with self._changed:
             if job in self._waiting:
                 self._waiting.remove(job)
-                job.events.put(_End(error=Stopped()))
+                job.finish(_End(error=Stopped()))
 
     def _next(self) -> Job:
         with self._changed:
-            self._changed.wait_for(lambda: self._waiting)
+            while True:
+                self._changed.wait_for(lambda: self._waiting)
+                self._forget_the_left()
+                if self._waiting:
+                    break
             job = self._running = min(self._waiting, key=self._turn)
             self._waiting.remove(job)
             self._turns += 1
             self._served.pop(job.visitor, None)
             self._served[job.visitor] = self._turns
             if len(self._served) > REMEMBERED:
-                self._served.pop(next(iter(self._served)))
+                self._spent.pop(gone := next(iter(self._served)), None)
+                self._served.pop(gone)
             return job
 
     def _serve(self) -> None:
         while True:
             job = self._next()
+            began = time.monotonic()
             try:
                 end = _End(result=job.work(job.tell))
             except torch.OutOfMemoryError:
-                end = _End(error=UserError("the device has no room for this: ask for fewer seconds"))
+                end = _End(error=UserError("the device has no room for this: ask for fewer seconds", code="no_memory"))
             except BaseException as error:  # handed to whoever waits; the thread must live
                 end = _End(error=error.with_traceback(None) if isinstance(error, Stopped) else error)
+            now = time.monotonic()
+            self._spent.setdefault(job.visitor, deque()).append((now, now - began))
             self._running = None
             cut_off = end.error is not None
-            job.events.put(end)
+            job.work = None  # what it holds on to
+            if job.keep and cut_off and not isinstance(end.error, UserError | Stopped):  # it may lie here for an hour
+                log.error("a request failed", exc_info=end.error)
+                end = _End(error=end.error.with_traceback(None))
+            job.finish(end)
             job = end = None
             if cut_off:  # its tensors may hang on a traceback
                 gc.collect()

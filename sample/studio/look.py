@@ -14,7 +14,7 @@ from kling_programs.sample.studio.studio import Step, sample
 from torch import Tensor
 
 from kling.data.transforms import fit, to_tensor
-from kling.data.video import read_video
+from kling.data.video import probe, read_video
 from kling.errors import UserError
 from kling.metrics.pixel import psnr, ssim
 from kling.nn.rope import rotate
@@ -169,8 +169,8 @@ def reconstruct(pipe: KlingPipeline, path: str) -> Reconstruction:
     """A clip of at most the model's length, through the VAE and back."""
     H, W = clip_size(Request(video=path), pipe.config.get("sizes") or ASPECTS)
     latent_size(H, W, pipe.vae.spatial_factor)
-    frames = read_video(path, fps=pipe.config.fps).frames
-    frames = fit(frames[: min(nearest_frames(len(frames))[0], pipe.config.max_frames)], H, W)  # (T, H, W, 3)
+    count = min(nearest_frames(probe(path).count(pipe.config.fps))[0], pipe.config.max_frames)
+    frames = fit(read_video(path, fps=pipe.config.fps, num_frames=count).frames, H, W)  # (T, H, W, 3)
     again = pipe.decode(pipe.encode(frames))[0]
     error = ((frames.int() - again.int()).abs() * ERROR_GAIN).clamp(0, 255).byte()
     a, b = to_tensor(frames)[None], to_tensor(again)[None]
@@ -184,5 +184,5 @@ def read_scales(text: str) -> list[float]:
     except (ValueError, AttributeError):
         scales = []
     if not 1 <= len(scales) <= 8 or not all(0 <= s <= 50 for s in scales):
-        raise UserError("scales: give one to eight numbers from 0 to 50 with commas between them, such as 1, 3, 6")
+        raise UserError("scales: give one to eight numbers from 0 to 50 with commas between them, such as 1, 3, 6", code="scales")
     return scales

@@ -1,49 +1,156 @@
-// Painting a mask, and two videos that play as one. Listens on the document: Gradio replaces the elements as it pleases.
+// What lives in the browser: the mask that is painted, the list of what was made, the form as it stands, and two videos that play as one.
+// Listens on the document: Gradio replaces the elements as it pleases.
 (() => {
-  const brush = (canvas) => Math.max(4, canvas.width / 9);
-  let last = null;
+  const LIST = "kling-studio-list", TAB = "kling-studio-tab", FORM = "kling-studio-form", MOST = 100;
+  const read = (store, key, other) => { try { return JSON.parse(store.getItem(key)) ?? other; } catch { return other; } };
+  const write = (store, key, value) => { try { store.setItem(key, JSON.stringify(value)); } catch { /* full, or forbidden */ } };
+  const random = () => [...crypto.getRandomValues(new Uint8Array(16))].map((b) => b.toString(16).padStart(2, "0")).join("");
+  let tab = read(sessionStorage, TAB, null);
+  if (!tab) write(sessionStorage, TAB, (tab = random()));
+  let awake = false, pending = null;
 
+  window.studio = {
+    // The list is the browser's, not the tab's: it is read anew for every event, and only what changed is written.
+    withList: (v) => [...v.slice(0, -1), { ...(v.at(-1) ?? {}), ids: read(localStorage, LIST, []), tab, add: undefined, drop: undefined }],
+    apply: (mine) => {
+      const { add, drop, ...rest } = mine ?? {};
+      if (add?.length || drop?.length) {
+        const ids = [...(add ?? []), ...read(localStorage, LIST, [])].filter((id) => !(drop ?? []).includes(id));
+        write(localStorage, LIST, [...new Set(ids)].slice(0, MOST));
+      }
+      return [rest];
+    },
+    // Gradio draws a tab when it is first opened: until then there is no canvas, and what came back stands for it.
+    withMask: (v, place) => { v[place] = canvasOf() ? mask() : pending; return v; },
+    hold: (painted) => { pending = painted?.mask ?? null; return []; },
+    // The form is the tab's; it is kept once it has been filled again with what was kept before.
+    keep: (v) => { if (awake) write(sessionStorage, FORM, v); return v; },
+    saved: () => read(sessionStorage, FORM, null),
+    awake: () => { awake = true; return []; },
+  };
+  window.addEventListener("storage", (event) => { if (event.key === LIST) document.querySelector("#refresh")?.click(); });
+
+  // ---- the mask: strokes on a canvas, white where something is to be made ----
+
+  let strokes = [], current = null, painted = null; // of the canvas `painted`
+  const canvasOf = () => document.querySelector(".painter canvas");
+  const tool = (name) => document.querySelector(`.painting [name=${name}]`);
+
+  function draw(canvas, list) {
+    const pen = canvas.getContext("2d");
+    pen.clearRect(0, 0, canvas.width, canvas.height);
+    pen.lineCap = pen.lineJoin = "round";
+    pen.strokeStyle = "#fff";
+    for (const stroke of list) {
+      if (stroke.image) { pen.drawImage(stroke.image, 0, 0, canvas.width, canvas.height); continue; }
+      pen.globalCompositeOperation = stroke.erase ? "destination-out" : "source-over";
+      pen.lineWidth = stroke.width;
+      pen.beginPath();
+      pen.moveTo(...stroke.points[0]);
+      for (const point of stroke.points.length > 1 ? stroke.points.slice(1) : stroke.points) pen.lineTo(...point);
+      pen.stroke();
+    }
+    pen.globalCompositeOperation = "source-over";
+  }
+  function changed() {
+    if (canvasOf()) draw(canvasOf(), strokes);
+    document.querySelector("#checked")?.click(); // the line that says what is wrong is said anew
+  }
   function point(event) {
     const box = event.target.getBoundingClientRect();
     return [((event.clientX - box.left) / box.width) * event.target.width, ((event.clientY - box.top) / box.height) * event.target.height];
   }
-
-  function stroke(event) {
-    const canvas = event.target, pen = canvas.getContext("2d"), to = point(event);
-    pen.strokeStyle = "#fff";
-    pen.lineWidth = brush(canvas);
-    pen.lineCap = "round";
-    pen.beginPath();
-    pen.moveTo(...(last || to));
-    pen.lineTo(...to);
-    pen.stroke();
-    canvas.dataset.painted = "yes";
-    last = to;
-  }
-
   const onCanvas = (event) => event.target instanceof HTMLCanvasElement && event.target.closest(".painter");
   document.addEventListener("pointerdown", (event) => {
     if (!onCanvas(event)) return;
+    if (painted !== event.target) [painted, strokes] = [event.target, []];
     event.target.setPointerCapture(event.pointerId);
-    last = null;
-    stroke(event);
+    const width = Math.max(2, (event.target.width * Number(tool("brush-size")?.value ?? 11)) / 100);
+    strokes.push((current = { erase: !!tool("eraser")?.checked, width, points: [point(event)] }));
+    draw(painted, strokes);
   });
-  document.addEventListener("pointermove", (event) => { if (onCanvas(event) && event.buttons) stroke(event); });
-  document.addEventListener("pointerup", () => { last = null; });
+  document.addEventListener("pointermove", (event) => {
+    if (!current || !onCanvas(event) || !event.buttons) return;
+    current.points.push(point(event));
+    draw(painted, strokes);
+  });
+  for (const name of ["pointerup", "pointercancel"]) document.addEventListener(name, () => { if (current) { current = null; changed(); } });
+  document.addEventListener("click", (event) => {
+    const action = event.target.closest?.(".painting [data-do]")?.dataset.do;
+    if (!action) return;
+    strokes = action === "undo" ? strokes.slice(0, -1) : [];
+    changed();
+  });
 
-  // The mask as a PNG: white is painted, black is kept. null if nothing was painted.
-  window.studioMask = () => {
-    const canvas = document.querySelector(".painter canvas");
-    if (!canvas || !canvas.dataset.painted) return null;
+  // What was painted before comes back as the first stroke: its white, without its black.
+  async function begin(canvas) {
+    const picture = new Image();
+    picture.src = canvas.dataset.before;
+    delete canvas.dataset.before;
+    await picture.decode();
+    const layer = document.createElement("canvas");
+    [layer.width, layer.height] = [picture.width, picture.height];
+    const pen = layer.getContext("2d");
+    pen.drawImage(picture, 0, 0);
+    const pixels = pen.getImageData(0, 0, layer.width, layer.height);
+    for (let i = 0; i < pixels.data.length; i += 4) pixels.data[i + 3] = pixels.data[i];
+    pen.putImageData(pixels, 0, 0);
+    [painted, strokes] = [canvas, [{ image: layer }]];
+    changed();
+  }
+
+  // The mask as a PNG: white is painted, black is kept. null if nothing is.
+  function mask() {
+    const canvas = canvasOf();
+    if (!canvas || canvas !== painted || !strokes.length) return null;
     const out = document.createElement("canvas");
     [out.width, out.height] = [canvas.width, canvas.height];
     const pen = out.getContext("2d");
     pen.fillRect(0, 0, out.width, out.height);
     pen.drawImage(canvas, 0, 0);
-    return out.toDataURL("image/png");
-  };
+    return pen.getImageData(0, 0, out.width, out.height).data.some((value, i) => i % 4 === 0 && value > 127) ? out.toDataURL("image/png") : null;
+  }
 
-  // What one of two compared videos does, the other does.
+  // ---- files dropped anywhere but on a field: their settings ----
+
+  const elsewhere = (event) => event.dataTransfer?.types.includes("Files") && !event.target.closest?.("#inputs, #vae-clip, .upload-container");
+  document.addEventListener("dragover", (event) => { if (elsewhere(event)) event.preventDefault(); });
+  document.addEventListener("drop", (event) => {
+    const input = document.querySelector("input[type=file]:has(+ #restore)");
+    if (!elsewhere(event) || !event.dataTransfer.files.length || !input) return;
+    event.preventDefault();
+    input.files = event.dataTransfer.files;
+    input.dispatchEvent(new Event("change", { bubbles: true }));
+  });
+
+  // A GIF is a video here, and the page says so; Gradio's own filter lets through what calls itself one.
+  const CLIPS = "#clip, #vae-clip";
+  const renamed = (files) => {
+    const all = new DataTransfer();
+    for (const file of files) all.items.add(file.type === "image/gif" ? new File([file], file.name, { type: "video/gif" }) : file);
+    return all.files;
+  };
+  const gif = (files) => [...files].some((file) => file.type === "image/gif");
+  document.addEventListener("change", (event) => {
+    if (event.target.closest?.(CLIPS) && event.target.files && gif(event.target.files)) event.target.files = renamed(event.target.files);
+  }, true);
+  document.addEventListener("drop", (event) => {
+    const input = event.target.closest?.(CLIPS)?.querySelector("input[type=file]");
+    if (!input || !event.dataTransfer || !gif(event.dataTransfer.files)) return;
+    event.preventDefault();
+    event.stopPropagation();
+    input.files = renamed(event.dataTransfer.files);
+    input.dispatchEvent(new Event("change", { bubbles: true }));
+  }, true);
+  const drawn = () => {
+    if (canvasOf()?.dataset.before) begin(canvasOf());
+    for (const input of document.querySelectorAll(":is(#clip, #vae-clip) input[type=file]"))
+      if (input.accept && !input.accept.includes("gif")) input.accept += ",.gif,image/gif";
+  };
+  new MutationObserver(drawn).observe(document.documentElement, { childList: true, subtree: true });
+
+  // ---- what one of two compared videos does, the other does ----
+
   const others = (video) => [...(video.closest(".compare")?.querySelectorAll("video") ?? [])].filter((other) => other !== video);
   const follow = (event) => {
     const video = event.target;

@@ -9,14 +9,17 @@ from typing import Any
 import gradio as gr
 from kling_programs.sample.studio import views
 from kling_programs.sample.studio.create import Form, Stage
-from kling_programs.sample.studio.events import CAMERA, QUICK, RAW, WITH_MASK, Events
-from kling_programs.sample.studio.form import request_of
+from kling_programs.sample.studio.events import Events
+from kling_programs.sample.studio.form import apart, request_of
+from kling_programs.sample.studio.guard import Guard
 from kling_programs.sample.studio.jobs import Waiting
 from kling_programs.sample.studio.research import Research
-from kling_programs.sample.studio.studio import Step, Studio, public
+from kling_programs.sample.studio.studio import Step, Studio, public, visitor
 from kling_programs.sample.studio.words import I18N, WORDS, t
+from starlette.middleware import Middleware
 
-from kling.errors import UserError
+from kling.cameras.axes import UNITS
+from kling.errors import UserError, unknown
 from kling.sampling.pipeline import ASSETS
 
 HERE = Path(__file__).parent
@@ -28,7 +31,7 @@ SESSIONS = 32  # visitors of whom Gradio keeps a copy of the page, 0.35 MB each;
 def build(studio: Studio) -> gr.Blocks:
     """The page of a studio."""
     gr.set_static_paths([studio.shelf.folder])  # served where it lies: Gradio would keep a copy of every result it names
-    with gr.Blocks(title=WORDS["title"][0], analytics_enabled=False, delete_cache=(600, 3600)) as page:
+    with gr.Blocks(title=WORDS["title"][0], fill_width=True, analytics_enabled=False, delete_cache=(600, 3600)) as page:
         gr.api(api_of(studio), api_name="generate", concurrency_limit=None)  # first: an event of that name would take it
         gr.HTML(
             views.header(studio.pipe, "shipped" if Path(studio.model["path"]) == ASSETS else Path(studio.model["path"]).name), padding=False
@@ -46,9 +49,10 @@ def build(studio: Studio) -> gr.Blocks:
                 with gr.Tab(t("training"), id="training"):
                     research.training_tab(page, studio.run)
         events = Events(studio, form, stage)
-        page.load(events.welcome, stage.mine, [stage.screen, stage.cards], **RAW)
-        page.load(events.draw_camera, [form.fields[name] for name in CAMERA], form.drawing, **QUICK)
-        page.load(events.explain, form.inputs, form.plan, js=WITH_MASK, **QUICK)
+        events.wire_load(page)
+    if studio.door is not None:
+        studio.door.session_of = lambda event: _session_of(page, event)
+        studio.door.convert = studio.shelf.convert
     return page.queue(default_concurrency_limit=None, max_size=MANY)
 
 
@@ -79,6 +83,7 @@ def launch_settings(studio: Studio) -> dict[str, Any]:
         "enable_monitoring": False,
         "state_session_capacity": SESSIONS,
         "ssr_mode": False,
+        "app_kwargs": {"middleware": [Middleware(Guard, studio.door)]} if studio.door is not None else {},
     }
 
 
@@ -112,16 +117,27 @@ def api_of(studio: Studio) -> Any:
         shift: float | None = None,
         sigma_c: float = 0.0,
         seed: int = 0,
+        num_videos: int = 1,
+        model: str | None = None,
+        lora: str | None = None,
+        lora_scale: float = 1.0,
     ) -> Iterator[dict]:
-        """Make a video. Files are given with `handle_file`; the fields are those of the page, `camera` holds its axes.
+        """Make videos. Files are given with `handle_file`; the fields are those of the page, `camera` holds its axes. Seed -1 is random.
 
-        Yields {"waiting": place} and {"step", "of"}; the last is {"video": file, "record": file}, the mp4 and its replay JSON.
+        Yields {"note": …} if a clip was brought down, {"waiting": place}, {"step", "of"}; the last is {"video": file, "record": file}, the
+        mp4 and its replay JSON, and {"videos": [the same for each]}. A mistake has its code as the error's title.
         """
         fields = {name: value for name, value in locals().items() if name not in ("request", "camera", "studio")}
         try:
             if camera is not None and not isinstance(camera, dict):
                 raise UserError('camera: give its axes by name, such as {"pan": 5}')
-            work = studio.make(request.session_hash, request_of(fields | (camera or {}), studio.uploads))
+            if unknown_axes := [name for name in camera or {} if name not in UNITS]:
+                raise unknown("camera axis", unknown_axes[0], UNITS)
+            asked, weights = request_of(fields | (camera or {}), studio.uploads), studio.weights_of(fields)
+            if note := studio.uploads.note(video):
+                yield {"note": note}
+            listening = None if studio.door is None else lambda: studio.door.heard(request.session_hash)
+            work = studio.make(visitor(request), apart(asked), request.session_hash, weights, listening=listening)
             while True:
                 event = next(work)
                 if isinstance(event, Waiting):
@@ -129,15 +145,24 @@ def api_of(studio: Studio) -> Any:
                 elif isinstance(event, Step):
                     yield {"step": event.step, "of": event.total}
         except StopIteration as done:
-            yield {"video": _file(done.value.path), "record": _file(done.value.record_path)}
+            made = [{"video": _file(one.path), "record": _file(one.record_path)} for one in done.value]
+            yield made[0] | {"videos": made}
         except Exception as error:
-            raise public(error, request) from None
+            raise public(error, request, coded=True) from None
 
     return generate
 
 
 def _read(name: str) -> str:
     return (HERE / name).read_text(encoding="utf-8")
+
+
+def _session_of(page: gr.Blocks, event: str) -> str:
+    """Whose event it is, as Gradio's own route for its stream finds it."""
+    queue = page._queue
+    if (found := queue.event_ids_to_events.get(event)) is not None:
+        return found.session_hash
+    return next((session for session, ids in queue.pending_event_ids_session.items() if event in ids), event)
 
 
 def _file(path: Path) -> dict[str, Any]:

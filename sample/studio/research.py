@@ -13,10 +13,10 @@ import gradio as gr
 import pandas as pd
 from kling_programs.sample.studio import look, views
 from kling_programs.sample.studio.create import Form
-from kling_programs.sample.studio.events import QUICK, RAW, WITH_MASK
+from kling_programs.sample.studio.events import MASK, QUICK, RAW, WITH_MASK
 from kling_programs.sample.studio.form import FIELDS, check_number, request_of
 from kling_programs.sample.studio.jobs import Stopped, Tell, Waiting, Work
-from kling_programs.sample.studio.studio import Step, Studio, guarded, sample
+from kling_programs.sample.studio.studio import Step, Studio, guarded, sample, visitor
 from kling_programs.sample.studio.words import language, say, t
 
 from kling.data.strip import strip
@@ -44,7 +44,7 @@ class Research:
         lang, began = language(request), time.perf_counter()
         yield views.working(say(lang, "starting")), *[gr.skip()] * outputs
         try:
-            events = self.studio.queue.run(request.session_hash, work)
+            events = self.studio.queue.run(visitor(request), work, request.session_hash or "")
             while True:
                 event = next(events)
                 if isinstance(event, Waiting) and event.place:
@@ -68,7 +68,7 @@ class Research:
         gr.Markdown(t("inspect_hint"))
         self.status = gr.HTML(padding=False, elem_id="inspect-status")
         with gr.Tabs():
-            with gr.Tab(t("look"), id="look"):
+            with gr.Tab(t("look"), id="look"), gr.Column(elem_classes="inside"):
                 go = self._go("look")
                 with gr.Row(elem_classes="halves found"):
                     with gr.Column(min_width=300):
@@ -86,11 +86,11 @@ class Research:
                         frame = gr.Slider(0, pipe.config.max_frames - 1, 0, step=4, label=t("latent_frame"), buttons=[])
                     with gr.Column(min_width=300):
                         attention = gr.HTML(padding=False, elem_id="attention")
-            with gr.Tab(t("sweep"), id="sweep"):
+            with gr.Tab(t("sweep"), id="sweep"), gr.Column(elem_classes="inside"):
                 scales = gr.Textbox("1, 2, 4, 8", label=t("scales"), elem_id="scales")
                 run = self._go("run_sweep", "run-sweep")
                 swept = gr.HTML(padding=False, elem_id="swept")
-            with gr.Tab(t("vae"), id="vae"):
+            with gr.Tab(t("vae"), id="vae"), gr.Column(elem_classes="inside"):
                 clip = gr.Video(label=t("clip"), sources=["upload"], height=200, buttons=[], elem_id="vae-clip")
                 again = self._go("reconstruct")
                 with gr.Column(elem_classes="found"):
@@ -103,11 +103,13 @@ class Research:
         run.click(self.sweep, [scales, *self.form.inputs], [self.status, swept], js=_shifted(1), **RAW)
         again.click(self.reconstruct, clip, [self.status, shown, quality], **RAW)
 
-    def _go(self, word: str, name: str | None = None) -> gr.Button:
-        """The button that starts something, beside one that stops it."""
+    def _go(self, word: str, name: str | None = None, hint: bool = True) -> gr.Button:
+        """The button that starts something, beside one that stops it. hint: says that nothing is there yet, until something is."""
         with gr.Row():
             go = gr.Button(t(word), variant="primary", scale=4, elem_id=name or word)
             gr.Button(t("stop"), variant="stop", scale=1, min_width=80).click(self.stop, None, None, **QUICK)
+        if hint:
+            gr.Markdown(t("nothing_inside"), elem_classes="nothing")  # page.css takes it away
         return go
 
     def stop(self, request: gr.Request) -> None:
@@ -187,7 +189,7 @@ class Research:
     def reconstruct(self, request: gr.Request, payload: Any) -> Generator:
         lang, path = language(request), self.studio.uploads.accept(payload, "video")
         if path is None:
-            raise UserError("upload a clip first")
+            raise UserError("upload a clip first", code="no_clip")
         found = yield from self._run(request, lambda tell: look.reconstruct(self.studio.pipe, path), 2)
         fps = self.studio.pipe.config.fps
         both = f"PSNR {sum(found.psnr) / len(found.psnr):.2f} dB · SSIM {sum(found.ssim) / len(found.ssim):.3f}"
@@ -210,7 +212,7 @@ class Research:
         refresh = gr.Button(t("refresh"), size="sm")
         names = runs.checkpoints(run)
         picked = gr.CheckboxGroup(names, value=names[-2:], label=t("checkpoints"), elem_id="checkpoints")
-        go = self._go("compare_checkpoints", "compare-checkpoints")
+        go = self._go("compare_checkpoints", "compare-checkpoints", hint=False)
         status = gr.HTML(padding=False, elem_id="training-status")
         grid = gr.HTML(padding=False, elem_id="by-checkpoint")
 
@@ -248,4 +250,4 @@ def _enlarged(frame: Any) -> Any:
 
 def _shifted(by: int) -> str:
     """The script that fills in the drawn mask, for events with `by` inputs before the form's."""
-    return f"(...v) => {{ v[{by + FIELDS.index('mask')}] = window.studioMask(); return v; }}"
+    return f"(...v) => window.studio.withMask(v, {by + MASK})"

@@ -27,7 +27,7 @@ def checkpoints(run: Path) -> list[str]:
 def choice(names: Any) -> list[str]:
     """The checkpoints that a visitor ticked. Raises `UserError` for none, or more than `MOST`."""
     if not isinstance(names, list) or not 1 <= len(names) <= MOST:
-        raise UserError("checkpoints: choose one to eight of them")
+        raise UserError("checkpoints: choose one to eight of them", code="checkpoints")
     return names
 
 

@@ -5,21 +5,27 @@ from __future__ import annotations
 import json
 import re
 import secrets
+import threading
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
+from kling_programs.sample.generate import precision_of
 
 from kling.data.image import write_png
-from kling.data.video import write_video
+from kling.data.video import frame_rate, read_video, write_gif, write_video
 from kling.errors import UserError
+from kling.runtime.files import written
 from kling.sampling import record as records
 from kling.sampling.pipeline import KlingPipeline
 from kling.sampling.plan import Plan
 from kling.sampling.request import Request
 
+OTHER_KINDS = ("gif", "webm")  # in which a video can be had; made when it is first asked for
 UNUSED_SECONDS = 3600  # an input that no result refers to is kept this long
 
 
@@ -43,24 +49,37 @@ class Result:
 
 
 class Shelf:
-    """folder: where results go; `folder/inputs` holds what they were made from. keep: how many results stay."""
+    """folder: where results go; `folder/inputs` holds what they were made from. keep: how many results stay.
+
+    Where there are more, whoever has most loses their oldest: nobody pushes out what others made.
+    """
 
     def __init__(self, folder: Path, model: dict[str, Any], keep: int = 200) -> None:
         self.folder, self.model, self.keep = folder.resolve(), model, keep
         self.inputs = self.folder / "inputs"
         self.inputs.mkdir(parents=True, exist_ok=True)
+        self._converting = threading.Lock()
+        self._owners: dict[str, str] = {}  # result -> whose it is; those of an earlier start are all one visitor's
 
-    def put(self, frames: np.ndarray, request: Request, plan: Plan, pipe: KlingPipeline, seconds: float) -> Result:
-        """frames: uint8 (T, H, W, 3)."""
+    def put(
+        self, frames: np.ndarray, request: Request, plan: Plan, pipe: KlingPipeline, seconds: float, visitor: str = "",
+        model: dict[str, Any] | None = None,
+    ) -> Result:  # fmt: skip
+        """frames: uint8 (T, H, W, 3). visitor: whose it is. model: the weights, where they are not the shelf's own."""
         kind = "mp4" if len(frames) > 1 else "png"
         result = Result(self.folder / f"{secrets.token_hex(8)}.{kind}")
         if kind == "mp4":
             write_video(result.path, frames, plan.fps)
         else:
             write_png(result.path, frames[0])
+        weights = model or self.model
         output = {"path": str(result.path), "format": kind, "fps": plan.fps, "seconds": round(seconds, 2)}
-        record = records.make_record(request, plan, self.model, pipe.device, frames, output=output, command="kling-demo")
+        record = records.make_record(
+            request, plan, {name: weights[name] for name in ("path", "sha256")}, pipe.device, frames, precision_of(pipe),
+            output=output, command="kling-demo", **({"studio": weights["studio"]} if "studio" in weights else {}),
+        )  # fmt: skip
         records.write_record(result.record_path, record)
+        self._owners[result.id] = visitor
         self._tidy()
         return result
 
@@ -68,24 +87,61 @@ class Shelf:
         """Raises `UserError` for a name that is not, or no longer, on the shelf."""
         if isinstance(name, str) and re.fullmatch(r"[0-9a-f]{16}", name):
             for kind in ("mp4", "png"):
-                path = self.folder / f"{name}.{kind}"
-                if path.is_file() and records.find_record(path):
-                    return Result(path)
-        raise UserError("that video is no longer here: make it again")
+                result = Result(self.folder / f"{name}.{kind}")
+                if result.path.is_file() and result.record_path.is_file():
+                    return result
+        raise UserError("that video is no longer here: make it again", code="gone")
 
-    def _results(self) -> list[Path]:
-        """Records, the newest first."""
-        return sorted(self.folder.glob("*.json"), key=lambda p: p.stat().st_mtime_ns, reverse=True)
+    def convert(self, name: str) -> None:
+        """Make `ID.gif` or `ID.webm` beside a result, unless it is there or there is no such result."""
+        one, _, kind = name.partition(".")
+        target = self.folder / name
+        if kind not in OTHER_KINDS or not re.fullmatch(r"[0-9a-f]{16}", one):
+            return
+        with self._converting:
+            source = self.folder / f"{one}.mp4"
+            if target.exists() or not source.is_file():
+                return
+            clip = read_video(source)
+            if kind == "gif":
+                write_gif(target, clip.frames, clip.fps)
+            else:
+                write_webm(target, clip.frames.numpy(), clip.fps)
+
+    def results(self) -> list[Result]:
+        """The newest first."""
+        found = [Result(path) for kind in ("mp4", "png") for path in self.folder.glob(f"*.{kind}")]
+        ages = {one: one.record_path.stat().st_mtime_ns for one in found if one.record_path.is_file()}
+        return sorted(ages, key=ages.__getitem__, reverse=True)
 
     def _tidy(self) -> None:
-        """Drop the oldest results beyond `keep`, and inputs that none of the rest was made from."""
-        stay, go = self._results()[: self.keep], self._results()[self.keep :]
-        for record in go:
-            name = record.name.split(".")[0]
-            for path in (record, self.folder / f"{name}.mp4", self.folder / f"{name}.png"):
+        """Drop the oldest results beyond `keep` of whoever has most, and inputs that nothing needs."""
+        stay = self.results()
+        while len(stay) > self.keep:
+            most = Counter(self._owners.get(one.id, "") for one in stay).most_common(1)[0][0]
+            gone = next(one for one in reversed(stay) if self._owners.get(one.id, "") == most)
+            stay.remove(gone)
+            self._owners.pop(gone.id, None)
+            for path in (gone.record_path, gone.path, *self.folder.glob(f"{gone.id}.*")):
                 path.unlink(missing_ok=True)
-        used = {name for record in stay for name in json.loads(record.read_text(encoding="utf-8"))["inputs"]}
+        self.tidy_inputs()
+
+    def tidy_inputs(self) -> None:
+        """Drop inputs that no result was made from and that nobody has touched for a while."""
+        used = {name for one in self.results() for name in one.record["inputs"]}
         old = time.time() - UNUSED_SECONDS
         for path in self.inputs.iterdir():
             if str(path) not in used and path.stat().st_mtime < old:
                 path.unlink(missing_ok=True)
+
+
+def write_webm(path: Path, frames: np.ndarray, fps: float) -> None:
+    """uint8 (T, H, W, 3) as VP9, which every browser plays."""
+    with written(path) as temporary, av.open(f"file:{temporary}", "w", format="webm", options={"fflags": "+bitexact"}) as container:
+        stream = container.add_stream(
+            "libvpx-vp9", rate=frame_rate(fps), options={"crf": "24", "b": "0", "deadline": "good", "cpu-used": "4"}
+        )
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
+        for picture in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")))
+        container.mux(stream.encode())

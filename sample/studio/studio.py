@@ -12,17 +12,23 @@ from typing import Any
 
 import gradio as gr
 import numpy as np
-from kling_programs.sample.studio.chinese import in_chinese
+from kling_programs.sample.studio.form import Fields
+from kling_programs.sample.studio.guard import Door
 from kling_programs.sample.studio.jobs import ModelQueue, Stopped, Tell
+from kling_programs.sample.studio.mistakes import told_to
 from kling_programs.sample.studio.shelf import Result, Shelf
 from kling_programs.sample.studio.uploads import Uploads
 from kling_programs.sample.studio.words import language, say
 
+from kling.data.video import probe
 from kling.errors import UserError
+from kling.sampling.machine import Machine
+from kling.sampling.memory import estimate
 from kling.sampling.pipeline import KlingPipeline
 from kling.sampling.plan import Plan
+from kling.sampling.record import model_hashes
 from kling.sampling.request import Request
-from kling.shapes import ASPECTS, latent_frames
+from kling.shapes import ASPECTS, TEMPORAL, latent_frames
 
 log = logging.getLogger(__name__)
 PREVIEW_SHARE = 0.2  # previews take at most this part of the time
@@ -37,9 +43,21 @@ class Step:
     preview: np.ndarray | None = None
 
 
+@dataclass(frozen=True)
+class Weights:
+    """What a video is made with: names in the operator's folders; "" is the model that the page was started with, and no LoRA."""
+
+    model: str = ""
+    lora: str = ""
+    scale: float = 1.0
+
+
 @dataclass
 class Studio:
-    """model: folder and hashes of the weights, as a record has them. run: a training run to look at, or None."""
+    """model: folder and hashes of the weights, as a record has them. run: a training run to look at, or None. door: who is there.
+
+    models, loras: what visitors may choose, name -> folder or file. One choice beside `pipe` is kept loaded.
+    """
 
     pipe: KlingPipeline
     model: dict[str, Any]
@@ -47,38 +65,131 @@ class Studio:
     uploads: Uploads
     run: Path | None = None
     queue: ModelQueue = field(default_factory=ModelQueue)
+    door: Door | None = None
+    models: dict[str, Path] = field(default_factory=dict)
+    loras: dict[str, Path] = field(default_factory=dict)
+    _rate: float | None = None  # operations a second, as measured
+    _other: tuple[Weights, KlingPipeline, dict[str, Any]] | None = None
+    _planners: dict[str, KlingPipeline] = field(default_factory=dict)
 
     @property
     def sizes(self) -> dict[str, tuple[int, int]]:
         """aspect -> (H, W) of this model."""
         return self.pipe.config.get("sizes") or ASPECTS
 
-    def make(self, visitor: str, request: Request) -> Generator[Any, None, Result]:
-        """Sample a request in turn: yields `Waiting` and `Step`, returns the finished result."""
-        self.pipe.plan(request)  # refused now rather than after the wait
+    def make(
+        self, visitor: str, requests: Request | list[Request], owner: str = "", weights: Weights | None = None, **kept: Any
+    ) -> Generator[Any, None, list[Result]]:
+        """Sample requests in turn: yields `Waiting`, `Step` and each `Result` but the last, returns all. kept: see `ModelQueue.run`."""
+        requests, weights = requests if isinstance(requests, list) else [requests], weights or Weights()
+        planner = self._planner(weights.model)
+        for request in requests:
+            planner.plan(request)  # refused now rather than after the wait
 
-        def work(tell: Tell) -> Result:
-            began = time.perf_counter()
-            frames, plan = sample(self.pipe, request, tell)
-            return self.shelf.put(frames, request, plan, self.pipe, time.perf_counter() - began)
+        def work(tell: Tell) -> list[Result]:
+            made: list[Result] = []
+            pipe, model = self._load(weights)
+            for number, request in enumerate(requests):
+                began = time.perf_counter()
+                frames, plan = sample(pipe, request, tell, video=(number, len(requests)))
+                seconds = time.perf_counter() - began
+                self._rate = operations(pipe, plan) / seconds
+                made.append(self.shelf.put(frames, request, plan, pipe, seconds, visitor, model))
+                if len(made) < len(requests):
+                    tell(made[-1])
+            return made
 
-        return (yield from self.queue.run(visitor, work))
+        return (yield from self.queue.run(visitor, work, owner, **kept))
+
+    # ---- what visitors choose ----
+
+    def weights_of(self, fields: dict[str, Any]) -> Weights:
+        """The weights that the fields ask for. Raises `UserError` for names that are not the operator's."""
+        given = Fields(fields)
+        model, lora = given.choice("model", self.models) or "", given.choice("lora", self.loras) or ""
+        return Weights(model, lora, given.number("lora_scale", -2, 2, 1.0) if lora else 1.0)
+
+    def weights_from(self, record: dict[str, Any]) -> Weights | None:
+        """Those of a record, if they are here."""
+        there = record.get("studio") or {}
+        try:
+            weights = self.weights_of({name: there.get(name) for name in ("model", "lora", "lora_scale")})
+        except UserError:
+            return None
+        ours = self.model["sha256"].get("transformer/config.json")
+        theirs = ((record.get("model") or {}).get("sha256") or {}).get("transformer/config.json")
+        return None if not weights.model and theirs not in (None, ours) else weights
+
+    def planner(self, fields: dict[str, Any]) -> KlingPipeline:
+        """A pipeline that plans for the weights asked for; it need not hold any."""
+        return self._planner(self.weights_of(fields).model)
+
+    def _planner(self, model: str) -> KlingPipeline:
+        if not model:
+            return self.pipe
+        if model not in self._planners:
+            self._planners[model] = KlingPipeline.from_pretrained(self.models[model], weights=False)
+        return self._planners[model]
+
+    def _load(self, weights: Weights) -> tuple[KlingPipeline, dict[str, Any]]:
+        """The pipeline and its record; on the model's thread. What was chosen before makes room."""
+        if weights == Weights():
+            return self.pipe, self.model
+        if self._other is None or self._other[0] != weights:
+            self._other = None
+            folder = self.models[weights.model] if weights.model else Path(self.model["path"])
+            lora = self.loras.get(weights.lora)
+            pipe = KlingPipeline.from_pretrained(folder, lora=[(str(lora), weights.scale)] if lora else ()).to(self.pipe.device)
+            pipe.set_progress_bar_config(disable=True)
+            chosen = {"model": weights.model, "lora": weights.lora, "lora_scale": weights.scale}
+            self._other = weights, pipe, {**model_hashes(folder, [lora] if lora else []), "studio": chosen}
+        return self._other[1], self._other[2]
+
+    # ---- what it will take ----
+
+    def clip_seconds(self, request: Request, plan: Plan) -> float | None:
+        """Seconds of a given clip of which only the beginning is used; None if all is."""
+        if not isinstance(request.video, str) or plan.hops[0].overlap:
+            return None
+        info = probe(request.video)
+        return info.duration if info.count(plan.fps) >= plan.frames + TEMPORAL else None
+
+    def needs(self, pipe: KlingPipeline, plan: Plan, request: Request) -> tuple[float | None, int]:
+        """(seconds, bytes) that a request will take, about. Seconds are known once something was made here."""
+        seconds = None if self._rate is None else request.num_videos * operations(pipe, plan) / self._rate
+        return seconds, estimate(pipe, plan, Machine()).peak
 
 
-def sample(pipe: KlingPipeline, request: Request, tell: Tell, previews: bool = True) -> tuple[np.ndarray, Plan]:
-    """uint8 (T, H, W, 3) of one video, telling every `Step`."""
+def operations(pipe: KlingPipeline, plan: Plan) -> float:
+    """Of all passes through the transformer: 2 for each weight and token, 4 for each pair of tokens, channel and layer.
+
+    The rest is small beside that, or grows with it; it is in the measured rate.
+    """
+    config = pipe.transformer.config
+    weights = sum(p.numel() for p in pipe.transformer.parameters())
+    pairs = config.num_layers * config.num_attention_heads * config.attention_head_dim
+    n = plan.tokens
+    passes = plan.total_steps * (1 + (plan.guidance_scale != 1) + (plan.camera_guidance_scale != 1))
+    return passes * (2 * weights * n + 4 * pairs * n**2)
+
+
+def sample(
+    pipe: KlingPipeline, request: Request, tell: Tell, previews: bool = True, video: tuple[int, int] = (0, 1)
+) -> tuple[np.ndarray, Plan]:
+    """uint8 (T, H, W, 3) of one video, telling every `Step`. video: (its number, of how many); steps count over all."""
     plan = pipe.plan(request)
+    before, total = video[0] * plan.total_steps, video[1] * plan.total_steps
     spent, began = 0.0, time.perf_counter()  # on previews, and in all
-    tell(Step(0, plan.total_steps))
+    tell(Step(before, total))
 
     def advance(pipe: KlingPipeline, step: int, timestep: Any, state: dict) -> dict:
         nonlocal spent
-        tell(Step(step + 1, plan.total_steps))
+        tell(Step(before + step + 1, total))
         now = time.perf_counter()
         if previews and step + 1 < plan.total_steps and spent <= PREVIEW_SHARE * (now - began):
             hop = plan.hops[min(step // plan.num_inference_steps, len(plan.hops) - 1)]
             x0 = state["x0"][:, :, : latent_frames(hop.frames)]  # without the appended keyframes
-            tell(Step(step + 1, plan.total_steps, pipe.decode(x0)[0].numpy()))
+            tell(Step(before + step + 1, total, pipe.decode(x0)[0].numpy()))
             spent += time.perf_counter() - now
         return state
 
@@ -99,24 +210,37 @@ def guarded(fn: Callable) -> Callable:
     return run
 
 
-def public(error: BaseException, request: gr.Request | None = None) -> gr.Error:
-    """What a visitor is told: never a trace, never a path of the server."""
+def lenient(fn: Callable) -> Callable:
+    """A function of an event that only draws: what it cannot draw stays as it was, and no page sees an error for it."""
+
+    @wraps(fn)
+    def run(*args: Any) -> Any:
+        try:
+            return fn(*args)
+        except UserError:
+            return gr.skip()
+
+    return run
+
+
+def public(error: BaseException, request: gr.Request | None = None, coded: bool = False) -> gr.Error:
+    """What a visitor is told: never a trace, never a path of the server. coded: with the mistake's code as the title, for programs."""
     lang = language(request)
     if isinstance(error, gr.Error):
         return error
     if isinstance(error, UserError):
-        line = without_folders(str(error))
-        return gr.Error(in_chinese(line) if lang else line, print_exception=False, title="")
-    if isinstance(error, Stopped):
-        return gr.Error(say(lang, "stopped"), print_exception=False, title="")
-    log.error("a request failed", exc_info=error)
-    return gr.Error(say(lang, "failed"), print_exception=False, title="")
+        code, line = error.code or "refused", told_to(lang, error)
+    elif isinstance(error, Stopped):
+        code, line = "stopped", say(lang, "stopped")
+    else:
+        log.error("a request failed", exc_info=error)
+        code, line = "failed", say(lang, "failed")
+    return gr.Error(line, print_exception=False, title=code if coded else "")
 
 
-def without_folders(message: str) -> str:
-    """Absolute paths cut down to their last name.
-
-    >>> without_folders("/tmp/gradio/ab12/clip.mp4 is damaged (use 16:9 or 4/3)")
-    'clip.mp4 is damaged (use 16:9 or 4/3)'
-    """
-    return " ".join(word.rsplit("/", 1)[1] if word.lstrip("'\"(").startswith("/") else word for word in message.split(" "))
+def visitor(request: gr.Request | None) -> str:
+    """Whose share is used: of a user who signed in, else of an address."""
+    if request is None:
+        return ""
+    client = getattr(request, "client", None)
+    return getattr(request, "username", None) or getattr(client, "host", None) or ""

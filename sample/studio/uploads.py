@@ -1,5 +1,6 @@
 """What visitors hand in. A file is looked at from outside first: where it lies, how large it is, what its bytes and its header say.
-Only then a decoder sees it. What is refused is deleted.
+Only then a decoder sees it. What is refused is deleted, and its reason remembered. A video that is larger or longer than the model takes is
+brought down once, as it is read; what every later request opens is the small copy.
 
 Browsers and clients upload to a folder of Gradio's and then name the file in their request; any other place is refused, and so are links.
 """
@@ -10,7 +11,11 @@ import base64
 import binascii
 import os
 import shutil
+import threading
 import warnings
+from collections import OrderedDict
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,42 +23,103 @@ import av
 from PIL import Image
 
 from kling.cameras.files import load_trajectory
+from kling.data.decode import VideoInfo
 from kling.data.image import FORMATS, read_image
-from kling.data.video import probe
+from kling.data.video import VideoWriter, probe, stream_video
 from kling.errors import UserError
 from kling.runtime.files import head, sniff, written
 from kling.sampling.record import input_hash
+from kling.shapes import ASPECTS
 
 MAX_BYTES = 64 * 2**20
 MAX_PIXELS = 25_000_000  # of an image
 MAX_FRAME = 4096 * 2304  # pixels of a video frame
-MAX_FRAMES = 3000
-MAX_VIDEO = 2**30  # bytes of a video once it is decoded
+MAX_FRAMES = 50_000  # stored in a video; its packets are counted, not decoded
+MAX_SECONDS = 60.0  # of a video; more is cut off
+MAX_DECODED = 4_000_000_000  # pixels that are decoded of one video: a minute of 1080p30; more is cut off
 MAX_POSES = 1_000_000  # bytes of a camera file
+NEARLY_LOSSLESS = 10  # H.264's crf of a copy that was brought down
+REMEMBERED = 1000  # uploads whose fate is remembered
 ENDINGS = {"mov": ".mp4", "matroska": ".mkv", "PNG": ".png", "JPEG": ".jpg", "WEBP": ".webp"}
 
 
-class Uploads:
-    """arrivals: where Gradio puts uploads. store: where the accepted ones are kept, named by their contents."""
+@dataclass(frozen=True)
+class Fate:
+    """What became of an upload: its kept copy, and what was done to it; or why it was refused. stamp: of the file, None once it is gone."""
 
-    def __init__(self, arrivals: Path, store: Path) -> None:
+    stamp: tuple[int, int] | None
+    kept: str = ""
+    note: dict[str, Any] | None = None
+    refusal: UserError | None = None
+
+    def told(self) -> tuple[str, dict[str, Any] | None]:
+        if self.refusal is not None:
+            raise self.refusal.with_traceback(None)
+        os.utime(self.kept)
+        return self.kept, self.note
+
+
+class Uploads:
+    """arrivals: where Gradio puts uploads. store: where the accepted ones are kept, named by their contents.
+
+    fps, sizes (aspect -> (H, W)): the model's; videos are brought down to what it takes.
+    """
+
+    def __init__(self, arrivals: Path, store: Path, fps: float = 8.0, sizes: dict[str, tuple[int, int]] = ASPECTS) -> None:
         self.arrivals, self.store = arrivals.resolve(), store.resolve()
         self.store.mkdir(parents=True, exist_ok=True)
+        self.fps, self.sizes = fps, sizes
+        self._fate: OrderedDict[str, Fate] = OrderedDict()  # by kind and path
+        self._looking = [threading.Lock() for _ in range(16)]  # a page names one upload in several requests at once: one of them looks
+        self._decoding = threading.Lock()  # one video is brought down at a time
 
     def accept(self, payload: Any, kind: str) -> str | None:
         """The kept copy of an upload: kind "image", "video" or "camera"; None for nothing. Raises `UserError`, and deletes it, if refused.
 
         payload: what the request says, {"path": …} or {"video": {"path": …}}, or a path of `store` itself.
         """
-        path = self._place(payload)
-        if path is None or path.parent == self.store:
-            return path and str(path)
-        try:
-            ending = {"image": _check_image, "video": _check_video, "camera": _check_camera}[kind](path)
-            return str(self._keep(path, ending))
-        except UserError as error:
-            path.unlink(missing_ok=True)
-            raise UserError(str(error).replace(str(path), path.name)) from None
+        found = self._look(payload, kind)
+        return found and found[0]
+
+    def note(self, payload: Any, kind: str = "video") -> dict[str, Any] | None:
+        """What was done to an accepted upload so that the model can take it: {"name", "size", "seconds", "of"}; None if nothing was."""
+        found = self._look(payload, kind)
+        return found and found[1]
+
+    def _look(self, payload: Any, kind: str) -> tuple[str, dict[str, Any] | None] | None:
+        named = _named(payload)
+        if named is None:
+            return None
+        path = Path(os.path.abspath(named))
+        with self._looking[hash(path) % len(self._looking)]:
+            known = self._fate.get(f"{kind} {path}")
+            if known is not None and _stamp(path) in (None, known.stamp) and (known.refusal or Path(known.kept).is_file()):
+                return known.told()  # looked at before, by another request of the page
+            path = self._place(path)
+            if path.parent == self.store:
+                return str(path), None
+            seen = _stamp(path)
+            try:
+                check = {"image": _check_image, "video": self._check_video, "camera": _check_camera}[kind]
+                found = check(path)
+                fate = Fate(seen, *(found if isinstance(found, tuple) else (str(self._keep(path, found)),)))
+            except UserError as error:
+                path.unlink(missing_ok=True)
+                values = {name: path.name if str(value) == str(path) else value for name, value in error.values.items()}
+                fate = Fate(None, refusal=UserError(str(error).replace(str(path), path.name), code=error.code, **values))
+            self._fate[f"{kind} {path}"] = fate
+            while len(self._fate) > REMEMBERED:
+                self._fate.popitem(last=False)
+        return fate.told()
+
+    def place(self, payload: Any) -> Path:
+        """Where a file lies that is only looked at. Raises `UserError` for nothing, and for any other place than an upload's."""
+        named = _named(payload)
+        if named is None:
+            raise _not_here()
+        path = self._place(Path(os.path.abspath(named)))
+        _check_size(path, MAX_BYTES)
+        return path
 
     def keep(self, result: Path) -> str:
         """A copy of one of our own results, to be given as the next input."""
@@ -65,35 +131,45 @@ class Uploads:
             return None
         prefix = "data:image/png;base64,"
         if not isinstance(url, str) or not url.startswith(prefix) or len(url) > MAX_POSES:
-            raise UserError("the mask is not a drawing of this page: clear it and draw it again")
+            raise UserError("the mask is not a drawing of this page: clear it and draw it again", code="mask_damaged")
         try:
             data = base64.b64decode(url[len(prefix) :], validate=True)
         except (binascii.Error, ValueError):
-            raise UserError("the mask is damaged: clear it and draw it again") from None
+            raise UserError("the mask is damaged: clear it and draw it again", code="mask_damaged") from None
         temporary = self.store / f".{os.urandom(8).hex()}.png"
         try:
             temporary.write_bytes(data)
             _check_image(temporary)
             return str(self._keep(temporary, ".png"))
         except UserError:
-            raise UserError("the mask is damaged: clear it and draw it again") from None
+            raise UserError("the mask is damaged: clear it and draw it again", code="mask_damaged") from None
         finally:
             temporary.unlink(missing_ok=True)
 
-    def _place(self, payload: Any) -> Path | None:
-        """Where the file lies, if it is one that was uploaded here."""
-        if isinstance(payload, dict) and isinstance(payload.get("video"), dict):
-            payload = payload["video"]
-        if payload in (None, "", {}):
-            return None
-        named = payload.get("path") if isinstance(payload, dict) else payload
-        if not isinstance(named, str) or "\0" in named or len(named) > 4096:
-            raise UserError("a file was named that was not uploaded here: upload it first")
-        path = Path(os.path.abspath(named))
+    def _place(self, path: Path) -> Path:
+        """The path, if it is that of a file that was uploaded here."""
         inside = path.is_relative_to(self.arrivals) or path.parent == self.store
         if not inside or path.is_symlink() or path.resolve() != path or not path.is_file():
-            raise UserError("a file was named that was not uploaded here: upload it first")
+            raise _not_here()
         return path
+
+    def _check_video(self, path: Path) -> str | tuple[str, dict[str, Any]]:
+        """The ending of a video that is kept as it is; of one that is brought down, or that no browser plays, its copy and a note."""
+        demuxer = _measure_video(path)
+        info = probe(path)
+        size = covering(info, self.sizes)
+        seconds = min(info.duration, MAX_SECONDS, MAX_DECODED / (info.width * info.height * info.fps))
+        if demuxer != "gif" and size[0] * size[1] * 2 > info.width * info.height and seconds == info.duration:
+            return ENDINGS.get(demuxer, f".{demuxer}")
+        frames = min(info.count(self.fps), max(1, round(seconds * self.fps)))
+        kept = self.store / f"{input_hash(path)[:24]}-{size[1]}x{size[0]}-{self.fps:g}-{frames}.mp4"
+        with self._decoding:
+            if not kept.exists():
+                with VideoWriter(kept, self.fps, crf=NEARLY_LOSSLESS) as out:
+                    for frame in stream_video(path, fps=self.fps, num_frames=frames, size=size):
+                        out.write(frame)
+        kept.touch()
+        return str(kept), {"name": path.name, "size": f"{size[1]}x{size[0]}", "seconds": round(seconds, 1), "of": round(info.duration, 1)}
 
     def _keep(self, path: Path, ending: str) -> Path:
         kept = self.store / f"{input_hash(path)[:24]}{ending}"
@@ -105,9 +181,42 @@ class Uploads:
         return kept
 
 
+def covering(info: VideoInfo, sizes: dict[str, tuple[int, int]]) -> tuple[int, int]:
+    """(H, W), even, of a video brought down so that it still covers every size of the model; its own where that is smaller."""
+    scale = min(1.0, max(max(H / info.height, W / info.width) for H, W in sizes.values()))
+    H, W = (max(2, 2 * round(side * scale / 2)) for side in (info.height, info.width))
+    return H, W
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """What tells one file from another under the same name; None if there is none."""
+    try:
+        found = path.lstat()
+    except (OSError, ValueError):
+        return None
+    return found.st_mtime_ns, found.st_size
+
+
+def _not_here() -> UserError:
+    return UserError("a file was named that was not uploaded here: upload it first", code="not_uploaded")
+
+
+def _named(payload: Any) -> str | None:
+    """The path that a request names, which may be anything."""
+    if isinstance(payload, dict) and isinstance(payload.get("video"), dict):
+        payload = payload["video"]
+    if payload in (None, "", {}):
+        return None
+    named = payload.get("path") if isinstance(payload, dict) else payload
+    if not isinstance(named, str) or not named or "\0" in named or len(named) > 4096:
+        raise _not_here()
+    return named
+
+
 def _check_size(path: Path, limit: int) -> None:
     if path.stat().st_size > limit:
-        raise UserError(f"{path} has {path.stat().st_size / 2**20:.1f} MiB: give at most {limit / 2**20:.0f} MiB")
+        size, most = f"{path.stat().st_size / 2**20:.1f}", f"{limit / 2**20:.0f}"
+        raise UserError(f"{path} has {size} MiB: give at most {most} MiB", code="file_too_large", file=path, size=size, most=most)
 
 
 def _check_image(path: Path) -> str:
@@ -120,33 +229,46 @@ def _check_image(path: Path) -> str:
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning):
         w, h, kind = 0, 0, None
     if w * h > MAX_PIXELS:
-        raise UserError(f"{path} has {w}x{h} pixels: give at most {MAX_PIXELS // 10**6} megapixels")
+        most = MAX_PIXELS // 10**6
+        raise UserError(
+            f"{path} has {w}x{h} pixels: give at most {most} megapixels", code="image_too_large", file=path, size=f"{w}x{h}", most=most
+        )
     read_image(path)  # says what is wrong
     return ENDINGS.get(kind or "", ".img")
 
 
-def _check_video(path: Path) -> str:
+def _measure_video(path: Path) -> str:
+    """FFmpeg's name of the container, once nothing about the file is too large to look closer."""
     _check_size(path, MAX_BYTES)
     demuxer, kind = sniff(head(path))
     if demuxer is None:
-        raise UserError(f"{path} is not a video: it holds {kind} (give an mp4, mov, webm, mkv, avi or gif)")
+        raise UserError(
+            f"{path} is not a video: it holds {kind} (give an mp4, mov, webm, mkv, avi or gif)", code="not_a_video", file=path, kind=kind
+        )
+    w = h = frames = 0
     try:
         with av.open(f"file:{path}", format=demuxer, metadata_errors="replace") as container:  # packets only
-            streams = container.streams.video
-            w, h = (streams[0].width, streams[0].height) if streams else (0, 0)
-            frames = sum(1 for p in container.demux(streams[0]) if p.size) if streams and w * h <= MAX_FRAME else 0
+            if streams := container.streams.video:
+                w, h = streams[0].width, streams[0].height
+                frames = sum(1 for p in islice(container.demux(streams[0]), MAX_FRAMES + 2) if p.size) if w * h <= MAX_FRAME else 0
     except (av.FFmpegError, OSError):
         w = h = frames = 0  # `probe` says what is wrong
     if w * h > MAX_FRAME:
-        raise UserError(f"{path} is {w}x{h}: give a video of at most 4096x2304")
-    if frames > MAX_FRAMES or frames * w * h * 3 > MAX_VIDEO:
-        raise UserError(f"{path} has {frames} frames of {w}x{h}: give at most {MAX_FRAMES}, and at most 1 GiB of pixels")
-    probe(path)
-    return ENDINGS.get(demuxer, f".{demuxer}")
+        raise UserError(
+            f"{path} is {w}x{h}: give a video of at most 4096x2304", code="video_too_large", file=path, size=f"{w}x{h}", most="4096x2304"
+        )
+    if frames > MAX_FRAMES:
+        raise UserError(
+            f"{path} has more than {MAX_FRAMES} frames: give a shorter video", code="too_many_frames", file=path, most=MAX_FRAMES
+        )
+    return demuxer
 
 
 def _check_camera(path: Path) -> str:
     _check_size(path, MAX_POSES)
     head(path)
-    load_trajectory(path, 5)
+    try:
+        load_trajectory(path, 5)
+    except UserError as error:
+        raise UserError(str(error), code="camera_file", why=str(error).removeprefix("camera file ").replace(str(path), path.name)) from None
     return ".json" if path.read_text(encoding="utf-8-sig").lstrip().startswith("{") else ".txt"

@@ -8,11 +8,12 @@ from html import escape
 from typing import Any
 
 import numpy as np
-from kling_programs.sample.studio.shelf import Result
+from kling_programs.sample.studio.shelf import OTHER_KINDS, Result
 from kling_programs.sample.studio.words import say
 from PIL import Image
 
 from kling.runtime.log import duration
+from kling.sampling.memory import size as size_of
 from kling.sampling.pipeline import KlingPipeline
 from kling.sampling.plan import Plan
 from kling.sampling.request import Request
@@ -101,6 +102,9 @@ def result(lang: int, one: Result, other: Result | None = None) -> str:
     rows = {name: value for name, value in rows.items() if value not in (None, "", [], False)}
     table = "".join(f"<tr><th>{escape(name)}</th><td>{escape(_short(value))}</td></tr>" for name, value in rows.items())
     links = f'<a download="{one.id}{one.path.suffix}" href="{url(one.path)}">{say(lang, "mp4")}</a>'
+    if one.path.suffix == ".mp4":
+        for kind in OTHER_KINDS:
+            links += f'<a download="{one.id}.{kind}" href="{url(one.path.with_suffix(f".{kind}"))}">{say(lang, kind)}</a>'
     links += f'<a download="{one.record_path.name}" href="{url(one.record_path)}">{say(lang, "replay")}</a>'
     details = f"<details><summary>{say(lang, 'settings')}</summary><table>{table}</table></details>"
     line = f'<p class="line">{say(lang, "done", seconds=duration(record["output"]["seconds"]))} <span class="links">{links}</span></p>'
@@ -178,16 +182,25 @@ def drawings(lang: int, path: str, motion: str, file: str) -> str:
     return '<div class="drawings">' + "".join(f"<figure>{svg}<figcaption>{text}</figcaption></figure>" for svg, text in figures) + "</div>"
 
 
-def painter(picture: np.ndarray | None) -> str:
-    """A picture to paint on; page.js does the painting."""
-    if picture is None:
-        return ""
+def painter(lang: int, picture: np.ndarray, before: str | None = None) -> str:
+    """A picture to paint on, and the tools; page.js does the painting. before: a mask that was painted already, a file of the store."""
     H, W = picture.shape[:2]
-    return f'<div class="painter">{still(picture)}<canvas width="{W}" height="{H}"></canvas></div>'
+    tools = (
+        f'<label>{say(lang, "brush_size")} <input type="range" name="brush-size" min="2" max="40" value="11"></label>'
+        f'<label><input type="checkbox" name="eraser"> {say(lang, "eraser")}</label>'
+        f'<button type="button" data-do="undo">{say(lang, "undo")}</button>'
+        f'<button type="button" data-do="clear">{say(lang, "clear")}</button>'
+    )
+    mask = f' data-before="{escape(url(before))}"' if before else ""
+    canvas = f'<div class="painter">{still(picture)}<canvas width="{W}" height="{H}"{mask}></canvas></div>'
+    return f'<div class="painting"><div class="painting-tools">{tools}</div>{canvas}</div>'
 
 
-def understood(lang: int, plan: Plan, request: Request) -> str:
-    """The task as it was understood, and what will be made, in one line."""
+def understood(lang: int, plan: Plan, request: Request, clip: float | None = None, needs: tuple[float | None, int] | None = None) -> str:
+    """The task as it was understood, and what will be made, in one line.
+
+    clip: seconds of a given clip of which only the beginning is used. needs: (seconds, bytes) that it will take.
+    """
     task = [say(lang, f"task_{plan.task}")]
     if len(plan.hops) > 1 and not plan.hops[0].overlap:
         task.append(say(lang, "then", count=len(plan.hops) - 1))
@@ -199,6 +212,14 @@ def understood(lang: int, plan: Plan, request: Request) -> str:
     size = f"{plan.width}×{plan.height}"
     seconds, steps = f"{plan.frames / plan.fps:.1f}", plan.num_inference_steps
     facts = say(lang, "facts", frames=plan.frames, seconds=seconds, size=size, fps=f"{plan.fps:g}", steps=steps)
+    if clip is not None:
+        task.append(say(lang, "first_part", seconds=seconds, of=f"{clip:.1f}"))
+    if request.num_videos > 1:
+        facts = f"{request.num_videos} × {facts}"
+    if needs is not None:
+        took, memory = needs[0], size_of(needs[1])
+        key, took = ("needs_memory", "") if took is None else ("needs", duration(took))
+        facts += " · " + say(lang, key, seconds=took, memory=memory)
     return f'<p class="plan"><b>{escape(" · ".join(task))}</b> {escape(facts)}</p>'
 
 

@@ -80,8 +80,43 @@ WORDS: dict[str, tuple[str, str]] = {
     "sigma_c": ("σ_c", "σ_c"),
     "sigma_c_is": ("noise on what is given", "加在给定内容上的噪声"),
     "seed": ("Seed", "种子"),
-    "dice": ("⚄ new", "⚄ 换一个"),
-    "lock": ("lock", "锁定"),
+    "dice": ("⚄ random", "⚄ 随机"),
+    "seed_is": ("-1 draws one", "-1 为随机"),
+    "reuse": ("↺ last", "↺ 上次"),
+    "num_videos": ("Videos", "数量"),
+    "model": ("Model", "模型"),
+    "lora": ("LoRA", "LoRA"),
+    "lora_scale": ("LoRA strength", "LoRA 强度"),
+    "none": ("none", "无"),
+    "own_model": ("the one it was started with", "默认模型"),
+    "restore": ("Settings from a file…", "从文件读取参数…"),
+    "restored": ("Settings of {name} are in the form", "已载入 {name} 的参数"),
+    "again": ("give these files again: {names}", "以下文件需重新上传：{names}"),
+    "elsewhere": ("not on this page: {names}", "本页没有的参数：{names}"),
+    "other_model": ("it was made with another model", "原作品使用了其他模型"),
+    "brought": (
+        "{name}: {seconds} of {of} s are used, at {size}",
+        "{name}：使用 {of} 秒中的 {seconds} 秒，尺寸 {size}",
+    ),
+    "first_part": ("the first {seconds} of {of} s", "取前 {seconds} 秒（共 {of} 秒）"),
+    "needs": ("about {seconds}, {memory} of memory", "约需 {seconds}，内存 {memory}"),
+    "needs_memory": ("about {memory} of memory", "约需内存 {memory}"),
+    "came_back": (
+        "Nobody was watching any more, so this video was stopped; its settings are in the form",
+        "页面已离开太久，任务已停止；参数已恢复",
+    ),
+    "watched_elsewhere": ("This video goes on in the tab that was opened last", "该任务已在最后打开的标签页中继续"),
+    "brush": ("Brush", "画笔"),
+    "eraser": ("Eraser", "橡皮"),
+    "undo": ("Undo", "撤销"),
+    "clear": ("Clear", "清除"),
+    "brush_size": ("Size", "粗细"),
+    "gif": ("gif", "gif"),
+    "webm": ("webm", "webm"),
+    "nothing_inside": (
+        "Nothing yet. Press the button above: what is found appears here.",
+        "还没有内容。按上面的按钮，结果会显示在这里。",
+    ),
     "generate": ("Generate", "生成"),
     "stop": ("Stop", "停止"),
     "results": ("Your videos", "我的作品"),
@@ -179,6 +214,19 @@ def say(lang: int, key: str, **values: object) -> str:
     """A changing word, in a language chosen by `language`."""
     return WORDS[key][lang].format(**values)
 
+
+# What a mistake calls a field -> its label.
+LABELS = {
+    "image": "first",
+    "last_image": "last",
+    "video": "clip",
+    "keyframes": "keyframe",
+    "keyframe's frame": "at",
+    "keyframe's strength": "holds",
+    "camera_file": "trajectory",
+    "sigma": "noise_level",
+    "the loop's first frame": "loop",
+}
 
 OURS = "studio_"  # beside Gradio's own words
 I18N = gr.I18n(en={OURS + k: v[0] for k, v in WORDS.items()}, zh={OURS + k: v[1] for k, v in WORDS.items()})

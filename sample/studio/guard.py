@@ -1,0 +1,324 @@
+"""The door of the page: who may come in, how much they may bring, and who is still there. One layer around Gradio's own server.
+
+Every refusal is one line with its status: 403 for another site's request, 413 for too much, 408 for too slow, 429 for too often.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import json
+import os
+import re
+import socket
+import time
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+from kling.errors import UserError
+
+MIB = 2**20
+BODY = 2 * MIB  # bytes of a request that is no upload: a form with a drawn mask, with room to spare
+ENVELOPE = 64 * 1024  # bytes that a multipart upload may have around its file
+HOUR = 3600.0
+WRONG = 5  # wrong passwords in a row before an address has to wait
+WAIT = 300.0  # seconds that it then waits, doubled with every further row, up to an hour
+DELAY = 0.5  # seconds that the first wrong password costs, doubled with each
+REMEMBERED = 10_000  # addresses
+
+Send = Callable[[dict], Any]
+
+
+class TooMuch(Exception):
+    """status, line: what the sender is told."""
+
+    def __init__(self, status: int, line: str) -> None:
+        super().__init__(line)
+        self.status, self.line = status, line
+
+
+@dataclass
+class Limits:
+    """file: bytes of one upload. hourly: bytes that one address may upload in an hour. stored: bytes that may lie here in all.
+
+    uploads: at a time and address. seconds: that one request may take to arrive.
+    """
+
+    file: int = 64 * MIB
+    hourly: int = 1024 * MIB
+    stored: int = 4096 * MIB
+    uploads: int = 4
+    seconds: float = 120.0
+
+
+@dataclass
+class Door:
+    """What the layer knows, shared with the studio. hosts: names under which the page may be asked for; addresses always may."""
+
+    arrivals: Path
+    hosts: set[str] = field(default_factory=set)
+    limits: Limits = field(default_factory=Limits)
+    listening: Counter[str] = field(default_factory=Counter)  # open streams of events, by session
+    session_of: Callable[[str], str] = staticmethod(lambda event: event)  # Gradio's session of an event
+    kept: tuple[Path, ...] = ()  # where accepted uploads lie, beside `arrivals`
+    tidy: Callable[[], None] | None = None  # gives back what nothing needs any more
+    convert: Callable[[str], None] | None = None  # makes a file of the shelf that is asked for under this name
+    _brought: dict[str, deque[tuple[float, int]]] = field(default_factory=dict)  # address -> (when, bytes)
+    _bringing: Counter[str] = field(default_factory=Counter)
+    _wrong: OrderedDict[str, list[float]] = field(default_factory=OrderedDict)  # address or user -> [times wrong, closed until]
+
+    def heard(self, session: str | None) -> bool:
+        """Whether a browser or a program listens to the events of a session."""
+        return bool(session) and self.listening[session] > 0
+
+    # ---- names ----
+
+    def knows(self, host: str) -> bool:
+        """An address, or one of our names. Any other name is a site of somebody else's that was pointed at this machine (DNS rebinding)."""
+        name = urlsplit(f"//{host}").hostname or ""
+        try:
+            ipaddress.ip_address(name)
+        except ValueError:
+            return name.lower().rstrip(".") in self.hosts
+        return True
+
+    # ---- passwords ----
+
+    def closed(self, *keys: str) -> float:
+        """Seconds until any of them may try a password again."""
+        return max(self._wrong.get(key, [0, 0.0])[1] - time.monotonic() for key in keys)
+
+    def tried(self, right: bool, *keys: str) -> float:
+        """Note a try; returns the seconds for which its answer is held back."""
+        delay = 0.0
+        for key in keys:
+            if right:
+                self._wrong.pop(key, None)
+                continue
+            times = self._wrong.pop(key, [0, 0.0])[0] + 1
+            rows, rest = divmod(times, WRONG)
+            until = 0.0 if rest else time.monotonic() + min(HOUR, WAIT * 2 ** (rows - 1))
+            self._wrong[key] = [times, until]
+            delay = max(delay, DELAY * 2 ** min((times - 1) % WRONG, 4))
+        while len(self._wrong) > REMEMBERED:
+            self._wrong.popitem(last=False)
+        return delay
+
+    # ---- what is brought ----
+
+    def check_upload(self, address: str, size: int) -> None:
+        """Raises `TooMuch` if an upload of `size` bytes has no place."""
+        limits, brought, now = self.limits, self._brought.setdefault(address, deque()), time.monotonic()
+        while brought and brought[0][0] < now - HOUR:
+            brought.popleft()
+        if size > limits.file + ENVELOPE:
+            raise TooMuch(413, f"the file exceeds the maximum allowed size of {limits.file // MIB} MiB")
+        if self._bringing[address] >= limits.uploads:
+            raise TooMuch(429, f"{limits.uploads} uploads are under way already: wait for one")
+        if sum(count for _, count in brought) + size > limits.hourly:
+            raise TooMuch(429, f"more than {limits.hourly // MIB} MiB uploaded in an hour: try again later")
+        if self._stored() + size > limits.stored and self.tidy:
+            self.tidy()
+        if self._stored() + size > limits.stored:
+            raise TooMuch(507, "the server has no room for uploads: try again in an hour")
+
+    def _stored(self) -> int:
+        """Bytes of everything that visitors brought and that lies here still."""
+        return sum(_size(path) for folder in (self.arrivals, *self.kept) for path in folder.rglob("*"))
+
+    def brought(self, address: str, count: int) -> None:
+        self._brought.setdefault(address, deque()).append((time.monotonic(), count))
+        while len(self._brought) > REMEMBERED:
+            self._brought.pop(next(iter(self._brought)))
+
+
+class Guard:
+    """The layer, as ASGI has them."""
+
+    def __init__(self, app: Any, door: Door) -> None:
+        self.app, self.door = app, door
+
+    async def __call__(self, scope: dict, receive: Callable, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        headers = {name.lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        address = (scope.get("client") or ("", 0))[0]
+        path = scope["path"]
+        if not self.door.knows(headers.get(b"host", "")):
+            return await _answer(send, 403, "this page is not known by that name: open it by its address, or start it with --host NAME")
+        if (origin := headers.get(b"origin")) and not self.door.knows(urlsplit(origin).netloc):
+            return await _answer(send, 403, "another site may not use this page")
+        if session := self._session(path, scope):
+            self.door.listening[session] += 1
+            try:
+                return await self.app(scope, receive, send)
+            finally:
+                self.door.listening[session] -= 1
+                self.door.listening += Counter()  # those at zero go
+        if scope["method"] not in ("POST", "PUT", "PATCH"):
+            if self.door.convert and path.endswith((".gif", ".webm")):
+                await asyncio.to_thread(self.door.convert, path.rsplit("/", 1)[-1])  # Gradio then serves it, to whom it serves the folder
+            return await self.app(scope, receive, send)
+        try:
+            if path.rstrip("/").endswith("/upload"):
+                return await self._upload(scope, receive, send, headers, address)
+            if path.rstrip("/") == "/login":
+                return await self._login(scope, receive, send, headers, address)
+            body = await _read(receive, headers, BODY, self.door.limits.seconds)
+        except TooMuch as refusal:
+            return await _answer(send, refusal.status, refusal.line)
+        return await self.app(scope, _again(body, receive), send)
+
+    def _session(self, path: str, scope: dict) -> str | None:
+        """Whose events are asked for."""
+        if scope["method"] != "GET":
+            return None
+        if path.endswith("/queue/data"):
+            return parse_qs(scope["query_string"].decode("latin-1")).get("session_hash", [""])[0]
+        found = re.search(r"/call/(?:v2/)?[^/]+/([0-9a-f]+)$", path)
+        return self.door.session_of(found[1]) if found else None
+
+    async def _upload(self, scope: dict, receive: Callable, send: Send, headers: dict, address: str) -> None:
+        """Passed on as it comes, and cut off where it becomes too much or too slow."""
+        door, limits, began, count = self.door, self.door.limits, time.monotonic(), 0
+        door.check_upload(address, _length(headers))
+        door._bringing[address] += 1
+        refusal: TooMuch | None = None
+        answered = False
+
+        async def counted() -> dict:
+            nonlocal count, refusal
+            try:
+                message = await asyncio.wait_for(receive(), max(0.01, began + limits.seconds - time.monotonic()))
+            except TimeoutError:
+                refusal = TooMuch(408, f"an upload may take {limits.seconds:g} s: send a smaller file")
+                return {"type": "http.disconnect"}
+            count += len(message.get("body", b""))
+            if count > limits.file + ENVELOPE:
+                refusal = TooMuch(413, f"the file exceeds the maximum allowed size of {limits.file // MIB} MiB")
+                return {"type": "http.disconnect"}
+            return message
+
+        async def held(message: dict) -> None:
+            nonlocal answered
+            if refusal is None:
+                answered = True
+                await send(message)
+
+        try:
+            await self.app(scope, counted, held)
+        except Exception:
+            if refusal is None:
+                raise
+        finally:
+            door._bringing[address] -= 1
+            door._bringing += Counter()
+            door.brought(address, count)
+        if refusal is not None and not answered:
+            raise refusal
+
+    async def _login(self, scope: dict, receive: Callable, send: Send, headers: dict, address: str) -> None:
+        """A wrong password is answered late, and many close the door for a while: to the address, and to the name that was tried."""
+        body = await _read(receive, headers, BODY, self.door.limits.seconds)
+        user = re.search(rb'(?:username=|name="username"\s*\r\n\r\n)([^&\r\n]{0,100})', body)
+        keys = (f"from {address}", f"for {user[1].decode('latin-1') if user else ''} from {address}")
+        if (wait := self.door.closed(*keys)) > 0:
+            raise TooMuch(429, f"too many wrong passwords: try again in {wait / 60:.0f} minutes")
+
+        delay = self.door.tried(False, *keys)  # before it is looked at, or many tries at once would all be the first
+
+        async def noted(message: dict) -> None:
+            if message["type"] == "http.response.start":
+                if message["status"] < 400:
+                    self.door.tried(True, *keys)
+                else:
+                    await asyncio.sleep(delay)
+            await send(message)
+
+        await self.app(scope, _again(body, receive), noted)
+
+
+async def _read(receive: Callable, headers: dict, most: int, seconds: float) -> bytes:
+    """The whole body. Raises `TooMuch` for more than `most` bytes, or if it takes longer."""
+    if _length(headers) > most:
+        raise TooMuch(413, f"a request may have {most // MIB} MiB: upload files first, and name them")
+    parts, count, end = [], 0, time.monotonic() + seconds
+    while True:
+        try:
+            message = await asyncio.wait_for(receive(), max(0.01, end - time.monotonic()))
+        except TimeoutError:
+            raise TooMuch(408, f"a request may take {seconds:g} s to arrive") from None
+        if message["type"] == "http.disconnect":
+            return b""
+        parts.append(message.get("body", b""))
+        count += len(parts[-1])
+        if count > most:
+            raise TooMuch(413, f"a request may have {most // MIB} MiB: upload files first, and name them")
+        if not message.get("more_body"):
+            return b"".join(parts)
+
+
+def _again(body: bytes, receive: Callable) -> Callable:
+    """A body that was read, to be read by the app; then whatever the connection tells."""
+    rest = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def again() -> dict:
+        return rest.pop() if rest else await receive()
+
+    return again
+
+
+async def _answer(send: Send, status: int, line: str) -> None:
+    body = json.dumps({"detail": line, "error": line}).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), (b"connection", b"close")]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+def _length(headers: dict) -> int:
+    text = headers.get(b"content-length", "0")
+    return int(text) if text.isdecimal() and len(text) < 19 else 0
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:  # gone meanwhile
+        return 0
+
+
+def own_names(more: list[str] | None = None) -> set[str]:
+    """Names of this machine, and those that the operator adds."""
+    names = {"localhost", socket.gethostname(), socket.getfqdn(), f"{socket.gethostname()}.local", *(more or [])}
+    return {name.lower().rstrip(".") for name in names}
+
+
+def read_accounts(file: str | None) -> list[tuple[str, str]] | None:
+    """(user, password) of everybody who may come in, from a file of USER:PASSWORD lines or from KLING_DEMO_AUTH; None if neither is there.
+
+    Never from the command line, which every user of the machine can read. Raises `UserError` for lines that are something else.
+    """
+    source = f"--auth {file}" if file else "KLING_DEMO_AUTH"
+    if file:
+        path = Path(file)
+        if not path.is_file():
+            if ":" in file:
+                raise UserError(
+                    "--auth takes a file, since everybody on this machine can read a password on the command line: write USER:PASSWORD "
+                    "into a file of your own (chmod 600) and give its name, or set KLING_DEMO_AUTH"
+                )
+            raise UserError(f"--auth {file}: no such file; write a line USER:PASSWORD into it for everybody who may come in")
+        text = path.read_text(encoding="utf-8", errors="replace")
+    else:
+        text = os.environ.get("KLING_DEMO_AUTH", "")
+    lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]
+    if not lines and not file:
+        return None
+    pairs = [tuple(line.split(":", 1)) for line in lines]
+    if not lines or any(len(pair) != 2 or not all(pair) for pair in pairs):
+        raise UserError(f"{source} has a line that is not USER:PASSWORD: give both, with a colon between them, a line for each user")
+    return pairs

@@ -1,0 +1,124 @@
+"""What a visitor is told of a mistake: in the page's words and language, found by its code. Any other line stays as it is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kling_programs.sample.studio.words import CHINESE_TASKS, LABELS, WORDS
+
+from kling.errors import UserError
+
+# code -> (English, Chinese). An empty English one is the library's own, where that names no field of the command line's.
+LINES: dict[str, tuple[str, str]] = {
+    # what is asked for
+    "text_too_long": ("{field} has {n} characters: give at most {most}", "{field}有 {n} 个字符：最多 {most} 个"),
+    "not_whole": ("{field} {value}: give a whole number", "{field} {value}：请填整数"),
+    "not_a_number": ("{field} is not a number: give one from {low} to {high}", "{field}不是数字：请填 {low} 到 {high} 之间的数"),
+    "out_of_range": ("{field} {value}: give a number from {low} to {high}", "{field} {value}：请填 {low} 到 {high} 之间的数"),
+    "not_trained": ("This model was not trained for “{task}”: it can do {able}", "该模型没有训练过“{task}”，它能做：{able}"),
+    "file_and_sliders": (
+        "Both a trajectory file and {field} were given: remove the file or set the sliders to 0",
+        "同时给了轨迹文件和“{field}”：请移除文件，或把滑块归零",
+    ),
+    "loop_and_last": (
+        "Both a loop and a last frame were given: a loop ends where it starts; leave one out",
+        "同时选了循环和尾帧：循环会回到起点，请去掉其中一个",
+    ),
+    "nothing_marked": ("Nothing is marked: paint over what is to be made anew", "还没有涂抹：请涂抹需要重做的部分"),
+    "nothing_to_fill": (
+        "The clip has the aspect {value} already, so nothing is left to fill: choose another",
+        "视频已是 {value} 画幅，没有可扩展的部分：请选其他画幅",
+    ),
+    "mask_damaged": ("", "涂抹的内容已损坏：请清除后重画"),
+    "keyframe_without_picture": ("Keyframe: upload its picture first", "关键帧：请先上传图片"),
+    "too_many_keyframes": ("At most {most} keyframes, each with a picture, a frame and a strength", "关键帧最多 {most} 个"),
+    "keyframe_beyond": (
+        "Keyframe at frame {frame} lies beyond the clip's last frame {last}: choose a smaller frame or more seconds",
+        "第 {frame} 帧的关键帧超出了片段的最后一帧 {last}：请选更小的帧号，或加长时长",
+    ),
+    "keyframe_in_video": (
+        "Keyframe at frame {frame} lies in the given video: the first frame that is made is {first}",
+        "第 {frame} 帧的关键帧落在所给的视频里：新生成的第一帧是 {first}",
+    ),
+    "same_frame": (
+        "{field} and {other} both fall on frame {frame}: leave one out, or choose more seconds",
+        "“{field}”和“{other}”都落在第 {frame} 帧：请去掉其中一个，或加长时长",
+    ),
+    "adds_nothing": (
+        "The video is {there} s long already: extending it to {value} s adds nothing",
+        "视频已有 {there} 秒：延长至 {value} 秒不会增加内容",
+    ),
+    "scales": (
+        "Scales: give one to eight numbers from 0 to 50 with commas between them, such as 1, 3, 6",
+        "强度值：请填一到八个 0 到 50 的数，用逗号隔开，例如 1, 3, 6",
+    ),
+    "checkpoints": ("Checkpoints: choose one to eight of them", "检查点：请选择一到八个"),
+    "no_clip": ("Upload a clip first", "请先上传视频"),
+    # what is handed in
+    "not_uploaded": ("That file is no longer here: upload it again", "文件不在服务器上：请重新上传"),
+    "file_too_large": ("", "{file} 有 {size} MiB：最多 {most} MiB"),
+    "image_too_large": ("", "{file} 有 {size} 像素：最多 {most} 百万像素"),
+    "video_too_large": ("", "{file} 的尺寸是 {size}：视频最大 {most}"),
+    "too_many_frames": ("", "{file} 超过 {most} 帧：请上传更短的视频"),
+    "video_too_long": ("{file} lasts {seconds} s: give at most {most} s", "{file} 长 {seconds} 秒：最多 {most} 秒"),
+    "empty_file": ("", "{file} 是空文件：请重新下载或导出"),
+    "not_a_video": ("", "{file} 不是视频（内容是 {kind}）：请上传 mp4、mov、webm、mkv、avi 或 gif"),
+    "damaged_video": ("", "{file} 已损坏或不完整：请重新下载或导出"),
+    "cut_short": ("", "{file} 被截断：请重新下载或导出"),
+    "no_whole_frame": ("", "{file} 没有一帧是完整的：请重新下载或导出"),
+    "not_an_image": ("", "{file} 不是可读取的图片（内容是 {kind}）：请上传 PNG、JPEG 或 WebP"),
+    "damaged_image": ("", "{file} 是损坏的图片：请重新导出或下载"),
+    "animation": ("", "{file} 是 {n} 帧的动画：请作为视频上传，或导出其中一帧为 PNG"),
+    "camera_file": ("", "轨迹文件无法使用（{why}）：请上传 RealEstate10K .txt，或含 fps、intrinsics、c2w 的 .json"),
+    "not_a_record": (
+        "{file} says nothing about how it was made: give a replay JSON, or a video that this page or kling-sample made",
+        "{file} 没有生成信息：请给复现 JSON，或本页面、kling-sample 生成的视频",
+    ),
+    # the model's door, and what was made
+    "queue_full": ("The queue is full ({n} are waiting): try again in a minute", "排队已满（{n} 人在等）：请过一分钟再试"),
+    "no_place": (
+        "You have {n} videos in the making already: wait for one, or stop it",
+        "你已有 {n} 个作品在生成或排队：请等其中一个完成，或停止它",
+    ),
+    "no_time": (
+        "You have used your {n} minutes of this hour: try again in {wait} minutes",
+        "本小时的 {n} 分钟额度已用完：请在 {wait} 分钟后再试",
+    ),
+    "no_memory": ("The device has no room for this: ask for fewer seconds", "显存不足：请缩短时长"),
+    "gone": ("", "这个作品已不在服务器上：请重新生成"),
+}
+
+
+def told_to(lang: int, error: UserError) -> str:
+    """lang: 0 English, 1 Chinese."""
+    line = LINES.get(error.code, ("", ""))[lang]
+    values = {name: label(lang, name, value) for name, value in error.values.items()}
+    try:
+        return line.format(**values) if line else without_folders(str(error))
+    except (KeyError, IndexError):  # raised without a value that the line names
+        return without_folders(str(error))
+
+
+def label(lang: int, name: str, value: Any) -> str:
+    """A value as the page calls it: fields and tasks by their words, files by their last name."""
+    text = str(value)
+    if name in ("field", "other"):
+        return WORDS.get(LABELS.get(text, text), (text, text))[lang]
+    if name in ("task", "able"):
+        return ("、" if lang else ", ").join(_task(lang, task) for task in text.split(", "))
+    return text.rsplit("/", 1)[-1] if name == "file" else text
+
+
+def _task(lang: int, name: str) -> str:
+    if lang and name in CHINESE_TASKS:
+        return CHINESE_TASKS[name]
+    return WORDS.get(f"task_{name}") and WORDS[f"task_{name}"][lang] or WORDS.get(name, (name, name))[lang]
+
+
+def without_folders(message: str) -> str:
+    """Absolute paths cut down to their last name.
+
+    >>> without_folders("/tmp/gradio/ab12/clip.mp4 is damaged (use 16:9 or 4/3)")
+    'clip.mp4 is damaged (use 16:9 or 4/3)'
+    """
+    return " ".join(word.rsplit("/", 1)[1] if word.lstrip("'\"(").startswith("/") else word for word in message.split(" "))

@@ -1,0 +1,289 @@
+"""The door of the page: bodies, uploads, names, passwords, and who listens. Over real sockets, with a real server."""
+
+# ruff: noqa: F811 - arguments are fixtures
+
+from __future__ import annotations
+
+import http.server
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+pytest.importorskip("gradio")
+
+from kling_programs.sample.studio import guard, jobs
+from kling_programs.sample.studio.guard import Door, Limits, own_names, read_accounts
+from test_demo import png
+from test_demo_page import Site, site  # noqa: F401 - a fixture
+from test_generate import save_tiny
+
+from kling.errors import UserError
+
+
+def raw(site: Site, head: str, *pieces: bytes, pause: float = 0.0) -> int:
+    """The status of a request sent by hand; 0 if the connection was closed without one."""
+    host, port = site.url.split("//")[1].strip("/").split(":")
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        connection.sendall(head.replace("\n", "\r\n").encode() + b"\r\n\r\n")
+        try:
+            for piece in pieces:
+                connection.sendall(piece)
+                time.sleep(pause)
+        except OSError:
+            pass
+        try:
+            line = connection.recv(4096)
+        except OSError:
+            return 0
+    return int(line.split()[1]) if line else 0
+
+
+# ----------------------------------------------------------------------------------------------------- what may be brought
+
+
+def test_a_body_is_refused_by_its_length_and_by_what_comes(site):
+    join = "POST /gradio_api/queue/join HTTP/1.1\nHost: 127.0.0.1\nContent-Type: application/json\n"
+    assert raw(site, join + f"Content-Length: {400 * 2**20}") == 413  # before a byte of it
+    megabyte = b"100000\r\n" + b" " * 2**20 + b"\r\n"
+    assert raw(site, join + "Transfer-Encoding: chunked", *[megabyte] * 4) == 413  # of no stated length
+    assert "100000 characters" in str(site.ask(*site.fields(prompt="x" * 100_000)))  # what comes through, the form refuses
+
+
+def test_an_upload_is_cut_off_where_it_is_too_much_or_too_slow(site, monkeypatch):
+    door = site.studio.door
+    monkeypatch.setattr(door, "limits", Limits(file=2**20, seconds=1.0))
+    upload = "POST /gradio_api/upload HTTP/1.1\nHost: 127.0.0.1\nContent-Type: multipart/form-data; boundary=b\n"
+    first = b'--b\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
+    assert raw(site, upload + "Content-Length: 4000000") == 413
+    chunk = lambda data: f"{len(data):x}\r\n".encode() + data + b"\r\n"  # noqa: E731
+    assert raw(site, upload + "Transfer-Encoding: chunked", chunk(first), *[chunk(b"x" * 2**19)] * 6) == 413
+    began = time.perf_counter()
+    assert raw(site, upload + "Content-Length: 50000", first, *[b"x"] * 6, pause=0.3) == 408
+    assert time.perf_counter() - began < 10
+    assert not door._bringing  # none is left under way
+
+
+def test_an_address_has_a_share_of_uploads_and_the_server_a_whole(site, tmp_path, monkeypatch):
+    door, picture = site.studio.door, png(tmp_path / "a.png", (300, 300))
+    size = picture.stat().st_size
+    monkeypatch.setattr(door, "_brought", {})
+    monkeypatch.setattr(door, "limits", Limits(hourly=int(2.5 * size)))
+    assert [site.upload(picture).status_code for _ in range(3)] == [200, 200, 429]
+    tidied: list[int] = []
+    monkeypatch.setattr(door, "limits", Limits(stored=size // 2))
+    monkeypatch.setattr(door, "tidy", lambda: tidied.append(1))
+    assert site.upload(picture).status_code == 507 and tidied
+    monkeypatch.setattr(door, "limits", Limits(uploads=0))
+    assert site.upload(picture).status_code == 429
+    monkeypatch.setattr(door, "limits", Limits())
+    assert site.upload(picture).status_code == 200
+
+
+def test_an_address_in_a_payload_is_never_fetched(site):
+    """Every event of the page and the API, with a URL wherever a file may be named."""
+    asked: list[str] = []
+
+    class Trap(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_response(200)
+            self.end_headers()
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    trap = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Trap)
+    threading.Thread(target=trap.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{trap.server_port}/x.png"
+    try:
+        for number, fn in site.page.fns.items():
+            for payload in (url, {"path": url, "url": url, "orig_name": "x.png", "meta": {"_type": "gradio.FileData"}}):
+                session = os.urandom(8).hex()
+                body = {"data": [payload] * len(fn.inputs), "fn_index": number, "session_hash": session, "trigger_id": None}
+                if site.http.post(f"{site.url}gradio_api/queue/join", json=body).status_code != 200:
+                    continue
+                text = site.http.get(f"{site.url}gradio_api/queue/data", params={"session_hash": session}).text
+                assert "Traceback" not in text
+    finally:
+        trap.shutdown()
+    assert not asked
+
+
+@pytest.mark.slow
+def test_numbers_out_of_range_never_fail_on_the_server(site, caplog, capfd):
+    """Whatever is typed into any field, of any event: a line, or nothing; never an error that the log must explain."""
+    odd = [1e300, 10**400, -1, 0.5, True, "7", [], {}, "\ud800"]
+    for number, fn in site.page.fns.items():
+        if fn.api_name == "generate" or not fn.inputs or fn.fn is None or fn.fn.__name__ in ("generate", "vary", "look", "sweep"):
+            continue
+        for value in odd:
+            session = os.urandom(8).hex()
+            body = {"data": [value] * len(fn.inputs), "fn_index": number, "session_hash": session}
+            content = json.dumps(body, ensure_ascii=True)
+            posted = site.http.post(f"{site.url}gradio_api/queue/join", content=content, headers={"content-type": "application/json"})
+            assert posted.status_code < 500, (fn.fn.__name__, value)
+            if posted.status_code == 200:
+                site.http.get(f"{site.url}gradio_api/queue/data", params={"session_hash": session})
+            said = capfd.readouterr().err
+            if "Traceback" in said or any(record.levelname == "ERROR" for record in caplog.records):
+                pytest.fail(f"{fn.fn.__name__} of {value!r}: {said[-1500:]} {caplog.text[-1500:]}")
+
+
+# --------------------------------------------------------------------------------------------------------------- who listens
+
+
+def test_a_request_that_nobody_listens_to_is_stopped(site, monkeypatch):
+    monkeypatch.setattr(jobs, "UNHEARD", 1.0)
+    asked = {"data": site.fields(num_inference_steps=100, duration=20.0)}
+    for _ in range(2):
+        site.http.post(f"{site.url}gradio_api/call/generate", json=asked)  # and no GET
+    deadline, ran = time.time() + 20, False
+    while time.time() < deadline and not (ran and not site.studio.queue.running and not site.studio.queue.waiting):
+        ran = ran or site.studio.queue.running
+        time.sleep(0.05)
+    assert ran and not site.studio.queue.running and not site.studio.queue.waiting
+
+
+def test_one_that_is_listened_to_later_tells_that_it_was_stopped(site, monkeypatch):
+    monkeypatch.setattr(jobs, "UNHEARD", 0.5)
+    posted = site.http.post(f"{site.url}gradio_api/call/generate", json={"data": site.fields(num_inference_steps=100, duration=20.0)})
+    time.sleep(3)
+    text = site.http.get(f"{site.url}gradio_api/call/generate/{posted.json()['event_id']}").text
+    assert "event: error" in text and '"title": "stopped"' in text
+
+
+def test_a_mistake_has_a_code(site):
+    for bad, code in (
+        ({"seed": "7"}, "not_a_number"),
+        ({"duration": 1e9}, "out_of_range"),
+        ({"image": {"path": "/etc/passwd"}}, "not_uploaded"),
+    ):
+        name, data = site.ask(*site.fields(**bad))[-1]
+        assert name == "error" and data["title"] == code
+
+
+def test_several_videos_come_from_one_request(site):
+    name, (last,) = site.ask(*site.fields(seed=7, num_videos=3))[-1]
+    assert name == "complete" and len(last["videos"]) == 3 and last["video"] == last["videos"][0]["video"]
+    seeds = [json.loads(Path(one["record"]["path"]).read_text())["request"]["seed"] for one in last["videos"]]
+    assert seeds == [7, 8, 9]
+    alone = site.ask(*site.fields(seed=8))[-1][1][0]
+    digest = lambda one: json.loads(Path(one["record"]["path"]).read_text())["frames"]["sha256"]  # noqa: E731
+    assert digest(alone) == digest(last["videos"][1])
+
+
+def test_a_video_is_served_in_other_formats(site):
+    made = site.ask(*site.fields(seed=3))[-1][1][0]["video"]["url"]
+    for kind, magic in (("gif", b"GIF8"), ("webm", b"\x1aE\xdf\xa3")):
+        reply = site.http.get(made.replace(".mp4", f".{kind}"))
+        assert reply.status_code == 200 and reply.content.startswith(magic)
+    assert site.http.get(made.replace(".mp4", ".exe")).status_code in (403, 404)
+
+
+# --------------------------------------------------------------------------------------------------------------------- names
+
+
+def test_only_our_own_names_are_answered(site):
+    def status(host: str, **headers: str) -> int:
+        return site.http.get(site.url, headers={"host": host, **headers}).status_code
+
+    for host in ("127.0.0.1:7860", "localhost:7860", "[::1]:7860", "10.1.2.3", socket.gethostname(), "LOCALHOST"):
+        assert status(host) == 200, host
+    for host in ("evil.example", "127.0.0.1.evil.example:7860", "localhost.evil.example", "evil.example:7860", "", "a@b"):
+        assert status(host) == 403, host
+    assert status("127.0.0.1", origin="http://127.0.0.1:9") == 200 and status("127.0.0.1", origin="https://evil.example") == 403
+    assert "kling.example" in own_names(["Kling.Example"]) and Door(site.arrivals, own_names(["kling.example"])).knows("kling.example:443")
+
+
+# ----------------------------------------------------------------------------------------------------------------- passwords
+
+
+def test_accounts_come_from_a_file_or_the_environment_and_not_from_the_command_line(tmp_path, monkeypatch):
+    file = tmp_path / "accounts"
+    file.write_text("# who\nme:se:cret\n\nyou:other\n")
+    assert read_accounts(str(file)) == [("me", "se:cret"), ("you", "other")]
+    monkeypatch.setenv("KLING_DEMO_AUTH", "a:b")
+    assert read_accounts(None) == [("a", "b")] and read_accounts(str(file))[0][0] == "me"
+    monkeypatch.delenv("KLING_DEMO_AUTH")
+    assert read_accounts(None) is None
+    for text in ("", "me", "me:", ":secret", "me:x\nyou"):
+        file.write_text(text)
+        with pytest.raises(UserError, match="USER:PASSWORD"):
+            read_accounts(str(file))
+    with pytest.raises(UserError, match="everybody on this machine") as error:
+        read_accounts("me:secret")
+    assert "secret" not in str(error.value)
+
+
+def test_wrong_passwords_cost_time_and_then_close_the_door(tmp_path, monkeypatch):
+    monkeypatch.setattr(guard, "DELAY", 0.1)
+    door = Door(tmp_path)
+    delays = [door.tried(False, "x") for _ in range(5)]
+    assert delays == [0.1, 0.2, 0.4, 0.8, 1.6]
+    assert 290 < door.closed("x") <= 300 and door.closed("y") <= 0
+    for _ in range(5):
+        door.tried(False, "x")
+    assert 590 < door.closed("x") <= 600
+    door.tried(True, "x")
+    assert door.closed("x") <= 0
+
+
+@pytest.mark.slow
+def test_the_program_with_accounts_and_tls(tmp_path):
+    """kling-demo as a process: no password in its command line, https, a delay and a lock after wrong tries."""
+    save_tiny(tmp_path / "model", ["text"])
+    (tmp_path / "accounts").write_text("me:secret\n")
+    made = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=127.0.0.1"]
+    subprocess.run([*made, "-keyout", tmp_path / "key.pem", "-out", tmp_path / "cert.pem"], check=True, capture_output=True)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [
+        sys.executable,
+        "-m",
+        "kling_programs.sample.demo",
+        "--model",
+        str(tmp_path / "model"),
+        "--device",
+        "cpu",
+        "--port",
+        str(port),
+    ]
+    command += ["--auth", str(tmp_path / "accounts"), "--tls-cert", str(tmp_path / "cert.pem"), "--tls-key", str(tmp_path / "key.pem")]
+    process = subprocess.Popen(
+        [*command, "--out", str(tmp_path / "out")], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path
+    )
+    try:
+        line = process.stdout.readline()
+        assert f"https://127.0.0.1:{port}" in line, line + process.stdout.read()
+        assert b"secret" not in Path(f"/proc/{process.pid}/cmdline").read_bytes()
+        url = f"https://127.0.0.1:{port}"
+        with httpx.Client(verify=False, timeout=60) as client:  # noqa: S501 - our own certificate
+            assert client.get(f"{url}/gradio_api/info").status_code == 401
+            login = lambda word: client.post(f"{url}/login", data={"username": "me", "password": word})  # noqa: E731
+            began = time.perf_counter()
+            assert login("wrong").status_code == 400 and time.perf_counter() - began >= 0.5
+            assert login("secret").status_code == 200 and client.get(f"{url}/gradio_api/info").status_code == 200
+            client.cookies.clear()
+            statuses: list[int] = []
+            threads = [threading.Thread(target=lambda: statuses.append(login("wrong").status_code)) for _ in range(12)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join(60)
+            assert statuses.count(400) == 5 and statuses.count(429) == 7  # at once, too
+            assert login("secret").status_code == 429
+    finally:
+        process.terminate()
+        process.wait(20)
+        process.stdout.close()
