@@ -15,6 +15,7 @@ from types import FrameType
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.parallelism_config import ParallelismConfig
+from accelerate.state import AcceleratorState
 from accelerate.utils import (
     DDPCommunicationHookType,
     DistributedDataParallelKwargs,
@@ -70,13 +71,15 @@ def make_accelerator(
     if bf16_reduction and not sharded and (cpu or not torch.cuda.is_available()):
         raise UserError("bf16_reduction on a CPU needs sharded weights: start with configs/accelerate/fsdp2.yaml, or leave it out")
     hook = DDPCommunicationHookType.BF16 if bf16_reduction and not sharded else DDPCommunicationHookType.NO
+    if AcceleratorState._shared_state.get("_mixed_precision", named(precision)) != named(precision):
+        AcceleratorState._reset_state()  # one program after another in the same process, in another precision
     # without a reduction in every micro-step FSDP2 keeps the whole fp32 gradient on each process until the last one
     accumulation = GradientAccumulationPlugin(
         gradient_accumulation, adjust_scheduler=False, sync_with_dataloader=False, sync_each_batch=sharded
     )
     try:
         accelerator = Accelerator(
-            mixed_precision="no" if precision == "fp32" else precision,
+            mixed_precision=named(precision),
             gradient_accumulation_plugin=accumulation,
             log_with=list(trackers) or None,
             project_dir=str(out),
@@ -100,6 +103,11 @@ def make_accelerator(
         reduced = torch.bfloat16 if bf16_reduction else torch.float32
         accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(param, reduced, cast_forward_inputs=False)
     return accelerator
+
+
+def named(precision: str) -> str:
+    """A precision as accelerate calls it."""
+    return "no" if precision == "fp32" else precision
 
 
 def check_same_precision(accelerator: Accelerator, precision: str) -> None:
