@@ -78,4 +78,4 @@ def first_frames(
     tensors = {"shown": encode_videos(vae, together(clips), precision, known=1)}
     if clip_tokens is not None:
         tensors["seen"] = torch.stack([clip_tokens(torch.as_tensor(clip.video[0])) for clip in clips])
-    return {name: t.half().cpu() for name, t in tensors.items()}
+    return {name: t.half().cpu().contiguous() for name, t in tensors.items()}
