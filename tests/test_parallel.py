@@ -256,7 +256,7 @@ def test_a_run_goes_on_with_another_number_of_processes(
 def test_a_loss_that_is_not_finite_on_one_process_stops_no_other_from_agreeing(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Five updates in a row are lost on process 1: both leave them out, go back to the same checkpoint, and do not meet those clips again."""
+    """Five updates in a row are lost on process 1: both leave them out, go back to one checkpoint, and do not meet those clips again."""
     words = [*words, "save_every=2", "steps=8"]
     place = workers.train_dit.RankBatches.place
     monkeypatch.setattr(workers.train_dit.RankBatches, "place", lambda feed, k: (n := place(feed, k)) + (10 if n >= 4 else 0))
