@@ -14,8 +14,8 @@ from kling.metrics.pixel import psnr
 PROMPTS = (
     "a red ball rolls left on grass",
     "a blue cube stays still on snow",
-    "a pink cone moves away on tiles",
-    "一个绿色的球在水面上转圈",
+    "a pink cone moves away on grey tiles",
+    "一个绿色的球在水面上绕圈移动",
 )
 
 

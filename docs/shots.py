@@ -44,7 +44,7 @@ def shots(browser: Browser, url: str, run: bool) -> None:
     axis(page, "pan", 6)
     axis(page, "dolly", 4)
     page.wait_for_selector("#plan b:has-text('pan=6 dolly=4')")
-    make(page, "一个绿色的球在沙地上转圈", 3)
+    make(page, "一个绿色的球在沙地上绕圈移动", 3)
     save(page, "studio")
     seen = page.context.storage_state()  # what this visitor made
 

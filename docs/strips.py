@@ -19,7 +19,7 @@ from kling.data.strip import strip
 from kling.data.world.scene import World
 
 HERE = Path(__file__).parent / "strips"
-STILL = "a yellow ball stays still on tiles"
+STILL = "a yellow ball stays still on grey tiles"
 
 
 def requests() -> dict[str, list[Request]]:

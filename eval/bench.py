@@ -76,6 +76,8 @@ def main(argv: list[str] | None = None) -> None:
             for row in rows_of(suite, bench):
                 report["rows"].append({"suite": suite, **row})
                 print(line(report["rows"][-1]), flush=True)
+                if args.json:  # row by row: a run that is killed leaves what it has
+                    write(report, args.json)
     finally:  # also what there is of a run that was stopped
         if args.json:
             save(report, args.json)
@@ -94,12 +96,16 @@ def line(row: Row) -> str:
     return f"{row['suite']:<8} " + "  ".join(shown)
 
 
+def write(report: dict[str, Any], path: Path) -> None:
+    with written(path) as temporary:
+        temporary.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def save(report: dict[str, Any], path: Path) -> None:
     """The report, and beside it, as PNG, what grows with frames or tokens."""
     from kling_programs.eval.benches.plot import plot
 
-    with written(path) as temporary:
-        temporary.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write(report, path)
     try:
         if plot(report["rows"], path.with_suffix(".png")):
             print(f"written  {path}, {path.with_suffix('.png')}", file=sys.stderr)

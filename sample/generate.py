@@ -67,6 +67,10 @@ def main(argv: list[str] | None = None) -> None:
     request = records.request_of(before, args.replay) if before else asked_request(args)
     kind = chosen_format(args, before)
     inputs = records.input_hashes(request)
+    jobs = [request.replace(seed=request.seed + i, num_videos=1) for i in range(request.num_videos)]
+    paths = [output_path(args, kind, job, several=len(jobs) > 1) for job in jobs]
+    for path in paths:
+        check_place(path, kind, {*inputs, str(Path(args.replay or "").absolute())}, args.save_latents, args.overwrite)
     if cold:  # this takes seconds in a process of its own
         print("loading diffusers and the model …", file=sys.stderr, flush=True)
     folder, pipe = load_pipeline(args.model or (before and before["model"]["path"]), args.device, loading(args, before))
@@ -78,10 +82,6 @@ def main(argv: list[str] | None = None) -> None:
         records.check_same_settings(before, plan, args.replay)
     own_rate = before["output"]["fps"] if before else plan.fps
     fps = float(frame_rate(own_rate if args.fps is None else args.fps))
-    jobs = [request.replace(seed=request.seed + i, num_videos=1) for i in range(request.num_videos)]
-    paths = [output_path(args, kind, job, several=len(jobs) > 1) for job in jobs]
-    for path in paths:
-        check_place(path, kind, {*inputs, str(Path(args.replay or "").absolute())}, args.save_latents, args.overwrite)
 
     from kling.runtime.precision import describe as describe_precision
     from kling.sampling.machine import Machine, pick_device, set_up, write_ratios

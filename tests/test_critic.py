@@ -216,15 +216,14 @@ def test_two_processes_are_two_micro_steps(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_critic_that_is_not_finite_takes_nothing_with_it(plain: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A fault of five updates leaves nothing behind; one that comes again ends the run, and names the clips."""
-    train_vae.main([*plain, "steps=8", f"out={tmp_path / 'straight'}"])
+    """A fault of five updates leaves nothing behind but its clips, which are not met again; one that comes again ends the run, and names
+    the clips."""
     real, calls, last = train_vae.hinge, iter(range(1, 1000)), 6
     monkeypatch.setattr(train_vae, "hinge", lambda *scores: real(*scores) * (math.nan if 2 <= next(calls) <= last else 1.0))
     train_vae.main([*plain, "steps=8", f"out={tmp_path / 'back'}"])
-    a, b = (load_latest(tmp_path / name) for name in ("straight", "back"))
-    assert a is not None and b is not None
-    for name, rows in a.tensors.items():
-        assert all(torch.equal(rows[key], b.tensors[name][key]) for key in rows), name
+    saved = load_latest(tmp_path / "back")
+    assert saved is not None and saved.step == 8 and saved.meta["places"] == 8 + 5
+    assert all(torch.isfinite(rows[key]).all() for rows in saved.tensors.values() for key in rows)
     assert lines(tmp_path / "back")[-2]["skipped"] == 5
 
     calls, last = iter(range(1, 1000)), 1000

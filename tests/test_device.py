@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 from itertools import pairwise
@@ -22,7 +23,10 @@ from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from test_pipeline import H, W, movie, picture, tiny_pipeline
 
 from kling import KlingFlowScheduler, KlingPipeline, KlingTransformer3DModel
+from kling.runtime.device import multiply_in_tf32
+from kling.sampling.machine import pick_device
 
+ROOT = Path(__file__).parents[1]
 train_dit = workers.train_dit
 HOLE = np.zeros((H, W), np.float32)
 HOLE[16:48, 32:80] = 1
@@ -146,3 +150,34 @@ def test_the_world_training_its_evaluation_and_benches_need_no_decoder_and_no_de
     """A machine with a GPU and no network has none of them (configs/gpu/first.sh)."""
     programs = ["train.train_dit", "train.train_vae", "train.train_text", "train.encode", "eval.world", "eval.bench", *BENCHES]
     subprocess.run([sys.executable, "-c", WITHOUT, *programs], check=True)
+
+
+def test_products_and_convolutions_on_cuda_are_rounded_alike_by_one_place() -> None:
+    files = [path for folder in ("kling", "train", "sample", "eval") for path in (ROOT / folder).rglob("*.py")]
+    places = [path.relative_to(ROOT).as_posix() for path in files if "allow_tf32" in path.read_text(encoding="utf-8")]
+    assert places == ["kling/runtime/device.py"]
+    multiply_in_tf32(False)
+    assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
+    pick_device("cpu")
+    assert torch.backends.cudnn.allow_tf32 and torch.backends.cuda.matmul.allow_tf32
+
+
+def test_the_vae_s_kernels_lie_as_its_clips_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    vae = tiny_pipeline().vae
+    with pretend.device(monkeypatch):
+        kernels = [p for p in vae.to(pretend.CUDA).parameters() if p.ndim == 5]
+        assert kernels and all(p.is_contiguous(memory_format=torch.channels_last_3d) for p in kernels)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1600)
+def test_first_contact_is_rehearsed(tmp_path: Path) -> None:
+    """The script of a machine with a GPU, in miniature: every stage ends well and leaves at most 8 files of 15 MB."""
+    env = os.environ | {"PYTHON": sys.executable, "OUT": str(tmp_path / "out"), "WORK": str(tmp_path / "work"), "WHEELS": str(tmp_path)}
+    subprocess.run(["bash", str(ROOT / "configs" / "gpu" / "first.sh"), "--rehearse"], env=env, check=True)
+    stages = [json.loads(line) for line in (tmp_path / "out" / "stages.jsonl").read_text().splitlines()]
+    assert [s["stage"] for s in stages] == ["machine", "tests", "bench", "encode", "pace", "train", "scores"]
+    assert all(stage["code"] == 0 or (stage["stage"], stage["code"]) == ("bench", 143) for stage in stages), stages  # 143: out of time
+    files = list((tmp_path / "out").iterdir())
+    assert len(files) <= 8 and all(file.stat().st_size <= 15e6 for file in files)
+    assert {"bench.json", "scores.json", "metrics.jsonl.gz", "weights.tar.aa", "logs.tar.gz"} <= {file.name for file in files}

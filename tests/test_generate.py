@@ -149,7 +149,7 @@ def test_formats(run) -> None:
     assert run("--replay", "still.png.json")[1][-1].startswith("identical") and Path("still-replay.png").is_file()
 
 
-def test_nothing_is_overwritten_unless_told_to(run) -> None:
+def test_nothing_is_overwritten_unless_told_to(run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run("ball", *QUICK, "--seed", "1", "--output", "a.mp4", "--save-latents")[0] == 0
     first = {path.name: path.read_bytes() for path in Path().iterdir()}
     assert set(first) == {"a.mp4", "a.mp4.json", "a.safetensors"}
@@ -158,6 +158,9 @@ def test_nothing_is_overwritten_unless_told_to(run) -> None:
         code, _, error = run("ball", *QUICK, "--seed", "3", *more.split())
         assert code == 2 and "exists already: choose another --output or seed, or add --overwrite" in error
         assert {name: Path(name).read_bytes() for name in first} == first
+    monkeypatch.setattr(generate, "load_pipeline", lambda *args: pytest.fail("refused before the model is loaded"))
+    assert "a.mp4 exists already" in run("ball", *QUICK, "--output", "a.mp4")[2]
+    monkeypatch.setattr(generate, "load_pipeline", load)
     Path("b.mp4.json").touch()  # a record alone is worth as much
     assert "b.mp4.json exists already" in run("ball", *QUICK, "--output", "b.mp4")[2]
     assert run("ball", *QUICK, "--seed", "3", "--output", "a.mp4", "--overwrite")[0] == 0

@@ -74,6 +74,13 @@ def test_the_installed_program_and_its_file_both_answer(name: str, capsys: pytes
     assert stop.value.code == 2 and error.count("\n") == 1 and f"{name} --help" in error
 
 
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    words = [sys.executable, "-c", "from kling_programs.train import command; command.train(['--help'])"]
+    program = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    program.stdout.close()
+    assert program.stderr.read() == "" and program.wait(60) == 0
+
+
 def test_names_of_other_trainers_lead_to_keys_that_are_there() -> None:
     found = set()
     for name in PROGRAMS:

@@ -230,6 +230,12 @@ def test_the_measured_speed_is_that_of_a_product() -> None:
         assert 0.25 < found * best / (2 * 1024 * 256 * 768) < 4
 
 
+def test_one_program_after_another_has_its_own_precision(tmp_path: Path) -> None:
+    """In one process, as kling-train-all and these tests run them: accelerate by itself refuses the second."""
+    for name, found in (("fp32", "no"), ("bf16", "bf16"), ("fp32", "no")):
+        assert make_accelerator(tmp_path, mixed_precision=name).mixed_precision == found
+
+
 def test_precision_names_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="fp16.*CUDA"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -79,7 +80,10 @@ def helped(name: str, argv: Sequence[str]) -> bool:
         raise UserError(f"usage: {name} {PROGRAMS[name].usage} ({name} --help lists every key and preset)")
     if not {"-h", "--help"} & set(argv):
         return False
-    print(help_text(name))
+    try:
+        print(help_text(name), flush=True)
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return True
 
 

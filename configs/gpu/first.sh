@@ -7,11 +7,11 @@
 # in miniature on a CPU. WHEELS: where wheels.sh has put site.tar.xz (default runs/wheels); WORK: where caches and checkpoints lie.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
-minutes=3 seconds=530 device=cuda
+minutes=3 seconds=530 device=cuda patience=1
 for word in "$@"; do
   case $word in
     --more) seconds=170 ;;
-    --rehearse) device=cpu seconds=1500 ;;
+    --rehearse) device=cpu seconds=1500 patience=5 ;;
     *[!0-9.]* | "") sed -n 2,8p "$0" >&2 && exit 2 ;;
     *) minutes=$word ;;
   esac
@@ -25,7 +25,7 @@ export PYTHONPATH="$PWD:$(cd "$work/site" && pwd)${PYTHONPATH:+:$PYTHONPATH}" HF
 python=${PYTHON:-python3}
 
 stage() { # NAME SECONDS COMMAND...: run it within its time and the script's, once
-  local name=$1 limit=$2 left=$((end - $(date +%s))) began code
+  local name=$1 limit=$(($2 * patience)) left=$((end - $(date +%s))) began code
   shift 2
   [ -e "$work/done/$name" ] && return 0
   ((limit = left < limit ? left : limit))
@@ -47,11 +47,11 @@ if [ $device = cuda ]; then
 else
   export KLING_GPU_TESTS=cpu
   tests=(tests/test_gpu.py -k "vae or diffusers") suites=(sampler) clips=(clips=10 "shorter={1: 10}") workers=0 probe=2 minutes=0.1
-  preset=(configs/dit/debug.yaml threads=1 "frames=[1,5]" max_frames=5 keep_every=0)
+  preset=(configs/dit/debug.yaml threads=1 "frames=[1,17]" max_frames=17)
   evaluation=(--n 1 --steps 1 --quick)
 fi
 encode=$work/encode.yaml
-[ $device = cuda ] && lengths="[1, 17, 41]" || lengths="[1, 5]"
+[ $device = cuda ] && lengths="[1, 17, 41]" || lengths="[1, 17]"
 printf '%s\n' "${clips[0]/=/: }" "${clips[1]/=/: }" "shard: 100" "workers: $workers" "data: {frames: $lengths}" >"$encode"
 train=("$python" -m kling_programs.train.train_dit "${preset[@]}" "out=$run" "cache=$work/cache" "encode=$encode" "workers=$((workers < 4 ? workers : 4))"
   sample_every=0 "samples=[]" save_every=500 log_every=10 keep_last=1)

@@ -15,6 +15,7 @@ from types import FrameType
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.parallelism_config import ParallelismConfig
+from accelerate.state import AcceleratorState
 from accelerate.utils import (
     DDPCommunicationHookType,
     DistributedDataParallelKwargs,
@@ -28,6 +29,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
 from kling.errors import UserError, unknown
+from kling.runtime.device import multiply_in_tf32
 from kling.runtime.precision import describe, pick_precision
 
 EXIT_STOPPED = 143  # 128 + SIGTERM: what a scheduler expects of a job that it asked to leave
@@ -59,6 +61,7 @@ def make_accelerator(
         raise UserError(f"gradient_accumulation {gradient_accumulation}: give 1 or more")
     if mixed_precision == "fp16":  # a loss scaler would have to agree with accumulation, the guard and the record of every step
         raise UserError("mixed_precision fp16 is for sampling: train in bf16, which has the range of fp32, or in fp32")
+    multiply_in_tf32()
     precision = pick_precision(mixed_precision)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
         os.environ["ACCELERATE_USE_CPU"] = "true"  # `accelerate launch` forgets it: each process would train alone and say nothing
@@ -68,13 +71,15 @@ def make_accelerator(
     if bf16_reduction and not sharded and (cpu or not torch.cuda.is_available()):
         raise UserError("bf16_reduction on a CPU needs sharded weights: start with configs/accelerate/fsdp2.yaml, or leave it out")
     hook = DDPCommunicationHookType.BF16 if bf16_reduction and not sharded else DDPCommunicationHookType.NO
+    if AcceleratorState._shared_state.get("_mixed_precision", named(precision)) != named(precision):
+        AcceleratorState._reset_state()  # one program after another in the same process, in another precision
     # without a reduction in every micro-step FSDP2 keeps the whole fp32 gradient on each process until the last one
     accumulation = GradientAccumulationPlugin(
         gradient_accumulation, adjust_scheduler=False, sync_with_dataloader=False, sync_each_batch=sharded
     )
     try:
         accelerator = Accelerator(
-            mixed_precision="no" if precision == "fp32" else precision,
+            mixed_precision=named(precision),
             gradient_accumulation_plugin=accumulation,
             log_with=list(trackers) or None,
             project_dir=str(out),
@@ -98,6 +103,11 @@ def make_accelerator(
         reduced = torch.bfloat16 if bf16_reduction else torch.float32
         accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(param, reduced, cast_forward_inputs=False)
     return accelerator
+
+
+def named(precision: str) -> str:
+    """A precision as accelerate calls it."""
+    return "no" if precision == "fp32" else precision
 
 
 def check_same_precision(accelerator: Accelerator, precision: str) -> None:

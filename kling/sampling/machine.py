@@ -17,6 +17,7 @@ import torch.distributed as dist
 from diffusers import ContextParallelConfig, FirstBlockCacheConfig, MagCacheConfig, TaylorSeerCacheConfig
 
 from kling.errors import UserError, unknown
+from kling.runtime.device import multiply_in_tf32
 
 OFFLOADS = ("model", "group")
 ATTENTIONS = {  # ours -> diffusers', and whether it runs on a CPU
@@ -67,6 +68,7 @@ def pick_device(name: str | None) -> torch.device:
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=device)
+        multiply_in_tf32()
         return device
     except (RuntimeError, AssertionError) as error:  # how torch says that it has no such device
         raise UserError(f"device '{name}' cannot be used ({str(error).splitlines()[0]}): try --device cpu") from None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -126,6 +126,14 @@ class AutoencoderKLKling(ModelMixin, ConfigMixin):
     def spatial_factor(self) -> int:
         """Pixels along one side of a latent point."""
         return 2 ** (len(self.config.dim_mult) - 1) * (self.config.patch_size or 1)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        """Wherever the weights go, on CUDA kernels lie channels-last, as clips do here: cuDNN would turn them at every call."""
+        super()._apply(*args, **kwargs)
+        for p in self.parameters():
+            if p.device.type == "cuda" and p.ndim in (4, 5):
+                p.data = p.data.contiguous(memory_format=torch.channels_last if p.ndim == 4 else torch.channels_last_3d)
+        return self
 
     # ---- whole clips, or chunks of a stream ----
 

@@ -16,8 +16,8 @@ from kling.shapes import clip_frames
 
 EXAMPLES = [
     "a red ball rolls left on grass",
-    "a yellow cube on tiles, the camera pans right",
-    "一个绿色的球在沙地上转圈",
+    "a yellow cube stays still on grey tiles, the camera pans right",
+    "一个绿色的球在沙地上绕圈移动",
     "一个红色的方块在雪地上上下弹跳",
 ]
 

@@ -93,7 +93,7 @@
     const pen = layer.getContext("2d");
     pen.drawImage(picture, 0, 0);
     const pixels = pen.getImageData(0, 0, layer.width, layer.height);
-    for (let i = 0; i < pixels.data.length; i += 4) pixels.data[i + 3] = pixels.data[i];
+    for (let i = 0; i < pixels.data.length; i += 4) pixels.data.set([255, 255, 255, pixels.data[i]], i);
     pen.putImageData(pixels, 0, 0);
     [painted, strokes] = [canvas, [{ image: layer }]];
     changed();

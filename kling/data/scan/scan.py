@@ -195,6 +195,7 @@ class _Worker:
 
     def _start(self) -> None:
         # forked where that is possible: a fresh interpreter would import everything anew
+        cv2.setNumThreads(1)  # in the parent: a pool's threads are not forked, and a child that waits for them hangs
         context = multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn")
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs,), daemon=True)
