@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.models.attention import FeedForward
 from torch import Tensor, nn
 
@@ -12,6 +11,7 @@ from kling.nn.attention import Attention, Kept
 from kling.nn.modulation import ModulatedNorm, Modulation, gate
 from kling.nn.norm import LayerNorm
 from kling.nn.packing import Packing
+from kling.runtime.diffusers_internals import TransformerBlockMetadata, TransformerBlockRegistry
 
 
 class KlingTransformerBlock(nn.Module):

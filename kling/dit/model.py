@@ -17,7 +17,6 @@ import torch
 import torch.fx.experimental._config
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
-from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
 from diffusers.models.attention import AttentionMixin
 from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
@@ -36,6 +35,7 @@ from kling.nn.modulation import Levels, ModulatedNorm, Modulation, TokenIndex, n
 from kling.nn.packing import Packing
 from kling.nn.patch import PatchEmbed, unpatchify
 from kling.nn.rope import RotaryPosEmbed
+from kling.runtime.diffusers_internals import ContextParallelInput, ContextParallelOutput
 from kling.shapes import token_grid
 
 RAYS_PER_PASS = 2**23  # numbers of rays that are made at once while sampling

@@ -7,12 +7,12 @@ from typing import Protocol
 
 import torch
 from diffusers.models.attention import AttentionModuleMixin
-from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
 
 from kling.nn.norm import RMSNorm
 from kling.nn.packing import Packing, attend_packed
 from kling.nn.rope import rotate
+from kling.runtime.diffusers_internals import dispatch_attention_fn
 
 
 class KeyValues(Protocol):
