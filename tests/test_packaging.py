@@ -21,6 +21,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 FOLDERS = {name: ROOT / folder for name, folder in PROJECT["tool"]["setuptools"]["package-dir"].items()}
 BASE = [Requirement(text) for text in PROJECT["project"]["dependencies"]]
 EXTRAS = [Requirement(text) for texts in PROJECT["project"]["optional-dependencies"].values() for text in texts]
+BOUNDED = ("diffusers",)  # what is not public in it comes through one file, and may change with a minor version
 PINS = {
     canonicalize_name(pin.name): pin
     for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
@@ -49,7 +50,8 @@ def test_ranges_pins_and_what_is_installed_agree() -> None:
         if name == "kling" or (requirement.marker and not requirement.marker.evaluate()):
             continue
         assert requirement.specifier, f"{name} needs a floor"
-        assert all(s.operator == ">=" for s in requirement.specifier), f"{name}: a range, so that what is installed stays"
+        signs = {s.operator for s in requirement.specifier}
+        assert signs == {">="} or (name in BOUNDED and signs == {">=", "<"}), f"{name}: a range, so that what is installed stays"
         if name in ("xformers", "setuptools"):  # chosen by the CUDA build of torch, and by the interpreter
             continue
         assert name in PINS, f"constraints.txt does not pin {name}"
