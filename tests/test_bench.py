@@ -44,7 +44,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_clock_tells_processor_time_from_waiting() -> None:
     seconds = machine.clock(lambda: (spin(0.02), time.sleep(0.1)), CPU, repeat=2)
-    assert seconds.cpu == pytest.approx(0.02, rel=0.5) and seconds.wall >= 0.12  # the sleep would add 0.1
+    assert seconds.cpu == pytest.approx(0.02, rel=0.5) and seconds.wall >= 0.1  # threads of torch that still spin count as cpu
 
 
 def test_a_ratio_is_the_median_of_the_peers_time_over_ours(told: None) -> None:
