@@ -43,8 +43,9 @@ def told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_clock_tells_processor_time_from_waiting() -> None:
+    time.sleep(0.5)  # threads of torch that an earlier test left spinning would count as this process's
     seconds = machine.clock(lambda: (spin(0.02), time.sleep(0.1)), CPU, repeat=2)
-    assert seconds.cpu == pytest.approx(0.02, rel=0.5) and seconds.wall >= 0.1  # threads of torch that still spin count as cpu
+    assert seconds.cpu == pytest.approx(0.02, rel=0.1) and seconds.wall >= 0.12
 
 
 def test_a_ratio_is_the_median_of_the_peers_time_over_ours(told: None) -> None:
