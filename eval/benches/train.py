@@ -22,6 +22,7 @@ from kling.dit.cost import forward_flops
 from kling.flow.levels import draw_sigma
 from kling.flow.losses import flow_loss
 from kling.flow.path import velocity
+from kling.runtime.device import upload
 from kling.runtime.precision import pick_precision
 from kling.runtime.random import generator, noise_like
 from kling.sampling.pipeline import load_vae
@@ -83,7 +84,7 @@ def loops(bench: Bench) -> Iterator[Row]:
         data = DataConfig(source="world", frames=[frames], aspects=["16:9"])
         for _ in fill_cache(CacheConfig(out=str(cache), clips=2 * batch, shares=[1.0], data=data), load_vae()):
             pass
-        ours, peer = Ours(cache, batch, frames, precision), Plain(cache, batch, frames)
+        ours, peer = Ours(cache, batch, frames, precision, bench.device), Plain(cache, batch, frames, bench.device)
         case = f"an update, shipped transformer, {batch} clips of {frames} frames"
         yield bench.same(case, ours)
         row = bench.compare(case, ours, peer, name="diffusers' module, fp32, AdamW, a plain loop", goal=GOALS[precision])
@@ -95,22 +96,22 @@ def loops(bench: Bench) -> Iterator[Row]:
 class Ours:
     """An update as `train/train_dit.py` makes it."""
 
-    def __init__(self, cache: Path, batch: int, frames: int, precision: str) -> None:
+    def __init__(self, cache: Path, batch: int, frames: int, precision: str, device: torch.device) -> None:
         torch.manual_seed(0)
         text = ByteTextEncoder()
-        self.model = Trained(KlingTransformer3DModel(**SHIPPED, text_dim=text.config.out_dim), text)
+        self.model = Trained(KlingTransformer3DModel(**SHIPPED, text_dim=text.config.out_dim), text).to(device)
         self.optimizer, self.ema = make_optimizer("muon", self.model, 1e-4), EMA(self.model, 0.999)
         self.steps, self.vae = LatentSteps(LatentCache(cache), batch, [frames], 0), load_vae()
         self.drawing, self.done = Drawing(0, {"text": 1.0}, 0.1, 0.4), 0
-        self.autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
-        tokens = batch * latent_frames(frames) * 28  # 4 x 7 tokens a latent frame of 112x64
-        self.flops = 3 * batch * forward_flops(self.model.transformer.config, tokens // batch, text.num_tokens)
+        self.device, self.autocast = device, torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+        tokens = latent_frames(frames) * 28  # 4 x 7 tokens a latent frame of 112x64
+        self.flops = 3 * batch * forward_flops(self.model.transformer.config, tokens, text.num_tokens)
 
     def __call__(self) -> None:
         batch = self.steps[self.done]
-        example = draw_example(self.drawing, batch, self.done, self.model.transformer, self.vae)
+        example = draw_example(self.drawing, batch, self.done, self.model.transformer, self.vae).to(self.device)
         b = len(batch.ids)
-        level = draw_sigma((b,), generator(0, "sigma", self.done))  # (b,)
+        level = upload(draw_sigma((b,), generator(0, "sigma", self.done)), self.device)  # (b,)
         noise = noise_like(example.state.clean, 0, "noise", self.done, range(b))  # (b, c, G, h, w)
         with self.autocast:
             v = self.model(example, example.state.noised(level, noise), level, self.model.words(example.prompts))
@@ -125,11 +126,11 @@ class Ours:
 class Plain:
     """The same network, clips and text in the loop that one writes first."""
 
-    def __init__(self, cache: Path, batch: int, frames: int) -> None:
+    def __init__(self, cache: Path, batch: int, frames: int, device: torch.device) -> None:
         torch.manual_seed(0)
-        self.text = ByteTextEncoder()
+        self.device, self.text = device, ByteTextEncoder().to(device)
         config = {"text_dim": self.text.config.out_dim, "freq_dim": 256, "in_channels": CHANNELS, "out_channels": CHANNELS}
-        self.model = WanTransformer3DModel(**SHIPPED, **config)
+        self.model = WanTransformer3DModel(**SHIPPED, **config).to(device)
         parameters = [*self.model.parameters(), *self.text.parameters()]
         self.parameters, self.optimizer = parameters, torch.optim.AdamW(parameters, lr=1e-4)
         self.ema = EMAModel(parameters, decay=0.999)
@@ -138,11 +139,12 @@ class Plain:
 
     def __call__(self) -> None:
         batch = self.cache.batch(self.bucket, torch.randperm(len(self.cache))[: self.batch].tolist(), self.frames)
-        sigma, noise = torch.randn(self.batch).sigmoid(), torch.randn_like(batch.latents)
+        latents = batch.latents.to(self.device)
+        sigma, noise = torch.randn(self.batch, device=self.device).sigmoid(), torch.randn_like(latents)
         level = sigma.view(-1, 1, 1, 1, 1)
         text = self.text(*self.text.tokenize([captions[0] for captions in batch.captions]))
-        v = self.model((1 - level) * batch.latents + level * noise, 1000 * sigma, text, return_dict=False)[0]
-        F.mse_loss(v, noise - batch.latents).backward()
+        v = self.model((1 - level) * latents + level * noise, 1000 * sigma, text, return_dict=False)[0]
+        F.mse_loss(v, noise - latents).backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         self.ema.step(self.parameters)
