@@ -332,7 +332,7 @@ def train_in(out: Path, cfg: TrainDiTConfig, stop: StopSignal, accelerator: Acce
                 watchdog.beat()
                 clips = b * micro * layout.ranks
                 speed = meter.close(layout.ranks, accelerator.num_processes)
-                log.log(done, Later(torch.cat([sums.flatten(), norm.view(1), guard.counts]), partial(told, guard, lr, speed)), clips=clips)
+                log.log(done, Later(torch.cat([sums.flatten(), norm.view(1), guard.counts]), partial(log_line, guard, lr, speed)), clips=clips)
                 last = done == cfg.steps
                 look = last or done % cfg.log_every == 0  # several processes must ask each other who got a signal
                 stopping = (look or accelerator.num_processes == 1) and stop.seen(accelerator)
@@ -371,7 +371,7 @@ def train_in(out: Path, cfg: TrainDiTConfig, stop: StopSignal, accelerator: Acce
     accelerator.wait_for_everyone()
 
 
-def told(guard: DeviceGuard, lr: float, speed: Callable[[], dict[str, float]], numbers: list[float]) -> dict[str, float]:
+def log_line(guard: DeviceGuard, lr: float, speed: Callable[[], dict[str, float]], numbers: list[float]) -> dict[str, float]:
     """A step's line in the log, of its numbers, which the host has read now; the guard sees them too."""
     *sums, norm, row, skipped = numbers
     guard.look(row, skipped)

@@ -149,7 +149,7 @@ def train_in(out: Path, cfg: TrainTextConfig, stop: StopSignal, accelerator: Acc
             optimizer.zero_grad()
             ema.update(model, step)
             done = step + 1
-            log.log(done, {"loss": loss, "grad_norm": norm, "found": found}, clips=cfg.batch)
+            log.log(done, {"loss": loss.detach(), "grad_norm": norm, "found": found}, clips=cfg.batch)
 
             stopping = stop.seen(accelerator)
             saver.check()
