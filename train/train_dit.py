@@ -332,7 +332,8 @@ def train_in(out: Path, cfg: TrainDiTConfig, stop: StopSignal, accelerator: Acce
                 watchdog.beat()
                 clips = b * micro * layout.ranks
                 speed = meter.close(layout.ranks, accelerator.num_processes)
-                log.log(done, Later(torch.cat([sums.flatten(), norm.view(1), guard.counts]), partial(log_line, guard, lr, speed)), clips=clips)
+                numbers = torch.cat([sums.flatten(), norm.view(1), guard.counts])
+                log.log(done, Later(numbers, partial(log_line, guard, lr, speed)), clips=clips)
                 last = done == cfg.steps
                 look = last or done % cfg.log_every == 0  # several processes must ask each other who got a signal
                 stopping = (look or accelerator.num_processes == 1) and stop.seen(accelerator)
