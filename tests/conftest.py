@@ -28,6 +28,14 @@ def fresh_accelerate() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
+def ordinary_priority() -> Iterator[None]:
+    """No test leaves the process with real-time priority, in which it would starve what it starts (SVT-AV1 does that as root)."""
+    yield
+    if hasattr(os, "sched_getscheduler"):
+        assert os.sched_getscheduler(0) == os.SCHED_OTHER
+
+
+@pytest.fixture(autouse=True)
 def fresh_attention() -> Iterator[None]:
     """diffusers makes the attention that one model was given the default of the process: other bits for every later test."""
     yield
