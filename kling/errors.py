@@ -12,7 +12,8 @@ EXIT_BAD_INPUT = 2
 FULL = (errno.ENOSPC, errno.EDQUOT)  # what no program can foresee, and any may meet at any file
 
 
-# What a thing is called here (the first of these names that exists), and what diffusers, ComfyUI, Wan's scripts and other trainers call it.
+# What a thing is called here (the first of these names that exists), and what diffusers, ComfyUI and Wan's scripts call it; for keys of
+# a training see kling/config.py.
 NAMES = {
     "num_inference_steps": "steps sample_steps num_steps sampling_steps",
     "guidance_scale": "cfg cfg_scale sample_guide_scale guide_scale guidance embedded_cfg_scale",
@@ -45,17 +46,6 @@ NAMES = {
     "context_parallel": "ulysses_size",
     "overwrite": "force y yes",
     "device": "gpu cuda",
-    "lr": "learning_rate",
-    "steps": "max_train_steps max_steps train_steps num_train_steps",
-    "batch": "batch_size train_batch_size",
-    "gradient_accumulation": "gradient_accumulation_steps grad_accum",
-    "workers": "num_workers dataloader_num_workers",
-    "warmup": "lr_warmup_steps warmup_steps",
-    "schedule": "lr_scheduler",
-    "clip_grad": "max_grad_norm gradient_clip",
-    "ema": "ema_decay",
-    "save_every": "checkpointing_steps",
-    "data cache": "data_dir dataset train_data_dir",
 }
 MEANS = {theirs: ours for ours, several in NAMES.items() for theirs in several.split()}
 # What must be known when such a name is replaced by ours.
@@ -91,8 +81,8 @@ def unknown(thing: str, value: object, choices: Iterable[str], known_as: str = "
 def meant(value: str, choices: list[str]) -> str | None:
     """The choice that a name of elsewhere stands for, else the nearest by its letters, else None.
 
-    >>> meant("--cfg", ["--camera", "--guidance-scale"]), meant("optim.learning_rate", ["optim.lr", "optim.name"]), meant("sizee", ["size"])
-    ('--guidance-scale', 'optim.lr', 'size')
+    >>> meant("--cfg", ["--camera", "--guidance-scale"]), meant("request.neg", ["request.negative_prompt"]), meant("sizee", ["size"])
+    ('--guidance-scale', 'request.negative_prompt', 'size')
     """
     plain = {_plain(choice): choice for choice in choices}
     key = _plain(value).rsplit(".", 1)[-1]
