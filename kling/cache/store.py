@@ -241,7 +241,7 @@ class CacheWriter:
                     temporary.replace(path)
                     path.with_suffix(".json").unlink(missing_ok=True)  # of the shard before
             except SafetensorError as error:
-                raise UserError(f"{path} cannot be written ({error}): free the place or choose another") from None
+                raise UserError(f"{path} cannot be written ({error}): free space there or choose another path") from None
             finally:
                 temporary.unlink(missing_ok=True)
             longest = max((len(prompt_bytes(text)) for row in rows for text in row["captions"]), default=0)  # bytes
