@@ -105,7 +105,7 @@ def test_a_signal_reaches_the_stage_and_a_failure_names_it(capfd: pytest.Capture
     time.sleep(0.2)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 143 and "stage 2: stopped; the same command goes on" in errors
+    assert process.returncode == 143 and "stage 2: stopped; run the same command to continue" in errors
 
 
 @pytest.mark.slow
