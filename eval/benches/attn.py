@@ -1,6 +1,6 @@
-"""Attention: its share of a pass, and clips of many lengths packed in one row against padded to the longest.
+"""Attention: its share of a pass, and clips of many lengths packed in one row against padding to the longest.
 
-The padded peer is what one writes first: `scaled_dot_product_attention` over the batch with a mask of what is real.
+The padded peer is the obvious implementation: `scaled_dot_product_attention` over the batch with a mask of the valid tokens.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PRESET = (
     540,
     1188,
     2268,
-)  # pictures beside 17, 41 and 81 frames, as in the large presets, 108 a latent frame
+)  # pictures and clips of 17, 41 and 81 frames, as in the large presets, with 108 tokens per latent frame
 GOALS = {"forward": 1.9, "forward + backward": 1.7}
 
 
@@ -61,7 +61,7 @@ def against_padding(bench: Bench, lengths: tuple[int, ...], goals: dict[str, flo
 
 
 class Attending:
-    """One way to attend, with the gradients of its inputs if asked."""
+    """One implementation of attention, optionally with the gradients of its inputs."""
 
     def __init__(self, how: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, g: Tensor, packing: Packing, backward: bool) -> None:
         self.how, self.packing, self.backward, self.upstream = how, packing, backward, g.flatten(2)
@@ -76,7 +76,7 @@ class Attending:
         return out
 
     def result(self) -> Tensor:
-        """The output, and the gradients."""
+        """The output, and the gradients if requested."""
         out = self().detach()
         return torch.cat([out.flatten(), *(x.grad.flatten() for x in self.inputs)]) if self.backward else out
 
@@ -91,7 +91,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def padded(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
-    """The same through a batch as long as the longest; (1, N, heads, head_dim) -> (1, N, d)."""
+    """The same with a batch padded to the longest; (1, N, heads, head_dim) -> (1, N, d)."""
     lengths = packing.lengths
     rows = [torch.nn.utils.rnn.pad_sequence(x[0].split(lengths), batch_first=True) for x in (q, k, v)]  # (b, longest, heads, head_dim)
     real = torch.arange(max(lengths), device=q.device)[None] < torch.tensor(lengths, device=q.device)[:, None]  # (b, longest)
@@ -100,7 +100,7 @@ def padded(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
 
 
 def shares(bench: Bench) -> Iterator[Row]:
-    """Seconds inside the attention kernel as a part of the forward pass, by the profiler, beside its share of the operations."""
+    """Seconds in the attention kernel as a share of the forward pass, by the profiler, and its share of the operations."""
     dtype = torch.bfloat16 if bench.device.type == "cuda" else torch.float32
     pair = Pair(SMALL, dtype, bench.device, bench.seed)
     cuda = bench.device.type == "cuda"
