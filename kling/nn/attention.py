@@ -21,16 +21,21 @@ class KeyValues(Protocol):
     def join(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
-Kept = dict[str, tuple[Tensor, Tensor]]  # keys and values that stay over the steps of a walk, by what they are of
+class Kept:
+    """Keys and values that stay over the steps of a walk, by what they are of. No dict: diffusers' offloading hooks hand a block copies
+    of the dicts it is called with, and what the block kept in a copy would be lost."""
+
+    def __init__(self) -> None:
+        self.pairs: dict[str, tuple[Tensor, Tensor]] = {}
 
 
 def once(kept: Kept | None, name: str, make: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """What `make` gives, made only the first time where there is something to keep it in."""
     if kept is None:
         return make()
-    if name not in kept:
-        kept[name] = make()
-    return kept[name]
+    if name not in kept.pairs:
+        kept.pairs[name] = make()
+    return kept.pairs[name]
 
 
 MOST_KEYS = 2048  # beyond it the scores no longer stay in the cache of a core, and PyTorch's kernel catches up
