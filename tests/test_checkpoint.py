@@ -65,8 +65,8 @@ def flip(path: Path) -> None:
 DAMAGE = {
     "model.safetensors is missing": lambda p: (p / "model.safetensors").unlink(),
     "model.safetensors has .* bytes": lambda p: (p / "model.safetensors").write_bytes(b"short"),
-    "model.safetensors has another SHA-256": lambda p: flip(p / "model.safetensors"),
-    "meta.json has another SHA-256": lambda p: flip(p / "meta.json"),
+    "SHA-256 of model.safetensors is not": lambda p: flip(p / "model.safetensors"),
+    "SHA-256 of meta.json is not": lambda p: flip(p / "meta.json"),
     "manifest.json is missing": lambda p: (p / "manifest.json").unlink(),
     "manifest.json is not readable": lambda p: (p / "manifest.json").write_text('{"step"'),
 }
@@ -89,7 +89,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(reason: str, t
 
 def test_nothing_good_is_an_error_and_not_a_fresh_start(tmp_path: Path) -> None:
     flip(save(tmp_path, 1, weights(1)) / "model.safetensors")
-    with pytest.raises(UserError, match="no good checkpoint"):
+    with pytest.raises(UserError, match="no intact checkpoint"):
         load_latest(tmp_path)
 
 
@@ -185,7 +185,7 @@ def test_a_run_keeps_its_settings(tmp_path: Path) -> None:
     check_same_config(tmp_path, {"anything": 1})
     save_config(outer(), tmp_path / "config.yaml")
     check_same_config(tmp_path, {"steps": 99, "seed": 1, "model": {"dim": 8}})
-    with pytest.raises(UserError, match="model.dim 8 -> 16; seed 1 -> 2; take them back"):
+    with pytest.raises(UserError, match="model.dim 8 -> 16; seed 1 -> 2; restore them"):
         check_same_config(tmp_path, {"steps": 99, "seed": 2, "model": {"dim": 16}})
     check_same_config(tmp_path, {"steps": 99, "seed": 2, "model": {"dim": 16}}, may_change=["steps", "seed", "model"])
 

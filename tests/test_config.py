@@ -76,7 +76,7 @@ def test_texts_that_yaml_1_1_would_turn_into_something_else(text: str, tmp_path:
         ("steps=" + "9" * 400, ["cannot be used", "beyond 64 bits"]),
         ("steps=" + "9" * 5000, ["cannot be used"]),
         ("model=" + "[" * 100_000, ["cannot be used"]),
-        ("model.x=" + "[" * 60 + "]" * 60, ["nests more than 50 deep"]),
+        ("model.x=" + "[" * 60 + "]" * 60, ["is nested more than 50 levels deep"]),
         ("data=${nothing}", ["nothing"]),
     ],
 )
@@ -123,7 +123,7 @@ def test_base_chain(tmp_path: Path) -> None:
         ("- 1", "holds a list"),
         ("stps: 1", "c.yaml.*did you mean 'steps'"),
         ("steps: x", "steps = 'x' in .*c.yaml: expected int"),
-        ("model: {x: " + "[" * 100_000, "c.yaml' cannot be used: it nests thousands deep"),
+        ("model: {x: " + "[" * 100_000, "c.yaml' cannot be used: it is nested thousands of levels deep"),
         ("model:" + "".join(f"\n{' ' * i}a:" for i in range(1, 300)), "cannot be used"),
         ("".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9) if i else 'x'}]\n" for i in range(40)), "more than 100000 values"),
         ("a: &a [*a]", "cannot be used"),

@@ -142,7 +142,7 @@ def test_a_length_and_a_whole_length_of_a_continuation_are_not_both_given():
         ({"video": movie(9), "keyframes": [(picture(), 8, 1.0)]}, "frame 8 lies in the given video: the first frame that is made is 9"),
         ({"outpaint": "1:1", "aspect": "1:1", "video": movie(5)}, "both outpaint and aspect"),
         ({"outpaint": "16:9", "video": movie(5)}, "has that aspect already"),
-        ({"mask": 0 * HOLE, "video": movie(5)}, "nothing white"),
+        ({"mask": 0 * HOLE, "video": movie(5)}, "no white area"),
         ({"mask": HOLE[None], "video": movie(5)}, r"mask of shape \(1, 32, 64\)"),
         ({"extend_to": 1.0, "duration": 2.0}, "extend_to 1 s is shorter"),
         ({"camera_scale": 2.0}, "without a camera"),

@@ -142,7 +142,7 @@ BAD = {
     "transposed.json": (json.dumps({"intrinsics": K, "c2w": [[*EYE, [3, 0, 0, 1]]]}), "frame 0: the last row of its 4x4"),
     "list.json": (json.dumps([EYE, EYE]), "holds a list"),
     "w2c.json": (json.dumps({"intrinsics": K, "w2c": [EYE]}), "w2c is the inverse of c2w"),
-    "deep.json": ('{"c2w": ' + "[" * 100_000, "nests thousands deep"),
+    "deep.json": ('{"c2w": ' + "[" * 100_000, "is nested thousands of levels deep"),
     "lens.txt": (LINE.replace("0 0 1 0 0 0", "0.1 0 1 0 0 0", 1), "distortion"),
     "nan.txt": (LINE.replace("0.9", "nan"), "frame 0 holds NaN"),
     "focal.txt": (LINE.replace("0.9", "-0.9"), "focal"),

@@ -452,7 +452,7 @@ MISTAKES = {
     "a template with an empty cell": (lambda f: [put(f, "t.csv", "a,video\n,b\n"), "--map", "path={a}.mp4"], "nothing to put for {a}"),
     "an object in a .json": (lambda f: [put(f, "t.json", '{"a": 1}')], "t.json holds a dict"),
     "words in a .json": (lambda f: [put(f, "t.json", '["a.mp4"]')], "t.json entry 1 holds a str"),
-    "a .json in a .json in …": (lambda f: [put(f, "t.json", "[" * 100_000)], "nests thousands deep"),
+    "a .json in a .json in …": (lambda f: [put(f, "t.json", "[" * 100_000)], "is nested thousands of levels deep"),
     "lines in lines in …": (lambda f: [put(f, "t.jsonl", '{"video": "a", "x": ' + "[" * 500 + "]" * 500 + "}")], "line 1 is not JSON"),
     "times in brackets in …": (lambda f: [put(f, "t.csv", f"video,timestamp\na,{'[' * 9999}\n")], "give [start, end]"),
     "a packed tar": (lambda f: [put(f, "t.tar", b"\x1f\x8b" + bytes(600))], "t.tar is not an uncompressed tar"),
