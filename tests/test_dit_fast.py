@@ -25,8 +25,13 @@ def test_a_shared_modulation_folds_into_the_norm(dtype: torch.dtype) -> None:
         )
 
 
-def test_what_is_kept_of_a_walk_changes_nothing_and_is_computed_once() -> None:
+@pytest.mark.parametrize("offloaded", [False, True])
+def test_what_is_kept_of_a_walk_changes_nothing_and_is_computed_once(offloaded: bool) -> None:
+    """Also under group offloading, whose hooks hand every block copies of the dicts that it is called with."""
     model = kling(wan(**IMAGE))
+    if offloaded:
+        cpu = torch.device("cpu")
+        model.enable_group_offload(cpu, cpu, offload_type="block_level", num_blocks_per_group=1)
     x = [inputs(sigma=torch.full((B,), level)) for level in (0.9, 0.5, 0.1)]
     for step in x:
         step["hidden_states"] = torch.randn(B, 4, G, H, W)

@@ -21,16 +21,21 @@ class KeyValues(Protocol):
     def join(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
-Kept = dict[str, tuple[Tensor, Tensor]]  # keys and values that are the same in all steps of a walk, by the name of their source
+class Kept:
+    """Keys and values that are the same in all steps of a walk, by the name of their source. Not a dict: diffusers' offloading hooks
+    pass copies of the dicts that a block is called with, and what the block put into a copy would be lost."""
+
+    def __init__(self) -> None:
+        self.pairs: dict[str, tuple[Tensor, Tensor]] = {}
 
 
 def once(kept: Kept | None, name: str, make: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """The result of `make`, computed once per name if there is a dict to keep it in."""
+    """The result of `make`, computed once per name if there is a `Kept` to hold it."""
     if kept is None:
         return make()
-    if name not in kept:
-        kept[name] = make()
-    return kept[name]
+    if name not in kept.pairs:
+        kept.pairs[name] = make()
+    return kept.pairs[name]
 
 
 MOST_KEYS = 2048  # beyond it the scores no longer stay in the cache of a core, and PyTorch's kernel catches up
