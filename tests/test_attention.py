@@ -1,4 +1,4 @@
-"""Attention by products on a CPU, against attention in fp64 written out."""
+"""Attention as matrix products on a CPU, against an explicit implementation in fp64."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_products_are_for_bf16_on_a_cpu_and_few_keys() -> None:
 
 
 def test_the_chosen_backend_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`set_attention_backend` wins over the choice for CPUs."""
+    """`set_attention_backend` takes precedence over the default for CPUs."""
     monkeypatch.setattr("kling.nn.attention.attend_by_products", lambda *_: pytest.fail("the backend that was set is not used"))
     layer = Attention(32, 2).bfloat16()
     layer.set_attention_backend("native")

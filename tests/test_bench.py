@@ -1,4 +1,4 @@
-"""kling-bench: its rules on work whose time, error and memory are known."""
+"""kling-bench: its rules, on work with known time, error and memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 
 def spin(seconds: float) -> None:
-    """Use the processor for so long."""
+    """Use the processor for this long."""
     end = time.process_time() + seconds
     while time.process_time() < end:
         pass
@@ -106,7 +106,7 @@ def test_a_wrong_result_is_not_timed() -> None:
 
 
 def test_poison_is_what_an_unwritten_result_holds() -> None:
-    like = torch.zeros(1000)  # small enough to be given again by the allocator, sooner or later
+    like = torch.zeros(1000)  # small enough that the allocator soon returns the same memory
     poison(like)
     assert torch.stack([torch.empty_like(like) for _ in range(256)]).isnan().any()
 

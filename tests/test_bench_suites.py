@@ -1,4 +1,4 @@
-"""The suites of kling-bench, small: what they compare is the same work, and what is wrong is not timed."""
+"""The suites of kling-bench at a small size: both sides do the same work, and wrong results are not timed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""kling-bench vae and vae-mem: what is compared is the same work, and what is wrong is not timed."""
+"""kling-bench vae and vae-mem: both sides do the same work, and wrong results are not timed."""
 
 from __future__ import annotations
 

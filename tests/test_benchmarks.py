@@ -1,4 +1,4 @@
-"""Other people's benchmarks: files worked by hand, names as they want them; votes and reports."""
+"""Published benchmarks: scores computed by hand, file names in their format; votes and reports."""
 
 from __future__ import annotations
 
@@ -180,7 +180,7 @@ def test_bad_benchmark_commands(argv: list[str], message: str, capsys: pytest.Ca
 
 
 def ways(path: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of Blender poses (n, 4, 4): positions, where the cameras look, and their right."""
+    """For Blender poses (n, 4, 4): the positions, the viewing directions, and the directions to the right."""
     return path[:, :3, 3], -path[:, :3, 2], path[:, :3, 0]
 
 
@@ -209,7 +209,7 @@ def test_worldscore_cameras_go_where_the_words_say() -> None:
 
 
 def test_worldscore_moves_follow_one_another() -> None:
-    """Against 4 x 4 matrices multiplied one after another, each move in the camera's own axes of then."""
+    """Against 4 x 4 matrices multiplied one after another, each move in the camera's axes at that moment."""
     moves = ("pan_left", "push_in", "orbit_right", "move_left")
     keys = torch.tensor(camera_data(moves, 9)["cameras"], dtype=torch.float64)
     pose = keys[0]
@@ -222,7 +222,7 @@ def test_worldscore_moves_follow_one_another() -> None:
 def test_worldscore_folders_are_as_its_evaluator_wants_them(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A still world of two moves and one that moves, by a pipeline that adds to its picture: clips follow one another."""
+    """A static scene with two moves and a dynamic one, with a pipeline that adds to its picture: each clip continues the previous one."""
     common = {"visual_style": "stylized", "style": "Oil painting"}
     still = common | {"visual_movement": "static", "scene_type": "indoor", "image": "static/stylized/indoor/rooms/007.png"}
     still |= {"camera_path": ["pan_left", "push_in"], "prompt_list": ["A room.", "A hall.", "A stair"], "content_list": [["bed"], [], []]}

@@ -70,7 +70,7 @@ def test_plucker_rays_of_a_hand_made_camera():
 
 
 def test_rays_are_not_rounded_by_autocast():
-    """Training makes them inside the network's pass, under autocast: bf16 has three digits, which is a third of a degree."""
+    """Training computes rays inside the network's pass, under autocast: bf16 has three digits, an error of a third of a degree."""
     trajectory = axes_trajectory({"pan": 7, "dolly": 5}, T, H, W)
     plain = plucker_rays(trajectory, H, W)
     with torch.autocast("cpu", torch.bfloat16):

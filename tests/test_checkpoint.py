@@ -1,4 +1,4 @@
-"""A checkpoint is whole or absent, whatever happens while it is written."""
+"""A checkpoint is complete or absent, whatever happens while it is written."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(reason: str, t
     assert found is not None and found.step == 1
     assert "step-00000002" in caplog.text and reason.split()[0] in caplog.text
 
-    save(tmp_path, 2, weights(3))  # the run goes on and writes the step again
+    save(tmp_path, 2, weights(3))  # the run continues and writes the step again
     assert load_latest(tmp_path).step == 2  # type: ignore[union-attr]
 
 
@@ -102,12 +102,12 @@ def test_good_folders_outlive_those_of_an_abandoned_future(tmp_path: Path) -> No
 
 
 class Killed(BaseException):
-    """The process ends here, as far as the files are concerned."""
+    """Raised to simulate a kill at this point."""
 
 
 @pytest.mark.parametrize("same_step", [False, True])
 def test_a_kill_at_any_moment_leaves_a_good_checkpoint(same_step: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cut `save` before its first, second, ... change of the disk until it runs through; a good checkpoint is there every time."""
+    """Interrupt `save` before its first, second, ... change of the disk until it completes; an intact checkpoint exists every time."""
     count, limit = 0, 0
 
     def guarded(function):
@@ -142,7 +142,7 @@ def test_a_kill_at_any_moment_leaves_a_good_checkpoint(same_step: bool, tmp_path
         found = load_latest(run)
         assert found is not None
         seen.add(found.tensors["model"]["b"].item())
-        save(run, 3, weights(30), keep_last=1)  # the next save is not disturbed by what is left
+        save(run, 3, weights(30), keep_last=1)  # the remains do not disturb the next save
         assert load_latest(run).step == 3  # type: ignore[union-attr]
         assert [p.name for p in run.glob("step-*")] == ["step-00000003"]
         if finished:

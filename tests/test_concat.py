@@ -1,4 +1,4 @@
-"""The older layouts' extra channels, read off the State: against the loops over pixel frames that the published pipelines write."""
+"""The extra channels of the older layouts, computed from the State, against the loops over pixel frames of the published pipelines."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def state_of(given: Given) -> State:
 
 
 def published_mask(known: set[int]) -> Tensor:
-    """As wan/image2video.py: one a pixel frame, the first four times, folded by four."""
+    """As wan/image2video.py: one value per pixel frame, the first repeated four times, folded by four."""
     pixels = torch.zeros(1, T, HH, WW)
     pixels[:, sorted(known)] = 1
     pixels = torch.cat([pixels[:, :1].repeat_interleave(4, dim=1), pixels[:, 1:]], dim=1)

@@ -157,7 +157,7 @@ def test_the_environment_is_read_where_the_user_says_so(tmp_path: Path, monkeypa
 
 
 def test_what_other_trainers_call_a_key_leads_to_ours() -> None:
-    """Of the real programs: every hint names a key that is there, and no name of ours is taken for somebody else's."""
+    """For the real programs: every hint names an existing key, and none of our names is taken for another tool's."""
     from kling_programs.train import command
 
     for asked in command.PROGRAMS.values():

@@ -1,4 +1,4 @@
-"""kling-data report and caption, as a person runs them."""
+"""kling-data report and caption, run as a user would."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The studio without its page: the queue, what is handed in, the fields, the shelf, the command line."""
+"""The studio without its page: the queue, uploads, the fields, the shelf, the command line."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def drain(events) -> tuple[list, object]:
 
 
 class Gate:
-    """A job that holds the model until it is opened."""
+    """A job that occupies the model until it is opened."""
 
     def __init__(self, queue: ModelQueue, visitor: str = "gate") -> None:
         self.open, entered = threading.Event(), threading.Event()
@@ -143,7 +143,7 @@ def test_a_mistake_in_a_job_reaches_who_waits_for_it():
 
 
 def following(queue: ModelQueue, owner: str) -> tuple[list, list]:
-    """Draw from a job in the background: what it told, and how it ended."""
+    """Follow a job in the background: what it reported, and how it ended."""
     seen, end = [], []
 
     def draw() -> None:
@@ -300,7 +300,7 @@ def test_good_files_are_kept_by_their_contents(uploads):
 
 
 def test_one_upload_named_by_many_requests_at_once_is_kept_once(uploads):
-    """A page checks a file, draws it and explains it in parallel."""
+    """A page checks, draws and explains a file in parallel requests."""
     image = png(uploads.arrivals / "a.png", (300, 300))
     kept, threads = [], []
     for _ in range(8):
@@ -360,7 +360,7 @@ def sparse(path: Path, frames: int = 10, apart: float = 590.0) -> Path:
 
 
 def test_a_few_frames_far_apart_are_counted_after_resampling(pipe, uploads, tmp_path, monkeypatch):
-    """Ten frames 590 s apart are 42 000 at 8 fps: the library refuses to read them, and the page takes the first minute."""
+    """Ten frames 590 s apart are 42 000 frames at 8 fps: the library refuses to read them, and the page uses the first minute."""
     file = sparse(tmp_path / "s.mp4")
     assert file.stat().st_size < 8000 and probe(file).count(8) > 42_000
     monkeypatch.setattr("kling.data.video.read_video", None)  # nothing is decoded
@@ -378,7 +378,7 @@ def test_a_few_frames_far_apart_are_counted_after_resampling(pipe, uploads, tmp_
 
 
 def test_what_is_restyled_is_read_no_further_than_the_model_goes(pipe, tmp_path, monkeypatch):
-    """And scaled while it is read: no frame is ever there at its own size, unless that is smaller."""
+    """And it is scaled while reading: no frame is held at full size, unless that is smaller."""
     write_video(tmp_path / "v.mp4", np.random.default_rng(0).integers(0, 256, (60, 256, 448, 3), dtype=np.uint8), 8)
     read, asked = [], {"video": str(tmp_path / "v.mp4")}
     monkeypatch.setattr("kling.data.video.read_video", lambda *a, **k: read.append(read_video(*a, **k)) or read[-1])
@@ -404,7 +404,7 @@ def test_a_phone_s_video_is_brought_down_and_the_page_says_so(uploads):
 
 
 def test_a_refused_file_keeps_its_reason_for_every_request_of_the_page(uploads):
-    """The page checks a file, draws it and explains it; whoever comes after the first finds it deleted."""
+    """The page checks, draws and explains the file; every request after the first finds it deleted."""
     bad = uploads.arrivals / "a.png"
     for _ in range(2):  # and if it is uploaded again
         bad.write_bytes(b"words")
@@ -610,7 +610,7 @@ def test_mistakes_are_one_line(argv, message, capsys):
 
 
 def test_a_record_of_the_page_replays(pipe, tmp_path):
-    """The JSON of a result holds everything: the same frames come out of its request."""
+    """The JSON of a result is complete: its request gives the same frames."""
     from kling.sampling.record import request_of as recorded
 
     shelf = Shelf(tmp_path, {"path": "m", "sha256": {}})

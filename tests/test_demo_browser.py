@@ -39,7 +39,7 @@ def browser() -> Iterator[playwright.Browser]:
 
 
 def new_page(browser: playwright.Browser, width: int = 1440, **context: object) -> playwright.Page:
-    """A new visitor, who waits long: the machine may be busy."""
+    """A new visitor, with a long timeout: the machine may be busy."""
     visitor = browser.new_context(viewport={"width": width, "height": 1000}, **{"locale": "en-US", **context})
     visitor.set_default_timeout(WAIT)
     return visitor.new_page()
@@ -47,7 +47,7 @@ def new_page(browser: playwright.Browser, width: int = 1440, **context: object) 
 
 @pytest.fixture
 def page(browser, site) -> Iterator[playwright.Page]:
-    """An empty page of a new visitor. At the end: no error on the console, and nothing was asked of any other host."""
+    """An empty page of a new visitor. At the end: no error on the console, and no request to any other host."""
     page = new_page(browser)
     wrong: list[str] = []
     page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
@@ -61,7 +61,7 @@ def page(browser, site) -> Iterator[playwright.Page]:
 
 
 def open_for_short_clips(page: playwright.Page, site: Site) -> None:
-    """Half a second in two steps, so that a test waits for the page and not for the model."""
+    """Clips of half a second in two steps, so that tests do not wait for the model."""
     page.goto(site.url)
     page.wait_for_selector("#plan p")
     tab(page, "Size")
@@ -498,7 +498,7 @@ def test_the_inside_of_a_request(page, tmp_path):
 
 @pytest.mark.slow
 def test_the_checkpoints_of_a_run_side_by_side(browser, tmp_path, monkeypatch):
-    """A run of kling-train: its curves are drawn, and two of its checkpoints make their own videos from one seed."""
+    """A run of kling-train: its curves are drawn, and two of its checkpoints make a video each from one seed."""
     from kling_programs.sample.studio import runs
     from workers import ROOT, debug_words, train_dit
 

@@ -1,4 +1,4 @@
-"""The door of the page: bodies, uploads, names, passwords, and who listens. Over real sockets, with a real server."""
+"""The guard of the page: bodies, uploads, names, passwords, and listeners. Over real sockets, with a real server."""
 
 # ruff: noqa: F811 - arguments are fixtures
 
@@ -29,7 +29,7 @@ from kling.errors import UserError
 
 
 def raw(site: Site, head: str, *pieces: bytes, pause: float = 0.0) -> int:
-    """The status of a request sent by hand; 0 if the connection was closed without one."""
+    """The status of a hand-written request; 0 if the connection was closed without one."""
     host, port = site.url.split("//")[1].strip("/").split(":")
     with socket.create_connection((host, int(port)), timeout=30) as connection:
         connection.sendall(head.replace("\n", "\r\n").encode() + b"\r\n\r\n")
@@ -88,7 +88,7 @@ def test_an_address_has_a_share_of_uploads_and_the_server_a_whole(site, tmp_path
 
 
 def test_an_address_in_a_payload_is_never_fetched(site):
-    """Every event of the page and the API, with a URL wherever a file may be named."""
+    """For every event of the page and the API, with a URL wherever a file may be named."""
     asked: list[str] = []
 
     class Trap(http.server.BaseHTTPRequestHandler):
@@ -121,7 +121,7 @@ def test_an_address_in_a_payload_is_never_fetched(site):
 
 @pytest.mark.slow
 def test_numbers_out_of_range_never_fail_on_the_server(site, caplog, capfd):
-    """Whatever is typed into any field, of any event: a line, or nothing; never an error that the log must explain."""
+    """Any input to any field of any event gives one line or nothing, never an error in the log."""
     odd = [1e300, 10**400, -1, 0.5, True, "7", [], {}, "\ud800"]
     for number, fn in site.page.fns.items():
         if fn.api_name == "generate" or not fn.inputs or fn.fn is None or fn.fn.__name__ in ("generate", "vary", "look", "sweep"):
@@ -240,7 +240,7 @@ def test_wrong_passwords_cost_time_and_then_close_the_door(tmp_path, monkeypatch
 
 @pytest.mark.slow
 def test_the_program_with_accounts_and_tls(tmp_path):
-    """kling-demo as a process: no password in its command line, https, a delay and a lock after wrong tries."""
+    """kling-demo as a process: no password on its command line, https, a delay and a lock after wrong passwords."""
     save_tiny(tmp_path / "model", ["text"])
     (tmp_path / "accounts").write_text("me:secret\n")
     made = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=127.0.0.1"]

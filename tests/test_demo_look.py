@@ -1,4 +1,4 @@
-"""What the studio shows of the camera and of the inside of a model, against closed forms and the model's own activations."""
+"""The studio's drawings of the camera and views inside a model, against closed forms and the model's own activations."""
 
 # ruff: noqa: F811 - arguments are fixtures
 
@@ -51,7 +51,7 @@ def test_drawings_follow_the_camera():
 
 
 def test_the_attention_shown_is_the_attention_paid(pipe):
-    """The tiny model has one head, so that its output for a token is the shown weights times the values."""
+    """The tiny model has one head, so its output for a token is the displayed weights times the values."""
     walk = look.walk(pipe, Request("a ball", num_frames=9, num_inference_steps=2), lambda event: None)
     attn = pipe.transformer.blocks[0].attn1
     values, outs = [], []

@@ -1,6 +1,6 @@
-"""On a device that is not the CPU: nothing of the host is in the way, and the host does not wait for it while it works.
+"""On a device other than the CPU: no tensor stays on the host by mistake, and the host does not wait for the device.
 
-The device is pretended (`pretend.py`), so these run everywhere; `test_gpu.py` is for a real one.
+The device is simulated (`pretend.py`), so these tests run everywhere; `test_gpu.py` is for a real one.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def request_of(fields: dict[str, Any]) -> Any:
 
 
 def test_no_step_of_a_training_waits_but_to_log(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """All tasks, keyframes and cameras included, with either optimizer: one copy of the logged numbers every third step, and no other."""
+    """With all tasks, keyframes and cameras, and both optimizers: one copy of the logged numbers every third step, and no other."""
     monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", "cuda:0")
     words = workers.debug_words(tmp_path, "batch=2", "save_every=100", "log_every=3", "steps=9", "optimizer=muon", "watchdog=0")
     marks: list[int] = []
@@ -147,7 +147,7 @@ BENCHES = [f"eval.benches.{name}" for name in ("dit", "attn", "vae", "vae_mem", 
 
 
 def test_the_world_training_its_evaluation_and_benches_need_no_decoder_and_no_demo() -> None:
-    """A machine with a GPU and no network has none of them (configs/gpu/first.sh)."""
+    """A machine with a GPU and no network has none of these packages (configs/gpu/first.sh)."""
     programs = ["train.train_dit", "train.train_vae", "train.train_text", "train.encode", "eval.world", "eval.bench", *BENCHES]
     subprocess.run([sys.executable, "-c", WITHOUT, *programs], check=True)
 
@@ -172,7 +172,7 @@ def test_the_vae_s_kernels_lie_as_its_clips_do(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.slow
 @pytest.mark.timeout(1600)
 def test_first_contact_is_rehearsed(tmp_path: Path) -> None:
-    """The script of a machine with a GPU, in miniature: every stage ends well and leaves at most 8 files of 15 MB."""
+    """The script for a machine with a GPU, at a small size: every stage succeeds and leaves at most 8 files of 15 MB."""
     env = os.environ | {"PYTHON": sys.executable, "OUT": str(tmp_path / "out"), "WORK": str(tmp_path / "work"), "WHEELS": str(tmp_path)}
     subprocess.run(["bash", str(ROOT / "configs" / "gpu" / "first.sh"), "--rehearse"], env=env, check=True)
     stages = [json.loads(line) for line in (tmp_path / "out" / "stages.jsonl").read_text().splitlines()]

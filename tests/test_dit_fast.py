@@ -1,4 +1,4 @@
-"""What makes the transformer faster changes nothing of what it computes."""
+"""The transformer's optimisations do not change its results."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_what_is_kept_of_a_walk_changes_nothing_and_is_computed_once(offloaded: 
 
 
 def test_packed_batches_are_the_batches_one_by_one() -> None:
-    """A picture pair, a clip and a longer one with its own sizes, levels and texts: outputs and gradients."""
+    """Two pictures, a clip and a longer one with sizes, levels and texts of their own: outputs and gradients."""
     model = kling(**EXTRAS, camera_fold="pool")
     for extra in (model.kind_embedding.weight, model.control_adapter.conv.weight):
         torch.nn.init.normal_(extra, std=0.2)

@@ -1,4 +1,4 @@
-"""`kling-export`: others load what we write, and there and back is the same file."""
+"""`kling-export`: other tools load the result, and exporting back gives the same file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How files come to be: with the user's umask, whole, and with one line where the disk is full."""
+"""Writing files: with the user's umask, atomically, and with a one-line error if the disk is full."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def wan(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 @contextmanager
 def full_after(size: int) -> Iterator[None]:
-    """A disk on which no file grows beyond `size` bytes."""
+    """A disk on which no file can grow beyond `size` bytes."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:

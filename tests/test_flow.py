@@ -1,4 +1,4 @@
-"""The path, the clock, the loss and guidance, against their formulas."""
+"""The path, the noise levels, the loss and guidance, against their formulas."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_guidance_is_its_formula_and_costs_no_needless_pass():
 
 
 def test_guidance_grows_away_from_frames_that_are_given():
-    """Frames 0 and, appended, 5.5 are given whole; half of frame 3 is, which does not count. Reach 4."""
+    """Frames 0 and, appended, 5.5 are given; half of frame 3 is too, which does not count. Reach 4."""
     mask, position = torch.ones(1, 1, 9, 2, 2), torch.tensor([[*range(8), 5.5]])
     mask[:, :, [0, 8]], mask[:, :, 3, 0] = 0, 0
     share = given_share(mask, position, 4.0)
@@ -90,7 +90,7 @@ def test_guidance_grows_away_from_frames_that_are_given():
 
 
 def test_guidance_on_a_part_of_the_walk():
-    """Levels 1, 0.8 … 0; inside the interval every second step computes it, and those between add the last change again."""
+    """Levels 1, 0.8 … 0; inside the interval every second step computes guidance, and the steps between add the last change again."""
     calls = []
 
     def predict(which: str, camera: bool) -> torch.Tensor:

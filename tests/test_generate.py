@@ -1,4 +1,4 @@
-"""`kling-sample` with a tiny random model: one video from command line to file and back through --replay, and every mistake in one line."""
+"""`kling-sample` with a tiny random model: from command line to file and back through --replay, and every mistake in one line."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """run(*argv) -> (exit code, stdout lines, stderr), in an empty folder, with the able model unless told otherwise."""
+    """run(*argv) -> (exit code, stdout lines, stderr), in an empty folder, with the model of all tasks by default."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(generate, "load_pipeline", load)
 
@@ -168,7 +168,7 @@ def test_nothing_is_overwritten_unless_told_to(run, monkeypatch: pytest.MonkeyPa
 
 
 def test_records_under_their_earlier_names_are_found_and_replayed(run) -> None:
-    """`a.json` lay beside both `a.mp4` and `a.gif`, and was that of the later one."""
+    """`a.json` was the record of both `a.mp4` and `a.gif`; the later file overwrote it."""
     run("ball", *QUICK, "--seed", "1", "--output", "a.mp4")
     Path("a.mp4.json").rename("a.json")
     Path("a.gif").touch(), Path("b.mp4").touch()
@@ -287,7 +287,7 @@ def test_model_refuses_what_it_was_not_trained_for(run, models: Path, given: str
 
 
 def test_the_time_is_counted_from_the_start(run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was waited for, and how much of it was loading; the second video is not charged for it again."""
+    """The time waited, and the part of it for loading; the second video is not charged for loading."""
 
     def slowly(*args: object) -> tuple[Path, KlingPipeline]:
         time.sleep(0.5)
@@ -302,7 +302,7 @@ def test_the_time_is_counted_from_the_start(run, monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_continuation_goes_on_with_the_words_of_its_source(run) -> None:
-    """Unless others are given, or it is changed and not continued. A video of elsewhere has none."""
+    """Unless another prompt is given, or the video is edited instead of continued. Videos from other tools have no prompt."""
     run("a red ball", *QUICK, "--seed", "1", "--output", "a.mp4")
     write_video("in.mp4", np.full((5, 80, 80, 3), 99, np.uint8), 8)
     Path("in.mp4.json").write_text('{"caption": "somebody else\'s"}')

@@ -1,6 +1,6 @@
-"""On a real CUDA device: trainings and resuming, every way of sampling, the VAE's stream, compiled blocks, low-rank weights, diffusers.
+"""On a real CUDA device: training and resuming, every sampling mode, the VAE's stream, compiled blocks, low-rank weights, diffusers.
 
-KLING_GPU_TESTS=cpu runs the same on the CPU, to see that the tests themselves are whole (`configs/gpu/first.sh --rehearse`).
+KLING_GPU_TESTS=cpu runs the same on the CPU, to check the tests themselves (`configs/gpu/first.sh --rehearse`).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ train_dit = workers.train_dit
 
 
 def waits(kind: str) -> None:
-    """What PyTorch does when the host is about to wait for the GPU: "default" or "error"."""
+    """PyTorch's behaviour when the host would wait for the GPU: "default" or "error"."""
     if DEVICE.type == "cuda":
         torch.cuda.set_sync_debug_mode(kind)
 
@@ -72,7 +72,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_training_goes_on_where_it_stopped_and_its_model_samples(precision: str, words: list[str], tmp_path: Path) -> None:
-    """Atomic sums on a GPU come in any order, so equal to a rounding and not to the bit."""
+    """Atomic sums on a GPU have no fixed order, so results are equal up to rounding, not bit for bit."""
     words = [*words, f"mixed_precision={precision}", "schedule=constant"]
     train_dit.main([*words, "steps=4", f"out={tmp_path / 'whole'}"])
     for steps in (2, 4):

@@ -1,4 +1,4 @@
-"""What a trained model can become: low-rank adapters, new conditions; and recomputed activations, which change nothing."""
+"""Extensions of a trained model: low-rank adapters and new conditions; and recomputed activations, which change no result."""
 
 from __future__ import annotations
 
@@ -129,8 +129,8 @@ def test_recomputed_activations_give_the_same_gradients(what: str) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_compiled_blocks_train_as_eager_ones_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through C++, with clips of one shape: each other one is compiled anew, most of a minute of a core."""
-    monkeypatch.setattr(inductor, "compile_threads", 1)  # not by a pool of processes that import all of torch first
+    """Compiles C++, with clips of one shape: each further shape would take most of a minute of a core."""
+    monkeypatch.setattr(inductor, "compile_threads", 1)  # no pool of processes, each of which would import torch first
     words = workers.debug_words(tmp_path, "batch=2", "steps=3", NO_TASKS)
     (tmp_path / "encode.yaml").write_text("{clips: 6, shares: [1], shard: 3, workers: 0, data: {frames: [1, 5], aspects: ['16:9']}}")
     graphs = counters["stats"]["unique_graphs"]

@@ -1,4 +1,4 @@
-"""Updates that are not finite, hangs, clocks, and what evaluation must not change."""
+"""Updates that are not finite, hangs, clocks, and evaluation that must not change the training."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_on_a_device_the_guard_leaves_out_without_a_look_and_the_host_goes_back_
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_an_update_that_is_left_out_on_the_device_changes_no_bit(name: str) -> None:
     def after(*updates: float | None) -> dict[str, Tensor]:
-        """What there is after updates that are judged (0, or 1: its gradients are not finite) or not (None)."""
+        """The state after updates that are judged (0, or 1: its gradients are not finite) or not (None)."""
         torch.manual_seed(0)
         model = torch.nn.Sequential(torch.nn.Embedding(4, 16), torch.nn.Linear(16, 24), torch.nn.LayerNorm(24))
         optimizer, average = make_optimizer(name, model, 1e-2, weight_decay=0.1), EMA(model, 0.9)
@@ -165,7 +165,7 @@ def test_validation_and_samples_leave_training_bit_equal(words: list[str], tmp_p
 
 
 def test_parts_of_a_run_are_the_run(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two resumes in one epoch, 0, 1 and 2 workers, foreign draws amid every step: the same clips, noise, weights and learning rates."""
+    """Two resumes in one epoch, 0, 1 and 2 workers, unrelated random draws in every step: the same clips, noise, weights and rates."""
     for name in ("draw_example", "noise_like", "flow_loss"):
         monkeypatch.setattr(train_dit, name, getattr(train_dit, name))
     workers.record(0)
@@ -192,7 +192,7 @@ def test_parts_of_a_run_are_the_run(words: list[str], tmp_path: Path, monkeypatc
 
 
 def test_a_sample_of_every_task(words: list[str], tmp_path: Path) -> None:
-    """A request made for a task is understood as that task, and all of them are drawn."""
+    """A request made for a task is recognised as that task, and a video is drawn for each."""
     clip = held_out(Validation(clips=1), DataConfig(), 17)[0]
     pipe = KlingPipeline.from_pretrained()
     assert {name: pipe.plan(request).task for name, request in zip(TASKS, task_requests(clip, TASKS), strict=True)} == {n: n for n in TASKS}
@@ -204,7 +204,7 @@ def test_a_sample_of_every_task(words: list[str], tmp_path: Path) -> None:
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, when) -> None:
-    """Losses are not finite on the calls that `when` names (1-based)."""
+    """Make losses not finite in the calls that `when` selects (1-based)."""
     real, calls = train_dit.flow_loss, iter(range(1, 10**6))
     monkeypatch.setattr(train_dit, "flow_loss", lambda *args: real(*args) * (math.nan if when(next(calls)) else 1.0))
 
@@ -235,7 +235,7 @@ def test_five_in_a_row_are_noticed_when_the_log_is_read(words: list[str], tmp_pa
 
 
 def test_a_rollback_rewinds_the_weights_and_keeps_the_place(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Clips at places 2 to 6 make NaN whenever they are met. The run goes on after them, as one that never met them."""
+    """Clips at places 2 to 6 give NaN whenever they are drawn. The run continues after them, like one that never drew them."""
     bad, met, real = range(2, 7), [], train_dit.draw_example
     monkeypatch.setattr(train_dit, "draw_example", lambda how, batch, place, *rest: met.append(place) or real(how, batch, place, *rest))
     loss = train_dit.flow_loss

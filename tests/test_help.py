@@ -1,4 +1,4 @@
-"""--help tells every key of the real settings, with its default and a line, and is there in under a second without torch."""
+"""--help shows every key of the real settings with its default and a description, in less than a second and without torch."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def keys(name: str) -> list[command.Key]:
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_what_is_read_from_the_source_is_what_python_makes_of_it(name: str) -> None:
-    """Keys and defaults, in order; the defaults written so that they can be given back."""
+    """Keys and defaults in order; the defaults in a form that the command line accepts."""
     told, cls = keys(name), settings(name)
     free = {f.name for f in fields(cls) if "dict" in str(f.type) or "list[dict" in str(f.type)}
     true = {key: value for key, value in flatten(to_dict(cls())).items() if key.split(".")[0] not in free}

@@ -1,4 +1,4 @@
-"""Published weights in and out: names, shapes, layouts, prompts, single files, and what is refused."""
+"""Loading and exporting published weights: names, shapes, layouts, prompts, single files, and refusals."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def original(state: dict[str, torch.Tensor], prefix: str = "") -> dict[str, torc
 
 
 def made_names() -> set[str]:
-    """The original repository's names, written out from its source (wan/modules/model.py), for one block of every kind of model."""
+    """The original repository's names, from its source (wan/modules/model.py), for one block of every kind of model."""
     pairs = [
         "patch_embedding", "text_embedding.0", "text_embedding.2", "time_embedding.0", "time_embedding.2", "time_projection.1",
         "head.head", *(f"img_emb.proj.{i}" for i in (0, 1, 3, 4)), "blocks.0.norm3", "blocks.0.ffn.0", "blocks.0.ffn.2",
@@ -296,7 +296,7 @@ def test_a_plan_has_the_types_of_the_real_thing_and_nothing_warns(folder: Path, 
 def test_a_prompt_that_umt5_cannot_read_whole_is_refused_or_said_to_be_cut(
     folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One token a letter here, and an end: 511 letters fit."""
+    """Here each letter is one token, plus an end token: 511 letters fit."""
     text, longest = UMT5TextEncoder(folder, torch.float32), "b" * 511
     assert text.encode([longest]).shape[1] == 512
     with pytest.raises(UserError, match="has 520 tokens, and umT5 reads 512: shorten it; from '(c ?){8}…' on it would be lost") as error:

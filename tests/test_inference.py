@@ -1,4 +1,4 @@
-"""Running on this machine: offload, fp8, attention, caches and shared tokens, from the command line to the model; and the estimate."""
+"""Machine settings: offload, fp8, attention, caches and shared tokens, from the command line to the model; and the memory estimate."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_a_cache_skips_work_and_forgets_between_videos(cache: str, folder: Path,
 
 @pytest.mark.parametrize("layout", ["t2v", "t2v-a14b"])
 def test_calibration_measures_what_mag_needs(layout: str, tmp_path: Path) -> None:
-    """The ratios of what the blocks add, against hooks of our own around them; and `mag` takes the file."""
+    """The ratios of the blocks' contributions, against hooks of our own; and `mag` accepts the file."""
     pipe = KlingPipeline.from_pretrained(
         tiny_wan.saved(layout, tmp_path / "wan"), checkpoint="wan2.2-t2v-a14b" if "a14b" in layout else ROW, torch_dtype=torch.float32
     )
@@ -110,8 +110,8 @@ def test_attention_and_fp8_reach_every_layer(folder: Path, plain: torch.Tensor) 
 
 def test_compiling_is_asked_of_every_block(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[object] = []
-    plain = fresh(folder)("a ball", **SHORT).latents  # the attention that the last test chose is still diffusers' default
-    monkeypatch.setattr(torch, "compile", lambda call, *_, **__: calls.append(call) or call)  # which takes a minute on a core
+    plain = fresh(folder)("a ball", **SHORT).latents  # with the attention of the last test, which is still diffusers' default
+    monkeypatch.setattr(torch, "compile", lambda call, *_, **__: calls.append(call) or call)  # compiling would take a minute on a core
     pipe = fresh(folder)
     set_up(pipe, Machine(compile=True), CPU, steps=4)
     assert len(calls) == len(pipe.transformer.blocks) and torch.equal(pipe("a ball", **SHORT).latents, plain)
@@ -232,7 +232,7 @@ def large(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_dry_run_needs_no_weights_and_names_the_setting_that_fits(large: Path) -> None:
     pipe = KlingPipeline.from_pretrained(large, weights=False)
     plan = pipe.plan(Request("a"))
-    assert plan.tokens == 21 * 45 * 80 and (plan.height, plan.width) == (720, 1280)  # the row is that of the 14B: nothing was said
+    assert plan.tokens == 21 * 45 * 80 and (plan.height, plan.width) == (720, 1280)  # the registry's row of the 14B model
     memory = estimate(pipe, plan, Machine())
     assert memory.transformer == pytest.approx(2 * 14.29e9, rel=0.01), "14.3 billion numbers of two bytes"
     assert estimate(pipe, plan, Machine(fp8=True)).transformer == pytest.approx(14.3e9, rel=0.02)
@@ -262,7 +262,7 @@ def test_the_rule_for_activations_is_what_the_profiler_measures(dtype: torch.dty
 
     config = {"num_attention_heads": 1, "attention_head_dim": 128, "text_dim": 32, "freq_dim": 32, "ffn_dim": 512, "num_layers": 2}
     model = KlingTransformer3DModel(**config).to(dtype).eval()
-    model.set_attention_backend("native")  # a choice counts for the whole process, and another test may have made one
+    model.set_attention_backend("native")  # a choice holds for the whole process, and another test may have made one
     z, text = torch.randn(1, 16, 2, 32, 32, dtype=dtype), torch.randn(1, 16, 32, dtype=dtype)
     with torch.no_grad(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
         model(z, torch.tensor([0.5]), text)

@@ -1,4 +1,4 @@
-"""Everything that is given is used or refused by name: all pairs of inputs, where keyframes go, and what a mask keeps."""
+"""Every input is used or refused by name: all pairs of inputs, positions of keyframes, and the parts that a mask keeps."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from tests.test_pipeline import picture, tiny_pipeline
 SIZES = {"16:9": (32, 64), "9:16": (64, 32), "1:1": (32, 32)}
 H, W = SIZES["16:9"]
 HOLE = np.zeros((H, W), np.float32)
-HOLE[6:23, 18:50] = 1  # on no grid of latents
+HOLE[6:23, 18:50] = 1  # not aligned with latents
 
 
 def movie(frames: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (frames, H, W, 3), dtype=np.uint8)
 
 
-# What may be given beside words: all pairs of these.
+# The possible inputs apart from the prompt: all pairs of these are tested.
 INPUTS = {
     "image": {"image": picture(1)},
     "last_image": {"last_image": picture(2)},
@@ -37,9 +37,9 @@ INPUTS = {
     "extend_to": {"extend_to": 2.5},
     "duration": {"duration": 1.5},
 }
-NEEDS = {"mask": "video", "outpaint": "video", "strength": "video"}  # what each is applied to
+NEEDS = {"mask": "video", "outpaint": "video", "strength": "video"}  # what each of them changes
 
-# The pairs that cannot be used together, and the words of the refusal. All others work.
+# The pairs that cannot be combined, and the words of the error. All others work.
 REFUSED = {
     ("image", "video"): "leave image out",
     ("image", "mask"): "mask was given without a video to fill",
@@ -70,7 +70,7 @@ def pipe() -> KlingPipeline:
 
 
 def fields(*names: str) -> dict:
-    """Those inputs, and a video where one of them changes it; 13 frames where nothing says how many (a clip of 9 is continued)."""
+    """These inputs, and a video if one of them changes it; 13 frames if none sets the number (a clip of 9 is continued)."""
     given: dict = {}
     for name in names:
         given |= INPUTS[name]
@@ -101,7 +101,7 @@ def made(pipe):
 
 @pytest.mark.parametrize(("one", "other"), itertools.combinations(INPUTS, 2))
 def test_every_pair_of_inputs_works_or_is_refused_by_name(made, one, other):
-    """Works: without either of the two the frames are others."""
+    """Works: leaving out either of the two changes the frames."""
     both = fields(one, other)
     refused = REFUSED.get((one, other)) or REFUSED.get((other, one))
     if refused is None and {one, other} == {"video", "duration"}:
@@ -114,7 +114,7 @@ def test_every_pair_of_inputs_works_or_is_refused_by_name(made, one, other):
             if left_out == "duration":
                 rest["num_frames"] = 17
             if left_out == "video" and NEEDS.keys() & set(rest):
-                continue  # the other one cannot do without it
+                continue  # the other one requires it
             without = made(rest)
             assert without.shape != together.shape or not np.array_equal(without, together), left_out
         return
@@ -159,7 +159,7 @@ def test_what_contradicts_itself_is_refused_in_the_words_of_the_request(pipe, gi
 
 
 def test_the_last_hop_takes_the_end(pipe):
-    """`first` and `last` of a clip that is made in hops; the loop alike. The model makes 17 frames at once."""
+    """`first` and `last` of a clip that is made in hops, and a loop. The model generates 17 frames at once."""
     for end in ({"last_image": picture(2)}, {"loop": True}):
         plan = pipe.plan(Request(image=picture(1), num_frames=41, **end))
         *before, last = plan.hops
@@ -177,7 +177,7 @@ def test_a_keyframe_goes_to_the_hop_that_makes_its_frame(pipe):
 
 
 def test_a_continuation_ends_on_the_last_frame_that_is_given(pipe):
-    """Frames count from the start of the result; what was there stays, and what is new follows the picture."""
+    """Frames count from the start of the result; existing frames stay, and new ones lead to the picture."""
     given = {"video": movie(9), "num_frames": 9}
     plan = pipe.plan(Request(last_image=picture(2), keyframes=[(picture(3), 12, 0.5)], **given))
     assert plan.task == "continuation" and plan.title == "continuation of a video with 2 keyframes"
@@ -223,7 +223,7 @@ def test_a_still_picture_is_filled_and_outpainted(pipe):
 
 
 def test_the_seam_fades_in_inside_the_hole():
-    """Along a line across the border: kept, then a straight ramp, then made."""
+    """Along a line across the border: kept, then a linear ramp, then generated."""
     made, video = torch.full((2, 32, 32, 3), 200, dtype=torch.uint8), torch.zeros(2, 32, 32, 3, dtype=torch.uint8)
     mask = torch.zeros(32, 32)
     mask[:, 16:] = 1

@@ -1,4 +1,4 @@
-"""The plan of the house (docs: the file tree): who may import whom, and what must not stand where. Each test walks all files."""
+"""The structure of the package (docs: the file tree): which room may import which, and forbidden imports and calls."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PROGRAMS = ("train", "sample", "eval")
 SHIPPED = sorted(p for folder in ("kling", *PROGRAMS) for p in (ROOT / folder).rglob("*.py"))
 LIBRARY = [p for p in SHIPPED if p.is_relative_to(ROOT / "kling")]
 
-# A room imports the rooms above it, and itself. Rooms on one line do not know each other.
+# A room imports itself and the rooms above it. Rooms on one line do not import each other.
 FLOORS = (
     "errors",
     "shapes config",
@@ -55,7 +55,7 @@ def tree(path: Path) -> ast.Module:
 
 @cache
 def imports(path: Path) -> list[tuple[int, str]]:
-    """(line, dotted name) of every import in a file, wherever it stands; relative ones made absolute."""
+    """(line, dotted name) of every import in a file, at any level; relative ones made absolute."""
     package = path.relative_to(ROOT).with_suffix("").parts
     found = []
     for node in ast.walk(tree(path)):
@@ -105,7 +105,7 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
 
 
 def test_what_is_not_imported() -> None:
-    """One door to accelerate; no pickle; nothing that the base dependencies must not need; command lines are the programs'."""
+    """Only one module imports accelerate; no pickle; nothing outside the base dependencies; argparse only in programs."""
     never = ("pickle", "dill", "cloudpickle", "torchvision", "timm", "lpips", "open_clip")
     wrong = []
     for path in SHIPPED:
@@ -122,7 +122,7 @@ def test_what_is_not_imported() -> None:
 
 
 def test_what_is_not_called() -> None:
-    """Nobody pickles, and the library writes nothing to stdout."""
+    """Nothing pickles, and the library does not print."""
     wrong = []
     for path in SHIPPED:
         for node, call in calls(path):

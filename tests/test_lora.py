@@ -1,4 +1,4 @@
-"""LoRAs go both ways between diffusers and us, and foreign ones load with the same effect."""
+"""LoRAs are exchanged with diffusers in both directions, and those of other tools load with the same effect."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def outputs(theirs: torch.nn.Module, mine: torch.nn.Module) -> tuple[torch.Tenso
 
 
 def trained(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """An adapter that does something."""
+    """A trained adapter, whose effect is not zero."""
     torch.manual_seed(1)
     model.add_adapter(LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS, init_lora_weights=False))
     return get_peft_model_state_dict(model)
@@ -65,7 +65,7 @@ def test_ours_loads_in_diffusers_and_theirs_in_ours(folder: Path, tmp_path: Path
 
 
 def foreign(folder: Path, path: Path) -> Path:
-    """The original repository's naming, as most published LoRAs of Wan have it, with an alpha."""
+    """The original repository's naming, with an alpha, as in most published LoRAs for Wan."""
     torch.manual_seed(2)
     state = {}
     for block in range(2):
@@ -129,7 +129,7 @@ def written(path: Path, naming: str, alpha: float | None = None, **more: torch.T
 
 
 def by_hand(folder: Path, scale: float, **whole: torch.Tensor) -> KlingPipeline:
-    """The model with scale · B A, and whole differences, added into its weights."""
+    """The model with scale · B A, and full differences, added to its weights."""
     pipe = ours(folder)
     with torch.no_grad():
         for (block, layer), (down, up) in matrices().items():
@@ -184,7 +184,7 @@ def test_a_bias_of_pefts_on_one_layer_only(folder: Path, tmp_path: Path) -> None
 
 
 def test_alpha_of_pefts_settings_counts(folder: Path, tmp_path: Path) -> None:
-    """lora_alpha of the JSON beside peft's own file, and an alpha_pattern over it."""
+    """lora_alpha in the JSON beside peft's own file, and an alpha_pattern that overrides it."""
     written(tmp_path / "adapter_model.safetensors", "peft")
     settings = {"r": 4, "lora_alpha": 8, "alpha_pattern": {"blocks.0.attn1.to_q": 8}}
     (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
@@ -194,7 +194,7 @@ def test_alpha_of_pefts_settings_counts(folder: Path, tmp_path: Path) -> None:
 
 
 def test_what_the_model_has_no_layer_for_is_named_in_one_line(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Image layers of an image-to-video LoRA, the text encoder's, a bias where there is none, and a word of nobody's."""
+    """Image layers of an image-to-video LoRA, the text encoder's, a bias where there is none, and an unknown name."""
     odd = {
         "diffusion_model.blocks.0.cross_attn.k_img.lora_down.weight": torch.ones(4, 128),
         "diffusion_model.blocks.0.cross_attn.k_img.lora_up.weight": torch.ones(128, 4),

@@ -1,4 +1,4 @@
-"""The rulers: closed forms, known paths, and what they read from rendered clips whose truth is known."""
+"""The metrics: closed forms, known paths, and their readings of rendered clips with known truth."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ STAGE = Stage(start_pose(), FOCAL, float(HAZE.mean()), HAZE_DISTANCE, COLOUR_RGB
 
 
 def flat(*levels: float) -> Tensor:
-    """A video (1, 3, T, 16, 16) of one level in [0, 1] a frame."""
+    """A video (1, 3, T, 16, 16) with one grey level in [0, 1] per frame."""
     return (torch.tensor(levels) * 2 - 1).view(1, 1, -1, 1, 1).expand(1, 3, -1, 16, 16)
 
 

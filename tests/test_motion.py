@@ -1,4 +1,4 @@
-"""Motion and structure of any video, on pictures whose true motion is known in closed form."""
+"""Motion and camera estimation for any video, on pictures with known motion."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def texture(H: int, W: int, seed: int = 0) -> np.ndarray:
 
 
 def window(big: np.ndarray, boxes: list[tuple[float, float, float]], H: int, W: int) -> Tensor:
-    """Frames (T, H, W, 3): for each (left, top, width) that part of a picture, at the clip's size."""
+    """Frames (T, H, W, 3): for each (left, top, width) that part of a picture, scaled to the clip's size."""
     frames = []
     for left, top, width in boxes:
         s = width / W
@@ -110,7 +110,7 @@ def test_vbench_classes(name: str, step: tuple[float, float, float]) -> None:
 
 
 def test_points_stay_on_their_place_while_it_grows_and_darkens() -> None:
-    """Half as large again in 12 frames, and 40 % of the light gone: where a point is in the picture behind the window must not change."""
+    """It grows by half in 12 frames and loses 40 % of its brightness: a point's position in the source picture must not change."""
     width, T = 256, 13
     boxes = [(96 + 4 * t, 90 + 3 * t, 320 / 1.5 ** (t / (T - 1))) for t in range(T)]
     video = window(texture(512, 512), boxes, 192, width)

@@ -1,4 +1,4 @@
-"""What earlier versions wrote stays readable, whatever moves inside the library. tests/data/record.json is of commit ff373bd."""
+"""Files written by earlier versions stay readable, whatever moves inside the library. tests/data/record.json is from commit ff373bd."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RECORD = Path(__file__).parent / "data" / "record.json"
 def test_an_old_record_asks_for_the_same_again() -> None:
     record = read_record(RECORD)
     pipe = KlingPipeline.from_pretrained(weights=False)
-    pipe.scheduler.register_to_config(camera_guidance_scale=4.0)  # the weights of then had it
+    pipe.scheduler.register_to_config(camera_guidance_scale=4.0)  # a setting of the weights at that time
     check_same_settings(record, pipe.plan(request_of(record, str(RECORD))), str(RECORD))
 
 
@@ -33,7 +33,7 @@ def test_an_old_record_asks_for_the_same_again() -> None:
     ],
 )
 def test_what_recipe_1_did_not_use_is_left_out_of_its_requests(tmp_path, given, asked) -> None:
-    """The first versions threw away some of what they were given, and wrote it down all the same."""
+    """The first versions ignored some of their inputs, but recorded them."""
     write_video(tmp_path / "in.mp4", np.zeros((9, 64, 112, 3), np.uint8), 8)
     video, record = str(tmp_path / "in.mp4"), read_record(RECORD)
     fields = {**record["request"], "prompt": "a", "num_frames": None, "image": None, "keyframes": [], "camera": None, "aspect": None}

@@ -1,4 +1,4 @@
-"""Permanence: whole on the rendered truth, whatever hides what; not whole once a thing of it vanishes, splits, or becomes another."""
+"""Permanence: rendered truth passes, also with occlusions; a clip fails if an object vanishes, splits, or becomes another."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from kling.metrics.segment import segment
 
 
 def scenes(seed: int, n: int, things: int, frames: int = 17, static: bool = True) -> list[Scene]:
-    """Scenes with that many things; a scene under its own camera, or a static one."""
+    """Scenes with `things` objects, with their own camera or a static one."""
     world, found, index = World(seed, frames, "16:9", max_things=things), [], 0
     while len(found) < n:
         scene = world.scene(index)
@@ -65,7 +65,7 @@ def test_two_things_that_become_one() -> None:
 
 @pytest.mark.parametrize("solid", ["ball", "cube", "cone"])
 def test_a_thing_that_tears(solid: str) -> None:
-    """The ground shows through a slit from above, so that the silhouette is one part still, but has a dent."""
+    """The ground shows through a slit from above, so the silhouette is still one part, but has a dent."""
     scene = next(scene for scene in scenes(9, 60, 1) if scene.things[0].solid == solid and scene.things[0].motion == "still")
     video, empty = render_scene(scene), render_scene(dataclasses.replace(scene, things=()))
     shown = (segment(video, COLOUR_RGB)[1] > 0).any(dim=0)
@@ -110,7 +110,7 @@ def test_a_thing_may_leave_only_with_the_camera() -> None:
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(("things", "static"), [(1, True), (1, False), (2, True), (2, False), (3, True), (3, False)])
 def test_certified_at_the_length_that_is_scored(things: int, static: bool) -> None:
-    """Truth >= 99 % whole, truths spoiled half way <= 1 %, with the detectors that score."""
+    """Truth >= 99 % whole, spoiled truth <= 1 %, with the detectors used for scores."""
     from kling_programs.eval.world import Options, make_ruler
 
     ruler, n = make_ruler(Options("", examples=400)), 200
@@ -126,7 +126,7 @@ def test_certified_at_the_length_that_is_scored(things: int, static: bool) -> No
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("task", ["things-2", "things-3"])
 def test_each_of_several_things_is_read(task: str) -> None:
-    """Truth >= 99 % right in colour, solid and motion of every thing and the ground; with exchanged colours never."""
+    """Truth >= 99 % right in colour, solid and motion of every object and in the ground; with exchanged colours never."""
     from kling_programs.eval.world import FRAMES, Options, make_ruler, measure
 
     ruler, n = make_ruler(Options("", examples=400)), 100

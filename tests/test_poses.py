@@ -1,4 +1,4 @@
-"""Camera files and Kling's wire format: closed forms, round trips, and one clear line for everything that is no camera."""
+"""Camera files and Kling's HTTP format: closed forms, round trips, and one clear line for every invalid file."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def test_round_trip(tmp_path: Path, suffix: str) -> None:
 
 
 def test_realestate10k_closed_form(tmp_path: Path) -> None:
-    """World-to-camera lines, a url first; the camera starts elsewhere and moves 2 along its own z while it turns right 90 degrees."""
-    first = "100 0.5 0.9 0.5 0.5 0 0  0 0 -1 3   0 1 0 -1   1 0 0 2"  # turned: camera z is world x
+    """World-to-camera lines after a url; the camera starts elsewhere and moves 2 along its own z while it pans right by 90 degrees."""
+    first = "100 0.5 0.9 0.5 0.5 0 0  0 0 -1 3   0 1 0 -1   1 0 0 2"  # rotated: the camera's z is the world's x
     R = torch.tensor([[0.0, 0, -1], [0, 1, 0], [1, 0, 0]], dtype=torch.float64)
     o = -R.T @ torch.tensor([3.0, -1, 2], dtype=torch.float64) + 2 * R[2]
     turn = torch.tensor([[0.0, 0, 1], [0, 1, 0], [-1, 0, 0]], dtype=torch.float64)  # of the camera, to the right
@@ -89,14 +89,14 @@ def test_intrinsics_follow_the_crop() -> None:
 
 def test_quaternions_cover_all_turns() -> None:
     q = torch.randn(64, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    q = torch.cat([q / q.norm(dim=1, keepdim=True), torch.eye(4, dtype=torch.float64)])  # and half turns
+    q = torch.cat([q / q.norm(dim=1, keepdim=True), torch.eye(4, dtype=torch.float64)])  # includes rotations by 180 degrees
     R = rotation_matrix(q)
     assert torch.allclose(torch.linalg.det(R), torch.ones(68, dtype=torch.float64))
     assert torch.allclose(rotation_matrix(quaternion(R)), R, atol=1e-12)
 
 
 def rows(n: int, time: str = "{t} ", more: str = "") -> str:
-    """RealEstate10K lines of a camera that goes forward, one unit a frame."""
+    """RealEstate10K lines of a camera that moves forward by one unit per frame."""
     return "".join(time.format(t=1000 * t) + f"0.5 0.9 0.5 0.5 0 0 1 0 0 0 0 1 0 0 0 0 1 {-t}{more}\n" for t in range(n))
 
 

@@ -1,4 +1,4 @@
-"""Sampling in bfloat16: allowed by the checkpoint, taken where it is faster, said first, written down, and repeated by a replay."""
+"""Sampling in bfloat16: allowed by the checkpoint, used if faster, printed first, recorded, and repeated by a replay."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def fast(monkeypatch: pytest.MonkeyPatch):
-    """fast(True): on this machine bfloat16 is the faster type."""
+    """fast(True): pretend that bfloat16 is the faster type on this machine."""
 
     def fast(answer: bool) -> None:
         monkeypatch.setattr("kling.hub.load.bf16_is_fast", lambda device_type: answer)
@@ -74,7 +74,7 @@ def test_the_first_line_says_it_the_record_keeps_it_and_a_replay_takes_it(model:
     record = read_record(f"{output}.json")
     assert record["machine"]["dtype"] == "bf16"
 
-    fast(False)  # as on another machine, which would take fp32 by itself
+    fast(False)  # as on another machine, whose default would be fp32
     code, lines, said = run(capsys, "--replay", f"{output}.json")
     assert code == 0 and said[0].startswith("precision bf16 (") and lines[-1].startswith("identical")
 
@@ -86,7 +86,7 @@ def test_the_first_line_says_it_the_record_keeps_it_and_a_replay_takes_it(model:
 
 
 def test_a_record_without_a_precision_is_of_the_folder_s_default(model: Path, tmp_path: Path, fast, capsys) -> None:
-    """Earlier versions did not write it down: fp32 for ours, also after the folder was allowed to be sampled in bf16."""
+    """Earlier versions did not record it: fp32 for ours, even if the folder is now allowed to be sampled in bf16."""
     fast(True)
     output = str(tmp_path / "a.mp4")
     run(capsys, "ball", *QUICK, "--model", str(model), "--output", output)
@@ -98,7 +98,7 @@ def test_a_record_without_a_precision_is_of_the_folder_s_default(model: Path, tm
 
 
 def test_the_permission_is_measured_on_clips(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    """PSNR of the mean squared error; the program writes what was found into the folder."""
+    """PSNR of the mean squared error; the program writes the result into the folder."""
     assert agreement.psnr([1e-4, 1e-4]) == pytest.approx(40) and agreement.psnr([2e-4, 0.0]) == pytest.approx(40)
     pipe = KlingPipeline.from_pretrained(model)
     asked = list(agreement.requests(pipe))

@@ -1,4 +1,4 @@
-"""Three decoders behind one interface: the same frames, the right colours, against FFmpeg's own program."""
+"""Three decoders with one interface: the same frames and the right colours, compared with the ffmpeg program."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def corpus(tmp_path_factory) -> Path:
 
 
 def ffmpeg(path: Path, width: int, height: int) -> np.ndarray:
-    """Every stored frame as FFmpeg's program shows it, (T, H, W, 3)."""
+    """Every stored frame as decoded by the ffmpeg program, (T, H, W, 3)."""
     program = pytest.importorskip("imageio_ffmpeg").get_ffmpeg_exe()
     scale = f"scale={width}:{height}:flags=bicubic+accurate_rnd+full_chroma_int"
     options = ["-fps_mode", "passthrough", "-vf", scale, "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
@@ -144,7 +144,7 @@ def test_turned_video_shrinks_upright(tmp_path):
 
 @pytest.mark.slow
 def test_torchcodec_gives_the_same_frames(tmp_path):
-    """In a process of its own: torchcodec wants FFmpeg's libraries under their plain names, which PyAV's wheel carries under others."""
+    """In its own process: torchcodec needs FFmpeg's libraries under their usual names, which PyAV's wheel changes."""
     if importlib.util.find_spec("torchcodec") is None:
         pytest.skip("torchcodec is not installed")
     libraries = Path(av.__file__).parents[1] / "av.libs"

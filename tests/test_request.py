@@ -1,4 +1,4 @@
-"""A request from Python: fields that editors and `help` name, and every mistake in one line instead of a traceback."""
+"""A request from Python: fields that editors and `help` show, and every mistake in one line instead of a traceback."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_fields_beside_a_request_replace_its_own(pipe: KlingPipeline) -> None:
 
 
 def test_pictures_of_pil_and_lists_of_them_are_taken(pipe: KlingPipeline) -> None:
-    """As diffusers' `load_image` and `load_video` hand them over."""
+    """As returned by diffusers' `load_image` and `load_video`."""
     frames = movie(9)
     given = dict(num_frames=5, num_inference_steps=1)
     assert np.array_equal(pipe(image=Image.fromarray(frames[0]), **given).frames, pipe(image=frames[0], **given).frames)

@@ -53,7 +53,7 @@ def test_a_draw_depends_on_its_name_only() -> None:
 
 
 def test_seeds_are_stable_and_spread() -> None:
-    # Written down once: a change of these numbers changes what every seed of every run means.
+    # Fixed values: if these numbers changed, every seed of every run would have another meaning.
     assert derive_seed(0, "noise", 1, 2) == 354556048
     assert derive_seed(1, "ab", "c") != derive_seed(1, "a", "bc")
     assert len({derive_seed(0, "x", i) for i in range(2000)}) == 2000
@@ -123,7 +123,7 @@ def test_muon_steps_along_the_nearest_orthogonal_matrix(shape: tuple[int, ...], 
 
 
 def test_muon_turns_matrices_of_one_shape_together_as_alone() -> None:
-    """Three matrices of one shape in one optimizer step as each in its own, and no momentum is made anew."""
+    """Three matrices of one shape in one optimizer step give the same as each in its own, and momentum tensors are not reallocated."""
 
     def stepped(grads: list[torch.Tensor]) -> list[torch.Tensor]:
         model = nn.ParameterList(torch.zeros(16, 24) for _ in grads)
@@ -217,7 +217,7 @@ def test_precision_follows_the_measured_speed(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_the_measured_speed_is_that_of_a_product() -> None:
-    """Against a product timed here: the same machine, so within a factor of four whatever else it does."""
+    """Against a product timed here: on the same machine, so within a factor of four under any load."""
     measured = precision.speeds("cpu")
     assert precision.speeds("cpu") is measured  # once per process
     for dtype, found in ((torch.float32, measured.fp32), (torch.bfloat16, measured.bf16)):
@@ -231,7 +231,7 @@ def test_the_measured_speed_is_that_of_a_product() -> None:
 
 
 def test_one_program_after_another_has_its_own_precision(tmp_path: Path) -> None:
-    """In one process, as kling-train-all and these tests run them: accelerate by itself refuses the second."""
+    """In one process, as kling-train-all and these tests run them: accelerate alone would refuse the second."""
     for name, found in (("fp32", "no"), ("bf16", "bf16"), ("fp32", "no")):
         assert make_accelerator(tmp_path, mixed_precision=name).mixed_precision == found
 

@@ -1,4 +1,4 @@
-"""Checkpoints of many processes, in the background, through kills, full disks and hostile files."""
+"""Checkpoints of several processes, in the background, with kills, full disks and malicious files."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ def pointed(run: Path) -> int:
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("kills", [5, pytest.param(50, marks=pytest.mark.slow)])
 def test_kills_inside_saves_leave_a_readable_checkpoint(kills: int, tmp_path: Path) -> None:
-    """Twelve files a save, kill -9 at a random instant of it: what `latest` names is whole, every time."""
+    """Twelve files per save, kill -9 at a random moment in it: the checkpoint named by `latest` is complete every time."""
     rng, inside, step = random.Random(0), 0, 0
     for _ in range(kills):
         process = workers.PROCESSES.Process(target=workers.save_for_ever, args=(str(tmp_path), step + 1))
@@ -210,7 +210,7 @@ def weights(run: Path) -> dict[str, Tensor]:
 
 
 def saving(run: Path, since: int) -> bool:
-    """Whether a save is under way that began after the moment `since` (ns), not one that an earlier kill cut off."""
+    """Whether a save that began after the moment `since` (ns) is running; saves interrupted by an earlier kill do not count."""
     for path in run.glob("*.tmp"):
         with contextlib.suppress(FileNotFoundError):
             if path.is_dir() and path.stat().st_ctime_ns > since:
@@ -219,7 +219,7 @@ def saving(run: Path, since: int) -> bool:
 
 
 def steps_of(run: Path) -> int:
-    """Updates that a run has told of."""
+    """Number of updates that a run has logged."""
     path = run / "metrics.jsonl"
     return path.read_text().count("\n") if path.exists() else 0
 
@@ -232,7 +232,7 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
 def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(kills: int, words: list[str], tmp_path: Path) -> None:
-    """kill -9 at random instants, two in five of them inside a save: final weights, average and optimizer are bit-equal."""
+    """kill -9 at random moments, two in five of them inside a save: final weights, average and optimizer are bit-equal."""
     workers.train_dit.main([*words, f"out={tmp_path / 'straight'}"])
     rng, killed, inside, run = random.Random(1), 0, 0, tmp_path / "killed"
     reference = weights(tmp_path / "straight")
@@ -249,7 +249,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(kills: 
                 break
             time.sleep(0.002)
         process.join()
-        if process.exitcode == 0:  # it got through: one more run of the same kind to kill
+        if process.exitcode == 0:  # it finished: start another run of the same kind
             assert all(torch.equal(t, reference[key]) for key, t in weights(run).items())
             shutil.rmtree(run)
     workers.train_dit.main([*words, f"out={run}"])
@@ -292,7 +292,7 @@ def test_a_signal_while_caching_ends_it_after_a_shard_and_it_goes_on(words: list
 
 
 def test_a_critic_is_saved_without_an_average() -> None:
-    """`run_tensors` of a model without an average, as the critic of a VAE is saved."""
+    """`run_tensors` of a model without an average; the VAE's discriminator is saved this way."""
     model = nn.Linear(2, 2)
     groups = run_tensors(model, torch.optim.AdamW(model.parameters()), prefix="critic_")
     assert set(groups) == {"critic_model", "critic_optimizer"} and not groups["critic_optimizer"]

@@ -1,4 +1,4 @@
-"""The scan: every made file is judged rightly, whatever it is called; nothing hangs, crashes or is examined twice."""
+"""The scan: every synthetic file is judged correctly, whatever its name; nothing hangs, crashes or is examined twice."""
 
 from __future__ import annotations
 
@@ -173,7 +173,7 @@ def test_tar_shards_are_read_in_place(tmp_path):
 
 
 def video2dataset(folder: Path, n: int) -> Path:
-    """What video2dataset leaves of a sample: the video, its caption, and a JSON of metadata with the caption once more."""
+    """The files of a video2dataset sample: the video, its caption, and a JSON of metadata that repeats the caption."""
     make(folder / f"{n:08}.mp4", n=4)
     meta = {"url": "https://x/1", "key": f"{n:08}", "status": "success", "error_message": None, "caption": f"clip {n}", "clips": [[0, 1]]}
     (folder / f"{n:08}.json").write_text(json.dumps(meta | ({"caption": None} if n == 2 else {})))
@@ -183,7 +183,7 @@ def video2dataset(folder: Path, n: int) -> Path:
 
 
 def record_of(prompt: str) -> str:
-    """What kling-sample writes beside a video."""
+    """The record that kling-sample writes beside a video."""
     return json.dumps({"kling": "0.1.0", "request": {"prompt": prompt, "negative": "no"}, "settings": {}, "frames": {"shape": [4]}})
 
 
@@ -193,7 +193,7 @@ def captions_found(candidates: list) -> dict[str, list[str]]:
 
 
 def test_captions_are_found_in_every_form_that_tools_leave_them(tmp_path):
-    """A text and a JSON, metadata alone, our own records under both names; in a folder and in a tar."""
+    """A text and a JSON, metadata without text, our own records under both names; in a folder and in a tar."""
     folder = tmp_path / "in"
     folder.mkdir()
     for n in range(3):
@@ -225,7 +225,7 @@ def test_only_a_line_end_ends_a_caption(tmp_path, odd):
 
 
 def test_a_list_of_clips_in_json(tmp_path):
-    """VideoX-Fun's form."""
+    """The format of VideoX-Fun."""
     rows = [{"file_path": "train/a.mp4", "text": "a, b", "type": "video"}, {"file_path": "b.png", "text": "c", "type": "image"}]
     (tmp_path / "metadata.json").write_text(json.dumps(rows))
     found = Listing().find([tmp_path / "metadata.json"])
@@ -253,7 +253,7 @@ def test_a_template_names_columns_and_nothing_else(tmp_path):
 
 
 def test_a_damaged_shard_costs_what_lies_behind_the_damage(tmp_path):
-    """Cut anywhere or with a rotten header: whole samples before it are kept, the shard is in the quarantine, the others are untouched."""
+    """Cut anywhere, or with a damaged header: samples before it are kept, the shard is in the quarantine, other shards are unaffected."""
     folder = tmp_path / "in"
     folder.mkdir()
     for n in range(3):
@@ -298,7 +298,7 @@ def test_filters_drop_what_they_say_and_count_it(tmp_path):
         "blurred": "blurred", "short": "too short",
     }  # fmt: skip
     assert sum(summary.dropped.values()) == 7 and summary.clips == 1
-    assert look(tmp_path, out).clips == 8  # nothing is filtered unless it is asked for
+    assert look(tmp_path, out).clips == 8  # nothing is filtered by default
 
 
 def test_cuts_split_a_video_into_shots(tmp_path):
@@ -324,7 +324,7 @@ def test_a_shot_knows_the_key_frames_inside_it(tmp_path):
     "words, white, outline", [("You never told me that", True, True), ("it was raining", False, False), ("12:04:33", True, True)]
 )
 def test_writing_over_the_picture_is_measured(moving, words, white, outline):
-    """Against the same footage without it, whether the camera moves or stands on a tripod."""
+    """Compared with the same footage without text, with a moving and with a static camera."""
     rng = np.random.default_rng(0)
     wall = cv2.resize(rng.integers(40, 216, (30, 90, 3), dtype=np.uint8), (720, 180), interpolation=cv2.INTER_CUBIC)
     shares = []
@@ -377,7 +377,7 @@ def test_a_file_named_twice_keeps_the_captions_of_both(tmp_path):
 
 
 def test_every_caption_of_a_row_is_kept(tmp_path):
-    """Two columns, a list in one cell, and lists beside lists of stretches, in csv and in jsonl."""
+    """Two columns, a list in one cell, and lists with lists of time ranges, in csv and in jsonl."""
     (tmp_path / "t.csv").write_text("name,en,zh\na.mp4,a cat,一只猫\nb.mp4,\"['one', 'two']\",\n")
     found = Listing({"path": "name", "caption": ["en", "zh"]}).find([tmp_path / "t.csv"])
     assert [[(c.text, c.language) for c in one.captions] for one in found] == [
@@ -393,7 +393,7 @@ def test_every_caption_of_a_row_is_kept(tmp_path):
 
 
 def test_odd_things_in_a_folder_cost_nothing_but_themselves(tmp_path):
-    """A pipe would be waited for; a dead link; a name that is not UTF-8 must survive two trips through JSON."""
+    """A pipe, which would block a reader; a dead link; a name that is not UTF-8, which must survive JSON twice."""
     folder = tmp_path / "in"
     folder.mkdir()
     make(folder / "a.mp4", n=4).rename(os.fsdecode(os.fsencode(folder) + b"/\xff\xe9t\xe9.mp4"))

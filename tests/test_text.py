@@ -1,4 +1,4 @@
-"""The byte-level text encoder: any language, one shape, and a prompt is the same alone and among others."""
+"""The byte-level text encoder: any language, one output shape, and batching does not change the result for a prompt."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The training programs on their debug presets: they learn, resume exactly, refuse other settings, and give a model that samples."""
+"""The training programs on their debug presets: they learn, resume exactly, refuse changed settings, and export a model that samples."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From nothing to a model by one command: its stages, their order, going on, and what a stage gone wrong leaves."""
+"""Training a model from scratch with one command: its stages, their order, resuming, and failures of a stage."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CONFIGS = {"train_vae": TrainVAEConfig, "train_text": TrainTextConfig, "train_di
 
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """The commands of the stages; each only leaves an export."""
+    """The commands of the stages; each only writes an export."""
     commands: list[list[str]] = []
 
     def run(command: list[str], title: str) -> None:

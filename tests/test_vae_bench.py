@@ -1,4 +1,4 @@
-"""kling-eval vae, on VAEs whose error is known: one that changes nothing, and one that adds a tenth."""
+"""kling-eval vae on VAEs with known errors: one that changes nothing, and one that adds a tenth."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 
 class Shifted(nn.Module):
-    """Latents are the video; decoding adds `by`."""
+    """The latents are the video; decoding adds `by`."""
 
     def __init__(self, by: float) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Video read and written, on real files made on the fly."""
+"""Reading and writing video, on real files made during the test."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def make(
     pixel_aspect: Fraction | None = None,
     **options: str,
 ) -> Path:
-    """Write a video with PyAV alone. `times` are time stamps in 1/120 s."""
+    """Write a video using only PyAV. `times` are time stamps in 1/120 s."""
     muxer = {"movflags": "+faststart"} if path.suffix == ".mp4" else {}
     with av.open(f"file:{path}", "w", format=container or path.suffix[1:].replace("mkv", "matroska"), options=muxer) as out:
         stream = out.add_stream(codec, rate=fps, options=options)
@@ -61,12 +61,12 @@ def make(
 
 
 def which(frames: torch.Tensor) -> list[int]:
-    """The frame numbers that `make` drew."""
+    """The frame numbers that `make` encoded as brightness."""
     return [round((level - 20) / STEP) for level in frames.float().mean((1, 2, 3)).tolist()]
 
 
 def smooth(n: int = 9) -> torch.Tensor:
-    """(n, H, W, 3) gradients that drift."""
+    """(n, H, W, 3) drifting gradients."""
     y, x = np.mgrid[:H, :W]
     return torch.from_numpy(np.stack([np.stack([60 + 2 * x + t, 40 + 3 * y, 200 - x - y - t], -1) for t in range(n)]).astype(np.uint8))
 
@@ -310,7 +310,7 @@ def test_same_frames_same_bytes(tmp_path, suffix):
 
 
 def encoded(size: tuple[int, int]) -> list[str]:
-    """Hashes of the file that the same frames make, over and over."""
+    """Hashes of the files from encoding the same frames repeatedly."""
     h, w = size
     rng = np.random.default_rng(0)
     blocks = np.kron(rng.integers(0, 256, (17, h // 8, w // 8, 3)), np.ones((1, 8, 8, 1), np.int64))
@@ -324,7 +324,7 @@ def encoded(size: tuple[int, int]) -> list[str]:
 
 
 def test_same_frames_same_bytes_again_and_in_other_processes():
-    """x264's AVX-512 code failed this at most sizes. New processes and no forks: a fork of a process with threads may hang."""
+    """x264's AVX-512 code failed this at most sizes. Uses new processes, not forks: a fork of a process with threads may hang."""
     sizes = [(64, 112), (112, 64), (80, 80), (128, 224)]
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         elsewhere = pool.map_async(encoded, 4 * sizes, chunksize=1).get(timeout=200)

@@ -1,4 +1,4 @@
-"""What the shipped model understands: the table that people read, the line they get for other words, and the examples they copy."""
+"""The shipped model's vocabulary: the published table, the note about unknown words, and the example prompts."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from kling.sampling.pipeline import ASSETS
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "Makefile", *sorted((ROOT / "docs").rglob("*.md"))]
 QUOTED = re.compile(r"""(?:kling-sample|prompt=|PROMPT=|pipe\()\s*"([^"\n]+)"([^\n]*)|^PROMPT \?= (.+)$""", re.MULTILINE)
-ELSEWHERE = ("--model", "--image", "--video", "--last-image", "image=", "video=")  # asks another model, or about something given
+ELSEWHERE = ("--model", "--image", "--video", "--last-image", "image=", "video=")  # for another model, or about a given picture
 
-# What tells a name from a sentence, where it is not the name itself.
+# Words that identify a name in a sentence, if it is not the name itself.
 SIGNS = {
     "ball": ("ball", "sphere", "球"), "cube": ("cube", "box", "方块", "立方体"), "cone": ("cone", "圆锥", "锥体"),
     "grass": ("grass", "lawn", "草地"), "sand": ("sand", "沙"), "tiles": ("tile", "砖"), "snow": ("snow", "雪"), "water": ("water", "水面"),
@@ -35,7 +35,7 @@ SIGNS = {
 
 
 def examples() -> list[str]:
-    """Every prompt for the shipped model that stands in README, Makefile, docs and on the page, alone: no picture or video beside it."""
+    """Every prompt for the shipped model in README, Makefile, docs and on the page that is used without a picture or video."""
     found = [
         prompt or default
         for page in PAGES
@@ -48,7 +48,7 @@ def examples() -> list[str]:
 
 
 def said(prompt: str) -> dict[str, str]:
-    """The answers to the detectors' questions that a prompt with one thing gives."""
+    """The answers to the detectors' questions from a prompt with one object."""
     words = prompt.split(", the camera")[0].split("，镜头")[0].replace("green lawn", "lawn")
     answers = {}
     for question, subject in (("colour", "colours"), ("solid", "solids"), ("ground", "grounds"), ("motion", "motions")):
@@ -107,7 +107,7 @@ def test_another_checkpoint_is_not_asked_about_the_small_world(tmp_path: Path, m
 
 
 def notes(capsys) -> list[str]:
-    """What was said on stderr beside the precision."""
+    """The lines on stderr other than the precision."""
     return [line for line in capsys.readouterr().err.splitlines() if not line.startswith("precision ")]
 
 
@@ -119,7 +119,7 @@ def test_every_example_is_within_the_vocabulary() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_every_example_shows_what_it_says() -> None:
-    """Two of three seeds are right in all that is said of the thing and its ground, and of its motion where the camera is still."""
+    """Two of three seeds are right in everything said about the object and its ground, and its motion if the camera is static."""
     options = Options("", examples=200, bf16=False)
     pipe, ruler, wrong = load(ASSETS, options), make_ruler(options), {}
     for prompt in examples():

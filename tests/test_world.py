@@ -1,4 +1,4 @@
-"""The small world: pure, complete, held out where it says so, and true to its own camera."""
+"""The small world: a pure function, complete, with held-out combinations, and consistent with its camera."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_bad_settings_are_refused():
 
 
 def test_things_are_drawn_where_the_truth_says():
-    """Project each lone ball's centre with the published camera: the picture has the ball's colour there."""
+    """Project the centre of each lone ball with the published camera: the picture has the ball's colour there."""
     world, seen = World(seed=9, frames=9, aspect="16:9", max_things=1), 0
     H, W = ASPECTS["16:9"]
     for i in range(200):
@@ -107,7 +107,7 @@ def test_things_are_drawn_where_the_truth_says():
 
 
 def test_the_horizon_lies_where_the_pitch_puts_it():
-    """At frame 0 the ground meets the sky 10 degrees above the picture's middle: brightness jumps there for dark ground."""
+    """At frame 0 the ground meets the sky 10 degrees above the picture's centre; for dark ground the brightness jumps there."""
     H, W = ASPECTS["16:9"]
     world = World(seed=0, frames=1, aspect="16:9", max_things=1)
     scene = next(s for s in map(world.scene, range(100)) if s.ground == "water" and abs(float(s.things[0].centre[0, 0])) > 0.5)
