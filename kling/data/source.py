@@ -115,6 +115,9 @@ class StepBatches(Dataset):
         first = place * max(self.batch, self.MOST)
         return [source.clip(first + i, frames, aspect) for i in range(count)]
 
+    def names(self, place: int) -> list[str]:
+        return [clip.name for clip in self.clips(place)]
+
     def report(self) -> str:
         """What is used, and how often. Nothing for the world, which does not end."""
         return f"{self.source.manifest.report()}\n{self.epochs.report()}" if self.source.manifest else ""
