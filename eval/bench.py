@@ -5,7 +5,7 @@ kling-bench dit attn --quick                     # a look, not a measurement: mi
 kling-bench dit --device cuda --json out/dit.json    # and out/dit.png where sizes grow
 
 dit        the transformer against diffusers' Wan: forward, with backward, compiled, memory
-attn       its share of a pass; packed clips of many lengths against padded ones
+attn       its share of a pass
 vae        the VAE against diffusers' Wan VAE: encode and decode
 vae-mem    what a decode and an encode hold in memory as clips grow
 sampler    what a step costs outside the network, and what step caches save and lose
