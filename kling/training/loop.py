@@ -42,9 +42,10 @@ class Loop:
     Inside the `with` the run's folder is this run's alone, and a signal ends it after an update. done: updates made. places: batches used,
     over all processes: they only grow, so what made updates unsound is not met again.
 
-    cfg: the program's settings, of which it reads out, seed, steps, warmup, schedule, floor, workers, threads, log_every, save_every,
-    keep_last, mixed_precision and trackers, and of `OPTIONAL` those that there are. how: further arguments of `make_accelerator`. Raises
-    `UserError`, as the `with` is entered, if the run was started with other settings, or another process holds it.
+    cfg: the program's settings, of which it reads out, seed, steps, warmup, schedule, floor, workers, threads, log_every, save_every (0 is
+    at the end and at a signal alone), keep_last, mixed_precision and trackers, and of `OPTIONAL` those that there are. how: further
+    arguments of `make_accelerator`. Raises `UserError`, as the `with` is entered, if the run was started with other settings, or another
+    process holds it.
     """
 
     done = places = began = 0
@@ -124,26 +125,25 @@ class Loop:
 
         values: what the log says of it. clips: how many it took, over all processes.
         """
-        cfg, accelerator, guard = self.cfg, self.accelerator, self._guard
+        guard, rank, ranks = self._guard, self.accelerator.process_index, self.accelerator.num_processes
         self.done, self.places = self.done + 1, self.places + self.micro * self.layout.ranks
         self._watchdog.beat()
         self._log.log(self.done, values, clips)
-        last = self.done == cfg.steps
-        look = last or self.done % cfg.log_every == 0  # several processes must ask each other who got a signal
-        stopping = (look or accelerator.num_processes == 1) and self.stop.seen(accelerator)
-        save = last or stopping or self.done % cfg.save_every == 0
+        look = self._at(self._log.log_every)  # several processes must ask each other who got a signal
+        stopping = (look or ranks == 1) and self.stop.seen(self.accelerator)
+        save = stopping or self._at(self.cfg.save_every)
         if save:
             self._log.flush()
 
         unsound = [{"place": place, "clips": self._data.names(place)} for place in self._used] if guard.row >= guard.limit else []
-        if guard.rollback(unsound, self.out, accelerator.process_index):
+        if guard.rollback(unsound, self.out, rank):
             self._load(lost=self.done)
             self._log.rewind(self.done)
             self._back = True
             return
         self._used, self._stopping = [], stopping
         self._saver.check()
-        if last or stopping or (save and not guard.row):  # never amid lost updates: what to go back to
+        if save and (stopping or self.done == self.cfg.steps or not guard.row):  # never amid lost updates: what to go back to
             tensors: dict[str, Any] = {}
             for prefix, (model, optimizer, ema) in self._kept.items():
                 tensors |= run_tensors(model, optimizer.optimizer, ema, prefix)
@@ -153,7 +153,10 @@ class Loop:
 
     def due(self, every: int) -> bool:
         """Whether to do now what is done each `every` updates and at the end; 0 is never. Not where the run stops or has just gone back."""
-        return every > 0 and not (self._stopping or self._back) and (self.done == self.cfg.steps or self.done % every == 0)
+        return every > 0 and not (self._stopping or self._back) and self._at(every)
+
+    def _at(self, every: int) -> bool:
+        return self.done == self.cfg.steps or (every > 0 and self.done % every == 0)
 
     def log(self, values: Mapping[str, float]) -> None:
         """A line of the log beside that of the update."""
