@@ -5,7 +5,7 @@ kling-bench dit attn --quick                     # a quick look, not a measureme
 kling-bench dit --device cuda --json out/dit.json    # and out/dit.png where sizes grow
 
 dit        the transformer against diffusers' Wan: forward, with backward, compiled, memory
-attn       its share of a pass; packed clips of many lengths against padded ones
+attn       its share of a pass
 vae        the VAE against diffusers' Wan VAE: encode and decode
 vae-mem    memory of a decode and an encode as clips grow
 sampler    the cost of a step outside the network; time saved and accuracy lost by step caches

@@ -15,6 +15,7 @@ import workers
 from torch import Tensor
 
 from kling import KlingPipeline
+from kling.cache.batches import RankBatches
 from kling.condition.tasks import TASKS
 from kling.config import load_config
 from kling.data.image import read_image
@@ -244,8 +245,8 @@ def test_a_rollback_rewinds_the_weights_and_keeps_the_place(words: list[str], tm
     assert met == list(range(13)), "five places are lost and none is met twice"
     assert [line["step"] for line in metrics(tmp_path / "back")] == list(range(1, 9))
 
-    place = train_dit.RankBatches.place
-    monkeypatch.setattr(train_dit.RankBatches, "place", lambda feed, k: (n := place(feed, k)) + (5 if n >= 2 else 0))
+    place = RankBatches.place
+    monkeypatch.setattr(RankBatches, "place", lambda feed, k: (n := place(feed, k)) + (5 if n >= 2 else 0))
     train_dit.main([*words, "steps=8", f"out={tmp_path / 'without'}"])
     a, b = weights(tmp_path / "without"), weights(tmp_path / "back")
     assert all(torch.equal(a[key], b[key]) for key in a), "nothing is left of them"

@@ -258,8 +258,8 @@ def test_a_loss_that_is_not_finite_on_one_process_stops_no_other_from_agreeing(
 ) -> None:
     """Five updates in a row fail on process 1: both processes skip them, go back to one checkpoint, and do not draw those clips again."""
     words = [*words, "save_every=2", "steps=8"]
-    place = workers.train_dit.RankBatches.place
-    monkeypatch.setattr(workers.train_dit.RankBatches, "place", lambda feed, k: (n := place(feed, k)) + (10 if n >= 4 else 0))
+    place = RankBatches.place
+    monkeypatch.setattr(RankBatches, "place", lambda feed, k: (n := place(feed, k)) + (10 if n >= 4 else 0))
     workers.train_dit.main([*words, f"out={tmp_path / 'alone'}", "gradient_accumulation=2"])
     monkeypatch.undo()
     assert workers.run([*words, f"out={tmp_path / 'two'}"], workers.environment("ddp", 2), first=workers.poison_the_second) == [0, 0]

@@ -32,6 +32,9 @@ class LatentSteps(Dataset):
         _, bucket, frames, ids = self.epochs[place]
         return self.cache.batch(bucket, ids, frames)
 
+    def names(self, place: int) -> list[str]:
+        return self[place].names
+
 
 class RankBatches(Dataset):
     """The batches that one process takes, in order: number k is place `first + k · ranks + rank` of the run's endless sequence of batches.

@@ -115,6 +115,9 @@ class StepBatches(Dataset):
         first = place * max(self.batch, self.MOST)
         return [source.clip(first + i, frames, aspect) for i in range(count)]
 
+    def names(self, place: int) -> list[str]:
+        return [clip.name for clip in self.clips(place)]
+
     def report(self) -> str:
         """How many clips are used, and how often. Empty for the world, which is endless."""
         return f"{self.source.manifest.report()}\n{self.epochs.report()}" if self.source.manifest else ""

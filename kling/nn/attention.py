@@ -10,7 +10,6 @@ from diffusers.models.attention import AttentionModuleMixin
 from torch import Tensor, nn
 
 from kling.nn.norm import RMSNorm
-from kling.nn.packing import Packing, attend_packed
 from kling.nn.rope import rotate
 from kling.runtime.diffusers_internals import dispatch_attention_fn
 
@@ -75,7 +74,6 @@ class AttentionProcessor:
         encoder_hidden_states_image: Tensor | None = None,  # (b, i, added_kv_proj_dim)
         history: KeyValues | None = None,
         kept: Kept | None = None,  # caches the text's keys and values; not for self-attention, whose tokens change
-        packing: tuple[Packing, Packing] | None = None,  # of the tokens and of what they attend to, where both are (1, N, ·)
     ) -> Tensor:
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         # context-parallel attention exchanges keys between devices; text is whole on each of them
@@ -87,10 +85,7 @@ class AttentionProcessor:
             query, key = rotate(query, rotary_emb), rotate(key, rotary_emb)
         if history is not None:
             key, value = history.join(key, value)
-        if packing is not None:
-            out = attend_packed(query, key, value, lambda q, k, v: self.attend(q, k, v, None), *packing)
-        else:
-            out = self.attend(query, key, value, parallel)
+        out = self.attend(query, key, value, parallel)
 
         if encoder_hidden_states_image is not None:
             layers = attn.add_k_proj, attn.norm_added_k, attn.add_v_proj
@@ -143,7 +138,6 @@ class Attention(nn.Module, AttentionModuleMixin):
         encoder_hidden_states_image: Tensor | None = None,
         history: KeyValues | None = None,
         kept: Kept | None = None,
-        packing: tuple[Packing, Packing] | None = None,
     ) -> Tensor:
         image = encoder_hidden_states_image
-        return self.processor(self, hidden_states, encoder_hidden_states, rotary_emb, image, history, kept, packing)
+        return self.processor(self, hidden_states, encoder_hidden_states, rotary_emb, image, history, kept)
