@@ -27,7 +27,8 @@ from kling.vae import AutoencoderKLKling
 
 OURS = "KlingPipeline"
 SETTINGS = ("capabilities", "fps", "max_frames", "sizes", "boundary_ratio", "block_frames", "defaults", "licence", "vocabulary")
-WAN_PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
+WAN_PIPELINES = ("WanPipeline", "WanImageToVideoPipeline", "AnyFlowPipeline", "WanAnyFlowPipeline")  # the last: as published
+FLOW_MAPS = ("FlowMapEulerDiscreteScheduler", "FlowMapDiscreteScheduler")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 PUBLISHED = ["*.json", "*.safetensors", "*.txt", "*.model"]  # no pickles
 
@@ -93,6 +94,8 @@ def load(
             parts[name] = load_transformer(given, dtype, weights)
         elif name == "transformer" or (has(index, name) and transformer is None):
             parts[name] = loaded(folder, name, KlingTransformer3DModel, weights, torch_dtype=dtype)
+    if not wan and has(index, "transformer_fast") and transformer is None:
+        parts["transformer_fast"] = loaded(folder, "transformer_fast", KlingTransformer3DModel, weights, torch_dtype=dtype)
     precise = torch.float32 if wan else dtype
     if vae is None or not weights:
         parts["vae"] = loaded(folder, "vae", AutoencoderKLKling, weights, torch_dtype=precise)
@@ -112,7 +115,7 @@ def load(
         )
     parts["scheduler"] = load_scheduler(folder)
     if not wan and checkpoint is None and transformer is None:
-        return parts | {key: index[key] for key in (*SETTINGS, "sampling_dtype") if key in index}
+        return parts | {key: index[key] for key in (*SETTINGS, "sampling_dtype", "fast") if key in index}
 
     experts = "transformer_2" in parts
     boundary = index.get("boundary_ratio") if experts else None
@@ -241,6 +244,8 @@ def load_scheduler(folder: Path) -> SchedulerMixin:
     name = config.get("_class_name")
     if name == KlingFlowScheduler.__name__:
         return loaded(folder, "scheduler", KlingFlowScheduler)
+    if name in FLOW_MAPS:
+        return KlingFlowScheduler(shift=config.get("shift", 1.0), solver="flow_map", num_inference_steps=4, guidance_scale=1.0)
     kind = getattr(diffusers, str(name), None)
     flow = name == "FlowMatchEulerDiscreteScheduler" or config.get("use_flow_sigmas")
     if kind is None or not flow:

@@ -77,9 +77,9 @@ def pick_device(name: str | None) -> torch.device:
 def set_up(pipe: Any, machine: Machine, device: torch.device, steps: int) -> None:
     """Apply the settings to a pipeline. steps: of one sampling run, for MagCache. Raises `UserError` if a setting cannot be used here."""
     if machine.attention is not None:
-        set_attention(pipe.experts, machine.attention, device)
+        set_attention(pipe.transformers, machine.attention, device)
     if machine.fp8:
-        for model in pipe.experts:
+        for model in pipe.transformers:
             model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=model.dtype)
     if machine.cache is not None:
         set_cache(pipe, machine.cache, steps)
@@ -90,9 +90,9 @@ def set_up(pipe: Any, machine: Machine, device: torch.device, steps: int) -> Non
         device = join_processes(machine.context_parallel, device)
     place(pipe, machine.offload, device)
     if machine.context_parallel > 1:
-        share_tokens(pipe.experts, machine.context_parallel)
+        share_tokens(pipe.transformers, machine.context_parallel)
     if machine.compile:
-        for model in pipe.experts:
+        for model in pipe.transformers:
             model.compile_repeated_blocks()
 
 
@@ -104,7 +104,7 @@ def place(pipe: Any, offload: str | None, device: torch.device) -> None:
         pipe.enable_model_cpu_offload(device=device)
     elif offload == "group":
         stream = device.type == "cuda"
-        for model in pipe.experts:
+        for model in pipe.transformers:
             model.enable_group_offload(device, offload_type="block_level", num_blocks_per_group=1, use_stream=stream)
         for part in (pipe.vae, pipe.image_encoder):
             if part is not None:
