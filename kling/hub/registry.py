@@ -55,7 +55,7 @@ class Build:
 class PublishedCheckpoint:
     """A row. guidance: (high noise, low noise) if there are two experts. boundary: the level below which the second one is used.
 
-    sampler: "unipc", or "renoise" or "flow_map" for few-step weights. block: latent frames per step of block-causal weights, 0: all at once.
+    sampler: "unipc", or "renoise" or "flow_map" for few-step weights. block: latent frames per step of block-causal weights; 0: all.
     """
 
     name: str

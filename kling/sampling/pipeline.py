@@ -209,28 +209,27 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         self._check_capable(task, request, camera, hops)
         fast = self._fast(request)
         solver, why = plan_solver(request, hops, "flow_map" if fast else self.setting("solver"), bool(self.groups))
-        if solver == "flow_map":
+        if few := solver == "flow_map":
             check_flow_map(request)
-        more = PRO_STEPS if request.mode == "pro" and solver != "flow_map" else 1
+        steps = (fast or {}).get("num_inference_steps") or self.setting("num_inference_steps")
 
         def appended(hop: Hop) -> int:
             return 0 if self.groups else len(hop.given.keyframes)
 
         for hop in hops:
             self.check_divides(latent_frames(hop.frames) + appended(hop), h, w)
-        high, low = (1.0, 1.0) if solver == "flow_map" else self.setting("guidance_scale", request.guidance_scale)
+        high, low = (1.0, 1.0) if few else self.setting("guidance_scale", request.guidance_scale)
         plan = Plan(
             task=task,
             hops=hops,
             height=H,
             width=W,
             fps=fps,
-            num_inference_steps=request.num_inference_steps
-            or (fast or {}).get("num_inference_steps", self.setting("num_inference_steps")) * more,
+            num_inference_steps=request.num_inference_steps or steps * (PRO_STEPS if request.mode == "pro" and not few else 1),
             solver=solver,
             guidance_scale=high,
             guidance_scale_2=low,
-            camera_guidance_scale=1.0 if solver == "flow_map" else self.setting("camera_guidance_scale", request.camera_guidance_scale),
+            camera_guidance_scale=1.0 if few else self.setting("camera_guidance_scale", request.camera_guidance_scale),
             shift=self.setting("shift", (fast or {}).get("shift") if request.shift is None else request.shift),
             fast=fast is not None,
             tokens=max(latent_frames(hop.frames) + appended(hop) for hop in hops) * (h // patch[1]) * (w // patch[2]),
@@ -238,7 +237,7 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             frame_delay=request.frame_delay,
             guidance_interval=request.guidance_interval or (0.0, 1.0),
             guidance_every=request.guidance_every,
-            guidance_reach=0.0 if solver == "flow_map" else self.setting("guidance_reach", request.guidance_reach),
+            guidance_reach=0.0 if few else self.setting("guidance_reach", request.guidance_reach),
             notes=(*inputs.notes, *([why] if why else [])),
         )
         return plan, inputs, camera
