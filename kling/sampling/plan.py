@@ -137,7 +137,7 @@ def plan_solver(request: Request, hops: list[Hop], own: str, extra_channels: boo
         raise unknown("solver", request.solver, SOLVERS)
     if "flow_map" in (own, request.solver) and own != (request.solver or own):
         if own == "flow_map":
-            raise UserError(f"solver {request.solver}: few-step weights were distilled for flow_map: leave solver out")
+            raise UserError(f"solver {request.solver}: few-step weights were distilled for flow_map; leave it out")
         raise UserError("solver flow_map: these weights were not distilled for it; use mode fast, or leave solver out")
     if request.solver is not None:
         return request.solver, ""
