@@ -142,7 +142,7 @@ class Loop:
             return
         self._used, self._stopping = [], stopping
         self._saver.check()
-        if save and (stopping or self.done == self.cfg.steps or not guard.row):  # never between skipped updates: a rollback needs a sound checkpoint
+        if save and (stopping or self.done == self.cfg.steps or not guard.row):  # a rollback needs a sound checkpoint
             tensors: dict[str, Any] = {}
             for prefix, (model, optimizer, ema) in self._kept.items():
                 tensors |= run_tensors(model, optimizer.optimizer, ema, prefix)
@@ -168,7 +168,7 @@ class Loop:
         self.accelerator.wait_for_everyone()
 
     def _load(self, lost: int = 0) -> None:
-        """Load the newest intact checkpoint. lost: for a rollback, the step reached; the weights go back and the position in the data stays."""
+        """Load the newest intact checkpoint. lost: for a rollback, the step reached: the position in the data then stays."""
         self._saver.wait()
         saved = find_latest(self.accelerator, self.out, lost)
         if saved is None:
