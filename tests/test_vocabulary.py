@@ -58,7 +58,7 @@ def said(prompt: str) -> dict[str, str]:
     return answers if {"colour", "solid"} <= answers.keys() else {}
 
 
-def test_captions_say_only_what_the_table_lists() -> None:
+def test_captions_use_only_the_listed_words() -> None:
     world, table = World(seed=0, frames=5), vocabulary_table()
     for i in range(200):
         captions = world.captions(world.scene(i))
@@ -81,14 +81,12 @@ def test_captions_say_only_what_the_table_lists() -> None:
     ("A red CAT rolls left, at sunset", ["cat", "sunset"]), ("一只红色的猫在日落时滚动", ["猫", "日落"]), ("un ballon", ["un", "ballon"]),
     ("a red ball rolls left on grass, the camera pans right", []), ("", []), ("123 !?", []),
 ])  # fmt: skip
-def test_words_that_no_caption_says(text: str, words: list[str]) -> None:
+def test_words_outside_the_captions(text: str, words: list[str]) -> None:
     assert unknown_words(text) == words
 
 
 @pytest.mark.parametrize(("prompt", "word", "known"), [("a cat at sunset", '"cat", "sunset"', "red, "), ("一只猫", "“猫”", "红色、")])
-def test_the_shipped_model_says_what_it_does_not_know_and_goes_on(
-    prompt: str, word: str, known: str, tmp_path, monkeypatch, capsys
-) -> None:
+def test_the_shipped_model_notes_unknown_words_and_continues(prompt: str, word: str, known: str, tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     generate.main([prompt, "--dry-run", "--seed", "1"])
     (line,) = notes(capsys)
@@ -97,7 +95,7 @@ def test_the_shipped_model_says_what_it_does_not_know_and_goes_on(
     assert not notes(capsys)
 
 
-def test_another_checkpoint_is_not_asked_about_the_small_world(tmp_path: Path, monkeypatch, capsys) -> None:
+def test_other_checkpoints_get_no_note_about_unknown_words(tmp_path: Path, monkeypatch, capsys) -> None:
     pipe = KlingPipeline.from_pretrained(weights=False)
     pipe.register_to_config(vocabulary=None)
     monkeypatch.setattr(generate, "load_pipeline", lambda *_: (ASSETS, pipe))
@@ -118,7 +116,7 @@ def test_every_example_is_within_the_vocabulary() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_every_example_shows_what_it_says() -> None:
+def test_every_example_gives_the_described_video() -> None:
     """Two of three seeds are right in everything said about the object and its ground, and its motion if the camera is static."""
     options = Options("", examples=200, bf16=False)
     pipe, ruler, wrong = load(ASSETS, options), make_ruler(options), {}
@@ -136,7 +134,7 @@ def test_the_card_of_the_shipped_model_lists_the_vocabulary() -> None:
     assert f"<!-- vocabulary -->\n{vocabulary_table()}\n<!-- /vocabulary -->" in card, "kling-eval card RUN writes it"
 
 
-def test_scores_go_into_the_card_and_its_text_stays(tmp_path: Path, capsys) -> None:
+def test_scores_are_written_into_the_card_and_its_text_is_kept(tmp_path: Path, capsys) -> None:
     card, run = tmp_path / "README.md", tmp_path / "run"
     run.mkdir()
     card.write_text("before\n<!-- scores -->\nstale\n<!-- /scores -->\nbetween\n<!-- vocabulary --><!-- /vocabulary -->\nafter\n")
