@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import re
 from pathlib import Path
@@ -19,9 +18,13 @@ from kling.data.world.scene import World
 from kling.sampling.pipeline import ASSETS
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "Makefile", *sorted((ROOT / "docs").rglob("*.md"))]
-QUOTED = re.compile(r"""(?:kling-sample|prompt=|PROMPT=|pipe\()\s*"([^"\n]+)"([^\n]*)|^PROMPT \?= (.+)$""", re.MULTILINE)
-ELSEWHERE = ("--model", "--image", "--video", "--last-image", "image=", "video=")  # asks another model, or about something given
+PAGES = [
+    *(ROOT / name for name in ("README.md", "Makefile", "kling/assets/README.md", "kling/__init__.py", "kling/sampling/pipeline.py")),
+    *(ROOT / name for name in ("sample/generate.py", "sample/studio/create.py", "train/train_all.py")),
+    *(path for path in sorted((ROOT / "docs").iterdir()) if path.suffix in (".md", ".py") and path.name != "LOG.md"),
+]
+QUOTED = re.compile(r"""("|^PROMPT \?= )((?:an?|on|in) [^"\n]+|[\u3400-\u9fff，]{6,})(?:"|$)([^\n]*)""", re.MULTILINE)
+ELSEWHERE = ("--model", "--image ", "--video", "--last-image", "image=", "video=")  # asks another model, or about something given
 
 # What tells a name from a sentence, where it is not the name itself.
 SIGNS = {
@@ -34,17 +37,17 @@ SIGNS = {
 }  # fmt: skip
 
 
-def examples() -> list[str]:
-    """Every prompt for the shipped model that stands in README, Makefile, docs and on the page, alone: no picture or video beside it."""
-    found = [
-        prompt or default
-        for page in PAGES
-        for prompt, rest, default in QUOTED.findall(page.read_text(encoding="utf-8"))
-        if not any(option in rest for option in ELSEWHERE)
-    ]
-    tree = ast.parse((ROOT / "sample" / "studio" / "create.py").read_text(encoding="utf-8"))
-    page = next(node.value for node in tree.body if isinstance(node, ast.Assign) and node.targets[0].id == "EXAMPLES")
-    return [prompt for prompt in dict.fromkeys([*found, *ast.literal_eval(page)]) if said(prompt)]
+def examples() -> dict[str, list[str]]:
+    """Every prompt for the shipped model that stands anywhere, alone (no picture or video beside it), and the files that it stands in.
+
+    Where: README, docs and the scripts that make their pictures, the page's examples, Makefile, the help of the programs, the model card.
+    """
+    found: dict[str, list[str]] = {}
+    for page in PAGES:
+        for _, prompt, rest in QUOTED.findall(page.read_text(encoding="utf-8")):
+            if said(prompt) and not any(option in rest for option in ELSEWHERE):
+                found.setdefault(prompt, []).append(str(page.relative_to(ROOT)))
+    return {prompt: list(dict.fromkeys(places)) for prompt, places in found.items()}
 
 
 def said(prompt: str) -> dict[str, str]:
