@@ -1,6 +1,6 @@
-"""The part of a training that is the same whatever is trained: batches in order, resume, rollback, log, checkpoints, signals, the end.
+"""The part that every training program shares: the order of batches, resume, rollback, log, checkpoints, stop signals and the end.
 
-A program that uses it reads top to bottom as one loop: forward, loss, backward, optimizer and what is logged stand in the program.
+Forward pass, loss, backward pass, optimizer and logged values stay in the program, which reads top to bottom as one loop.
 """
 
 from __future__ import annotations
@@ -33,19 +33,18 @@ from kling.training.meter import StepClock
 from kling.training.optim import lr_at
 from kling.training.run_state import load_run_tensors, run_tensors
 
-OPTIONAL = {"gradient_accumulation": 1, "keep_every": 0, "save_in_background": True, "watchdog": 0.0}  # of a program without these settings
+OPTIONAL = {"gradient_accumulation": 1, "keep_every": 0, "save_in_background": True, "watchdog": 0.0}  # for programs without these settings
 
 
 class Loop:
-    """One run, from its settings to its last checkpoint. How a program uses it shows `train/train_text.py`, the shortest one.
+    """One run. The shortest program that uses it is `train/train_text.py`.
 
-    Inside the `with` the run's folder is this run's alone, and a signal ends it after an update. done: updates made. places: batches used,
-    over all processes: they only grow, so what made updates unsound is not met again.
+    The `with` block holds the lock of the run's folder, and turns stop signals into an exit after the current update. done: updates made.
+    places: batches used, over all processes; they never decrease, so a rollback does not use the same batches again.
 
-    cfg: the program's settings, of which it reads out, seed, steps, warmup, schedule, floor, workers, threads, log_every, save_every (0 is
-    at the end and at a signal alone), keep_last, mixed_precision and trackers, and of `OPTIONAL` those that there are. how: further
-    arguments of `make_accelerator`. Raises `UserError`, as the `with` is entered, if the run was started with other settings, or another
-    process holds it.
+    cfg: the program's settings. Read are out, seed, steps, warmup, schedule, floor, workers, threads, log_every, save_every (0 saves only
+    at the end and at a signal), keep_last, mixed_precision and trackers, and those of `OPTIONAL` that exist. how: further arguments of
+    `make_accelerator`. Entering the block raises `UserError` if the run was started with other settings, or another process uses it.
     """
 
     done = places = began = 0
@@ -71,13 +70,13 @@ class Loop:
     def __exit__(self, *_: object) -> None:
         with self._stack:
             if self._run is not None:
-                self._run.close()  # an error in the program's own lines: what was logged is written
+                self._run.close()  # after an error in the program itself: write the lines logged so far
 
     def resume(self, model: nn.Module, optimizer: Optimizer, ema: EMA, **others: tuple[nn.Module, Optimizer]) -> None:
-        """Go on from the newest good checkpoint, if there is one, and save these from now on.
+        """Load the newest intact checkpoint, if there is one. Later checkpoints hold the same models.
 
-        optimizer: as accelerate prepared it. others: further models that train, with their optimizers and without an average; the keyword
-        is the prefix of their groups in a checkpoint. Raises `UserError` if a checkpoint does not fit.
+        optimizer: as prepared by accelerate. others: further models in training with their optimizers, without an average; the keyword is
+        the prefix of their groups in a checkpoint. Raises `UserError` if a checkpoint does not fit.
         """
         self._kept = {"": (model, optimizer, ema)} | {prefix: (*kept, None) for prefix, kept in others.items()}
         self._load()
@@ -87,11 +86,11 @@ class Loop:
             save_config(self.cfg, self.out / "config.yaml")
 
     def batches(self, data: Dataset, guard: Guard, clock: StepClock | None = None) -> Iterator[tuple[int, Any]]:
-        """This process's micro-steps until all updates are made: place and batch of each.
+        """(place, batch) of every micro-step of this process, until all updates are made.
 
-        data: batches by place, with `names(place)` of their clips. guard: decides on every update; the program asks it. clock: the
-        program's, told of the time for checkpoints. Raises `SystemExit` with `EXIT_STOPPED` after the update at which a signal was seen,
-        and `UserError` if updates are unsound again after a rollback.
+        data: batches by place; `data.names(place)` lists their clips. guard: the one that the program asks about every update. clock: the
+        program's clock, for the time of checkpoints. Raises `SystemExit` with `EXIT_STOPPED` after the update at which a signal was seen,
+        and `UserError` if updates are not finite again after a rollback.
         """
         self._data, self._guard, self._clock = data, guard, clock
         self._run = self._micro_steps()
@@ -116,20 +115,20 @@ class Loop:
         self._saver.wait()
 
     def lr(self, highest: float) -> float:
-        """The learning rate of the update that comes."""
+        """The learning rate of the next update. highest: its value after the warmup."""
         cfg = self.cfg
         return lr_at(self.done, lr=highest, warmup=cfg.warmup, steps=cfg.steps, schedule=cfg.schedule, floor=cfg.floor)
 
     def update(self, values: Mapping[str, float] | Later, clips: int) -> None:
-        """An update was made, or left out by the guard. Log it, and save, go back or prepare to stop where that is due.
+        """Call after every update, also one that the guard skipped: logs it, and saves, rolls back or stops if necessary.
 
-        values: what the log says of it. clips: how many it took, over all processes.
+        values: for the log. clips: the number of clips of this update, over all processes.
         """
         guard, rank, ranks = self._guard, self.accelerator.process_index, self.accelerator.num_processes
         self.done, self.places = self.done + 1, self.places + self.micro * self.layout.ranks
         self._watchdog.beat()
         self._log.log(self.done, values, clips)
-        look = self._at(self._log.log_every)  # several processes must ask each other who got a signal
+        look = self._at(self._log.log_every)  # several processes must agree on a signal, which costs a message
         stopping = (look or ranks == 1) and self.stop.seen(self.accelerator)
         save = stopping or self._at(self.cfg.save_every)
         if save:
@@ -143,7 +142,7 @@ class Loop:
             return
         self._used, self._stopping = [], stopping
         self._saver.check()
-        if save and (stopping or self.done == self.cfg.steps or not guard.row):  # never amid lost updates: what to go back to
+        if save and (stopping or self.done == self.cfg.steps or not guard.row):  # a rollback needs a sound checkpoint
             tensors: dict[str, Any] = {}
             for prefix, (model, optimizer, ema) in self._kept.items():
                 tensors |= run_tensors(model, optimizer.optimizer, ema, prefix)
@@ -152,24 +151,24 @@ class Loop:
                 self._clock.lap("save")
 
     def due(self, every: int) -> bool:
-        """Whether to do now what is done each `every` updates and at the end; 0 is never. Not where the run stops or has just gone back."""
+        """Whether this is a multiple of `every` updates, or the end. False for 0, when the run is stopping, and after a rollback."""
         return every > 0 and not (self._stopping or self._back) and self._at(every)
 
     def _at(self, every: int) -> bool:
         return self.done == self.cfg.steps or (every > 0 and self.done % every == 0)
 
     def log(self, values: Mapping[str, float]) -> None:
-        """A line of the log beside that of the update."""
+        """Add a line to the log, beside the one of the update."""
         self._log.log(self.done, values)
 
     def finish(self, model: Path) -> None:
-        """Say that the run has ended, and where its model is; every process waits for the main one, which has written it."""
+        """Print where the exported model is, and wait for all processes."""
         if self.accelerator.is_main_process:
             print(finished(self.began, self.cfg.steps, model), file=sys.stderr)
         self.accelerator.wait_for_everyone()
 
     def _load(self, lost: int = 0) -> None:
-        """The newest good checkpoint, if there is one. lost: the step from which a run goes back: its weights do, its data goes on."""
+        """Load the newest intact checkpoint. lost: for a rollback, the step reached: the position in the data then stays."""
         self._saver.wait()
         saved = find_latest(self.accelerator, self.out, lost)
         if saved is None:

@@ -42,10 +42,10 @@ def muon(
 
 
 def layer_weights(model: nn.Module) -> list[Tensor]:
-    """The matrices and kernels that inputs are multiplied with: `weight` of linear layers and convolutions.
+    """The matrices and kernels that inputs are multiplied by: `weight` of linear layers and convolutions.
 
-    Not of embeddings, whose rows are looked up one at a time; not learned tables (modulation, positions), which are added as they are; nor
-    gains and biases. Decay would pull those towards 0 whether a step had anything to say about them or not.
+    Embeddings, learned tables (modulation, positions), gains of norms and biases are not among them. Rows of an embedding that a batch
+    does not use have no gradient, and decay alone would pull them to 0.
     """
     layers = [m for m in model.modules() if not isinstance(m, nn.Embedding)]
     return [p for m in layers for name, p in m.named_parameters(recurse=False) if name == "weight" and p.ndim >= 2]
