@@ -153,6 +153,13 @@ class State:
         cut |= {name: getattr(self, name)[:, start:end] for name in ("position", "kind")}
         return replace(self, **cut, frames=end - start, host=(self.host[0][:, :, start:end], self.host[1][:, start:end]))
 
+    def rows(self, start: int) -> State:
+        """The samples from `start` on."""
+        cut = {name: getattr(self, name)[start:] for name in ("clean", "mask", "position", "kind")}
+        part = replace(self, **cut, host=(self.host[0][start:], self.host[1][start:]))
+        part.__dict__["_runs"] = tuple(t[start:] for t in self._runs)
+        return part
+
     def to(self, device: torch.device | str) -> State:
         """Copy to another device without waiting for it."""
         there = replace(self, **{name: upload(getattr(self, name), device) for name in ("clean", "mask", "position", "kind")})

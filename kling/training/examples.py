@@ -70,6 +70,12 @@ class Example:
     concat: Tensor | None = None  # (b, ·, F, h, w) what is given, for weights that take it beside the noise
     seen: Tensor | None = None  # (b, i, e) what CLIP sees of the first frame, for weights that take that, zeros where none is given
 
+    def rows(self, start: int) -> Example:
+        """The samples from `start` on."""
+        cut = {name: t[start:] for name in ("has_camera", "concat", "seen") if (t := getattr(self, name)) is not None}
+        cameras = None if self.cameras is None else self.cameras.rows(start)
+        return replace(self, state=self.state.rows(start), prompts=self.prompts[start:], cameras=cameras, **cut)
+
     def to(self, device: torch.device) -> Example:
         """On the device, without waiting for it."""
         moved = {name: upload(t, device) for name in ("has_camera", "concat", "seen") if (t := getattr(self, name)) is not None}
