@@ -19,7 +19,7 @@ def written_out(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(("n", "m"), [(35, 35), (140, 12), (308, 308)])
-def test_products_in_bf16_hold_outputs_and_gradients_to_a_hundredth(n: int, m: int) -> None:
+def test_products_in_bf16_are_within_a_hundredth_in_outputs_and_gradients(n: int, m: int) -> None:
     torch.manual_seed(0)
     exact = [torch.randn(2, length, 3, 32, dtype=torch.float64) for length in (n, m, m)]
     rounded = [x.bfloat16().requires_grad_() for x in exact]

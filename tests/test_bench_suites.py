@@ -18,7 +18,7 @@ def bench() -> Bench:
     return Bench(CPU, quick=True, ceilings={"matmul fp32": 1e12})
 
 
-def test_the_transformers_are_one_function(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_transformers_compute_the_same(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dit, "plans", lambda bench: [dit.SizePlan(TINY, torch.float32, (256,), (256,))])
     monkeypatch.setattr(dit, "peak", lambda target, arguments, device: 2.0 * arguments["tokens"])
     rows = list(dit.rows(bench))
@@ -44,7 +44,7 @@ def test_bf16_keeps_what_models_keep_in_fp32() -> None:
 
 
 @pytest.mark.parametrize("solver", ["euler", "unipc"])
-def test_walks_are_one_function(solver: str, bench: Bench) -> None:
+def test_both_sampling_loops_compute_the_same(solver: str, bench: Bench) -> None:
     *_, row = sampler.overhead(bench, "tiny", (2, 3, 4, 4), solver)
     assert row["error"] < 1e-6 and row["peer error"] < 1e-6 and row["ours ms a step"] > 0
 

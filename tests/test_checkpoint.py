@@ -73,7 +73,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("reason", DAMAGE)
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(reason: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_checkpoint_is_named_and_the_previous_one_is_used(reason: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     save(tmp_path, 1, weights(1))
     bad = save(tmp_path, 2, weights(2))
     DAMAGE[reason](bad)
@@ -87,13 +87,13 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(reason: str, t
     assert load_latest(tmp_path).step == 2  # type: ignore[union-attr]
 
 
-def test_nothing_good_is_an_error_and_not_a_fresh_start(tmp_path: Path) -> None:
+def test_no_intact_checkpoint_is_an_error_and_not_a_fresh_start(tmp_path: Path) -> None:
     flip(save(tmp_path, 1, weights(1)) / "model.safetensors")
     with pytest.raises(UserError, match="no intact checkpoint"):
         load_latest(tmp_path)
 
 
-def test_good_folders_outlive_those_of_an_abandoned_future(tmp_path: Path) -> None:
+def test_intact_folders_are_kept_over_those_of_an_abandoned_continuation(tmp_path: Path) -> None:
     save(tmp_path, 10, weights(1))
     flip(save(tmp_path, 20, weights(2)) / "model.safetensors")
     save(tmp_path, 15, weights(3), keep_last=2)  # resumed from 10, stopped at 15
@@ -106,7 +106,7 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("same_step", [False, True])
-def test_a_kill_at_any_moment_leaves_a_good_checkpoint(same_step: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kill_at_any_moment_leaves_an_intact_checkpoint(same_step: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Interrupt `save` before its first, second, ... change of the disk until it completes; an intact checkpoint exists every time."""
     count, limit = 0, 0
 

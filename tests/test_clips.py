@@ -99,7 +99,7 @@ def test_shots_go_to_their_aspect_and_their_longest_length(root, manifest):
         assert "6 clips from 5 shots" in clips.report()
 
 
-def test_what_is_left_over_of_a_shot_is_seen_in_other_epochs(manifest):
+def test_remaining_frames_of_a_shot_are_used_in_other_epochs(manifest):
     clips = ClipSource(config(manifest)).manifest
     names = {clips.clip(Bucket("16:9", 9), 2, epoch).name for epoch in range(20)}
     assert len(names) == 25 % 9 + 1 and names == {clips.clip(Bucket("16:9", 9), 2, epoch).name for epoch in range(20)}
@@ -178,7 +178,7 @@ def test_the_order_is_a_function_of_seed_and_step_alone(manifest):
     assert any(a.shape != b.shape or not torch.equal(a, b) for a, b in zip(straight, (other[i] for i in range(6)), strict=True))
 
 
-def test_what_cannot_be_used_is_named_or_counted(root, manifest, tmp_path):
+def test_unusable_clips_are_named_or_counted(root, manifest, tmp_path):
     with pytest.raises(UserError, match=r"1 of 5 clips are too short for data.frames \[5, 9\] \(picture.png.*is a picture.*skip_bad"):
         ClipSource(config(manifest, frames=[5, 9]))
     clips = ClipSource(config(manifest, frames=[5, 9], skip_bad=True)).manifest
@@ -203,7 +203,7 @@ def test_what_cannot_be_used_is_named_or_counted(root, manifest, tmp_path):
 
 
 @pytest.mark.parametrize("text", ["{", '{"path": 3}', "[1]", '{"path": "a", "video": {"width": 3}}'])
-def test_a_manifest_that_is_not_one_is_refused_with_its_line(tmp_path, text):
+def test_an_invalid_manifest_is_refused_with_its_line(tmp_path, text):
     (tmp_path / "m.jsonl").write_text(f"\n{text}\n")
     with pytest.raises(UserError, match="m.jsonl line 2"):
         read_manifest(tmp_path / "m.jsonl")
@@ -274,7 +274,7 @@ def test_a_manifest_is_encoded_whole_and_trains_in_constant_tokens(manifest, tmp
     assert cat.weights[cat.captions.index(["a cat", "猫"])] == [1, 3]
 
 
-def test_an_unfinished_cache_is_not_read_and_goes_on(manifest, tmp_path, vae):
+def test_an_unfinished_cache_is_not_read_and_can_be_continued(manifest, tmp_path, vae):
     encode(manifest, tmp_path, vae, upto=3)
     with pytest.raises(UserError, match="does not exist"):
         LatentCache(tmp_path)
@@ -284,7 +284,7 @@ def test_an_unfinished_cache_is_not_read_and_goes_on(manifest, tmp_path, vae):
     assert not list(tmp_path.glob("index.*.json"))
 
 
-def test_two_processes_make_what_one_makes(manifest, tmp_path, vae):
+def test_two_processes_make_the_same_cache_as_one(manifest, tmp_path, vae):
     encode(manifest, tmp_path / "one", vae)
     ranks = [fill_cache(encode_config(manifest, tmp_path / "two"), vae, rank, 2, lambda: None) for rank in (1, 0)]
     for steps in ranks:  # simulates `wait`: both have listed the shards before one writes
@@ -299,7 +299,7 @@ def encode_config(manifest: Path, out: Path) -> CacheConfig:
     return CacheConfig(out=str(out), shard=1, workers=0, data=config(manifest))
 
 
-def test_a_changed_clip_or_a_cut_shard_is_made_anew_and_no_other(manifest, root, tmp_path, vae):
+def test_only_a_changed_clip_or_a_cut_shard_is_made_again(manifest, root, tmp_path, vae):
     encode(manifest, tmp_path, vae)
     before = shards(tmp_path)
     cut = tmp_path / "00004.safetensors"
@@ -355,7 +355,7 @@ def test_the_world_still_needs_a_number_of_clips_and_a_manifest_none(manifest, t
         list(fill_cache(CacheConfig(out=str(tmp_path)), vae))
 
 
-def test_more_pictures_than_clips_of_other_scenes_of_the_world(tmp_path, vae):
+def test_a_cache_may_have_more_pictures_than_clips_of_other_scenes(tmp_path, vae):
     """Short clips are cheap, so a cache may hold more of them, and a batch of them has as many tokens as a batch of long ones."""
     data = DataConfig(frames=[1, 5, 9])
     cfg = CacheConfig(out=str(tmp_path), clips=5, shorter={5: 5, 1: 20}, shard=3, workers=0, data=data)

@@ -55,12 +55,12 @@ ELSEWHERE = {
 
 
 @pytest.mark.parametrize("name", ELSEWHERE)
-def test_names_of_elsewhere_are_known_by_their_meaning(name: str) -> None:
+def test_names_of_other_tools_are_recognised(name: str) -> None:
     with pytest.raises(UserError, match=re.escape(f"unknown option '{name}' (did you mean '{ELSEWHERE[name]}")):
         parse(["a ball", name, "20"])
 
 
-def test_names_of_elsewhere_are_known_in_python_and_in_configs() -> None:
+def test_names_of_other_tools_are_recognised_in_python_and_in_configs() -> None:
     for name, ours in {"generator": "seed', a whole number", "steps": "num_inference_steps", "end_image": "last_image"}.items():
         with pytest.raises(UserError, match=re.escape(f"unknown field '{name}' (did you mean '{ours}")):
             Request("a ball", **{name: 1})
@@ -70,7 +70,7 @@ def test_names_of_elsewhere_are_known_in_python_and_in_configs() -> None:
     assert "did you mean" not in str(unknown("suite", "zzzz", ["vae", "dit"]))
 
 
-def test_every_name_that_a_hint_gives_exists_somewhere() -> None:
+def test_every_name_in_a_hint_exists() -> None:
     """Otherwise the hint would never be shown."""
     options = {option.lstrip("-").replace("-", "_") for option in re.findall(r"--[a-z0-9-]+", options_of(parse))}
     fields = {field.name for cls in (Request, TrainConfig, DataConfig) for field in dataclasses.fields(cls)}
@@ -85,7 +85,7 @@ def options_of(parse) -> str:
 
 
 @pytest.mark.parametrize("program", ["sample.generate", "sample.export", "sample.demo", "eval.evaluate", "eval.bench"])
-def test_help_comes_at_once(program: str) -> None:
+def test_help_is_fast(program: str) -> None:
     """In less than a second of processor time, without importing anything slow."""
     code = f"""
 import sys

@@ -88,7 +88,7 @@ def test_mistakes_name_key_value_and_place(word: str, parts: list[str]) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_dashes_before_a_key_are_as_good_as_none() -> None:
+def test_dashes_before_a_key_are_ignored() -> None:
     assert load("--optim.lr=0.5", "steps=3") == load("optim.lr=0.5", "--steps=3")
 
 
@@ -142,7 +142,7 @@ def test_a_bad_file_is_named(text: str, message: str, tmp_path: Path) -> None:
     assert time.process_time() - before < 5 and "\n" not in str(error.value)
 
 
-def test_the_environment_is_read_where_the_user_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_is_read_only_if_the_user_allows_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PLACE", "here")
     path = tmp_path / "c.yaml"
     path.write_text("data: ${oc.env:PLACE}\nsteps: 4\nsizes: ['${steps}']")
@@ -156,7 +156,7 @@ def test_the_environment_is_read_where_the_user_says_so(tmp_path: Path, monkeypa
     assert (cfg.data, cfg.sizes) == ("here", [4])
 
 
-def test_what_other_trainers_call_a_key_leads_to_ours() -> None:
+def test_names_of_other_trainers_lead_to_our_keys() -> None:
     """For the real programs: every hint names an existing key, and none of our names is taken for another tool's."""
     from kling_programs.train import command
 

@@ -37,19 +37,19 @@ def test_hinge() -> None:
     assert hinge(real, fake) == 0.25 + 0.5 and generator_loss(fake) == 1.5
 
 
-def test_a_frozen_critic_steers_without_learning() -> None:
+def test_a_frozen_critic_gives_gradients_without_learning() -> None:
     critic, video = PatchDiscriminator3d(width=8), torch.randn(1, 3, 1, 16, 16, requires_grad=True)
     with frozen(critic):
         generator_loss(critic(video)).backward()
     assert video.grad.abs().sum() > 0 and all(p.grad is None and p.requires_grad for p in critic.parameters())
 
 
-def test_the_critic_warms_up_before_it_steers() -> None:
+def test_the_critic_warms_up_before_it_affects_the_generator() -> None:
     adversary = Adversary(weight=0.5, start=100, warmup=10)
     assert [adversary.weight_at(step) for step in (0, 100, 110, 115, 120, 1000)] == [0, 0, 0, 0.25, 0.5, 0.5]
 
 
-def test_a_critic_tells_noise_from_ramps() -> None:
+def test_a_critic_learns_to_distinguish_noise_from_ramps() -> None:
     torch.manual_seed(0)
     critic = PatchDiscriminator3d(width=8)
     optimizer = torch.optim.Adam(critic.parameters(), lr=3e-3, betas=(0.5, 0.9))
@@ -215,7 +215,7 @@ def test_two_processes_are_two_micro_steps(tmp_path: Path, monkeypatch: pytest.M
         assert (a.tensors["optimizer"][key] - moment[key]).norm() <= 1e-5 * moment[key].norm() + 1e-12, key
 
 
-def test_a_critic_that_is_not_finite_takes_nothing_with_it(plain: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_critic_that_is_not_finite_damages_nothing(plain: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Five bad updates leave nothing but the file with their clips, which are not drawn again; if it happens again, the run ends and names
     the clips."""
     real, calls, last = train_vae.hinge, iter(range(1, 1000)), 6
@@ -233,7 +233,7 @@ def test_a_critic_that_is_not_finite_takes_nothing_with_it(plain: list[str], tmp
     assert stopped.value.code == 2 and bad["clips"][0].startswith("world/0/train/")
 
 
-def test_a_signal_ends_it_after_a_step_with_a_checkpoint(tmp_path: Path) -> None:
+def test_a_signal_ends_training_after_a_step_with_a_checkpoint(tmp_path: Path) -> None:
     process = workers.start([*WORDS, "steps=100000", "save_every=100000", f"out={tmp_path}"])
     while not (tmp_path / "metrics.jsonl").exists():
         assert process.is_alive()

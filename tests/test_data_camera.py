@@ -49,7 +49,7 @@ def turning(T: int = 17, yaw: float = 0.015, pitch: float = -0.006) -> tuple[np.
     return np.stack(frames), turns
 
 
-def test_a_turning_camera_is_found_with_its_focal_length():
+def test_a_rotating_camera_is_found_with_its_focal_length():
     frames, turns = turning()
     estimate = estimate_rotation(tracks(frames), 8.0, W / H)
     R = estimate.trajectory.c2w[:, :, :3].double().numpy()
@@ -74,7 +74,7 @@ def _still(scene: Scene) -> bool:
 
 
 @pytest.mark.parametrize("axis", ["pan", "dolly", pytest.param("horizontal", marks=pytest.mark.slow)])
-def test_conventions_are_told_apart_by_the_picture(axis):
+def test_the_picture_distinguishes_pose_conventions(axis):
     frames, truth = scene_with(axis)
     pairs = tracks(frames, gap=2)
     right, w2c, opengl, _ = convention_errors(truth, pairs, gap=2).values()

@@ -77,7 +77,7 @@ class Gate:
         assert entered.wait(10)
 
 
-def test_a_job_tells_its_events_and_returns_its_result():
+def test_a_job_reports_its_events_and_returns_its_result():
     events, result = drain(ModelQueue().run("a", lambda tell: [tell(1), tell(2)] and "done"))
     assert [e for e in events if not isinstance(e, Waiting)] == [1, 2] and result == "done"
 
@@ -99,7 +99,7 @@ def test_visitors_take_turns_and_no_more_than_the_bound_wait():
 
 
 @pytest.mark.parametrize("end", ["stop", "close"])
-def test_a_job_stops_at_its_next_event_and_one_that_waits_never_starts(end):
+def test_a_running_job_stops_at_its_next_event_and_a_waiting_one_never_starts(end):
     queue, told, started = ModelQueue(), [], []
     stopped = threading.Event()
 
@@ -134,7 +134,7 @@ def test_a_job_stops_at_its_next_event_and_one_that_waits_never_starts(end):
     assert drain(queue.run("c", lambda tell: 7))[1] == 7  # the model's thread lives on
 
 
-def test_a_mistake_in_a_job_reaches_who_waits_for_it():
+def test_an_error_in_a_job_reaches_its_listener():
     queue = ModelQueue()
     with pytest.raises(ZeroDivisionError):
         drain(queue.run("a", lambda tell: 1 / 0))
@@ -160,7 +160,7 @@ def following(queue: ModelQueue, owner: str) -> tuple[list, list]:
     return seen, end
 
 
-def test_a_job_of_a_page_goes_on_while_its_tab_is_loaded_anew_and_no_longer(monkeypatch):
+def test_a_job_of_a_page_continues_while_its_tab_is_reloaded_and_no_longer(monkeypatch):
     monkeypatch.setattr(jobs, "ALONE", 1.5)
     queue, go = ModelQueue(), threading.Event()
 
@@ -197,7 +197,7 @@ def test_a_job_of_a_page_goes_on_while_its_tab_is_loaded_anew_and_no_longer(monk
     assert not queue.running and isinstance(following(queue, "tab")[1][0], Stopped)
 
 
-def test_a_job_that_nobody_hears_ends_though_it_is_drawn_from(monkeypatch):
+def test_a_job_without_a_listener_ends_although_its_generator_is_read(monkeypatch):
     monkeypatch.setattr(jobs, "UNHEARD", 0.5)
     queue = ModelQueue()
 
@@ -299,7 +299,7 @@ def test_good_files_are_kept_by_their_contents(uploads):
     assert uploads.accept(None, "image") is None and len(list(uploads.store.iterdir())) == 3
 
 
-def test_one_upload_named_by_many_requests_at_once_is_kept_once(uploads):
+def test_an_upload_named_by_several_requests_at_once_is_kept_once(uploads):
     """A page checks, draws and explains a file in parallel requests."""
     image = png(uploads.arrivals / "a.png", (300, 300))
     kept, threads = [], []
@@ -377,7 +377,7 @@ def test_a_few_frames_far_apart_are_counted_after_resampling(pipe, uploads, tmp_
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 150_000  # KiB
 
 
-def test_what_is_restyled_is_read_no_further_than_the_model_goes(pipe, tmp_path, monkeypatch):
+def test_a_restyled_video_is_read_only_as_far_as_the_model_uses(pipe, tmp_path, monkeypatch):
     """And it is scaled while reading: no frame is held at full size, unless that is smaller."""
     write_video(tmp_path / "v.mp4", np.random.default_rng(0).integers(0, 256, (60, 256, 448, 3), dtype=np.uint8), 8)
     read, asked = [], {"video": str(tmp_path / "v.mp4")}
@@ -388,7 +388,7 @@ def test_what_is_restyled_is_read_no_further_than_the_model_goes(pipe, tmp_path,
     assert [tuple(clip.frames.shape) for clip in read] == [(41, H, W, 3), (41, 37, H, 3), (60, H, W, 3)]
 
 
-def test_a_phone_s_video_is_brought_down_and_the_page_says_so(uploads):
+def test_a_large_video_is_reduced_and_the_page_says_so(uploads):
     file = uploads.arrivals / "IMG_1.mp4"
     with VideoWriter(file, 30, crf=40) as out:  # 2 s of 1080p30
         for i in range(60):
@@ -532,7 +532,7 @@ def test_bad_fields_are_refused_by_name(uploads, fields, message):
 # ----------------------------------------------------------------------------------------------------------------- the shelf
 
 
-def test_nobody_pushes_out_what_others_made(pipe, tmp_path):
+def test_no_visitor_displaces_the_results_of_others(pipe, tmp_path):
     shelf, made = Shelf(tmp_path / "out", {"path": "m", "sha256": {}}, keep=4), []
     for i, visitor in enumerate("baaaaaa"):
         request = Request("a", seed=i, num_frames=5)
@@ -541,7 +541,7 @@ def test_nobody_pushes_out_what_others_made(pipe, tmp_path):
     assert [one.path.exists() for one in made] == [True, False, False, False, True, True, True]
 
 
-def test_a_result_can_be_had_as_gif_and_webm(pipe, tmp_path):
+def test_a_result_is_available_as_gif_and_webm(pipe, tmp_path):
     shelf = Shelf(tmp_path / "out", {"path": "m", "sha256": {}})
     request = Request("a", num_frames=5)
     frames = np.stack([np.full((H, W, 3), 50 * i, np.uint8) for i in range(5)])

@@ -49,7 +49,7 @@ def raw(site: Site, head: str, *pieces: bytes, pause: float = 0.0) -> int:
 # ----------------------------------------------------------------------------------------------------- what may be brought
 
 
-def test_a_body_is_refused_by_its_length_and_by_what_comes(site):
+def test_a_body_is_refused_by_its_stated_and_by_its_real_length(site):
     join = "POST /gradio_api/queue/join HTTP/1.1\nHost: 127.0.0.1\nContent-Type: application/json\n"
     assert raw(site, join + f"Content-Length: {400 * 2**20}") == 413  # before a byte of it
     megabyte = b"100000\r\n" + b" " * 2**20 + b"\r\n"
@@ -57,7 +57,7 @@ def test_a_body_is_refused_by_its_length_and_by_what_comes(site):
     assert "100000 characters" in str(site.ask(*site.fields(prompt="x" * 100_000)))  # what comes through, the form refuses
 
 
-def test_an_upload_is_cut_off_where_it_is_too_much_or_too_slow(site, monkeypatch):
+def test_a_too_large_or_too_slow_upload_is_cut_off(site, monkeypatch):
     door = site.studio.door
     monkeypatch.setattr(door, "limits", Limits(file=2**20, seconds=1.0))
     upload = "POST /gradio_api/upload HTTP/1.1\nHost: 127.0.0.1\nContent-Type: multipart/form-data; boundary=b\n"
@@ -71,7 +71,7 @@ def test_an_upload_is_cut_off_where_it_is_too_much_or_too_slow(site, monkeypatch
     assert not door._bringing  # none is left under way
 
 
-def test_an_address_has_a_share_of_uploads_and_the_server_a_whole(site, tmp_path, monkeypatch):
+def test_uploads_are_limited_per_address_and_in_total(site, tmp_path, monkeypatch):
     door, picture = site.studio.door, png(tmp_path / "a.png", (300, 300))
     size = picture.stat().st_size
     monkeypatch.setattr(door, "_brought", {})
@@ -154,7 +154,7 @@ def test_a_request_that_nobody_listens_to_is_stopped(site, monkeypatch):
     assert ran and not site.studio.queue.running and not site.studio.queue.waiting
 
 
-def test_one_that_is_listened_to_later_tells_that_it_was_stopped(site, monkeypatch):
+def test_a_late_listener_learns_that_its_job_was_stopped(site, monkeypatch):
     monkeypatch.setattr(jobs, "UNHEARD", 0.5)
     posted = site.http.post(f"{site.url}gradio_api/call/generate", json={"data": site.fields(num_inference_steps=100, duration=20.0)})
     time.sleep(3)
@@ -193,7 +193,7 @@ def test_a_video_is_served_in_other_formats(site):
 # --------------------------------------------------------------------------------------------------------------------- names
 
 
-def test_only_our_own_names_are_answered(site):
+def test_only_our_own_host_names_are_answered(site):
     def status(host: str, **headers: str) -> int:
         return site.http.get(site.url, headers={"host": host, **headers}).status_code
 
@@ -225,7 +225,7 @@ def test_accounts_come_from_a_file_or_the_environment_and_not_from_the_command_l
     assert "secret" not in str(error.value)
 
 
-def test_wrong_passwords_cost_time_and_then_close_the_door(tmp_path, monkeypatch):
+def test_wrong_passwords_are_delayed_and_then_locked_out(tmp_path, monkeypatch):
     monkeypatch.setattr(guard, "DELAY", 0.1)
     door = Door(tmp_path)
     delays = [door.tried(False, "x") for _ in range(5)]

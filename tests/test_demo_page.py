@@ -118,7 +118,7 @@ def test_a_folder_of_wan_weights_opens_with_its_own_settings(tmp_path):
     assert request.negative_prompt is None and request.guidance_scale is None
 
 
-def test_visitors_choose_of_the_models_and_loras_that_the_operator_names(tmp_path):
+def test_visitors_choose_among_the_operator_s_models_and_loras(tmp_path):
     """Each choice gives the same frames as in the library, and its record names it; the form restores it."""
     folders, loras = tmp_path / "models", tmp_path / "loras"
     loras.mkdir()
@@ -156,7 +156,7 @@ def test_visitors_choose_of_the_models_and_loras_that_the_operator_names(tmp_pat
     assert studio._other[0] == weights  # one choice is kept loaded
 
 
-def test_what_a_request_will_take_grows_with_it(tmp_path):
+def test_the_estimated_time_and_memory_grow_with_a_request(tmp_path):
     save_tiny(tmp_path / "own", ["text", "continuation"])
     studio, _, _ = demo.prepare(demo.parse(["--model", str(tmp_path / "own"), "--out", str(tmp_path / "out")]), tmp_path / "arrivals")
     requests = [Request(num_frames=5), Request(num_frames=41), Request(num_frames=41, num_inference_steps=50), Request(duration=15)]
@@ -172,7 +172,7 @@ def test_what_a_request_will_take_grows_with_it(tmp_path):
     assert "3 × 41 frames" in line and "about 1m30s, 3.0 GiB of memory" in line
 
 
-def test_a_record_from_elsewhere_fills_what_it_can_and_names_the_rest(site, tmp_path):
+def test_a_foreign_record_fills_the_form_as_far_as_possible_and_names_the_rest(site, tmp_path):
     """A record of the command line with missing files, settings that the page lacks, and another model."""
     record = json.loads(Path(site.ask(*site.fields(seed=5))[-1][1][0]["record"]["path"]).read_text())
     record["request"] |= {"image": "/home/me/a.png", "guidance_every": 3, "num_frames": 9, "duration": None, "camera": {"pan": 2.0}}
@@ -242,7 +242,7 @@ def refused(events: list[tuple[str, object]]) -> str:
     return text
 
 
-def test_what_must_not_pass_is_refused_without_a_trace_or_a_path(site, tmp_path):
+def test_invalid_requests_are_refused_without_a_trace_or_a_path(site, tmp_path):
     secret = png(tmp_path / "secret.png")
     stored = site.upload(png(tmp_path / "mine.png")).json()[0]
     for path in (
@@ -292,7 +292,7 @@ def test_what_must_not_pass_is_refused_without_a_trace_or_a_path(site, tmp_path)
     assert not [p for p in site.arrivals.rglob("large*") if p.stat().st_size > 1_000_000]
 
 
-def test_twenty_at_once_on_a_queue_of_eight(site):
+def test_twenty_requests_at_once_on_a_queue_of_eight(site):
     """Eight wait, twelve are refused, and everybody gets their own video."""
     queue, replies, most = site.studio.queue, {}, []
     gate = Gate(queue)
@@ -336,7 +336,7 @@ def test_a_closed_connection_stops_its_job(site):
     assert not site.studio.queue.running
 
 
-def test_a_result_is_served_where_it_lies_and_nothing_beside_it_is(site):
+def test_a_result_is_served_and_no_other_file_of_its_folder(site):
     made = site.ask(*site.fields(seed=5))[-1][1][0]
     for kind in ("video", "record"):
         path = Path(made[kind]["path"])

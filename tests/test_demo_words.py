@@ -34,7 +34,7 @@ from kling.errors import UserError
 from kling.sampling.plan import TASK_TITLES as PLANNED
 
 
-def test_what_visitors_commonly_meet_is_said_in_chinese(pipe, uploads, tmp_path, monkeypatch):
+def test_common_errors_are_translated_to_chinese(pipe, uploads, tmp_path, monkeypatch):
     """Every line of the table translates a real error: none is unused, and each keeps its values."""
     image, movie = str(png(uploads.store / "a.png")), str(clip(uploads.store / "v.mp4"))
     wide = str(uploads.store / "wide.mp4")
@@ -133,7 +133,7 @@ def _cut_short(folder: Path) -> bytes:
     return data[: len(data) * 2 // 3]
 
 
-def test_the_task_that_was_understood_is_said_in_both_languages(pipe, tmp_path):
+def test_the_recognised_task_is_described_in_both_languages(pipe, tmp_path):
     assert set(CHINESE_TASKS) == set(PLANNED)
     request = Request("a ball", image=str(png(tmp_path / "a.png", (30, 30))), loop=True, camera="pan=6,dolly=4", num_frames=41)
     english, chinese = (views.understood(lang, pipe.plan(request), request) for lang in (0, 1))

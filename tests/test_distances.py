@@ -129,7 +129,7 @@ def test_tiny_clip_and_dino_folders(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_a_metric_without_weights_is_refused_with_where_they_are(name: str) -> None:
+def test_the_error_for_missing_weights_says_where_to_get_them(name: str) -> None:
     with pytest.raises(UserError) as error:
         Weights.parse(f"{name}=nowhere")
     assert str(error.value).startswith(f"{name} needs weights") and SOURCES[name].where in str(error.value)

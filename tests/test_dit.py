@@ -158,7 +158,7 @@ class Counted:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_compiled_blocks_are_few_graphs_of_real_numbers_for_any_shape() -> None:
+def test_compiled_blocks_need_few_graphs_of_real_numbers_for_any_shape() -> None:
     """15 shapes, with levels per sample, per frame and per token, of one and of several samples, give two graphs (rows and tokens), and two
     more for one sample. With more than eight, torch would silently train without compiling, or fail to make one graph."""
     torch._dynamo.reset()
@@ -209,7 +209,7 @@ def test_samples_do_not_see_each_other() -> None:
 # ---- noise levels ----
 
 
-def test_every_way_to_write_one_level_is_the_same() -> None:
+def test_all_forms_of_one_level_are_equivalent() -> None:
     model = kling()
     s = torch.tensor([0.125, 0.75])
     expected = model(**inputs(sigma=s)).sample
@@ -242,7 +242,7 @@ def test_modulation_reads_the_row_of_each_run() -> None:
     torch.testing.assert_close(gate(x, x**2, shift), x + x**2 * rows[:, :, 0])
 
 
-def test_patches_come_back() -> None:
+def test_patchify_is_inverted() -> None:
     x = torch.randn(B, 4, G, H, W)
     for order in ("cthw", "thwc", "ctwh"):
         assert torch.equal(unpatchify(patchify(x, (1, 2, 2), order), (1, 2, 2), order), x)
@@ -280,13 +280,13 @@ def test_camera_parameters_have_the_names_of_the_published_weights() -> None:
     assert names == {f"control_adapter.{layer}.{kind}" for layer in layers for kind in ("weight", "bias")}
 
 
-def test_no_kinds_means_all_are_targets() -> None:
+def test_without_kinds_all_frames_are_targets() -> None:
     model = kling(num_kinds=5)
     torch.nn.init.normal_(model.kind_embedding.weight)
     torch.testing.assert_close(model(**inputs()).sample, model(**inputs(kinds=torch.zeros(B, G, dtype=torch.long))).sample)
 
 
-def test_what_the_model_cannot_use_is_refused() -> None:
+def test_inputs_that_the_model_cannot_use_are_refused() -> None:
     plain, able = kling(), kling(**EXTRAS)
     with pytest.raises(UserError, match="no camera input"):
         plain(**inputs(camera=rays()))

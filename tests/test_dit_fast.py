@@ -25,7 +25,7 @@ def test_a_shared_modulation_folds_into_the_norm(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("offloaded", [False, True])
-def test_what_is_kept_of_a_walk_changes_nothing_and_is_computed_once(offloaded: bool) -> None:
+def test_the_walk_cache_changes_nothing_and_is_computed_once(offloaded: bool) -> None:
     """Also under group offloading, whose hooks hand every block copies of the dicts that it is called with."""
     model = kling(wan(**IMAGE))
     if offloaded:

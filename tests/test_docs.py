@@ -107,7 +107,7 @@ def slug(heading: str) -> str:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
-def test_links_and_pictures_lead_somewhere(page: Path) -> None:
+def test_links_and_pictures_have_targets(page: Path) -> None:
     wrong = []
     for target in re.findall(r'\]\(([^)\s]+)\)|src="([^"]+)"', PAGES[page]):
         name, _, anchor = "".join(target).partition("#")
@@ -165,7 +165,7 @@ def test_names_files_and_presets_exist(page: Path) -> None:
     assert not wrong, f"{page.relative_to(ROOT)}: {'; '.join(wrong)}"
 
 
-def test_every_file_of_the_tree_says_what_it_is_for() -> None:
+def test_every_file_of_the_tree_has_a_description() -> None:
     silent = [line for line in GENERATED["tree.md"].splitlines() if re.search(r"\.py`.*\|\s*\|$", line)]
     assert not silent, "no docstring: " + "; ".join(silent)
     named = set(re.findall(r"\(reference/\w+\.md#([\w.]+)\)", GENERATED["tree.md"]))

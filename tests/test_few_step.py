@@ -128,7 +128,7 @@ def test_the_pipeline_makes_blocks_as_self_forcing_does(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("solver", ["euler", "adams"])
 @pytest.mark.parametrize("delay", [0, 1, 3])
-def test_frames_behind_each_other_all_arrive(solver: str, delay: int) -> None:
+def test_delayed_frames_all_reach_their_targets(solver: str, delay: int) -> None:
     """With the true velocity of a straight path every frame reaches its target, and it starts at the right step."""
     target, noise = torch.randn(1, 4, G, H, W), torch.randn(1, 4, G, H, W)
     state = build_state([Given(known=1)], target, None)
@@ -158,7 +158,7 @@ def test_the_pipeline_delays_frames_only_for_weights_trained_so(tmp_path: Path) 
     assert seen == [0, 1, 2, 3] and out.isfinite().all()
 
 
-def test_what_a_published_scheduler_cannot_walk_ours_does(tmp_path: Path) -> None:
+def test_our_scheduler_replaces_a_published_one_where_levels_differ(tmp_path: Path) -> None:
     """Restyling puts every token at a fraction of the level, which UniPC does not support: strength 1 returns the clip, 0 ignores it."""
     pipe = KlingPipeline.from_pretrained(tiny_wan.saved("t2v", tmp_path), checkpoint="wan2.1-t2v-1.3b", torch_dtype=torch.float32)
     video = torch.randint(0, 256, (9, 32, 48, 3), dtype=torch.uint8).numpy()

@@ -105,7 +105,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(writer: str, tmp_path: Path)
     assert [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
-def test_a_full_disk_keeps_what_was_there(tmp_path: Path) -> None:
+def test_a_full_disk_keeps_the_old_file(tmp_path: Path) -> None:
     with written(tmp_path / "latents.safetensors") as temporary:
         save_file({"x": torch.ones(3)}, temporary)
     with full_after(4096), pytest.raises(UserError):
@@ -113,7 +113,7 @@ def test_a_full_disk_keeps_what_was_there(tmp_path: Path) -> None:
     assert load_file(tmp_path / "latents.safetensors")["x"].tolist() == [1, 1, 1]
 
 
-def test_other_errors_inside_a_block_stay_what_they_are(tmp_path: Path) -> None:
+def test_other_errors_inside_a_block_are_unchanged(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), written(tmp_path / "a"):
         (tmp_path / "nowhere").read_text()
     with pytest.raises(KeyError), written_folder(tmp_path / "b"):

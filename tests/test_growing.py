@@ -42,7 +42,7 @@ def make(pipe: KlingPipeline, **fields) -> torch.Tensor:
     return pipe("a red ball", num_frames=5, num_inference_steps=1, seed=3, output_type="latent", **fields).latents
 
 
-def test_lora_trains_little_is_saved_for_diffusers_and_merges(words: list[str], base: Path, tmp_path: Path) -> None:
+def test_lora_trains_few_weights_is_saved_for_diffusers_and_merges(words: list[str], base: Path, tmp_path: Path) -> None:
     lora = ["model.num_kinds=0", "model.camera_channels=0", "tasks={text: 1, first_last: 0, last: 0, keyframes: 0}", f"init_from={base}"]
     train_dit.main([*words, *lora, "lora.rank=2", "lora.merge=true", "lr=0.05", "warmup=0", "ema=0", "steps=2", f"out={tmp_path}"])
     saved = load_file(tmp_path / "lora" / "pytorch_lora_weights.safetensors")

@@ -145,7 +145,7 @@ def test_tensor_round_trip():
 
 
 @pytest.mark.parametrize("size", [(32, 32), (48, 64), (100, 60), (7, 300)])
-def test_image_and_video_are_fitted_alike(size):
+def test_image_and_video_are_fitted_equally(size):
     frames = smooth(3)
     for mode in ("cover", "contain"):
         fitted = fit(frames, *size, mode)

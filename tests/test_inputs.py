@@ -123,7 +123,7 @@ def test_every_pair_of_inputs_works_or_is_refused_by_name(made, one, other):
     assert "\n" not in str(error.value)
 
 
-def test_a_length_and_a_whole_length_of_a_continuation_are_not_both_given():
+def test_a_continuation_takes_either_an_added_or_a_total_length():
     with pytest.raises(UserError, match=REFUSED["video with duration", "extend_to"]):
         Request(**INPUTS["video"], **INPUTS["extend_to"], **INPUTS["duration"])
 
@@ -149,7 +149,7 @@ def test_a_length_and_a_whole_length_of_a_continuation_are_not_both_given():
         ({"strength": 0.5, "video": movie(41), "num_frames": 41}, "this model changes 17 at once: ask for 17"),
     ],
 )
-def test_what_contradicts_itself_is_refused_in_the_words_of_the_request(pipe, given, refused):
+def test_contradictory_requests_are_refused_by_field_name(pipe, given, refused):
     with pytest.raises(UserError, match=refused) as error:
         pipe.plan(Request(**({} if given.keys() & {"video", "duration", "extend_to"} else {"num_frames": 5}) | given))
     assert "\n" not in str(error.value)
@@ -158,7 +158,7 @@ def test_what_contradicts_itself_is_refused_in_the_words_of_the_request(pipe, gi
 # ------------------------------------------------------------------------------------------------------- where keyframes go
 
 
-def test_the_last_hop_takes_the_end(pipe):
+def test_the_last_hop_gets_the_last_frame(pipe):
     """`first` and `last` of a clip that is made in hops, and a loop. The model generates 17 frames at once."""
     for end in ({"last_image": picture(2)}, {"loop": True}):
         plan = pipe.plan(Request(image=picture(1), num_frames=41, **end))
@@ -176,7 +176,7 @@ def test_a_keyframe_goes_to_the_hop_that_makes_its_frame(pipe):
     assert all(hop.overlap <= t < hop.frames for hop in plan.hops for t, _ in hop.given.keyframes)
 
 
-def test_a_continuation_ends_on_the_last_frame_that_is_given(pipe):
+def test_a_continuation_ends_with_the_given_last_frame(pipe):
     """Frames count from the start of the result; existing frames stay, and new ones lead to the picture."""
     given = {"video": movie(9), "num_frames": 9}
     plan = pipe.plan(Request(last_image=picture(2), keyframes=[(picture(3), 12, 0.5)], **given))
@@ -187,7 +187,7 @@ def test_a_continuation_ends_on_the_last_frame_that_is_given(pipe):
     assert not np.array_equal(plain[9:], ended[9:]) and not np.array_equal(other[9:], ended[9:])
 
 
-def test_a_model_that_knows_no_last_frame_refuses_it_at_a_continuation_too():
+def test_a_model_without_last_frames_refuses_them_in_continuations_too():
     pipe = tiny_pipeline(capabilities=["text", "continuation", "restyle"])
     for given in ({"num_frames": 9}, {"strength": 0.5}):
         with pytest.raises(UserError, match="not trained for 'last'"):
@@ -198,7 +198,7 @@ def test_a_model_that_knows_no_last_frame_refuses_it_at_a_continuation_too():
 
 
 @pytest.mark.parametrize("strength", [None, 0.4])
-def test_what_a_mask_keeps_is_the_video_s_own_to_the_pixel(pipe, strength):
+def test_kept_pixels_of_a_masked_video_are_unchanged(pipe, strength):
     video = movie(9)
     made = make(pipe, {"video": video, "mask": HOLE, "strength": strength})
     kept = HOLE == 0
@@ -208,7 +208,7 @@ def test_what_a_mask_keeps_is_the_video_s_own_to_the_pixel(pipe, strength):
     assert (made[:, deep] != video[:, deep]).mean() > 0.5
 
 
-def test_outpainting_keeps_the_picture_to_the_pixel(pipe):
+def test_outpainting_leaves_the_picture_s_pixels_unchanged(pipe):
     video = movie(5)[:, :, 16:48]  # square
     made = make(pipe, {"video": video, "outpaint": "16:9"})
     assert np.array_equal(made[:, :, 16:48], video)
@@ -232,7 +232,7 @@ def test_the_seam_fades_in_inside_the_hole():
     assert torch.equal(paste(made, video, torch.ones(32, 32), 3), made)
 
 
-def test_a_long_video_is_changed_as_far_as_the_model_reaches_and_says_so(pipe):
+def test_a_long_video_is_changed_up_to_the_model_s_length_with_a_note(pipe):
     plan = pipe.plan(Request(video=movie(30), strength=0.5))
     assert plan.frames == 17 and "the first 17 of the video's 30 frames" in plan.notes[0]
     assert pipe.plan(Request(video=movie(17), strength=0.5)).notes == ()

@@ -77,7 +77,7 @@ def at(path: Path, line: int) -> str:
     return f"{path.relative_to(ROOT)}:{line}"
 
 
-def test_rooms_import_the_rooms_above_them() -> None:
+def test_rooms_import_only_the_rooms_above_them() -> None:
     assert {room(path) for path in LIBRARY} == set(LEVEL), "give every room a place in FLOORS"
     wrong = []
     for path in LIBRARY:
@@ -89,7 +89,7 @@ def test_rooms_import_the_rooms_above_them() -> None:
     assert not wrong, "\n".join(wrong)
 
 
-def test_no_module_imports_itself_by_way_of_others() -> None:
+def test_there_are_no_import_cycles() -> None:
     modules = {module(path): path for path in LIBRARY}
     graph = {
         name: {name_of for _, target in imports(path) for name_of in (target, target.rpartition(".")[0]) if name_of in modules} - {name}
@@ -104,7 +104,7 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
         pytest.fail(" -> ".join(error.args[1]))
 
 
-def test_what_is_not_imported() -> None:
+def test_forbidden_imports() -> None:
     """Only one module imports accelerate; no pickle; nothing outside the base dependencies; argparse only in programs."""
     never = ("pickle", "dill", "cloudpickle", "torchvision", "timm", "lpips", "open_clip")
     wrong = []
@@ -121,7 +121,7 @@ def test_what_is_not_imported() -> None:
     assert not wrong, "\n".join(wrong)
 
 
-def test_what_is_not_called() -> None:
+def test_forbidden_calls() -> None:
     """Nothing pickles, and the library does not print."""
     wrong = []
     for path in SHIPPED:

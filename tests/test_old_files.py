@@ -17,7 +17,7 @@ from kling.sampling.record import check_same_settings, read_record, request_of
 RECORD = Path(__file__).parent / "data" / "record.json"
 
 
-def test_an_old_record_asks_for_the_same_again() -> None:
+def test_an_old_record_gives_the_same_request() -> None:
     record = read_record(RECORD)
     pipe = KlingPipeline.from_pretrained(weights=False)
     pipe.scheduler.register_to_config(camera_guidance_scale=4.0)  # a setting of the weights at that time
@@ -32,7 +32,7 @@ def test_an_old_record_asks_for_the_same_again() -> None:
         ({"outpaint": "1:1", "aspect": "9:16", "camera_scale": 2.0}, {"outpaint": "1:1"}),
     ],
 )
-def test_what_recipe_1_did_not_use_is_left_out_of_its_requests(tmp_path, given, asked) -> None:
+def test_fields_ignored_by_recipe_1_are_dropped_from_its_requests(tmp_path, given, asked) -> None:
     """The first versions ignored some of their inputs, but recorded them."""
     write_video(tmp_path / "in.mp4", np.zeros((9, 64, 112, 3), np.uint8), 8)
     video, record = str(tmp_path / "in.mp4"), read_record(RECORD)

@@ -87,7 +87,7 @@ def test_version_and_license() -> None:
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="no make")
-def test_make_hands_the_prompt_over_as_typed(tmp_path: Path) -> None:
+def test_make_passes_the_prompt_on_unchanged(tmp_path: Path) -> None:
     program = tmp_path / ".venv" / "bin" / "kling-sample"
     program.parent.mkdir(parents=True)
     program.write_text('#!/bin/sh\nprintf "%s\\n" "$@" > args\n')

@@ -116,7 +116,7 @@ def seen(path: Path) -> list[list[list]]:
     return [[json.loads(line) for line in file.read_text().splitlines()] for file in sorted(path.parent.glob(f"{path.name}.*"))]
 
 
-def test_gradients_stay_cut_between_micro_steps(words: list[str], tmp_path: Path) -> None:
+def test_gradients_stay_sharded_between_micro_steps(words: list[str], tmp_path: Path) -> None:
     """With accelerate's code for FSDP2, which without `sync_each_batch` keeps whole gradients until the last micro-step. All cameras and
     kinds are drawn, because a step without them would have no gradients for these."""
     words = [*words, f"out={tmp_path / 'run'}", "steps=1", "gradient_accumulation=3", "camera_drop=0", NO_TASKS]
@@ -127,7 +127,7 @@ def test_gradients_stay_cut_between_micro_steps(words: list[str], tmp_path: Path
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_what_presets_turn_on_changes_nothing_in_shards(words: list[str], tmp_path: Path) -> None:
+def test_options_of_the_presets_change_nothing_with_shards(words: list[str], tmp_path: Path) -> None:
     """Recomputed activations in compiled blocks of sharded weights, for every task and two shapes, with validation and samples, in few
     graphs. They are traced and differentiated but not compiled to C++, which is independent of processes (tests/test_growing.py)."""
     words = [*words, *WATCHED, f"steps={STEPS}"]
@@ -163,7 +163,7 @@ def test_bf16_shards_train_as_bf16_alone(words: list[str], tmp_path: Path) -> No
     ],
     ids=["not resharded", "blocks not cut"],
 )
-def test_averages_that_were_gathered_are_not_trained_on(fsdp: dict, words: list[str], alone: Path, tmp_path: Path) -> None:
+def test_gathered_averages_are_not_used_for_training(fsdp: dict, words: list[str], alone: Path, tmp_path: Path) -> None:
     """If FSDP keeps gathered weights after a forward pass, validation and samples must not change later steps."""
     env = workers.environment("fsdp2", 2, fsdp, dp_shard=2)
     assert workers.run([*words, *WATCHED, f"out={tmp_path}", f"steps={STEPS}", "gradient_accumulation=2"], env) == [0, 0]
@@ -182,7 +182,7 @@ def test_fp16_is_refused_for_training(words: list[str], tmp_path: Path, capsys: 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_gradients_exchanged_in_bf16_are_those_rounded(words: list[str], alone: Path, tmp_path: Path) -> None:
+def test_gradients_exchanged_in_bf16_are_rounded_ones(words: list[str], alone: Path, tmp_path: Path) -> None:
     words = [*words, f"out={tmp_path}", "steps=1", "gradient_accumulation=2", "bf16_reduction=true"]
     assert workers.run(words, workers.environment("fsdp2", 2, dp_shard=2)) == [0, 0]
     ours, theirs = metrics(tmp_path)[0], metrics(alone)[0]
@@ -197,7 +197,7 @@ def test_gradients_exchanged_in_bf16_are_those_rounded(words: list[str], alone: 
     [("fsdp2", {"dp_shard": 2}), pytest.param("hsdp", {"dp_replicate": 2, "dp_shard": 2}, marks=pytest.mark.slow)],
     ids=["fsdp2", "hsdp"],
 )
-def test_muon_turns_each_matrix_on_one_process(
+def test_muon_orthogonalises_each_matrix_on_one_process(
     config: str, sizes: dict[str, int], words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Sharded matrices are processed whole, with the result of one process; each once, and about equally many on every process."""
@@ -220,7 +220,7 @@ def test_muon_turns_each_matrix_on_one_process(
     assert len(counts) == ranks and max(counts) - min(counts) <= STEPS
 
 
-def test_a_run_goes_on_with_another_number_of_processes(
+def test_a_run_resumes_with_another_number_of_processes(
     words: list[str], alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """1 -> 2 sharded -> 4 -> 1, with samples and validation while sharded: every batch of the sequence is used once, with the same noise,
@@ -253,9 +253,7 @@ def test_a_run_goes_on_with_another_number_of_processes(
 # ---------------------------------------------------------------------------------- the trouble of one is the business of all
 
 
-def test_a_loss_that_is_not_finite_on_one_process_stops_no_other_from_agreeing(
-    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_all_processes_agree_on_a_loss_that_is_not_finite_on_one(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Five updates in a row fail on process 1: both processes skip them, go back to one checkpoint, and do not draw those clips again."""
     words = [*words, "save_every=2", "steps=8"]
     place = RankBatches.place
@@ -284,7 +282,7 @@ def test_a_signal_to_one_process_in_validation_saves_on_all_and_exits_143(words:
     assert len([line for line in metrics(tmp_path) if "validation/loss" in line]) == 1
 
 
-def test_what_cannot_be_cut_is_refused_before_it_trains(
+def test_indivisible_shapes_are_refused_before_training(
     words: list[str], alone: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     data = LatentSteps(LatentCache(next(word for word in words if word.startswith("cache="))[6:]), 2, [5], 0)

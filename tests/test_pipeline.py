@@ -116,7 +116,7 @@ def test_every_input_reaches_the_output(pipe, field):
     assert not torch.equal(a[:, :, 1], b[:, :, 1])
 
 
-def test_the_guidance_of_the_camera_is_the_checkpoint_s_unless_asked_for(pipe):
+def test_camera_guidance_defaults_to_the_checkpoint_s(pipe):
     """And costs nothing without a camera."""
     fields, scheduler = {"prompt": "a", "num_frames": 5, "seed": 1}, pipe.scheduler
     plain, hard = (pipe(**fields, camera="pan=5", camera_guidance_scale=scale).frames for scale in (1.0, 4.0))
@@ -169,7 +169,7 @@ def test_bad_requests_are_refused_in_one_line(pipe, fields, message):
 @pytest.mark.parametrize(
     ("fields", "name"), [({"image": picture()}, "image"), ({"camera": "pan=1"}, "camera"), ({"video": movie(5)}, "continuation")]
 )
-def test_what_a_checkpoint_was_not_trained_for_is_refused_by_name(fields, name):
+def test_untrained_tasks_are_refused_by_name(fields, name):
     with pytest.raises(UserError, match=f"not trained for '{name}'"):
         tiny_pipeline(capabilities=["text"]).plan(Request(**fields))
 
@@ -199,7 +199,7 @@ WAN = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shif
         ({"frame_delay": 1}, "adams"),
     ],
 )
-def test_the_scheduler_that_is_planned_is_the_one_that_walks(fields, solver, monkeypatch):
+def test_the_planned_scheduler_is_the_one_used(fields, solver, monkeypatch):
     pipe = tiny_pipeline(capabilities=[*TASKS, "diffusion_forcing"], defaults={"guidance_scale": 1.0})
     pipe.register_modules(scheduler=UniPCMultistepScheduler(**WAN))
     walked = []

@@ -146,7 +146,7 @@ def launched(words: list[str]) -> tuple[Path, list[str]]:
 
 @pytest.mark.parametrize("preset", ["configs/dit/debug.yaml", "dit/0.1b.yaml"])
 @pytest.mark.parametrize("gpus", [1, 4, 8, 16])
-def test_every_recommended_command_runs_as_it_stands(preset: str, gpus: int) -> None:
+def test_every_recommended_command_runs_unchanged(preset: str, gpus: int) -> None:
     config = PlanConfig(gpus=gpus, tflops=800)
     for layout, shards, split, what in layouts(config.gpus, config.node):
         lines = advice(layout, shards, split, what, Part(1e9, 1e9, 1e9, 1e9, 2e9), config, read_preset(preset), preset)
@@ -162,7 +162,7 @@ def test_every_recommended_command_runs_as_it_stands(preset: str, gpus: int) -> 
         assert cfg.batch <= 256 and cfg.activation_checkpointing == what and not (cfg.compile and what == "selective")
 
 
-def test_what_is_assumed_is_said(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_assumptions_are_printed(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     """The source of TFLOP/s and size; and memory is planned in the dtype that is measured."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     measured = []
@@ -180,7 +180,7 @@ def test_what_is_assumed_is_said(capsys: pytest.CaptureFixture, monkeypatch: pyt
     assert any("832x480 (assumed" in line for line in report_of)
 
 
-def test_what_is_recommended_is_what_training_takes(capsys: pytest.CaptureFixture) -> None:
+def test_recommended_options_are_accepted_by_training(capsys: pytest.CaptureFixture) -> None:
     """Selective checkpointing and compile cannot be combined, so the command for a preset that compiles says so."""
     words = ["gpus=1", "tflops=100", "height=64", "width=112"]
     seen = set()
@@ -194,7 +194,7 @@ def test_what_is_recommended_is_what_training_takes(capsys: pytest.CaptureFixtur
     assert ("0.1b", True) in seen
 
 
-def test_muon_keeps_half_of_what_adamw_keeps() -> None:
+def test_muon_has_half_the_state_of_adamw() -> None:
     step = step_memory(MEASURED, CLIP, 8, bf16=False)
     adamw, muon = (on_each_gpu(step, 1, 1, 1, moments) for moments in (2, 1))
     assert adamw.optimizer == 2 * muon.optimizer == 8 * step.parameters

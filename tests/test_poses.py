@@ -87,7 +87,7 @@ def test_intrinsics_follow_the_crop() -> None:
     assert torch.allclose(same.intrinsics, trajectory.intrinsics)
 
 
-def test_quaternions_cover_all_turns() -> None:
+def test_quaternions_cover_all_rotations() -> None:
     q = torch.randn(64, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     q = torch.cat([q / q.norm(dim=1, keepdim=True), torch.eye(4, dtype=torch.float64)])  # includes rotations by 180 degrees
     R = rotation_matrix(q)
@@ -114,7 +114,7 @@ FORMS |= {
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_every_usual_form_is_the_same_path(tmp_path: Path, name: str) -> None:
+def test_all_accepted_forms_give_the_same_path(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text(FORMS[name])
     trajectory = load_trajectory(tmp_path / name, 9)
     assert torch.allclose(trajectory.c2w[:, :, 3], torch.tensor([[0.0, 0, 4]]) * torch.linspace(0, 1, 9)[:, None], atol=1e-6)
@@ -167,7 +167,7 @@ def test_bad_files(tmp_path: Path, name: str) -> None:
     assert message in str(error.value) and name in str(error.value) and "\n" not in str(error.value)
 
 
-def test_bad_places(tmp_path: Path) -> None:
+def test_unwritable_paths_are_refused(tmp_path: Path) -> None:
     (tmp_path / "binary.txt").write_bytes(b"\x89PNG\xff\xfe")
     for path in (tmp_path / "absent.txt", tmp_path, tmp_path / "binary.txt"):
         with pytest.raises(UserError, match=path.name):
@@ -208,7 +208,7 @@ def test_wire_refuses(control: dict) -> None:
         axes_from_wire(control, "2024")
 
 
-def test_wire_cannot_carry() -> None:
+def test_unsupported_cameras_are_refused_by_the_wire_format() -> None:
     for axes in ({"dolly": 1}, {"pan": 1, "roll": 1}, {"pan": 11}):
         with pytest.raises(UserError):
             axes_to_wire(axes, "2024")

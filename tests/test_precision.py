@@ -46,7 +46,7 @@ def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, list[str],
     return code, text.out.splitlines(), text.err.splitlines()
 
 
-def test_bf16_is_taken_where_it_is_allowed_and_faster(model: Path, tmp_path: Path, fast, capsys) -> None:
+def test_bf16_is_used_if_allowed_and_faster(model: Path, tmp_path: Path, fast, capsys) -> None:
     allowed = Path(shutil.copytree(model, tmp_path / "allowed"))
     assert agreement.write_sampling_dtype(allowed, 45.0) and not agreement.write_sampling_dtype(model, 44.9)
     found = {}
@@ -64,7 +64,7 @@ def test_bf16_is_taken_where_it_is_allowed_and_faster(model: Path, tmp_path: Pat
     assert "sampling_dtype" not in json.loads((allowed / "model_index.json").read_text())
 
 
-def test_the_first_line_says_it_the_record_keeps_it_and_a_replay_takes_it(model: Path, tmp_path: Path, fast, capsys) -> None:
+def test_the_precision_is_printed_recorded_and_replayed(model: Path, tmp_path: Path, fast, capsys) -> None:
     allowed = Path(shutil.copytree(model, tmp_path / "allowed"))
     agreement.write_sampling_dtype(allowed, 50.0)
     fast(True)
@@ -85,7 +85,7 @@ def test_the_first_line_says_it_the_record_keeps_it_and_a_replay_takes_it(model:
     assert "device cpu AVX9 -> " in said[1] and "dtype bf16 -> fp32" in said[1]
 
 
-def test_a_record_without_a_precision_is_of_the_folder_s_default(model: Path, tmp_path: Path, fast, capsys) -> None:
+def test_a_record_without_a_precision_uses_the_folder_s_default(model: Path, tmp_path: Path, fast, capsys) -> None:
     """Earlier versions did not record it: fp32 for ours, even if the folder is now allowed to be sampled in bf16."""
     fast(True)
     output = str(tmp_path / "a.mp4")
@@ -97,7 +97,7 @@ def test_a_record_without_a_precision_is_of_the_folder_s_default(model: Path, tm
     assert code == 0 and said[0].startswith("precision fp32")
 
 
-def test_the_permission_is_measured_on_clips(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_permission_for_bf16_is_measured_on_clips(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     """PSNR of the mean squared error; the program writes the result into the folder."""
     assert agreement.psnr([1e-4, 1e-4]) == pytest.approx(40) and agreement.psnr([2e-4, 0.0]) == pytest.approx(40)
     pipe = KlingPipeline.from_pretrained(model)

@@ -146,7 +146,7 @@ def figures(text: float, walk: float, decode: float, steps: int, walk_peak: floa
     }
 
 
-def test_both_pipelines_walk_alike(tmp_path: Path) -> None:
+def test_both_pipelines_agree(tmp_path: Path) -> None:
     """The GPU test below at a small size."""
     small = {"num_attention_heads": 1, "text_dim": 32, "freq_dim": 32, "ffn_dim": 64, "num_layers": 2}
     report = run_both(tmp_path, wan(small, tiny_wan.VAE21, "cpu", torch.float32), 32, 48, 9, 2, "cpu")

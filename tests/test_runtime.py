@@ -39,7 +39,7 @@ def small_model() -> nn.Module:
 # ---------------------------------------------------------------------------------------------------------------- random
 
 
-def test_a_draw_depends_on_its_name_only() -> None:
+def test_a_draw_depends_only_on_its_name() -> None:
     x = torch.zeros(3, 2, 5)
     torch.manual_seed(1)
     together = noise_like(x, 7, "noise", 12, [4, 9, 2])
@@ -165,7 +165,7 @@ def test_muon_steps_along_the_nearest_orthogonal_matrix(shape: tuple[int, ...], 
     assert (along - values.diag()).abs().max() < (0.05 if fast else 1e-3) and values.min() > 0.65 and values.max() < 1.25
 
 
-def test_muon_turns_matrices_of_one_shape_together_as_alone() -> None:
+def test_muon_treats_matrices_of_one_shape_together_as_alone() -> None:
     """Three matrices of one shape in one optimizer step give the same as each in its own, and momentum tensors are not reallocated."""
 
     def stepped(grads: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -219,7 +219,7 @@ def test_muon_is_adamw_where_there_is_no_matrix(tmp_path: Path) -> None:
         make_optimizer("muom", made(), 1e-3)
 
 
-def test_ema_is_the_average_and_swap_gives_the_weights_back(tmp_path: Path) -> None:
+def test_ema_is_the_average_and_swap_restores_the_weights(tmp_path: Path) -> None:
     model = small_model().to(torch.bfloat16)
     ema = EMA(model, decay=0.9)
     expected = model[0].weight.detach().float().clone()
@@ -260,7 +260,7 @@ def test_precision_follows_the_measured_speed(monkeypatch: pytest.MonkeyPatch) -
     assert describe("bf16") == "precision bf16 (1 against 53 GFLOP/s)"
 
 
-def test_the_measured_speed_is_that_of_a_product() -> None:
+def test_the_measured_speed_matches_a_timed_product() -> None:
     """Against a product timed here: on the same machine, so within a factor of four under any load."""
     measured = precision.speeds("cpu")
     assert precision.speeds("cpu") is measured  # once per process
@@ -274,7 +274,7 @@ def test_the_measured_speed_is_that_of_a_product() -> None:
         assert 0.25 < found * best / (2 * 1024 * 256 * 768) < 4
 
 
-def test_one_program_after_another_has_its_own_precision(tmp_path: Path) -> None:
+def test_consecutive_programs_have_their_own_precision(tmp_path: Path) -> None:
     """In one process, as kling-train-all and these tests run them: accelerate alone would refuse the second."""
     for name, found in (("fp32", "no"), ("bf16", "bf16"), ("fp32", "no")):
         assert make_accelerator(tmp_path, mixed_precision=name).mixed_precision == found
@@ -313,7 +313,7 @@ def test_gradient_accumulation_steps_once_per_group(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", StopSignal.SIGNALS)
-def test_a_signal_becomes_a_flag_and_the_handlers_come_back(number: signal.Signals, tmp_path: Path) -> None:
+def test_a_signal_becomes_a_flag_and_the_handlers_are_restored(number: signal.Signals, tmp_path: Path) -> None:
     accelerator = make_accelerator(tmp_path, mixed_precision="fp32")
     before = {s: signal.getsignal(s) for s in StopSignal.SIGNALS}
     with StopSignal() as stop:

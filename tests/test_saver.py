@@ -80,14 +80,14 @@ def test_processes_write_parts_and_the_main_one_waits_for_all(tmp_path: Path) ->
     assert not list(tmp_path.rglob("part-*.json"))
 
 
-def test_milestones_stay(tmp_path: Path) -> None:
+def test_milestones_are_kept(tmp_path: Path) -> None:
     saves = Saver(tmp_path, keep_last=2, keep_every=10, background=False)
     for step in range(5, 40, 5):
         saves.save(step, group(step))
     assert sorted(int(p.name[5:]) for p in tmp_path.glob("step-*")) == [10, 20, 30, 35]
 
 
-def test_weights_that_are_not_finite_are_never_published(tmp_path: Path) -> None:
+def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:
     saves, bad = Saver(tmp_path), group(1.0)
     saves.save(1, group(1.0))
     bad["ema"]["w"][5] = torch.nan
@@ -96,7 +96,7 @@ def test_weights_that_are_not_finite_are_never_published(tmp_path: Path) -> None
     assert [p.name for p in tmp_path.glob("step-*")] == ["step-00000001"]
 
 
-def test_every_file_of_a_checkpoint_is_guarded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_every_file_of_a_checkpoint_is_verified(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     names = [p.name for p in checkpoint.save(tmp_path / "0", 2, group(2.0), {"a": 1}).iterdir()]
     assert sorted(names) == ["ema.safetensors", "manifest.json", "meta.json", "model.safetensors"]
     for name in names:
@@ -156,7 +156,7 @@ def test_a_disk_that_fills_up(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "error", [UserError("a"), RuntimeError("b"), MemoryError("c"), KeyError("d")], ids=lambda error: type(error).__name__
 )
-def test_whatever_goes_wrong_in_the_background_is_raised(error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_error_in_the_background_is_raised(error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: object) -> None:
         raise error
 
@@ -231,7 +231,7 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
-def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(kills: int, words: list[str], tmp_path: Path) -> None:
+def test_a_repeatedly_killed_run_ends_as_if_uninterrupted(kills: int, words: list[str], tmp_path: Path) -> None:
     """kill -9 at random moments, two in five of them inside a save: final weights, average and optimizer are bit-equal."""
     workers.train_dit.main([*words, f"out={tmp_path / 'straight'}"])
     rng, killed, inside, run = random.Random(1), 0, 0, tmp_path / "killed"
@@ -273,7 +273,7 @@ def test_a_signal_before_the_first_step_saves_and_exits_143(number: signal.Signa
     assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == list(range(1, saved.step + 1))
 
 
-def test_a_signal_while_caching_ends_it_after_a_shard_and_it_goes_on(words: list[str], tmp_path: Path) -> None:
+def test_a_signal_while_caching_ends_after_a_shard_and_caching_resumes(words: list[str], tmp_path: Path) -> None:
     encode = tmp_path / "encode.yaml"
     encode.write_text("{clips: 60, shard: 1, workers: 0, data: {frames: [1, 5]}}")
     words = [*words, f"encode={encode}", f"cache={tmp_path / 'cache'}", f"out={tmp_path / 'run'}", "steps=1"]

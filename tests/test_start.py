@@ -68,7 +68,7 @@ def made(pipe: KlingPipeline, **fields: object) -> torch.Tensor:
     return pipe("a red ball", **fields).latents
 
 
-def test_the_cache_holds_the_embeddings_that_wan_would_compute(wan: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_has_the_embeddings_of_the_wan_pipeline(wan: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     captions = captions_of(cache)
     assert "" in captions and len(captions) > 8 and any("球" in c or "方块" in c for c in captions), "both languages, and none"
     assert len(list((cache / "text").rglob("*.safetensors"))) == len(captions)
@@ -85,7 +85,7 @@ def test_the_cache_holds_the_embeddings_that_wan_would_compute(wan: Path, cache:
     assert latents.shape == (1, 16, 2, *latents.shape[3:])
 
 
-def test_every_weight_trained_and_given_back(wan: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_full_training_exports_to_diffusers(wan: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """A Wan folder -> kling-train -> our folder -> kling-export -> diffusers, with scheduler, VAE and umT5 unchanged."""
     samples = "samples=[{prompt: a red ball, size: 48x32, num_frames: 5, num_inference_steps: 1}]"
     train_dit.main([*words(wan, cache, tmp_path / "run", "lora.rank=0", "lr=1e-3", samples, "sample_every=3")])
@@ -148,7 +148,7 @@ def test_conditions_grow_onto_wan_and_learn(wan: Path, cache: Path, tmp_path: Pa
     assert (made(pipe, image=image, camera="pan=5") - made(pipe, image=image)).abs().max() > 0
 
 
-def test_image_weights_are_shown_what_they_were_shown(tmp_path: Path) -> None:
+def test_image_weights_get_the_inputs_of_their_original_pipeline(tmp_path: Path) -> None:
     """The extra channels and CLIP's tokens of a training example, against those of diffusers' image pipeline for the same frame."""
     wan = tiny_wan.saved("i2v", tmp_path / "wan")
     clips = ["clips=2", "shard=2", "data.aspects=['16:9']", "shares=[1]"]
@@ -216,7 +216,7 @@ def test_resuming_is_exact(wan: Path, cache: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_videos_of_one_s_own_through_both_presets(wan: Path, tmp_path: Path) -> None:
+def test_own_videos_through_both_presets(wan: Path, tmp_path: Path) -> None:
     """Two mp4s with captions in two languages -> kling-encode -> kling-train, as in docs/own-videos.md, at a small size."""
     (tmp_path / "cats").mkdir()
     for name, caption in (("a", "a red ball"), ("b", "一个红色的球")):
@@ -231,7 +231,7 @@ def test_videos_of_one_s_own_through_both_presets(wan: Path, tmp_path: Path) -> 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("config", ["fsdp2", "ddp"])
-def test_two_processes_train_it_as_one_does(config: str, wan: Path, cache: Path, tmp_path: Path) -> None:
+def test_two_processes_train_like_one(config: str, wan: Path, cache: Path, tmp_path: Path) -> None:
     full = ["lora.rank=0", "lr=1e-3", "steps=2"]
     train_dit.main([*words(wan, cache, tmp_path / "one", *full, "gradient_accumulation=2")])
     env = workers.environment(config, 2, **({"dp_shard": 2} if config == "fsdp2" else {}))

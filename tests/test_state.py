@@ -56,7 +56,7 @@ def told(state: State, level: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("per_frame", [False, True])
-def test_the_network_is_told_the_level_of_every_token_in_few_rows(per_frame):
+def test_the_network_gets_every_token_s_level_in_few_rows(per_frame):
     """Clips given in part, softly, in space and not at all, in one batch, against the formula for every element."""
     hole = torch.zeros(HH, WW)
     hole[2:, 2:] = 1
@@ -119,7 +119,7 @@ def test_adams_is_second_order():
     assert error("adams", 32) / error("adams", 64) == pytest.approx(4, rel=0.15)
 
 
-def test_a_frame_that_has_arrived_stays():
+def test_a_finished_frame_stays_unchanged():
     """Diffusion forcing: with delays, frame 0 is finished first and stays unchanged while the others continue."""
     grid = frame_grid(sigma_grid(4), torch.tensor([0, 2, 4, 6]))
     assert grid.shape == (11, F) and grid[0].tolist() == [1.0] * 4 and grid[-1].tolist() == [0.0] * 4

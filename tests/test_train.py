@@ -111,7 +111,7 @@ def test_a_config_typo_is_refused_with_the_nearest_key(tmp_path, capsys):
     assert stop.value.code == 2 and "did you mean 'steps'" in capsys.readouterr().err
 
 
-def test_a_cache_is_whole_resumable_and_tied_to_its_vae(vae, cache, tmp_path, capsys):
+def test_a_cache_is_complete_resumable_and_tied_to_its_vae(vae, cache, tmp_path, capsys):
     before = {p.name: p.stat().st_mtime_ns for p in cache.glob("*.safetensors")}
     damaged = cache / "00001.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1])
@@ -153,7 +153,7 @@ def test_a_resumed_dit_run_is_bit_equal_and_its_model_samples(vae, cache, tmp_pa
     assert (straight / "samples" / "00000004.png").is_file()
 
 
-def test_a_text_encoder_learns_that_phrasings_agree_resumes_exactly_and_serves_a_transformer(vae, cache, tmp_path):
+def test_a_text_encoder_learns_phrasings_resumes_exactly_and_starts_a_transformer(vae, cache, tmp_path):
     words = ["configs/text/world.yaml", "text={byte_dim: 32, byte_layers: 1, out_dim: 32, token_layers: 1}", "batch=16", "lr=3e-3"]
     words += ["warmup=5", "schedule=constant", "mixed_precision=fp32", "workers=0", "log_every=1", "save_every=20"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -200,7 +200,7 @@ def test_a_text_encoder_leaves_out_what_is_not_finite(tmp_path, monkeypatch):
         (["text_from=nowhere", "init_from=kling/assets"], "leave one out"),
     ],
 )
-def test_a_text_encoder_that_cannot_be_taken_is_refused(vae, cache, tmp_path, capsys, words, message):
+def test_an_unsuitable_text_encoder_is_refused(vae, cache, tmp_path, capsys, words, message):
     with pytest.raises(SystemExit) as end:
         train(vae, cache, tmp_path / "run", "steps=1", *words)
     assert end.value.code == 2 and message in capsys.readouterr().err

@@ -124,7 +124,7 @@ def test_decode_stream(model: AutoencoderKLKling, hop: int) -> None:
 
 
 @torch.no_grad()
-def test_streams_do_not_meet(model: AutoencoderKLKling) -> None:
+def test_streams_are_independent(model: AutoencoderKLKling) -> None:
     """Two streams in turn on one model, each with one state for both directions."""
     videos, states = [clip(9), clip(9).flip(2)], [StreamState(), StreamState()]
     parts: list[list[Tensor]] = [[], []]
@@ -154,7 +154,7 @@ def test_tail_owns_its_memory() -> None:
     assert state.tails[layer].untyped_storage().nbytes() == 2 * 2 * 4 * 4 * 4
 
 
-def test_stream_goes_on_with_and_without_gradients(model: AutoencoderKLKling) -> None:
+def test_a_stream_continues_with_and_without_gradients(model: AutoencoderKLKling) -> None:
     latents, state, outs = noise(model, 6), StreamState(), []
     for i, chunk in enumerate(split_latents(latents, 1)):
         with torch.set_grad_enabled(i in (1, 2, 4)):
@@ -163,7 +163,7 @@ def test_stream_goes_on_with_and_without_gradients(model: AutoencoderKLKling) ->
     torch.testing.assert_close(torch.cat(outs, dim=2), model.decode(latents).sample, **CLOSE)
 
 
-def test_gradients_of_a_stream_are_those_of_the_whole(model: AutoencoderKLKling) -> None:
+def test_gradients_of_a_stream_equal_those_of_the_whole(model: AutoencoderKLKling) -> None:
     latents, state = noise(model, 3), StreamState()
     ours = torch.cat([model.decode(chunk, state).sample for chunk in split_latents(latents, 1)], dim=2)
     whole = model.decode(latents).sample
@@ -240,7 +240,7 @@ def same_with_gradients(ours: Tensor, theirs: Tensor, inputs: list[Tensor]) -> N
 
 
 @pytest.mark.parametrize("batch", [1, 2])
-def test_convolutions_are_torchs(batch: int) -> None:
+def test_convolutions_equal_torch_s(batch: int) -> None:
     torch.manual_seed(batch)
     x = torch.randn(batch, 3, 5, 6, 8, requires_grad=True)
     args = (torch.randn(4, 3, 3, 3, 3, requires_grad=True), torch.randn(4, requires_grad=True), (2, 1, 1), (0, 1, 1))
@@ -263,7 +263,7 @@ def test_a_lone_frame_is_a_clip_of_one() -> None:
     same_with_gradients(layer(last(x)), theirs, [x, *layer.parameters()])
 
 
-def test_norm_silu_is_autograds() -> None:
+def test_norm_silu_gradients_equal_autograd_s() -> None:
     """Against F.normalize in fp64, with history, and with a point that is all zeros."""
     torch.manual_seed(0)
     norm = NormSilu(5).double()

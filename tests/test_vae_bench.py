@@ -28,7 +28,7 @@ class Shifted(nn.Module):
         return SimpleNamespace(sample=latents / 0.8 + self.by)
 
 
-def test_two_vaes_beside_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_vaes_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(program, "open_vae", lambda folder, device: Shifted(0.0 if folder == "same" else 0.1))
     main(["vae", "same", "shifted", "--out", str(tmp_path), "--frames", "5", "--n", "2"])
     report = json.loads((tmp_path / "scores.json").read_text())

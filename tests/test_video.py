@@ -101,7 +101,7 @@ def test_every_container_reads_whole_and_in_part(tmp_path, name):
     assert torch.equal(read_tail(path, 5, info.fps).frames, clip.frames[-5:])
 
 
-def test_the_contents_and_not_the_name_decide(tmp_path):
+def test_the_contents_decide_and_not_the_file_name(tmp_path):
     webm = make(tmp_path / "a.webm", **CONTAINERS["a.webm"])
     assert probe(webm.rename(tmp_path / "b.mp4")).codec.startswith(("vp9", "libvpx"))
     assert probe(make(tmp_path / "a.mp4").rename(tmp_path / "no_suffix")).codec == "h264"
@@ -110,7 +110,7 @@ def test_the_contents_and_not_the_name_decide(tmp_path):
 @pytest.mark.parametrize(
     "name", ["über 猫.mp4", 'it\'s "it".mp4', "12:30.mp4", "100%d.mp4", "-i.mp4", "a#b?c=d&e.mp4", "http:x|y.mp4", "line\nend.mp4"]
 )
-def test_odd_names(tmp_path, monkeypatch, name):
+def test_unusual_file_names(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     write_video(name, smooth(5), 8)
     assert probe(name).frames == 5 and len(list(tmp_path.iterdir())) == 1
@@ -230,7 +230,7 @@ def test_size_and_limits(tmp_path, monkeypatch):
         (b"\x1aE\xdf\xa3" + bytes(600), "damaged|no video stream|no whole frame"),
     ],
 )
-def test_what_is_not_a_video_says_so_in_one_line(tmp_path, contents, says):
+def test_files_that_are_not_videos_are_refused_in_one_line(tmp_path, contents, says):
     path = tmp_path / "x.mp4"
     path.write_bytes(contents)
     with pytest.raises(UserError, match=says) as error:
@@ -254,7 +254,7 @@ def test_missing_folder_and_sound_only(tmp_path):
         probe(path)
 
 
-def test_metadata_that_is_not_text_does_no_harm(tmp_path):
+def test_metadata_that_is_not_text_is_ignored(tmp_path):
     path = make(tmp_path / "a.mkv")
     raw = path.read_bytes()
     assert b"DURATION" in raw
@@ -332,7 +332,7 @@ def test_same_frames_same_bytes_again_and_in_other_processes():
         assert len({digest for digests in [encoded(size), *elsewhere[i::4]] for digest in digests}) == 1, size
 
 
-def test_a_failure_leaves_no_trace_and_keeps_the_old_file(tmp_path):
+def test_a_failed_write_leaves_nothing_and_keeps_the_old_file(tmp_path):
     path = tmp_path / "a.mp4"
     for good in (False, True):
         if good:
@@ -347,7 +347,7 @@ def test_a_failure_leaves_no_trace_and_keeps_the_old_file(tmp_path):
         assert [p.read_bytes() for p in tmp_path.iterdir()] == ([before] if good else [])
 
 
-def test_what_cannot_be_written(tmp_path):
+def test_unwritable_videos_are_refused(tmp_path):
     (tmp_path / "file").write_text("x")
     (tmp_path / "folder.mp4").mkdir()
     for path in (tmp_path / "file" / "a.mp4", tmp_path / "folder.mp4", Path("/proc/a.mp4"), tmp_path / ("n" * 300 + ".mp4")):

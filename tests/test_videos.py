@@ -39,7 +39,7 @@ def run(folder: Path, *options: str) -> dict:
     return json.loads((folder / "out/scores.json").read_text())
 
 
-def test_what_is_missing_is_counted_and_in_no_mean_and_controls_are_beside_everything(clips: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_files_are_counted_and_in_no_mean_and_all_scores_have_controls(clips: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("imageio_ffmpeg")
     monkeypatch.setattr(program, "CONTROLS", 1)
     monkeypatch.setattr(program, "CONTROL_FRAMES", 17)
@@ -61,7 +61,7 @@ def test_what_is_missing_is_counted_and_in_no_mean_and_controls_are_beside_every
     assert (clips / "out/strips/reference-psnr.png").is_file() and report["ranked"] == ["b", "a"]
 
 
-def test_a_file_beside_a_video_spoils_its_own_rows_only(clips: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bad_file_beside_a_video_affects_only_its_own_rows(clips: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A damaged reference, an invalid path file, a picture for a frame beyond the end, and a missing file."""
     monkeypatch.setattr(program, "CONTROLS", 0)
     write_video(clips / "made" / "c.mp4", turned(torch.from_numpy(texture(64, 96)))[0], 8, crf=10)

@@ -1,8 +1,7 @@
-"""The shipped model's vocabulary: the published table, the note about unknown words, and the example prompts."""
+"""What the shipped model understands: the table that people read, the line they get for other words, and the examples they copy."""
 
 from __future__ import annotations
 
-import ast
 import json
 import re
 from pathlib import Path
@@ -19,11 +18,15 @@ from kling.data.world.scene import World
 from kling.sampling.pipeline import ASSETS
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "Makefile", *sorted((ROOT / "docs").rglob("*.md"))]
-QUOTED = re.compile(r"""(?:kling-sample|prompt=|PROMPT=|pipe\()\s*"([^"\n]+)"([^\n]*)|^PROMPT \?= (.+)$""", re.MULTILINE)
-ELSEWHERE = ("--model", "--image", "--video", "--last-image", "image=", "video=")  # for another model, or about a given picture
+PAGES = [
+    *(ROOT / name for name in ("README.md", "Makefile", "kling/assets/README.md", "kling/__init__.py", "kling/sampling/pipeline.py")),
+    *(ROOT / name for name in ("sample/generate.py", "sample/studio/create.py", "train/train_all.py")),
+    *(path for path in sorted((ROOT / "docs").iterdir()) if path.suffix in (".md", ".py") and path.name != "LOG.md"),
+]
+QUOTED = re.compile(r"""("|^PROMPT \?= )((?:an?|on|in) [^"\n]+|[\u3400-\u9fff，]{6,})(?:"|$)([^\n]*)""", re.MULTILINE)
+ELSEWHERE = ("--model", "--image ", "--video", "--last-image", "image=", "video=")  # asks another model, or about something given
 
-# Words that identify a name in a sentence, if it is not the name itself.
+# What tells a name from a sentence, where it is not the name itself.
 SIGNS = {
     "ball": ("ball", "sphere", "球"), "cube": ("cube", "box", "方块", "立方体"), "cone": ("cone", "圆锥", "锥体"),
     "grass": ("grass", "lawn", "草地"), "sand": ("sand", "沙"), "tiles": ("tile", "砖"), "snow": ("snow", "雪"), "water": ("water", "水面"),
@@ -34,21 +37,21 @@ SIGNS = {
 }  # fmt: skip
 
 
-def examples() -> list[str]:
-    """Every prompt for the shipped model in README, Makefile, docs and on the page that is used without a picture or video."""
-    found = [
-        prompt or default
-        for page in PAGES
-        for prompt, rest, default in QUOTED.findall(page.read_text(encoding="utf-8"))
-        if not any(option in rest for option in ELSEWHERE)
-    ]
-    tree = ast.parse((ROOT / "sample" / "studio" / "create.py").read_text(encoding="utf-8"))
-    page = next(node.value for node in tree.body if isinstance(node, ast.Assign) and node.targets[0].id == "EXAMPLES")
-    return [prompt for prompt in dict.fromkeys([*found, *ast.literal_eval(page)]) if said(prompt)]
+def examples() -> dict[str, list[str]]:
+    """Every prompt for the shipped model that stands anywhere, alone (no picture or video beside it), and the files that it stands in.
+
+    Where: README, docs and the scripts that make their pictures, the page's examples, Makefile, the help of the programs, the model card.
+    """
+    found: dict[str, list[str]] = {}
+    for page in PAGES:
+        for _, prompt, rest in QUOTED.findall(page.read_text(encoding="utf-8")):
+            if said(prompt) and not any(option in rest for option in ELSEWHERE):
+                found.setdefault(prompt, []).append(str(page.relative_to(ROOT)))
+    return {prompt: list(dict.fromkeys(places)) for prompt, places in found.items()}
 
 
 def said(prompt: str) -> dict[str, str]:
-    """The answers to the detectors' questions from a prompt with one object."""
+    """The answers to the detectors' questions that a prompt with one thing gives."""
     words = prompt.split(", the camera")[0].split("，镜头")[0].replace("green lawn", "lawn")
     answers = {}
     for question, subject in (("colour", "colours"), ("solid", "solids"), ("ground", "grounds"), ("motion", "motions")):
@@ -107,7 +110,7 @@ def test_another_checkpoint_is_not_asked_about_the_small_world(tmp_path: Path, m
 
 
 def notes(capsys) -> list[str]:
-    """The lines on stderr other than the precision."""
+    """What was said on stderr beside the precision."""
     return [line for line in capsys.readouterr().err.splitlines() if not line.startswith("precision ")]
 
 
@@ -119,7 +122,7 @@ def test_every_example_is_within_the_vocabulary() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_every_example_shows_what_it_says() -> None:
-    """Two of three seeds are right in everything said about the object and its ground, and its motion if the camera is static."""
+    """Two of three seeds are right in all that is said of the thing and its ground, and of its motion where the camera is still."""
     options = Options("", examples=200, bf16=False)
     pipe, ruler, wrong = load(ASSETS, options), make_ruler(options), {}
     for prompt in examples():
