@@ -185,11 +185,11 @@ def test_a_text_encoder_leaves_out_what_is_not_finite(tmp_path, monkeypatch):
 
     monkeypatch.setattr(train_text, "agreement_loss", poisoned)
     words = ["configs/text/world.yaml", "text={byte_dim: 32, byte_layers: 1, out_dim: 32, token_layers: 1}", "batch=4", "workers=0"]
-    train_text.main([*words, "mixed_precision=fp32", "log_every=1", "save_every=4", "steps=8", f"out={tmp_path}"])
+    train_text.main([*words, "mixed_precision=fp32", "log_every=1", "save_every=4", "steps=10", f"out={tmp_path}"])
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == list(range(1, 9)) and lines[1]["loss"] is None and lines[-1]["skipped"] == 6
+    assert [line["step"] for line in lines] == list(range(1, 11)) and lines[1]["loss"] is None and lines[-1]["skipped"] == 6
     folder = tmp_path / (tmp_path / "latest").read_text().strip()
-    assert json.loads((folder / "meta.json").read_text())["places"] == 13
+    assert json.loads((folder / "meta.json").read_text())["places"] == 15
     assert all(torch.isfinite(value).all() for value in weights(tmp_path).values())
 
 
