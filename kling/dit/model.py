@@ -21,7 +21,7 @@ from diffusers.models.attention import AttentionMixin
 from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.utils import apply_lora_scale
+from diffusers.utils import apply_lora_scale, logging
 from torch import Tensor, nn
 
 from kling.cameras.trajectory import RAY_CHANNELS, Cameras
@@ -309,7 +309,12 @@ class KlingTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
         """
         return_info = kwargs.pop("output_loading_info", False)
         kwargs.setdefault("use_safetensors", True)  # diffusers falls back to a pickle
-        model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        said = logging.get_verbosity()
+        logging.set_verbosity_error()  # it would warn of weights that are missing; here they begin at zero, or are refused
+        try:
+            model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        finally:
+            logging.set_verbosity(said)
         missing = set(info["missing_keys"])
         for name, module in model._extras.items():
             keys = {f"{name}.{key}" for key in module.state_dict()}
