@@ -162,7 +162,8 @@ class Form:
     def _go(self) -> None:
         self.plan = gr.HTML(elem_id="plan", padding=False)
         with gr.Row(elem_classes="seed-row"):
-            self.fields["mode"] = gr.Radio([(t(m), m) for m in MODES], value="std", label=t("mode"), min_width=140, scale=2)
+            modes = [(t(mode), mode) for mode in MODES if mode != "fast" or self.studio.pipe.transformer_fast is not None]
+            self.fields["mode"] = gr.Radio(modes, value="std", label=t("mode"), min_width=140, scale=2)
             self.fields["seed"] = gr.Number(-1, label=t("seed"), precision=0, min_width=110, elem_id="seed")
             with gr.Column(min_width=90, scale=1, elem_classes="seed-tools"):
                 self.dice = gr.Button(t("dice"), size="sm", min_width=50, elem_id="dice")
