@@ -211,7 +211,9 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         solver, why = plan_solver(request, hops, "flow_map" if fast else self.setting("solver"), bool(self.groups))
         if few := solver == "flow_map":
             check_flow_map(request)
-        steps = (fast or {}).get("num_inference_steps") or self.setting("num_inference_steps")
+        steps = request.num_inference_steps or (fast or {}).get("num_inference_steps")
+        if steps is None:
+            steps = self.setting("num_inference_steps") * (PRO_STEPS if request.mode == "pro" and not few else 1)
 
         def appended(hop: Hop) -> int:
             return 0 if self.groups else len(hop.given.keyframes)
@@ -225,7 +227,7 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             height=H,
             width=W,
             fps=fps,
-            num_inference_steps=request.num_inference_steps or steps * (PRO_STEPS if request.mode == "pro" and not few else 1),
+            num_inference_steps=steps,
             solver=solver,
             guidance_scale=high,
             guidance_scale_2=low,
