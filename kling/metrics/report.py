@@ -1,4 +1,4 @@
-"""Measurements to a table a person can read."""
+"""Turns measurements into a Markdown table."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from dataclasses import dataclass
 
 from kling.metrics.stats import mean, rate
 
-Row = Mapping[str, bool | float | None]  # what one clip measured; None where a question does not apply
+Row = Mapping[str, bool | float | None]  # measurements of one clip; None if one does not apply
 Summary = dict[str, dict[str, float]]  # by measure: value, low, high, n
 
 
 @dataclass(frozen=True)
 class Line:
-    """One line of the table: a measure of a task, the score that guessing gives, and the one to reach (`>= 0.85`, `<= 5`)."""
+    """One line of the table: a measure of a task, the score of guessing, and the target (`>= 0.85`, `<= 5`)."""
 
     task: str
     measure: str
     title: str
-    unit: str = "%"  # %, or what the number is in
+    unit: str = "%"  # %, or the unit of the number
     chance: float | None = None
     target: str = ""
 
     def reached(self, value: float) -> bool | None:
-        """Whether a value meets the target; None without one."""
+        """Whether a value meets the target; None if there is no target."""
         if not self.target or math.isnan(value):
             return None
         sign, bound = self.target.split()
@@ -32,7 +32,7 @@ class Line:
 
 
 def summarise(rows: Sequence[Row]) -> Summary:
-    """Means with intervals: shares for bools (Wilson), means for floats (bootstrap). None is left out and not counted in n."""
+    """Means with intervals: shares for bools (Wilson), means for floats (bootstrap). None is left out, and not counted in n."""
     result: Summary = {}
     for name in dict.fromkeys(key for row in rows for key in row):
         values = [row[name] for row in rows if row.get(name) is not None]
@@ -51,9 +51,9 @@ def paired(a: Sequence[Row], b: Sequence[Row]) -> Summary:
 
 
 def markdown(lines: Sequence[Line], scores: Mapping[str, Summary], columns: Mapping[str, Mapping[str, Summary]]) -> str:
-    """The table. scores: by task. columns: by heading (truth, controls), then by task; a cell is empty where nothing was measured.
+    """The table. scores: by task. columns: by heading (truth, controls), then by task; a cell is empty if nothing was measured.
 
-    The columns of targets and of chance are there if a line has them.
+    The columns for targets and chance appear only if a line has them.
     """
     aims, guesses = any(line.target for line in lines), any(line.chance is not None for line in lines)
     head = ["", "score", "95 % interval", "n", *(["to reach"] * aims), *(["chance"] * guesses), *columns]

@@ -1,4 +1,4 @@
-"""How far a camera path that was estimated is from the one that was asked for, and what a person would call it."""
+"""Errors between an estimated and a requested camera path, and the name of the camera movement that a path shows."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import Tensor
 from kling.cameras.axes import LIMIT, MOVES, UNITS, rotation
 from kling.cameras.trajectory import Trajectory
 
-STATIC = 1.5  # axis units (10 is the whole range): less than this in all is a camera that stands still; training asks for 3 and more
-TRAVELS = 0.1  # metres: a path that never gets further from its start has no direction to compare
-WORST_ROTATION, WORST_TRANSLATION = 180.0, 2.0  # what a frame counts whose pose could not be found: it is never left out
+STATIC = 1.5  # axis units (10 is the full range): a camera that moves less in total is static; training requests at least 3
+TRAVELS = 0.1  # metres: a path that stays closer to its start has no direction to compare
+WORST_ROTATION, WORST_TRANSLATION = 180.0, 2.0  # error of a frame whose pose was not found; such frames are never left out
 
 SINGLE = {f"{name}{sign}": {name: LIMIT if sign == "+" else -LIMIT} for name in UNITS for sign in "+-"}
 CLASSES = (*SINGLE, *MOVES, "static")
@@ -22,19 +22,19 @@ CLASSES = (*SINGLE, *MOVES, "static")
 def rotation_error(estimate: Trajectory, asked: Trajectory, found: Tensor) -> float:
     """Mean angle in degrees between the estimated and the asked rotations, both relative to frame 0 (which is left out).
 
-    found: (T,) bool, frames whose pose is known; the others count `WORST_ROTATION`.
+    found: (T,) bool, frames whose pose is known; the others count as `WORST_ROTATION`.
     """
     turn = estimate.relative().c2w[1:, :, :3].double().mT @ asked.relative().c2w[1:, :, :3].double()
-    sine = (turn - turn.mT).flatten(1).norm(dim=1) / math.sqrt(8)  # the trace alone is blind to small angles
+    sine = (turn - turn.mT).flatten(1).norm(dim=1) / math.sqrt(8)  # the trace alone is insensitive to small angles
     cosine = (turn.diagonal(dim1=1, dim2=2).sum(dim=1) - 1) / 2
     angle = torch.rad2deg(torch.atan2(sine, cosine))
     return float(torch.where(found[1:], angle, WORST_ROTATION).mean())
 
 
 def translation_error(estimate: Trajectory, asked: Trajectory, found: Tensor) -> float | None:
-    """Mean distance between the two paths, each measured in its own furthest distance from the start; 0 is right, 2 is as wrong as can be.
+    """Mean distance between the two paths, each in units of its largest distance from the start; 0 is perfect, 2 is the worst.
 
-    None where the asked path does not travel. An estimate that hardly moves is not blown up: its unit is at least a tenth of the asked one.
+    None if the requested path does not travel. An estimate that hardly moves is not scaled up: its unit is at least a tenth of the other's.
     """
     a, b = estimate.relative().c2w[1:, :, 3].double(), asked.relative().c2w[1:, :, 3].double()
     far = float(b.norm(dim=1).max())
@@ -45,16 +45,16 @@ def translation_error(estimate: Trajectory, asked: Trajectory, found: Tensor) ->
 
 
 def summed_errors(estimate: Trajectory, asked: Trajectory, found: Tensor) -> dict[str, float]:
-    """RotErr in radians, relative TransErr and CamMC as CamI2V (He et al. 2024) sums them over the frames after the first.
+    """RotErr in radians, relative TransErr and CamMC, summed over the frames after the first as in CamI2V (He et al. 2024).
 
-    Both paths are relative to frame 0 and divided by their own furthest distance from it. CamMC is the norm of the difference of the
-    3x4 poses. A frame without a pose counts the worst: π, 2, and the norm that both give together.
+    Both paths are relative to frame 0 and divided by their own largest distance from it. CamMC is the norm of the difference of the
+    3x4 poses. A frame without a pose gets the worst values: π, 2, and the norm of both together.
     """
     a, b = estimate.relative().c2w[1:].double(), asked.relative().c2w[1:].double()
     a, b = (torch.cat([x[..., :3], x[..., 3:] / (x[..., 3].norm(dim=1).max() + 1e-9)], dim=-1) for x in (a, b))
     cosine = ((a[..., :3].mT @ b[..., :3]).diagonal(dim1=1, dim2=2).sum(dim=1) - 1) / 2
     known = found[1:]
-    worst = math.sqrt(8 + WORST_TRANSLATION**2)  # |R₁ - R₂| is √8 for half a turn
+    worst = math.sqrt(8 + WORST_TRANSLATION**2)  # |R₁ - R₂| is √8 for a rotation by 180 degrees
     return {
         "rotation": float(torch.where(known, cosine.clamp(-1, 1).acos(), math.pi).sum()),
         "translation": float(torch.where(known, (a - b)[..., 3].norm(dim=1), WORST_TRANSLATION).sum()),
@@ -63,10 +63,10 @@ def summed_errors(estimate: Trajectory, asked: Trajectory, found: Tensor) -> dic
 
 
 def axes_of(trajectory: Trajectory) -> dict[str, float]:
-    """The axis values that best describe a path: `axes_trajectory` backwards, for any path.
+    """The axis values that best describe a path: the inverse of `axes_trajectory`, for any path.
 
-    Turns and zoom are slopes over the whole clip (not end points, which one bad frame decides); travel is summed in the camera's own
-    directions.
+    Rotations and zoom are slopes over the whole clip (not differences of the end points, which one bad frame could spoil); translation is
+    summed in the camera's own directions.
     """
     path = trajectory.relative()
     R, o, T = path.c2w[:, :, :3].double(), path.c2w[:, :, 3].double(), len(path)
@@ -86,7 +86,7 @@ def axes_of(trajectory: Trajectory) -> dict[str, float]:
 
 
 def camera_class(axes: Mapping[str, float]) -> str:
-    """One of `CLASSES`: static, or the single axis or master shot whose direction in axis units is nearest.
+    """One of `CLASSES`: static, or the single axis or master shot with the nearest direction in axis units.
 
     >>> camera_class({"pan": 5.0, "dolly": 0.4})
     'pan+'
