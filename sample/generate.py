@@ -1,6 +1,6 @@
 """Make a video. The task follows from what is given.
 
-    kling-sample "a red ball rolls left on grass, the camera pans right"
+    kling-sample "a red ball rolls left on grass" --camera pan=5
     kling-sample "the ball rolls on" --image first.png --last-image last.png --camera "pan=5,zoom=2"
     kling-sample --video out/a-red-ball-1.mp4 --extend-to 30     # continues with the prompt that it was made from
     kling-sample "the ball rolls on" --video in.mp4 --extend-to 30

@@ -17,9 +17,9 @@ from kling.shapes import clip_frames
 
 EXAMPLES = [
     "a red ball rolls left on grass",
-    "a yellow cube stays still on grey tiles, the camera pans right",
+    "a yellow ball stays still on grey tiles",
     "一个绿色的球在沙地上绕圈移动",
-    "一个红色的方块在雪地上上下弹跳",
+    "一个红色的方块在雪地上静止不动",
 ]
 
 
