@@ -36,6 +36,7 @@ from test_generate import save_tiny
 from kling import KlingPipeline, Request
 from kling.condition.tasks import TASKS
 from kling.data.video import probe
+from kling.data.world.captions import vocabulary_summary
 from kling.errors import UserError
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -116,6 +117,17 @@ def test_a_folder_of_wan_weights_opens_with_its_own_settings(tmp_path):
     line = views.understood(0, pipe.plan(request), request)
     assert f"{studio.sizes['9:16'][1]}×{studio.sizes['9:16'][0]} · 16 fps · 50 steps" in line
     assert request.negative_prompt is None and request.guidance_scale is None
+
+
+@pytest.mark.parametrize("vocabulary", [None, "world"])
+def test_what_a_small_model_understands_is_on_its_page_alone(tmp_path, vocabulary):
+    save_tiny(tmp_path / "model", ["text"])
+    pipe = KlingPipeline.from_pretrained(tmp_path / "model")
+    pipe.register_to_config(vocabulary=vocabulary)
+    shelf = Shelf(tmp_path / "out", {"path": "model", "sha256": {}})
+    page = build(Studio(pipe, shelf.model, shelf, Uploads(tmp_path, shelf.inputs)))
+    shown = [block for block in page.blocks.values() if getattr(block, "value", None) == vocabulary_summary()]
+    assert len(shown) == (vocabulary == "world")
 
 
 def test_visitors_choose_among_the_operator_s_models_and_loras(tmp_path):

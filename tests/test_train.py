@@ -175,6 +175,24 @@ def test_a_text_encoder_learns_phrasings_resumes_exactly_and_starts_a_transforme
     assert moved < 0.01 < (taught[name] - taught[name].roll(1, 0)).abs().max()  # its weights, one small step on
 
 
+def test_a_text_encoder_leaves_out_what_is_not_finite(tmp_path, monkeypatch):
+    """One update first, whose loss alone is not finite, then five in a row, after which it goes back and takes other captions."""
+    real, calls = train_text.agreement_loss, iter(range(1, 100))
+
+    def poisoned(*args):
+        loss, found = real(*args)
+        return loss * (float("nan") if next(calls) in (2, 5, 6, 7, 8, 9) else 1.0), found
+
+    monkeypatch.setattr(train_text, "agreement_loss", poisoned)
+    words = ["configs/text/world.yaml", "text={byte_dim: 32, byte_layers: 1, out_dim: 32, token_layers: 1}", "batch=4", "workers=0"]
+    train_text.main([*words, "mixed_precision=fp32", "log_every=1", "save_every=4", "steps=10", f"out={tmp_path}"])
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 11)) and lines[1]["loss"] is None and lines[-1]["skipped"] == 6
+    folder = tmp_path / (tmp_path / "latest").read_text().strip()
+    assert json.loads((folder / "meta.json").read_text())["places"] == 15
+    assert all(torch.isfinite(value).all() for value in weights(tmp_path).values())
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -72,7 +72,7 @@ class Loop:
             if self._run is not None:
                 self._run.close()  # after an error in the program itself: write the lines logged so far
 
-    def resume(self, model: nn.Module, optimizer: Optimizer, ema: EMA, **others: tuple[nn.Module, Optimizer]) -> None:
+    def resume(self, model: nn.Module, optimizer: Optimizer, ema: EMA | None, **others: tuple[nn.Module, Optimizer]) -> None:
         """Load the newest intact checkpoint, if there is one. Later checkpoints hold the same models.
 
         optimizer: as prepared by accelerate. others: further models in training with their optimizers, without an average; the keyword is

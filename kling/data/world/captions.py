@@ -132,12 +132,29 @@ def _spelled(phrases: Sequence[str]) -> Iterator[str]:
         yield from dict.fromkeys(phrase.format(**words) for words in ({"roll": "rolls", "滚": "滚动"}, {"roll": "slides", "滚": "滑动"}))
 
 
+SUBJECTS = {
+    "colours": ("colour", "颜色"),
+    "solids": ("solid", "物体"),
+    "grounds": ("ground", "地面"),
+    "motions": ("motion", "运动"),
+    "camera": ("camera", "镜头"),
+}
+
+
 def vocabulary_table() -> str:
-    """`vocabulary` as a Markdown table."""
-    titles = {"colours": "colour", "solids": "solid", "grounds": "ground", "motions": "motion", "camera": "camera"}
+    """`vocabulary` as a Markdown table, a row for each name."""
     lines = ["| | English | 中文 |", "|---|---|---|"]
     for subject, rows in vocabulary().items():
-        lines += [f"| {titles[subject]} | {' · '.join(english)} | {' · '.join(chinese)} |" for _, english, chinese in rows]
+        lines += [f"| {SUBJECTS[subject][0]} | {' · '.join(english)} | {' · '.join(chinese)} |" for _, english, chinese in rows]
+    return "\n".join(lines)
+
+
+def vocabulary_summary() -> str:
+    """`vocabulary` as a table in markdown, a row for each subject: dots between names, commas between phrases for one."""
+    lines = ["| | English | 中文 |", "|---|---|---|"]
+    for subject, rows in vocabulary().items():
+        english, chinese = " · ".join(", ".join(row[1]) for row in rows), " · ".join("、".join(row[2]) for row in rows)
+        lines.append(f"| {' '.join(SUBJECTS[subject])} | {english} | {chinese} |")
     return "\n".join(lines)
 
 
