@@ -1,6 +1,6 @@
 """Train the transformer and its small text encoder on cached latents, for every task at once.
 
-kling-train configs/dit/world.yaml out=runs/dit            # the same command again goes on where it stopped
+kling-train configs/dit/world.yaml out=runs/dit            # run again, the same command continues where it stopped
 kling-train configs/dit/debug.yaml out=/tmp/dit steps=20   # under a minute, data and cache included
 accelerate launch --config_file configs/accelerate/fsdp2.yaml train/train_dit.py configs/dit/1.3b.yaml out=runs/1.3b
 """
@@ -68,38 +68,38 @@ from kling.training.validation import Validation, draw_samples, encode, held_out
 
 @dataclass
 class TrainDiTConfig:
-    """Everything a run depends on.
+    """All settings of a run.
 
     out: folder of the run: checkpoints, metrics.jsonl, samples, and the model in export/. steps: updates of the weights, in all.
-    seed: of the initial weights and of everything drawn. batch: clips of the longest length in a batch of each process and micro-step;
-    of a shorter one there are as many as make the same tokens.
-    group: batches in a row of one shape. Where the number of processes divides it, all of them have equal work in every step.
-    optimizer: adamw or muon, with the same lr. lr: learning rate at its highest. betas: of the optimizer's moments.
-    warmup: updates in which lr rises from 0. schedule: constant or cosine, after the warmup. floor: part of lr that cosine ends at.
-    weight_decay: of matrices, a part of lr. clip_grad: largest norm of the gradients. ema: decay of the averaged weights, for an update.
+    seed: of the initial weights and of all random draws. batch: clips of the longest length in a batch of each process and micro-step;
+    of a shorter one there are more, for the same number of tokens.
+    group: consecutive batches of one shape. If the number of processes divides it, all of them have equal work in every step.
+    optimizer: adamw or muon, with the same lr. lr: highest learning rate. betas: of the optimizer's moments.
+    warmup: updates in which lr rises from 0. schedule: constant or cosine, after the warmup. floor: fraction of lr at the end of cosine.
+    weight_decay: of matrices, relative to lr. clip_grad: largest norm of the gradients. ema: decay of the averaged weights, per update.
     model: keys of KlingTransformer3DModel. text: keys of ByteTextEncoder. scheduler: settings stored with the weights, such as shift.
-    vae: a VAE folder, or empty for that of `init_from`, or the shipped one.
-    cache: a latent cache; completed by the preset `encode` (empty: it is one's own, as kling-encode left it).
+    vae: a VAE folder; empty for the one of `init_from`, or the shipped one.
+    cache: a latent cache; filled by the preset `encode` (if that is empty, the cache is used as kling-encode left it).
     encode: preset of kling-encode that fills the cache. frames: lengths to draw from in pixel frames, each 1 + 4k, at most the cache's; one
-    named twice is drawn twice as often. max_frames: longest clip in pixel frames that the export makes at once.
+    listed twice is drawn twice as often. max_frames: longest clip in pixel frames that the exported model generates at once.
     tasks: how often each is drawn, as shares.
-    long_captions: what to do with a caption that is longer than our text encoder reads: refuse (before the first step), or cut it.
+    long_captions: what to do with a caption that is too long for our text encoder: refuse (before the first step), or cut it.
     text_drop, camera_drop: share of clips, 0 to 1, whose text or camera is left out, for guidance.
     init_from: a model folder to start from, ours, published or shipped; conditions that `model` adds to it start at zero. checkpoint: the
-    registry's name of it, where its files do not tell. expert: of two, the one to train, high or low.
+    registry's name of it, if its files do not tell. expert: of two, the one to train, high or low.
     lora: train low-rank weights on top of it.
-    text_from: a text encoder from kling-train-text, under a new transformer.
+    text_from: a text encoder from kling-train-text, for a new transformer.
     samples: what is drawn every `sample_every` updates, as fields of `Request`. sample_every: updates between samples, 0 draws none.
-    sample_tasks: and a held-out clip for each task of `tasks`. save_every: updates between checkpoints. save_in_background: train on while
-    a checkpoint is written. keep_last: checkpoints that stay. keep_every: checkpoints of these steps stay for good, 0 is none.
+    sample_tasks: also draw a held-out clip for each task of `tasks`. save_every: updates between checkpoints. save_in_background: go on
+    training while a checkpoint is written. keep_last: checkpoints to keep. keep_every: checkpoints of these steps are kept, 0 is none.
     log_every: updates between lines of the log. mixed_precision: auto (measured), bf16, fp16 or fp32.
     gradient_accumulation: micro-steps of an update.
     activation_checkpointing: none, selective or full. compile: regional `torch.compile`, each kind of block once.
-    bf16_reduction: processes exchange gradients in bf16, half the bytes.
-    context_parallel: ulysses or ring, how the processes of a group cut attention (configs/accelerate/fsdp2_cp.yaml says how many).
-    watchdog: seconds without a step after which every process writes where it stands; 0 is off.
-    trackers: tensorboard, wandb or both, beside metrics.jsonl. workers: processes that read clips, for each training process.
-    threads: CPU threads inside an operation, null is OMP_NUM_THREADS or all cores.
+    bf16_reduction: processes exchange gradients in bf16, which halves the bytes.
+    context_parallel: ulysses or ring, how the processes of a group split attention (configs/accelerate/fsdp2_cp.yaml says how many).
+    watchdog: seconds without a step after which every process writes its stack; 0 is off.
+    trackers: tensorboard, wandb or both, in addition to metrics.jsonl. workers: processes that read clips, for each training process.
+    threads: CPU threads per operation, null is OMP_NUM_THREADS or all cores.
     """
 
     out: str = "runs/dit"
@@ -187,7 +187,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def train(cfg: TrainDiTConfig, loop: Loop) -> None:
-    """The training in a folder that is this run's alone."""
+    """The training, with the run's folder locked."""
     out, accelerator, layout, stop = loop.out, loop.accelerator, loop.layout, loop.stop
     device = accelerator.device
     if cfg.lora.half and accelerator.mixed_precision != "bf16":
@@ -229,7 +229,7 @@ def train(cfg: TrainDiTConfig, loop: Loop) -> None:
         for batch in held:
             pipe.check_divides(*batch.latents.shape[2:])
         for request in asked:
-            pipe.plan(request)  # refuses what does not divide
+            pipe.plan(request)  # raises for shapes that do not divide
     set_checkpointing(transformer, cfg.activation_checkpointing)
     keep_in_fp32(accelerator, transformer.condition_embedder.time_embedder)
     exact = accelerator.mixed_precision == "no"
@@ -246,9 +246,9 @@ def train(cfg: TrainDiTConfig, loop: Loop) -> None:
             return net(example, example.state.noised(level, noise), level, words)
 
     def validate() -> dict[str, float]:
-        """Loss of the averaged weights on held-out clips at fixed levels; weights and generators are as before after it."""
+        """Loss of the averaged weights on held-out clips at fixed levels; restores weights and random generators."""
         levels = level_quantiles(cfg.validation.quantiles, density, shift, within)
-        with ema.swap(model), same_rng(device), torch.compiler.set_stance("force_eager"):  # of few shapes, each a graph of its own
+        with ema.swap(model), same_rng(device), torch.compiler.set_stance("force_eager"):  # few clips, but each shape would be a new graph
             sums, counts = total(accelerator, validation_loss(predict, held, levels, layout, model, vae, device))
         losses = (sums / counts).tolist()
         by_level = {f"validation/sigma_{sigma:.2f}": loss for sigma, loss in zip(levels, losses, strict=True)}
@@ -264,7 +264,7 @@ def train(cfg: TrainDiTConfig, loop: Loop) -> None:
 
     for place, batch in loop.batches(data, guard, meter):
         example = draw_example(drawing, batch, place, transformer, vae).to(device)
-        b = len(batch.ids)  # clips of one shape, as many as make the tokens of `cfg.batch` of the largest
+        b = len(batch.ids)  # clips of one shape, with as many tokens as `cfg.batch` clips of the largest
         level = upload(draw_sigma((b,), generator(cfg.seed, "sigma", place), density, shift, within), device)  # (b,)
         noise = noise_like(example.state.clean, cfg.seed, "noise", place, range(b))  # (b, c, G, h, w)
         meter.lap("data")
@@ -307,14 +307,14 @@ def train(cfg: TrainDiTConfig, loop: Loop) -> None:
 
 
 def log_line(guard: DeviceGuard, lr: float, speed: Callable[[], dict[str, float]], numbers: list[float]) -> dict[str, float]:
-    """A step's line in the log, of its numbers, which the host has read now; the guard sees them too."""
+    """A step's line in the log, from its numbers, which are on the host now; the guard gets them too."""
     *sums, norm, row, skipped = numbers
     guard.look(row, skipped)
     return {**Meter.means(sums), "lr": lr, "grad_norm": norm, "skipped": guard.skipped, **speed()}
 
 
 def requests(cfg: TrainDiTConfig, clips: list[ClipSample]) -> list[Request]:
-    """What is drawn while training. Raises `UserError` for a field that no request has."""
+    """The samples to draw during training. Raises `UserError` for a field that requests do not have."""
     try:
         asked = [Request(**fields) for fields in cfg.samples]
     except TypeError as error:
@@ -323,7 +323,7 @@ def requests(cfg: TrainDiTConfig, clips: list[ClipSample]) -> list[Request]:
 
 
 def build(cfg: TrainDiTConfig, start: Start | None) -> Trained:
-    """The models to train: new, or those to start from, grown by the conditions that `model` adds, or with low-rank weights."""
+    """The models to train: new ones, or those to start from, with the conditions that `model` adds, or with low-rank weights."""
     if start:
         frozen = torch.bfloat16 if cfg.lora.rank and cfg.lora.half else torch.float32
         model = Trained(start.transformer(cfg.model, frozen), start.text(cfg.text, cfg.cache))
@@ -336,12 +336,12 @@ def build(cfg: TrainDiTConfig, start: Start | None) -> Trained:
 
 
 def scheduler_of(cfg: TrainDiTConfig, start: Start | None) -> SchedulerMixin:
-    """What is stored with the weights, and says at which levels they are trained."""
+    """The scheduler stored with the weights; it also determines the levels of training."""
     return start.scheduler(cfg.scheduler) if start else new_scheduler(cfg.scheduler)
 
 
 def pipeline(cfg: TrainDiTConfig, model: Trained, vae: nn.Module, start: Start | None) -> KlingPipeline:
-    """The models as a user gets them. What they could do before, they can do still."""
+    """The models as a user gets them, with the capabilities that they had before and those trained now."""
     kept = start.settings if start else {}
     able = [name for name, weight in cfg.tasks.items() if weight > 0]
     able += ["camera"] if model.transformer.config.camera_channels and cfg.camera_drop < 1 else []
@@ -354,7 +354,7 @@ def pipeline(cfg: TrainDiTConfig, model: Trained, vae: nn.Module, start: Start |
 
 
 def publish(cfg: TrainDiTConfig, vae: nn.Module, out: Path, start: Start | None) -> None:
-    """Export the averaged weights of the last checkpoint: what is published is what was saved and checked, however it was sharded."""
+    """Export the averaged weights of the last checkpoint, so that the export is what was saved and verified, however it was sharded."""
     saved = checkpoint.load_latest(out)
     model = build(cfg, start)
     checkpoint.restore(saved.tensors["model"], trained(model))
