@@ -8,14 +8,13 @@ The card keeps its text: only what stands between its marks `<!-- scores -->` an
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
 
 from kling_programs.eval.cases import TABLE
 from kling_programs.eval.common import write_text
-from kling_programs.sample.command import Parser
+from kling_programs.eval.options import card as parse
 
 from kling.data.world.captions import vocabulary_table
 from kling.errors import UserError
@@ -54,12 +53,3 @@ def between(text: str, mark: str, lines: str, card: Path) -> str:
     if not found or not ended:
         raise UserError(f"{card} has no place for the {mark}: put {start} and {end} around it")
     return f"{before}{start}\n{lines}\n{end}{after}"
-
-
-def parse(argv: list[str]) -> argparse.Namespace:
-    from kling.sampling.pipeline import ASSETS
-
-    parser = Parser("kling-eval card", __doc__)
-    parser.add_argument("run", metavar="RUN", help="a folder that kling-eval world wrote")
-    parser.add_argument("--into", metavar="FILE.md", default=str(ASSETS / "README.md"), help="the card; default: the shipped model's")
-    return parser.parse_args(argv)

@@ -16,7 +16,6 @@ result, not an error.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import os
 import shlex
@@ -26,7 +25,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from kling_programs.eval.common import VIDEOS, files, protocol_hash, write_json, write_text
-from kling_programs.sample.command import Parser
+from kling_programs.eval.options import SEED
+from kling_programs.eval.options import certify as parse
 from torch import Tensor
 
 from kling.cameras.axes import axes_trajectory
@@ -35,7 +35,6 @@ from kling.data.transforms import to_tensor
 from kling.data.video import read_video
 from kling.data.world.render import HAZE, HAZE_DISTANCE
 from kling.data.world.scene import COLOUR_RGB, FOCAL, World, render_scene, start_pose
-from kling.errors import UserError
 from kling.metrics.camera.errors import rotation_error, translation_error
 from kling.metrics.camera.odometry import Stage, estimate_trajectory
 from kling.metrics.camera.structure import estimate_structure
@@ -45,9 +44,8 @@ from kling.metrics.motion import camera_classes, dynamic_degree, optical_flow, w
 from kling.metrics.pixel import flicker, psnr, ssim, temporal_psnr
 from kling.metrics.report import Line, Row, markdown, reached, summarise
 from kling.metrics.vmaf import vmaf
-from kling.shapes import parse_size
 
-FRAMES, SEED = 17, 11
+FRAMES = 17
 RULERS = {"world": "move", "any": "move", "any, still": "stand"}  # what the object does in the clips
 MOVES = {
     "pan": {"pan": 6.0},
@@ -168,17 +166,3 @@ def processor_seconds() -> float:
     """Of this process and the ones it has waited for."""
     spent = os.times()
     return spent.user + spent.system + spent.children_user + spent.children_system
-
-
-def parse(argv: list[str]) -> argparse.Namespace:
-    parser = Parser("kling-eval certify", __doc__)
-    parser.add_argument("--out", metavar="FOLDER", required=True)
-    parser.add_argument("--sizes", metavar="WIDTHxHEIGHT,…", default="112x64,128x128,256x256", help="(112x64,128x128,256x256)")
-    parser.add_argument("--n", metavar="N", type=int, default=1, help=f"clips for each of {len(MOVES)} moves (1)")
-    parser.add_argument("--seed", metavar="N", type=int, default=SEED, help=f"of the scenes ({SEED})")
-    parser.add_argument("--made", metavar="FOLDER", help="videos of the small world that a model made, without zoom")
-    args = parser.parse_args(argv)
-    args.sizes = [parse_size(size) for size in args.sizes.split(",")]
-    if args.n < 1 or min(min(size) for size in args.sizes) < 32:
-        raise UserError("give --n of at least 1 and --sizes of at least 32x32")
-    return args

@@ -9,7 +9,6 @@ the folders apart (videos are copied to names without meaning). Ties count half 
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import random
 import shutil
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from kling_programs.eval.common import VIDEOS, files
-from kling_programs.sample.command import Parser
+from kling_programs.eval.options import side_by_side as parse
 
 from kling.errors import UserError
 from kling.metrics.stats import wilson
@@ -143,14 +142,3 @@ def main(argv: list[str]) -> None:
         print(f"no votes yet on {args.a} against {args.b}")
         return
     print(f"{args.a} wins {100 * rate:.1f} % ({100 * low:.1f} to {100 * high:.1f}): {counts['a']} to {counts['b']}, {counts['tie']} ties")
-
-
-def parse(argv: list[str]) -> argparse.Namespace:
-    parser = Parser("kling-eval side-by-side", __doc__)
-    parser.add_argument("a", metavar="A", help="a folder of videos")
-    parser.add_argument("b", metavar="B", help="another with the same names")
-    parser.add_argument("--votes", metavar="FILE", required=True, help="SQLite file, made if it is not there")
-    parser.add_argument("--result", action="store_true", help="print the win rate and open nothing")
-    parser.add_argument("--port", metavar="N", type=int, help="of the page")
-    parser.add_argument("--share", action="store_true", help="give the page a public address")
-    return parser.parse_args(argv)

@@ -20,13 +20,12 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from kling_programs.eval.common import VIDEOS, check_order, files, protocol_hash, write_json, write_text
-from kling_programs.sample.command import Parser
+from kling_programs.eval.options import videos as parse
 
 from kling.cameras.files import load_trajectory
 from kling.data.image import read_image, write_png
@@ -46,6 +45,8 @@ STRIPS = 4  # best and worst clips shown
 
 def main(argv: list[str]) -> None:
     args = parse(argv)
+    if args.seams:
+        seams(args.seams, 2)  # a mistake is told before the first video is read
     report = evaluate(args)
     report["command"] = shlex.join(["kling-eval", "videos", *argv])
     write_json(Path(args.out) / "scores.json", report)
@@ -275,25 +276,3 @@ def show(args: argparse.Namespace, names: list[str], rows: dict[str, dict[str, R
         H, W = clips[0].shape[1:3]
         write_png(Path(args.out) / "strips" / f"{key.task}-{key.name}.png", strip([fit(clip, H, W) for clip in clips]))
     return ranked
-
-
-def parse(argv: list[str]) -> argparse.Namespace:
-    parser = Parser("kling-eval videos", __doc__)
-    parser.add_argument("folder", metavar="FOLDER", help="the videos")
-    parser.add_argument("--out", metavar="FOLDER", required=True)
-    parser.add_argument("--reference", metavar="FOLDER", help="what they should be, by the same names")
-    parser.add_argument("--cameras", metavar="FOLDER", help="paths that were asked for, RealEstate10K text or JSON")
-    parser.add_argument("--colmap", action="store_true", help="let pycolmap place cameras too, where it explains a clip better; slow")
-    parser.add_argument("--keyframes", metavar="FOLDER", help="pictures NAME@FRAME.png")
-    parser.add_argument("--seams", metavar="FRAMES", help="where hops begin: 41,73 or 41:32")
-    parser.add_argument("--n", metavar="N", type=int, help="only the first N names")
-    args = parser.parse_args(argv)
-    if args.n is not None and args.n < 1:
-        raise UserError(f"--n {args.n}: give at least 1")
-    if args.seams:
-        seams(args.seams, 2)
-    if args.colmap and not args.cameras:
-        raise UserError("--colmap places cameras: give --cameras, the paths that were asked for")
-    if args.colmap and find_spec("pycolmap") is None:
-        raise UserError("--colmap needs pycolmap: pip install 'kling[colmap]'")
-    return args

@@ -16,7 +16,6 @@ With --tasks it is a look on the way: half as many of the former, a quarter of t
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import multiprocessing
@@ -54,7 +53,8 @@ from kling_programs.eval.cases import (
     with_camera,
 )
 from kling_programs.eval.common import check_order, protocol_hash, write_json
-from kling_programs.sample.command import Parser
+from kling_programs.eval.options import QUICK
+from kling_programs.eval.options import world as parse
 from torch import Tensor
 
 from kling.data.image import write_png
@@ -79,7 +79,6 @@ EXAMPLES = 400  # rendered clips that the detectors learn from
 PICTURES = 64  # cases of a task of which few are enough
 CONTROLS = 32  # cases in which other clips are measured in the model's place, and the VAE alone
 STRIP_ROWS = 4
-QUICK = {"n": 8, "examples": 120}
 
 Measured = dict[str, dict[str, list[Row]]]  # by who answered (the model or a stand-in), then by task
 Record = dict[str, Any]  # of one case: "k", "seconds" of each clip that was made, "rows" by who answered, then by task
@@ -485,22 +484,3 @@ def claim(out: Path, options: Options, model: dict[str, Any]) -> None:
 
 def clip_path(out: str | Path, task: str, k: int) -> Path:
     return Path(out) / "clips" / task / f"{k:04d}.npz"
-
-
-def parse(argv: list[str]) -> argparse.Namespace:
-    parser = Parser("kling-eval world", __doc__)
-    parser.add_argument("--model", metavar="FOLDER", help="default: the shipped one")
-    parser.add_argument("--out", metavar="FOLDER", required=True)
-    parser.add_argument("--n", metavar="N", type=int, help="cases a task (256)")
-    parser.add_argument("--seed", metavar="N", type=int, help="of the scenes and the clips (0)")
-    parser.add_argument("--steps", metavar="N", type=int, help="sampling steps; default: the checkpoint's own")
-    parser.add_argument("--workers", metavar="N", type=int, help="processes that share the cases and the processor (1)")
-    names = ", ".join(TASKS)
-    parser.add_argument("--tasks", metavar="A,B", help=f"only these: {names}; a first word names all that begin with it")
-    parser.add_argument("--quick", action="store_true", help=f"{QUICK['n']} cases and less certain detectors")
-    parser.add_argument("--limit-minutes", metavar="M", type=float, help="stop asking after this long, and say what n was reached")
-    args = parser.parse_args(argv)
-    for name in ("n", "workers"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)}: give at least 1")
-    return args
