@@ -16,6 +16,7 @@ import argparse
 import ast
 import csv
 import json
+import math
 import shlex
 import sys
 from pathlib import Path
@@ -225,8 +226,8 @@ def parsed(path: Path, key: str, value: str) -> Any:
 
 
 def number(path: Path, key: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise UserError(f"{path}: {key} is {value!r}, not a number: give the file that the benchmark wrote")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise UserError(f"{path}: {key} is {value!r}, not a finite number: give the file that the benchmark wrote")
     return float(value)
 
 

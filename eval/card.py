@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from kling_programs.eval.cases import TABLE
-from kling_programs.eval.common import write_text
+from kling_programs.eval.common import found_only, write_text
 from kling_programs.eval.options import card as parse
 
 from kling.data.world.captions import vocabulary_table
 from kling.errors import UserError
-from kling.metrics.report import markdown
+from kling.metrics.report import Summary, markdown, summarise
 from kling.runtime.files import head
 
 
@@ -42,7 +42,13 @@ def main(argv: list[str]) -> None:
 def score_lines(report: dict[str, Any]) -> str:
     """The table without the controls' columns, which scores.md holds, under how it was measured."""
     facts = [f"protocol {report['protocol']}", f"n = {report['n']}", f"`{report.get('command', 'kling-eval world')}`"]
-    return " · ".join(facts) + "; bold = reached\n\n" + markdown(TABLE, report["scores"], {})
+    return " · ".join(facts) + "; bold = reached\n\n" + markdown(TABLE, report["scores"] | cameras(report), {})
+
+
+def cameras(report: dict[str, Any]) -> dict[str, Summary]:
+    """The scores of the tasks that look at a camera, by task, over the clips in which it was found."""
+    rows = report.get("rows", {}).get("model", {})
+    return {task: summarise([found_only(row) for row in rows[task]]) for task in ("camera", "words") if task in rows}
 
 
 def between(text: str, mark: str, lines: str, card: Path) -> str:

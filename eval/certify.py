@@ -10,7 +10,7 @@ nothing tells the second ruler which points are its own, it is also asked with t
 (`any, still`). Bounds: RotErr 0.3°
 and TransErr 0.01, twice that at 112x64; all of VBench's seven camera classes right. Made clips have no truth: beside the share in which
 each ruler finds the camera stands how far the second is from the first where both do. A ruler that does not find it refuses: its
-path is in no mean. A bound that is missed is printed as missed: it is a
+path is in no mean, on rendered clips too, and the table says how many were found. A bound that is missed is printed as missed: it is a
 result, not an error.
 """
 
@@ -98,7 +98,7 @@ def main(argv: list[str]) -> None:
     table, seconds = markdown(lines, scores, {}), speeds(*args.sizes[-1])
     size = f"{args.sizes[-1][1]}x{args.sizes[-1][0]}"
     table += f"\n\nprocessor seconds for {FRAMES} frames at {size}: " + ", ".join(f"{name} {s:.2f}" for name, s in seconds.items())
-    protocol = {"suite": "certify", "version": 2, "seed": args.seed, "moves": MOVES, "frames": FRAMES, "sizes": args.sizes}
+    protocol = {"suite": "certify", "version": 3, "seed": args.seed, "moves": MOVES, "frames": FRAMES, "sizes": args.sizes}
     report = {"suite": "certify", "options": vars(args), "protocol": protocol_hash(protocol), "n": args.n, "failures": {}, "scores": scores}
     report |= {"columns": {}, "reached": reached(lines, scores), "rows": by_move, "seconds": seconds, "table": table}
     report["command"] = shlex.join(["kling-eval", "certify", *argv])
@@ -131,6 +131,8 @@ def compared(video: Tensor) -> Row:
 
 
 def brief(row: Row) -> str:
+    if not row["registered"]:
+        return "not found"
     return f"{row['rotation']:.3f}°" + ("" if row["translation"] is None else f" {row['translation']:.4f}")
 
 

@@ -229,7 +229,7 @@ def report(
     scores = {task: summarise([rows[name][task] for name in names if task in rows[name]]) for task in tasks}
     columns = {name: {task: summarise(found) for task, found in by_task.items()} for name, by_task in controls.items()}
     lines = [Line(m.task, m.name, m.title, m.unit) for m in METRICS]
-    protocol = {"suite": "videos", "version": 3, "measures": [(m.task, m.name, m.title) for m in METRICS], "seams": args.seams}
+    protocol = {"suite": "videos", "version": 4, "measures": [(m.task, m.name, m.title) for m in METRICS], "seams": args.seams}
     protocol["colmap"] = args.colmap
     table = markdown(lines, scores, columns)
     counts = {task: sum(task in troubles for troubles in failed.values()) for task in tasks}

@@ -52,7 +52,7 @@ from kling_programs.eval.cases import (
     spoiled,
     with_camera,
 )
-from kling_programs.eval.common import check_order, protocol_hash, write_json
+from kling_programs.eval.common import check_order, found_only, protocol_hash, write_json
 from kling_programs.eval.options import QUICK
 from kling_programs.eval.options import world as parse
 from torch import Tensor
@@ -74,7 +74,8 @@ from kling.runtime.precision import bf16_is_fast, default_device, describe
 from kling.runtime.random import derive_seed
 from kling.sampling.record import model_hashes
 
-PROTOCOL = 3  # raised whenever a case is asked or measured in another way: what was measured before does not mix with it
+PROTOCOL = 4  # raised whenever a case is asked or measured in another way: what was measured before does not mix with it
+READ = (3, PROTOCOL)  # what a folder may hold: cases of 3 counted a camera that was not found, and are read without it
 EXAMPLES = 400  # rendered clips that the detectors learn from
 PICTURES = 64  # cases of a task of which few are enough
 CONTROLS = 32  # cases in which other clips are measured in the model's place, and the VAE alone
@@ -458,7 +459,10 @@ def recorded(path: Path) -> dict[int, Record]:
     if torn:
         with written(path) as temporary:
             temporary.write_bytes(whole + newline)
-    return {record["k"]: record for record in map(json.loads, whole.splitlines())}
+    records = [json.loads(line) for line in whole.splitlines()]
+    for rows in (by_task for record in records for by_task in record["rows"].values()):
+        rows |= {task: found_only(row) for task, row in rows.items()}
+    return {record["k"]: record for record in records}
 
 
 def claim(out: Path, options: Options, model: dict[str, Any]) -> None:
@@ -476,6 +480,7 @@ def claim(out: Path, options: Options, model: dict[str, Any]) -> None:
     if path.is_file():
         head(path)
         before = json.loads(path.read_text(encoding="utf-8"))
+        before |= {"protocol": PROTOCOL} if before.get("protocol") in READ else {}
         if changed := [name for name in mine if before.get(name) != mine[name]]:
             raise UserError(f"{out} holds clips made with other {' and '.join(changed)}: give another --out")
     out.mkdir(parents=True, exist_ok=True)

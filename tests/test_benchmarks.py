@@ -156,7 +156,11 @@ def test_import_reads_what_vbench_writes(tmp_path: Path, capsys: pytest.CaptureF
     (tmp_path / "color_eval_results.json").write_text('{"color": ["much", []]}')
     with pytest.raises(SystemExit):
         main(["benchmark", "import", "vbench", "--results", str(tmp_path), "--out", str(tmp_path / "out")])
-    assert "color is 'much', not a number" in capsys.readouterr().err
+    assert "color is 'much', not a finite number" in capsys.readouterr().err
+    (tmp_path / "color_eval_results.json").write_text('{"color": [NaN, []]}')
+    with pytest.raises(SystemExit):
+        main(["benchmark", "import", "vbench", "--results", str(tmp_path), "--out", str(tmp_path / "out")])
+    assert "color is nan, not a finite number" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

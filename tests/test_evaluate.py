@@ -100,7 +100,8 @@ def test_the_truth_scores_full_marks_and_what_is_broken_none(tmp_path: Path) -> 
     assert broken["continuation-none"]["ground"]["value"] == 0
     assert scores["camera"]["class"]["value"] == 1 and scores["camera"]["rotation"]["value"] < 0.6
     assert scores["image below VAE"]["first"]["value"] == 0 and scores["first_last below VAE"]["last"]["value"] == 0
-    assert report["columns"]["noise"]["camera"]["rotation"]["value"] == 180
+    assert report["columns"]["noise"]["camera"]["rotation"] == {"value": None, "low": None, "high": None, "n": 0}, "nothing to measure"
+    assert report["columns"]["noise"]["camera"]["registered"]["value"] == 0
     assert report["columns"]["frozen"]["camera"]["registered"]["value"] == 1
     assert report["reached"]["camera class"] is True
     assert "colour, Chinese" in (tmp_path / "out/scores.md").read_text() and "RotErr" in report["table"]
@@ -109,7 +110,7 @@ def test_the_truth_scores_full_marks_and_what_is_broken_none(tmp_path: Path) -> 
 
     n = {task: max(x["n"] for x in summary.values()) for task, summary in scores.items()}
     assert n["text-en"] == n["camera"] == N and n["image"] == n["image below VAE"] == n["continuation"] == n["vae-17"] == 1
-    assert report["columns"]["truth"]["text-en"]["colour"]["n"] == N and report["columns"]["noise"]["camera"]["rotation"]["n"] == 1
+    assert report["columns"]["truth"]["text-en"]["colour"]["n"] == N and report["columns"]["noise"]["camera"]["class"]["n"] == 1
     assert pipe.calls == sum(1 if task.few else N for task in TASKS.values())
 
 
@@ -146,6 +147,51 @@ def test_a_few_tasks_alone_and_the_time_is_said_first(tmp_path: Path, capsys: py
     assert {json.loads(line)["k"] for line in file.read_text().splitlines()} == {0, 1}
     with pytest.raises(UserError, match="other weights"):
         evaluate(pipe, options, {"sha256": {"a": "2"}})
+
+
+def test_a_camera_that_was_not_found_is_counted_and_in_no_mean_also_in_files_from_before(tmp_path: Path) -> None:
+    """Two clips of four degrees, and one that counted 180 when protocol 3 wrote it: in the table, in a run that goes on, on the card."""
+    right = {"class": True, "rotation": 4.0, "translation": 0.5, "registered": True}
+    lost = {"class": False, "rotation": 180.0, "translation": 2.0, "registered": False}
+    rows = [right, lost, right]
+    measured = [{"k": k, "seconds": [], "rows": {"model": {"camera": row}, "noise": {"camera": lost}}} for k, row in enumerate(rows)]
+    (tmp_path / "cases.jsonl").write_text("".join(json.dumps(case) + "\n" for case in measured))
+    options = Options(str(tmp_path), n=3, tasks=("camera",))
+    mine = {"seed": 0, "steps": None, "tasks": ["camera"], "bf16": False, "weights": {}, "examples": 400, "protocol": 3}
+    (tmp_path / "run.json").write_text(json.dumps(mine))
+    report = evaluate(Oracle(), options, {"sha256": {}})
+    score = report["scores"]["camera"]
+    assert (score["rotation"]["value"], score["rotation"]["n"]) == (4, 2) and score["registered"]["value"] == pytest.approx(2 / 3)
+    assert score["translation"]["value"] == 0.5 and score["class"]["n"] == 3
+    cells = {line.split(" | ")[0].strip("| "): line for line in report["table"].splitlines()}
+    assert "| 4.00 ° | 4.00 to 4.00 ° | 2 |" in cells["RotErr, where found"] and "| – |" in cells["RotErr, where found"]
+    json.dumps(report, allow_nan=False)
+
+    before = report | {
+        "scores": {"camera": {"rotation": {"value": 62.7, "low": 4, "high": 180, "n": 3}}},
+        "rows": {"model": {"camera": rows}},
+    }
+    (tmp_path / "scores.json").write_text(json.dumps(before))
+    (tmp_path / "card.md").write_text("<!-- scores --><!-- /scores --><!-- vocabulary --><!-- /vocabulary -->")
+    main(["card", str(tmp_path), "--into", str(tmp_path / "card.md")])
+    card = (tmp_path / "card.md").read_text()
+    assert "| RotErr, where found | 4.00 ° | 4.00 to 4.00 ° | 2 |" in card and "| camera found | 66.7 % |" in card and "62.7" not in card
+
+
+def test_certify_counts_a_camera_that_its_ruler_does_not_find(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(video: Tensor, *known: object) -> SimpleNamespace:
+        found = torch.arange(len(video)) < len(video) - 1
+        return SimpleNamespace(trajectory=axes_trajectory({}, len(video), 32, 32), found=found, registered=found)
+
+    for name, value in (("CLASSED", ()), ("speeds", lambda H, W: {}), ("estimate_trajectory", lost), ("estimate_structure", lost)):
+        monkeypatch.setattr(certify, name, value)
+    certify.main(["--out", str(tmp_path), "--sizes", "32x32"])
+    report = json.loads((tmp_path / "scores.json").read_text())
+    score = report["scores"]["any 32x32"]
+    assert score["registered"] == report["scores"]["world 32x32"]["registered"] and score["registered"]["value"] == 0
+    assert score["rotation"]["n"] == 0 and "any 32x32 rotation" not in report["reached"]
+    assert report["reached"]["any 32x32 registered"] is False
+    assert "| any, 32x32, RotErr | – |  | 0 |" in report["table"]
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ class Ruler:
         """How near the camera's path is to the asked one. axes: of a single axis, a master shot or a static camera; None for mixtures.
 
         class: whether the path would be called the same. rotation: degrees. translation: see `translation_error`. registered: whether every
-        frame's pose was found; one that was not counts as badly as can be.
+        frame's pose was found. A camera that was not found has no rotation and no translation, and is of no class but a wrong one.
         """
         estimate = estimate_trajectory(video, self.stage)
         found = estimate.registered
