@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import math
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -46,9 +47,13 @@ def world(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help=f"{QUICK['n']} cases and less certain detectors")
     parser.add_argument("--limit-minutes", metavar="M", type=float, help="stop asking after this long, and say what n was reached")
     args = parser.parse_args(argv)
-    for name in ("n", "workers"):
+    for name in ("n", "workers", "steps"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)}: give at least 1")
+    if args.seed is not None and args.seed < 0:
+        raise UserError(f"--seed {args.seed}: give 0 or more")
+    if args.limit_minutes is not None and not 0 < args.limit_minutes < math.inf:
+        raise UserError(f"--limit-minutes {args.limit_minutes}: give a positive number")
     return args
 
 
@@ -176,7 +181,10 @@ def report(argv: list[str]) -> argparse.Namespace:
     parser = Parser("kling-eval report", described("report"))
     parser.add_argument("runs", metavar="RUN", nargs="+", help="folders with scores.json or metrics.jsonl")
     parser.add_argument("--out", metavar="FILE.html", required=True)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if Path(args.out).suffix.lower() not in (".html", ".htm"):
+        raise UserError(f"--out {args.out}: end the page's name in .html")
+    return args
 
 
 def card(argv: list[str]) -> argparse.Namespace:

@@ -53,6 +53,8 @@ def main(argv: list[str]) -> None:
     print(report["head"], report["table"], sep="\n\n")
     for name, reason in report["failures"].items():
         print(f"failed, in no mean: {name}: {reason}", file=sys.stderr)
+    if report["camera_not_found"]:
+        print(lost_in_words(report["camera_not_found"]), file=sys.stderr)
     check_order([Order(f"{m.task} {m.name}", m.controls, m.higher) for m in METRICS if m.controls], report["columns"])
 
 
@@ -238,6 +240,8 @@ def report(
     notes = "; ".join(f"{task} {s:.2f} s" for task, s in seconds.items())
     failures = {name: reason_of(troubles) for name, troubles in failed.items()}
     said = "".join(f"\n- failed: {name}: {reason}" for name, reason in failures.items())
+    lost = [name for name in names if rows[name].get("camera", {}).get("registered") is False]
+    said += f"\n- {lost_in_words(lost)}" if lost else ""
     write_text(Path(args.out) / "scores.md", f"{head}\n\n{table}\n\nseconds for 17 frames: {notes}\n{said}\n")
     ranked = show(args, names, rows)
     return {
@@ -247,6 +251,7 @@ def report(
         "n": len(names),
         "failures": failures,
         "failed": counts,
+        "camera_not_found": lost,
         "scores": scores,
         "columns": columns,
         "seconds_per_17_frames": seconds,
@@ -255,6 +260,10 @@ def report(
         "head": head,
         "table": table,
     }
+
+
+def lost_in_words(names: Sequence[str]) -> str:
+    return f"camera not found, so in no mean of camera errors ({len(names)}): {', '.join(names)}"
 
 
 def reason_of(troubles: dict[str, str]) -> str:

@@ -66,11 +66,11 @@ def main(argv: list[str] | None = None) -> None:
     before = records.read_record(args.replay) if args.replay else None
     request = records.request_of(before, args.replay) if before else asked_request(args)
     kind = chosen_format(args, before)
-    inputs = records.input_hashes(request)
+    inputs = records.input_hashes(request).keys() | {args.replay, *(map(str, beside(args)))}
     jobs = [request.replace(seed=request.seed + i, num_videos=1) for i in range(request.num_videos)]
     paths = [output_path(args, kind, job, several=len(jobs) > 1) for job in jobs]
     for path in paths:
-        check_place(path, kind, {*inputs, str(Path(args.replay or "").absolute())}, args.save_latents, args.overwrite)
+        check_place(path, kind, {os.path.realpath(file) for file in inputs if file}, args.save_latents, args.overwrite)
     if cold:  # this takes seconds in a process of its own
         print("loading diffusers and the model …", file=sys.stderr, flush=True)
     folder, pipe = load_pipeline(args.model or (before and before["model"]["path"]), args.device, loading(args, before))
@@ -192,8 +192,13 @@ def model_hashes(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     from kling.hub.files import weight_files
     from kling.sampling import record as records
 
-    beside = [args.transformer, args.transformer_2, args.vae, *(path for path, _ in [*(args.lora or []), *(args.lora_2 or [])])]
-    return records.model_hashes(folder, [file for path in beside if path is not None for file in weight_files(path)])
+    return records.model_hashes(folder, [file for path in beside(args) for file in weight_files(path)])
+
+
+def beside(args: argparse.Namespace) -> list[str]:
+    """Weights that are given beside a model's folder."""
+    paths = [args.transformer, args.transformer_2, args.vae, *(path for path, _ in [*(args.lora or []), *(args.lora_2 or [])])]
+    return [path for path in paths if path is not None]
 
 
 # ------------------------------------------------------------------------------------------------------------ the command line
@@ -366,7 +371,10 @@ def chosen_format(args: argparse.Namespace, before: Record | None) -> str:
         raise unknown("format", args.format, ["mp4", "gif", "png-frames"])
     ending = Path(args.output or "").suffix.lower()
     by_name = next((kind for kind in ("mp4", "gif") if ending in FORMATS[kind]), None)
-    return "png" if args.image_only else args.format or by_name or (before["output"]["format"] if before else "mp4")
+    kind = "png" if args.image_only else args.format or by_name or (before["output"]["format"] if before else "mp4")
+    if kind not in FORMATS:
+        raise UserError(f"{args.replay} was written as {kind!r}, which is none of {', '.join(FORMATS)}: give --format")
+    return kind
 
 
 def output_path(args: argparse.Namespace, kind: str, request: Request, several: bool) -> Path:
@@ -403,7 +411,7 @@ def check_place(path: Path, kind: str, inputs: set[str], latents: bool = False, 
     from kling.sampling import record as records
 
     for file in (path, records.record_path(path), *([path.with_suffix(".safetensors")] if latents else [])):
-        if str(file.absolute()) in inputs:
+        if os.path.realpath(file) in inputs:
             raise UserError(f"{file} is an input and would be overwritten: choose another --output")
         if os.path.lexists(file) and not overwrite:
             raise UserError(f"{file} exists already: choose another --output or seed, or add --overwrite")

@@ -201,6 +201,10 @@ def test_certify_counts_a_camera_that_its_ruler_does_not_find(tmp_path: Path, mo
         (["world"], "--out"),
         (["world", "--out", "x", "--n", "0"], "--n 0"),
         (["world", "--out", "x", "--workers", "0"], "--workers 0"),
+        (["world", "--out", "x", "--steps", "0"], "--steps 0"),
+        (["world", "--out", "x", "--limit-minutes", "nan"], "--limit-minutes nan"),
+        (["world", "--out", "x", "--seed", "-1"], "--seed -1"),
+        (["report", "run", "--out", "run/scores.json"], "end the page's name in .html"),
         (["world", "--out", "x", "--tasks", "text,camra"], "unknown task 'camra' (did you mean 'camera'?)"),
     ],
 )
@@ -241,7 +245,7 @@ def test_certify_tells_which_ruler_meets_what(tmp_path: Path, monkeypatch: pytes
     for ruler in ("any", "any, still"):
         assert report["scores"][f"{ruler} 32x32"]["rotation"]["value"] > 5 and report["reached"][f"{ruler} 32x32 rotation"] is False
     assert report["scores"]["any 32x32"]["translation"]["n"] == 4 and report["scores"]["class 32x32"]["class"]["n"] == 7
-    assert "mixture 0" in capsys.readouterr().err
+    assert "made clips: not measured" in report["table"] and "mixture 0" in capsys.readouterr().err
     pairs = [(seen[i][0], seen[i + 1][0]) for i in range(0, 14, 2)]
     assert all(torch.equal(move[0], stand[0]) for move, stand in pairs) and not all(torch.equal(*pair) for pair in pairs)
 
@@ -258,7 +262,11 @@ def test_certify_holds_the_rulers_against_each_other_on_made_clips(tmp_path: Pat
     assert report["rows"]["made turning"]["any"] and report["rows"]["made noise"] == {"world": False, "any": False, "rotation": None}
     found = report["scores"]["made"]
     assert found["any"]["value"] == 0.5 and found["rotation"]["n"] == 1 and found["rotation"]["value"] < 0.5
-    assert "any against world" in report["table"] and report["reached"] == {"made rotation": True}
+    assert (
+        "`any` refuses 1 of 2" in report["table"]
+        and "any against world" in report["table"]
+        and report["reached"] == {"made rotation": True}
+    )
 
 
 @pytest.mark.slow

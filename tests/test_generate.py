@@ -71,6 +71,40 @@ def run(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     return run
 
 
+BENT = {
+    "a list": [], "deep": "[" * 100_000, "threads": {"machine": {"threads": -1}}, "threads in words": {"machine": {"threads": "two"}},
+    "a model's path": {"model": {"path": ["m"]}}, "hashes": {"frames": {"each": 3}}, "format": {"output": {"format": "zip"}},
+    "rate": {"output": {"fps": "fast"}}, "keyframes": {"request": {"keyframes": "mid.png"}}, "prompt": {"request": {"prompt": 3}},
+    "dtype": {"machine": {"dtype": ["bf16"]}}, "inputs": {"inputs": {"nowhere.png": "0"}},
+}  # fmt: skip
+
+
+def test_a_record_that_somebody_bent_is_refused_in_one_line(run) -> None:
+    """Before anything is made: a video whose record cannot be compared at the end is lost work."""
+    assert run("ball", *QUICK, "--seed", "1", "--output", "a.mp4")[0] == 0
+    whole = json.loads(Path("a.mp4.json").read_text())
+    for name, change in BENT.items():
+        text = change if isinstance(change, str) else json.dumps(change)
+        if isinstance(change, dict):
+            text = json.dumps(whole | {part: whole[part] | fields for part, fields in change.items()})
+        Path("bent.json").write_text(text)
+        code, out, error = run("--replay", "bent.json", "--output", "b.mp4")
+        assert (code, error.count("\n")) == (2, 1) and not Path("b.mp4").exists(), (name, error)
+
+
+def test_no_other_way_to_write_a_path_destroys_an_input(run) -> None:
+    """By .., by a link, and weights beside the output's latents."""
+    Path("sub").mkdir()
+    write_video("in.mp4", np.zeros((9, 40, 40, 3), np.uint8), 8)
+    Path("link").symlink_to(".")
+    Path("b.safetensors").write_bytes(b"a LoRA of somebody's")
+    for words in (("sub/../in.mp4",), ("link/in.mp4",), ("b.mp4", "--lora", "b.safetensors", "--save-latents")):
+        before = {path: path.read_bytes() for path in (Path("in.mp4"), Path("b.safetensors"))}
+        code, _, error = run("ball", "--video", "in.mp4", *QUICK[:2], "--overwrite", "--output", *words)
+        assert code == 2 and "is an input and would be overwritten" in error
+        assert before == {path: path.read_bytes() for path in before}
+
+
 def sha(path: str | Path) -> str:
     return json.loads(Path(path).read_text())["frames"]["sha256"]
 

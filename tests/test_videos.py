@@ -80,10 +80,14 @@ def test_a_file_beside_a_video_spoils_its_own_rows_only(clips: Path, monkeypatch
     assert "keyframes: " in report["failures"]["c"] and "camera: " in report["failures"]["c"]
 
 
-def test_a_camera_that_cannot_be_found_is_counted_and_in_no_mean(clips: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_camera_that_cannot_be_found_is_named_and_in_no_mean(
+    clips: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     monkeypatch.setattr(program, "CONTROLS", 0)
     write_video(clips / "made" / "b.mp4", noise(turned(torch.from_numpy(texture(64, 96)))[0], 0), 8, crf=10)
     report = run(clips, "--cameras", str(clips / "paths"))
+    says = "camera not found, so in no mean of camera errors (1): b"
+    assert says in capsys.readouterr().err.splitlines() and says in (clips / "out/scores.md").read_text()
     assert report["rows"]["b"]["camera"]["registered"] is False and report["rows"]["b"]["camera"]["rotation"] is None
     assert report["scores"]["camera"]["registered"]["value"] == 0.5 and report["scores"]["camera"]["rotation"]["value"] < 1
 

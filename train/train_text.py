@@ -30,7 +30,7 @@ from kling.text import ByteTextEncoder
 from kling.text.agree import agreement_loss, pool
 from kling.text.encoder import cut_prompt
 from kling.training.ema import EMA
-from kling.training.optim import lr_at, make_optimizer, set_lr
+from kling.training.optim import check_names, lr_at, make_optimizer, set_lr
 from kling.training.run_state import load_run_tensors, run_tensors
 from kling.training.start import LONG_CAPTIONS, refuse_long
 
@@ -98,6 +98,7 @@ def main(argv: list[str] | None = None) -> None:
     if helped("kling-train-text", argv):
         return
     cfg = load_config(TrainTextConfig, argv[0], argv[1:])
+    check_names(cfg.optimizer, cfg.schedule)
     check_data(cfg.data)
     if cfg.long_captions not in LONG_CAPTIONS:
         raise unknown("long_captions", cfg.long_captions, LONG_CAPTIONS)

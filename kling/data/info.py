@@ -29,6 +29,7 @@ class VideoInfo:
     vfr: bool = False  # the rate varies
     pixel_aspect: float = 1.0  # width of a stored pixel over its height
     matrix: int = UNTAGGED  # AVColorSpace
+    primaries: int = UNTAGGED  # AVColorPrimaries, 2 of which is unspecified too
     container: str = ""  # FFmpeg's demuxer
     keyframes: tuple[float, ...] = ()  # times of key frames that are `JUMP` or more apart, seconds
 

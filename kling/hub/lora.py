@@ -104,8 +104,8 @@ def _expert(pipe: Any, second: bool) -> nn.Module:
 def read_lora(path: Given, model: nn.Module, second: bool = False) -> dict[str, Layer]:
     """Layers of a LoRA by our names, `up` already times alpha / r. second: of a file for both experts, the second's part.
 
-    path: of the file, or its tensors by their keys. Layers that `model` has not are left out, and named in one line of the log. Raises `UserError` for what is not whole, fits nowhere, or
-    is another method's.
+    path: of the file, or its tensors by their keys. Layers that `model` has not are left out, and named in one line of the log. Raises
+    `UserError` for what is not whole, fits nowhere, or is another method's.
     """
     tensors, settings = (path, {}) if isinstance(path, Mapping) else (read_tensors(path), _settings(weight_files(path)[0]))
     path = "the LoRA given" if isinstance(path, Mapping) else path

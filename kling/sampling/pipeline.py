@@ -172,8 +172,8 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
     ) -> None:
         """As diffusers', but read by what reads `lora=` of `from_pretrained` (see `kling.hub.lora`), which knows every naming.
 
-        lora: a file, a folder with one (or `weight_name`), the same on the hub, or tensors by their keys. hub: revision, token and what else
-        huggingface_hub's download takes. Whole differences of distilled LoRAs go into the weights: `unload_lora_weights` leaves them.
+        lora: a file, a folder with one (or `weight_name`), the same on the hub, or tensors by their keys. hub: revision, token and what
+        else huggingface_hub's download takes. Whole differences of distilled LoRAs go into the weights: `unload_lora_weights` leaves them.
         Raises `UserError` for a file that is missing, damaged, of another method, or no LoRA of this model, and if peft is not installed.
         """
         file = lora if isinstance(lora, Mapping) else find_file(lora, weight_name, LORA_FILE, **hub)

@@ -67,6 +67,13 @@ OPTIMIZERS = {"adamw": adamw, "muon": muon}
 MOMENTS = {"adamw": 2, "muon": 1}  # tensors that each keeps for a parameter; Muon's vectors and embeddings, which have two, are few
 
 
+def check_names(optimizer: str, schedule: str) -> None:
+    """Refuse what `make_optimizer` and `lr_at` would refuse, before hours go into a cache."""
+    for thing, name, known in (("optimizer", optimizer, OPTIMIZERS), ("schedule", schedule, SCHEDULES)):
+        if name not in known:
+            raise unknown(thing, name, known)
+
+
 def trainable(named: nn.Module | Iterable[tuple[str, Tensor]]) -> list[Tensor]:
     """The parameters that train. Raises `UserError` if there are none."""
     named = named.named_parameters() if isinstance(named, nn.Module) else named
