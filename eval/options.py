@@ -174,7 +174,10 @@ def side_by_side(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--result", action="store_true", help="print the win rate and open nothing")
     parser.add_argument("--port", metavar="N", type=int, help="of the page")
     parser.add_argument("--share", action="store_true", help="give the page a public address")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.port is not None and not 0 < args.port < 65536:
+        raise UserError(f"--port {args.port}: give a number from 1 to 65535")
+    return args
 
 
 def report(argv: list[str]) -> argparse.Namespace:

@@ -23,6 +23,7 @@ from typing import Any
 from kling_programs.eval.common import VIDEOS, files
 from kling_programs.eval.options import side_by_side as parse
 
+from kling.data.video import probe, read_video, write_video
 from kling.errors import UserError
 from kling.metrics.stats import wilson
 
@@ -91,7 +92,7 @@ def page(both: dict[str, dict[str, Path]], votes: Votes) -> Any:
     copies = {}
     for name, sides in both.items():
         for side, path in sides.items():
-            copies[name, side] = str(shutil.copy(path, blind / f"{uuid.uuid4().hex}{path.suffix}"))
+            copies[name, side] = str(playable(path, blind))
 
     def show(voter: str) -> list[Any]:
         seen = votes.seen(voter)
@@ -123,6 +124,17 @@ def page(both: dict[str, dict[str, Path]], votes: Votes) -> Any:
     return blocks
 
 
+def playable(path: Path, folder: Path) -> Path:
+    """A copy of a video without its name, as an mp4 where browsers would not play it (GIF, AVI, …)."""
+    target = folder / uuid.uuid4().hex
+    if probe(path).plays_in_browsers:
+        return Path(shutil.copy(path, target.with_suffix(path.suffix)))
+    clip = read_video(path)
+    H, W = clip.frames.shape[1:3]
+    write_video(target.with_suffix(".mp4"), clip.frames[:, : H - H % 2, : W - W % 2], clip.fps)
+    return target.with_suffix(".mp4")
+
+
 def chosen(choice: str, left: str) -> str:
     """Which folder a choice of side means."""
     if choice == "tie":
@@ -135,7 +147,11 @@ def main(argv: list[str]) -> None:
     both = pairs(args.a, args.b)
     votes = Votes(Path(args.votes), args.a, args.b)
     if not args.result:
-        page(both, votes).launch(server_port=args.port, share=args.share)
+        shown = page(both, votes)
+        try:
+            shown.launch(server_port=args.port, share=args.share)
+        except OSError as error:
+            raise UserError(f"the page cannot be opened ({error}): choose another --port") from None
     counts = votes.counts()
     rate, low, high = win_rate(counts)
     if not sum(counts.values()):

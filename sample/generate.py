@@ -61,18 +61,27 @@ def main(argv: list[str] | None = None) -> None:
     import torch
 
     from kling.data.video import frame_rate
+    from kling.hub.files import weight_files
     from kling.sampling import record as records
 
     before = records.read_record(args.replay) if args.replay else None
     request = records.request_of(before, args.replay) if before else asked_request(args)
     kind = chosen_format(args, before)
-    inputs = records.input_hashes(request).keys() | {args.replay, *(map(str, beside(args)))}
+    inputs = {os.path.realpath(file) for file in (*records.input_hashes(request), args.replay, *beside(args)) if file}
     jobs = [request.replace(seed=request.seed + i, num_videos=1) for i in range(request.num_videos)]
     paths = [output_path(args, kind, job, several=len(jobs) > 1) for job in jobs]
     for path in paths:
-        check_place(path, kind, {os.path.realpath(file) for file in inputs if file}, args.save_latents, args.overwrite)
+        check_place(path, kind, inputs, args.save_latents, args.overwrite)
+    for file in beside(args):
+        weight_files(file)  # a mistake is told before anything is loaded, in a dry run too
+    if (args.cache or "").startswith("calibrate="):
+        check_place(Path(args.cache.partition("=")[2]), "json", inputs, overwrite=args.overwrite)
     if cold:  # this takes seconds in a process of its own
         print("loading diffusers and the model …", file=sys.stderr, flush=True)
+
+    from kling.sampling.machine import Machine, pick_device, set_up, write_ratios
+
+    machine = Machine(**given(args, MACHINE))
     folder, pipe = load_pipeline(args.model or (before and before["model"]["path"]), args.device, loading(args, before))
     if before:
         records.check_same_model(before, model_hashes(folder, args), args.replay)
@@ -84,9 +93,8 @@ def main(argv: list[str] | None = None) -> None:
     fps = float(frame_rate(own_rate if args.fps is None else args.fps))
 
     from kling.runtime.precision import describe as describe_precision
-    from kling.sampling.machine import Machine, pick_device, set_up, write_ratios
 
-    machine, device = Machine(**given(args, MACHINE)), pick_device(args.device)
+    device = pick_device(args.device)
     if rank := int(os.environ.get("RANK", "0")):  # of processes that share a clip, the first one speaks and writes
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the end
     precision = precision_of(pipe)
@@ -294,13 +302,15 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if rest:
         parser.refuse(rest)
     for name, value in vars(args).items():
+        if value == "" and name not in ("prompt", "negative_prompt"):  # as of a shell's variable that is not set
+            raise UserError(f"--{name.replace('_', '-')} is empty: give a value, or leave it out")
         if args.replay and name not in REPLAY_TAKES and value not in (None, False):
             raise UserError(f"--replay repeats what {args.replay} says: leave out {'the prompt' if name == 'prompt' else name}")
     return args
 
 
 def a_path(text: str) -> str:
-    return str(Path(text).absolute())
+    return str(Path(text).absolute()) if text else text
 
 
 def a_lora(text: str) -> tuple[str, float]:

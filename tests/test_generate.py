@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import re
 import shutil
 import time
@@ -69,6 +70,28 @@ def run(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
         return code, text.out.splitlines(), text.err
 
     return run
+
+
+@pytest.mark.parametrize("option", ["--camera", "--model", "--image", "--output", "--solver", "--size", "--lora", "--device"])
+def test_an_option_that_a_shell_left_empty_is_refused(run, option) -> None:
+    """--camera "$CAM" without a CAM would be no camera, --model "$MODEL" the shipped one."""
+    code, _, error = run("ball", *QUICK, option, "")
+    assert (code, error.count("\n")) == (2, 1) and (f"{option} is empty" in error)
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["--fps 1e-9", "--lora pipe.safetensors", "--transformer pipe.safetensors", "--lora none.safetensors", "--shift 0", "--tiles 7",
+     "--context-parallel 0", "--cache first-block=nan", "--cache calibrate=precious.json", "--cache calibrate=a.txt/b.json"],
+)  # fmt: skip
+def test_what_cannot_work_is_said_before_anything_is_made_in_a_dry_run_too(run, words: str) -> None:
+    os.mkfifo("pipe.safetensors")
+    Path("precious.json").write_text("1")
+    Path("a.txt").write_text("1")
+    for dry in ((), ("--dry-run",)):
+        code, out, error = run("ball", *QUICK, *words.split(), *dry)
+        assert code == 2 and error.splitlines()[-1].startswith("error: ") and not out and not Path("out").exists()
+    assert Path("precious.json").read_text() == "1"
 
 
 BENT = {

@@ -23,7 +23,7 @@ def weight_files(path: str | Path) -> list[Path]:
     Raises `UserError` for pickles, missing shards, and folders with none or several that no index joins.
     """
     path = Path(path)
-    if path.is_file() or not path.exists():
+    if not path.is_dir():  # a file, nothing, or a pipe, which would be waited for
         if path.suffix in PICKLES:
             raise UserError(f"{path.name} is a pickle, which can run code when it is opened: get the safetensors of the same weights")
         if not path.is_file():

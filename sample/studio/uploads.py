@@ -41,8 +41,6 @@ MAX_POSES = 1_000_000  # bytes of a camera file
 NEARLY_LOSSLESS = 10  # H.264's crf of a copy that was brought down
 REMEMBERED = 1000  # uploads whose fate is remembered
 ENDINGS = {"mov": ".mp4", "matroska": ".webm", "PNG": ".png", "JPEG": ".jpg", "WEBP": ".webp"}
-# What every browser plays, by FFmpeg's names of container and codec, in 8 bits of 4:2:0. Anything else is shown, and used, as a copy.
-PLAYED = {"mov": ("h264", "vp9", "av1", "libdav1d"), "matroska": ("vp8", "vp9", "av1", "libdav1d")}
 
 
 @dataclass(frozen=True)
@@ -161,8 +159,7 @@ class Uploads:
         info = probe(path)
         size = covering(info, self.sizes)
         seconds = min(info.duration, MAX_SECONDS, MAX_DECODED / (info.width * info.height * info.fps))
-        played = info.codec in PLAYED.get(demuxer, ()) and info.pix_fmt in ("yuv420p", "yuvj420p")
-        if played and size[0] * size[1] * 2 > info.width * info.height and seconds == info.duration:
+        if info.plays_in_browsers and size[0] * size[1] * 2 > info.width * info.height and seconds == info.duration:
             return ENDINGS[demuxer]
         frames = min(info.count(self.fps), max(1, round(seconds * self.fps)))
         kept = self.store / f"{input_hash(path)[:24]}-{size[1]}x{size[0]}-{self.fps:g}-{frames}.mp4"
