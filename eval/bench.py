@@ -1,21 +1,21 @@
-"""Our parts against what one would use in their place: the same weights, the same work, one run.
+"""Benchmarks our parts against the usual alternatives: the same weights, the same work, in one run.
 
 kling-bench                                      # all suites on the CPU: about an hour
-kling-bench dit attn --quick                     # a look, not a measurement: minutes
+kling-bench dit attn --quick                     # a quick look, not a measurement: minutes
 kling-bench dit --device cuda --json out/dit.json    # and out/dit.png where sizes grow
 
 dit        the transformer against diffusers' Wan: forward, with backward, compiled, memory
-attn       its share of a pass; packed clips of many lengths against padded ones
+attn       its share of a pass
 vae        the VAE against diffusers' Wan VAE: encode and decode
-vae-mem    what a decode and an encode hold in memory as clips grow
-sampler    what a step costs outside the network, and what step caches save and lose
-video      clips out of files, resized: our reader against decord, torchcodec and plain PyAV
+vae-mem    memory of a decode and an encode as clips grow
+sampler    the cost of a step outside the network; time saved and accuracy lost by step caches
+video      clips from files, resized: our reader against decord, torchcodec and plain PyAV
 loader     batches for training: ours against a plain DataLoader; cached latents; memory over many clips
 train      steps from cached latents: seconds outside forward and backward, checkpointing
 scaling    encode, sample and decode over frames and sizes
 
-Before anything is timed, the ceilings of this device are measured, and every result is held against the peer's in fp64. A thing against
-itself comes first in each suite: more than 3 % from 1, and nothing is judged. Exit code 3: a result was wrong.
+Before anything is timed, the peak rates of this device are measured, and every result is compared with the peer's in fp64. Each suite
+begins with one thing against itself: if that ratio is more than 3 % from 1, no goal is judged. Exit code 3: a result was wrong.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from kling_programs.sample.command import Parser
 from kling.errors import UserError, program, unknown
 from kling.runtime.files import written
 
-if TYPE_CHECKING:  # torch takes seconds to import: --help and a typing mistake should not wait for it
+if TYPE_CHECKING:  # torch takes seconds to import, which --help and a typing mistake should not cost
     from kling_programs.eval.benches.measure import Bench, Row
 
 SUITES = ("dit", "attn", "vae", "vae-mem", "sampler", "video", "loader", "train", "scaling")
-ON_CPU = ("video", "loader")  # whatever the device
+ON_CPU = ("video", "loader")  # suites that use the CPU whatever the device
 
 
 @program
@@ -44,10 +44,10 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser("kling-bench", __doc__, allow_abbrev=True)
     parser.add_argument("suites", nargs="*", metavar="SUITE", help="default: all")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="smaller and fewer")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows here, and a picture of those with sizes beside it")
+    parser.add_argument("--quick", action="store_true", help="smaller and fewer cases")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows here, and a plot of those with sizes beside it")
     parser.add_argument("--threads", type=int, default=1, help="of the CPU (default %(default)s)")
-    parser.add_argument("--core", type=int, help="which one a single thread stays on (default: the last)")
+    parser.add_argument("--core", type=int, help="the core that a single thread runs on (default: the last)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     for suite in args.suites:
@@ -76,9 +76,9 @@ def main(argv: list[str] | None = None) -> None:
             for row in rows_of(suite, bench):
                 report["rows"].append({"suite": suite, **row})
                 print(line(report["rows"][-1]), flush=True)
-                if args.json:  # row by row: a run that is killed leaves what it has
+                if args.json:  # written row by row: a run that is killed keeps its rows
                     write(report, args.json)
-    finally:  # also what there is of a run that was stopped
+    finally:  # also for a run that was stopped
         if args.json:
             save(report, args.json)
     if any("wrong" in row for row in report["rows"]):
@@ -91,7 +91,7 @@ def rows_of(suite: str, bench: Bench) -> Iterator[Row]:
 
 
 def line(row: Row) -> str:
-    """One row in words."""
+    """One row as text."""
     shown = (f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}" for name, value in row.items() if name != "suite")
     return f"{row['suite']:<8} " + "  ".join(shown)
 
@@ -102,7 +102,7 @@ def write(report: dict[str, Any], path: Path) -> None:
 
 
 def save(report: dict[str, Any], path: Path) -> None:
-    """The report, and beside it, as PNG, what grows with frames or tokens."""
+    """Write the report, and beside it, as PNG, a plot of what grows with frames or tokens."""
     from kling_programs.eval.benches.plot import plot
 
     write(report, path)

@@ -1,4 +1,4 @@
-"""Other people's benchmarks: sample what they ask for, check that all of it is there, and read the results that they write.
+"""Published benchmarks: sample the videos that they need, check that they are complete, and read the results that the benchmarks write.
 
     kling-eval benchmark sample vbench --info VBench_full_info.json --videos out/vbench [--model FOLDER]
     kling-eval benchmark sample physics-iq --info descriptions.csv --images switch-frames/ --videos out/iq
@@ -7,7 +7,7 @@
     kling-eval benchmark import vbench --results evaluation_results/ --out out/vbench-scores
 
 Benchmarks: vbench, vbench-long, vbench-i2v, vbench-2.0, physics-iq, worldscore. Between check and import their own code runs, in its own
-environment: its pins cannot live here. `sample` goes on where it stopped; a video's seed follows from its place in the list.
+environment, because its pinned versions conflict with ours. `sample` continues where it stopped; a video's seed follows from its place.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def read_list(path: Path, name: str) -> list[Any]:
 
 
 def sample(args: argparse.Namespace, jobs: list[Job]) -> None:
-    """Make the videos that are not there yet."""
+    """Make the missing videos."""
     from kling.sampling.pipeline import ASSETS, KlingPipeline
 
     pictures = {job.image for job in jobs if job.image}
@@ -91,7 +91,7 @@ def sample(args: argparse.Namespace, jobs: list[Job]) -> None:
 
 
 def check(args: argparse.Namespace, jobs: list[Job]) -> None:
-    """Every video is there and can be read; the first that is not is an error."""
+    """Check that every video exists and can be read. Raises `UserError` for the first that does not."""
     folder = Path(args.videos)
     missing = [job.file for job in jobs if not (folder / job.file).is_file()]
     if missing:
@@ -102,7 +102,7 @@ def check(args: argparse.Namespace, jobs: list[Job]) -> None:
 
 
 def sample_worlds(args: argparse.Namespace, worlds: list[Instance]) -> None:
-    """Make the folders that are not there yet. image_data.json is written last: a folder that has it is whole."""
+    """Make the missing folders. image_data.json is written last: a folder that contains it is complete."""
     from kling.sampling.pipeline import ASSETS, KlingPipeline
 
     if any(world.still for world in worlds) and not args.still:
@@ -126,7 +126,7 @@ def sample_worlds(args: argparse.Namespace, worlds: list[Instance]) -> None:
 
 
 def write_world(folder: Path, world: Instance, picture: Tensor, clips: list[np.ndarray], fps: float) -> None:
-    """One instance as WorldScore's helper leaves it. clips: (F, H, W, 3) uint8, each beginning with the last frame of the one before."""
+    """Write one instance in WorldScore's layout. clips: (F, H, W, 3) uint8, each beginning with the last frame of the previous one."""
     frames = np.concatenate([clips[0], *(clip[1:] for clip in clips[1:])])
     digits = max(3, len(str(len(frames) - 1)))  # names are sorted as text
     for t, frame in enumerate(frames):
@@ -139,7 +139,7 @@ def write_world(folder: Path, world: Instance, picture: Tensor, clips: list[np.n
 
 
 def check_worlds(args: argparse.Namespace, worlds: list[Instance]) -> None:
-    """Every folder is there with as many frames and cameras as it says; the first that is not is an error."""
+    """Check that every folder has the stated number of frames and cameras. Raises `UserError` for the first that has not."""
     root, lengths = Path(args.videos), set()
     if missing := [world.folder for world in worlds if not (root / world.folder / "image_data.json").is_file()]:
         raise UserError(f"{root} lacks {len(missing)} of {len(worlds)} worlds, the first is '{missing[0]}': sample it")
@@ -154,7 +154,7 @@ def check_worlds(args: argparse.Namespace, worlds: list[Instance]) -> None:
 
 
 def results(args: argparse.Namespace, argv: list[str]) -> None:
-    """The benchmark's own numbers, weighted as it does."""
+    """The benchmark's own numbers, with its own weights."""
     found = read_results(args.name, Path(args.results))
     table = "\n".join(["| | score |", "| --- | ---: |", *(f"| {name} | {100 * value:.2f} % |" for name, value in found.items())])
     if args.name in ("physics-iq", "worldscore"):
@@ -185,7 +185,7 @@ def read_results(name: str, path: Path) -> dict[str, float]:
     raw: dict[str, float] = {}
     for file in files:
         content = read_json(file)
-        if isinstance(content, dict):  # lists are the prompts that VBench writes beside
+        if isinstance(content, dict):  # the lists are the prompts, which VBench writes too
             raw |= {key: number(file, key, value[0] if isinstance(value, list) else value) for key, value in content.items()}
     if not raw:
         raise UserError(f"{path} holds no results: give the folder with *_eval_results.json")
@@ -195,9 +195,9 @@ def read_results(name: str, path: Path) -> dict[str, float]:
 
 
 def read_worldscore(path: Path) -> dict[str, float]:
-    """From worldscore.json, or from the folder of a model's run, which holds static/ and dynamic/ with an evaluation.json an instance.
+    """From worldscore.json, or from the folder of a model's run, which holds static/ and dynamic/ with one evaluation.json per instance.
 
-    The file's own sums must be those that its aspects give.
+    The sums in the file must agree with its aspects.
     """
     if path.is_dir():
         files = [(movement, file) for movement in ("static", "dynamic") for file in sorted((path / movement).rglob("evaluation.json"))]

@@ -1,9 +1,9 @@
-"""Write the scores of a run of `kling-eval world`, and what the model understands, into its model card.
+"""Write the scores of a run of `kling-eval world`, and the model's vocabulary, into its model card.
 
 kling-eval card out/eval                            # into kling/assets/README.md
 kling-eval card out/eval --into runs/mine/README.md
 
-The card keeps its text: only what stands between its marks `<!-- scores -->` and `<!-- vocabulary -->` and their ends is written anew.
+The card keeps its text: only the parts between its marks `<!-- scores -->` and `<!-- vocabulary -->` and their ends are replaced.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def main(argv: list[str]) -> None:
 
 
 def score_lines(report: dict[str, Any]) -> str:
-    """The table without the controls' columns, which scores.md holds, under how it was measured."""
+    """The table without the controls' columns, which scores.md has, after a line about how it was measured."""
     facts = [f"protocol {report['protocol']}", f"n = {report['n']}", f"`{report.get('command', 'kling-eval world')}`"]
     return " · ".join(facts) + "; bold = reached\n\n" + markdown(TABLE, report["scores"] | cameras(report), {})
 
@@ -52,10 +52,10 @@ def cameras(report: dict[str, Any]) -> dict[str, Summary]:
 
 
 def between(text: str, mark: str, lines: str, card: Path) -> str:
-    """The text with `lines` between two marks. Raises `UserError` where they are missing."""
+    """The text with `lines` between two marks. Raises `UserError` if the marks are missing."""
     start, end = f"<!-- {mark} -->", f"<!-- /{mark} -->"
     before, found, rest = text.partition(start)
     _, ended, after = rest.partition(end)
     if not found or not ended:
-        raise UserError(f"{card} has no place for the {mark}: put {start} and {end} around it")
+        raise UserError(f"{card} has no marks for the {mark}: put {start} and {end} where it belongs")
     return f"{before}{start}\n{lines}\n{end}{after}"

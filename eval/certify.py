@@ -1,16 +1,16 @@
-"""Certify the camera rulers on rendered truth, and time every metric.
+"""Certify the camera estimators on rendered truth, and time every metric.
 
     kling-eval certify --out out/certify                     # 112x64, 128x128, 256x256; pan, tilt, roll, dolly, truck, orbit and mixtures
-    kling-eval certify --out out/certify --made out/clips    # and on clips that the shipped model made, where the two are compared
+    kling-eval certify --out out/certify --made out/clips    # also on clips made by the shipped model, to compare the two estimators
     kling-eval certify --out out/certify --sizes 112x64 --n 1 --seed 12
 
-Two rulers: `world` knows the small world's stage (kling/metrics/camera/odometry.py) and scores the shipped model; `any`
-knows nothing but the intrinsics (kling/metrics/camera/structure.py) and scores folders of videos. An object moves in every clip; since
-nothing tells the second ruler which points are its own, it is also asked with the object standing still, where only the camera moves
-(`any, still`). Bounds: RotErr 0.3° and TransErr 0.01, twice that at 112x64; all of VBench's seven camera classes right. Made clips have no
-truth: beside the share in which each ruler finds the camera stands how far the second is from the first where both do. A ruler that does
-not find it refuses: its path is in no mean, on rendered clips too, and the table says how many were found. A bound that is missed is
-printed as missed: it is a result, not an error.
+There are two estimators: `world` knows the small world's stage (kling/metrics/camera/odometry.py) and scores the shipped model; `any`
+knows only the intrinsics (kling/metrics/camera/structure.py) and scores folders of videos. An object moves in every clip. Nothing tells
+the second estimator which points belong to the object, so it is also tested with the object standing still (`any, still`).
+Bounds: RotErr 0.3° and TransErr 0.01, twice that at 112x64; all of VBench's seven camera classes right. For generated clips there is no
+truth: the table gives the share in which each estimator finds the camera, and how far the two differ if both do. An estimator that does
+not find the camera refuses the clip, which is left out of the means, for rendered clips too; the table gives the share found. A bound that
+is missed is printed as a result; it is not an error.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from kling.metrics.report import Line, Row, markdown, reached, summarise
 from kling.metrics.vmaf import vmaf
 
 FRAMES = 17
-RULERS = {"world": "move", "any": "move", "any, still": "stand"}  # what the object does in the clips
+RULERS = {"world": "move", "any": "move", "any, still": "stand"}  # the object's behaviour in the clips
 MOVES = {
     "pan": {"pan": 6.0},
     "tilt": {"tilt": -7.0},
@@ -107,7 +107,7 @@ def main(argv: list[str]) -> None:
 
 
 def shot(axes: dict[str, float], index: int, H: int, W: int, seed: int, objects: str) -> tuple[Tensor, Trajectory]:
-    """A rendered clip (T, H, W, 3) with this camera move, and its exact path. objects: its one may "move", "stand", or be "none"."""
+    """A rendered clip (T, H, W, 3) with this camera move, and its exact path. objects: its object may "move", "stand", or be "none"."""
     scene = World(seed, FRAMES, "16:9", max_things=1, size=(H, W)).scene(index)
     path = axes_trajectory(axes, FRAMES, H, W, FOCAL)
     things = {
@@ -120,7 +120,7 @@ def shot(axes: dict[str, float], index: int, H: int, W: int, seed: int, objects:
 
 
 def compared(video: Tensor) -> Row:
-    """What the rulers make of a clip (T, H, W, 3) uint8 of the small world that a model made: who finds it, how far they differ."""
+    """The estimates for a clip (T, H, W, 3) uint8 of the small world that a model made: which exist, and how far they differ."""
     T, H, W, _ = video.shape
     world = estimate_trajectory(video, STAGE)
     other = estimate_structure(video, axes_trajectory({}, T, H, W, FOCAL).intrinsics)
@@ -144,7 +144,7 @@ def brief(row: Row) -> str:
 
 
 def speeds(H: int, W: int) -> dict[str, float]:
-    """Seconds of processor time that each metric takes for one clip: other work on the machine does not count."""
+    """Seconds of processor time that each metric takes for one clip; other work on the machine does not count."""
     video, path = shot(MOVES["pan"], 0, H, W, SEED, "move")
     batch, flow = to_tensor(video)[None], optical_flow(video)
     metrics = {
@@ -162,7 +162,7 @@ def speeds(H: int, W: int) -> dict[str, float]:
         "camera, any": lambda: estimate_structure(video, path.intrinsics),
     }
     if find_spec("imageio_ffmpeg"):
-        metrics["VMAF"] = lambda: vmaf(video, video)  # in a process of its own: counted with its children
+        metrics["VMAF"] = lambda: vmaf(video, video)  # runs in a child process, whose time is counted
     seconds = {}
     for name, metric in metrics.items():
         started = processor_seconds()
@@ -172,6 +172,6 @@ def speeds(H: int, W: int) -> dict[str, float]:
 
 
 def processor_seconds() -> float:
-    """Of this process and the ones it has waited for."""
+    """Processor time of this process and of the children it has waited for."""
     spent = os.times()
     return spent.user + spent.system + spent.children_user + spent.children_system

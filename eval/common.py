@@ -1,4 +1,4 @@
-"""What the suites of kling-eval share: command lines, files, and the end of a run."""
+"""Code shared by the suites of kling-eval: command lines, files, and the end of a run."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def files(folder: str | Path, endings: Sequence[str], what: str) -> dict[str, Path]:
-    """Files of a folder by stem. Raises `UserError` if it is no folder, holds none, or two share a stem."""
+    """Files of a folder by stem. Raises `UserError` if it is no folder, has none, or two share a stem."""
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder: give one with {what}")
@@ -55,7 +55,7 @@ def protocol_hash(protocol: Mapping[str, Any]) -> str:
 
 
 def check_order(orders: Sequence[Order], columns: Mapping[str, Mapping[str, Summary]]) -> None:
-    """End the run with exit code 3 if a metric ranks its controls wrongly. columns: by control, then task; measures are "task measure"."""
+    """Exit with code 3 if a metric ranks its controls wrongly. columns: by control, then task; measures are "task measure"."""
     values = {
         control: {f"{task} {name}": x["value"] for task, summary in by_task.items() for name, x in summary.items() if x["n"]}
         for control, by_task in columns.items()

@@ -1,16 +1,16 @@
-"""Measure video models and VAEs, offline, with controls beside every number.
+"""Measure video models and VAEs offline, with controls beside every number.
 
-kling-eval world                    does a model obey the words, the camera and the pictures, on the small world whose truth is known
+kling-eval world                    how well a model follows text, camera and pictures, on the small world with its known truth
 kling-eval videos FOLDER            any folder of videos: fidelity, flicker, motion, camera, keyframes, joins; no weights needed
 kling-eval features FOLDER          FVD, JEDi, FID, LPIPS, CLIPScore, DINO and CLIP consistency, from local weight files
-kling-eval vae FOLDER...            diffusers VAEs beside each other: quality, time, memory, growth
-kling-eval certify                  the camera rulers on rendered truth, and what each metric costs
-kling-eval benchmark ACTION NAME    other people's benchmarks: file names to sample, a check of them, their results weighted as they do
+kling-eval vae FOLDER...            compares diffusers VAEs: quality, time, memory, growth
+kling-eval certify                  the accuracy of the camera estimators on rendered truth, and the cost of each metric
+kling-eval benchmark ACTION NAME    published benchmarks: file names to sample, a check of them, their results with their own weights
 kling-eval side-by-side A B         a blind page on which people choose, and the win rate
-kling-eval report RUN...            one HTML of many runs
-kling-eval card RUN                 the scores of a run into a model card
+kling-eval report RUN...            one HTML page about several runs
+kling-eval card RUN                 writes the scores of a run into a model card
 
-`kling-eval SUITE --help` lists its options. Exit codes: 2 a mistake in what was given, 3 a metric that ranks its own controls wrongly.
+`kling-eval SUITE --help` lists its options. Exit codes: 2 a user's mistake, 3 a metric that ranks its own controls wrongly.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
     if argv[0] not in SUITES:
         raise unknown("suite", argv[0], SUITES)
     getattr(options, SUITES[argv[0]])(argv[1:])  # --help and mistakes are answered before torch is imported, which takes seconds
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy comes: on the rulers' small matrices its threads only wait
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy is imported: on small matrices its threads only wait
     importlib.import_module(f"kling_programs.eval.{SUITES[argv[0]]}").main(argv[1:])
 
 

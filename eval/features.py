@@ -1,12 +1,12 @@
-"""Metrics that look through networks others trained, from local weight files; nothing is downloaded.
+"""Metrics based on networks trained by others, from local weight files; nothing is downloaded.
 
     kling-eval features made/ --out out/f --reference true/ --with fvd=i3d_torchscript.pt#SHA256 --with lpips=vgg16.pt#SHA256
     kling-eval features made/ --out out/f --with dino=dino-vitb16/ --with clip=clip-vit-base-patch32/
     kling-eval features made/ --out out/f --with clipscore=clip-vit-base-patch32/ --prompts words/        # NAME.txt
 
-fvd, jedi and fid compare sets and need --reference, as lpips does. Beside every number stand its protocol (N, frames, stride, size, resize,
-hash of the weights) and its controls; a metric that ranks those wrongly ends the run with exit code 3. A metric without weights is
-refused by name, with the place where they are found. A video that cannot be read ends the run: a set with holes is another set.
+fvd, jedi and fid compare sets and need --reference, as lpips does. Each number is given with its protocol (N, frames, stride, size, resize,
+hash of the weights) and its controls; if a metric ranks those wrongly, the exit code is 3. The error for a metric without weights says
+where to get them. A video that cannot be read ends the run, because a set without it would be another set.
 """
 
 from __future__ import annotations
@@ -107,14 +107,14 @@ def measure(weights: Weights, made: list[Tensor], truth: list[Tensor], prompts: 
     pictures = dino_network(weights, device) if weights.name == "dino" else clip_network(weights, device)[0]
     found = {"": mean([consistency(pictures(video)) for video in made])}
     found["frozen"] = mean([consistency(pictures(frozen(video))) for video in made])
-    if len(made) > 1:  # every frame of another clip
+    if len(made) > 1:  # each clip is compared with another one
         mixed = torch.stack([made[t % len(made)][t] for t in range(len(made[0]))])
         found["mixed"] = mean([consistency(pictures(mixed))])
     return found
 
 
 def load(args: argparse.Namespace) -> tuple[list[Tensor], list[Tensor], list[str]]:
-    """The videos, their references and their prompts, in one order; every clip has the same number of frames and one size."""
+    """The videos, their references and their prompts, in the same order; all clips have the same number of frames and one size."""
     paths = files(args.folder, VIDEOS, "videos")
     made = [clip(path, args) for path in paths.values()]
     made = [fit(video, *made[0].shape[1:3]) for video in made]

@@ -61,17 +61,17 @@ def videos(argv: list[str]) -> argparse.Namespace:
     parser = Parser("kling-eval videos", described("videos"))
     parser.add_argument("folder", metavar="FOLDER", help="the videos")
     parser.add_argument("--out", metavar="FOLDER", required=True)
-    parser.add_argument("--reference", metavar="FOLDER", help="what they should be, by the same names")
-    parser.add_argument("--cameras", metavar="FOLDER", help="paths that were asked for, RealEstate10K text or JSON")
-    parser.add_argument("--colmap", action="store_true", help="let pycolmap place cameras too, where it explains a clip better; slow")
+    parser.add_argument("--reference", metavar="FOLDER", help="the true videos, with the same names")
+    parser.add_argument("--cameras", metavar="FOLDER", help="requested paths, RealEstate10K text or JSON")
+    parser.add_argument("--colmap", action="store_true", help="also use pycolmap if it explains a clip better; slow")
     parser.add_argument("--keyframes", metavar="FOLDER", help="pictures NAME@FRAME.png")
-    parser.add_argument("--seams", metavar="FRAMES", help="where hops begin: 41,73 or 41:32")
+    parser.add_argument("--seams", metavar="FRAMES", help="first frames of hops: 41,73 or 41:32")
     parser.add_argument("--n", metavar="N", type=int, help="only the first N names")
     args = parser.parse_args(argv)
     if args.n is not None and args.n < 1:
         raise UserError(f"--n {args.n}: give at least 1")
     if args.colmap and not args.cameras:
-        raise UserError("--colmap places cameras: give --cameras, the paths that were asked for")
+        raise UserError("--colmap estimates cameras: give --cameras, the requested paths")
     if args.colmap and find_spec("pycolmap") is None:
         raise UserError("--colmap needs pycolmap: pip install 'kling[colmap]'")
     return args
@@ -85,7 +85,7 @@ def features(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--reference", metavar="FOLDER", help="real videos; for lpips and clipscore by the same names")
     parser.add_argument("--prompts", metavar="FOLDER", help="NAME.txt for each video")
     parser.add_argument("--frames", metavar="N", type=int, default=FVD_FRAMES, help=f"of each video ({FVD_FRAMES})")
-    parser.add_argument("--stride", metavar="N", type=int, default=1, help="take every Nth frame (1)")
+    parser.add_argument("--stride", metavar="N", type=int, default=1, help="use every Nth frame (1)")
     args = parser.parse_args(argv)
     names = [text.partition("=")[0] for text in args.weights]
     args.paired = "lpips" in names or "clipscore" in names
@@ -127,7 +127,7 @@ def certify(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--sizes", metavar="WIDTHxHEIGHT,…", default="112x64,128x128,256x256", help="(112x64,128x128,256x256)")
     parser.add_argument("--n", metavar="N", type=int, default=1, help=f"clips for each of {MOVES} moves (1)")
     parser.add_argument("--seed", metavar="N", type=int, default=SEED, help=f"of the scenes ({SEED})")
-    parser.add_argument("--made", metavar="FOLDER", help="videos of the small world that a model made, without zoom")
+    parser.add_argument("--made", metavar="FOLDER", help="videos of the small world made by a model, without zoom")
     args = parser.parse_args(argv)
     args.sizes = [parse_size(size) for size in args.sizes.split(",")]
     if args.n < 1 or min(min(size) for size in args.sizes) < 32:
@@ -142,11 +142,9 @@ def benchmark(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--info", metavar="FILE", help="the benchmark's list of prompts (sample, check)")
     parser.add_argument("--videos", metavar="FOLDER", help="where the videos are or go (sample, check)")
     parser.add_argument("--images", metavar="FOLDER", help="the benchmark's pictures (sample)")
-    parser.add_argument(
-        "--still", metavar="TEXT", help="of worldscore: what ends the prompts of worlds in which only the camera moves (sample)"
-    )
+    parser.add_argument("--still", metavar="TEXT", help="of worldscore: the sentence that ends the prompts of static scenes (sample)")
     parser.add_argument("--model", metavar="FOLDER", help="default: the shipped one (sample)")
-    parser.add_argument("--results", metavar="PATH", help="what the benchmark wrote (import)")
+    parser.add_argument("--results", metavar="PATH", help="the benchmark's results (import)")
     parser.add_argument("--out", metavar="FOLDER", help="where the scores go (import)")
     args = parser.parse_args(argv)
     if args.action not in ACTIONS:
@@ -162,7 +160,7 @@ def benchmark(argv: list[str]) -> argparse.Namespace:
         if value is None and option in needed:
             raise UserError(f"{args.action} needs --{option}")
         if value is not None and option not in allowed:
-            raise UserError(f"{args.action} has no use for --{option}: leave it out")
+            raise UserError(f"{args.action} does not use --{option}: leave it out")
     return args
 
 
@@ -170,7 +168,7 @@ def side_by_side(argv: list[str]) -> argparse.Namespace:
     parser = Parser("kling-eval side-by-side", described("side_by_side"))
     parser.add_argument("a", metavar="A", help="a folder of videos")
     parser.add_argument("b", metavar="B", help="another with the same names")
-    parser.add_argument("--votes", metavar="FILE", required=True, help="SQLite file, made if it is not there")
+    parser.add_argument("--votes", metavar="FILE", required=True, help="SQLite file, made if it does not exist")
     parser.add_argument("--result", action="store_true", help="print the win rate and open nothing")
     parser.add_argument("--port", metavar="N", type=int, help="of the page")
     parser.add_argument("--share", action="store_true", help="give the page a public address")

@@ -1,9 +1,9 @@
-"""One HTML of many runs: tables with intervals, n, failures and controls; plots over training steps; strips; videos worst and best first.
+"""One HTML page about several runs: tables with intervals, n, failures and controls; curves of training; strips; worst and best videos.
 
     kling-eval report out/eval out/made runs/dit --out out/report.html
 
-A RUN is a folder that another suite wrote (scores.json), or a training run (metrics.jsonl). The file stands alone: pictures are inside,
-except for videos, which it links to. Runs whose protocol differs are marked, since their numbers do not compare.
+A RUN is a folder that another suite wrote (scores.json), or a training run (metrics.jsonl). The page is one file with the pictures inside;
+only videos are links. Runs with different protocols are marked, because their numbers cannot be compared.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ th { font-weight: 600 } h2, .note { overflow-wrap: anywhere } figure { display: 
 img { max-width: 100%; display: block; margin: .5rem 0 }
 .note { color: #666 } .bad { color: #b00020 } video { width: 14rem; display: block } svg { background: #fafafa; margin: .3rem }
 """
-POINTS = 400  # of a curve; more are averaged
+POINTS = 400  # of a curve; longer ones are averaged
 SHOWN = 6  # videos at each end
 
 
@@ -94,13 +94,13 @@ def plottable(row: dict[str, Any], name: str) -> bool:
 
 
 def table(text: str) -> str:
-    """The markdown table of a report as HTML; lines around it as paragraphs."""
+    """The Markdown table of a report as HTML; lines around it become paragraphs."""
     rows: list[str] = []
     out = []
     for line in [*text.splitlines(), ""]:
         if line.startswith("|"):
             cells = [html.escape(cell.strip()) for cell in line.strip("|").split("|")]
-            if not all(cell.strip(":-") == "" and "-" in cell for cell in cells):  # the rule under the head
+            if not all(cell.strip(":-") == "" and "-" in cell for cell in cells):  # not the rule below the header
                 tag = "td" if rows else "th"
                 rows.append("<tr>" + "".join(f"<{tag}>{bold(cell)}</{tag}>" for cell in cells) + "</tr>")
             continue
@@ -117,7 +117,7 @@ def bold(cell: str) -> str:
 
 
 def videos(report: dict[str, Any]) -> str:
-    """The ends of a ranking, by link: worst first, then best."""
+    """Both ends of a ranking, as links: worst first, then best."""
     ranked, source = report.get("ranked") or [], Path(report.get("options", {}).get("folder", "."))
     if not ranked:
         return ""
@@ -128,7 +128,7 @@ def videos(report: dict[str, Any]) -> str:
         clips = [(name, found[name].absolute().as_uri()) for name in names if name in found]
         parts.append(
             f"<p class=note>{title}</p>"
-            + "".join(  # the fragment makes a browser show a frame before it plays
+            + "".join(  # with the fragment a browser shows a frame before playing
                 f"<figure><video src='{html.escape(uri, quote=True)}#t=0.01' preload=metadata controls muted loop></video>"
                 f"<figcaption class=note>{html.escape(name)}</figcaption></figure>"
                 for name, uri in clips

@@ -1,10 +1,10 @@
-"""People choose: a page that shows pairs of videos of one name, blind and in random order, and the win rate of what they chose.
+"""A blind test: a page that shows people pairs of videos with the same name, in random order, and the win rate of their choices.
 
     kling-eval side-by-side made-a/ made-b/ --votes out/votes.sqlite            # opens a page (Gradio); --port N, --share
     kling-eval side-by-side made-a/ made-b/ --votes out/votes.sqlite --result   # prints the win rate, opens nothing
 
-Only names that both folders have are shown, each voter sees the pairs in an own order and each pair once, and nothing on the page tells
-the folders apart (videos are copied to names without meaning). Ties count half to each. Votes are kept in SQLite as they are given.
+Only names that exist in both folders are shown. Each voter sees every pair once, in an order of their own, and nothing on the page reveals
+the folder (videos are copied to meaningless names). Ties count half for each. Votes are stored in SQLite as they come.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ CHOICES = {"left": "The left one", "tie": "No difference", "right": "The right o
 
 
 class Votes:
-    """The votes of one pair of folders in a SQLite file: who, when, which name, and which side was chosen."""
+    """The votes on one pair of folders in a SQLite file: who, when, which name, and which side was chosen."""
 
     def __init__(self, path: Path, a: str, b: str) -> None:
         self.path, self.a, self.b = path, a, b
@@ -68,22 +68,22 @@ def win_rate(counts: dict[str, int]) -> tuple[float, float, float]:
 
 
 def pairs(a: str, b: str) -> dict[str, dict[str, Path]]:
-    """Names that both folders have, with the two files."""
+    """Names that exist in both folders, with the two files."""
     left, right = files(a, VIDEOS, "videos"), files(b, VIDEOS, "videos")
     both = {name: {"a": left[name], "b": right[name]} for name in left if name in right}
     if not both:
-        raise UserError(f"{a} and {b} share no file name: name the two answers to one prompt alike")
+        raise UserError(f"{a} and {b} share no file name: give videos of one prompt the same name")
     return both
 
 
 def arrangement(voter: str, names: list[str]) -> list[tuple[str, str]]:
-    """The order in which one voter sees the pairs, and which of the two stands left: fixed by the voter, even over voters."""
+    """The order in which a voter sees the pairs, and which folder is on the left: fixed by the voter, balanced over voters."""
     rng = random.Random(hashlib.sha256(voter.encode()).digest())
     return [(name, rng.choice("ab")) for name in rng.sample(sorted(names), len(names))]
 
 
 def page(both: dict[str, dict[str, Path]], votes: Votes) -> Any:
-    """The Gradio page. Raises `UserError` where gradio is missing."""
+    """The Gradio page. Raises `UserError` if gradio is missing."""
     try:
         import gradio as gr
     except ImportError:
@@ -136,7 +136,7 @@ def playable(path: Path, folder: Path) -> Path:
 
 
 def chosen(choice: str, left: str) -> str:
-    """Which folder a choice of side means."""
+    """The folder of the chosen side."""
     if choice == "tie":
         return "tie"
     return left if choice == "left" else ("b" if left == "a" else "a")

@@ -1,11 +1,11 @@
-"""Diffusers VAEs beside each other on the same clips: quality, time, memory, and whether any of it grows with the length.
+"""Compare diffusers VAEs on the same clips: quality, time, memory, and whether any of them grows with the length.
 
-    kling-eval vae kling/assets/vae wan21/vae --out out/vae                  # the first is what the others are compared with
+    kling-eval vae kling/assets/vae wan21/vae --out out/vae                  # the others are compared with the first
     kling-eval vae my/vae --videos clips/ --size 832x480 --out out/vae
 
-Without --videos the clips are held-out scenes of the small world. Any folder that diffusers' AutoModel opens will do, if it encodes video
-(b, 3, T, H, W). Each length has its own lines: PSNR, SSIM, temporal PSNR, flicker added, ms a frame each way, and the peak memory (CUDA's
-where there is one, else the process's, which only Linux tells) over what was held before.
+Without --videos the clips are held-out scenes of the small world. Any folder that diffusers' AutoModel opens can be used, if it encodes
+video (b, 3, T, H, W). Each length has its own lines: PSNR, SSIM, temporal PSNR, added flicker, ms per frame each way, and the peak memory
+above what was held before (of CUDA if there is one, else of the process, which only Linux reports).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from kling.metrics.report import Line, Row, markdown, paired, summarise
 
 QUALITY = (("psnr", "PSNR", "dB"), ("ssim", "SSIM", ""), ("temporal", "temporal PSNR", "dB"), ("flicker", "flicker added", "levels"))
 COST = (("encode", "encode", "ms a frame"), ("decode", "decode", "ms a frame"), ("memory", "peak memory", "MiB"))
-BEFORE = "less the first"  # of the lines that compare with the first folder
+BEFORE = "less the first"  # name of the lines that compare with the first folder
 
 
 def main(argv: list[str]) -> None:
@@ -77,7 +77,7 @@ def task(folder: str, T: int) -> str:
 
 
 def open_vae(folder: str, device: torch.device) -> Any:
-    """A VAE from its diffusers folder, ours or anyone's. Raises `UserError` if it is none."""
+    """A VAE from a diffusers folder. Raises `UserError` if it is none."""
     if not (Path(folder) / "config.json").is_file():
         raise UserError(f"{folder} holds no config.json: give the folder of a VAE, such as model/vae")
     from diffusers import AutoModel
@@ -114,7 +114,7 @@ def reconstruct(vae: Any, video: Tensor, device: torch.device) -> Row:
 
 
 def quality(y: Tensor, x: Tensor) -> Row:
-    """An answer against its clip, both (1, 3, T, H, W) in [-1, 1]; what lies between frames needs three of them."""
+    """A reconstruction against its clip, both (1, 3, T, H, W) in [-1, 1]; measures between frames need at least three."""
     row = {"psnr": float(psnr(y, x).mean()), "ssim": float(ssim(y, x).mean())}
     return row | ({"temporal": float(temporal_psnr(y, x).mean()), "flicker": float(flicker(y) - flicker(x))} if x.shape[2] > 2 else {})
 
@@ -126,14 +126,14 @@ def clock(device: torch.device) -> float:
 
 
 def memory(device: torch.device, reset: bool = False) -> float | None:
-    """Peak bytes since the last reset; None where the system does not tell."""
+    """Peak bytes since the last reset; None if the system does not report it."""
     if device.type == "cuda":
         if reset:
             torch.cuda.reset_peak_memory_stats()
         return torch.cuda.max_memory_allocated()
     try:
         if reset:
-            Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak becomes what is held now
+            Path("/proc/self/clear_refs").write_text("5")  # Linux: resets the peak to the present value
         peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
         return 1024 * float(peak.split()[1])
     except (OSError, StopIteration):
@@ -149,7 +149,7 @@ def load(args: argparse.Namespace, T: int) -> list[Tensor]:
 
 
 def controls(clips: dict[int, list[Tensor]], args: argparse.Namespace) -> dict[str, Any]:
-    """What the quality measures say of the clip itself and of three bad answers; the same for every folder."""
+    """The quality measures for the clip itself and for three bad reconstructions; the same for every folder."""
     columns: dict[str, Any] = {}
     answers = {"truth": lambda v: v, "frozen": frozen, "shuffled": lambda v: shuffled(v, 0), "noise": lambda v: noise(v, 0)}
     for T, videos in clips.items():

@@ -1,14 +1,14 @@
-"""Measure any folder of videos, without weights and without a download.
+"""Measure any folder of videos, without weights or downloads.
 
     kling-eval videos made/ --out out/made      flicker, warp error, dynamic degree; and with
       --reference true/                         PSNR, SSIM, temporal PSNR, VMAF against the file of the same name
       --cameras paths/ [--colmap]               RotErr, TransErr, CamMC, VBench's camera class against NAME.txt or NAME.json
-      --keyframes pictures/                     how near frame F comes to NAME@F.png
-      --seams 41:32                             the joins at 41, 73, 105, …, and what drifts from hop to hop
+      --keyframes pictures/                     the difference between frame F and NAME@F.png
+      --seams 41:32                             the joins at 41, 73, 105, …, and the drift from hop to hop
 
-A file that is missing, cannot be read or does not fit is named and counted as failed, and enters no mean: a video in every task, a file
-beside it in its own task only; so does a clip whose camera cannot be found. Beside every score stand controls made from the same videos;
-a measure that ranks them wrongly ends the run with exit code 3. OUT gets scores.json, scores.md and strips (worst above best). A metric
+A file that is missing, unreadable or of the wrong shape is listed, counted as failed and left out of the means: a video in every task, a
+file beside it only in its own task. So is a clip whose camera cannot be found. Every score is given with those of controls made from the
+same videos; if a measure ranks them wrongly, the exit code is 3. OUT gets scores.json, scores.md and strips (worst above best). A metric
 is one function in kling/metrics/clip.py.
 """
 
@@ -39,7 +39,7 @@ from kling.metrics.report import Line, Row, markdown, summarise
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 CONTROLS = 4  # clips from which controls are made
-CONTROL_FRAMES = 17  # of each of them
+CONTROL_FRAMES = 17  # frames of each of them
 STRIPS = 4  # best and worst clips shown
 
 
@@ -72,7 +72,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     rows: dict[str, dict[str, Row]] = {}
     controls: dict[str, dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
     seconds: dict[str, float] = defaultdict(float)
-    failed: dict[str, dict[str, str]] = {}  # by name, then task: what is wrong
+    failed: dict[str, dict[str, str]] = {}  # by name, then task: the error
     frames = shown = 0
     for k, name in enumerate(names):
         try:
@@ -109,7 +109,7 @@ def keyframe_files(folder: str) -> dict[str, dict[int, Path]]:
 def load(
     name: str, made: dict[str, Path], beside: dict[str, dict[str, Path]], pictures: dict[str, dict[int, Path]], args: argparse.Namespace
 ) -> tuple[Clip, dict[str, str]]:
-    """A clip with what is known of it, and what is wrong with the files beside it, by the task that they spoil.
+    """A clip with its inputs, and the errors of the files beside it, by the task that they affect.
 
     Raises `UserError` if the video itself is missing or cannot be read.
     """
@@ -162,7 +162,7 @@ def load(
 
 
 def seams(text: str, T: int) -> list[int]:
-    """`41,73` as it stands, `41:32` every 32 frames from 41 on; below T."""
+    """`41,73` as given; `41:32` is every 32 frames from 41 on; below T."""
     try:
         first, colon, step = text.partition(":")
         if colon and int(first) > 0 and int(step) > 0:
@@ -178,7 +178,7 @@ def seams(text: str, T: int) -> list[int]:
 
 
 def measure(clip: Clip, seconds: dict[str, float] | None = None, only: str = "") -> dict[str, Row]:
-    """Rows by task of what is given with a clip, or of one task only. seconds: where the time of each task is added."""
+    """Rows by task for the inputs of a clip, or for one task only. seconds: the time of each task is added to it."""
     seconds = defaultdict(float) if seconds is None else seconds
     rows: dict[str, Row] = {}
     for m in METRICS:
@@ -190,7 +190,7 @@ def measure(clip: Clip, seconds: dict[str, float] | None = None, only: str = "")
 
 
 def control_rows(clip: Clip) -> Iterator[tuple[str, dict[str, Row]]]:
-    """Known clips, made from this one, by name; each measured like an answer."""
+    """Control clips made from this one, by name, measured like any other."""
     video, fps = clip.video[:CONTROL_FRAMES], clip.fps
     yield "frozen", measure(Clip(frozen(video), fps))
     yield "noise", measure(Clip(noise(video, 0), fps))
@@ -267,13 +267,13 @@ def lost_in_words(names: Sequence[str]) -> str:
 
 
 def reason_of(troubles: dict[str, str]) -> str:
-    """What is wrong with a video (the same in every task), or with the files beside it."""
+    """The error of a video (the same in every task), or of the files beside it."""
     own = set(troubles.values())
     return own.pop() if len(own) == 1 < len(troubles) else "; ".join(f"{task}: {why}" for task, why in troubles.items())
 
 
 def show(args: argparse.Namespace, names: list[str], rows: dict[str, dict[str, Row]]) -> list[str]:
-    """Clips from worst to best by the first measure that was asked for; writes the ends as a strip."""
+    """Clips from worst to best by the first requested measure; writes both ends as a strip."""
     asked = [m for m in METRICS if m.task != "motion" and any(m.task in row for row in rows.values())]
     key = next(iter(asked), next(m for m in METRICS if m.name == "warp"))
     known = [n for n in names if rows[n].get(key.task, {}).get(key.name) is not None]

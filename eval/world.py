@@ -407,6 +407,7 @@ def report(options: Options, model: dict[str, Any], records: list[Record], left_
     return {
         "suite": "world",
         "protocol": protocol_hash(measured_as),
+        "version": PROTOCOL,
         "failures": {},
         "options": dataclasses.asdict(options),
         "model": model,

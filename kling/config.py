@@ -5,10 +5,10 @@ the child) that is read first, and command-line words `a.b=c` come last:
 
     cfg = load_config(TrainConfig, "configs/dit/small.yaml", ["steps=100", "model.num_layers=2", "betas=[0.9,0.99]"])
 
-Nested dataclasses merge key by key, `dict[str, Any]` fields too (free-form model settings), lists are replaced. A key that the dataclass
-does not have, a value of the wrong type and a required key that nobody gave are `UserError`s which say where they came from. `${other}` is
-the value of another key; files may not read the environment with `${oc.env:NAME}`, since presets are passed on, unless the user sets
-KLING_ALLOW_ENV=1. On the command line it is the user's own.
+Nested dataclasses merge key by key, `dict[str, Any]` fields too (free-form model settings); lists are replaced. An unknown key, a value of
+the wrong type and a required key without a value raise a `UserError` that says which file or word it came from. `${other}` is the value of
+another key. A file may not read the environment with `${oc.env:NAME}`, because presets are passed on to others; the command line may, and
+KLING_ALLOW_ENV=1 allows it for files too.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from kling.errors import UserError, unknown
 
 T = TypeVar("T")
 
-DEEPEST, MOST = 50, 100_000  # of a config: values in values, and values in all; aliases of aliases (`*a`) come to billions
+DEEPEST, MOST = 50, 100_000  # limits of a config: nesting depth, number of values; aliases of aliases (`*a`) can expand to billions
 ALLOW_ENV = "KLING_ALLOW_ENV"
-# What other trainers (diffusers, transformers, kohya, musubi, DeepSpeed) call our keys: names by meaning, where letters are no help.
+# What other trainers (diffusers, transformers, kohya, musubi, DeepSpeed) call our keys, where the spelling is too different to guess from.
 MEANT = {
     "lr": ("learning_rate", "base_lr", "max_lr", "peak_lr", "unet_lr", "transformer_lr"),
     "steps": ("max_train_steps", "max_steps", "num_train_steps", "train_steps", "num_steps", "total_steps", "iterations", "max_iterations",
@@ -99,7 +99,7 @@ PRESETS = (Path(__file__).parents[1] / "configs", Path(__file__).parents[1] / "k
 
 
 def load_config(cls: type[T], path: str | Path | None = None, overrides: Sequence[str] = ()) -> T:
-    """An instance of the dataclass `cls`: its defaults, then the file's chain of bases, then the file, then the overrides.
+    """An instance of the dataclass `cls`: its defaults, then the chain of base files, then the file, then the overrides.
 
     `path` is a file, or the name of a preset (`configs/dit/small.yaml` or `dit/small.yaml`) that is looked up beside the package.
     Raises `UserError` for a missing file, an unknown key, a wrong type or a required key without a value.
@@ -141,7 +141,7 @@ def _check_range(key: str, value: Any, where: str) -> None:
 
 
 def read_preset(path: str | Path) -> dict[str, Any]:
-    """Everything that a preset and its bases set, merged, whatever program it is for."""
+    """All settings of a preset and its bases, merged, whichever program the preset is for."""
     from omegaconf import OmegaConf
 
     merged = OmegaConf.merge(*(OmegaConf.create(values) for _, values in _chain(find_config(path))))
@@ -173,7 +173,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         place = f" line {mark.line + 1}" if mark else ""
         raise UserError(f"config '{path}'{place} is not yaml: {getattr(error, 'problem', None) or _first_line(error)}") from None
     except (RecursionError, ValueError, TypeError) as error:
-        reason = "it nests thousands deep" if isinstance(error, RecursionError) else _first_line(error)
+        reason = "it is nested thousands of levels deep" if isinstance(error, RecursionError) else _first_line(error)
         raise UserError(f"config '{path}' cannot be used: {reason}") from None
     if values is None:
         return {}
@@ -231,8 +231,8 @@ def _chain(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[str, dict[str,
 
 
 def _override(word: str) -> dict[str, Any]:
-    """'a.b=c' (or '--a.b=c') -> {"a": {"b": c}}, where c is read as yaml, and as plain text where it is not meant as yaml
-    (`prompt=a dog: #1`)."""
+    """'a.b=c' (or '--a.b=c') -> {"a": {"b": c}}. c is parsed as yaml, and taken as plain text where it is not valid yaml or a sentence with
+    a colon (`prompt=a dog: red`)."""
     key, equals, text = word.removeprefix("--").partition("=")
     names = key.strip().split(".")
     if not equals or not all(names):
@@ -284,32 +284,32 @@ def _has_key(cls: type, dotted: str) -> bool:
 
 
 def _parse(text: str) -> Any:
-    """Yaml text. Raises YAMLError for what is none, ValueError (or RecursionError) for what no person writes."""
+    """Parse yaml text. Raises YAMLError for invalid yaml, ValueError (or RecursionError) for values too large or nested too deep."""
     depth = 0
-    for bracket in re.findall(r"[\[\]{}]", text):  # the parser takes seconds until its stack is full
+    for bracket in re.findall(r"[\[\]{}]", text):  # the parser takes seconds before its stack overflows
         depth += 1 if bracket in "[{" else -1
         if depth > 10 * DEEPEST:
-            raise ValueError("it nests thousands deep")
+            raise ValueError("it is nested thousands of levels deep")
     return _plainly(yaml.load(text, _Loader))
 
 
 def _plainly(value: Any) -> Any:
-    """`value` if it is as small and shallow as what people write. Raises ValueError: later steps recurse, and write aliases out."""
+    """Return `value`. Raises ValueError if it is larger or deeper than a config needs: later steps recurse, and expand aliases."""
     level, count = [value], 0
     for _ in range(DEEPEST):
         count += len(level)
         if count > MOST:
-            raise ValueError(f"it comes to more than {MOST} values")
+            raise ValueError(f"it holds more than {MOST} values")
         if any(isinstance(x, int) and abs(x) >= 2**63 for x in level):
             raise ValueError("it holds an integer beyond 64 bits")
         level = [x for one in level if isinstance(one, dict | list) for x in (one.values() if isinstance(one, dict) else one)]
         if not level:
             return value
-    raise ValueError(f"it nests more than {DEEPEST} deep")
+    raise ValueError(f"it is nested more than {DEEPEST} levels deep")
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """Every text in a value that `_plainly` let through."""
+    """Every string in a value that `_plainly` has accepted."""
     for x in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
         yield from _texts(x)
     if isinstance(value, str):
@@ -358,7 +358,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes exactly the texts that `_Loader` would read as something else."""
+    """Quotes exactly the strings that `_Loader` would read as another type."""
 
 
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_int)

@@ -1,4 +1,4 @@
-"""One kind of error for everything a person can put right, and one place where programs turn it into a line and an exit code."""
+"""`UserError`, the error for everything a user can fix, and the decorator that turns it into one line and an exit code."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import sys
 from collections.abc import Callable, Iterable
 
 EXIT_BAD_INPUT = 2
-FULL = (errno.ENOSPC, errno.EDQUOT)  # what no program can foresee, and any may meet at any file
+FULL = (errno.ENOSPC, errno.EDQUOT)  # a full disk: it can happen at any write of any program
 
 
-# What a thing is called here (the first of these names that exists), and what diffusers, ComfyUI and Wan's scripts call it; for keys of
-# a training see kling/config.py.
+# Our name for a setting (the first of these that exists), and what diffusers, ComfyUI and Wan's scripts call it. The keys of a training
+# are in kling/config.py.
 NAMES = {
     "num_inference_steps": "steps sample_steps num_steps sampling_steps",
     "guidance_scale": "cfg cfg_scale sample_guide_scale guide_scale guidance embedded_cfg_scale",
@@ -48,7 +48,7 @@ NAMES = {
     "device": "gpu cuda",
 }
 MEANS = {theirs: ours for ours, several in NAMES.items() for theirs in several.split()}
-# What must be known when such a name is replaced by ours.
+# How our setting differs from the other tool's, where the new name alone would mislead.
 DIFFERS = {
     "width": "as WIDTHxHEIGHT", "height": "as WIDTHxHEIGHT", "denoise": "which is 1 - denoise: 1 keeps",
     "denoising_strength": "which is 1 - denoise: 1 keeps", "generator": "a whole number", "fp16": "fp16", "bf16": "bf16",
@@ -58,7 +58,7 @@ DIFFERS = {
 class UserError(ValueError):
     """A mistake in what was given. The message is one line: the thing, its value, and the remedy.
 
-    code: names the kind of mistake, for programs and translations, which then need not read English; values: what the message names.
+    code: the kind of mistake, so that programs and translations need not parse English. values: what the message mentions.
     """
 
     def __init__(self, message: str = "", /, code: str = "", **values: object) -> None:
@@ -67,7 +67,7 @@ class UserError(ValueError):
 
 
 def unknown(thing: str, value: object, choices: Iterable[str], known_as: str = "") -> UserError:
-    """The error for a name that does not exist, with the one that is `known_as` it, or else the nearest that does.
+    """The error for an unknown name. It suggests `known_as` if given, else the most similar choice.
 
     >>> str(unknown("aspect", "16x9", ["16:9", "9:16"]))
     "unknown aspect '16x9' (did you mean '16:9'?): choose from 16:9, 9:16"
@@ -79,7 +79,7 @@ def unknown(thing: str, value: object, choices: Iterable[str], known_as: str = "
 
 
 def meant(value: str, choices: list[str]) -> str | None:
-    """The choice that a name of elsewhere stands for, else the nearest by its letters, else None.
+    """The choice that another tool's name stands for, else the choice nearest in spelling, else None.
 
     >>> meant("--cfg", ["--camera", "--guidance-scale"]), meant("request.neg", ["request.negative_prompt"]), meant("sizee", ["size"])
     ('--guidance-scale', 'request.negative_prompt', 'size')

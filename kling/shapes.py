@@ -1,4 +1,4 @@
-"""The letters, and all arithmetic between pixels, latents and tokens. Nowhere else in the project is a 4, an 8 or a `1 +` written by hand.
+"""The letters of the shapes, and all arithmetic between pixels, latents and tokens: no other file writes these factors as literals.
 
     video    (b, 3, T, H, W) in [-1, 1]     T = 1 + 4k
     latents  (b, c, f, h, w)                f = 1 + k
@@ -50,7 +50,7 @@ def latent_of_frame(t: int) -> int:
 
 
 def frame_position(t: int) -> float:
-    """Temporal RoPE position, in latent frames, of a lone pixel frame t: the centre of latent j >= 1 lies at pixel 4j - 1.5.
+    """Temporal RoPE position, in latent frames, of a single pixel frame t: the centre of latent j >= 1 lies at pixel 4j - 1.5.
 
     Latent 0 holds pixel frame 0 alone, so frame 0 sits at 0 exactly.
     """

@@ -1,4 +1,4 @@
-"""The command line that the programs share."""
+"""The argument parser shared by the programs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from kling.errors import UserError, unknown
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose complaints are one line, like every other mistake. The description keeps its lines."""
+    """A parser whose errors are one line, like every other error. The description keeps its line breaks."""
 
     def __init__(self, prog: str | None = None, description: str | None = None, allow_abbrev: bool = False, **more: Any) -> None:
         more = {"formatter_class": argparse.RawDescriptionHelpFormatter} | more
@@ -22,7 +22,7 @@ class Parser(argparse.ArgumentParser):
         return known
 
     def refuse(self, rest: list[str]) -> None:
-        """Say what is not understood of the words that are left over, and what was probably meant."""
+        """Report the first unknown word, and the option that was probably meant."""
         if rest[0].startswith("-"):
             raise unknown("option", rest[0].split("=")[0], [name for action in self._actions for name in action.option_strings])
         self.error(f"'{rest[0]}' is left over")

@@ -1,11 +1,11 @@
-"""Give weights back under the names that others load.
+"""Export weights with the names that other tools load.
 
     kling-export MODEL out/mine                        # for diffusers: WanPipeline.from_pretrained("out/mine")
     kling-export MODEL out/mine --naming original      # for the Wan repositories, ComfyUI and their like
     kling-export wan.safetensors out/transformer       # one transformer, from either naming to either
-    kling-export MODEL --measure-bf16                  # may a folder of ours be sampled in bf16? eight clips, and a line in its index
+    kling-export MODEL --measure-bf16                  # decides from eight clips whether a folder of ours may be sampled in bf16
 
-MODEL is a folder in diffusers layout, ours or published, or a hub id. Tensors are copied bit for bit; there and back is the same file.
+MODEL is a folder in diffusers layout, ours or published, or a hub id. Tensors are copied bit for bit; exporting back gives the same file.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--naming", metavar="diffusers|original", default="diffusers")
     args = parser.parse_args(sys.argv[1:] if argv is None else argv)
 
-    from kling.hub.export import export_weights  # torch takes seconds to import: a typing mistake should not wait for it
+    from kling.hub.export import export_weights  # imported here because torch takes seconds, which a typing mistake should not cost
     from kling.hub.load import find_folder
 
     if args.measure_bf16:
@@ -45,11 +45,11 @@ def main(argv: list[str] | None = None) -> None:
     size = sum(file.stat().st_size for file in files)
     print(f"{args.target}: {len(files)} files, {size / 1e6:.1f} MB, {args.naming} naming")
     if args.naming == "original":
-        print("text and image encoders are not part of it: they are the published ones, unchanged")
+        print("text and image encoders are not included: they are the published ones, unchanged")
 
 
 def measure_bf16(folder: Path) -> None:
-    """Allow a model folder of ours to be sampled in bf16 if that gives the same clips, else forbid it."""
+    """Allow sampling a model folder of ours in bf16 if that gives the same clips, else forbid it."""
     from kling.hub.load import OURS, read_index
     from kling.sampling.agreement import MIN_DB, agreement, psnr, write_sampling_dtype
 

@@ -2,12 +2,12 @@
 
     kling-sample "a red ball rolls left on grass, the camera pans right"
     kling-sample "the ball rolls on" --image first.png --last-image last.png --camera "pan=5,zoom=2"
-    kling-sample --video out/a-red-ball-1.mp4 --extend-to 30     # goes on with the prompt that it was made from
+    kling-sample --video out/a-red-ball-1.mp4 --extend-to 30     # continues with the prompt that it was made from
     kling-sample "the ball rolls on" --video in.mp4 --extend-to 30
     kling-sample "a red ball rolls left" --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --offload model
     kling-sample --replay out/a-red-ball-1.mp4.json
 
-Beside each output lies FILE.json, which says how it was made, and from which --replay makes it again.
+Beside each output is FILE.json, which records how it was made; --replay makes the same frames from it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from kling_programs.sample.command import Parser
 from kling.errors import UserError, program, unknown
 from kling.runtime.files import writing, written
 
-if TYPE_CHECKING:  # torch and diffusers take seconds to import: --help and a typing mistake should not wait for them
+if TYPE_CHECKING:  # torch and diffusers take seconds to import, which --help and a typing mistake should not cost
     import numpy as np
     import torch
 
@@ -43,9 +43,9 @@ if TYPE_CHECKING:  # torch and diffusers take seconds to import: --help and a ty
     from kling.sampling.record import Record
     from kling.sampling.request import Request
 
-FORMATS = {"mp4": (".mp4", ".mov", ".mkv"), "gif": (".gif",), "png-frames": ("",), "png": (".png",)}  # and the endings of their names
+FORMATS = {"mp4": (".mp4", ".mov", ".mkv"), "gif": (".gif",), "png-frames": ("",), "png": (".png",)}  # and the suffixes of their files
 REPLAY_TAKES = {"replay", "output", "overwrite", "model", "device", "format", "fps", "save_latents", "dry_run"}
-WEIGHTS = ("transformer", "transformer_2", "vae", "checkpoint", "lora", "lora_2", "text_cache")  # beside those of the folder
+WEIGHTS = ("transformer", "transformer_2", "vae", "checkpoint", "lora", "lora_2", "text_cache")  # in addition to the folder's
 MACHINE = ("offload", "fp8", "attention", "cache", "context_parallel", "tiles", "compile")
 REPLAY_TAKES |= {*WEIGHTS, *MACHINE, "dtype"}
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> None:
     if not rank:
         print(describe_precision(precision, device.type), file=sys.stderr, flush=True)
         if before and (why := records.doubts(before, device, precision)):
-            print(f"{args.replay} was made elsewhere, and may not come out to the bit here: {why}", file=sys.stderr, flush=True)
+            print(f"{args.replay} was made on another machine, and may not come out identical here: {why}", file=sys.stderr, flush=True)
     print(describe(plan, request), flush=True)
     for note in plan.notes:
         print(f"note: {note}", flush=True)
@@ -141,7 +141,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def sample(pipe: KlingPipeline, request: Request, plan: Plan) -> tuple[np.ndarray, torch.Tensor]:
-    """One video and its latents, with a progress bar over all steps of all hops."""
+    """One video and its latents, with a progress bar over the steps of all hops."""
     import torch
     from tqdm import tqdm
 
@@ -159,28 +159,28 @@ def sample(pipe: KlingPipeline, request: Request, plan: Plan) -> tuple[np.ndarra
 
 
 def load_pipeline(model: str | None, device: str | None, options: tuple[tuple[str, Any], ...] = ()) -> tuple[Path, KlingPipeline]:
-    """The model's folder and its pipeline, not yet on the device. options: see `loading`; without a dtype, the one that is fastest here
-    of those that the checkpoint allows."""
+    """The model's folder and its pipeline, not yet on the device. options: see `loading`; without a dtype, the fastest one here that the
+    checkpoint allows."""
     from kling.hub.load import find_folder, sampling_dtype
     from kling.sampling.machine import pick_device
     from kling.sampling.pipeline import ASSETS, KlingPipeline
 
-    kind, given = pick_device(device).type, dict(options)  # a device that is not there is said before anything is loaded
+    kind, given = pick_device(device).type, dict(options)  # a missing device is reported before anything is loaded
     folder = find_folder(model, given.get("weights", True)) if model else ASSETS
-    if not given.keys() & {"torch_dtype", "transformer", "lora"}:  # the permission is for the checkpoint's own weights
+    if not given.keys() & {"torch_dtype", "transformer", "lora"}:  # the checkpoint's dtype setting is for its own weights only
         given["torch_dtype"] = sampling_dtype(folder, kind)
     return folder.absolute(), KlingPipeline.from_pretrained(folder, **given)
 
 
 def precision_of(pipe: KlingPipeline) -> str:
-    """What the transformer computes in, by the name that --dtype takes."""
+    """The transformer's precision, by the name that --dtype takes."""
     name = str(pipe.transformer.dtype).removeprefix("torch.")
     return {full: short for short, full in DTYPES.items()}.get(name, name)
 
 
 def loading(args: argparse.Namespace, before: Record | None = None) -> tuple[tuple[str, Any], ...]:
-    """What to load instead of the folder's own parts or on top of them, and in which precision: a replay's is that of its record, where
-    earlier versions took the folder's default. A dry run loads no weights."""
+    """What to load instead of the folder's own parts or in addition to them, and in which precision: a replay uses that of its record, or
+    the folder's default if an earlier version wrote it. A dry run loads no weights."""
     options = {name: tuple(value) if isinstance(value, list) else value for name, value in given(args, WEIGHTS).items()}
     if args.dtype is not None:
         if args.dtype not in DTYPES:
@@ -196,7 +196,7 @@ def loading(args: argparse.Namespace, before: Record | None = None) -> tuple[tup
 
 
 def model_hashes(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Of everything that decides the frames, for the record."""
+    """Hashes of all files that determine the frames, for the record."""
     from kling.hub.files import weight_files
     from kling.sampling import record as records
 
@@ -213,10 +213,10 @@ def beside(args: argparse.Namespace) -> list[str]:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """Unset options are None, so that a request's own defaults hold."""
+    """Unset options are None, so that a request's own defaults apply."""
     parser = Parser("kling-sample", __doc__, usage='kling-sample "PROMPT" [options]')
     parser.add_argument("prompt", nargs="?", help="what to show, in English or Chinese")
-    parser.add_argument("--negative-prompt", metavar="TEXT", help="what to steer away from")
+    parser.add_argument("--negative-prompt", metavar="TEXT", help="what to avoid")
 
     add = parser.add_argument_group("pictures and videos").add_argument
     add("--image", metavar="FILE", type=a_path, help="the first frame: png, jpg or webp; cropped to the clip's aspect")
@@ -228,9 +228,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
         type=a_path,
         help="alone: continue it; with --strength: restyle it; with --mask or --outpaint: fill it",
     )
-    add("--mask", metavar="FILE", type=a_path, help="white is made anew, black is kept")
+    add("--mask", metavar="FILE", type=a_path, help="white is generated, black is kept")
     add("--outpaint", metavar="ASPECT", help="show the whole video in this aspect and fill what is around it")
-    holds = "how strongly the video holds while it is restyled: 1 keeps it, 0 forgets it (denoise elsewhere is 1 - this)"
+    holds = "how much of the video is kept while it is restyled: 1 keeps it, 0 ignores it (other tools: denoise = 1 - this)"
     add("--strength", metavar="0..1", type=float, help=holds)
     add("--loop", action="store_true", help="the end leads back to the beginning")
 
@@ -238,7 +238,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     move = "axes as in 'pan=5,zoom=2' (-10 to 10), a shot such as forward_up, or a RealEstate10K or JSON trajectory file"
     add("--camera", metavar="MOVE", type=a_camera, help=move)
     add("--camera-scale", metavar="X", type=float, help="multiplies how far the camera travels (1)")
-    add("--camera-guidance-scale", metavar="X", type=float, help="1 is plain; more obeys harder for one more pass a step (checkpoint's)")
+    add("--camera-guidance-scale", metavar="X", type=float, help="1: none; more follows the camera closer, for one more pass a step")
 
     add = parser.add_argument_group("size and length").add_argument
     add("--control", metavar="FILE", type=a_path, help="a video of edges, depth or poses that the result follows")
@@ -246,30 +246,30 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--aspect", metavar="W:H", help="16:9, 9:16 or 1:1; default: the nearest to the picture given, else 16:9")
     add("--duration", metavar="SECONDS", type=float, help="of the clip, or of what is added to --video (5)")
     add("--num-frames", metavar="N", type=int, help="instead of --duration: 1 + 4k frames")
-    add("--extend-to", metavar="SECONDS", type=float, help="go on, hop by hop, until the whole is this long")
+    add("--extend-to", metavar="SECONDS", type=float, help="continue in hops until the whole video is this long")
     add("--image-only", action="store_true", help="one picture, as png")
     add("--mode", metavar="std|pro", help="pro takes more steps with a better solver (std)")
 
     add = parser.add_argument_group("sampling; defaults are the checkpoint's own").add_argument
     add("--num-inference-steps", metavar="N", type=int)
     add("--solver", metavar="NAME", help="euler, adams (second order) or renoise (few-step weights); default: the checkpoint's, see --mode")
-    add("--guidance-scale", metavar="X", type=float, help="how hard the prompt pulls; 1 is plain")
+    add("--guidance-scale", metavar="X", type=float, help="how strongly to follow the prompt; 1: no guidance")
     add("--guidance-interval", metavar=("LOW", "HIGH"), nargs=2, type=float, help="noise levels with guidance, as in 0.2 0.9; faster")
-    add("--guidance-every", metavar="N", type=int, help="compute guidance anew at every N-th step only; faster (1)")
-    add("--guidance-reach", metavar="N", type=float, help="latent frames from a given one to where guidance is whole")
-    add("--shift", metavar="X", type=float, help="more puts more steps where there is much noise")
-    add("--sigma-c", metavar="X", type=float, help="noise put on what is given, 0 to below 1 (0)")
+    add("--guidance-every", metavar="N", type=int, help="compute guidance only at every N-th step; faster (1)")
+    add("--guidance-reach", metavar="N", type=float, help="latent frames from a given frame to full guidance")
+    add("--shift", metavar="X", type=float, help="larger values spend more steps at high noise")
+    add("--sigma-c", metavar="X", type=float, help="noise added to given frames, 0 to below 1 (0)")
     add("--seed", metavar="N", type=a_seed, help="default: drawn at random and printed")
-    add("--num-videos", metavar="N", type=int, help="with the seeds N, N+1, …; each is what its seed gives alone")
-    add("--frame-delay", metavar="N", type=int, help="steps by which each latent frame trails the one before (diffusion forcing)")
+    add("--num-videos", metavar="N", type=int, help="with seeds S, S+1, …; each video is the same as made alone")
+    add("--frame-delay", metavar="N", type=int, help="steps by which each latent frame is behind the previous one (diffusion forcing)")
 
     add = parser.add_argument_group("model").add_argument
     add("--model", metavar="FOLDER", help="ours, published Wan weights in diffusers layout, or a hub id; default: the shipped one")
-    add("--transformer", metavar="FILE", type=a_path, help="safetensors to take instead of the folder's, in original or diffusers naming")
+    add("--transformer", metavar="FILE", type=a_path, help="safetensors to use instead of the folder's, in original or diffusers naming")
     add("--transformer-2", metavar="FILE", type=a_path, help="the same for the low-noise expert")
     add("--vae", metavar="FILE", type=a_path, help="the same for the VAE")
-    add("--checkpoint", metavar="NAME", help="whose settings to take, where the files do not tell, such as wan2.1-i2v-14b-480p")
-    add("--text-cache", metavar="FOLDER", type=a_path, help="keep umT5's embeddings of prompts here: known ones do not load it again")
+    add("--checkpoint", metavar="NAME", help="whose settings to use, if the files do not tell, such as wan2.1-i2v-14b-480p")
+    add("--text-cache", metavar="FOLDER", type=a_path, help="keep umT5's embeddings of prompts here; known prompts do not load it again")
     add("--lora", metavar="FILE[:SCALE]", type=a_lora, action="append", help="repeat for more")
     add("--lora-2", metavar="FILE[:SCALE]", type=a_lora, action="append", help="for the low-noise expert")
 
@@ -280,21 +280,21 @@ def parse(argv: list[str]) -> argparse.Namespace:
         metavar="fp32|bf16|fp16",
         help="of transformer and text encoder; default: bf16 for published weights and where it is faster and ours allow it",
     )
-    add("--offload", metavar="model|group", help="keep one part, or one block, on the device at a time")
+    add("--offload", metavar="model|group", help="keep one model, or one block, on the device at a time")
     add("--fp8", action="store_true", default=None, help="store the transformer in 8 bits")
     add("--attention", metavar="NAME", help="native, math, cudnn, flex, xformers, flash, flash3 or sage")
-    add("--cache", metavar="NAME=X", help="reuse steps: first-block=0.1, taylorseer=5 or mag=FILE.json (which calibrate=FILE.json makes)")
+    add("--cache", metavar="NAME=X", help="reuse steps: first-block=0.1, taylorseer=5 or mag=FILE.json (made by calibrate=FILE.json)")
     add("--tiles", metavar="PIXELS", type=int, help="the VAE works in overlapping squares of this side, such as 256")
-    add("--compile", action="store_true", default=None, help="compile the transformer's block: faster steps after a slow first one")
+    add("--compile", action="store_true", default=None, help="compile the transformer's blocks: faster steps after a slow first one")
     add("--context-parallel", metavar="N", type=int, help="share each clip between the N processes that torchrun started")
 
     add = parser.add_argument_group("output").add_argument
-    add("--output", metavar="PATH", help="a file, or a folder (existing, or without an ending); default: out/")
-    add("--overwrite", action="store_true", help="replace files that are there already")
+    add("--output", metavar="PATH", help="a file, or a folder (existing, or without a suffix); default: out/")
+    add("--overwrite", action="store_true", help="replace existing files")
     add("--format", metavar="mp4|gif|png-frames", help="default: by the ending of --output, else mp4")
-    add("--fps", metavar="X", type=float, help="speed at which the file plays; the frames are made at the model's own rate either way")
+    add("--fps", metavar="X", type=float, help="playback rate of the file; the frames are made at the model's own rate either way")
     add("--save-latents", action="store_true", help="also write the latents, as safetensors")
-    add("--dry-run", action="store_true", help="say what would be done, and write nothing")
+    add("--dry-run", action="store_true", help="print what would be done, and write nothing")
     add("--replay", metavar="FILE.json", help="make the same frames again from the JSON beside an output, and compare")
     args, rest = parser.parse_known_args(argv)
     if rest and not rest[0].startswith("-"):
@@ -305,7 +305,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         if value == "" and name not in ("prompt", "negative_prompt"):  # as of a shell's variable that is not set
             raise UserError(f"--{name.replace('_', '-')} is empty: give a value, or leave it out")
         if args.replay and name not in REPLAY_TAKES and value not in (None, False):
-            raise UserError(f"--replay repeats what {args.replay} says: leave out {'the prompt' if name == 'prompt' else name}")
+            raise UserError(f"--replay repeats the record {args.replay}: leave out {'the prompt' if name == 'prompt' else name}")
     return args
 
 
@@ -314,7 +314,7 @@ def a_path(text: str) -> str:
 
 
 def a_lora(text: str) -> tuple[str, float]:
-    """FILE or FILE:SCALE; the file's name may hold a colon itself."""
+    """FILE or FILE:SCALE; the file's name may contain a colon."""
     found = re.fullmatch(r"(.+):(-?\d*\.?\d+)", text)
     return (a_path(found[1]), float(found[2])) if found else (a_path(text), 1.0)
 
@@ -330,19 +330,19 @@ def a_seed(text: str) -> int:
 
 
 def a_keyframe(text: str) -> tuple[str, int, float]:
-    """PATH@FRAME[:STRENGTH]; the path may hold @ and : itself."""
+    """PATH@FRAME[:STRENGTH]; the path may contain @ and :."""
     if not (found := re.fullmatch(r"(.+)@(\d+)(?::(\d*\.?\d+))?", text)):
         raise argparse.ArgumentTypeError(f"'{text}': write it as FILE@FRAME or FILE@FRAME:STRENGTH, such as mid.png@20:0.8")
     return a_path(found[1]), int(found[2]), float(found[3] or 1)
 
 
 def given(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
-    """Those of the options that were set."""
+    """The options that were set."""
     return {name: value for name in names if (value := getattr(args, name, None)) is not None}
 
 
 def asked_request(args: argparse.Namespace) -> Request:
-    """The request that the options describe."""
+    """The request from the options."""
     from kling.sampling.request import Request
 
     fields = given(args, (field.name for field in dataclasses.fields(Request)))
@@ -352,7 +352,7 @@ def asked_request(args: argparse.Namespace) -> Request:
                 raise UserError(f"--image-only makes one picture: leave out --{name.replace('_', '-')}")
         fields["num_frames"] = 1
     if not fields.keys() & {"prompt", "image", "last_image", "keyframes", "video"}:
-        raise UserError('nothing to go by: give a prompt, as in  kling-sample "a red ball rolls left on grass"')
+        raise UserError('there is nothing to start from: give a prompt, as in  kling-sample "a red ball rolls left on grass"')
     request = Request(**{"seed": secrets.randbelow(2**31)} | fields)
     if args.video and args.prompt is None and not request.edited and (found := prompt_of(Path(args.video))):
         request = request.replace(prompt=found)
@@ -361,7 +361,7 @@ def asked_request(args: argparse.Namespace) -> Request:
 
 
 def prompt_of(video: Path) -> str:
-    """What one of our own videos was made from; empty if its record is not there."""
+    """The prompt that one of our own videos was made from; empty if its record is missing."""
     from kling.sampling.record import find_record, read_record
 
     with suppress(UserError):
@@ -374,7 +374,7 @@ def prompt_of(video: Path) -> str:
 
 
 def chosen_format(args: argparse.Namespace, before: Record | None) -> str:
-    """What is asked for, else what the name of the output says, else that of the video to replay, else mp4."""
+    """The requested format, else the one of the output's suffix, else that of the video to replay, else mp4."""
     if args.image_only and args.format:
         raise UserError(f"--image-only writes a png: leave out --format {args.format}")
     if args.format not in (None, "mp4", "gif", "png-frames"):
@@ -388,7 +388,7 @@ def chosen_format(args: argparse.Namespace, before: Record | None) -> str:
 
 
 def output_path(args: argparse.Namespace, kind: str, request: Request, several: bool) -> Path:
-    """Where a video goes: FILE (with the seed in its name if there are several), or FOLDER/<slug>-<seed>."""
+    """The path of a video: FILE (with the seed in its name if there are several), or FOLDER/<slug>-<seed>."""
     name = f"{slug(request.prompt)}-{request.seed}{FORMATS[kind][0]}"
     if args.output is None and args.replay:
         made = Path(args.replay).name.removesuffix(".json")
@@ -404,7 +404,7 @@ def output_path(args: argparse.Namespace, kind: str, request: Request, several: 
 
 
 def slug(prompt: str, length: int = 40) -> str:
-    """A file name from a prompt, in whatever script.
+    """A file name from a prompt in any script.
 
     >>> slug("A red ball, rolling!")
     'a-red-ball-rolling'
@@ -414,9 +414,9 @@ def slug(prompt: str, length: int = 40) -> str:
 
 
 def check_place(path: Path, kind: str, inputs: set[str], latents: bool = False, overwrite: bool = False) -> None:
-    """Refuse, before any work is done, a place that cannot be written, or that would destroy an input or, unless told to, another output.
+    """Before any work is done, raise `UserError` for a path that cannot be written, or that would overwrite an input or another output.
 
-    Makes no folder yet.
+    Makes no folder yet. overwrite: allow replacing an output.
     """
     from kling.sampling import record as records
 
@@ -430,15 +430,15 @@ def check_place(path: Path, kind: str, inputs: set[str], latents: bool = False, 
     folder = path.parent
     with writing(path):
         with suppress(FileNotFoundError, NotADirectoryError):
-            path.lstat()  # refuses names that are too long
+            path.lstat()  # raises for names that are too long
         while not folder.exists():
             folder = folder.parent
-        with tempfile.TemporaryFile(dir=folder):  # tried, since permissions alone do not tell
+        with tempfile.TemporaryFile(dir=folder):  # tried, since permissions alone are not conclusive
             pass
 
 
 def write_frames(path: Path, kind: str, frames: np.ndarray, fps: float, overwrite: bool = False) -> None:
-    """Write uint8 (T, H, W, 3); the file or folder appears whole or not at all."""
+    """Write uint8 (T, H, W, 3), atomically."""
     from kling.data.image import write_png, write_png_frames
     from kling.data.video import write_gif, write_video
 
@@ -462,7 +462,7 @@ def write_frames(path: Path, kind: str, frames: np.ndarray, fps: float, overwrit
 
 
 def describe(plan: Plan, request: Request) -> str:
-    """The task as it was understood, in one line."""
+    """The task and its settings in one line."""
     extras = [*(["loop"] if request.loop else []), *([f"camera {request.camera}"] if request.camera else [])]
     seeds = f"seed {request.seed}" if request.num_videos == 1 else f"seeds {request.seed} to {request.seed + request.num_videos - 1}"
     size = f"{plan.frames} frames {plan.width}x{plan.height} at {plan.fps:g} fps"
@@ -482,11 +482,11 @@ def unknown_to_the_world(prompt: str) -> str:
     if chinese:
         return f"提示：这个小模型不认识{''.join(f'“{word}”' for word in words)}，照样生成；它只认识{'；'.join(known)}；以及镜头运动"
     named = ", ".join(f'"{word}"' for word in words)
-    return f"note: this small model does not know {named} and goes on without: it knows {'; '.join(known)}; and camera moves"
+    return f"note: this small model does not know {named} and ignores them: it knows {'; '.join(known)}; and camera moves"
 
 
 def details(plan: Plan, pipe: KlingPipeline, paths: list[Path], machine: Machine, device: torch.device) -> str:
-    """What a dry run adds. Seconds are left out: nothing here has measured this machine."""
+    """The additional lines of a dry run. It gives no seconds, because nothing was measured."""
     from kling.sampling.memory import report
 
     rows = {

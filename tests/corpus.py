@@ -1,4 +1,4 @@
-"""Made files of every kind that a scan meets: name -> (how to make it, the reason for which it must be refused, or "" if it is good)."""
+"""Synthetic files of every kind that a scan meets: name -> (function that makes it, the reason to refuse it, or "" if it is good)."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def encode(path: Path, codec: str, pix_fmt: str = "yuv420p", size: tuple[int, in
 
 
 def av1(path: Path) -> None:
-    """In a process of its own: run as root, SVT-AV1 gives the thread that calls it real-time priority (SCHED_FIFO 99), and leaves it there.
-    Processes that are forked from it afterwards starve."""
+    """In its own process: when run as root, SVT-AV1 gives the calling thread real-time priority (SCHED_FIFO 99), and leaves it there.
+    Processes forked from it afterwards starve."""
     process = multiprocessing.get_context("spawn").Process(target=encode, args=(path, "libsvtav1"), kwargs={"preset": "12"})
     process.start()
     process.join(120)

@@ -1,7 +1,7 @@
-"""A CUDA device that is not there: tensors that say they lie on "cuda" and hold their numbers on the CPU.
+"""A simulated CUDA device: tensors that report the device "cuda" and keep their numbers on the CPU.
 
-Everything runs as it would on a GPU and gives the CPU's numbers, but an operation that mixes tensors of both devices fails as it would
-there, and every time that the host waits for the device is written down with the line of ours that made it.
+Everything runs as on a GPU and gives the CPU's numbers. An operation that mixes tensors of both devices fails as on a GPU, and every wait
+of the host for the device is recorded with the line of our code that caused it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 ROOT = str(Path(__file__).parents[1])
 CUDA = torch.device("cuda", 0)
 aten = torch.ops.aten
-# operations whose result, or its shape, the host must know before it goes on
+# operations whose result, or its shape, the host must know before it continues
 WAITS = {
     "_local_scalar_dense", "is_nonzero", "equal", "nonzero", "nonzero_numpy", "_unique2", "unique_dim", "unique_consecutive",
     "masked_select", "argwhere", "bincount", "histc",
@@ -29,8 +29,8 @@ WAITS = {
 
 
 class Pretended(Tensor):
-    """A tensor of the device that is not there. `held`: its numbers. To the C++ side it lies on "meta", since a PyTorch without CUDA
-    refuses gradients of "cuda"."""
+    """A tensor of the simulated device. `held`: its numbers. For C++ it is on "meta", because a PyTorch without CUDA refuses gradients of
+    "cuda"."""
 
     device = property(lambda self: CUDA)
     is_cuda = property(lambda self: True)
@@ -50,7 +50,7 @@ class Pretended(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """What a PyTorch without CUDA refuses before it dispatches."""
+        """Handles what a PyTorch without CUDA would refuse before dispatching."""
         own = {Tensor.to: to, Tensor.tolist: lambda x: x.cpu().tolist(), Tensor.new_tensor: new_tensor}.get(func)
         with torch._C.DisableTorchFunctionSubclass():
             return (own or func)(*args, **(kwargs or {}))
@@ -63,7 +63,7 @@ class Pretended(Tensor):
 
 
 class Device(TorchDispatchMode):
-    """Where "cuda" is. `waits`: (what, where in our code) of every time that the host waited for it."""
+    """The simulated device "cuda". `waits`: (what, where in our code) for every time that the host waited for it."""
 
     current: Device | None = None
 
@@ -94,7 +94,7 @@ class Device(TorchDispatchMode):
         if name == "is_pinned":
             return args[0].data_ptr() in self.pinned
         if name == "_fused_sdp_choice" and there:
-            return 0  # plain operations, which any device has
+            return 0  # plain operations, available on every device
         ours = ("cuda", "meta") if there or name == "scalar_tensor" else ("cuda",)  # C++ makes the 0.0 of `where(m, x, 0.0)` on "meta"
         target = asked is not None and torch.device(asked).type in ours
         if not there and not target:
@@ -120,7 +120,7 @@ class Device(TorchDispatchMode):
         return again(out, wrappers)
 
     def note(self, name: str, args: Any, kwargs: Any, there: list[Tensor], here: list[Tensor], asked: Any, target: bool) -> None:
-        """Write down what makes the host wait."""
+        """Record an operation that makes the host wait."""
         if there and name in WAITS or name == "repeat_interleave" and kwargs.get("output_size") is None:
             self.wait(name)
         elif there and name in ("index", "index_put", "index_put_", "_index_put_impl_"):
@@ -140,7 +140,7 @@ class Device(TorchDispatchMode):
         self.waits.append((what, where()))
 
     def since(self, mark: int) -> Counter[tuple[str, str]]:
-        """What waited after the first `mark` waits."""
+        """The waits after the first `mark` ones."""
         return Counter(self.waits[mark:])
 
 
@@ -149,14 +149,14 @@ def new_tensor(x: Tensor, data: Any, dtype: torch.dtype | None = None) -> Tensor
 
 
 def to(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """As `Tensor.to`, which takes this device for another one than "cuda"."""
+    """As `Tensor.to`, which does not take the simulated device for "cuda"."""
     there = ("cuda", "cuda:0", CUDA)
     args, kwargs = tuple(a for a in args if a not in there), {k: v for k, v in kwargs.items() if not (k == "device" and v in there)}
     return Tensor.to(x, *args, **kwargs) if args or kwargs.keys() - {"non_blocking"} else x
 
 
 def tensors_of(values: Any) -> Iterator[Tensor]:
-    """The tensors among the arguments of an operation, in lists too."""
+    """The tensors among the arguments of an operation, also inside lists."""
     for x in values:
         if isinstance(x, Tensor):
             yield x
@@ -165,21 +165,21 @@ def tensors_of(values: Any) -> Iterator[Tensor]:
 
 
 def held(x: Any) -> Any:
-    """Arguments with their numbers in place of the tensors that pretend."""
+    """Arguments with simulated tensors replaced by their numbers."""
     if type(x) is Pretended:
         return x.held
     return type(x)(map(held, x)) if type(x) in (list, tuple) else x
 
 
 def again(out: Any, wrappers: dict[int, Tensor]) -> Any:
-    """Results as tensors that pretend; those that were written into are the ones that were given."""
+    """Results as simulated tensors; tensors that were written in place are the given ones."""
     if isinstance(out, Tensor):
         return wrappers.get(id(out)) if id(out) in wrappers else Pretended(out)
     return type(out)(again(x, wrappers) for x in out) if type(out) in (list, tuple) else out
 
 
 class Event:
-    """A CUDA event that costs no wait to record."""
+    """A CUDA event that can be recorded without waiting."""
 
     def __init__(self, **_: Any) -> None:
         pass
@@ -198,7 +198,7 @@ class Event:
 
 
 def where() -> str:
-    """The innermost line of the toolkit that is running."""
+    """The innermost line of the toolkit that is being executed."""
     frame = sys._getframe(1)
     while frame is not None:
         file = frame.f_code.co_filename
@@ -210,7 +210,7 @@ def where() -> str:
 
 @contextmanager
 def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
-    """ "cuda" is there inside the `with`."""
+    """ "cuda" is available inside the `with` block."""
     torch._C._ensureCUDADeviceGuardSet()
     here = Device()
     with monkeypatch.context() as patch:

@@ -1,4 +1,4 @@
-"""Attention by products on a CPU, against attention in fp64 written out."""
+"""Attention as matrix products on a CPU, against an explicit implementation in fp64."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def written_out(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(("n", "m"), [(35, 35), (140, 12), (308, 308)])
-def test_products_in_bf16_hold_outputs_and_gradients_to_a_hundredth(n: int, m: int) -> None:
+def test_products_in_bf16_are_within_a_hundredth_in_outputs_and_gradients(n: int, m: int) -> None:
     torch.manual_seed(0)
     exact = [torch.randn(2, length, 3, 32, dtype=torch.float64) for length in (n, m, m)]
     rounded = [x.bfloat16().requires_grad_() for x in exact]
@@ -41,7 +41,7 @@ def test_products_are_for_bf16_on_a_cpu_and_few_keys() -> None:
 
 
 def test_the_chosen_backend_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`set_attention_backend` wins over the choice for CPUs."""
+    """`set_attention_backend` takes precedence over the default for CPUs."""
     monkeypatch.setattr("kling.nn.attention.attend_by_products", lambda *_: pytest.fail("the backend that was set is not used"))
     layer = Attention(32, 2).bfloat16()
     layer.set_attention_backend("native")

@@ -1,4 +1,4 @@
-"""kling-bench: its rules on work whose time, error and memory are known."""
+"""kling-bench: its rules, on work with known time, error and memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 
 def spin(seconds: float) -> None:
-    """Use the processor for so long."""
+    """Use the processor for this long."""
     end = time.process_time() + seconds
     while time.process_time() < end:
         pass
@@ -42,7 +42,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "clock", lambda run, device, repeat=1: Seconds(*run()))
 
 
-def test_the_clock_tells_processor_time_from_waiting() -> None:
+def test_the_clock_distinguishes_processor_time_from_waiting() -> None:
     time.sleep(0.5)  # threads of torch that an earlier test left spinning would count as this process's
     seconds = machine.clock(lambda: (spin(0.02), time.sleep(0.1)), CPU, repeat=2)
     assert seconds.cpu == pytest.approx(0.02, rel=0.1) and seconds.wall >= 0.12
@@ -69,7 +69,7 @@ def test_runs_alternate(told: None) -> None:
     assert "".join(order) == "aabb" + "abbaab", "warmed up first"
 
 
-def test_a_neighbour_does_not_count_unless_others_do_the_work(told: None) -> None:
+def test_processor_time_is_judged_unless_other_processes_do_the_work(told: None) -> None:
     bench, ours, peer = Bench(CPU, quick=True), lambda: (0.03, 0.02), lambda: (0.3, 0.02)
     assert bench.compare("busy", ours, peer)["ratio"] == 1
     assert bench.compare("busy", ours, peer, wall=True)["ratio"] == 10
@@ -105,8 +105,8 @@ def test_a_wrong_result_is_not_timed() -> None:
     assert "wrong" in Check(torch.full_like(rounded, torch.nan), rounded, exact).row
 
 
-def test_poison_is_what_an_unwritten_result_holds() -> None:
-    like = torch.zeros(1000)  # small enough to be given again by the allocator, sooner or later
+def test_an_unwritten_result_contains_poison() -> None:
+    like = torch.zeros(1000)  # small enough that the allocator soon returns the same memory
     poison(like)
     assert torch.stack([torch.empty_like(like) for _ in range(256)]).isnan().any()
 
@@ -114,7 +114,7 @@ def test_poison_is_what_an_unwritten_result_holds() -> None:
 # ---- memory ----
 
 
-def test_memory_is_what_the_work_takes_in_its_own_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_is_measured_in_a_process_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "memory_target.py").write_text(TARGET)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     assert peak("memory_target:take", {"mib": 100}) == pytest.approx(100, abs=5)

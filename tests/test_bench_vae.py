@@ -1,4 +1,4 @@
-"""kling-bench vae and vae-mem: what is compared is the same work, and what is wrong is not timed."""
+"""kling-bench vae and vae-mem: both sides do the same work, and wrong results are not timed."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_wrong_weights_are_not_timed(bench: Bench, monkeypatch: pytest.MonkeyPat
     assert "ratio" in encode and "wrong" in decode and "ratio" not in decode
 
 
-def test_flops_are_those_of_a_real_pass() -> None:
+def test_flops_equal_those_of_a_real_pass() -> None:
     peer = vae.AutoencoderKLWan(**vae.config(4))
     with FlopCounterMode(display=False) as counter:
         vae.result(peer, "decode", torch.zeros(vae.shape("decode", 5, 16, 16)))

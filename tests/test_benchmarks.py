@@ -1,4 +1,4 @@
-"""Other people's benchmarks: files worked by hand, names as they want them; votes and reports."""
+"""Published benchmarks: scores computed by hand, file names in their format; votes and reports."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_worldscore_by_hand() -> None:
         worldscore(aspects | {"camera_control": 101.0})
 
 
-def test_worldscore_reads_what_its_run_wrote(tmp_path: Path) -> None:
+def test_worldscore_results_are_read(tmp_path: Path) -> None:
     """As `run_evaluate.py` of the benchmark: two static instances, one dynamic; metrics average before they are rounded."""
 
     def put(folder: str, **aspects: dict[str, float]) -> None:
@@ -118,7 +118,7 @@ def test_worldscore_reads_what_its_run_wrote(tmp_path: Path) -> None:
 # ----------------------------------------------------------------------------------------------------------- names, and checks
 
 
-def test_jobs_have_the_names_that_are_wanted() -> None:
+def test_jobs_have_the_file_names_of_the_benchmark() -> None:
     info = [{"prompt_en": "a cat", "dimension": ["color"]}, {"prompt_en": "a cat", "dimension": ["temporal_flickering"]}]
     assert [job.file for job in vbench_jobs("vbench", info)] == [f"a cat-{i}.mp4" for i in range(25)]
     i2v = [{"prompt_en": "a sea", "dimension": ["i2v_background"], "image_name": "a sea.jpg"}]
@@ -132,7 +132,7 @@ def test_jobs_have_the_names_that_are_wanted() -> None:
     assert physics_iq_jobs([row]) == [Job(row["generated_video_name"], "It falls.", 0, switch)]
 
 
-def test_check_names_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_check_names_missing_videos(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     (tmp_path / "info.json").write_text(json.dumps([{"prompt_en": "a cat", "dimension": ["color"]}]))
     command = ["benchmark", "check", "vbench", "--info", str(tmp_path / "info.json"), "--videos", str(tmp_path / "videos")]
     for i in range(4):
@@ -145,7 +145,7 @@ def test_check_names_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "all 5 videos are there, 3 frames each" in capsys.readouterr().out
 
 
-def test_import_reads_what_vbench_writes(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_import_reads_vbench_results(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     raw = dict.fromkeys(BOARDS["vbench"].dimensions, 0.5)
     for name, value in raw.items():
         (tmp_path / f"{name}_eval_results.json").write_text(json.dumps({name: [value, [{"video_path": "x", "video_results": value}]]}))
@@ -184,11 +184,11 @@ def test_bad_benchmark_commands(argv: list[str], message: str, capsys: pytest.Ca
 
 
 def ways(path: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of Blender poses (n, 4, 4): positions, where the cameras look, and their right."""
+    """For Blender poses (n, 4, 4): the positions, the viewing directions, and the directions to the right."""
     return path[:, :3, 3], -path[:, :3, 2], path[:, :3, 0]
 
 
-def test_worldscore_cameras_go_where_the_words_say() -> None:
+def test_worldscore_cameras_follow_the_named_moves() -> None:
     def moved(*moves: str, frames: int = 5) -> tuple[torch.Tensor, ...]:
         data = camera_data(moves, frames)
         path = torch.tensor(data["cameras_interp"])
@@ -212,8 +212,8 @@ def test_worldscore_cameras_go_where_the_words_say() -> None:
         assert float(at[-1] @ right[0]) == pytest.approx(0.5 * sign)
 
 
-def test_worldscore_moves_follow_one_another() -> None:
-    """Against 4 x 4 matrices multiplied one after another, each move in the camera's own axes of then."""
+def test_worldscore_moves_are_chained() -> None:
+    """Against 4 x 4 matrices multiplied one after another, each move in the camera's axes at that moment."""
     moves = ("pan_left", "push_in", "orbit_right", "move_left")
     keys = torch.tensor(camera_data(moves, 9)["cameras"], dtype=torch.float64)
     pose = keys[0]
@@ -223,10 +223,10 @@ def test_worldscore_moves_follow_one_another() -> None:
         assert torch.allclose(pose, keys[i + 1], atol=1e-9)
 
 
-def test_worldscore_folders_are_as_its_evaluator_wants_them(
+def test_worldscore_folders_have_the_layout_of_its_evaluator(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A still world of two moves and one that moves, by a pipeline that adds to its picture: clips follow one another."""
+    """A static scene with two moves and a dynamic one, with a pipeline that adds to its picture: each clip continues the previous one."""
     common = {"visual_style": "stylized", "style": "Oil painting"}
     still = common | {"visual_movement": "static", "scene_type": "indoor", "image": "static/stylized/indoor/rooms/007.png"}
     still |= {"camera_path": ["pan_left", "push_in"], "prompt_list": ["A room.", "A hall.", "A stair"], "content_list": [["bed"], [], []]}

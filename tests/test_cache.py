@@ -1,4 +1,4 @@
-"""The latent cache as a file format and a neighbour: what it reads, what it notices, what it costs to open, and who else may write."""
+"""The latent cache: file format, detection of damage, cost of opening, and locking between processes."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def cache(made: Path, tmp_path: Path) -> Path:
 
 
 def flip(path: Path, at: float, keep_time: bool) -> None:
-    """One bit of a file, `at` of the way through it."""
+    """Flip one bit of a file, at the fraction `at` of its length."""
     stat, data = path.stat(), bytearray(path.read_bytes())
     data[int(at * len(data))] ^= 1
     path.write_bytes(data)
@@ -83,7 +83,7 @@ def flip(path: Path, at: float, keep_time: bool) -> None:
         os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
 
-def test_opening_hashes_nothing_and_a_copy_is_hashed_once_where_it_is_read(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_opening_hashes_nothing_and_a_copy_is_hashed_once_when_read(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hashed: list[str] = []
     real = store.sha256
     monkeypatch.setattr(store, "sha256", lambda path: hashed.append(path.name) or real(path))
@@ -129,7 +129,7 @@ def test_what_is_missing_or_cut_is_named_at_the_start(cache: Path) -> None:
 
 
 def as_before(cache: Path) -> None:
-    """The same cache in the format that it had: rows in a file beside the shard, no checksums, no precision, no times."""
+    """Convert the cache to its older format: rows in a file beside the shard, no checksums, no precision, no times."""
     index = json.loads((cache / "index.json").read_text())
     for name, entry in index["shards"].items():
         tensors, old = load_file(cache / name), LatentCache(cache)
@@ -143,13 +143,13 @@ def as_before(cache: Path) -> None:
     (cache / "stamps.json").unlink()
 
 
-def test_a_cache_from_before_is_read_checked_and_not_made_again(made: Path, cache: Path, films: Path, vae: AutoencoderKLKling) -> None:
+def test_an_older_cache_is_read_and_checked_and_not_made_again(made: Path, cache: Path, films: Path, vae: AutoencoderKLKling) -> None:
     as_before(cache)
     new, old = LatentCache(made).batch(BUCKET, [3, 0], 5), LatentCache(cache).batch(BUCKET, [3, 0], 5)
     assert torch.equal(new.latents, old.latents) and new.captions == old.captions == [["film 3", "ein Film 3"], ["film 0", "ein Film 0"]]
     assert sorted(LatentCache(cache).captions()) == sorted(LatentCache(made).captions())
     times = {path.name: path.stat().st_mtime_ns for path in cache.glob("0*")}
-    list(fill_cache(config(films, cache), vae, precision="bf16"))  # also where today's would be of another precision
+    list(fill_cache(config(films, cache), vae, precision="bf16"))  # even if shards made today would have another precision
     assert times == {path.name: path.stat().st_mtime_ns for path in cache.glob("0*")}
     assert set(json.loads((cache / "stamps.json").read_text())) == {name for name in times if name.endswith("safetensors")}
     flip(cache / "00000.safetensors", 0.5, keep_time=False)
@@ -157,7 +157,7 @@ def test_a_cache_from_before_is_read_checked_and_not_made_again(made: Path, cach
         LatentCache(cache).batch(BUCKET, [0], 5)
 
 
-def test_clips_encoded_together_are_those_encoded_alone(films: Path, vae: AutoencoderKLKling, tmp_path: Path) -> None:
+def test_clips_encoded_together_equal_those_encoded_alone(films: Path, vae: AutoencoderKLKling, tmp_path: Path) -> None:
     caches = {}
     for name, changes, precision in (("together", {}, "fp32"), ("alone", {"shard": 1}, "fp32"), ("half", {}, "bf16")):
         list(fill_cache(config(films, tmp_path / name, **changes), vae, precision=precision))
@@ -176,14 +176,14 @@ def test_clips_encoded_together_are_those_encoded_alone(films: Path, vae: Autoen
 
 
 def encode_in(words: list[str], said: Path) -> None:
-    """kling-encode, its standard error in a file."""
+    """Run kling-encode with its standard error written to a file."""
     os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT), 2)
     sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
     os.chdir(workers.ROOT)
     encode_program.main(words)
 
 
-def test_a_clip_that_is_gone_ends_kling_encode_by_name_and_may_be_left_out(
+def test_a_missing_clip_stops_kling_encode_by_name_or_is_skipped(
     films: Path, vae: AutoencoderKLKling, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.chdir(workers.ROOT)
@@ -195,7 +195,7 @@ def test_a_clip_that_is_gone_ends_kling_encode_by_name_and_may_be_left_out(
     words = ["configs/cache/manifest.yaml", *data, f"vae={tmp_path / 'vae'}", "threads=1", "mixed_precision=fp32"]
 
     process = workers.PROCESSES.Process(target=encode_in, args=([*words, "workers=1"], tmp_path / "said"))
-    process.start()  # a process of its own, with its worker: it must end
+    process.start()  # in its own process, with its worker: it must end
     process.join(120)
     ended = not process.is_alive()
     process.kill()
@@ -224,7 +224,7 @@ def test_a_clip_that_is_gone_ends_kling_encode_by_name_and_may_be_left_out(
 @pytest.mark.parametrize(
     "error", [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("I/O error: No space left (os error 28)")]
 )
-def test_a_full_disk_is_one_line_and_leaves_nothing_half(
+def test_a_full_disk_is_one_line_and_leaves_nothing_unfinished(
     films: Path, vae: AutoencoderKLKling, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     real, calls = store.save_file, []
@@ -244,7 +244,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half(
     assert len(calls) == 3 and len(LatentCache(tmp_path)) == 4
 
 
-def test_any_program_ends_at_a_full_disk_with_one_line(capsys: pytest.CaptureFixture) -> None:
+def test_any_program_reports_a_full_disk_in_one_line(capsys: pytest.CaptureFixture) -> None:
     @program
     def main(argv: list[str] | None) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "runs/x/metrics.jsonl")
@@ -281,7 +281,7 @@ main()
 
 
 @pytest.mark.slow
-def test_a_program_with_workers_ends_whatever_ends_it(tmp_path: Path) -> None:
+def test_a_program_with_workers_ends_however_it_is_stopped(tmp_path: Path) -> None:
     (tmp_path / "program.py").write_text(HANGS)
     codes = {"in the worker": 2, "in the loop": 2, "a bug": 1, "nowhere": 0}
     started = {
@@ -310,7 +310,7 @@ with locked(sys.argv[1], "run"):
 """
 
 
-def test_a_folder_is_one_runs_until_it_ends_however_it_ends(tmp_path: Path) -> None:
+def test_a_folder_is_locked_until_its_run_ends_however_it_ends(tmp_path: Path) -> None:
     (tmp_path / "holds.py").write_text(HOLDS)
     folder = tmp_path / "run"
     for ending in (signal.SIGKILL,):
@@ -322,7 +322,7 @@ def test_a_folder_is_one_runs_until_it_ends_however_it_ends(tmp_path: Path) -> N
         finally:
             other.send_signal(ending)
             other.wait()
-        with locked(folder), locked(folder):  # what is stale is no obstacle; and it may be taken twice by one process
+        with locked(folder), locked(folder):  # a stale lock file is no obstacle, and a process may lock twice
             second = subprocess.run(
                 [sys.executable, tmp_path / "holds.py", folder], capture_output=True, text=True, cwd=workers.ROOT, timeout=60
             )
@@ -374,7 +374,7 @@ def refused(words: list[str], capsys: pytest.CaptureFixture) -> str:
     return next(line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
 
 
-def test_a_cache_of_ones_own_is_told_from_the_presets(
+def test_a_custom_cache_is_distinguished_from_the_presets(
     words: list[str], made: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(workers.ROOT)
@@ -387,7 +387,7 @@ def test_a_cache_of_ones_own_is_told_from_the_presets(
     train_dit.main([*words, f"out={tmp_path / 'b'}"])
 
 
-def test_a_length_whose_last_frame_was_not_encoded_is_refused_with_tasks_that_append_it(
+def test_lengths_without_an_encoded_last_frame_are_refused_if_tasks_append_it(
     words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(workers.ROOT)
@@ -405,7 +405,7 @@ def test_a_length_whose_last_frame_was_not_encoded_is_refused_with_tasks_that_ap
         assert "keeps last frames of [1, 9] only" in said
 
 
-def test_a_caption_too_long_is_found_before_the_first_step(
+def test_a_too_long_caption_is_reported_before_the_first_step(
     words: list[str], films: Path, vae: AutoencoderKLKling, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(workers.ROOT)
@@ -419,7 +419,7 @@ def test_a_caption_too_long_is_found_before_the_first_step(
     said = refused([*words, f"out={tmp_path / 'run'}"], capsys)
     assert "1 clips of latent cache" in said and "2.mp4" in said and "270 bytes" in said and "long_captions=cut" in said
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
-    as_before(tmp_path / "cache")  # a cache that does not say how long its captions are is looked through
+    as_before(tmp_path / "cache")  # an older cache does not record the length of captions, so all are checked
     assert "2.mp4" in refused([*words, f"out={tmp_path / 'old'}"], capsys)
     train_dit.main([*words, f"out={tmp_path / 'run'}", "long_captions=cut"])
     with pytest.raises(SystemExit):
@@ -443,7 +443,7 @@ def test_a_caption_too_long_is_found_before_the_first_step(
 
 @pytest.mark.parametrize("prompt", ["a red ball rolls left on grass", "猫" * 100, "x" * 400, "héé " * 80, "", "ß🙂" * 60])
 @pytest.mark.parametrize("most", [7, 20, 255])
-def test_a_cut_prompt_fits_begins_alike_and_ends_at_a_whole_character(prompt: str, most: int) -> None:
+def test_a_cut_prompt_fits_and_is_a_prefix_of_whole_characters(prompt: str, most: int) -> None:
     from kling.text.encoder import cut_prompt, prompt_bytes
 
     cut = cut_prompt(prompt, most)
@@ -456,7 +456,7 @@ def test_a_cut_prompt_fits_begins_alike_and_ends_at_a_whole_character(prompt: st
 
 
 def large_index(folder: Path, clips: int, shard: int = 50) -> None:
-    """The index of a cache of `clips` clips, and files of the right size that hold nothing."""
+    """The index of a cache of `clips` clips, and empty files of the right size."""
     shards, stamps = {}, {}
     buckets = [(aspect, frames) for aspect in ("16:9", "9:16", "1:1") for frames in (1, 17, 41, 81)]
     for i in range(clips // shard):
@@ -472,7 +472,7 @@ def large_index(folder: Path, clips: int, shard: int = 50) -> None:
 
 
 def start_on(folder: str, pipe: Any) -> None:
-    """What a training does before its first batch: open, check, plan, find the first places of its ranks."""
+    """The steps of a training before its first batch: open, check, plan, find the first places of its ranks."""
     import resource
 
     before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
@@ -501,8 +501,8 @@ def test_a_run_on_two_million_clips_starts_in_seconds(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_from_ones_own_videos_to_a_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The commands of docs/own-videos.md, on six clips and for two steps, each in a process of its own as a person starts it."""
+def test_from_own_videos_to_a_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The commands of docs/own-videos.md, on six clips and for two steps, each in its own process."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "VIDEOS").mkdir()
     for i in range(6):

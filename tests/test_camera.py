@@ -23,7 +23,7 @@ def end(axes: dict[str, float]) -> tuple[torch.Tensor, torch.Tensor]:
     ("axes", "where"),
     [({"horizontal": 10}, (2.5, 0, 0)), ({"vertical": 10}, (0, -1.0, 0)), ({"dolly": -10}, (0, 0, -3.0))],
 )
-def test_translations_go_where_their_names_say(axes, where):
+def test_translations_have_the_named_direction(axes, where):
     R, o = end(axes)
     assert torch.allclose(R, torch.eye(3)) and torch.allclose(o, torch.tensor(where), atol=1e-6)
 
@@ -32,7 +32,7 @@ def test_translations_go_where_their_names_say(axes, where):
     ("axes", "vector", "axis"),
     [({"pan": 10}, (0, 0, 1), 0), ({"tilt": 10}, (0, 0, 1), 1), ({"roll": 10}, (1, 0, 0), 1)],
 )
-def test_turns_go_the_way_their_names_say(axes, vector, axis):
+def test_rotations_have_the_named_direction(axes, vector, axis):
     """pan right moves the optical axis to +x, tilt up to -y, clockwise roll moves the right-hand axis down (+y)."""
     R, o = end(axes)
     name = next(iter(axes))
@@ -70,7 +70,7 @@ def test_plucker_rays_of_a_hand_made_camera():
 
 
 def test_rays_are_not_rounded_by_autocast():
-    """Training makes them inside the network's pass, under autocast: bf16 has three digits, which is a third of a degree."""
+    """Training computes rays inside the network's pass, under autocast: bf16 has three digits, an error of a third of a degree."""
     trajectory = axes_trajectory({"pan": 7, "dolly": 5}, T, H, W)
     plain = plucker_rays(trajectory, H, W)
     with torch.autocast("cpu", torch.bfloat16):
@@ -87,7 +87,7 @@ def test_packing_is_component_major_with_frame_zero_four_times():
         assert all(torch.equal(signal[4 * component + t, 1], alone[1 + t, component]) for t in range(4))
 
 
-def test_rays_of_a_batch_are_those_of_its_clips_whole_and_in_parts():
+def test_rays_of_a_batch_equal_those_of_its_clips_whole_and_in_parts():
     paths = [axes_trajectory({"pan": 5}, 9, H, W), axes_trajectory({"dolly": 3, "zoom": 4}, 9, H, W)]
     batch = Cameras(torch.stack([p.c2w for p in paths]), torch.stack([p.intrinsics for p in paths]), (H, W), torch.tensor([[3], [8]]))
     want = torch.stack([camera_signal(path, H, W, (t,)) for path, t in zip(paths, (3, 8), strict=True)])

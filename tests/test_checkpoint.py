@@ -1,4 +1,4 @@
-"""A checkpoint is whole or absent, whatever happens while it is written."""
+"""A checkpoint is complete or absent, whatever happens while it is written."""
 
 from __future__ import annotations
 
@@ -65,15 +65,15 @@ def flip(path: Path) -> None:
 DAMAGE = {
     "model.safetensors is missing": lambda p: (p / "model.safetensors").unlink(),
     "model.safetensors has .* bytes": lambda p: (p / "model.safetensors").write_bytes(b"short"),
-    "model.safetensors has another SHA-256": lambda p: flip(p / "model.safetensors"),
-    "meta.json has another SHA-256": lambda p: flip(p / "meta.json"),
+    "SHA-256 of model.safetensors is not": lambda p: flip(p / "model.safetensors"),
+    "SHA-256 of meta.json is not": lambda p: flip(p / "meta.json"),
     "manifest.json is missing": lambda p: (p / "manifest.json").unlink(),
     "manifest.json is not readable": lambda p: (p / "manifest.json").write_text('{"step"'),
 }
 
 
 @pytest.mark.parametrize("reason", DAMAGE)
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(reason: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_checkpoint_is_named_and_the_previous_one_is_used(reason: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     save(tmp_path, 1, weights(1))
     bad = save(tmp_path, 2, weights(2))
     DAMAGE[reason](bad)
@@ -83,17 +83,17 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(reason: str, t
     assert found is not None and found.step == 1
     assert "step-00000002" in caplog.text and reason.split()[0] in caplog.text
 
-    save(tmp_path, 2, weights(3))  # the run goes on and writes the step again
+    save(tmp_path, 2, weights(3))  # the run continues and writes the step again
     assert load_latest(tmp_path).step == 2  # type: ignore[union-attr]
 
 
-def test_nothing_good_is_an_error_and_not_a_fresh_start(tmp_path: Path) -> None:
+def test_no_intact_checkpoint_is_an_error_and_not_a_fresh_start(tmp_path: Path) -> None:
     flip(save(tmp_path, 1, weights(1)) / "model.safetensors")
-    with pytest.raises(UserError, match="no good checkpoint"):
+    with pytest.raises(UserError, match="no intact checkpoint"):
         load_latest(tmp_path)
 
 
-def test_good_folders_outlive_those_of_an_abandoned_future(tmp_path: Path) -> None:
+def test_intact_folders_are_kept_over_those_of_an_abandoned_continuation(tmp_path: Path) -> None:
     save(tmp_path, 10, weights(1))
     flip(save(tmp_path, 20, weights(2)) / "model.safetensors")
     save(tmp_path, 15, weights(3), keep_last=2)  # resumed from 10, stopped at 15
@@ -102,12 +102,12 @@ def test_good_folders_outlive_those_of_an_abandoned_future(tmp_path: Path) -> No
 
 
 class Killed(BaseException):
-    """The process ends here, as far as the files are concerned."""
+    """Raised to simulate a kill at this point."""
 
 
 @pytest.mark.parametrize("same_step", [False, True])
-def test_a_kill_at_any_moment_leaves_a_good_checkpoint(same_step: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cut `save` before its first, second, ... change of the disk until it runs through; a good checkpoint is there every time."""
+def test_a_kill_at_any_moment_leaves_an_intact_checkpoint(same_step: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interrupt `save` before its first, second, ... change of the disk until it completes; an intact checkpoint exists every time."""
     count, limit = 0, 0
 
     def guarded(function):
@@ -142,7 +142,7 @@ def test_a_kill_at_any_moment_leaves_a_good_checkpoint(same_step: bool, tmp_path
         found = load_latest(run)
         assert found is not None
         seen.add(found.tensors["model"]["b"].item())
-        save(run, 3, weights(30), keep_last=1)  # the next save is not disturbed by what is left
+        save(run, 3, weights(30), keep_last=1)  # the remains do not disturb the next save
         assert load_latest(run).step == 3  # type: ignore[union-attr]
         assert [p.name for p in run.glob("step-*")] == ["step-00000003"]
         if finished:
@@ -185,7 +185,7 @@ def test_a_run_keeps_its_settings(tmp_path: Path) -> None:
     check_same_config(tmp_path, {"anything": 1})
     save_config(outer(), tmp_path / "config.yaml")
     check_same_config(tmp_path, {"steps": 99, "seed": 1, "model": {"dim": 8}})
-    with pytest.raises(UserError, match="model.dim 8 -> 16; seed 1 -> 2; take them back"):
+    with pytest.raises(UserError, match="model.dim 8 -> 16; seed 1 -> 2; restore them"):
         check_same_config(tmp_path, {"steps": 99, "seed": 2, "model": {"dim": 16}})
     check_same_config(tmp_path, {"steps": 99, "seed": 2, "model": {"dim": 16}}, may_change=["steps", "seed", "model"])
 

@@ -1,4 +1,4 @@
-"""Manifests and folders as data sets: buckets, constant tokens, and an order that depends on nothing but (seed, step)."""
+"""Manifests and folders as data sets: buckets, equal tokens per batch, and an order that depends only on (seed, step)."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_shots_go_to_their_aspect_and_their_longest_length(root, manifest):
         assert "6 clips from 5 shots" in clips.report()
 
 
-def test_what_is_left_over_of_a_shot_is_seen_in_other_epochs(manifest):
+def test_remaining_frames_of_a_shot_are_used_in_other_epochs(manifest):
     clips = ClipSource(config(manifest)).manifest
     names = {clips.clip(Bucket("16:9", 9), 2, epoch).name for epoch in range(20)}
     assert len(names) == 25 % 9 + 1 and names == {clips.clip(Bucket("16:9", 9), 2, epoch).name for epoch in range(20)}
@@ -127,7 +127,7 @@ def test_tokens_of_a_batch_are_constant_and_no_clip_is_lost(group):
         for bucket, (least, most) in epochs.uses().items():
             counts = [used[bucket, n] for n in range(items[bucket])]
             assert (min(counts), max(counts)) == (least, most) and least >= epochs.rounds
-    # of the clips of 41 frames a half is cut to 17 and a quarter to 1, whatever the batches hold, as often as the lengths are named
+    # half of the clips of 41 frames are cut to 17 and a quarter to 1, in proportion to how often the lengths are listed
     (long,) = [b for b in buckets if b == Bucket("1:1", 41)]
     shares = {T: cut[long, T] / sum(cut[long, other] for other in (1, 17, 41)) for T in (1, 17, 41)}
     assert shares == pytest.approx({1: 0.25, 17: 0.5, 41: 0.25}, abs=0.1)
@@ -137,7 +137,7 @@ def test_tokens_of_a_batch_are_constant_and_no_clip_is_lost(group):
 @pytest.mark.parametrize("ranks", [8, 64])
 @pytest.mark.parametrize(("batch", "clips"), [(1, 3000), (8, 3000), (1, 7)])
 def test_all_processes_of_a_step_have_equal_work(ranks, batch, clips):
-    """From the plan of batches alone, of a 0.1B model on 480p clips, attention, text and keyframes counted: mean over slowest."""
+    """Computed from the plan of batches of a 0.1B model on 480p clips, with attention, text and keyframes: mean over slowest."""
     cfg = load_config(train_dit.TrainDiTConfig, "dit/0.1b.yaml")
     model = {"patch_size": (1, 2, 2), "in_channels": 16, "out_channels": 16, "text_dim": 512, "freq_dim": 256, **cfg.model}
     buckets = [Bucket(a, T) for a in ASPECTS for T in (1, 17, 41, 81)]
@@ -178,7 +178,7 @@ def test_the_order_is_a_function_of_seed_and_step_alone(manifest):
     assert any(a.shape != b.shape or not torch.equal(a, b) for a, b in zip(straight, (other[i] for i in range(6)), strict=True))
 
 
-def test_what_cannot_be_used_is_named_or_counted(root, manifest, tmp_path):
+def test_unusable_clips_are_named_or_counted(root, manifest, tmp_path):
     with pytest.raises(UserError, match=r"1 of 5 clips are too short for data.frames \[5, 9\] \(picture.png.*is a picture.*skip_bad"):
         ClipSource(config(manifest, frames=[5, 9]))
     clips = ClipSource(config(manifest, frames=[5, 9], skip_bad=True)).manifest
@@ -203,7 +203,7 @@ def test_what_cannot_be_used_is_named_or_counted(root, manifest, tmp_path):
 
 
 @pytest.mark.parametrize("text", ["{", '{"path": 3}', "[1]", '{"path": "a", "video": {"width": 3}}'])
-def test_a_manifest_that_is_not_one_is_refused_with_its_line(tmp_path, text):
+def test_an_invalid_manifest_is_refused_with_its_line(tmp_path, text):
     (tmp_path / "m.jsonl").write_text(f"\n{text}\n")
     with pytest.raises(UserError, match="m.jsonl line 2"):
         read_manifest(tmp_path / "m.jsonl")
@@ -223,14 +223,14 @@ def test_files_held_out_for_evaluation_are_not_trained_on(manifest):
 def test_a_camera_beside_a_video_is_cut_with_it(tmp_path):
     write_video(tmp_path / "a.mp4", smooth(25)[:, :36], 8)
     (tmp_path / "a.txt").write_text("turning")
-    angles = [0.02 * i for i in range(50)]  # 16 poses a second, turning right about the vertical axis
+    angles = [0.02 * i for i in range(50)]  # 16 poses a second, panning right
     c2w = [[[np.cos(a), 0, np.sin(a), 0.1 * i], [0, 1, 0, 0], [-np.sin(a), 0, np.cos(a), 0]] for i, a in enumerate(angles)]
     (tmp_path / "a.camera.json").write_text(json.dumps({"fps": 16, "intrinsics": [[0.5, 0.875, 0.5, 0.5]] * 50, "c2w": c2w}))
     clips = ManifestClips(folder_manifest(tmp_path, False), [9], ["16:9"], 8.0)
     camera = clips.clip(Bucket("16:9", 9), 1).trajectory
     want = 0.04 * torch.arange(9)  # two poses a frame, from the clip's first on
     assert torch.allclose(torch.atan2(camera.c2w[:, 0, 2], camera.c2w[:, 0, 0]), want, atol=1e-5)
-    first = 0.02 * 18  # the clip's first frame is the 18th pose: its axes are the clip's
+    first = 0.02 * 18  # the clip starts at the 18th pose: its axes are the clip's axes
     step = torch.tensor([np.cos(first), np.sin(first)], dtype=torch.float32) * 0.2
     assert torch.allclose(camera.c2w[1, [0, 2], 3], step, atol=1e-5)
 
@@ -274,7 +274,7 @@ def test_a_manifest_is_encoded_whole_and_trains_in_constant_tokens(manifest, tmp
     assert cat.weights[cat.captions.index(["a cat", "猫"])] == [1, 3]
 
 
-def test_an_unfinished_cache_is_not_read_and_goes_on(manifest, tmp_path, vae):
+def test_an_unfinished_cache_is_not_read_and_can_be_continued(manifest, tmp_path, vae):
     encode(manifest, tmp_path, vae, upto=3)
     with pytest.raises(UserError, match="does not exist"):
         LatentCache(tmp_path)
@@ -284,10 +284,10 @@ def test_an_unfinished_cache_is_not_read_and_goes_on(manifest, tmp_path, vae):
     assert not list(tmp_path.glob("index.*.json"))
 
 
-def test_two_processes_make_what_one_makes(manifest, tmp_path, vae):
+def test_two_processes_make_the_same_cache_as_one(manifest, tmp_path, vae):
     encode(manifest, tmp_path / "one", vae)
     ranks = [fill_cache(encode_config(manifest, tmp_path / "two"), vae, rank, 2, lambda: None) for rank in (1, 0)]
-    for steps in ranks:  # what `wait` does between processes: both have looked before one writes
+    for steps in ranks:  # simulates `wait`: both have listed the shards before one writes
         next(steps)
     for steps in ranks:  # and rank 0 finishes last
         list(steps)
@@ -299,7 +299,7 @@ def encode_config(manifest: Path, out: Path) -> CacheConfig:
     return CacheConfig(out=str(out), shard=1, workers=0, data=config(manifest))
 
 
-def test_a_changed_clip_or_a_cut_shard_is_made_anew_and_no_other(manifest, root, tmp_path, vae):
+def test_only_a_changed_clip_or_a_cut_shard_is_made_again(manifest, root, tmp_path, vae):
     encode(manifest, tmp_path, vae)
     before = shards(tmp_path)
     cut = tmp_path / "00004.safetensors"
@@ -324,7 +324,7 @@ def test_a_changed_clip_or_a_cut_shard_is_made_anew_and_no_other(manifest, root,
 
 
 def test_pictures_and_videos_train_together(manifest, tmp_path, vae, capsys, monkeypatch):
-    """All three programs on one manifest of videos of several shapes and a picture, as a person runs them."""
+    """All three programs on one manifest of videos of several shapes and a picture, run as a user would."""
     monkeypatch.chdir(ROOT)
     smaller = ["model.base_dim=4", "model.decoder_base_dim=4", "model.dim_mult=[1,1,1]"]
     data = [f"data.source={manifest}", "data.frames=[1,5,9]", "workers=0", "threads=1"]
@@ -355,8 +355,8 @@ def test_the_world_still_needs_a_number_of_clips_and_a_manifest_none(manifest, t
         list(fill_cache(CacheConfig(out=str(tmp_path)), vae))
 
 
-def test_more_pictures_than_clips_of_other_scenes_of_the_world(tmp_path, vae):
-    """Short clips are cheap: a cache may hold many more of them, and a batch of them the tokens of a batch of long ones."""
+def test_a_cache_may_have_more_pictures_than_clips_of_other_scenes(tmp_path, vae):
+    """Short clips are cheap, so a cache may hold more of them, and a batch of them has as many tokens as a batch of long ones."""
     data = DataConfig(frames=[1, 5, 9])
     cfg = CacheConfig(out=str(tmp_path), clips=5, shorter={5: 5, 1: 20}, shard=3, workers=0, data=data)
     list(fill_cache(cfg, vae))

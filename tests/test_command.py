@@ -1,4 +1,4 @@
-"""What the command lines share: help at once, without the libraries that take seconds to import."""
+"""The command lines: fast help, without importing slow libraries, and hints for names from other tools."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SLOW = ("torch", "numpy", "diffusers", "transformers", "av", "cv2", "gradio", "o
     ("words", "size"), [(["--sizes", "112x64,48x32"], [(64, 112), (32, 48)]), (["--size", "832x480"], (480, 832))], ids=["certify", "vae"]
 )
 def test_sizes_are_width_times_height_everywhere(words: list[str], size: object) -> None:
-    """(H, W) inside, as everywhere in the library."""
+    """(H, W) internally, as everywhere in the library."""
     program = certify if words[0] == "--sizes" else vae
     args = program.parse([*words, "--out", "o", *([] if program is certify else ["FOLDER"])])
     assert vars(args)[words[0][2:]] == size
@@ -40,7 +40,7 @@ def test_sizes_are_width_times_height_everywhere(words: list[str], size: object)
         program.parse([words[0], "64", "--out", "o", *([] if program is certify else ["FOLDER"])])
 
 
-# Names of diffusers, ComfyUI, Wan's scripts and other trainers, and what they are called here.
+# Names in diffusers, ComfyUI, Wan's scripts and other trainers, and our names for them.
 ELSEWHERE = {
     "--steps": "--num-inference-steps",
     "--sample_steps": "--num-inference-steps",
@@ -60,12 +60,12 @@ ELSEWHERE = {
 
 
 @pytest.mark.parametrize("name", ELSEWHERE)
-def test_names_of_elsewhere_are_known_by_their_meaning(name: str) -> None:
+def test_names_of_other_tools_are_recognised(name: str) -> None:
     with pytest.raises(UserError, match=re.escape(f"unknown option '{name}' (did you mean '{ELSEWHERE[name]}")):
         parse(["a ball", name, "20"])
 
 
-def test_names_of_elsewhere_are_known_in_python_and_in_configs() -> None:
+def test_names_of_other_tools_are_recognised_in_python_and_in_configs() -> None:
     for name, ours in {"generator": "seed', a whole number", "steps": "num_inference_steps", "end_image": "last_image"}.items():
         with pytest.raises(UserError, match=re.escape(f"unknown field '{name}' (did you mean '{ours}")):
             Request("a ball", **{name: 1})
@@ -75,8 +75,8 @@ def test_names_of_elsewhere_are_known_in_python_and_in_configs() -> None:
     assert "did you mean" not in str(unknown("suite", "zzzz", ["vae", "dit"]))
 
 
-def test_every_name_that_a_hint_gives_exists_somewhere() -> None:
-    """Else the hint would never be given."""
+def test_every_name_in_a_hint_exists() -> None:
+    """Otherwise the hint would never be shown."""
     options = {option.lstrip("-").replace("-", "_") for option in re.findall(r"--[a-z0-9-]+", options_of(parse))}
     fields = {field.name for cls in (Request, TrainConfig, DataConfig) for field in dataclasses.fields(cls)}
     assert not (strange := [ours for ours in NAMES if not set(ours.split()) & (options | fields)]), strange
@@ -95,7 +95,7 @@ ALL = [(program, *more) for program in SCRIPTS for more in ((), *((command,) for
 
 
 @pytest.mark.parametrize("words", ALL, ids=" ".join)
-def test_help_comes_at_once(words: tuple[str, ...]) -> None:
+def test_help_is_fast(words: tuple[str, ...]) -> None:
     """Of every program and command: in under a second of processor time, with nothing imported that a loaded machine would wait for."""
     module, function = SCRIPTS[words[0]].split(":")
     code = f"""

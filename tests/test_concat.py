@@ -1,4 +1,4 @@
-"""The older layouts' extra channels, read off the State: against the loops over pixel frames that the published pipelines write."""
+"""The extra channels of the older layouts, computed from the State, against the loops over pixel frames of the published pipelines."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def state_of(given: Given) -> State:
 
 
 def published_mask(known: set[int]) -> Tensor:
-    """As wan/image2video.py: one a pixel frame, the first four times, folded by four."""
+    """As wan/image2video.py: one value per pixel frame, the first repeated four times, folded by four."""
     pixels = torch.zeros(1, T, HH, WW)
     pixels[:, sorted(known)] = 1
     pixels = torch.cat([pixels[:, :1].repeat_interleave(4, dim=1), pixels[:, 1:]], dim=1)
@@ -51,7 +51,7 @@ def test_a_spatial_hole_is_marked_in_every_frame() -> None:
 
 
 @pytest.mark.parametrize("z", [16, 48])
-def test_the_number_of_channels_tells_the_groups(z: int) -> None:
+def test_the_number_of_channels_determines_the_groups(z: int) -> None:
     widths = {"control": z, "mask": 4, "clean": z, "first": z}
     for channels in (z, 2 * z, 2 * z + 4, 3 * z, 3 * z + 4):
         assert z + sum(widths[group] for group in concat_groups(channels, z)) == channels
@@ -59,7 +59,7 @@ def test_the_number_of_channels_tells_the_groups(z: int) -> None:
         concat_groups(37, z)
 
 
-def test_groups_hold_what_they_say() -> None:
+def test_groups_have_the_documented_contents() -> None:
     state, control = state_of(Given(known=1)), torch.randn(1, Z, F, HH, WW)
     out = concat_channels(state, ("control", "mask", "clean", "first"), control)
     assert torch.equal(out[:, :Z], control) and torch.equal(out[:, Z : Z + 4], published_mask({0}))
@@ -69,7 +69,7 @@ def test_groups_hold_what_they_say() -> None:
     assert not nothing.any(), "nothing given is zero, not the encoding of grey"
 
 
-def test_an_opened_state_has_everything_to_make() -> None:
+def test_an_opened_state_generates_every_frame() -> None:
     state = opened(state_of(Given(known=1, keyframes=((T - 1, 1.0),))))
     assert state.plain and state.mask.shape == (1, 1, F, HH, WW) and bool((state.mask == 1).all())
     assert state.position.tolist() == [[0, 1, 2, 3]] and not state.clean.any() and not state.kind.any()

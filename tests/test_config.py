@@ -79,7 +79,7 @@ def test_texts_that_yaml_1_1_would_turn_into_something_else(text: str, tmp_path:
         ("steps=" + "9" * 400, ["cannot be used", "beyond 64 bits"]),
         ("steps=" + "9" * 5000, ["cannot be used"]),
         ("model=" + "[" * 100_000, ["cannot be used"]),
-        ("model.x=" + "[" * 60 + "]" * 60, ["nests more than 50 deep"]),
+        ("model.x=" + "[" * 60 + "]" * 60, ["is nested more than 50 levels deep"]),
         ("data=${nothing}", ["nothing"]),
     ],
 )
@@ -91,7 +91,7 @@ def test_mistakes_name_key_value_and_place(word: str, parts: list[str]) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_dashes_before_a_key_are_as_good_as_none() -> None:
+def test_dashes_before_a_key_are_ignored() -> None:
     assert load("--optim.lr=0.5", "steps=3") == load("optim.lr=0.5", "--steps=3")
 
 
@@ -126,7 +126,7 @@ def test_base_chain(tmp_path: Path) -> None:
         ("- 1", "holds a list"),
         ("stps: 1", "c.yaml.*did you mean 'steps'"),
         ("steps: x", "steps = 'x' in .*c.yaml: expected int"),
-        ("model: {x: " + "[" * 100_000, "c.yaml' cannot be used: it nests thousands deep"),
+        ("model: {x: " + "[" * 100_000, "c.yaml' cannot be used: it is nested thousands of levels deep"),
         ("model:" + "".join(f"\n{' ' * i}a:" for i in range(1, 300)), "cannot be used"),
         ("".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9) if i else 'x'}]\n" for i in range(40)), "more than 100000 values"),
         ("a: &a [*a]", "cannot be used"),
@@ -145,7 +145,7 @@ def test_a_bad_file_is_named(text: str, message: str, tmp_path: Path) -> None:
     assert time.process_time() - before < 5 and "\n" not in str(error.value)
 
 
-def test_the_environment_is_read_where_the_user_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_is_read_only_if_the_user_allows_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PLACE", "here")
     path = tmp_path / "c.yaml"
     path.write_text("data: ${oc.env:PLACE}\nsteps: 4\nsizes: ['${steps}']")
@@ -159,8 +159,8 @@ def test_the_environment_is_read_where_the_user_says_so(tmp_path: Path, monkeypa
     assert (cfg.data, cfg.sizes) == ("here", [4])
 
 
-def test_what_other_trainers_call_a_key_leads_to_ours() -> None:
-    """Of the real programs: every hint names a key that is there, and no name of ours is taken for somebody else's."""
+def test_names_of_other_trainers_lead_to_our_keys() -> None:
+    """For the real programs: every hint names an existing key, and none of our names is taken for another tool's."""
     from kling_programs.train import command
 
     for asked in command.PROGRAMS.values():

@@ -1,4 +1,4 @@
-"""The second half of the VAE's training: the critic and its losses, perceptual features, and the ways a clip goes through."""
+"""The second half of the VAE's training: the discriminator and its losses, perceptual features, and the paths of a clip."""
 
 from __future__ import annotations
 
@@ -37,19 +37,19 @@ def test_hinge() -> None:
     assert hinge(real, fake) == 0.25 + 0.5 and generator_loss(fake) == 1.5
 
 
-def test_a_frozen_critic_steers_without_learning() -> None:
+def test_a_frozen_critic_gives_gradients_without_learning() -> None:
     critic, video = PatchDiscriminator3d(width=8), torch.randn(1, 3, 1, 16, 16, requires_grad=True)
     with frozen(critic):
         generator_loss(critic(video)).backward()
     assert video.grad.abs().sum() > 0 and all(p.grad is None and p.requires_grad for p in critic.parameters())
 
 
-def test_the_critic_warms_up_before_it_steers() -> None:
+def test_the_critic_warms_up_before_it_affects_the_generator() -> None:
     adversary = Adversary(weight=0.5, start=100, warmup=10)
     assert [adversary.weight_at(step) for step in (0, 100, 110, 115, 120, 1000)] == [0, 0, 0, 0.25, 0.5, 0.5]
 
 
-def test_a_critic_tells_noise_from_ramps() -> None:
+def test_a_critic_learns_to_distinguish_noise_from_ramps() -> None:
     torch.manual_seed(0)
     critic = PatchDiscriminator3d(width=8)
     optimizer = torch.optim.Adam(critic.parameters(), lr=3e-3, betas=(0.5, 0.9))
@@ -66,7 +66,7 @@ def test_a_critic_tells_noise_from_ramps() -> None:
 
 @pytest.fixture(scope="module")
 def vgg(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file of torchvision's names and shapes, with small weights drawn here."""
+    """A file with torchvision's names and shapes, and small random weights."""
     g = torch.Generator().manual_seed(0)
     tensors, channels, place = {"classifier.0.weight": torch.zeros(1)}, 3, 0
     for width in Perceptual.LAYERS:
@@ -111,7 +111,7 @@ def test_perceptual_distance(vgg: Path, tmp_path: Path) -> None:
 
 
 def test_paths_through_the_vae() -> None:
-    """A stream is exact, gradients included; tiles are close, and reach every weight."""
+    """Streaming is exact, including gradients; tiles are close, and use every weight."""
     torch.manual_seed(0)
     net = Autoencoding(AutoencoderKLKling(**workers.TINY_VAE))
     for p in net.parameters():
@@ -132,7 +132,7 @@ def test_paths_through_the_vae() -> None:
 
 
 def test_a_draw_and_halved_latents() -> None:
-    """The mean plus the deviation times the generator's noise is decoded; halved latents give the halved size and train the encoder."""
+    """The decoder gets mean plus deviation times the generator's noise; halved latents give the halved size and train the encoder."""
     torch.manual_seed(0)
     net = Autoencoding(AutoencoderKLKling(**workers.TINY_VAE))
     for p in net.parameters():
@@ -179,7 +179,7 @@ def test_training_with_a_critic_resumes_bit_for_bit(vgg: Path, tmp_path: Path, m
 
 @pytest.mark.slow
 def test_two_processes_train_a_vae_and_its_critic(tmp_path: Path) -> None:
-    """Lone frames, which use no convolution over time, and clips; one checkpoint, the same on both."""
+    """Single frames, which use no convolution over time, and clips; one checkpoint, the same on both processes."""
     extra = ["adversary.weight=0.1", "adversary.start=1", "adversary.warmup=1", "adversary.width=4", "steps=4", f"out={tmp_path}"]
     assert workers.run([*WORDS, *extra], workers.environment("ddp", 2)) == [0, 0]
     saved = load_latest(tmp_path)
@@ -198,9 +198,9 @@ def lines(run: Path) -> list[dict]:
 
 
 def test_two_processes_are_two_micro_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lone frames on one process beside a clip on the other, along different paths: losses, gradients and held-out PSNR are the same.
+    """A single frame on one process and a clip on the other, on different paths: losses, gradients and held-out PSNR are the same.
 
-    A critic is left out here: its spectral norms take a step at every pass, of which one process makes more.
+    There is no discriminator here: its spectral norms are updated in every pass, and the numbers of passes differ.
     """
     monkeypatch.setattr(train_vae, "latent_statistics", lambda model, cfg: (torch.zeros(16), torch.ones(16)))
     words = [*WORDS, "paths={whole: 1, streamed: 1}", "eval_clips=2", "eval_every=3", "steps=3"]
@@ -215,8 +215,8 @@ def test_two_processes_are_two_micro_steps(tmp_path: Path, monkeypatch: pytest.M
         assert (a.tensors["optimizer"][key] - moment[key]).norm() <= 1e-5 * moment[key].norm() + 1e-12, key
 
 
-def test_a_critic_that_is_not_finite_takes_nothing_with_it(plain: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A fault of five updates leaves nothing behind but its clips, which are not met again; one that comes again ends the run, and names
+def test_a_critic_that_is_not_finite_damages_nothing(plain: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five bad updates leave nothing but the file with their clips, which are not drawn again; if it happens again, the run ends and names
     the clips."""
     real, calls, last = train_vae.hinge, iter(range(1, 1000)), 6
     monkeypatch.setattr(train_vae, "hinge", lambda *scores: real(*scores) * (math.nan if 2 <= next(calls) <= last else 1.0))
@@ -233,7 +233,7 @@ def test_a_critic_that_is_not_finite_takes_nothing_with_it(plain: list[str], tmp
     assert stopped.value.code == 2 and bad["clips"][0].startswith("world/0/train/")
 
 
-def test_a_signal_ends_it_after_a_step_with_a_checkpoint(tmp_path: Path) -> None:
+def test_a_signal_ends_training_after_a_step_with_a_checkpoint(tmp_path: Path) -> None:
     process = workers.start([*WORDS, "steps=100000", "save_every=100000", f"out={tmp_path}"])
     while not (tmp_path / "metrics.jsonl").exists():
         assert process.is_alive()

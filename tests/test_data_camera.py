@@ -1,4 +1,4 @@
-"""Cameras from pixels, on warped pictures and rendered scenes whose cameras are known."""
+"""Camera estimation, on warped pictures and rendered scenes with known cameras."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def wall() -> np.ndarray:
 
 
 def turning(T: int = 17, yaw: float = 0.015, pitch: float = -0.006) -> tuple[np.ndarray, list[np.ndarray]]:
-    """(frames, camera-to-world rotations) of a camera that turns before a far wall."""
+    """(frames, camera-to-world rotations) of a camera that rotates in front of a distant wall."""
     K = np.array([[FOCAL * W, 0, W / 2], [0, FOCAL * W, H / 2], [0, 0, 1]])
     centred = np.array([[1, 0, -W], [0, 1, -H], [0, 0, 1]])  # the wall's middle third is the first frame's view
     frames, turns, picture = [], [], wall()
@@ -49,7 +49,7 @@ def turning(T: int = 17, yaw: float = 0.015, pitch: float = -0.006) -> tuple[np.
     return np.stack(frames), turns
 
 
-def test_a_turning_camera_is_found_with_its_focal_length():
+def test_a_rotating_camera_is_found_with_its_focal_length():
     frames, turns = turning()
     estimate = estimate_rotation(tracks(frames), 8.0, W / H)
     R = estimate.trajectory.c2w[:, :, :3].double().numpy()
@@ -74,7 +74,7 @@ def _still(scene: Scene) -> bool:
 
 
 @pytest.mark.parametrize("axis", ["pan", "dolly", pytest.param("horizontal", marks=pytest.mark.slow)])
-def test_conventions_are_told_apart_by_the_picture(axis):
+def test_the_picture_distinguishes_pose_conventions(axis):
     frames, truth = scene_with(axis)
     pairs = tracks(frames, gap=2)
     right, w2c, opengl, _ = convention_errors(truth, pairs, gap=2).values()
@@ -129,7 +129,7 @@ def test_a_path_is_drawn_where_it_goes():
 
 @pytest.mark.slow
 def test_colmap_finds_a_moving_camera(tmp_path):
-    """A camera that slides past two textured walls at different depths."""
+    """A camera that moves sideways past two textured walls at different depths."""
     pytest.importorskip("pycolmap")
     from kling.data.decode import probe
     from kling.metrics.camera.clips import read_colmap

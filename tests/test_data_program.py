@@ -1,4 +1,4 @@
-"""kling-data report and caption, as a person runs them."""
+"""kling-data report and caption, run as a user would."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ sys.path[:0] = [str(Path(__file__).parents[1] / "train")]
 import data as program  # noqa: E402
 
 
-def test_help_comes_without_torch_and_offers_what_the_library_has():
+def test_help_needs_no_torch_and_lists_the_library_s_choices():
     words = "import sys; sys.argv = ['kling-data', 'scan', '--help']; from kling_programs.train.data import main\ntry: main()\n"
     words += "finally: print('torch' in sys.modules)"
     said = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True, timeout=60).stdout
@@ -137,7 +137,7 @@ def test_a_local_model_writes_captions_once(scanned, model, capsys):
     assert {Path(s.path).stem: s for s in read_manifest(scanned).shots} == shots  # a second scan keeps them
 
 
-def test_what_is_not_a_model_is_refused(scanned, capsys):
+def test_a_folder_without_a_model_is_refused(scanned, capsys):
     for folder in (scanned.parent, scanned.parent / "none"):
         with pytest.raises(SystemExit) as stop:
             program.main(["caption", str(scanned), "--model", str(folder)])

@@ -1,4 +1,4 @@
-"""The studio without its page: the queue, what is handed in, the fields, the shelf, the command line."""
+"""The studio without its page: the queue, uploads, the fields, the shelf, the command line."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def drain(events) -> tuple[list, object]:
 
 
 class Gate:
-    """A job that holds the model until it is opened."""
+    """A job that occupies the model until it is opened."""
 
     def __init__(self, queue: ModelQueue, visitor: str = "gate") -> None:
         self.open, entered = threading.Event(), threading.Event()
@@ -78,7 +78,7 @@ class Gate:
         assert entered.wait(10)
 
 
-def test_a_job_tells_its_events_and_returns_its_result():
+def test_a_job_reports_its_events_and_returns_its_result():
     events, result = drain(ModelQueue().run("a", lambda tell: [tell(1), tell(2)] and "done"))
     assert [e for e in events if not isinstance(e, Waiting)] == [1, 2] and result == "done"
 
@@ -100,7 +100,7 @@ def test_visitors_take_turns_and_no_more_than_the_bound_wait():
 
 
 @pytest.mark.parametrize("end", ["stop", "close"])
-def test_a_job_stops_at_its_next_event_and_one_that_waits_never_starts(end):
+def test_a_running_job_stops_at_its_next_event_and_a_waiting_one_never_starts(end):
     queue, told, started = ModelQueue(), [], []
     stopped = threading.Event()
 
@@ -135,7 +135,7 @@ def test_a_job_stops_at_its_next_event_and_one_that_waits_never_starts(end):
     assert drain(queue.run("c", lambda tell: 7))[1] == 7  # the model's thread lives on
 
 
-def test_a_mistake_in_a_job_reaches_who_waits_for_it():
+def test_an_error_in_a_job_reaches_its_listener():
     queue = ModelQueue()
     with pytest.raises(ZeroDivisionError):
         drain(queue.run("a", lambda tell: 1 / 0))
@@ -144,7 +144,7 @@ def test_a_mistake_in_a_job_reaches_who_waits_for_it():
 
 
 def following(queue: ModelQueue, owner: str) -> tuple[list, list]:
-    """Draw from a job in the background: what it told, and how it ended."""
+    """Follow a job in the background: what it reported, and how it ended."""
     seen, end = [], []
 
     def draw() -> None:
@@ -161,7 +161,7 @@ def following(queue: ModelQueue, owner: str) -> tuple[list, list]:
     return seen, end
 
 
-def test_a_job_of_a_page_goes_on_while_its_tab_is_loaded_anew_and_no_longer(monkeypatch):
+def test_a_job_of_a_page_continues_while_its_tab_is_reloaded_and_no_longer(monkeypatch):
     monkeypatch.setattr(jobs, "ALONE", 1.5)
     queue, go = ModelQueue(), threading.Event()
 
@@ -198,7 +198,7 @@ def test_a_job_of_a_page_goes_on_while_its_tab_is_loaded_anew_and_no_longer(monk
     assert not queue.running and isinstance(following(queue, "tab")[1][0], Stopped)
 
 
-def test_a_job_that_nobody_hears_ends_though_it_is_drawn_from(monkeypatch):
+def test_a_job_without_a_listener_ends_although_its_generator_is_read(monkeypatch):
     monkeypatch.setattr(jobs, "UNHEARD", 0.5)
     queue = ModelQueue()
 
@@ -300,8 +300,8 @@ def test_good_files_are_kept_by_their_contents(uploads):
     assert uploads.accept(None, "image") is None and len(list(uploads.store.iterdir())) == 3
 
 
-def test_one_upload_named_by_many_requests_at_once_is_kept_once(uploads):
-    """A page checks a file, draws it and explains it in parallel."""
+def test_an_upload_named_by_several_requests_at_once_is_kept_once(uploads):
+    """A page checks, draws and explains a file in parallel requests."""
     image = png(uploads.arrivals / "a.png", (300, 300))
     kept, threads = [], []
     for _ in range(8):
@@ -361,7 +361,7 @@ def sparse(path: Path, frames: int = 10, apart: float = 590.0) -> Path:
 
 
 def test_a_few_frames_far_apart_are_counted_after_resampling(pipe, uploads, tmp_path, monkeypatch):
-    """Ten frames 590 s apart are 42 000 at 8 fps: the library refuses to read them, and the page takes the first minute."""
+    """Ten frames 590 s apart are 42 000 frames at 8 fps: the library refuses to read them, and the page uses the first minute."""
     file = sparse(tmp_path / "s.mp4")
     assert file.stat().st_size < 8000 and probe(file).count(8) > 42_000
     monkeypatch.setattr("kling.data.video.read_video", None)  # nothing is decoded
@@ -378,8 +378,8 @@ def test_a_few_frames_far_apart_are_counted_after_resampling(pipe, uploads, tmp_
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 150_000  # KiB
 
 
-def test_what_is_restyled_is_read_no_further_than_the_model_goes(pipe, tmp_path, monkeypatch):
-    """And scaled while it is read: no frame is ever there at its own size, unless that is smaller."""
+def test_a_restyled_video_is_read_only_as_far_as_the_model_uses(pipe, tmp_path, monkeypatch):
+    """And it is scaled while reading: no frame is held at full size, unless that is smaller."""
     write_video(tmp_path / "v.mp4", np.random.default_rng(0).integers(0, 256, (60, 256, 448, 3), dtype=np.uint8), 8)
     read, asked = [], {"video": str(tmp_path / "v.mp4")}
     monkeypatch.setattr("kling.data.video.read_video", lambda *a, **k: read.append(read_video(*a, **k)) or read[-1])
@@ -389,7 +389,7 @@ def test_what_is_restyled_is_read_no_further_than_the_model_goes(pipe, tmp_path,
     assert [tuple(clip.frames.shape) for clip in read] == [(41, H, W, 3), (41, 37, H, 3), (60, H, W, 3)]
 
 
-def test_a_phone_s_video_is_brought_down_and_the_page_says_so(uploads):
+def test_a_large_video_is_reduced_and_the_page_says_so(uploads):
     file = uploads.arrivals / "IMG_1.mp4"
     with VideoWriter(file, 30, crf=40) as out:  # 2 s of 1080p30
         for i in range(60):
@@ -420,7 +420,7 @@ def test_what_no_browser_plays_is_shown_as_a_copy(uploads):
 
 
 def test_a_refused_file_keeps_its_reason_for_every_request_of_the_page(uploads):
-    """The page checks a file, draws it and explains it; whoever comes after the first finds it deleted."""
+    """The page checks, draws and explains the file; every request after the first finds it deleted."""
     bad = uploads.arrivals / "a.png"
     for _ in range(2):  # and if it is uploaded again
         bad.write_bytes(b"words")
@@ -548,7 +548,7 @@ def test_bad_fields_are_refused_by_name(uploads, fields, message):
 # ----------------------------------------------------------------------------------------------------------------- the shelf
 
 
-def test_nobody_pushes_out_what_others_made(pipe, tmp_path):
+def test_no_visitor_displaces_the_results_of_others(pipe, tmp_path):
     shelf, made = Shelf(tmp_path / "out", {"path": "m", "sha256": {}}, keep=4), []
     for i, visitor in enumerate("baaaaaa"):
         request = Request("a", seed=i, num_frames=5)
@@ -557,7 +557,7 @@ def test_nobody_pushes_out_what_others_made(pipe, tmp_path):
     assert [one.path.exists() for one in made] == [True, False, False, False, True, True, True]
 
 
-def test_a_result_can_be_had_as_gif_and_webm(pipe, tmp_path):
+def test_a_result_is_available_as_gif_and_webm(pipe, tmp_path):
     shelf = Shelf(tmp_path / "out", {"path": "m", "sha256": {}})
     request = Request("a", num_frames=5)
     frames = np.stack([np.full((H, W, 3), 50 * i, np.uint8) for i in range(5)])
@@ -626,7 +626,7 @@ def test_mistakes_are_one_line(argv, message, capsys):
 
 
 def test_a_record_of_the_page_replays(pipe, tmp_path):
-    """The JSON of a result holds everything: the same frames come out of its request."""
+    """The JSON of a result is complete: its request gives the same frames."""
     from kling.sampling.record import request_of as recorded
 
     shelf = Shelf(tmp_path, {"path": "m", "sha256": {}})

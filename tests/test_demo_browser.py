@@ -40,7 +40,7 @@ def browser() -> Iterator[playwright.Browser]:
 
 
 def new_page(browser: playwright.Browser, width: int = 1440, **context: object) -> playwright.Page:
-    """A new visitor, who waits long: the machine may be busy."""
+    """A new visitor, with a long timeout: the machine may be busy."""
     visitor = browser.new_context(viewport={"width": width, "height": 1000}, **{"locale": "en-US", **context})
     visitor.set_default_timeout(WAIT)
     return visitor.new_page()
@@ -48,7 +48,7 @@ def new_page(browser: playwright.Browser, width: int = 1440, **context: object) 
 
 @pytest.fixture
 def page(browser, site) -> Iterator[playwright.Page]:
-    """An empty page of a new visitor. At the end: no error on the console, and nothing was asked of any other host."""
+    """An empty page of a new visitor. At the end: no error on the console, and no request to any other host."""
     page = new_page(browser)
     wrong: list[str] = []
     page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
@@ -62,7 +62,7 @@ def page(browser, site) -> Iterator[playwright.Page]:
 
 
 def open_for_short_clips(page: playwright.Page, site: Site) -> None:
-    """Half a second in two steps, so that a test waits for the page and not for the model."""
+    """Clips of half a second in two steps, so that tests do not wait for the model."""
     page.goto(site.url)
     page.wait_for_selector("#plan p")
     tab(page, "Size")
@@ -97,7 +97,7 @@ def generate(page: playwright.Page) -> None:
     page.wait_for_function(PLAYING)
 
 
-def test_a_visitor_makes_a_video_and_goes_on_with_it(page, site):
+def test_a_visitor_makes_a_video_and_continues_it(page, site):
     """The smoke test: text to video, its last frame as a first frame, its extension."""
     assert page.is_hidden("#extend")  # nothing to go on with yet
     page.fill("#prompt textarea", "<b>a red ball</b>")
@@ -224,7 +224,7 @@ def test_two_tabs_of_a_browser_share_one_list(browser, site):
 
 
 @pytest.mark.slow
-def test_a_tab_that_is_loaded_anew_finds_its_job_and_its_form(browser, site, tmp_path):
+def test_a_reloaded_tab_finds_its_job_and_its_form(browser, site, tmp_path):
     page = new_page(browser)  # not `page`: streams that are cut off are errors on its console
     open_for_short_clips(page, site)
     tab(page, "Pictures")
@@ -371,7 +371,7 @@ def test_the_settings_of_a_video_come_back_from_its_file(page, site, tmp_path):
 
 
 @pytest.mark.slow
-def test_what_is_typed_is_what_is_asked(page, site, tmp_path):
+def test_typed_values_are_used_unchanged(page, site, tmp_path):
     page.fill("#prompt textarea", "x" * 2500)  # not cut: refused, by its label
     page.wait_for_selector("#plan .bad:text('Prompt has 2500 characters: give at most 2000')")
     page.fill("#prompt textarea", "a ball")
@@ -438,7 +438,7 @@ def test_every_control_has_room(browser, site, width):
 
 
 @pytest.mark.slow
-def test_a_refused_upload_says_why_and_is_gone(page, site, tmp_path):
+def test_a_refused_upload_is_explained_and_removed(page, site, tmp_path):
     (tmp_path / "fake.png").write_bytes(b"GIF89a" + os.urandom(300))
     upload(page, "#first", tmp_path / "fake.png")
     page.wait_for_selector(":text('fake.png is a damaged image'), :text('fake.png is not an image')")
@@ -518,7 +518,7 @@ def test_the_inside_of_a_request(page, tmp_path):
 
 @pytest.mark.slow
 def test_the_checkpoints_of_a_run_side_by_side(browser, tmp_path, monkeypatch):
-    """A run of kling-train: its curves are drawn, and two of its checkpoints make their own videos from one seed."""
+    """A run of kling-train: its curves are drawn, and two of its checkpoints make a video each from one seed."""
     from kling_programs.sample.studio import runs
     from workers import ROOT, debug_words, train_dit
 

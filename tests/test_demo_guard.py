@@ -1,4 +1,4 @@
-"""The door of the page: bodies, uploads, names, passwords, and who listens. Over real sockets, with a real server."""
+"""The guard of the page: bodies, uploads, names, passwords, and listeners. Over real sockets, with a real server."""
 
 # ruff: noqa: F811 - arguments are fixtures
 
@@ -29,7 +29,7 @@ from kling.errors import UserError
 
 
 def raw(site: Site, head: str, *pieces: bytes, pause: float = 0.0) -> int:
-    """The status of a request sent by hand; 0 if the connection was closed without one."""
+    """The status of a hand-written request; 0 if the connection was closed without one."""
     host, port = site.url.split("//")[1].strip("/").split(":")
     with socket.create_connection((host, int(port)), timeout=30) as connection:
         connection.sendall(head.replace("\n", "\r\n").encode() + b"\r\n\r\n")
@@ -49,7 +49,7 @@ def raw(site: Site, head: str, *pieces: bytes, pause: float = 0.0) -> int:
 # ----------------------------------------------------------------------------------------------------- what may be brought
 
 
-def test_a_body_is_refused_by_its_length_and_by_what_comes(site):
+def test_a_body_is_refused_by_its_stated_and_by_its_real_length(site):
     join = "POST /gradio_api/queue/join HTTP/1.1\nHost: 127.0.0.1\nContent-Type: application/json\n"
     assert raw(site, join + f"Content-Length: {400 * 2**20}") == 413  # before a byte of it
     megabyte = b"100000\r\n" + b" " * 2**20 + b"\r\n"
@@ -57,7 +57,7 @@ def test_a_body_is_refused_by_its_length_and_by_what_comes(site):
     assert "100000 characters" in str(site.ask(*site.fields(prompt="x" * 100_000)))  # what comes through, the form refuses
 
 
-def test_an_upload_is_cut_off_where_it_is_too_much_or_too_slow(site, monkeypatch):
+def test_a_too_large_or_too_slow_upload_is_cut_off(site, monkeypatch):
     door = site.studio.door
     monkeypatch.setattr(door, "limits", Limits(file=2**20, seconds=1.0))
     upload = "POST /gradio_api/upload HTTP/1.1\nHost: 127.0.0.1\nContent-Type: multipart/form-data; boundary=b\n"
@@ -71,7 +71,7 @@ def test_an_upload_is_cut_off_where_it_is_too_much_or_too_slow(site, monkeypatch
     assert not door._bringing  # none is left under way
 
 
-def test_an_address_has_a_share_of_uploads_and_the_server_a_whole(site, tmp_path, monkeypatch):
+def test_uploads_are_limited_per_address_and_in_total(site, tmp_path, monkeypatch):
     door, picture = site.studio.door, png(tmp_path / "a.png", (300, 300))
     size = picture.stat().st_size
     monkeypatch.setattr(door, "_brought", {})
@@ -88,7 +88,7 @@ def test_an_address_has_a_share_of_uploads_and_the_server_a_whole(site, tmp_path
 
 
 def test_an_address_in_a_payload_is_never_fetched(site):
-    """Every event of the page and the API, with a URL wherever a file may be named."""
+    """For every event of the page and the API, with a URL wherever a file may be named."""
     asked: list[str] = []
 
     class Trap(http.server.BaseHTTPRequestHandler):
@@ -121,7 +121,7 @@ def test_an_address_in_a_payload_is_never_fetched(site):
 
 @pytest.mark.slow
 def test_numbers_out_of_range_never_fail_on_the_server(site, caplog, capfd):
-    """Whatever is typed into any field, of any event: a line, or nothing; never an error that the log must explain."""
+    """Any input to any field of any event gives one line or nothing, never an error in the log."""
     odd = [1e300, 10**400, -1, 0.5, True, "7", [], {}, "\ud800"]
     for number, fn in site.page.fns.items():
         if fn.api_name == "generate" or not fn.inputs or fn.fn is None or fn.fn.__name__ in ("generate", "vary", "look", "sweep"):
@@ -154,7 +154,7 @@ def test_a_request_that_nobody_listens_to_is_stopped(site, monkeypatch):
     assert ran and not site.studio.queue.running and not site.studio.queue.waiting
 
 
-def test_one_that_is_listened_to_later_tells_that_it_was_stopped(site, monkeypatch):
+def test_a_late_listener_learns_that_its_job_was_stopped(site, monkeypatch):
     monkeypatch.setattr(jobs, "UNHEARD", 0.5)
     posted = site.http.post(f"{site.url}gradio_api/call/generate", json={"data": site.fields(num_inference_steps=100, duration=20.0)})
     time.sleep(3)
@@ -193,7 +193,7 @@ def test_a_video_is_served_in_other_formats(site):
 # --------------------------------------------------------------------------------------------------------------------- names
 
 
-def test_only_our_own_names_are_answered(site):
+def test_only_our_own_host_names_are_answered(site):
     def status(host: str, **headers: str) -> int:
         return site.http.get(site.url, headers={"host": host, **headers}).status_code
 
@@ -225,7 +225,7 @@ def test_accounts_come_from_a_file_or_the_environment_and_not_from_the_command_l
     assert "secret" not in str(error.value)
 
 
-def test_wrong_passwords_cost_time_and_then_close_the_door(tmp_path, monkeypatch):
+def test_wrong_passwords_are_delayed_and_then_locked_out(tmp_path, monkeypatch):
     monkeypatch.setattr(guard, "DELAY", 0.1)
     door = Door(tmp_path)
     delays = [door.tried(False, "x") for _ in range(5)]
@@ -240,7 +240,7 @@ def test_wrong_passwords_cost_time_and_then_close_the_door(tmp_path, monkeypatch
 
 @pytest.mark.slow
 def test_the_program_with_accounts_and_tls(tmp_path):
-    """kling-demo as a process: no password in its command line, https, a delay and a lock after wrong tries."""
+    """kling-demo as a process: no password on its command line, https, a delay and a lock after wrong passwords."""
     save_tiny(tmp_path / "model", ["text"])
     (tmp_path / "accounts").write_text("me:secret\n")
     made = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=127.0.0.1"]

@@ -1,4 +1,4 @@
-"""What the studio shows of the camera and of the inside of a model, against closed forms and the model's own activations."""
+"""The studio's drawings of the camera and views inside a model, against closed forms and the model's own activations."""
 
 # ruff: noqa: F811 - arguments are fixtures
 
@@ -50,8 +50,8 @@ def test_drawings_follow_the_camera():
 # ------------------------------------------------------------------------------------------------------------------- inside
 
 
-def test_the_attention_shown_is_the_attention_paid(pipe):
-    """The tiny model has one head, so that its output for a token is the shown weights times the values."""
+def test_the_displayed_attention_is_the_model_s(pipe):
+    """The tiny model has one head, so its output for a token is the displayed weights times the values."""
     walk = look.walk(pipe, Request("a ball", num_frames=9, num_inference_steps=2), lambda event: None)
     attn = pipe.transformer.blocks[0].attn1
     values, outs = [], []
@@ -68,7 +68,7 @@ def test_the_attention_shown_is_the_attention_paid(pipe):
     assert torch.allclose(weight.flatten() @ values[0], outs[0][token], atol=1e-5)
 
 
-def test_the_walk_ends_where_the_video_is(pipe):
+def test_the_displayed_steps_end_with_the_video(pipe):
     request = Request("a ball", num_frames=9, num_inference_steps=3, seed=4)
     steps = []
     walk = look.walk(pipe, request, steps.append)
@@ -89,7 +89,7 @@ def test_every_latent_has_its_cell(c, f, blocks):
     assert not (shown == cell[-1, -1]).all(-1).any()  # nowhere else
 
 
-def test_the_vae_s_numbers_are_those_of_the_pixels(pipe, tmp_path):
+def test_the_vae_s_displayed_numbers_match_the_pixels(pipe, tmp_path):
     found = look.reconstruct(pipe, str(clip(tmp_path / "c.mp4", frames=11)))
     assert found.original.shape == found.again.shape == found.error.shape == (9, H, W, 3)
     mse = ((found.original.astype(float) - found.again) ** 2).mean((1, 2, 3))

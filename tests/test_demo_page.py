@@ -1,4 +1,4 @@
-"""The studio's page and its API, with a tiny model: over HTTP as a client, and in a real browser as a person."""
+"""The studio's page and its API with a tiny model, over HTTP as a client."""
 
 from __future__ import annotations
 
@@ -36,6 +36,7 @@ from test_generate import save_tiny
 from kling import KlingPipeline, Request
 from kling.condition.tasks import TASKS
 from kling.data.video import probe
+from kling.data.world.captions import vocabulary_summary
 from kling.errors import UserError
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -43,7 +44,7 @@ SHORT = {"duration": 0.5, "num_inference_steps": 2}
 
 
 class Site:
-    """A running page and what is behind it."""
+    """A running page and its server."""
 
     def __init__(self, folder: Path, run: Path | None = None, unable: tuple[str, ...] = ("text_to_image",), more: tuple = ()) -> None:
         self.arrivals, self.out = folder / "arrivals", folder / "out"
@@ -118,8 +119,19 @@ def test_a_folder_of_wan_weights_opens_with_its_own_settings(tmp_path):
     assert request.negative_prompt is None and request.guidance_scale is None
 
 
-def test_visitors_choose_of_the_models_and_loras_that_the_operator_names(tmp_path):
-    """Each choice gives the frames that the library gives with it, and its record says so; the form gets it back."""
+@pytest.mark.parametrize("vocabulary", [None, "world"])
+def test_what_a_small_model_understands_is_on_its_page_alone(tmp_path, vocabulary):
+    save_tiny(tmp_path / "model", ["text"])
+    pipe = KlingPipeline.from_pretrained(tmp_path / "model")
+    pipe.register_to_config(vocabulary=vocabulary)
+    shelf = Shelf(tmp_path / "out", {"path": "model", "sha256": {}})
+    page = build(Studio(pipe, shelf.model, shelf, Uploads(tmp_path, shelf.inputs)))
+    shown = [block for block in page.blocks.values() if getattr(block, "value", None) == vocabulary_summary()]
+    assert len(shown) == (vocabulary == "world")
+
+
+def test_visitors_choose_among_the_operator_s_models_and_loras(tmp_path):
+    """Each choice gives the same frames as in the library, and its record names it; the form restores it."""
     folders, loras = tmp_path / "models", tmp_path / "loras"
     loras.mkdir()
     save_tiny(tmp_path / "own", ["text"])
@@ -156,7 +168,7 @@ def test_visitors_choose_of_the_models_and_loras_that_the_operator_names(tmp_pat
     assert studio._other[0] == weights  # one choice is kept loaded
 
 
-def test_what_a_request_will_take_grows_with_it(tmp_path):
+def test_the_estimated_time_and_memory_grow_with_a_request(tmp_path):
     save_tiny(tmp_path / "own", ["text", "continuation"])
     studio, _, _ = demo.prepare(demo.parse(["--model", str(tmp_path / "own"), "--out", str(tmp_path / "out")]), tmp_path / "arrivals")
     requests = [Request(num_frames=5), Request(num_frames=41), Request(num_frames=41, num_inference_steps=50), Request(duration=15)]
@@ -172,8 +184,8 @@ def test_what_a_request_will_take_grows_with_it(tmp_path):
     assert "3 × 41 frames" in line and "about 1m30s, 3.0 GiB of memory" in line
 
 
-def test_a_record_from_elsewhere_fills_what_it_can_and_names_the_rest(site, tmp_path):
-    """One of the command line names files that are not here, settings that the page lacks, and another model."""
+def test_a_foreign_record_fills_the_form_as_far_as_possible_and_names_the_rest(site, tmp_path):
+    """A record of the command line with missing files, settings that the page lacks, and another model."""
     record = json.loads(Path(site.ask(*site.fields(seed=5))[-1][1][0]["record"]["path"]).read_text())
     record["request"] |= {"image": "/home/me/a.png", "guidance_every": 3, "num_frames": 9, "duration": None, "camera": {"pan": 2.0}}
     record["inputs"] = {"/home/me/a.png": "0" * 64}
@@ -218,7 +230,7 @@ def test_the_record_of_a_video_is_found_beside_it_inside_it_and_on_the_shelf(sit
 
 
 def test_the_client_example(site, tmp_path):
-    """The example of docs/studio.md, run as it stands there."""
+    """The example of docs/studio.md, run unchanged."""
     text = (Path(__file__).parents[1] / "docs" / "studio.md").read_text(encoding="utf-8")
     code = re.search(r"```python\n(.*?)```", text, re.S)[1].replace("http://127.0.0.1:7860", site.url)
     code = code.replace("first.png", str(png(tmp_path / "first.png", (112, 64)))).replace("duration=5", "duration=0.5")
@@ -234,7 +246,7 @@ def test_the_client_example(site, tmp_path):
 
 
 def refused(events: list[tuple[str, object]]) -> str:
-    """The message of a refusal, which names no path and shows no trace."""
+    """The message of a refusal, which contains no path and no trace."""
     name, data = events[-1]
     assert name != "complete", events
     text = json.dumps(data)
@@ -242,7 +254,7 @@ def refused(events: list[tuple[str, object]]) -> str:
     return text
 
 
-def test_what_must_not_pass_is_refused_without_a_trace_or_a_path(site, tmp_path):
+def test_invalid_requests_are_refused_without_a_trace_or_a_path(site, tmp_path):
     secret = png(tmp_path / "secret.png")
     stored = site.upload(png(tmp_path / "mine.png")).json()[0]
     for path in (
@@ -292,8 +304,8 @@ def test_what_must_not_pass_is_refused_without_a_trace_or_a_path(site, tmp_path)
     assert not [p for p in site.arrivals.rglob("large*") if p.stat().st_size > 1_000_000]
 
 
-def test_twenty_at_once_on_a_queue_of_eight(site):
-    """Eight wait, twelve are told so, and everybody gets their own video."""
+def test_twenty_requests_at_once_on_a_queue_of_eight(site):
+    """Eight wait, twelve are refused, and everybody gets their own video."""
     queue, replies, most = site.studio.queue, {}, []
     gate = Gate(queue)
     ask = lambda seed: replies.__setitem__(seed, site.ask(*site.fields(prompt=f"ball {seed}", seed=seed)))  # noqa: E731
@@ -336,7 +348,7 @@ def test_a_closed_connection_stops_its_job(site):
     assert not site.studio.queue.running
 
 
-def test_a_result_is_served_where_it_lies_and_nothing_beside_it_is(site):
+def test_a_result_is_served_and_no_other_file_of_its_folder(site):
     made = site.ask(*site.fields(seed=5))[-1][1][0]
     for kind in ("video", "record"):
         path = Path(made[kind]["path"])

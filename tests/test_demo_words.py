@@ -1,4 +1,4 @@
-"""What the page says: every word in both languages, the library's lines in Chinese, the task that was understood."""
+"""The words of the page: all in both languages, the library's messages in Chinese, and the description of the task."""
 
 # ruff: noqa: F811 - arguments are fixtures
 
@@ -34,8 +34,8 @@ from kling.errors import UserError
 from kling.sampling.plan import TASK_TITLES as PLANNED
 
 
-def test_what_visitors_commonly_meet_is_said_in_chinese(pipe, uploads, tmp_path, monkeypatch):
-    """Every line of the table translates a real mistake: none is left over, and each keeps its values."""
+def test_common_errors_are_translated_to_chinese(pipe, uploads, tmp_path, monkeypatch):
+    """Every line of the table translates a real error: none is unused, and each keeps its values."""
     image, movie = str(png(uploads.store / "a.png")), str(clip(uploads.store / "v.mp4"))
     wide = str(uploads.store / "wide.mp4")
     write_video(wide, np.zeros((5, 64, 112, 3), np.uint8), 8)
@@ -127,13 +127,13 @@ def _poses(folder: Path, frames: int = 9) -> str:
 
 
 def _cut_short(folder: Path) -> bytes:
-    """An mp4 whose header promises more frames than are there."""
+    """An mp4 whose header promises more frames than the file has."""
     write_video(folder / "long.mp4", np.random.default_rng(0).integers(0, 256, (41, H, W, 3), dtype=np.uint8), 8)
     data = (folder / "long.mp4").read_bytes()
     return data[: len(data) * 2 // 3]
 
 
-def test_the_task_that_was_understood_is_said_in_both_languages(pipe, tmp_path):
+def test_the_recognised_task_is_described_in_both_languages(pipe, tmp_path):
     assert set(CHINESE_TASKS) == set(PLANNED)
     request = Request("a ball", image=str(png(tmp_path / "a.png", (30, 30))), loop=True, camera="pan=6,dolly=4", num_frames=41)
     english, chinese = (views.understood(lang, pipe.plan(request), request) for lang in (0, 1))

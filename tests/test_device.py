@@ -1,6 +1,6 @@
-"""On a device that is not the CPU: nothing of the host is in the way, and the host does not wait for it while it works.
+"""On a device other than the CPU: no tensor stays on the host by mistake, and the host does not wait for the device.
 
-The device is pretended (`pretend.py`), so these run everywhere; `test_gpu.py` is for a real one.
+The device is simulated (`pretend.py`), so these tests run everywhere; `test_gpu.py` is for a real one.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ MODES: dict[str, tuple[dict[str, Any], Any]] = {
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_sampling_runs_there_and_no_step_waits(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sampling_runs_on_the_device_and_no_step_waits(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     fields, change = MODES[mode]
     able = ["text", "image", "last", "first_last", "keyframes", "continuation", "inpaint", "restyle", "camera", "text_to_image"]
     pipe = tiny_pipeline(capabilities=[*able, "diffusion_forcing"])
@@ -118,8 +118,8 @@ def request_of(fields: dict[str, Any]) -> Any:
     return Request(prompt="a ball", **fields)
 
 
-def test_no_step_of_a_training_waits_but_to_log(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """All tasks, keyframes and cameras included, with either optimizer: one copy of the logged numbers every third step, and no other."""
+def test_training_steps_wait_only_for_the_log(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With all tasks, keyframes and cameras, and both optimizers: one copy of the logged numbers every third step, and no other."""
     monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", "cuda:0")
     words = workers.debug_words(tmp_path, "batch=2", "save_every=100", "log_every=3", "steps=9", "optimizer=muon", "watchdog=0")
     marks: list[int] = []
@@ -147,12 +147,12 @@ BENCHES = [f"eval.benches.{name}" for name in ("dit", "attn", "vae", "vae_mem", 
 
 
 def test_the_world_training_its_evaluation_and_benches_need_no_decoder_and_no_demo() -> None:
-    """A machine with a GPU and no network has none of them (configs/gpu/first.sh)."""
+    """A machine with a GPU and no network has none of these packages (configs/gpu/first.sh)."""
     programs = ["train.train_dit", "train.train_vae", "train.train_text", "train.encode", "eval.world", "eval.bench", *BENCHES]
     subprocess.run([sys.executable, "-c", WITHOUT, *programs], check=True)
 
 
-def test_products_and_convolutions_on_cuda_are_rounded_alike_by_one_place() -> None:
+def test_one_function_sets_the_rounding_of_products_and_convolutions_on_cuda() -> None:
     files = [path for folder in ("kling", "train", "sample", "eval") for path in (ROOT / folder).rglob("*.py")]
     places = [path.relative_to(ROOT).as_posix() for path in files if "allow_tf32" in path.read_text(encoding="utf-8")]
     assert places == ["kling/runtime/device.py"]
@@ -162,7 +162,7 @@ def test_products_and_convolutions_on_cuda_are_rounded_alike_by_one_place() -> N
     assert torch.backends.cudnn.allow_tf32 and torch.backends.cuda.matmul.allow_tf32
 
 
-def test_the_vae_s_kernels_lie_as_its_clips_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_vae_s_kernels_are_channels_last_like_its_clips(monkeypatch: pytest.MonkeyPatch) -> None:
     vae = tiny_pipeline().vae
     with pretend.device(monkeypatch):
         kernels = [p for p in vae.to(pretend.CUDA).parameters() if p.ndim == 5]
@@ -171,8 +171,8 @@ def test_the_vae_s_kernels_lie_as_its_clips_do(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1600)
-def test_first_contact_is_rehearsed(tmp_path: Path) -> None:
-    """The script of a machine with a GPU, in miniature: every stage ends well and leaves at most 8 files of 15 MB."""
+def test_the_gpu_script_runs_in_a_rehearsal(tmp_path: Path) -> None:
+    """The script for a machine with a GPU, at a small size: every stage succeeds and leaves at most 8 files of 15 MB."""
     env = os.environ | {"PYTHON": sys.executable, "OUT": str(tmp_path / "out"), "WORK": str(tmp_path / "work"), "WHEELS": str(tmp_path)}
     subprocess.run(["bash", str(ROOT / "configs" / "gpu" / "first.sh"), "--rehearse"], env=env, check=True)
     stages = [json.loads(line) for line in (tmp_path / "out" / "stages.jsonl").read_text().splitlines()]

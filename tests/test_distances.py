@@ -1,4 +1,4 @@
-"""Distances in closed form; adapters with tiny random networks of the same interface; refusals that say where weights are found."""
+"""Distances in closed form; adapters with tiny random networks of the same interface; errors that say where to get weights."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_consistency_is_vbench_formula() -> None:
 
 
 class TinyI3D(nn.Module):
-    """StyleGAN-V's I3D by interface: channel means, rescaled to [-1, 1] if asked."""
+    """The interface of StyleGAN-V's I3D: channel means, rescaled to [-1, 1] on request."""
 
     def forward(self, x: Tensor, rescale: bool = False, resize: bool = False, return_features: bool = False) -> Tensor:
         assert rescale and resize and return_features
@@ -76,7 +76,7 @@ class TinyI3D(nn.Module):
 
 
 class TinyVGG(nn.Module):
-    """NVIDIA's LPIPS network by interface: its features are the pixels over 255, each frame scaled so that distances are means."""
+    """The interface of NVIDIA's LPIPS network: its features are the pixels over 255, each frame scaled so that distances are means."""
 
     def forward(self, x: Tensor, resize_images: bool = True, return_lpips: bool = False) -> Tensor:
         assert not resize_images and return_lpips
@@ -84,7 +84,7 @@ class TinyVGG(nn.Module):
 
 
 def scripted(module: nn.Module, path: Path) -> str:
-    """Saved as torchscript: "PATH#SHA256"."""
+    """Save as torchscript; returns "PATH#SHA256"."""
     torch.jit.script(module).save(str(path))
     return f"{path}#{hashlib.sha256(path.read_bytes()).hexdigest()}"
 
@@ -129,7 +129,7 @@ def test_tiny_clip_and_dino_folders(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_a_metric_without_weights_is_refused_with_where_they_are(name: str) -> None:
+def test_the_error_for_missing_weights_says_where_to_get_them(name: str) -> None:
     with pytest.raises(UserError) as error:
         Weights.parse(f"{name}=nowhere")
     assert str(error.value).startswith(f"{name} needs weights") and SOURCES[name].where in str(error.value)

@@ -1,4 +1,4 @@
-"""The transformer: Wan's function exactly when plain, extras that start at zero, and everything diffusers can do with a model."""
+"""The transformer: exactly Wan's function without extras, extras that start at zero, and all features of diffusers models."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ B, G, H, W, TOKENS = 2, 3, 4, 6, 18  # latents, and tokens at patch (1, 2, 2)
 
 
 def wan(**config: object) -> WanTransformer3DModel:
-    """diffusers' class with weights that hide nothing."""
+    """diffusers' class with random weights, so that no part has zero effect."""
     torch.manual_seed(0)
     model = WanTransformer3DModel(**SMALL | config).eval()
     for parameter in model.parameters():
@@ -45,7 +45,7 @@ def wan(**config: object) -> WanTransformer3DModel:
 
 
 def kling(source: WanTransformer3DModel | None = None, **config: object) -> KlingTransformer3DModel:
-    """Our class with the weights of a Wan model, of the same configuration unless told otherwise."""
+    """Our class with the weights of a Wan model, and the same configuration unless given otherwise."""
     source = source or wan()
     model = KlingTransformer3DModel(**{k: v for k, v in source.config.items() if not k.startswith("_")} | config).eval()
     lacking, surplus = model.load_state_dict(source.state_dict(), strict=not config)
@@ -132,7 +132,7 @@ def test_integer_positions_give_the_rotations_of_wan() -> None:
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
 def test_levels_are_embedded_in_fp32_under_autocast(bf16: bool) -> None:
-    """In sampling nothing is cast by autocast, so in training the embedding of levels is not either; what follows it is."""
+    """Autocast is not used in sampling, so in training the embedding of levels is excluded from it; what follows is not."""
     embedder = kling().condition_embedder
     sigma, text = torch.tensor([0.5, 0.5001]), torch.randn(2, 5, 12)
     temb, vectors, *_ = embedder(sigma, text)
@@ -146,7 +146,7 @@ def test_levels_are_embedded_in_fp32_under_autocast(bf16: bool) -> None:
 
 
 class Counted:
-    """A backend of `torch.compile` that runs the graph as it is, and keeps it."""
+    """A backend of `torch.compile` that runs the graph unchanged, and keeps it."""
 
     def __init__(self) -> None:
         self.graphs: list[torch.fx.GraphModule] = []
@@ -158,9 +158,9 @@ class Counted:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_compiled_blocks_are_few_graphs_of_real_numbers_for_any_shape() -> None:
-    """15 shapes, each with a level per sample, per frame and per token, of one and of several samples: two graphs, of rows and of tokens,
-    and as many again for one sample. More than eight would train eager without a word, or not at all as one graph."""
+def test_compiled_blocks_need_few_graphs_of_real_numbers_for_any_shape() -> None:
+    """15 shapes, with levels per sample, per frame and per token, of one and of several samples, give two graphs (rows and tokens), and two
+    more for one sample. With more than eight, torch would silently train without compiling, or fail to make one graph."""
     torch._dynamo.reset()
     plain, compiled, backend = kling(wan(num_layers=1)).train(), kling(wan(num_layers=1)).train(), Counted()
     compiled.compile_repeated_blocks(dynamic=True, backend=backend)
@@ -209,7 +209,7 @@ def test_samples_do_not_see_each_other() -> None:
 # ---- noise levels ----
 
 
-def test_every_way_to_write_one_level_is_the_same() -> None:
+def test_all_forms_of_one_level_are_equivalent() -> None:
     model = kling()
     s = torch.tensor([0.125, 0.75])
     expected = model(**inputs(sigma=s)).sample
@@ -242,7 +242,7 @@ def test_modulation_reads_the_row_of_each_run() -> None:
     torch.testing.assert_close(gate(x, x**2, shift), x + x**2 * rows[:, :, 0])
 
 
-def test_patches_come_back() -> None:
+def test_patchify_is_inverted() -> None:
     x = torch.randn(B, 4, G, H, W)
     for order in ("cthw", "thwc", "ctwh"):
         assert torch.equal(unpatchify(patchify(x, (1, 2, 2), order), (1, 2, 2), order), x)
@@ -280,13 +280,13 @@ def test_camera_parameters_have_the_names_of_the_published_weights() -> None:
     assert names == {f"control_adapter.{layer}.{kind}" for layer in layers for kind in ("weight", "bias")}
 
 
-def test_no_kinds_means_all_are_targets() -> None:
+def test_without_kinds_all_frames_are_targets() -> None:
     model = kling(num_kinds=5)
     torch.nn.init.normal_(model.kind_embedding.weight)
     torch.testing.assert_close(model(**inputs()).sample, model(**inputs(kinds=torch.zeros(B, G, dtype=torch.long))).sample)
 
 
-def test_what_the_model_cannot_use_is_refused() -> None:
+def test_inputs_that_the_model_cannot_use_are_refused() -> None:
     plain, able = kling(), kling(**EXTRAS)
     with pytest.raises(UserError, match="no camera input"):
         plain(**inputs(camera=rays()))

@@ -80,7 +80,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(program, name, value)
 
 
-def test_the_truth_scores_full_marks_and_what_is_broken_none(tmp_path: Path) -> None:
+def test_the_truth_gets_full_scores_and_broken_clips_none(tmp_path: Path) -> None:
     pipe, options = Oracle(), Options(str(tmp_path / "out"), n=N)
     report = evaluate(pipe, options, {"sha256": {"a": "1"}})
     scores = report["scores"]
@@ -114,7 +114,7 @@ def test_the_truth_scores_full_marks_and_what_is_broken_none(tmp_path: Path) -> 
     assert pipe.calls == sum(1 if task.few else N for task in TASKS.values())
 
 
-def test_what_a_model_cannot_do_is_left_out_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tasks_beyond_a_model_are_left_out_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = Oracle()
     asked = []
     monkeypatch.setattr(Oracle, "config", SimpleNamespace(capabilities=["text"]))
@@ -126,7 +126,7 @@ def test_what_a_model_cannot_do_is_left_out_by_name(tmp_path: Path, monkeypatch:
     assert report["scores"]["text-en"]["colour"]["value"] == 0  # black shows nothing
 
 
-def test_a_few_tasks_alone_and_the_time_is_said_first(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_selected_tasks_and_the_time_estimate(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     pipe, options = Oracle(), Options(str(tmp_path / "out"), n=N, tasks=chosen("text,image"))
     report = evaluate(pipe, options, {"sha256": {"a": "1"}})
     assert set(report["scores"]) == {"text-en", "text-zh", "zh - en", "image", "image below VAE", "image-motion"}
@@ -220,7 +220,7 @@ def share(out: Path, n: int) -> None:
     evaluate(program.load(ASSETS, Options("")), Options(str(out), n=n, steps=1, examples=24, workers=2), {"sha256": {}}, ASSETS)
 
 
-def test_certify_tells_which_ruler_meets_what(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_certify_reports_missed_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     """A ruler that knows the path and one that sees a camera at rest, on clips whose object moves and clips whose object stands."""
     seen: list[tuple[Tensor, Trajectory]] = []
 
@@ -250,7 +250,7 @@ def test_certify_tells_which_ruler_meets_what(tmp_path: Path, monkeypatch: pytes
     assert all(torch.equal(move[0], stand[0]) for move, stand in pairs) and not all(torch.equal(*pair) for pair in pairs)
 
 
-def test_certify_holds_the_rulers_against_each_other_on_made_clips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_certify_compares_the_rulers_on_generated_clips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One clip whose camera both find, one in which there is none: it is counted, and is in no mean."""
     turning = certify.shot({"pan": 6.0}, 0, 128, 128, 11, "none")[0]
     for name, frames in (("turning", turning), ("noise", noise(turning, 0))):
@@ -271,7 +271,7 @@ def test_certify_holds_the_rulers_against_each_other_on_made_clips(tmp_path: Pat
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)  # three processes that import torch and load the model, on a machine that does other things too
-def test_two_processes_share_the_cases_and_one_goes_on_after_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_processes_share_the_cases_and_one_resumes_after_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only words and camera are asked from case 64 on: the 64 dearer ones before are said to have been measured."""
     monkeypatch.undo()
     first, n, out = program.PICTURES, program.PICTURES + 4, tmp_path / "out"

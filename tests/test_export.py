@@ -1,4 +1,4 @@
-"""`kling-export`: others load what we write, and there and back is the same file."""
+"""`kling-export`: other tools load the result, and exporting back gives the same file."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("layout", ROWS)
-def test_what_we_save_loads_in_diffusers(layout: str, tmp_path: Path) -> None:
+def test_saved_folders_load_in_diffusers(layout: str, tmp_path: Path) -> None:
     """A Wan folder -> our pipeline -> our folder -> export -> diffusers' own classes, with the same tensors and settings."""
     theirs = tiny_wan.pipeline(layout)
     theirs.save_pretrained(tmp_path / "published")
@@ -49,7 +49,7 @@ def test_what_we_save_loads_in_diffusers(layout: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("layout", ["t2v", "ti2v", "t2v-a14b"])
-def test_original_naming_there_and_back_is_exact(layout: str, tmp_path: Path) -> None:
+def test_original_naming_survives_a_round_trip(layout: str, tmp_path: Path) -> None:
     folder = tiny_wan.saved(layout, tmp_path / "published")
     export_weights(folder, tmp_path / "original", "original")
     experts = {"transformer": "high_noise_model", "transformer_2": "low_noise_model"} if "a14b" in layout else {"transformer": "."}
@@ -106,12 +106,12 @@ def test_mistakes_are_one_line_and_leave_nothing(argv: list[str], message: str, 
     assert not list(tmp_path.iterdir())
 
 
-def test_the_program_says_what_it_wrote(tmp_path: Path, capsys) -> None:
+def test_the_program_reports_the_written_files(tmp_path: Path, capsys) -> None:
     model = tiny_wan.transformer()
     model.save_pretrained(tmp_path / "m")
     main([str(tmp_path / "m"), str(tmp_path / "o"), "--naming", "original"])
     assert "2 files" in capsys.readouterr().out
 
 
-def test_the_shipped_weights_do_not_tell_where_they_were_trained() -> None:
+def test_the_shipped_weights_do_not_contain_paths_of_their_training() -> None:
     assert not [path for path in ASSETS.rglob("*.json") if "_name_or_path" in path.read_text()]

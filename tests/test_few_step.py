@@ -1,4 +1,4 @@
-"""Weights trained to walk in few steps, block by block or frame by frame: against diffusers, masked attention and naive loops."""
+"""Few-step weights, sampled block by block or frame by frame: against diffusers, masked attention and naive loops."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def model(**config: object) -> KlingTransformer3DModel:
 
 
 class Masked(AttentionProcessor):
-    """Self-attention in which a token sees its own block of frames and those before: the definition, all at once."""
+    """Self-attention in which a token attends to its own block of frames and earlier ones: the definition, in one pass."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -76,7 +76,7 @@ def test_renoising_is_the_stochastic_sampling_of_diffusers() -> None:
 
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_a_history_is_block_causal_attention(size: int) -> None:
-    """Clean blocks first, each remembered; then a noisy one. The same as one masked pass over all frames."""
+    """First clean blocks, each remembered, then a noisy one: equal to one masked pass over all frames."""
     ours = model()
     torch.manual_seed(0)
     z, text = torch.randn(1, 16, G, H, W), torch.randn(1, 7, 32)
@@ -96,7 +96,7 @@ def test_a_history_is_block_causal_attention(size: int) -> None:
 
 
 def test_the_pipeline_makes_blocks_as_self_forcing_does(tmp_path: Path) -> None:
-    """Its published loop, without a cache: every pass runs over all frames so far, under a block-causal mask."""
+    """The published loop without a cache: every pass runs over all frames so far, with a block-causal mask."""
     folder = tiny_wan.saved("t2v", tmp_path)
     weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
     pipe = KlingPipeline.from_pretrained(folder, transformer=weights, checkpoint="self-forcing-1.3b", torch_dtype=torch.float32)
@@ -128,8 +128,8 @@ def test_the_pipeline_makes_blocks_as_self_forcing_does(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("solver", ["euler", "adams"])
 @pytest.mark.parametrize("delay", [0, 1, 3])
-def test_frames_behind_each_other_all_arrive(solver: str, delay: int) -> None:
-    """With the true velocity of a straight path every frame lands on its target, whenever it starts; and it starts when it should."""
+def test_delayed_frames_all_reach_their_targets(solver: str, delay: int) -> None:
+    """With the true velocity of a straight path every frame reaches its target, and it starts at the right step."""
     target, noise = torch.randn(1, 4, G, H, W), torch.randn(1, 4, G, H, W)
     state = build_state([Given(known=1)], target, None)
     scheduler = KlingFlowScheduler(solver=solver, num_inference_steps=4)
@@ -158,8 +158,8 @@ def test_the_pipeline_delays_frames_only_for_weights_trained_so(tmp_path: Path) 
     assert seen == [0, 1, 2, 3] and out.isfinite().all()
 
 
-def test_what_a_published_scheduler_cannot_walk_ours_does(tmp_path: Path) -> None:
-    """Restyling puts every token at a part of the level, which UniPC has no word for: strength 1 gives the clip back, 0 forgets it."""
+def test_our_scheduler_replaces_a_published_one_where_levels_differ(tmp_path: Path) -> None:
+    """Restyling puts every token at a fraction of the level, which UniPC does not support: strength 1 returns the clip, 0 ignores it."""
     pipe = KlingPipeline.from_pretrained(tiny_wan.saved("t2v", tmp_path), checkpoint="wan2.1-t2v-1.3b", torch_dtype=torch.float32)
     video = torch.randint(0, 256, (9, 32, 48, 3), dtype=torch.uint8).numpy()
     fields = {"prompt": "a", "size": "48x32", "num_inference_steps": 2, "output_type": "latent", "video": video}

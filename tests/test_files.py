@@ -1,4 +1,4 @@
-"""How files come to be: with the user's umask, whole, and with one line where the disk is full."""
+"""Writing files: with the user's umask, atomically, and with a one-line error if the disk is full."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def wan(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 @contextmanager
 def full_after(size: int) -> Iterator[None]:
-    """A disk on which no file grows beyond `size` bytes."""
+    """A disk on which no file can grow beyond `size` bytes."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -105,7 +105,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(writer: str, tmp_path: Path)
     assert [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
-def test_a_full_disk_keeps_what_was_there(tmp_path: Path) -> None:
+def test_a_full_disk_keeps_the_old_file(tmp_path: Path) -> None:
     with written(tmp_path / "latents.safetensors") as temporary:
         save_file({"x": torch.ones(3)}, temporary)
     with full_after(4096), pytest.raises(UserError):
@@ -113,7 +113,7 @@ def test_a_full_disk_keeps_what_was_there(tmp_path: Path) -> None:
     assert load_file(tmp_path / "latents.safetensors")["x"].tolist() == [1, 1, 1]
 
 
-def test_other_errors_inside_a_block_stay_what_they_are(tmp_path: Path) -> None:
+def test_other_errors_inside_a_block_are_unchanged(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), written(tmp_path / "a"):
         (tmp_path / "nowhere").read_text()
     with pytest.raises(KeyError), written_folder(tmp_path / "b"):
@@ -135,11 +135,11 @@ def test_metrics_on_a_full_disk_are_whole_lines(tmp_path: Path) -> None:
 
 def test_a_finished_run_says_so(tmp_path: Path) -> None:
     assert finished(0, 20, tmp_path) == f"finished: 20 steps, the model is in {tmp_path}"
-    assert finished(20, 20, tmp_path).startswith("finished before: 20 of 20 steps") and "steps=" in finished(20, 20, tmp_path)
+    assert finished(20, 20, tmp_path).startswith("already finished: 20 of 20 steps") and "steps=" in finished(20, 20, tmp_path)
 
 
-def test_json_nests_as_deep_as_people_write_it() -> None:
+def test_json_may_nest_to_a_limit() -> None:
     assert parse_json('{"a": [1, {"b": null}]}') == {"a": [1, {"b": None}]} and parse_json("3") == 3
     for depth in (DEEPEST + 1, 900, 100_000):
-        with pytest.raises(ValueError, match="nests"):
+        with pytest.raises(ValueError, match="nested"):
             parse_json("[" * depth + "]" * depth)

@@ -1,4 +1,4 @@
-"""The path, the clock, the loss and guidance, against their formulas."""
+"""The path, the noise levels, the loss and guidance, against their formulas."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_logit_normal_matches_its_quantiles():
 
 @pytest.mark.parametrize("density", ["logit_normal", "uniform"])
 @pytest.mark.parametrize("within", [(0.875, 1.0), (0.0, 0.875)])
-def test_an_expert_s_levels_are_those_of_the_density_that_fall_to_it(density: str, within: tuple[float, float]):
+def test_an_expert_s_levels_follow_the_density_truncated_to_its_range(density: str, within: tuple[float, float]):
     every, own = (draw_sigma((40000,), torch.Generator().manual_seed(0), density, 5.0, **kw) for kw in ({}, {"within": within}))
     inside = every[(every > within[0]) & (every < within[1])]  # the definition: leave the others out
     assert within[0] <= own.min() and own.max() <= within[1]
@@ -48,12 +48,12 @@ def test_an_expert_s_levels_are_those_of_the_density_that_fall_to_it(density: st
 
 
 @pytest.mark.parametrize("call", [lambda: sigma_grid(0), lambda: sigma_grid(4, -1), lambda: draw_sigma((1,), torch.Generator(), "beta")])
-def test_bad_clocks_are_refused(call):
+def test_invalid_level_grids_are_refused(call):
     with pytest.raises(UserError):
         call()
 
 
-def test_loss_sees_unknown_elements_only_and_each_sample_alike():
+def test_the_loss_uses_only_unknown_elements_and_weights_samples_equally():
     v, target = torch.zeros(2, 4, 3, 2, 2), torch.ones(2, 4, 3, 2, 2)
     mask = torch.ones(2, 1, 3, 2, 2)
     mask[0, :, 0] = 0
@@ -63,7 +63,7 @@ def test_loss_sees_unknown_elements_only_and_each_sample_alike():
     assert float(flow_loss(v, target, mask)[1]) == pytest.approx(1.0)
 
 
-def test_guidance_is_its_formula_and_costs_no_needless_pass():
+def test_guidance_follows_its_formula_without_needless_passes():
     values = {("prompt", True): 5.0, ("prompt", False): 3.0, ("negative", True): 2.0}
     calls = []
 
@@ -77,7 +77,7 @@ def test_guidance_is_its_formula_and_costs_no_needless_pass():
 
 
 def test_guidance_grows_away_from_frames_that_are_given():
-    """Frames 0 and, appended, 5.5 are given whole; half of frame 3 is, which does not count. Reach 4."""
+    """Frames 0 and, appended, 5.5 are given; half of frame 3 is too, which does not count. Reach 4."""
     mask, position = torch.ones(1, 1, 9, 2, 2), torch.tensor([[*range(8), 5.5]])
     mask[:, :, [0, 8]], mask[:, :, 3, 0] = 0, 0
     share = given_share(mask, position, 4.0)
@@ -89,8 +89,8 @@ def test_guidance_grows_away_from_frames_that_are_given():
     torch.testing.assert_close(v, (5 + share * (2 * (5 - 2) + 1 * (5 - 3))).expand_as(v))
 
 
-def test_guidance_on_a_part_of_the_walk():
-    """Levels 1, 0.8 … 0; inside the interval every second step computes it, and those between add the last change again."""
+def test_guidance_on_some_of_the_steps():
+    """Levels 1, 0.8 … 0; inside the interval every second step computes guidance, and the steps between add the last change again."""
     calls = []
 
     def predict(which: str, camera: bool) -> torch.Tensor:
@@ -110,7 +110,7 @@ SHAPE = (1, 2, 3, 4, 4)
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 8, 20])
 @pytest.mark.parametrize("shift", [1.0, 3.0])
-def test_unipc_is_that_of_diffusers(steps: int, shift: float):
+def test_unipc_equals_that_of_diffusers(steps: int, shift: float):
     settings = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "num_train_timesteps": 1000, "flow_shift": shift}
     theirs, ours = (UniPCMultistepScheduler(**settings) for _ in range(2))
     theirs.set_timesteps(steps)
@@ -126,7 +126,7 @@ def test_unipc_is_that_of_diffusers(steps: int, shift: float):
     assert (b - z).norm() > 0.1 * z.norm()
 
 
-def test_other_forms_of_unipc_stay_with_diffusers():
+def test_other_forms_of_unipc_are_left_to_diffusers():
     for change in ({"solver_order": 3}, {"solver_type": "bh1"}, {"disable_corrector": [0]}):
         settings = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, **change}
         assert not is_unipc(UniPCMultistepScheduler(**settings))
@@ -134,7 +134,7 @@ def test_other_forms_of_unipc_stay_with_diffusers():
 
 
 @pytest.mark.parametrize("solver", ["euler", "adams"])
-def test_a_step_is_the_general_formula_where_levels_differ(solver: str):
+def test_a_step_follows_the_general_formula_if_levels_differ(solver: str):
     """x0 = z - σ v where m > 0, c where m = 0; z <- x0 + (σ⁺/σ)(z - x0) where σ > 0, unchanged where σ = 0."""
     scheduler = KlingFlowScheduler(solver=solver)
     scheduler.set_timesteps(4)

@@ -1,4 +1,4 @@
-"""The Fun layouts, against their published loops written out: extra channels, camera rays, and a single expert's walk with UniPC."""
+"""The Fun layouts against their published loops, written out: extra channels, camera rays, and sampling with UniPC."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ F, HH, WW = 3, 4, 6
 
 
 def load(folder: Path, in_channels: int, checkpoint: str, **config: object) -> KlingPipeline:
-    """A tiny model of a Fun layout, through its single file in the original naming."""
+    """A tiny model with a Fun layout, loaded from a single file in the original naming."""
     source = tiny_wan.transformer(in_channels=in_channels)
     keys = {key: value for key, value in source.config.items() if not key.startswith("_")}
     model = tiny_wan.randomised(KlingTransformer3DModel(**keys | config))
@@ -32,7 +32,7 @@ def load(folder: Path, in_channels: int, checkpoint: str, **config: object) -> K
 
 
 def published_walk(pipe: KlingPipeline, noise: Tensor, y: Tensor, **signals: Tensor) -> Tensor:
-    """The loop of VideoX-Fun's pipelines: y beside the noise, plain guidance, UniPC at shift 3."""
+    """The loop of VideoX-Fun's pipelines: y as extra channels, plain guidance, UniPC at shift 3."""
     scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
     scheduler.set_timesteps(STEPS)
     text, negative = (pipe.text_encoder.encode([prompt]) for prompt in ("a ball", pipe.setting("negative_prompt")))
@@ -93,7 +93,7 @@ def test_fun_camera(folder: Path) -> None:
 
 
 def test_fun_inpaint(folder: Path) -> None:
-    """Mask and masked video: what is to be made is grey in the one and 0 in the other (pipeline_wan_fun_inpaint.py)."""
+    """Mask and masked video: the part to generate is grey in one and 0 in the other (pipeline_wan_fun_inpaint.py)."""
     pipe = load(folder, 36, "wan2.1-fun-inp-1.3b")
     noise, frames = torch.randn(1, 16, F, HH, WW), movie(FRAMES)
     hole = np.zeros((H, W), np.float32)

@@ -1,4 +1,4 @@
-"""`kling-sample` with a tiny random model: one video from command line to file and back through --replay, and every mistake in one line."""
+"""`kling-sample` with a tiny random model: from command line to file and back through --replay, and every mistake in one line."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """run(*argv) -> (exit code, stdout lines, stderr), in an empty folder, with the able model unless told otherwise."""
+    """run(*argv) -> (exit code, stdout lines, stderr), in an empty folder, with the model of all tasks by default."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(generate, "load_pipeline", load)
 
@@ -150,7 +150,7 @@ def test_prompt_to_video(run, tmp_path: Path) -> None:
     assert record["request"]["seed"] == 7 and record["settings"]["num_inference_steps"] == 2 and len(record["model"]["sha256"]) == 8
 
 
-def test_replay_is_identical_wherever_it_is_called(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_replay_is_identical_from_any_folder(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     picture("a.png"), picture("mid.png", 60, 40)
     save_trajectory("path.json", axes_trajectory({"dolly": 5}, 9, 64, 112))
     given = ("--image", "a.png", "--keyframe", "mid.png@3:0.5", "--camera", "path.json", "--mode", "pro")
@@ -169,7 +169,7 @@ def test_a_seed_is_the_same_video_alone_and_among_others(run) -> None:
     assert run("--replay", "many-4.mp4.json")[1][-1].startswith("identical")
 
 
-def test_replay_refuses_what_changed_and_tells_what_differs(run, models: Path, tmp_path: Path) -> None:
+def test_replay_refuses_changed_inputs_and_reports_differences(run, models: Path, tmp_path: Path) -> None:
     run("ball", *QUICK, "--image", picture("a.png"), "--output", "x.mp4")
 
     code, _, error = run("--replay", "x.mp4.json", "--model", str(models / "unable"))
@@ -225,7 +225,7 @@ def test_nothing_is_overwritten_unless_told_to(run, monkeypatch: pytest.MonkeyPa
 
 
 def test_records_under_their_earlier_names_are_found_and_replayed(run) -> None:
-    """`a.json` lay beside both `a.mp4` and `a.gif`, and was that of the later one."""
+    """`a.json` was the record of both `a.mp4` and `a.gif`; the later file overwrote it."""
     run("ball", *QUICK, "--seed", "1", "--output", "a.mp4")
     Path("a.mp4.json").rename("a.json")
     Path("a.gif").touch(), Path("b.mp4").touch()
@@ -236,7 +236,7 @@ def test_records_under_their_earlier_names_are_found_and_replayed(run) -> None:
     assert code == 0 and lines[-1].startswith("identical to a.json") and Path("a-replay.mp4.json").is_file()
 
 
-def test_every_task_is_understood(run) -> None:
+def test_every_task_is_recognised(run) -> None:
     write_video("in.mp4", np.full((9, 64, 112, 3), 99, np.uint8), 8)
     picture("a.png", 64, 112), picture("b.png", 50, 50), picture("mask.png", 64, 112)
     for given, task in {
@@ -257,7 +257,7 @@ def test_every_task_is_understood(run) -> None:
     assert not Path("out").exists()
 
 
-def test_seed_is_drawn_and_told(run) -> None:
+def test_a_random_seed_is_printed(run) -> None:
     seeds = {run("ball", "--dry-run")[1][0].rsplit("seed ", 1)[1] for _ in range(2)}
     assert len(seeds) == 2
     assert run("ball", "--dry-run", "--num-videos", "3", "--seed", "5")[1][0].endswith("seeds 5 to 7")
@@ -344,7 +344,7 @@ def test_model_refuses_what_it_was_not_trained_for(run, models: Path, given: str
 
 
 def test_the_time_is_counted_from_the_start(run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was waited for, and how much of it was loading; the second video is not charged for it again."""
+    """The time waited, and the part of it for loading; the second video is not charged for loading."""
 
     def slowly(*args: object) -> tuple[Path, KlingPipeline]:
         time.sleep(0.5)
@@ -358,8 +358,8 @@ def test_the_time_is_counted_from_the_start(run, monkeypatch: pytest.MonkeyPatch
     assert float(loading) >= 0.5 and none is None and abs(float(first) + float(second) - waited) < 0.3
 
 
-def test_a_continuation_goes_on_with_the_words_of_its_source(run) -> None:
-    """Unless others are given, or it is changed and not continued. A video of elsewhere has none."""
+def test_a_continuation_uses_the_prompt_of_its_source(run) -> None:
+    """Unless another prompt is given, or the video is edited instead of continued. Videos from other tools have no prompt."""
     run("a red ball", *QUICK, "--seed", "1", "--output", "a.mp4")
     write_video("in.mp4", np.full((5, 80, 80, 3), 99, np.uint8), 8)
     Path("in.mp4.json").write_text('{"caption": "somebody else\'s"}')
@@ -378,13 +378,13 @@ def test_a_continuation_goes_on_with_the_words_of_its_source(run) -> None:
     assert generate.prompt_of(Path("a.mp4")) == "a red ball"
 
 
-def test_what_is_left_out_of_a_long_video_is_said(run) -> None:
+def test_unused_parts_of_a_long_video_are_reported(run) -> None:
     write_video("in.mp4", np.full((50, 64, 112, 3), 99, np.uint8), 8)
     lines = run("ball", "--video", "in.mp4", "--strength", "0.5", "--dry-run")[1]
     assert lines[1].startswith("note: strength changes the first 41 of the video's 50 frames")
 
 
-def test_the_names_of_the_formats_are_those_that_can_be_written() -> None:
+def test_every_listed_format_can_be_written() -> None:
     assert generate.FORMATS["mp4"] == tuple(WRITABLE)
 
 

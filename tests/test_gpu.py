@@ -1,6 +1,6 @@
-"""On a real CUDA device: trainings and resuming, every way of sampling, the VAE's stream, compiled blocks, low-rank weights, diffusers.
+"""On a real CUDA device: training and resuming, every sampling mode, the VAE's stream, compiled blocks, low-rank weights, diffusers.
 
-KLING_GPU_TESTS=cpu runs the same on the CPU, to see that the tests themselves are whole (`configs/gpu/first.sh --rehearse`).
+KLING_GPU_TESTS=cpu runs the same on the CPU, to check the tests themselves (`configs/gpu/first.sh --rehearse`).
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ train_dit = workers.train_dit
 
 
 def waits(kind: str) -> None:
-    """What PyTorch does when the host is about to wait for the GPU: "default" or "error"."""
+    """PyTorch's behaviour when the host would wait for the GPU: "default" or "error"."""
     if DEVICE.type == "cuda":
         torch.cuda.set_sync_debug_mode(kind)
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_sampling_gives_the_numbers_of_the_cpu_and_no_step_waits(mode: str) -> None:
+def test_sampling_matches_the_cpu_and_no_step_waits(mode: str) -> None:
     fields, change = MODES[mode]
     able = ["text", "image", "last", "first_last", "keyframes", "continuation", "inpaint", "restyle", "camera", "text_to_image"]
     pipe = tiny_pipeline(capabilities=[*able, "diffusion_forcing"])
@@ -71,8 +71,8 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_training_goes_on_where_it_stopped_and_its_model_samples(precision: str, words: list[str], tmp_path: Path) -> None:
-    """Atomic sums on a GPU come in any order, so equal to a rounding and not to the bit."""
+def test_a_training_resumes_and_its_model_samples(precision: str, words: list[str], tmp_path: Path) -> None:
+    """Atomic sums on a GPU have no fixed order, so results are equal up to rounding, not bit for bit."""
     words = [*words, f"mixed_precision={precision}", "schedule=constant"]
     train_dit.main([*words, "steps=4", f"out={tmp_path / 'whole'}"])
     for steps in (2, 4):
@@ -87,7 +87,7 @@ def test_a_training_goes_on_where_it_stopped_and_its_model_samples(precision: st
 
 
 @pytest.mark.skipif(DEVICE.type == "cpu", reason="compiling for a CPU is tested elsewhere")
-def test_a_compiled_training_takes_the_steps_of_a_plain_one(words: list[str], tmp_path: Path) -> None:
+def test_a_compiled_training_matches_a_plain_one(words: list[str], tmp_path: Path) -> None:
     for name, compiled in (("plain", "false"), ("compiled", "true")):
         train_dit.main([*words, "mixed_precision=fp32", "steps=3", f"compile={compiled}", f"out={tmp_path / name}"])
     for plain, compiled in zip(metrics(tmp_path / "plain"), metrics(tmp_path / "compiled"), strict=True):
@@ -103,7 +103,7 @@ def test_low_rank_weights_are_trained_and_loaded(words: list[str], tmp_path: Pat
     assert pipe("a ball", num_frames=5, num_inference_steps=1).frames.shape[1] == 5
 
 
-def test_the_vae_in_a_stream_is_the_vae_in_one_go() -> None:
+def test_the_streamed_vae_equals_the_whole_one() -> None:
     vae = tiny_pipeline().vae.to(DEVICE)
     video = torch.rand(1, 3, 13, 64, 112, device=DEVICE) * 2 - 1
     with torch.no_grad():
@@ -116,7 +116,7 @@ def test_the_vae_in_a_stream_is_the_vae_in_one_go() -> None:
 
 
 @pytest.mark.parametrize(("dtype", "compiled", "atol"), [("float32", False, 1e-3), ("bfloat16", False, 6e-2), ("float32", True, 1e-3)])
-def test_the_transformer_is_diffusers(dtype: str, compiled: bool, atol: float) -> None:
+def test_the_transformer_equals_diffusers(dtype: str, compiled: bool, atol: float) -> None:
     if compiled and DEVICE.type == "cpu":
         pytest.skip("compiling for a CPU is tested elsewhere")
     multiply_in_tf32(False)

@@ -1,4 +1,4 @@
-"""What a trained model can become: low-rank adapters, new conditions; and recomputed activations, which change nothing."""
+"""Extensions of a trained model: low-rank adapters and new conditions; and recomputed activations, which change no result."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def make(pipe: KlingPipeline, **fields) -> torch.Tensor:
     return pipe("a red ball", num_frames=5, num_inference_steps=1, seed=3, output_type="latent", **fields).latents
 
 
-def test_lora_trains_little_is_saved_for_diffusers_and_merges(words: list[str], base: Path, tmp_path: Path) -> None:
+def test_lora_trains_few_weights_is_saved_for_diffusers_and_merges(words: list[str], base: Path, tmp_path: Path) -> None:
     lora = ["model.num_kinds=0", "model.camera_channels=0", "tasks={text: 1, first_last: 0, last: 0, keyframes: 0}", f"init_from={base}"]
     train_dit.main([*words, *lora, "lora.rank=2", "lora.merge=true", "lr=0.05", "warmup=0", "ema=0", "steps=2", f"out={tmp_path}"])
     saved = load_file(tmp_path / "lora" / "pytorch_lora_weights.safetensors")
@@ -129,8 +129,8 @@ def test_recomputed_activations_give_the_same_gradients(what: str) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_compiled_blocks_train_as_eager_ones_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through C++, with clips of one shape: each other one is compiled anew, most of a minute of a core."""
-    monkeypatch.setattr(inductor, "compile_threads", 1)  # not by a pool of processes that import all of torch first
+    """Compiles C++, with clips of one shape: each further shape would take most of a minute of a core."""
+    monkeypatch.setattr(inductor, "compile_threads", 1)  # no pool of processes, each of which would import torch first
     words = workers.debug_words(tmp_path, "batch=2", "steps=3", NO_TASKS)
     (tmp_path / "encode.yaml").write_text("{clips: 6, shares: [1], shard: 3, workers: 0, data: {frames: [1, 5], aspects: ['16:9']}}")
     graphs = counters["stats"]["unique_graphs"]

@@ -1,4 +1,4 @@
-"""Updates that are not finite, hangs, clocks, and what evaluation must not change."""
+"""Updates that are not finite, hangs, clocks, and evaluation that must not change the training."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import workers
 from torch import Tensor
 
 from kling import KlingPipeline
+from kling.cache.batches import RankBatches
 from kling.condition.tasks import TASKS
 from kling.config import load_config
 from kling.data.image import read_image
@@ -32,7 +33,7 @@ from kling.training.validation import Validation, held_out, level_quantiles, tas
 train_dit = workers.train_dit
 
 
-def test_the_guard_counts_goes_back_once_and_stops(tmp_path: Path) -> None:
+def test_the_guard_counts_rolls_back_once_and_stops(tmp_path: Path) -> None:
     guard = Guard(limit=3)
     assert guard.sound(1.0, 2.0) and not guard.sound(1.0, math.nan) and not guard.sound(math.inf)
     assert guard.sound(0.5) and (guard.skipped, guard.row) == (2, 0)
@@ -45,7 +46,7 @@ def test_the_guard_counts_goes_back_once_and_stops(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "bad-batch-00000.json").read_text()) == batch
 
 
-def test_on_a_device_the_guard_leaves_out_without_a_look_and_the_host_goes_back_when_it_looks(tmp_path: Path) -> None:
+def test_the_device_guard_skips_updates_without_waiting_and_the_host_rolls_back_later(tmp_path: Path) -> None:
     guard, numbers = DeviceGuard(torch.device("cpu"), limit=3), torch.tensor([1.0, 2.0])
     bad = numbers.clone()
     bad[1] = math.nan
@@ -68,9 +69,9 @@ def test_on_a_device_the_guard_leaves_out_without_a_look_and_the_host_goes_back_
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_an_update_that_is_left_out_on_the_device_changes_no_bit(name: str) -> None:
+def test_a_skipped_update_on_the_device_changes_no_bit(name: str) -> None:
     def after(*updates: float | None) -> dict[str, Tensor]:
-        """What there is after updates that are judged (0, or 1: its gradients are not finite) or not (None)."""
+        """The state after updates that are judged (0, or 1: its gradients are not finite) or not (None)."""
         torch.manual_seed(0)
         model = torch.nn.Sequential(torch.nn.Embedding(4, 16), torch.nn.Linear(16, 24), torch.nn.LayerNorm(24))
         optimizer, average = make_optimizer(name, model, 1e-2, weight_decay=0.1), EMA(model, 0.9)
@@ -93,7 +94,7 @@ def test_an_update_that_is_left_out_on_the_device_changes_no_bit(name: str) -> N
     torch.testing.assert_close(plain, twice)
 
 
-def test_a_hang_shows_where_it_stands(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_hang_report_shows_the_stack(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     def here_it_hangs() -> None:
         time.sleep(0.5)
 
@@ -164,8 +165,8 @@ def test_validation_and_samples_leave_training_bit_equal(words: list[str], tmp_p
     assert {"time/data", "time/forward", "time/backward", "time/optimizer", "tokens/s", "mfu", "memory/peak_gib", "skipped"} <= line.keys()
 
 
-def test_parts_of_a_run_are_the_run(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two resumes in one epoch, 0, 1 and 2 workers, foreign draws amid every step: the same clips, noise, weights and learning rates."""
+def test_a_run_in_parts_equals_the_whole_run(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two resumes in one epoch, 0, 1 and 2 workers, unrelated random draws in every step: the same clips, noise, weights and rates."""
     for name in ("draw_example", "noise_like", "flow_loss"):
         monkeypatch.setattr(train_dit, name, getattr(train_dit, name))
     workers.record(0)
@@ -192,7 +193,7 @@ def test_parts_of_a_run_are_the_run(words: list[str], tmp_path: Path, monkeypatc
 
 
 def test_a_sample_of_every_task(words: list[str], tmp_path: Path) -> None:
-    """A request made for a task is understood as that task, and all of them are drawn."""
+    """A request made for a task is recognised as that task, and a video is drawn for each."""
     clip = held_out(Validation(clips=1), DataConfig(), 17)[0]
     pipe = KlingPipeline.from_pretrained()
     assert {name: pipe.plan(request).task for name, request in zip(TASKS, task_requests(clip, TASKS), strict=True)} == {n: n for n in TASKS}
@@ -204,7 +205,7 @@ def test_a_sample_of_every_task(words: list[str], tmp_path: Path) -> None:
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, when) -> None:
-    """Losses are not finite on the calls that `when` names (1-based)."""
+    """Make losses not finite in the calls that `when` selects (1-based)."""
     real, calls = train_dit.flow_loss, iter(range(1, 10**6))
     monkeypatch.setattr(train_dit, "flow_loss", lambda *args: real(*args) * (math.nan if when(next(calls)) else 1.0))
 
@@ -219,7 +220,7 @@ def test_a_step_that_is_not_finite_changes_nothing(words: list[str], tmp_path: P
     assert [line["skipped"] for line in metrics(tmp_path)] == [0, 0, 1] and metrics(tmp_path)[-1]["loss"] is None
 
 
-def test_five_in_a_row_go_back_once(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_five_bad_updates_in_a_row_roll_back_once(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     poison(monkeypatch, lambda call: 3 <= call <= 7)  # after the save of step 2, five updates are lost
     train_dit.main([*words, "steps=8", "save_every=2", f"out={tmp_path}"])
     assert [line["step"] for line in metrics(tmp_path)] == list(range(1, 9))
@@ -227,7 +228,7 @@ def test_five_in_a_row_go_back_once(words: list[str], tmp_path: Path, monkeypatc
     assert load_latest(tmp_path).meta["places"] == 8 + 5, "the clips that were met then are not met again"
 
 
-def test_five_in_a_row_are_noticed_when_the_log_is_read(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_five_bad_updates_are_noticed_when_the_log_is_read(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     poison(monkeypatch, lambda call: 3 <= call <= 9)
     train_dit.main([*words, "steps=12", "save_every=2", "log_every=4", f"out={tmp_path}"])
     assert [line["step"] for line in metrics(tmp_path)] == list(range(1, 13))
@@ -235,7 +236,7 @@ def test_five_in_a_row_are_noticed_when_the_log_is_read(words: list[str], tmp_pa
 
 
 def test_a_rollback_rewinds_the_weights_and_keeps_the_place(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Clips at places 2 to 6 make NaN whenever they are met. The run goes on after them, as one that never met them."""
+    """Clips at places 2 to 6 give NaN whenever they are drawn. The run continues after them, like one that never drew them."""
     bad, met, real = range(2, 7), [], train_dit.draw_example
     monkeypatch.setattr(train_dit, "draw_example", lambda how, batch, place, *rest: met.append(place) or real(how, batch, place, *rest))
     loss = train_dit.flow_loss
@@ -244,14 +245,14 @@ def test_a_rollback_rewinds_the_weights_and_keeps_the_place(words: list[str], tm
     assert met == list(range(13)), "five places are lost and none is met twice"
     assert [line["step"] for line in metrics(tmp_path / "back")] == list(range(1, 9))
 
-    place = train_dit.RankBatches.place
-    monkeypatch.setattr(train_dit.RankBatches, "place", lambda feed, k: (n := place(feed, k)) + (5 if n >= 2 else 0))
+    place = RankBatches.place
+    monkeypatch.setattr(RankBatches, "place", lambda feed, k: (n := place(feed, k)) + (5 if n >= 2 else 0))
     train_dit.main([*words, "steps=8", f"out={tmp_path / 'without'}"])
     a, b = weights(tmp_path / "without"), weights(tmp_path / "back")
     assert all(torch.equal(a[key], b[key]) for key in a), "nothing is left of them"
 
 
-def test_five_in_a_row_again_stop_with_the_clips(
+def test_five_more_bad_updates_stop_the_run_and_name_the_clips(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     poison(monkeypatch, lambda call: call > 2)

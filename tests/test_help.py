@@ -1,4 +1,4 @@
-"""--help tells every key of the real settings, with its default and a line, and is there in under a second without torch."""
+"""--help shows every key of the real settings with its default and a description, in less than a second and without torch."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def keys(name: str) -> list[command.Key]:
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_what_is_read_from_the_source_is_what_python_makes_of_it(name: str) -> None:
-    """Keys and defaults, in order; the defaults written so that they can be given back."""
+def test_settings_read_from_the_source_equal_the_real_ones(name: str) -> None:
+    """Keys and defaults in order; the defaults in a form that the command line accepts."""
     told, cls = keys(name), settings(name)
     free = {f.name for f in fields(cls) if "dict" in str(f.type) or "list[dict" in str(f.type)}
     true = {key: value for key, value in flatten(to_dict(cls())).items() if key.split(".")[0] not in free}
@@ -51,7 +51,7 @@ def test_every_key_has_a_line(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_help_comes_without_torch_and_names_every_preset(name: str) -> None:
+def test_help_needs_no_torch_and_names_every_preset(name: str) -> None:
     words = f"import sys; from kling_programs.train import command; command.run('{name}', ['--help']); print('torch' in sys.modules)"
     said = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True, check=True, timeout=60).stdout
     assert said.endswith("False\n") and f"usage: {name} " in said
@@ -74,14 +74,14 @@ def test_the_installed_program_and_its_file_both_answer(name: str, capsys: pytes
     assert stop.value.code == 2 and error.count("\n") == 1 and f"{name} --help" in error
 
 
-def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+def test_a_closed_pipe_is_no_error() -> None:
     words = [sys.executable, "-c", "from kling_programs.train import command; command.train(['--help'])"]
     program = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     program.stdout.close()
     assert program.stderr.read() == "" and program.wait(60) == 0
 
 
-def test_names_of_other_trainers_lead_to_keys_that_are_there() -> None:
+def test_names_of_other_trainers_lead_to_existing_keys() -> None:
     found = set()
     for name in PROGRAMS:
         known = {key.name for key in keys(name)} | {f.name for f in fields(settings(name))}

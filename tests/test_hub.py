@@ -1,4 +1,4 @@
-"""Published weights in and out: names, shapes, layouts, prompts, single files, and what is refused."""
+"""Loading and exporting published weights: names, shapes, layouts, prompts, single files, and refusals."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def original(state: dict[str, torch.Tensor], prefix: str = "") -> dict[str, torc
 
 
 def made_names() -> set[str]:
-    """The original repository's names, written out from its source (wan/modules/model.py), for one block of every kind of model."""
+    """The original repository's names, from its source (wan/modules/model.py), for one block of every kind of model."""
     pairs = [
         "patch_embedding", "text_embedding.0", "text_embedding.2", "time_embedding.0", "time_embedding.2", "time_projection.1",
         "head.head", *(f"img_emb.proj.{i}" for i in (0, 1, 3, 4)), "blocks.0.norm3", "blocks.0.ffn.0", "blocks.0.ffn.2",
@@ -61,7 +61,7 @@ def test_transformer_names_are_those_of_diffusers_converter() -> None:
 
 @pytest.mark.parametrize("config", [tiny_wan.VAE21, tiny_wan.VAE22], ids=["2.1", "2.2"])
 @pytest.mark.parametrize("depth", [1, 2])
-def test_vae_names_go_there_and_back(config: dict, depth: int) -> None:
+def test_vae_names_survive_a_round_trip(config: dict, depth: int) -> None:
     state = AutoencoderKLWan(**config | {"num_res_blocks": depth, "dim_mult": [1, 2, 4, 4]}).state_dict()
     nested = bool(config.get("is_residual"))
     names = {name: original_vae_name(name, depth, nested) for name in state}
@@ -98,7 +98,7 @@ def test_the_config_follows_from_the_shapes(layout: str) -> None:
     assert build_of(found) == build
 
 
-def test_a_camera_adapter_is_seen() -> None:
+def test_a_camera_adapter_is_detected() -> None:
     with torch.device("meta"):
         model = KlingTransformer3DModel((1, 2, 2), 1, 128, 32, 16, 32, 32, 64, 1, camera_channels=24)
     found = transformer_config({name: tuple(t.shape) for name, t in model.state_dict().items()}, "it")
@@ -120,7 +120,7 @@ def test_a_camera_adapter_is_seen() -> None:
         (lambda s: s | {"blocks.1.self_attn.q.weight": torch.ones(3, 3)}, r"blocks.1.attn1.to_q.weight is \(3, 3\)"),
     ],
 )
-def test_unknown_files_are_refused_with_their_odd_names(change, message: str, tmp_path: Path) -> None:
+def test_unknown_files_are_refused_with_the_unexpected_names(change, message: str, tmp_path: Path) -> None:
     save_file(change(original(tiny_wan.transformer().state_dict())), tmp_path / "odd.safetensors")
     with pytest.raises(UserError, match=message) as error:
         load_transformer(tmp_path / "odd.safetensors")
@@ -257,7 +257,7 @@ def test_saved_and_loaded_it_is_the_same(folder: Path, tmp_path: Path) -> None:
 # ---- the registry ----
 
 
-def test_rows_are_told_apart_by_name_and_repository() -> None:
+def test_rows_are_identified_by_name_and_repository() -> None:
     assert len({row.name for row in CHECKPOINTS}) == len({row.repo for row in CHECKPOINTS}) == len(CHECKPOINTS)
     for row in CHECKPOINTS:
         assert by_name(row.name) is by_name(row.repo) is row
@@ -282,7 +282,7 @@ def test_prompts_are_encoded_as_the_wan_pipelines_do(prompt: str, folder: Path) 
     assert "\n" not in clean_prompt(prompt) and "  " not in clean_prompt(prompt)
 
 
-def test_a_plan_has_the_types_of_the_real_thing_and_nothing_warns(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plan_without_weights_has_the_real_dtypes_and_no_warnings(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     warned: list[str] = []
     monkeypatch.setattr("diffusers.models.modeling_utils.logger.warning", lambda line, *args: warned.append(line))
     for path, more in ((folder, {"checkpoint": "wan2.1-t2v-1.3b"}), (None, {})):
@@ -293,10 +293,10 @@ def test_a_plan_has_the_types_of_the_real_thing_and_nothing_warns(folder: Path, 
     assert warned == []
 
 
-def test_a_prompt_that_umt5_cannot_read_whole_is_refused_or_said_to_be_cut(
+def test_a_prompt_too_long_for_umt5_is_refused_or_cut_with_a_warning(
     folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One token a letter here, and an end: 511 letters fit."""
+    """Here each letter is one token, plus an end token: 511 letters fit."""
     text, longest = UMT5TextEncoder(folder, torch.float32), "b" * 511
     assert text.encode([longest]).shape[1] == 512
     with pytest.raises(UserError, match="has 520 tokens, and umT5 reads 512: shorten it; from '(c ?){8}…' on it would be lost") as error:
@@ -326,7 +326,7 @@ def test_the_encoder_is_loaded_for_new_prompts_only_and_freed(folder: Path, tmp_
     assert torch.equal(fresh.encode(["a ball"]), first[:1])
 
 
-def test_the_encoder_is_gone_before_the_transformer_runs(folder: Path) -> None:
+def test_the_encoder_is_freed_before_the_transformer_runs(folder: Path) -> None:
     pipe = KlingPipeline.from_pretrained(folder, checkpoint="wan2.1-t2v-1.3b", **FP32)
     seen = []
     pipe.transformer.register_forward_pre_hook(lambda *_: seen.append(pipe.text_encoder.loaded))

@@ -1,4 +1,4 @@
-"""Our one pipeline against diffusers' Wan pipelines: the same folder, noise and prompts, the same latents after every step."""
+"""Our pipeline against diffusers' Wan pipelines: with the same folder, noise and prompts, the same latents after every step."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kling import KlingPipeline
 
 STEPS, FRAMES = 8, 9
 PROMPT = "A red ball &amp;  rolls\n一个红色的球，在草地上滚动"
-# our name of the settings to take, since no published checkpoint is this small
+# the settings to use, since no published checkpoint is this small
 ROWS = {
     "t2v": "wan2.1-t2v-1.3b", "t2v-a14b": "wan2.2-t2v-a14b", "ti2v": "wan2.2-ti2v-5b",
     "i2v": "wan2.1-i2v-14b-480p", "flf2v": "wan2.1-flf2v-14b-720p", "i2v-a14b": "wan2.2-i2v-a14b",
@@ -52,7 +52,7 @@ def test_equals_diffusers_step_by_step(layout: str, tmp_path: Path) -> None:
         PROMPT, size=f"{W}x{H}", num_frames=FRAMES, num_inference_steps=STEPS, latents=noise, output_type="latent",
         callback_on_step_end=lambda pipe, i, t, kept: made.append(kept["latents"].clone()), **given,
     )  # fmt: skip
-    start = 1 if layout == "ti2v" else 0  # their given frame walks on unseen, and is put back at the end
+    start = 1 if layout == "ti2v" else 0  # theirs also updates the given frame, and restores it at the end
     assert len(made) == len(expected) == STEPS
     for i, (a, b) in enumerate(zip(made, expected, strict=True)):
         torch.testing.assert_close(a[:, :, start:], b[:, :, start:], atol=1e-4, rtol=0, msg=f"step {i}")

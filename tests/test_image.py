@@ -1,4 +1,4 @@
-"""Images in and out, and the size rule that they share with videos."""
+"""Reading and writing images, and the size rule shared with videos."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_exif_rotation(tmp_path):
 
 
 def icc(space: str, curve: bytes, primaries: tuple = ()) -> bytes:
-    """A version 4 profile of a display: tone curves and, for RGB, where the primaries lie in XYZ (D50)."""
+    """A version 4 profile of a display: tone curves and, for RGB, the primaries in XYZ (D50)."""
 
     def xyz(x: float, y: float, z: float) -> bytes:
         return b"XYZ " + bytes(4) + b"".join(round(value * 65536).to_bytes(4, "big", signed=True) for value in (x, y, z))
@@ -51,7 +51,7 @@ P3 = ((0.51512, 0.24120, -0.00105), (0.29198, 0.69225, 0.04189), (0.15710, 0.066
 
 
 def test_an_embedded_colour_profile_is_applied(tmp_path):
-    """A phone's green in Display P3 lies outside sRGB: red is cut off at 0."""
+    """A phone's green in Display P3 is outside sRGB: red is clipped at 0."""
     display_p3, linear_grey = icc("RGB", SRGB_CURVE, P3), icc("GRAY", LINEAR)
     green = np.full((H, W, 3), (60, 200, 90), np.uint8)
     saved = {"a.png": Image.fromarray(green), "a.tiff": Image.fromarray(green), "p.png": Image.fromarray(green).quantize(4)}
@@ -145,7 +145,7 @@ def test_tensor_round_trip():
 
 
 @pytest.mark.parametrize("size", [(32, 32), (48, 64), (100, 60), (7, 300)])
-def test_image_and_video_are_fitted_alike(size):
+def test_image_and_video_are_fitted_equally(size):
     frames = smooth(3)
     for mode in ("cover", "contain"):
         fitted = fit(frames, *size, mode)

@@ -1,4 +1,4 @@
-"""Running on this machine: offload, fp8, attention, caches and shared tokens, from the command line to the model; and the estimate."""
+"""Machine settings: offload, fp8, attention, caches and shared tokens, from the command line to the model; and the memory estimate."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_a_cache_at_threshold_0_changes_nothing(cache: str, folder: Path, plain:
 
 
 @pytest.mark.parametrize("cache", ["first-block=1e9", "taylorseer=4", "mag={ratios}:1e9"])
-def test_a_cache_skips_work_and_forgets_between_videos(cache: str, folder: Path, plain: torch.Tensor, tmp_path: Path) -> None:
+def test_a_cache_skips_work_and_is_reset_between_videos(cache: str, folder: Path, plain: torch.Tensor, tmp_path: Path) -> None:
     pipe = fresh(folder)
     set_up(pipe, Machine(cache=cache.format(ratios=ratios(tmp_path / "r.json", 1.0))), CPU, steps=4)
     calls: list[int] = []
@@ -67,8 +67,8 @@ def test_a_cache_skips_work_and_forgets_between_videos(cache: str, folder: Path,
 
 
 @pytest.mark.parametrize("layout", ["t2v", "t2v-a14b"])
-def test_calibration_measures_what_mag_needs(layout: str, tmp_path: Path) -> None:
-    """The ratios of what the blocks add, against hooks of our own around them; and `mag` takes the file."""
+def test_calibration_measures_the_ratios_for_mag(layout: str, tmp_path: Path) -> None:
+    """The ratios of the blocks' contributions, against hooks of our own; and `mag` accepts the file."""
     pipe = KlingPipeline.from_pretrained(
         tiny_wan.saved(layout, tmp_path / "wan"), checkpoint="wan2.2-t2v-a14b" if "a14b" in layout else ROW, torch_dtype=torch.float32
     )
@@ -108,10 +108,10 @@ def test_attention_and_fp8_reach_every_layer(folder: Path, plain: torch.Tensor) 
     assert 0 < (rounded - plain).norm() < 0.3 * plain.norm()
 
 
-def test_compiling_is_asked_of_every_block(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_block_is_compiled(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[object] = []
-    plain = fresh(folder)("a ball", **SHORT).latents  # the attention that the last test chose is still diffusers' default
-    monkeypatch.setattr(torch, "compile", lambda call, *_, **__: calls.append(call) or call)  # which takes a minute on a core
+    plain = fresh(folder)("a ball", **SHORT).latents  # with the attention of the last test, which is still diffusers' default
+    monkeypatch.setattr(torch, "compile", lambda call, *_, **__: calls.append(call) or call)  # compiling would take a minute on a core
     pipe = fresh(folder)
     set_up(pipe, Machine(compile=True), CPU, steps=4)
     assert len(calls) == len(pipe.transformer.blocks) and torch.equal(pipe("a ball", **SHORT).latents, plain)
@@ -136,7 +136,7 @@ def test_compiling_is_asked_of_every_block(folder: Path, monkeypatch: pytest.Mon
         ({"context_parallel": 2}, "needs 2 processes and this is one of 1: start it with torchrun"),
     ],
 )
-def test_what_cannot_work_here_is_refused(options: dict, message: str, folder: Path) -> None:
+def test_unavailable_options_are_refused(options: dict, message: str, folder: Path) -> None:
     with pytest.raises(UserError, match=message) as error:
         set_up(fresh(folder), Machine(**options), CPU, steps=4)
     assert "\n" not in str(error.value)
@@ -164,7 +164,7 @@ def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
     return code, out.out, out.err
 
 
-def test_kling_sample_takes_it_all(folder: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kling_sample_accepts_all_machine_options(folder: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     key = "diffusion_model.blocks.0.self_attn.q"
     save_file({f"{key}.lora_down.weight": torch.randn(4, 128), f"{key}.lora_up.weight": torch.randn(128, 4)}, tmp_path / "l.safetensors")
@@ -236,14 +236,14 @@ def large(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_dry_run_needs_no_weights_and_names_the_setting_that_fits(large: Path) -> None:
     pipe = KlingPipeline.from_pretrained(large, weights=False)
     plan = pipe.plan(Request("a"))
-    assert plan.tokens == 21 * 45 * 80 and (plan.height, plan.width) == (720, 1280)  # the row is that of the 14B: nothing was said
+    assert plan.tokens == 21 * 45 * 80 and (plan.height, plan.width) == (720, 1280)  # the registry's row of the 14B model
     memory = estimate(pipe, plan, Machine())
     assert memory.transformer == pytest.approx(2 * 14.29e9, rel=0.01), "14.3 billion numbers of two bytes"
     assert estimate(pipe, plan, Machine(fp8=True)).transformer == pytest.approx(14.3e9, rel=0.02)
     gib = 2**30
     assert advice(pipe, plan, Machine(), 80 * gib) == "fits"
     needs = [advice(pipe, plan, Machine(), room * gib) for room in (24, 14, 1)]
-    assert "--fp8 would" in needs[0] and "--offload" in needs[1] and "whatever is offloaded" in needs[2]
+    assert "--fp8 would" in needs[0] and "--offload" in needs[1] and "with any offloading" in needs[2]
     peaks = [estimate(pipe, plan, Machine(offload=way)).peak for way in (None, "model", "group")]
     assert peaks[0] >= peaks[1] > peaks[2]
     assert estimate(pipe, plan, Machine(context_parallel=4)).activations == pytest.approx(memory.activations / 4, rel=0.01)
@@ -261,12 +261,12 @@ def test_tiles_are_advised_where_decoding_is_what_does_not_fit(large: Path) -> N
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_rule_for_activations_is_what_the_profiler_measures(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_the_rule_for_activations_agrees_with_the_profiler(dtype: torch.dtype, tmp_path: Path) -> None:
     from torch.profiler import ProfilerActivity, profile
 
     config = {"num_attention_heads": 1, "attention_head_dim": 128, "text_dim": 32, "freq_dim": 32, "ffn_dim": 512, "num_layers": 2}
     model = KlingTransformer3DModel(**config).to(dtype).eval()
-    model.set_attention_backend("native")  # a choice counts for the whole process, and another test may have made one
+    model.set_attention_backend("native")  # a choice holds for the whole process, and another test may have made one
     z, text = torch.randn(1, 16, 2, 32, 32, dtype=dtype), torch.randn(1, 16, 32, dtype=dtype)
     with torch.no_grad(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
         model(z, torch.tensor([0.5]), text)

@@ -1,4 +1,4 @@
-"""Everything that is given is used or refused by name: all pairs of inputs, where keyframes go, and what a mask keeps."""
+"""Every input is used or refused by name: all pairs of inputs, positions of keyframes, and the parts that a mask keeps."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from tests.test_pipeline import picture, tiny_pipeline
 SIZES = {"16:9": (32, 64), "9:16": (64, 32), "1:1": (32, 32)}
 H, W = SIZES["16:9"]
 HOLE = np.zeros((H, W), np.float32)
-HOLE[6:23, 18:50] = 1  # on no grid of latents
+HOLE[6:23, 18:50] = 1  # not aligned with latents
 
 
 def movie(frames: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (frames, H, W, 3), dtype=np.uint8)
 
 
-# What may be given beside words: all pairs of these.
+# The possible inputs apart from the prompt: all pairs of these are tested.
 INPUTS = {
     "image": {"image": picture(1)},
     "last_image": {"last_image": picture(2)},
@@ -37,9 +37,9 @@ INPUTS = {
     "extend_to": {"extend_to": 2.5},
     "duration": {"duration": 1.5},
 }
-NEEDS = {"mask": "video", "outpaint": "video", "strength": "video"}  # what each is applied to
+NEEDS = {"mask": "video", "outpaint": "video", "strength": "video"}  # what each of them changes
 
-# The pairs that cannot be used together, and the words of the refusal. All others work.
+# The pairs that cannot be combined, and the words of the error. All others work.
 REFUSED = {
     ("image", "video"): "leave image out",
     ("image", "mask"): "mask was given without a video to fill",
@@ -70,7 +70,7 @@ def pipe() -> KlingPipeline:
 
 
 def fields(*names: str) -> dict:
-    """Those inputs, and a video where one of them changes it; 13 frames where nothing says how many (a clip of 9 is continued)."""
+    """These inputs, and a video if one of them changes it; 13 frames if none sets the number (a clip of 9 is continued)."""
     given: dict = {}
     for name in names:
         given |= INPUTS[name]
@@ -101,7 +101,7 @@ def made(pipe):
 
 @pytest.mark.parametrize(("one", "other"), itertools.combinations(INPUTS, 2))
 def test_every_pair_of_inputs_works_or_is_refused_by_name(made, one, other):
-    """Works: without either of the two the frames are others."""
+    """Works: leaving out either of the two changes the frames."""
     both = fields(one, other)
     refused = REFUSED.get((one, other)) or REFUSED.get((other, one))
     if refused is None and {one, other} == {"video", "duration"}:
@@ -114,7 +114,7 @@ def test_every_pair_of_inputs_works_or_is_refused_by_name(made, one, other):
             if left_out == "duration":
                 rest["num_frames"] = 17
             if left_out == "video" and NEEDS.keys() & set(rest):
-                continue  # the other one cannot do without it
+                continue  # the other one requires it
             without = made(rest)
             assert without.shape != together.shape or not np.array_equal(without, together), left_out
         return
@@ -123,7 +123,7 @@ def test_every_pair_of_inputs_works_or_is_refused_by_name(made, one, other):
     assert "\n" not in str(error.value)
 
 
-def test_a_length_and_a_whole_length_of_a_continuation_are_not_both_given():
+def test_a_continuation_takes_either_an_added_or_a_total_length():
     with pytest.raises(UserError, match=REFUSED["video with duration", "extend_to"]):
         Request(**INPUTS["video"], **INPUTS["extend_to"], **INPUTS["duration"])
 
@@ -142,14 +142,14 @@ def test_a_length_and_a_whole_length_of_a_continuation_are_not_both_given():
         ({"video": movie(9), "keyframes": [(picture(), 8, 1.0)]}, "frame 8 lies in the given video: the first frame that is made is 9"),
         ({"outpaint": "1:1", "aspect": "1:1", "video": movie(5)}, "both outpaint and aspect"),
         ({"outpaint": "16:9", "video": movie(5)}, "has that aspect already"),
-        ({"mask": 0 * HOLE, "video": movie(5)}, "nothing white"),
+        ({"mask": 0 * HOLE, "video": movie(5)}, "no white area"),
         ({"mask": HOLE[None], "video": movie(5)}, r"mask of shape \(1, 32, 64\)"),
         ({"extend_to": 1.0, "duration": 2.0}, "extend_to 1 s is shorter"),
         ({"camera_scale": 2.0}, "without a camera"),
         ({"strength": 0.5, "video": movie(41), "num_frames": 41}, "this model changes 17 at once: ask for 17"),
     ],
 )
-def test_what_contradicts_itself_is_refused_in_the_words_of_the_request(pipe, given, refused):
+def test_contradictory_requests_are_refused_by_field_name(pipe, given, refused):
     with pytest.raises(UserError, match=refused) as error:
         pipe.plan(Request(**({} if given.keys() & {"video", "duration", "extend_to"} else {"num_frames": 5}) | given))
     assert "\n" not in str(error.value)
@@ -158,8 +158,8 @@ def test_what_contradicts_itself_is_refused_in_the_words_of_the_request(pipe, gi
 # ------------------------------------------------------------------------------------------------------- where keyframes go
 
 
-def test_the_last_hop_takes_the_end(pipe):
-    """`first` and `last` of a clip that is made in hops; the loop alike. The model makes 17 frames at once."""
+def test_the_last_hop_gets_the_last_frame(pipe):
+    """`first` and `last` of a clip that is made in hops, and a loop. The model generates 17 frames at once."""
     for end in ({"last_image": picture(2)}, {"loop": True}):
         plan = pipe.plan(Request(image=picture(1), num_frames=41, **end))
         *before, last = plan.hops
@@ -176,8 +176,8 @@ def test_a_keyframe_goes_to_the_hop_that_makes_its_frame(pipe):
     assert all(hop.overlap <= t < hop.frames for hop in plan.hops for t, _ in hop.given.keyframes)
 
 
-def test_a_continuation_ends_on_the_last_frame_that_is_given(pipe):
-    """Frames count from the start of the result; what was there stays, and what is new follows the picture."""
+def test_a_continuation_ends_with_the_given_last_frame(pipe):
+    """Frames count from the start of the result; existing frames stay, and new ones lead to the picture."""
     given = {"video": movie(9), "num_frames": 9}
     plan = pipe.plan(Request(last_image=picture(2), keyframes=[(picture(3), 12, 0.5)], **given))
     assert plan.task == "continuation" and plan.title == "continuation of a video with 2 keyframes"
@@ -187,7 +187,7 @@ def test_a_continuation_ends_on_the_last_frame_that_is_given(pipe):
     assert not np.array_equal(plain[9:], ended[9:]) and not np.array_equal(other[9:], ended[9:])
 
 
-def test_a_model_that_knows_no_last_frame_refuses_it_at_a_continuation_too():
+def test_a_model_without_last_frames_refuses_them_in_continuations_too():
     pipe = tiny_pipeline(capabilities=["text", "continuation", "restyle"])
     for given in ({"num_frames": 9}, {"strength": 0.5}):
         with pytest.raises(UserError, match="not trained for 'last'"):
@@ -198,7 +198,7 @@ def test_a_model_that_knows_no_last_frame_refuses_it_at_a_continuation_too():
 
 
 @pytest.mark.parametrize("strength", [None, 0.4])
-def test_what_a_mask_keeps_is_the_video_s_own_to_the_pixel(pipe, strength):
+def test_kept_pixels_of_a_masked_video_are_unchanged(pipe, strength):
     video = movie(9)
     made = make(pipe, {"video": video, "mask": HOLE, "strength": strength})
     kept = HOLE == 0
@@ -208,7 +208,7 @@ def test_what_a_mask_keeps_is_the_video_s_own_to_the_pixel(pipe, strength):
     assert (made[:, deep] != video[:, deep]).mean() > 0.5
 
 
-def test_outpainting_keeps_the_picture_to_the_pixel(pipe):
+def test_outpainting_leaves_the_picture_s_pixels_unchanged(pipe):
     video = movie(5)[:, :, 16:48]  # square
     made = make(pipe, {"video": video, "outpaint": "16:9"})
     assert np.array_equal(made[:, :, 16:48], video)
@@ -223,7 +223,7 @@ def test_a_still_picture_is_filled_and_outpainted(pipe):
 
 
 def test_the_seam_fades_in_inside_the_hole():
-    """Along a line across the border: kept, then a straight ramp, then made."""
+    """Along a line across the border: kept, then a linear ramp, then generated."""
     made, video = torch.full((2, 32, 32, 3), 200, dtype=torch.uint8), torch.zeros(2, 32, 32, 3, dtype=torch.uint8)
     mask = torch.zeros(32, 32)
     mask[:, 16:] = 1
@@ -232,7 +232,7 @@ def test_the_seam_fades_in_inside_the_hole():
     assert torch.equal(paste(made, video, torch.ones(32, 32), 3), made)
 
 
-def test_a_long_video_is_changed_as_far_as_the_model_reaches_and_says_so(pipe):
+def test_a_long_video_is_changed_up_to_the_model_s_length_with_a_note(pipe):
     plan = pipe.plan(Request(video=movie(30), strength=0.5))
     assert plan.frames == 17 and "the first 17 of the video's 30 frames" in plan.notes[0]
     assert pipe.plan(Request(video=movie(17), strength=0.5)).notes == ()

@@ -1,4 +1,4 @@
-"""The launchers' files: every accelerate config starts a run, and the SLURM script says what it should and requeues what it should."""
+"""Launcher files: every accelerate config starts a run, and the SLURM script passes the right arguments and requeues the right jobs."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def launch(folder: Path) -> None:
 
 
 def set_up(folder: Path, rank: int) -> None:
-    """What a program that the launcher starts with this environment sees."""
+    """Set up as a program started by the launcher with this environment."""
     os.environ.clear()
     os.environ.update(json.loads((folder / f"environment-{rank}.json").read_text()))
     os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # the launcher that kept the store has ended: process 0 keeps one
@@ -71,7 +71,7 @@ def test_a_layout_is_as_large_as_its_processes(path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_accelerate_launches_it(path: Path, tmp_path: Path) -> None:
-    """The real launcher on each file, made smaller and for CPUs; then as many processes with the environments that it gave."""
+    """The real launcher on each file, made smaller and for CPUs; then that many processes with the environments that it sets."""
     values, expected = yaml.safe_load(path.read_text()), EXPECTED[path.stem]
     values |= {"use_cpu": True, "num_processes": len(expected), "num_machines": 1, "mixed_precision": "no"}
     for name, size in SIZES.get(path.stem, {}).items():
@@ -95,7 +95,7 @@ def together(what: Callable[..., None], arguments: list[tuple]) -> None:
 STUBS = {
     "scontrol": 'if [ "$1" = show ]; then echo node1; echo node2; else echo "$@" >> "$LOG.requeue"; fi',
     "srun": 'shift; export SLURM_NODEID=1; exec "$@"',
-    # a launcher with one training process, which saves and leaves with 143 on SIGUSR1; the launcher makes 1 of it
+    # a launcher with one training process, which on SIGUSR1 saves and exits with 143; the launcher itself exits with 1
     "accelerate": """printf '%s\\n' "$@" > "$LOG"
 python3 -c 'import os, pathlib, signal, sys, time
 out = pathlib.Path(os.environ["OUT"]); out.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""The plan of the house (docs: the file tree): who may import whom, and what must not stand where. Each test walks all files."""
+"""The structure of the package (docs: the file tree): which room may import which, and forbidden imports and calls."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PROGRAMS = ("train", "sample", "eval")
 SHIPPED = sorted(p for folder in ("kling", *PROGRAMS) for p in (ROOT / folder).rglob("*.py"))
 LIBRARY = [p for p in SHIPPED if p.is_relative_to(ROOT / "kling")]
 
-# A room imports the rooms above it, and itself. Rooms on one line do not know each other.
+# A room imports itself and the rooms above it. Rooms on one line do not import each other.
 FLOORS = (
     "errors",
     "shapes config",
@@ -55,7 +55,7 @@ def tree(path: Path) -> ast.Module:
 
 @cache
 def imports(path: Path) -> list[tuple[int, str]]:
-    """(line, dotted name) of every import in a file, wherever it stands; relative ones made absolute."""
+    """(line, dotted name) of every import in a file, at any level; relative ones made absolute."""
     package = path.relative_to(ROOT).with_suffix("").parts
     found = []
     for node in ast.walk(tree(path)):
@@ -77,7 +77,7 @@ def at(path: Path, line: int) -> str:
     return f"{path.relative_to(ROOT)}:{line}"
 
 
-def test_rooms_import_the_rooms_above_them() -> None:
+def test_rooms_import_only_the_rooms_above_them() -> None:
     assert {room(path) for path in LIBRARY} == set(LEVEL), "give every room a place in FLOORS"
     wrong = []
     for path in LIBRARY:
@@ -89,7 +89,7 @@ def test_rooms_import_the_rooms_above_them() -> None:
     assert not wrong, "\n".join(wrong)
 
 
-def test_no_module_imports_itself_by_way_of_others() -> None:
+def test_there_are_no_import_cycles() -> None:
     modules = {module(path): path for path in LIBRARY}
     graph = {
         name: {name_of for _, target in imports(path) for name_of in (target, target.rpartition(".")[0]) if name_of in modules} - {name}
@@ -104,8 +104,8 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
         pytest.fail(" -> ".join(error.args[1]))
 
 
-def test_what_is_not_imported() -> None:
-    """One door to accelerate; no pickle; nothing that the base dependencies must not need; command lines are the programs'."""
+def test_forbidden_imports() -> None:
+    """Only one module imports accelerate; no pickle; nothing outside the base dependencies; argparse only in programs."""
     never = ("pickle", "dill", "cloudpickle", "torchvision", "timm", "lpips", "open_clip")
     wrong = []
     for path in SHIPPED:
@@ -121,8 +121,8 @@ def test_what_is_not_imported() -> None:
     assert not wrong, "\n".join(wrong)
 
 
-def test_what_is_not_called() -> None:
-    """Nobody pickles, and the library writes nothing to stdout."""
+def test_forbidden_calls() -> None:
+    """Nothing pickles, and the library does not print."""
     wrong = []
     for path in SHIPPED:
         for node, call in calls(path):

@@ -1,4 +1,4 @@
-"""LoRAs go both ways between diffusers and us, and foreign ones load with the same effect."""
+"""LoRAs are exchanged with diffusers in both directions, and those of other tools load with the same effect."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def outputs(theirs: torch.nn.Module, mine: torch.nn.Module) -> tuple[torch.Tenso
 
 
 def trained(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """An adapter that does something."""
+    """A trained adapter, whose effect is not zero."""
     torch.manual_seed(1)
     model.add_adapter(LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS, init_lora_weights=False))
     return get_peft_model_state_dict(model)
@@ -65,7 +65,7 @@ def test_ours_loads_in_diffusers_and_theirs_in_ours(folder: Path, tmp_path: Path
 
 
 def foreign(folder: Path, path: Path) -> Path:
-    """The original repository's naming, as most published LoRAs of Wan have it, with an alpha."""
+    """The original repository's naming, with an alpha, as in most published LoRAs for Wan."""
     torch.manual_seed(2)
     state = {}
     for block in range(2):
@@ -79,7 +79,7 @@ def foreign(folder: Path, path: Path) -> Path:
 
 
 @pytest.mark.parametrize("second", [False, True])
-def test_a_foreign_lora_has_the_effect_that_it_has_in_diffusers(second: bool, folder: Path, tmp_path: Path) -> None:
+def test_a_foreign_lora_has_the_same_effect_as_in_diffusers(second: bool, folder: Path, tmp_path: Path) -> None:
     file = foreign(folder, tmp_path / "foreign.safetensors")
     theirs, pipe = WanPipeline.from_pretrained(folder), ours(folder)
     theirs.load_lora_weights(tmp_path, weight_name=file.name, adapter_name="x", load_into_transformer_2=second)
@@ -149,7 +149,7 @@ def written(path: Path, naming: str, alpha: float | None = None, **more: torch.T
 
 
 def by_hand(folder: Path, scale: float, **whole: torch.Tensor) -> KlingPipeline:
-    """The model with scale · B A, and whole differences, added into its weights."""
+    """The model with scale · B A, and full differences, added to its weights."""
     pipe = ours(folder)
     with torch.no_grad():
         for (block, layer), (down, up) in matrices().items():
@@ -203,8 +203,8 @@ def test_a_bias_of_pefts_on_one_layer_only(folder: Path, tmp_path: Path) -> None
     same(expected.transformer, pipe.transformer)
 
 
-def test_alpha_of_pefts_settings_counts(folder: Path, tmp_path: Path) -> None:
-    """lora_alpha of the JSON beside peft's own file, and an alpha_pattern over it."""
+def test_alpha_of_peft_s_settings_is_applied(folder: Path, tmp_path: Path) -> None:
+    """lora_alpha in the JSON beside peft's own file, and an alpha_pattern that overrides it."""
     written(tmp_path / "adapter_model.safetensors", "peft")
     settings = {"r": 4, "lora_alpha": 8, "alpha_pattern": {"blocks.0.attn1.to_q": 8}}
     (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
@@ -214,10 +214,8 @@ def test_alpha_of_pefts_settings_counts(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("door", DOORS)
-def test_what_the_model_has_no_layer_for_is_named_in_one_line(
-    door: str, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Image layers of an image-to-video LoRA, the text encoder's, a bias where there is none, and a word of nobody's."""
+def test_unused_tensors_are_named_in_one_line(door: str, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Image layers of an image-to-video LoRA, the text encoder's, a bias where there is none, and an unknown name."""
     odd = {
         "diffusion_model.blocks.0.cross_attn.k_img.lora_down.weight": torch.ones(4, 128),
         "diffusion_model.blocks.0.cross_attn.k_img.lora_up.weight": torch.ones(128, 4),
@@ -257,7 +255,7 @@ TROUBLES = {
 
 @pytest.mark.parametrize("door", DOORS)
 @pytest.mark.parametrize("trouble", TROUBLES)
-def test_a_damaged_or_other_file_is_refused_in_one_line(trouble: str, door: str, folder: Path, tmp_path: Path) -> None:
+def test_a_damaged_or_unsupported_file_is_refused_in_one_line(trouble: str, door: str, folder: Path, tmp_path: Path) -> None:
     odd, says = TROUBLES[trouble]
     file = written(tmp_path / "x.safetensors", "musubi", **odd)
     pipe = ours(folder)
@@ -301,7 +299,7 @@ def test_from_python_it_is_found_in_folders_and_adapters_have_names(folder: Path
         assert "\n" not in str(error.value)
 
 
-def test_what_is_no_lora_is_refused(folder: Path, tmp_path: Path) -> None:
+def test_a_file_that_is_no_lora_is_refused(folder: Path, tmp_path: Path) -> None:
     pipe = ours(folder)
     save_file({"blocks.0.attn1.to_q.weight": torch.ones(128, 128)}, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match="no LoRA that fits"):

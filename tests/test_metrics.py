@@ -1,4 +1,4 @@
-"""The rulers: closed forms, known paths, and what they read from rendered clips whose truth is known."""
+"""The metrics: closed forms, known paths, and their readings of rendered clips with known truth."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ STAGE = Stage(start_pose(), FOCAL, float(HAZE.mean()), HAZE_DISTANCE, COLOUR_RGB
 
 
 def flat(*levels: float) -> Tensor:
-    """A video (1, 3, T, 16, 16) of one level in [0, 1] a frame."""
+    """A video (1, 3, T, 16, 16) with one grey level in [0, 1] per frame."""
     return (torch.tensor(levels) * 2 - 1).view(1, 1, -1, 1, 1).expand(1, 3, -1, 16, 16)
 
 
@@ -65,7 +65,7 @@ def test_ssim_agrees_with_scikit_image() -> None:
     assert float(ssim(*((x * 2 - 1).expand(1, 3, 1, 32, 40) for x in (a, b)))) == pytest.approx(expected, abs=1e-4)
 
 
-def test_flicker_sees_what_comes_and_goes_and_not_a_ramp() -> None:
+def test_flicker_detects_flashes_and_ignores_a_ramp() -> None:
     assert float(flicker(flat(0.1, 0.2, 0.3, 0.4))) == pytest.approx(0, abs=1e-4)
     assert float(flicker(flat(0.4, 0.5, 0.4, 0.5))) == pytest.approx(0.2 * 255, abs=1e-3)
 
@@ -176,7 +176,7 @@ def hits(detectors: Detectors, clips: list[tuple[Tensor, dict[str, str]]]) -> di
     return {q: sum(r[q] == labels[q] for r, labels in readings) / len(clips) for q in QUESTIONS}
 
 
-def test_detectors_read_what_is_there() -> None:
+def test_detectors_read_rendered_clips() -> None:
     detectors = Detectors.fit(labelled(1, 80, 17, "train"), COLOUR_RGB)
     clips = labelled(2, 20, 17, "heldout")
     score = hits(detectors, clips)

@@ -1,4 +1,4 @@
-"""Motion and structure of any video, on pictures whose true motion is known in closed form."""
+"""Motion and camera estimation for any video, on pictures with known motion."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def texture(H: int, W: int, seed: int = 0) -> np.ndarray:
 
 
 def window(big: np.ndarray, boxes: list[tuple[float, float, float]], H: int, W: int) -> Tensor:
-    """Frames (T, H, W, 3): for each (left, top, width) that part of a picture, at the clip's size."""
+    """Frames (T, H, W, 3): for each (left, top, width) that part of a picture, scaled to the clip's size."""
     frames = []
     for left, top, width in boxes:
         s = width / W
@@ -61,7 +61,7 @@ def test_flow_and_warp_error_of_a_known_shift() -> None:
     assert right < 1e-4 < 10 * 1e-4 < blind
 
 
-def test_what_leaves_the_picture_is_not_visible() -> None:
+def test_pixels_that_leave_the_picture_are_not_visible() -> None:
     there = np.zeros((10, 20, 2), np.float32)
     there[..., 0] = 6
     seen = visible(there, -there)
@@ -113,7 +113,7 @@ def test_vbench_classes(name: str, step: tuple[float, float, float]) -> None:
 
 
 def test_points_stay_on_their_place_while_it_grows_and_darkens() -> None:
-    """Half as large again in 12 frames, and 40 % of the light gone: where a point is in the picture behind the window must not change."""
+    """It grows by half in 12 frames and loses 40 % of its brightness: a point's position in the source picture must not change."""
     width, T = 256, 13
     boxes = [(96 + 4 * t, 90 + 3 * t, 320 / 1.5 ** (t / (T - 1))) for t in range(T)]
     video = window(texture(512, 512), boxes, 192, width)
@@ -126,7 +126,7 @@ def test_points_stay_on_their_place_while_it_grows_and_darkens() -> None:
     assert np.nanquantile(miss, 0.95) < 0.1 and np.nanmax(miss) < 0.5
 
 
-def test_a_turn_of_a_flat_picture_is_a_turn() -> None:
+def test_a_rotation_over_a_flat_picture_is_recognised() -> None:
     video, path = turned(torch.from_numpy(texture(96, 144)))
     found = estimate_structure(video, path.intrinsics)
     assert found.model == "turning" and bool(found.found.all())
@@ -179,7 +179,7 @@ def test_pycolmap_is_one_of_the_methods() -> None:
     assert colmap_path(noise(video, 0), path.intrinsics, 2) is None
 
 
-def test_sums_as_cami2v_has_them() -> None:
+def test_sums_match_cami2v() -> None:
     still, pan, truck = (axes_trajectory(axes, 17, 64, 112) for axes in ({}, {"pan": 10.0}, {"horizontal": 10.0}))
     turn = summed_errors(still, pan)
     assert turn["rotation"] == pytest.approx(math.radians(45) * sum(t / 16 for t in range(1, 17)), abs=1e-3)
@@ -191,7 +191,7 @@ def test_sums_as_cami2v_has_them() -> None:
 # --------------------------------------------------------------------------------------------- joins, drift, order of controls
 
 
-def test_temporal_psnr_forgives_what_stays_and_not_what_flickers() -> None:
+def test_temporal_psnr_ignores_constant_errors_and_detects_flicker() -> None:
     video = torch.rand(1, 3, 4, 8, 8) - 0.5
     assert float(temporal_psnr(video + 0.2, video).min()) > 100
     flick = video + 0.2 * torch.tensor([0.0, 1, 0, 1]).view(1, 1, 4, 1, 1)
@@ -215,7 +215,7 @@ def test_drift_and_joins_of_known_steps() -> None:
     assert faded["contrast"] == pytest.approx(0.18, abs=0.02)  # 1, 0.8, 0.64
 
 
-def test_violations_are_named() -> None:
+def test_violations_are_reported() -> None:
     order = Order("error", ("truth", "frozen", "noise"), higher=False)
     assert violations([order], {"truth": {"error": 0.0}, "frozen": {"error": 0.0}, "noise": {"error": 2.0}}) == []
     wrong = violations([order], {"truth": {"error": 3.0}, "frozen": {"error": 1.0}, "noise": {"error": 2.0}})

@@ -1,4 +1,4 @@
-"""What earlier versions wrote stays readable, whatever moves inside the library. tests/data/record.json is of commit ff373bd."""
+"""Files written by earlier versions stay readable, whatever moves inside the library. tests/data/record.json is from commit ff373bd."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from kling.sampling.record import check_same_settings, read_record, request_of
 RECORD = Path(__file__).parent / "data" / "record.json"
 
 
-def test_an_old_record_asks_for_the_same_again() -> None:
+def test_an_old_record_gives_the_same_request() -> None:
     record = read_record(RECORD)
     pipe = KlingPipeline.from_pretrained(weights=False)
-    pipe.scheduler.register_to_config(camera_guidance_scale=4.0)  # the weights of then had it
+    pipe.scheduler.register_to_config(camera_guidance_scale=4.0)  # a setting of the weights at that time
     check_same_settings(record, pipe.plan(request_of(record, str(RECORD))), str(RECORD))
 
 
@@ -32,8 +32,8 @@ def test_an_old_record_asks_for_the_same_again() -> None:
         ({"outpaint": "1:1", "aspect": "9:16", "camera_scale": 2.0}, {"outpaint": "1:1"}),
     ],
 )
-def test_what_recipe_1_did_not_use_is_left_out_of_its_requests(tmp_path, given, asked) -> None:
-    """The first versions threw away some of what they were given, and wrote it down all the same."""
+def test_fields_ignored_by_recipe_1_are_dropped_from_its_requests(tmp_path, given, asked) -> None:
+    """The first versions ignored some of their inputs, but recorded them."""
     write_video(tmp_path / "in.mp4", np.zeros((9, 64, 112, 3), np.uint8), 8)
     video, record = str(tmp_path / "in.mp4"), read_record(RECORD)
     fields = {**record["request"], "prompt": "a", "num_frames": None, "image": None, "keyframes": [], "camera": None, "aspect": None}

@@ -1,4 +1,4 @@
-"""What pip and make promise: the right packages, the right programs, nothing unwanted, and prompts that arrive as typed."""
+"""What pip and make provide: the right packages and programs, no unwanted dependency, and prompts passed on unchanged."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 FOLDERS = {name: ROOT / folder for name, folder in PROJECT["tool"]["setuptools"]["package-dir"].items()}
 BASE = [Requirement(text) for text in PROJECT["project"]["dependencies"]]
 EXTRAS = [Requirement(text) for texts in PROJECT["project"]["optional-dependencies"].values() for text in texts]
-BOUNDED = ("diffusers",)  # what is not public in it comes through one file, and may change with a minor version
+BOUNDED = ("diffusers",)  # we use private parts of it, which may change with a minor version
 PINS = {
     canonicalize_name(pin.name): pin
     for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
@@ -63,7 +63,7 @@ def test_ranges_pins_and_what_is_installed_agree() -> None:
 
 
 def test_base_closure_is_clean() -> None:
-    """torchvision, when merely installed beside another torch build, breaks transformers: nothing in the base may bring it."""
+    """torchvision, when installed with another torch build, breaks transformers: no base dependency may install it."""
     seen: set[str] = set()
     queue = [requirement.name for requirement in BASE]
     while queue:
@@ -87,7 +87,7 @@ def test_version_and_license() -> None:
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="no make")
-def test_make_hands_the_prompt_over_as_typed(tmp_path: Path) -> None:
+def test_make_passes_the_prompt_on_unchanged(tmp_path: Path) -> None:
     program = tmp_path / ".venv" / "bin" / "kling-sample"
     program.parent.mkdir(parents=True)
     program.write_text('#!/bin/sh\nprintf "%s\\n" "$@" > args\n')
@@ -106,7 +106,7 @@ def test_make_hands_the_prompt_over_as_typed(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_wheel(tmp_path: Path) -> None:
-    """The wheel holds the library, the programs and the presets, and claims no name but kling and kling_programs."""
+    """The wheel contains the library, the programs and the presets, and has no top-level names but kling and kling_programs."""
     source = tmp_path / "source"
     source.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE"):

@@ -1,4 +1,4 @@
-"""One run, however it lies on processes: the same losses, gradients, weights and order of data. Real processes, over gloo."""
+"""One run on any distribution over processes: the same losses, gradients, weights and order of data. Real processes, over gloo."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ WATCHED = ["validation.every=1", "validation.clips=2", "validation.quantiles=1",
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """A training whose VAE and cache cost nothing, with every task, cameras, and clips of one and of two latent frames."""
+    """A training with a tiny VAE and cache, with every task, cameras, and clips of one and of two latent frames."""
     folder = tmp_path_factory.mktemp("parts")
     torch.manual_seed(0)
     AutoencoderKLKling(**workers.TINY_VAE).save_pretrained(folder / "vae")
@@ -63,7 +63,7 @@ def metrics(run: Path) -> list[dict]:
 
 
 def weights(run: Path) -> dict[str, Tensor]:
-    """Everything in the newest checkpoint, rows of several files joined in their order: an independent reading of the format."""
+    """Everything in the newest checkpoint, with the rows of several files joined in order: an independent reader of the format."""
     found: dict[str, list[Tensor]] = {}
     for path in sorted((run / (run / "latest").read_text().strip()).glob("*.safetensors")):
         with safe_open(path, "pt") as file:
@@ -99,7 +99,7 @@ def assert_same_run(run: Path, reference: Path, rtol: float = 1e-5) -> None:
 def test_processes_and_accumulation_change_nothing(
     config: str, ranks: int, micro: int, sizes: dict[str, int], extra: list[str], words: list[str], alone: Path, tmp_path: Path
 ) -> None:
-    """Ring attention runs on a flash attention for CPUs that the test brings. A tracker is open until the end."""
+    """Ring attention uses a flash attention for CPUs that the test provides. A tracker stays open until the end."""
     env = workers.environment(config, ranks, **sizes)
     first = workers.ring_on_cpu if "context_parallel=ring" in extra else None
     words = [*words, *extra, f"out={tmp_path}", f"steps={STEPS}", f"gradient_accumulation={micro}"]
@@ -112,13 +112,13 @@ def test_processes_and_accumulation_change_nothing(
 
 
 def seen(path: Path) -> list[list[list]]:
-    """The lines that the processes have written to SEEN.<rank>, process by process."""
+    """The lines that each process has written to SEEN.<rank>, by process."""
     return [[json.loads(line) for line in file.read_text().splitlines()] for file in sorted(path.parent.glob(f"{path.name}.*"))]
 
 
-def test_gradients_stay_cut_between_micro_steps(words: list[str], tmp_path: Path) -> None:
-    """Through accelerate's branch for FSDP2, which without `sync_each_batch` keeps whole gradients until the last micro-step. Of cameras
-    and kinds, whose gradients a step may lack, all are drawn."""
+def test_gradients_stay_sharded_between_micro_steps(words: list[str], tmp_path: Path) -> None:
+    """With accelerate's code for FSDP2, which without `sync_each_batch` keeps whole gradients until the last micro-step. All cameras and
+    kinds are drawn, because a step without them would have no gradients for these."""
     words = [*words, f"out={tmp_path / 'run'}", "steps=1", "gradient_accumulation=3", "camera_drop=0", NO_TASKS]
     env = workers.environment("fsdp2", 2, dp_shard=2) | {"SEEN": str(tmp_path / "seen")}
     assert workers.run(words, env, first=workers.watch_gradients) == [0, 0]
@@ -127,9 +127,9 @@ def test_gradients_stay_cut_between_micro_steps(words: list[str], tmp_path: Path
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_what_presets_turn_on_changes_nothing_in_shards(words: list[str], tmp_path: Path) -> None:
-    """Recomputed activations in compiled blocks of sharded weights, all at once, for every task and two shapes, validated and sampled: in
-    few graphs. Traced, differentiated and cut, but not made C++, which knows nothing of processes: tests/test_growing.py does that."""
+def test_options_of_the_presets_change_nothing_with_shards(words: list[str], tmp_path: Path) -> None:
+    """Recomputed activations in compiled blocks of sharded weights, for every task and two shapes, with validation and samples, in few
+    graphs. They are traced and differentiated but not compiled to C++, which is independent of processes (tests/test_growing.py)."""
     words = [*words, *WATCHED, f"steps={STEPS}"]
     workers.train_dit.main([*words, f"out={tmp_path / 'alone'}", "gradient_accumulation=2"])
     words = [*words, f"out={tmp_path / 'shards'}", "activation_checkpointing=full", "compile=true"]
@@ -143,7 +143,7 @@ def test_what_presets_turn_on_changes_nothing_in_shards(words: list[str], tmp_pa
 
 
 def test_bf16_shards_train_as_bf16_alone(words: list[str], tmp_path: Path) -> None:
-    """Sharded weights are cast where they compute, whole ones by autocast: the same to a rounding of bf16. Validated and sampled."""
+    """Sharded weights are cast by FSDP, whole ones by autocast: the same up to rounding in bf16. With validation and samples."""
     words = [*words, "steps=3", "mixed_precision=bf16", *WATCHED]
     workers.train_dit.main([*words, f"out={tmp_path / 'alone'}", "gradient_accumulation=2"])
     env = workers.environment("fsdp2", 2, dp_shard=2) | {"SEEN": str(tmp_path / "seen")}
@@ -163,8 +163,8 @@ def test_bf16_shards_train_as_bf16_alone(words: list[str], tmp_path: Path) -> No
     ],
     ids=["not resharded", "blocks not cut"],
 )
-def test_averages_that_were_gathered_are_not_trained_on(fsdp: dict, words: list[str], alone: Path, tmp_path: Path) -> None:
-    """Where FSDP keeps gathered weights after a forward pass, a validation and samples change no later step."""
+def test_gathered_averages_are_not_used_for_training(fsdp: dict, words: list[str], alone: Path, tmp_path: Path) -> None:
+    """If FSDP keeps gathered weights after a forward pass, validation and samples must not change later steps."""
     env = workers.environment("fsdp2", 2, fsdp, dp_shard=2)
     assert workers.run([*words, *WATCHED, f"out={tmp_path}", f"steps={STEPS}", "gradient_accumulation=2"], env) == [0, 0]
     lines = [line for line in metrics(tmp_path) if "validation/loss" not in line]
@@ -182,7 +182,7 @@ def test_fp16_is_refused_for_training(words: list[str], tmp_path: Path, capsys: 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_gradients_exchanged_in_bf16_are_those_rounded(words: list[str], alone: Path, tmp_path: Path) -> None:
+def test_gradients_exchanged_in_bf16_are_rounded_ones(words: list[str], alone: Path, tmp_path: Path) -> None:
     words = [*words, f"out={tmp_path}", "steps=1", "gradient_accumulation=2", "bf16_reduction=true"]
     assert workers.run(words, workers.environment("fsdp2", 2, dp_shard=2)) == [0, 0]
     ours, theirs = metrics(tmp_path)[0], metrics(alone)[0]
@@ -197,10 +197,10 @@ def test_gradients_exchanged_in_bf16_are_those_rounded(words: list[str], alone: 
     [("fsdp2", {"dp_shard": 2}), pytest.param("hsdp", {"dp_replicate": 2, "dp_shard": 2}, marks=pytest.mark.slow)],
     ids=["fsdp2", "hsdp"],
 )
-def test_muon_turns_each_matrix_on_one_process(
+def test_muon_orthogonalises_each_matrix_on_one_process(
     config: str, sizes: dict[str, int], words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whole ones, though their rows are cut: as one process does it. Each of them once, and about as many on every process."""
+    """Sharded matrices are processed whole, with the result of one process; each once, and about equally many on every process."""
     ranks = math.prod(sizes.values())
     words = [*words, "optimizer=muon", f"steps={STEPS}"]
     monkeypatch.setenv("SEEN", str(tmp_path / "one"))
@@ -220,11 +220,11 @@ def test_muon_turns_each_matrix_on_one_process(
     assert len(counts) == ranks and max(counts) - min(counts) <= STEPS
 
 
-def test_a_run_goes_on_with_another_number_of_processes(
+def test_a_run_resumes_with_another_number_of_processes(
     words: list[str], alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """1 -> 2 sharded -> 4 -> 1, with samples and validation while sharded: every clip of the row of batches once, with the same noise; and
-    the same losses and gradients."""
+    """1 -> 2 sharded -> 4 -> 1, with samples and validation while sharded: every batch of the sequence is used once, with the same noise,
+    and losses and gradients are the same."""
     seen = tmp_path / "seen"
     straight = [*words, f"steps={STEPS}", "gradient_accumulation=4", f"out={tmp_path / 'straight-run'}"]
     words = [*words, f"out={tmp_path / 'run'}", "validation.every=3", "validation.clips=3", "validation.quantiles=2", "sample_every=3",
@@ -253,13 +253,11 @@ def test_a_run_goes_on_with_another_number_of_processes(
 # ---------------------------------------------------------------------------------- the trouble of one is the business of all
 
 
-def test_a_loss_that_is_not_finite_on_one_process_stops_no_other_from_agreeing(
-    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Five updates in a row are lost on process 1: both leave them out, go back to one checkpoint, and do not meet those clips again."""
+def test_all_processes_agree_on_a_loss_that_is_not_finite_on_one(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five updates in a row fail on process 1: both processes skip them, go back to one checkpoint, and do not draw those clips again."""
     words = [*words, "save_every=2", "steps=8"]
-    place = workers.train_dit.RankBatches.place
-    monkeypatch.setattr(workers.train_dit.RankBatches, "place", lambda feed, k: (n := place(feed, k)) + (10 if n >= 4 else 0))
+    place = RankBatches.place
+    monkeypatch.setattr(RankBatches, "place", lambda feed, k: (n := place(feed, k)) + (10 if n >= 4 else 0))
     workers.train_dit.main([*words, f"out={tmp_path / 'alone'}", "gradient_accumulation=2"])
     monkeypatch.undo()
     assert workers.run([*words, f"out={tmp_path / 'two'}"], workers.environment("ddp", 2), first=workers.poison_the_second) == [0, 0]
@@ -284,7 +282,7 @@ def test_a_signal_to_one_process_in_validation_saves_on_all_and_exits_143(words:
     assert len([line for line in metrics(tmp_path) if "validation/loss" in line]) == 1
 
 
-def test_what_cannot_be_cut_is_refused_before_it_trains(
+def test_indivisible_shapes_are_refused_before_training(
     words: list[str], alone: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     data = LatentSteps(LatentCache(next(word for word in words if word.startswith("cache="))[6:]), 2, [5], 0)
@@ -337,7 +335,7 @@ def test_draws_are_checked_at_the_start(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_a_sample_whose_tokens_do_not_divide_is_refused_before_it_is_made() -> None:
-    """While training, and by kling-sample in several processes: hops and appended frames counted."""
+    """In training, and in kling-sample on several processes; hops and appended frames are counted."""
     pipe = tiny_pipeline()
     words = {"prompt": "a ball", "num_frames": 5, "size": "112x64"}  # 2 latent frames of 4 x 7 tokens
     last = np.zeros((64, 112, 3), np.uint8)

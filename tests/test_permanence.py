@@ -1,4 +1,4 @@
-"""Permanence: whole on the rendered truth, whatever hides what; not whole once a thing of it vanishes, splits, or becomes another."""
+"""Permanence: rendered truth passes, also with occlusions; a clip fails if an object vanishes, splits, or becomes another."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from kling.metrics.segment import segment
 
 
 def scenes(seed: int, n: int, things: int, frames: int = 17, static: bool = True) -> list[Scene]:
-    """Scenes with that many things; a scene under its own camera, or a static one."""
+    """Scenes with `things` objects, with their own camera or a static one."""
     world, found, index = World(seed, frames, "16:9", max_things=things), [], 0
     while len(found) < n:
         scene = world.scene(index)
@@ -39,13 +39,13 @@ def test_the_truth_is_whole(things: int, static: bool) -> None:
 
 @pytest.mark.parametrize("things", [1, 2])
 @pytest.mark.parametrize(("way", "fault"), [(0, "vanished"), (1, "split"), (2, "vanished")])
-def test_what_happens_to_a_thing_half_way_is_seen(way: int, fault: str, things: int) -> None:
+def test_a_fault_of_an_object_half_way_is_detected(way: int, fault: str, things: int) -> None:
     for scene in scenes(8, 3, things):
         row = permanence(taken_over(render_scene(scene), render_scene(spoiled(scene, way))), COLOUR_RGB, things)
         assert row[fault] and not row["whole"], (scene.index, row)
 
 
-def test_a_ball_that_becomes_a_cone() -> None:
+def test_a_ball_that_becomes_a_cone_is_detected() -> None:
     scene = next(scene for scene in scenes(8, 40, 1) if scene.things[0].solid == "ball")
     cone = dataclasses.replace(scene, things=(dataclasses.replace(scene.things[0], solid="cone"),))
     ball, video = render_scene(scene), taken_over(render_scene(scene), render_scene(cone))
@@ -57,15 +57,15 @@ def pointed(features: Tensor) -> str:
     return "cone" if float(features[: len(features) // 2].mean()) < 0.5 else "ball"
 
 
-def test_two_things_that_become_one() -> None:
+def test_two_objects_that_merge_are_detected() -> None:
     for scene in scenes(9, 3, 2):
         one = dataclasses.replace(scene, things=scene.things[:1])
         assert permanence(taken_over(render_scene(scene), render_scene(one)), COLOUR_RGB, 2)["vanished"]
 
 
 @pytest.mark.parametrize("solid", ["ball", "cube", "cone"])
-def test_a_thing_that_tears(solid: str) -> None:
-    """The ground shows through a slit from above, so that the silhouette is one part still, but has a dent."""
+def test_a_torn_object_is_detected(solid: str) -> None:
+    """The ground shows through a slit from above, so the silhouette is still one part, but has a dent."""
     scene = next(scene for scene in scenes(9, 60, 1) if scene.things[0].solid == solid and scene.things[0].motion == "still")
     video, empty = render_scene(scene), render_scene(dataclasses.replace(scene, things=()))
     shown = (segment(video, COLOUR_RGB)[1] > 0).any(dim=0)
@@ -110,7 +110,7 @@ def test_a_thing_may_leave_only_with_the_camera() -> None:
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(("things", "static"), [(1, True), (1, False), (2, True), (2, False), (3, True), (3, False)])
 def test_certified_at_the_length_that_is_scored(things: int, static: bool) -> None:
-    """Truth >= 99 % whole, truths spoiled half way <= 1 %, with the detectors that score."""
+    """Truth >= 99 % whole, spoiled truth <= 1 %, with the detectors used for scores."""
     from kling_programs.eval.world import Options, make_ruler
 
     ruler, n = make_ruler(Options("", examples=400)), 200
@@ -125,8 +125,8 @@ def test_certified_at_the_length_that_is_scored(things: int, static: bool) -> No
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("task", ["things-2", "things-3"])
-def test_each_of_several_things_is_read(task: str) -> None:
-    """Truth >= 99 % right in colour, solid and motion of every thing and the ground; with exchanged colours never."""
+def test_each_of_several_objects_is_read(task: str) -> None:
+    """Truth >= 99 % right in colour, solid and motion of every object and in the ground; with exchanged colours never."""
     from kling_programs.eval.world import FRAMES, Options, make_ruler, measure
 
     ruler, n = make_ruler(Options("", examples=400)), 100

@@ -1,4 +1,4 @@
-"""The pipeline on a tiny random model: every task, the plan, seeds, continuation, and what it refuses."""
+"""The pipeline with a tiny random model: every task, the plan, seeds, continuation, and refusals."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def tiny_pipeline(**kwargs) -> KlingPipeline:
         num_attention_heads=1, attention_head_dim=16, in_channels=4, out_channels=4, text_dim=32, freq_dim=16, ffn_dim=32,
         num_layers=1, num_kinds=2, camera_channels=24, camera_fold="pool", camera_downscale=1, camera_residual_blocks=0,
     )  # fmt: skip
-    for p in dit.parameters():  # nothing may be zero, or no input would reach the output
+    for p in dit.parameters():  # nothing may be zero, otherwise some input would not affect the output
         torch.nn.init.normal_(p, std=0.2)
     text = ByteTextEncoder(byte_dim=32, byte_layers=1, out_dim=32, token_layers=1)
     able = [*TASKS, "camera", "text_to_image"]
@@ -116,8 +116,8 @@ def test_every_input_reaches_the_output(pipe, field):
     assert not torch.equal(a[:, :, 1], b[:, :, 1])
 
 
-def test_the_guidance_of_the_camera_is_the_checkpoint_s_unless_asked_for(pipe):
-    """And costs nothing where there is no camera."""
+def test_camera_guidance_defaults_to_the_checkpoint_s(pipe):
+    """And costs nothing without a camera."""
     fields, scheduler = {"prompt": "a", "num_frames": 5, "seed": 1}, pipe.scheduler
     plain, hard = (pipe(**fields, camera="pan=5", camera_guidance_scale=scale).frames for scale in (1.0, 4.0))
     still = pipe(**fields).frames
@@ -169,7 +169,7 @@ def test_bad_requests_are_refused_in_one_line(pipe, fields, message):
 @pytest.mark.parametrize(
     ("fields", "name"), [({"image": picture()}, "image"), ({"camera": "pan=1"}, "camera"), ({"video": movie(5)}, "continuation")]
 )
-def test_what_a_checkpoint_was_not_trained_for_is_refused_by_name(fields, name):
+def test_untrained_tasks_are_refused_by_name(fields, name):
     with pytest.raises(UserError, match=f"not trained for '{name}'"):
         tiny_pipeline(capabilities=["text"]).plan(Request(**fields))
 
@@ -199,7 +199,7 @@ WAN = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shif
         ({"frame_delay": 1}, "adams"),
     ],
 )
-def test_the_scheduler_that_is_planned_is_the_one_that_walks(fields, solver, monkeypatch):
+def test_the_planned_scheduler_is_the_one_used(fields, solver, monkeypatch):
     pipe = tiny_pipeline(capabilities=[*TASKS, "diffusion_forcing"], defaults={"guidance_scale": 1.0})
     pipe.register_modules(scheduler=UniPCMultistepScheduler(**WAN))
     walked = []
@@ -215,7 +215,7 @@ def test_the_scheduler_that_is_planned_is_the_one_that_walks(fields, solver, mon
 
 
 def test_a_solver_can_be_chosen(pipe):
-    """Whatever the mode; the settings say which one walked."""
+    """In any mode; the settings record which one was used."""
     frames = {name: pipe("a ball", solver=name, num_frames=5, num_inference_steps=3).frames for name in ("euler", "adams", "renoise")}
     assert np.array_equal(frames["euler"], pipe("a ball", num_frames=5, num_inference_steps=3).frames)
     assert not np.array_equal(frames["euler"], frames["adams"]) and not np.array_equal(frames["euler"], frames["renoise"])

@@ -1,4 +1,4 @@
-"""Plans are true: operations against torch's own count, memory against torch's allocations and against a process's."""
+"""Checks plans: operations against torch's own count, memory against torch's allocations and a process's memory."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_depth_is_extrapolated_exactly(what: str) -> None:
 
 
 def test_levels_of_tokens_are_counted() -> None:
-    """Where parts of frames are given each token has gates of its own: more is kept, as much as real tensors take."""
+    """If parts of frames are given, each token has its own gates: more is kept, as much as with real tensors."""
     shape, model, found = (1, 16, 2, 4, 6), KlingTransformer3DModel(**SMALL).train(), {}
     for runs in (1, 2, 12):
         levels, counter = Levels(torch.rand(2), torch.arange(runs)[None] % 2) if runs > 1 else torch.rand(1), LiveBytes()
@@ -107,7 +107,7 @@ def test_levels_of_tokens_are_counted() -> None:
 
 
 def test_what_the_host_needs() -> None:
-    """A run of one process copies weights, average and moments before it writes them; the export holds one model, and its bf16 copy."""
+    """A run on one process copies weights, average and moments before writing them; the export holds one model, and its bf16 copy."""
     step = step_memory(SMALL, CLIP, 8, bf16=False)
     model = KlingTransformer3DModel(**SMALL)
     average = EMA(model)
@@ -137,7 +137,7 @@ def test_a_plan(capsys: pytest.CaptureFixture) -> None:
 
 
 def launched(words: list[str]) -> tuple[Path, list[str]]:
-    """(configuration of accelerate, arguments of kling-train) of a recommended command, taken apart by accelerate's own parser."""
+    """(configuration of accelerate, arguments of kling-train) from a recommended command, parsed by accelerate's own parser."""
     assert words[:2] == ["accelerate", "launch"]
     given = launch_command_parser().parse_args(words[2:])
     assert given.module and importlib.util.find_spec(given.training_script)
@@ -146,7 +146,7 @@ def launched(words: list[str]) -> tuple[Path, list[str]]:
 
 @pytest.mark.parametrize("preset", ["configs/dit/debug.yaml", "dit/0.1b.yaml"])
 @pytest.mark.parametrize("gpus", [1, 4, 8, 16])
-def test_every_recommended_command_runs_as_it_stands(preset: str, gpus: int) -> None:
+def test_every_recommended_command_runs_unchanged(preset: str, gpus: int) -> None:
     config = PlanConfig(gpus=gpus, tflops=800)
     for layout, shards, split, what in layouts(config.gpus, config.node):
         lines = advice(layout, shards, split, what, Part(1e9, 1e9, 1e9, 1e9, 2e9), config, read_preset(preset), preset)
@@ -162,8 +162,8 @@ def test_every_recommended_command_runs_as_it_stands(preset: str, gpus: int) -> 
         assert cfg.batch <= 256 and cfg.activation_checkpointing == what and not (cfg.compile and what == "selective")
 
 
-def test_what_is_assumed_is_said(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whose TFLOP/s, whose size; and memory is planned in the type that is measured."""
+def test_assumptions_are_printed(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The source of TFLOP/s and size; and memory is planned in the dtype that is measured."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     measured = []
     monkeypatch.setattr(sys.modules["plan"], "matmul_ceiling", lambda device, dtype: measured.append(dtype) or 1e12)
@@ -180,8 +180,8 @@ def test_what_is_assumed_is_said(capsys: pytest.CaptureFixture, monkeypatch: pyt
     assert any("832x480 (assumed" in line for line in report_of)
 
 
-def test_what_is_recommended_is_what_training_takes(capsys: pytest.CaptureFixture) -> None:
-    """Selective checkpointing and compile are refused together, so the command for a preset that compiles says so."""
+def test_recommended_options_are_accepted_by_training(capsys: pytest.CaptureFixture) -> None:
+    """Selective checkpointing and compile cannot be combined, so the command for a preset that compiles says so."""
     words = ["gpus=1", "tflops=100", "height=64", "width=112"]
     seen = set()
     for preset, compiled in (("0.1b", True), ("1.3b", False)):
@@ -194,7 +194,7 @@ def test_what_is_recommended_is_what_training_takes(capsys: pytest.CaptureFixtur
     assert ("0.1b", True) in seen
 
 
-def test_muon_keeps_half_of_what_adamw_keeps() -> None:
+def test_muon_has_half_the_state_of_adamw() -> None:
     step = step_memory(MEASURED, CLIP, 8, bf16=False)
     adamw, muon = (on_each_gpu(step, 1, 1, 1, moments) for moments in (2, 1))
     assert adamw.optimizer == 2 * muon.optimizer == 8 * step.parameters
@@ -203,7 +203,7 @@ def test_muon_keeps_half_of_what_adamw_keeps() -> None:
 
 
 def test_selective_checkpointing_keeps_products_and_attention_of_every_backend() -> None:
-    """All of torch's own attention kernels and products by name, and those of libraries; norms, gates and activations are repeated."""
+    """All of torch's attention kernels and products by name, and those of libraries; norms, gates and activations are recomputed."""
     attention = [name for name in dir(torch.ops.aten) if "attention" in name and "backward" not in name]
     assert len(attention) >= 5
     names = [f"aten.{name}.default" for name in attention]
@@ -233,9 +233,9 @@ def test_a_14b_plan_on_a_laptop(capsys: pytest.CaptureFixture) -> None:
 
 
 def peak_of_a_run(what: str, pipe) -> None:
-    """A real step with optimizer and average in a fresh process: bytes of its resident memory beyond what it began with."""
+    """A real step with optimizer and average in a new process: bytes of resident memory above those at the start."""
     torch.set_num_threads(1)
-    ctypes.CDLL(None).mallopt(-3, 65536)  # M_MMAP_THRESHOLD: memory that is freed goes back, as a GPU's allocator uses it again
+    ctypes.CDLL(None).mallopt(-3, 65536)  # M_MMAP_THRESHOLD: freed memory is returned, as a GPU's allocator reuses it
     torch.zeros(64, 64) @ torch.zeros(64, 64)
     before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     model = KlingTransformer3DModel(**MEASURED).train()

@@ -1,4 +1,4 @@
-"""Camera files and Kling's wire format: closed forms, round trips, and one clear line for everything that is no camera."""
+"""Camera files and Kling's HTTP format: closed forms, round trips, and one clear line for every invalid file."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def test_round_trip(tmp_path: Path, suffix: str) -> None:
 
 
 def test_realestate10k_closed_form(tmp_path: Path) -> None:
-    """World-to-camera lines, a url first; the camera starts elsewhere and moves 2 along its own z while it turns right 90 degrees."""
-    first = "100 0.5 0.9 0.5 0.5 0 0  0 0 -1 3   0 1 0 -1   1 0 0 2"  # turned: camera z is world x
+    """World-to-camera lines after a url; the camera starts elsewhere and moves 2 along its own z while it pans right by 90 degrees."""
+    first = "100 0.5 0.9 0.5 0.5 0 0  0 0 -1 3   0 1 0 -1   1 0 0 2"  # rotated: the camera's z is the world's x
     R = torch.tensor([[0.0, 0, -1], [0, 1, 0], [1, 0, 0]], dtype=torch.float64)
     o = -R.T @ torch.tensor([3.0, -1, 2], dtype=torch.float64) + 2 * R[2]
     turn = torch.tensor([[0.0, 0, 1], [0, 1, 0], [-1, 0, 0]], dtype=torch.float64)  # of the camera, to the right
@@ -87,16 +87,16 @@ def test_intrinsics_follow_the_crop() -> None:
     assert torch.allclose(same.intrinsics, trajectory.intrinsics)
 
 
-def test_quaternions_cover_all_turns() -> None:
+def test_quaternions_cover_all_rotations() -> None:
     q = torch.randn(64, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    q = torch.cat([q / q.norm(dim=1, keepdim=True), torch.eye(4, dtype=torch.float64)])  # and half turns
+    q = torch.cat([q / q.norm(dim=1, keepdim=True), torch.eye(4, dtype=torch.float64)])  # includes rotations by 180 degrees
     R = rotation_matrix(q)
     assert torch.allclose(torch.linalg.det(R), torch.ones(68, dtype=torch.float64))
     assert torch.allclose(rotation_matrix(quaternion(R)), R, atol=1e-12)
 
 
 def rows(n: int, time: str = "{t} ", more: str = "") -> str:
-    """RealEstate10K lines of a camera that goes forward, one unit a frame."""
+    """RealEstate10K lines of a camera that moves forward by one unit per frame."""
     return "".join(time.format(t=1000 * t) + f"0.5 0.9 0.5 0.5 0 0 1 0 0 0 0 1 0 0 0 0 1 {-t}{more}\n" for t in range(n))
 
 
@@ -114,7 +114,7 @@ FORMS |= {
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_every_usual_form_is_the_same_path(tmp_path: Path, name: str) -> None:
+def test_all_accepted_forms_give_the_same_path(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text(FORMS[name])
     trajectory = load_trajectory(tmp_path / name, 9)
     assert torch.allclose(trajectory.c2w[:, :, 3], torch.tensor([[0.0, 0, 4]]) * torch.linspace(0, 1, 9)[:, None], atol=1e-6)
@@ -142,7 +142,7 @@ BAD = {
     "transposed.json": (json.dumps({"intrinsics": K, "c2w": [[*EYE, [3, 0, 0, 1]]]}), "frame 0: the last row of its 4x4"),
     "list.json": (json.dumps([EYE, EYE]), "holds a list"),
     "w2c.json": (json.dumps({"intrinsics": K, "w2c": [EYE]}), "w2c is the inverse of c2w"),
-    "deep.json": ('{"c2w": ' + "[" * 100_000, "nests thousands deep"),
+    "deep.json": ('{"c2w": ' + "[" * 100_000, "is nested thousands of levels deep"),
     "lens.txt": (LINE.replace("0 0 1 0 0 0", "0.1 0 1 0 0 0", 1), "distortion"),
     "nan.txt": (LINE.replace("0.9", "nan"), "frame 0 holds NaN"),
     "focal.txt": (LINE.replace("0.9", "-0.9"), "focal"),
@@ -167,7 +167,7 @@ def test_bad_files(tmp_path: Path, name: str) -> None:
     assert message in str(error.value) and name in str(error.value) and "\n" not in str(error.value)
 
 
-def test_bad_places(tmp_path: Path) -> None:
+def test_unwritable_paths_are_refused(tmp_path: Path) -> None:
     (tmp_path / "binary.txt").write_bytes(b"\x89PNG\xff\xfe")
     for path in (tmp_path / "absent.txt", tmp_path, tmp_path / "binary.txt"):
         with pytest.raises(UserError, match=path.name):
@@ -208,7 +208,7 @@ def test_wire_refuses(control: dict) -> None:
         axes_from_wire(control, "2024")
 
 
-def test_wire_cannot_carry() -> None:
+def test_unsupported_cameras_are_refused_by_the_wire_format() -> None:
     for axes in ({"dolly": 1}, {"pan": 1, "roll": 1}, {"pan": 11}):
         with pytest.raises(UserError):
             axes_to_wire(axes, "2024")

@@ -1,4 +1,4 @@
-"""Sampling in bfloat16: allowed by the checkpoint, taken where it is faster, said first, written down, and repeated by a replay."""
+"""Sampling in bfloat16: allowed by the checkpoint, used if faster, printed first, recorded, and repeated by a replay."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def fast(monkeypatch: pytest.MonkeyPatch):
-    """fast(True): on this machine bfloat16 is the faster type."""
+    """fast(True): pretend that bfloat16 is the faster type on this machine."""
 
     def fast(answer: bool) -> None:
         monkeypatch.setattr("kling.hub.load.bf16_is_fast", lambda device_type: answer)
@@ -46,7 +46,7 @@ def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, list[str],
     return code, text.out.splitlines(), text.err.splitlines()
 
 
-def test_bf16_is_taken_where_it_is_allowed_and_faster(model: Path, tmp_path: Path, fast, capsys) -> None:
+def test_bf16_is_used_if_allowed_and_faster(model: Path, tmp_path: Path, fast, capsys) -> None:
     allowed = Path(shutil.copytree(model, tmp_path / "allowed"))
     assert agreement.write_sampling_dtype(allowed, 45.0) and not agreement.write_sampling_dtype(model, 44.9)
     found = {}
@@ -64,7 +64,7 @@ def test_bf16_is_taken_where_it_is_allowed_and_faster(model: Path, tmp_path: Pat
     assert "sampling_dtype" not in json.loads((allowed / "model_index.json").read_text())
 
 
-def test_the_first_line_says_it_the_record_keeps_it_and_a_replay_takes_it(model: Path, tmp_path: Path, fast, capsys) -> None:
+def test_the_precision_is_printed_recorded_and_replayed(model: Path, tmp_path: Path, fast, capsys) -> None:
     allowed = Path(shutil.copytree(model, tmp_path / "allowed"))
     agreement.write_sampling_dtype(allowed, 50.0)
     fast(True)
@@ -74,7 +74,7 @@ def test_the_first_line_says_it_the_record_keeps_it_and_a_replay_takes_it(model:
     record = read_record(f"{output}.json")
     assert record["machine"]["dtype"] == "bf16"
 
-    fast(False)  # as on another machine, which would take fp32 by itself
+    fast(False)  # as on another machine, whose default would be fp32
     code, lines, said = run(capsys, "--replay", f"{output}.json")
     assert code == 0 and said[0].startswith("precision bf16 (") and lines[-1].startswith("identical")
 
@@ -85,8 +85,8 @@ def test_the_first_line_says_it_the_record_keeps_it_and_a_replay_takes_it(model:
     assert "device cpu AVX9 -> " in said[1] and "dtype bf16 -> fp32" in said[1]
 
 
-def test_a_record_without_a_precision_is_of_the_folder_s_default(model: Path, tmp_path: Path, fast, capsys) -> None:
-    """Earlier versions did not write it down: fp32 for ours, also after the folder was allowed to be sampled in bf16."""
+def test_a_record_without_a_precision_uses_the_folder_s_default(model: Path, tmp_path: Path, fast, capsys) -> None:
+    """Earlier versions did not record it: fp32 for ours, even if the folder is now allowed to be sampled in bf16."""
     fast(True)
     output = str(tmp_path / "a.mp4")
     run(capsys, "ball", *QUICK, "--model", str(model), "--output", output)
@@ -97,8 +97,8 @@ def test_a_record_without_a_precision_is_of_the_folder_s_default(model: Path, tm
     assert code == 0 and said[0].startswith("precision fp32")
 
 
-def test_the_permission_is_measured_on_clips(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    """PSNR of the mean squared error; the program writes what was found into the folder."""
+def test_permission_for_bf16_is_measured_on_clips(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """PSNR of the mean squared error; the program writes the result into the folder."""
     assert agreement.psnr([1e-4, 1e-4]) == pytest.approx(40) and agreement.psnr([2e-4, 0.0]) == pytest.approx(40)
     pipe = KlingPipeline.from_pretrained(model)
     asked = list(agreement.requests(pipe))

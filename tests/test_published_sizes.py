@@ -1,4 +1,4 @@
-"""The published sizes: every config has the parameters of diffusers' classes, and, where there is a GPU, 1.3B runs end to end."""
+"""The published sizes: every config has the parameters of diffusers' classes, and, if there is a GPU, 1.3B runs end to end."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from kling import AutoencoderKLKling, KlingPipeline, KlingTransformer3DModel
 from kling.hub.detect import build_of, transformer_config
 from kling.hub.registry import by_name
 
-# transformer/config.json of the -Diffusers repositories: what differs from the defaults of the class, which are T2V-14B's (and A14B's)
+# transformer/config.json of the -Diffusers repositories: differences from the defaults of the class, which are T2V-14B's (and A14B's)
 SMALL = {"num_attention_heads": 12, "num_layers": 30, "ffn_dim": 8960}
 IMAGE = {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120}
 TRANSFORMERS = {
@@ -64,7 +64,7 @@ def test_vaes_have_the_parameters_of_diffusers(name: str) -> None:
 
 
 def wan(transformer: dict[str, Any], vae: dict[str, Any], device: str, dtype: torch.dtype) -> WanPipeline:
-    """A text-to-video pipeline with random weights, made on the device; the prompt's encoder has one layer."""
+    """A text-to-video pipeline with random weights, created on the device; the text encoder has one layer."""
     width = transformer.get("text_dim", 4096)
     torch.manual_seed(0)
     with torch.device(device):
@@ -77,7 +77,7 @@ def wan(transformer: dict[str, Any], vae: dict[str, Any], device: str, dtype: to
 
 
 def timed(work: Callable[[], Any], device: str) -> tuple[Any, float, float]:
-    """Its result, its seconds, and the most GiB that were taken on the device (0 on a CPU)."""
+    """The result, its seconds, and the peak GiB on the device (0 on a CPU)."""
     cuda = device == "cuda"
     if cuda:
         torch.cuda.synchronize()
@@ -90,7 +90,7 @@ def timed(work: Callable[[], Any], device: str) -> tuple[Any, float, float]:
 
 
 def run_both(folder: Path, theirs: WanPipeline, H: int, W: int, frames: int, steps: int, device: str) -> dict[str, Any]:
-    """The same walk by both pipelines from the same noise: seconds and memory of text, a step and decoding, and how far apart they end."""
+    """Both pipelines from the same noise: seconds and memory of text, a step and decoding, and the difference of the results."""
     theirs.save_pretrained(folder)
     theirs.set_progress_bar_config(disable=True)
     dtype = theirs.transformer.dtype
@@ -146,8 +146,8 @@ def figures(text: float, walk: float, decode: float, steps: int, walk_peak: floa
     }
 
 
-def test_both_pipelines_walk_alike(tmp_path: Path) -> None:
-    """The small twin of the run on a GPU below."""
+def test_both_pipelines_agree(tmp_path: Path) -> None:
+    """The GPU test below at a small size."""
     small = {"num_attention_heads": 1, "text_dim": 32, "freq_dim": 32, "ffn_dim": 64, "num_layers": 2}
     report = run_both(tmp_path, wan(small, tiny_wan.VAE21, "cpu", torch.float32), 32, 48, 9, 2, "cpu")
     assert report["difference"] < 1e-4

@@ -1,4 +1,4 @@
-"""Three decoders behind one interface: the same frames, the right colours, against FFmpeg's own program."""
+"""Three decoders with one interface: the same frames and the right colours, compared with the ffmpeg program."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def corpus(tmp_path_factory) -> Path:
 
 
 def ffmpeg(path: Path, width: int, height: int) -> np.ndarray:
-    """Every stored frame as FFmpeg's program shows it, (T, H, W, 3)."""
+    """Every stored frame as decoded by the ffmpeg program, (T, H, W, 3)."""
     program = pytest.importorskip("imageio_ffmpeg").get_ffmpeg_exe()
     scale = f"scale={width}:{height}:flags=bicubic+accurate_rnd+full_chroma_int"
     options = ["-fps_mode", "passthrough", "-vf", scale, "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
@@ -43,7 +43,7 @@ def ffmpeg(path: Path, width: int, height: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", [n for n, (_, reason) in CORPUS.items() if not reason and n != "a picture.mp4"])
-def test_every_good_file_looks_as_in_ffmpeg(corpus, name):
+def test_every_good_file_is_decoded_as_by_ffmpeg(corpus, name):
     path = corpus / name
     info = probe(path)
     want = ffmpeg(path, info.width, info.height)
@@ -64,7 +64,7 @@ def count_decoded(monkeypatch: pytest.MonkeyPatch) -> list[av.VideoFrame]:
 
 
 @pytest.mark.parametrize("codec", ["libx264", "libx265", "libvpx-vp9", "mpeg2video"])
-def test_frames_that_nothing_needs_are_not_decoded(tmp_path, monkeypatch, codec):
+def test_unneeded_frames_are_not_decoded(tmp_path, monkeypatch, codec):
     options = {"libx264": {"g": "40", "bf": "3"}, "libx265": {"x265-params": "log-level=none:bframes=3:b-adapt=0"}}.get(codec, {"g": "40"})
     path = make(tmp_path / "a.mkv", codec, n=40, fps=12 if codec != "mpeg2video" else 25, **options)
     info = probe(path)
@@ -75,7 +75,7 @@ def test_frames_that_nothing_needs_are_not_decoded(tmp_path, monkeypatch, codec)
         assert len(seen) < 30
 
 
-def test_key_frames_are_jumped_to(tmp_path, monkeypatch):
+def test_seeking_uses_key_frames(tmp_path, monkeypatch):
     path = make(tmp_path / "a.mp4", n=40, fps=4, g="8", sc_threshold="0")
     info = probe(path)
     assert info.keyframes == (0, 2, 4, 6, 8)
@@ -108,7 +108,7 @@ def test_backends_give_the_same_frames_in_any_order(tmp_path, backend):
 
 
 @pytest.mark.parametrize("matrix", [Colorspace.ITU709, 6])
-def test_decord_has_pyavs_colours_where_it_may_read(tmp_path, matrix):
+def test_decord_agrees_with_pyav_in_colours_where_allowed(tmp_path, matrix):
     pytest.importorskip("decord")
     path = make(tmp_path / "a.mp4", n=3, picture=smooth(1)[0].numpy(), matrix=matrix, crf="10")
     got, want = (open_reader(path, backend).at([0, 0.1, 0.2], (24, 32)).int() for backend in ("decord", "pyav"))
@@ -131,7 +131,7 @@ def test_a_reader_that_does_not_exist(corpus):
         open_reader(corpus / "plain.mp4", "pyavv")
 
 
-def test_shrinking_in_the_decoder_is_shrinking_afterwards(tmp_path):
+def test_shrinking_in_the_decoder_equals_shrinking_afterwards(tmp_path):
     path = tmp_path / "a.mp4"
     encode(path, "libx264", size=(144, 256), crf="5")
     full = read_video(path).frames
@@ -141,7 +141,7 @@ def test_shrinking_in_the_decoder_is_shrinking_afterwards(tmp_path):
     assert torch.equal(read_video(path, size=(160, 256)).frames, fit(full, 160, 256))
 
 
-def test_turned_video_shrinks_upright(tmp_path):
+def test_rotated_video_is_shrunk_upright(tmp_path):
     path = make(tmp_path / "a.mov", n=2, picture=smooth(1)[0].numpy(), rotate=90)
     small = read_video(path, size=(32, 24)).frames
     assert (small.int() - fit(read_video(path).frames, 32, 24)).abs().float().mean() < 1.5
@@ -149,7 +149,7 @@ def test_turned_video_shrinks_upright(tmp_path):
 
 @pytest.mark.slow
 def test_torchcodec_gives_the_same_frames(tmp_path):
-    """In a process of its own: torchcodec wants FFmpeg's libraries under their plain names, which PyAV's wheel carries under others."""
+    """In its own process: torchcodec needs FFmpeg's libraries under their usual names, which PyAV's wheel changes."""
     if importlib.util.find_spec("torchcodec") is None:
         pytest.skip("torchcodec is not installed")
     libraries = Path(av.__file__).parents[1] / "av.libs"

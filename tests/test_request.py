@@ -1,4 +1,4 @@
-"""A request from Python: fields that editors and `help` name, and every mistake in one line instead of a traceback."""
+"""A request from Python: fields that editors and `help` show, and every mistake in one line instead of a traceback."""
 
 from __future__ import annotations
 
@@ -75,20 +75,20 @@ def test_a_mistake_is_one_line(pipe: KlingPipeline, case: str) -> None:
     assert "\n" not in str(error.value) and len(str(error.value)) < 900
 
 
-def test_numbers_of_numpy_and_short_keyframes_are_taken() -> None:
+def test_numpy_numbers_and_short_keyframes_are_accepted() -> None:
     request = Request("a", num_frames=np.int64(5), strength=None, camera_scale=1, seed=np.uint32(7), keyframes=[(picture(), np.int32(3))])
     assert type(request.num_frames) is int and type(request.camera_scale) is float and request.keyframes[0][1:] == (3, 1.0)
     assert type(request.seed) is int and request.seed == 7
 
 
-def test_fields_beside_a_request_replace_its_own(pipe: KlingPipeline) -> None:
+def test_keyword_fields_replace_those_of_a_request(pipe: KlingPipeline) -> None:
     request = Request("a ball", num_frames=5, num_inference_steps=1, seed=3)
     assert np.array_equal(pipe(request, seed=4).frames, pipe(request.replace(seed=4)).frames)
     assert not np.array_equal(pipe(request, seed=4).frames, pipe(request).frames)
 
 
-def test_pictures_of_pil_and_lists_of_them_are_taken(pipe: KlingPipeline) -> None:
-    """As diffusers' `load_image` and `load_video` hand them over."""
+def test_pil_pictures_and_lists_of_them_are_accepted(pipe: KlingPipeline) -> None:
+    """As returned by diffusers' `load_image` and `load_video`."""
     frames = movie(9)
     given = dict(num_frames=5, num_inference_steps=1)
     assert np.array_equal(pipe(image=Image.fromarray(frames[0]), **given).frames, pipe(image=frames[0], **given).frames)

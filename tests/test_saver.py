@@ -1,4 +1,4 @@
-"""Checkpoints of many processes, in the background, through kills, full disks and hostile files."""
+"""Checkpoints of several processes, in the background, with kills, full disks and malicious files."""
 
 from __future__ import annotations
 
@@ -80,14 +80,14 @@ def test_processes_write_parts_and_the_main_one_waits_for_all(tmp_path: Path) ->
     assert not list(tmp_path.rglob("part-*.json"))
 
 
-def test_milestones_stay(tmp_path: Path) -> None:
+def test_milestones_are_kept(tmp_path: Path) -> None:
     saves = Saver(tmp_path, keep_last=2, keep_every=10, background=False)
     for step in range(5, 40, 5):
         saves.save(step, group(step))
     assert sorted(int(p.name[5:]) for p in tmp_path.glob("step-*")) == [10, 20, 30, 35]
 
 
-def test_weights_that_are_not_finite_are_never_published(tmp_path: Path) -> None:
+def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:
     saves, bad = Saver(tmp_path), group(1.0)
     saves.save(1, group(1.0))
     bad["ema"]["w"][5] = torch.nan
@@ -96,7 +96,7 @@ def test_weights_that_are_not_finite_are_never_published(tmp_path: Path) -> None
     assert [p.name for p in tmp_path.glob("step-*")] == ["step-00000001"]
 
 
-def test_every_file_of_a_checkpoint_is_guarded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_every_file_of_a_checkpoint_is_verified(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     names = [p.name for p in checkpoint.save(tmp_path / "0", 2, group(2.0), {"a": 1}).iterdir()]
     assert sorted(names) == ["ema.safetensors", "manifest.json", "meta.json", "model.safetensors"]
     for name in names:
@@ -156,7 +156,7 @@ def test_a_disk_that_fills_up(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "error", [UserError("a"), RuntimeError("b"), MemoryError("c"), KeyError("d")], ids=lambda error: type(error).__name__
 )
-def test_whatever_goes_wrong_in_the_background_is_raised(error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_error_in_the_background_is_raised(error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: object) -> None:
         raise error
 
@@ -181,7 +181,7 @@ def pointed(run: Path) -> int:
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("kills", [5, pytest.param(50, marks=pytest.mark.slow)])
 def test_kills_inside_saves_leave_a_readable_checkpoint(kills: int, tmp_path: Path) -> None:
-    """Twelve files a save, kill -9 at a random instant of it: what `latest` names is whole, every time."""
+    """Twelve files per save, kill -9 at a random moment in it: the checkpoint named by `latest` is complete every time."""
     rng, inside, step = random.Random(0), 0, 0
     for _ in range(kills):
         process = workers.PROCESSES.Process(target=workers.save_for_ever, args=(str(tmp_path), step + 1))
@@ -210,7 +210,7 @@ def weights(run: Path) -> dict[str, Tensor]:
 
 
 def saving(run: Path, since: int) -> bool:
-    """Whether a save is under way that began after the moment `since` (ns), not one that an earlier kill cut off."""
+    """Whether a save that began after the moment `since` (ns) is running; saves interrupted by an earlier kill do not count."""
     for path in run.glob("*.tmp"):
         with contextlib.suppress(FileNotFoundError):
             if path.is_dir() and path.stat().st_ctime_ns > since:
@@ -219,7 +219,7 @@ def saving(run: Path, since: int) -> bool:
 
 
 def steps_of(run: Path) -> int:
-    """Updates that a run has told of."""
+    """Number of updates that a run has logged."""
     path = run / "metrics.jsonl"
     return path.read_text().count("\n") if path.exists() else 0
 
@@ -231,8 +231,8 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
-def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(kills: int, words: list[str], tmp_path: Path) -> None:
-    """kill -9 at random instants, two in five of them inside a save: final weights, average and optimizer are bit-equal."""
+def test_a_repeatedly_killed_run_ends_as_if_uninterrupted(kills: int, words: list[str], tmp_path: Path) -> None:
+    """kill -9 at random moments, two in five of them inside a save: final weights, average and optimizer are bit-equal."""
     workers.train_dit.main([*words, f"out={tmp_path / 'straight'}"])
     rng, killed, inside, run = random.Random(1), 0, 0, tmp_path / "killed"
     reference = weights(tmp_path / "straight")
@@ -249,7 +249,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(kills: 
                 break
             time.sleep(0.002)
         process.join()
-        if process.exitcode == 0:  # it got through: one more run of the same kind to kill
+        if process.exitcode == 0:  # it finished: start another run of the same kind
             assert all(torch.equal(t, reference[key]) for key, t in weights(run).items())
             shutil.rmtree(run)
     workers.train_dit.main([*words, f"out={run}"])
@@ -273,7 +273,7 @@ def test_a_signal_before_the_first_step_saves_and_exits_143(number: signal.Signa
     assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == list(range(1, saved.step + 1))
 
 
-def test_a_signal_while_caching_ends_it_after_a_shard_and_it_goes_on(words: list[str], tmp_path: Path) -> None:
+def test_a_signal_while_caching_ends_after_a_shard_and_caching_resumes(words: list[str], tmp_path: Path) -> None:
     encode = tmp_path / "encode.yaml"
     encode.write_text("{clips: 60, shard: 1, workers: 0, data: {frames: [1, 5]}}")
     words = [*words, f"encode={encode}", f"cache={tmp_path / 'cache'}", f"out={tmp_path / 'run'}", "steps=1"]
@@ -292,7 +292,7 @@ def test_a_signal_while_caching_ends_it_after_a_shard_and_it_goes_on(words: list
 
 
 def test_a_critic_is_saved_without_an_average() -> None:
-    """`run_tensors` of a model without an average, as the critic of a VAE is saved."""
+    """`run_tensors` of a model without an average; the VAE's discriminator is saved this way."""
     model = nn.Linear(2, 2)
     groups = run_tensors(model, torch.optim.AdamW(model.parameters()), prefix="critic_")
     assert set(groups) == {"critic_model", "critic_optimizer"} and not groups["critic_optimizer"]

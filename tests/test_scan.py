@@ -1,4 +1,4 @@
-"""The scan: every made file is judged rightly, whatever it is called; nothing hangs, crashes or is examined twice."""
+"""The scan: every synthetic file is judged correctly, whatever its name; nothing hangs, crashes or is examined twice."""
 
 from __future__ import annotations
 
@@ -56,14 +56,14 @@ def scanned(corpus) -> Path:
     return out
 
 
-def test_every_file_of_the_corpus_is_judged_rightly(corpus, scanned):
+def test_every_file_of_the_corpus_is_judged_correctly(corpus, scanned):
     good = {Path(shot.path).name for shot in read_manifest(scanned).shots}
     bad = {Path(one.path).name: one.reason for one in read_quarantine(quarantine_of(scanned))}
     assert len(CORPUS) >= 18
     assert {name: "" for name in good} | bad == {name: reason for name, (_, reason) in CORPUS.items()}
 
 
-def test_what_was_found_is_true(corpus, scanned):
+def test_scanned_facts_are_correct(corpus, scanned):
     shots = {Path(shot.path).name: shot for shot in read_manifest(scanned).shots}
     assert shots["vfr.mkv"].video.vfr and not shots["plain.mp4"].video.vfr
     assert times_of(shots["vfr.mkv"].clock) == pytest.approx([t / 120 for t in (0, 10, 20, 30, 60, 90, 120, 125, 130, 240)], abs=2e-3)
@@ -76,7 +76,7 @@ def test_what_was_found_is_true(corpus, scanned):
     assert all(len(shot.sha256) == 64 and shot.measures["hashes"] for shot in shots.values())
 
 
-def test_a_second_scan_examines_nothing_again_and_a_changed_file_is(corpus, scanned, monkeypatch):
+def test_a_second_scan_examines_only_changed_files(corpus, scanned, monkeypatch):
     before = scanned.read_bytes()
     monkeypatch.setattr(scanning, "run_jobs", lambda jobs, workers: pytest.fail("examined again") if jobs else iter(()))
     assert look(corpus, scanned).reused == len(CORPUS) and scanned.read_bytes() == before
@@ -88,7 +88,7 @@ def test_a_second_scan_examines_nothing_again_and_a_changed_file_is(corpus, scan
     assert look(corpus, scanned).reused == len(CORPUS) - 1
 
 
-def test_a_scan_that_was_killed_goes_on(tmp_path):
+def test_a_killed_scan_resumes(tmp_path):
     (tmp_path / "in").mkdir()
     for i in range(4):
         make(tmp_path / "in" / f"{i}.mp4", n=4)
@@ -103,7 +103,7 @@ def test_a_scan_that_was_killed_goes_on(tmp_path):
     assert not out.exists() and look(tmp_path / "in", out).reused == 2 and len(read_manifest(out)) == 4
 
 
-def test_a_decoder_that_hangs_or_dies_costs_its_file_only(tmp_path, monkeypatch):
+def test_a_hanging_or_crashing_decoder_loses_only_its_file(tmp_path, monkeypatch):
     for name in ("a good", "b hangs", "c dies", "d good"):
         make(tmp_path / f"{name}.mp4", n=4)
     real = scanning.examine
@@ -173,7 +173,7 @@ def test_tar_shards_are_read_in_place(tmp_path):
 
 
 def video2dataset(folder: Path, n: int) -> Path:
-    """What video2dataset leaves of a sample: the video, its caption, and a JSON of metadata with the caption once more."""
+    """The files of a video2dataset sample: the video, its caption, and a JSON of metadata that repeats the caption."""
     make(folder / f"{n:08}.mp4", n=4)
     meta = {"url": "https://x/1", "key": f"{n:08}", "status": "success", "error_message": None, "caption": f"clip {n}", "clips": [[0, 1]]}
     (folder / f"{n:08}.json").write_text(json.dumps(meta | ({"caption": None} if n == 2 else {})))
@@ -183,7 +183,7 @@ def video2dataset(folder: Path, n: int) -> Path:
 
 
 def record_of(prompt: str) -> str:
-    """What kling-sample writes beside a video."""
+    """The record that kling-sample writes beside a video."""
     return json.dumps({"kling": "0.1.0", "request": {"prompt": prompt, "negative": "no"}, "settings": {}, "frames": {"shape": [4]}})
 
 
@@ -192,8 +192,8 @@ def captions_found(candidates: list) -> dict[str, list[str]]:
     return {Path(getattr(one.source, "name", "")).name: [c.text for c in one.captions] for one in candidates}
 
 
-def test_captions_are_found_in_every_form_that_tools_leave_them(tmp_path):
-    """A text and a JSON, metadata alone, our own records under both names; in a folder and in a tar."""
+def test_captions_are_found_in_the_formats_of_other_tools(tmp_path):
+    """A text and a JSON, metadata without text, our own records under both names; in a folder and in a tar."""
     folder = tmp_path / "in"
     folder.mkdir()
     for n in range(3):
@@ -225,7 +225,7 @@ def test_only_a_line_end_ends_a_caption(tmp_path, odd):
 
 
 def test_a_list_of_clips_in_json(tmp_path):
-    """VideoX-Fun's form."""
+    """The format of VideoX-Fun."""
     rows = [{"file_path": "train/a.mp4", "text": "a, b", "type": "video"}, {"file_path": "b.png", "text": "c", "type": "image"}]
     (tmp_path / "metadata.json").write_text(json.dumps(rows))
     found = Listing().find([tmp_path / "metadata.json"])
@@ -234,7 +234,7 @@ def test_a_list_of_clips_in_json(tmp_path):
     ]  # fmt: skip
 
 
-def test_what_pandas_writes_for_no_caption_is_no_caption(tmp_path):
+def test_pandas_values_for_missing_captions_are_no_captions(tmp_path):
     for name, text in (
         ("t.csv", "video,caption\na.mp4,nan\n"),
         ("t.jsonl", '{"video": "a.mp4", "caption": NaN}\n'),
@@ -247,13 +247,13 @@ def test_what_pandas_writes_for_no_caption_is_no_caption(tmp_path):
     assert (caption.text, caption.weight) == ("a cat", 2)
 
 
-def test_a_template_names_columns_and_nothing_else(tmp_path):
+def test_a_template_contains_only_column_names(tmp_path):
     (tmp_path / "t.jsonl").write_text('{"id": "x", "a.b": "y"}\n')
     assert Listing({"path": "{a.b}/{id}.mp4"}).find([tmp_path / "t.jsonl"])[0].source == tmp_path / "y/x.mp4"
 
 
-def test_a_damaged_shard_costs_what_lies_behind_the_damage(tmp_path):
-    """Cut anywhere or with a rotten header: whole samples before it are kept, the shard is in the quarantine, the others are untouched."""
+def test_a_damaged_shard_loses_only_the_part_after_the_damage(tmp_path):
+    """Cut anywhere, or with a damaged header: samples before it are kept, the shard is in the quarantine, other shards are unaffected."""
     folder = tmp_path / "in"
     folder.mkdir()
     for n in range(3):
@@ -274,7 +274,7 @@ def test_a_damaged_shard_costs_what_lies_behind_the_damage(tmp_path):
     assert sorted(Path(one.path).name for one in read_quarantine(quarantine_of(out))) == ["b.tar", "c.tar", "d.tar"]
 
 
-def test_filters_drop_what_they_say_and_count_it(tmp_path):
+def test_filters_drop_and_count_the_right_clips(tmp_path):
     y, x = np.mgrid[:96, :128]
     texture = np.random.default_rng(0).integers(60, 200, (96, 160, 3), dtype=np.uint8)
 
@@ -298,7 +298,7 @@ def test_filters_drop_what_they_say_and_count_it(tmp_path):
         "blurred": "blurred", "short": "too short",
     }  # fmt: skip
     assert sum(summary.dropped.values()) == 7 and summary.clips == 1
-    assert look(tmp_path, out).clips == 8  # nothing is filtered unless it is asked for
+    assert look(tmp_path, out).clips == 8  # nothing is filtered by default
 
 
 def test_cuts_split_a_video_into_shots(tmp_path):
@@ -323,8 +323,8 @@ def test_a_shot_knows_the_key_frames_inside_it(tmp_path):
 @pytest.mark.parametrize(
     "words, white, outline", [("You never told me that", True, True), ("it was raining", False, False), ("12:04:33", True, True)]
 )
-def test_writing_over_the_picture_is_measured(moving, words, white, outline):
-    """Against the same footage without it, whether the camera moves or stands on a tripod."""
+def test_overlaid_text_is_measured(moving, words, white, outline):
+    """Compared with the same footage without text, with a moving and with a static camera."""
     rng = np.random.default_rng(0)
     wall = cv2.resize(rng.integers(40, 216, (30, 90, 3), dtype=np.uint8), (720, 180), interpolation=cv2.INTER_CUBIC)
     shares = []
@@ -342,7 +342,7 @@ def test_writing_over_the_picture_is_measured(moving, words, white, outline):
     assert shares[0] <= 0.0005 and shares[1] >= 0.002
 
 
-def test_writing_is_dropped_only_if_it_is_asked_for(tmp_path):
+def test_overlaid_text_is_dropped_only_on_request(tmp_path):
     rng = np.random.default_rng(0)
     wall = cv2.resize(rng.integers(40, 216, (24, 80, 3), dtype=np.uint8), (640, 144), interpolation=cv2.INTER_CUBIC)
     for name in ("clean", "titled"):
@@ -377,7 +377,7 @@ def test_a_file_named_twice_keeps_the_captions_of_both(tmp_path):
 
 
 def test_every_caption_of_a_row_is_kept(tmp_path):
-    """Two columns, a list in one cell, and lists beside lists of stretches, in csv and in jsonl."""
+    """Two columns, a list in one cell, and lists with lists of time ranges, in csv and in jsonl."""
     (tmp_path / "t.csv").write_text("name,en,zh\na.mp4,a cat,一只猫\nb.mp4,\"['one', 'two']\",\n")
     found = Listing({"path": "name", "caption": ["en", "zh"]}).find([tmp_path / "t.csv"])
     assert [[(c.text, c.language) for c in one.captions] for one in found] == [
@@ -392,8 +392,8 @@ def test_every_caption_of_a_row_is_kept(tmp_path):
         assert [(one.start, one.end, [c.text for c in one.captions]) for one in found] == [(0, 1, ["one"]), (1.5, 3, ["two"])]
 
 
-def test_odd_things_in_a_folder_cost_nothing_but_themselves(tmp_path):
-    """A pipe would be waited for; a dead link; a name that is not UTF-8 must survive two trips through JSON."""
+def test_unusual_entries_of_a_folder_affect_nothing_else(tmp_path):
+    """A pipe, which would block a reader; a dead link; a name that is not UTF-8, which must survive JSON twice."""
     folder = tmp_path / "in"
     folder.mkdir()
     make(folder / "a.mp4", n=4).rename(os.fsdecode(os.fsencode(folder) + b"/\xff\xe9t\xe9.mp4"))
@@ -408,7 +408,7 @@ def test_odd_things_in_a_folder_cost_nothing_but_themselves(tmp_path):
     assert read_video(manifest.check(manifest.shots[0])).frames.shape[0] == 4
 
 
-def test_a_memory_of_something_else_is_begun_anew(tmp_path):
+def test_a_scan_log_of_another_kind_is_replaced(tmp_path):
     make(tmp_path / "a.mp4", n=4)
     out = tmp_path / "manifest.jsonl"
     for line in ('{"no": "key"}\n', "5\n", "\n", "words\n"):
@@ -452,7 +452,7 @@ MISTAKES = {
     "a template with an empty cell": (lambda f: [put(f, "t.csv", "a,video\n,b\n"), "--map", "path={a}.mp4"], "nothing to put for {a}"),
     "an object in a .json": (lambda f: [put(f, "t.json", '{"a": 1}')], "t.json holds a dict"),
     "words in a .json": (lambda f: [put(f, "t.json", '["a.mp4"]')], "t.json entry 1 holds a str"),
-    "a .json in a .json in …": (lambda f: [put(f, "t.json", "[" * 100_000)], "nests thousands deep"),
+    "a .json in a .json in …": (lambda f: [put(f, "t.json", "[" * 100_000)], "is nested thousands of levels deep"),
     "lines in lines in …": (lambda f: [put(f, "t.jsonl", '{"video": "a", "x": ' + "[" * 500 + "]" * 500 + "}")], "line 1 is not JSON"),
     "times in brackets in …": (lambda f: [put(f, "t.csv", f"video,timestamp\na,{'[' * 9999}\n")], "give [start, end]"),
     "a packed tar": (lambda f: [put(f, "t.tar", b"\x1f\x8b" + bytes(600))], "t.tar is not an uncompressed tar"),

@@ -1,4 +1,4 @@
-"""Training that starts from published weights: from a Wan folder to one that diffusers loads, in full and low-rank, nothing forgotten."""
+"""Training from published weights: from a Wan folder to one that diffusers loads, full and low-rank, with all settings kept."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def wan(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def cache(wan: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Five clips of the small world, encoded by the Wan folder's VAE and umT5."""
+    """Five clips of the small world, encoded with the Wan folder's VAE and umT5."""
     return encoded(wan, tmp_path_factory.mktemp("cache") / "cache", "clips=5", "shard=3")
 
 
@@ -68,7 +68,7 @@ def made(pipe: KlingPipeline, **fields: object) -> torch.Tensor:
     return pipe("a red ball", **fields).latents
 
 
-def test_the_cache_holds_the_embeddings_that_wan_would_compute(wan: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_has_the_embeddings_of_the_wan_pipeline(wan: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     captions = captions_of(cache)
     assert "" in captions and len(captions) > 8 and any("球" in c or "方块" in c for c in captions), "both languages, and none"
     assert len(list((cache / "text").rglob("*.safetensors"))) == len(captions)
@@ -85,8 +85,8 @@ def test_the_cache_holds_the_embeddings_that_wan_would_compute(wan: Path, cache:
     assert latents.shape == (1, 16, 2, *latents.shape[3:])
 
 
-def test_every_weight_trained_and_given_back(wan: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """A Wan folder -> kling-train -> our folder -> kling-export -> diffusers, with the scheduler, the VAE and umT5 as they were."""
+def test_full_training_exports_to_diffusers(wan: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """A Wan folder -> kling-train -> our folder -> kling-export -> diffusers, with scheduler, VAE and umT5 unchanged."""
     samples = "samples=[{prompt: a red ball, size: 48x32, num_frames: 5, num_inference_steps: 1}]"
     train_dit.main([*words(wan, cache, tmp_path / "run", "lora.rank=0", "lr=1e-3", samples, "sample_every=3")])
     assert len(list((tmp_path / "run" / "samples").glob("*.png"))) == 1
@@ -132,7 +132,7 @@ def test_low_rank_weights_have_the_same_effect_in_diffusers(half: bool, wan: Pat
 
 
 def test_conditions_grow_onto_wan_and_learn(wan: Path, cache: Path, tmp_path: Path) -> None:
-    """First frame, keyframes and camera on text-to-video weights: nothing changes until they are trained."""
+    """First frame, keyframes and camera on text-to-video weights: the output is unchanged until they are trained."""
     had = KlingTransformer3DModel.from_pretrained(wan / "transformer")
     grown = grow(wan / "transformer", {"num_kinds": 2, **CAMERA})
     z, sigma, text = torch.randn(1, 16, 2, 4, 6), torch.tensor([0.6]), torch.randn(1, 4, 32)
@@ -148,8 +148,8 @@ def test_conditions_grow_onto_wan_and_learn(wan: Path, cache: Path, tmp_path: Pa
     assert (made(pipe, image=image, camera="pan=5") - made(pipe, image=image)).abs().max() > 0
 
 
-def test_image_weights_are_shown_what_they_were_shown(tmp_path: Path) -> None:
-    """The extra channels and CLIP's tokens of a training example, against those that diffusers' image pipeline makes of the same frame."""
+def test_image_weights_get_the_inputs_of_their_original_pipeline(tmp_path: Path) -> None:
+    """The extra channels and CLIP's tokens of a training example, against those of diffusers' image pipeline for the same frame."""
     wan = tiny_wan.saved("i2v", tmp_path / "wan")
     clips = ["clips=2", "shard=2", "data.aspects=['16:9']", "shares=[1]"]
     cache = LatentCache(encoded(wan, tmp_path / "cache", *clips, "image=true", "mixed_precision=fp32"))
@@ -194,7 +194,7 @@ def test_one_of_two_experts_is_trained_at_its_own_levels(cache: Path, tmp_path: 
 
 
 def test_channels_grow_onto_text_weights(wan: Path, cache: Path, tmp_path: Path) -> None:
-    """The channel group of Fun Camera, on weights that had none: it starts at zero, and learns from the first frames in the cache."""
+    """The channel group of Fun Camera on weights without it: it starts at zero, and learns from the first frames in the cache."""
     train_dit.main([*words(wan, cache, tmp_path, "lora.rank=0", "lr=1e-3", "model.in_channels=32", "tasks={image: 1, continuation: 1}")])
     had = KlingTransformer3DModel.from_pretrained(wan / "transformer")
     pipe = KlingPipeline.from_pretrained(tmp_path / "export", **FP32)
@@ -216,8 +216,8 @@ def test_resuming_is_exact(wan: Path, cache: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_videos_of_one_s_own_through_both_presets(wan: Path, tmp_path: Path) -> None:
-    """Two mp4s with captions in two languages -> kling-encode -> kling-train, as docs/own-videos.md has it, but small."""
+def test_own_videos_through_both_presets(wan: Path, tmp_path: Path) -> None:
+    """Two mp4s with captions in two languages -> kling-encode -> kling-train, as in docs/own-videos.md, at a small size."""
     (tmp_path / "cats").mkdir()
     for name, caption in (("a", "a red ball"), ("b", "一个红色的球")):
         write_video(tmp_path / "cats" / f"{name}.mp4", np.random.default_rng(0).integers(0, 255, (24, 64, 112, 3), dtype=np.uint8), 16)
@@ -231,7 +231,7 @@ def test_videos_of_one_s_own_through_both_presets(wan: Path, tmp_path: Path) -> 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("config", ["fsdp2", "ddp"])
-def test_two_processes_train_it_as_one_does(config: str, wan: Path, cache: Path, tmp_path: Path) -> None:
+def test_two_processes_train_like_one(config: str, wan: Path, cache: Path, tmp_path: Path) -> None:
     full = ["lora.rank=0", "lr=1e-3", "steps=2"]
     train_dit.main([*words(wan, cache, tmp_path / "one", *full, "gradient_accumulation=2")])
     env = workers.environment(config, 2, **({"dp_shard": 2} if config == "fsdp2" else {}))

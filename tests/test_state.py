@@ -1,4 +1,4 @@
-"""The one mechanism: masks, levels, positions and the step, against what the design writes down."""
+"""The State: masks, levels, positions and the step, against the formulas of the design."""
 
 from __future__ import annotations
 
@@ -49,15 +49,15 @@ def test_spatial_masks_are_whole_tokens():
 
 
 def told(state: State, level: torch.Tensor) -> torch.Tensor:
-    """The level of every token (b, G, h', w'), spelled out of the distinct ones."""
+    """The level of every token (b, G, h', w'), expanded from the distinct ones."""
     values, index = state.levels(level)
     G, h, w = state.mask.shape[2], HH // 2, WW // 2
     return values[index].repeat_interleave(G * h * w // index.shape[1], dim=1).unflatten(1, (G, h, w))
 
 
 @pytest.mark.parametrize("per_frame", [False, True])
-def test_the_network_is_told_the_level_of_every_token_in_few_rows(per_frame):
-    """Clips that are given in part, softly, in space and not at all, in one batch, against the formula of every element."""
+def test_the_network_gets_every_token_s_level_in_few_rows(per_frame):
+    """Clips given in part, softly, in space and not at all, in one batch, against the formula for every element."""
     hole = torch.zeros(HH, WW)
     hole[2:, 2:] = 1
     rows = {
@@ -88,7 +88,7 @@ def test_a_per_frame_level_reaches_its_frame():
 
 @pytest.mark.parametrize("solver", ["euler", "adams"])
 def test_a_perfect_velocity_arrives_at_the_truth(solver):
-    """With v = eps - x0 every solver is exact on a straight path; given frames come out as they went in."""
+    """With v = eps - x0 every solver is exact on a straight path; given frames stay unchanged."""
     state = state_of(Given(known=1, keyframes=((12, 1.0),)))
     truth = torch.randn_like(state.clean)
     truth = torch.where(state.mask > 0, truth, state.clean)
@@ -104,7 +104,7 @@ def test_a_perfect_velocity_arrives_at_the_truth(solver):
 
 
 def test_adams_is_second_order():
-    """On dx/dsigma = x the error of Euler falls with the step, of Adams-Bashforth with its square."""
+    """For dx/dsigma = x the error of Euler is proportional to the step, that of Adams-Bashforth to its square."""
 
     def error(solver: str, steps: int) -> float:
         scheduler = KlingFlowScheduler(solver=solver)
@@ -119,8 +119,8 @@ def test_adams_is_second_order():
     assert error("adams", 32) / error("adams", 64) == pytest.approx(4, rel=0.15)
 
 
-def test_a_frame_that_has_arrived_stays():
-    """Diffusion forcing: with delays, frame 0 arrives first and is not touched while the others go on."""
+def test_a_finished_frame_stays_unchanged():
+    """Diffusion forcing: with delays, frame 0 is finished first and stays unchanged while the others continue."""
     grid = frame_grid(sigma_grid(4), torch.tensor([0, 2, 4, 6]))
     assert grid.shape == (11, F) and grid[0].tolist() == [1.0] * 4 and grid[-1].tolist() == [0.0] * 4
     state = state_of(Given())

@@ -1,4 +1,4 @@
-"""The byte-level text encoder: any language, one shape, and a prompt is the same alone and among others."""
+"""The byte-level text encoder: any language, one output shape, and batching does not change the result for a prompt."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_batching_never_changes_a_prompt(encoder: ByteTextEncoder) -> None:
         torch.testing.assert_close(encoder.encode([prompt])[0], expected, atol=1e-5, rtol=1e-5)
 
 
-def test_many_prompts_of_all_lengths_come_back_in_their_order(encoder: ByteTextEncoder) -> None:
+def test_prompts_of_all_lengths_keep_their_order(encoder: ByteTextEncoder) -> None:
     prompts = ["a" * (37 * i % 60) for i in range(2 * TOGETHER + 5)]
     together = encoder.encode(prompts)
     for i in range(0, len(prompts), 7):

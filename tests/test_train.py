@@ -1,4 +1,4 @@
-"""The training programs on their debug presets: they learn, resume exactly, refuse other settings, and give a model that samples."""
+"""The training programs on their debug presets: they learn, resume exactly, refuse changed settings, and export a model that samples."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_a_config_typo_is_refused_with_the_nearest_key(tmp_path, capsys):
     assert stop.value.code == 2 and "did you mean 'steps'" in capsys.readouterr().err
 
 
-def test_a_cache_is_whole_resumable_and_tied_to_its_vae(vae, cache, tmp_path, capsys):
+def test_a_cache_is_complete_resumable_and_tied_to_its_vae(vae, cache, tmp_path, capsys):
     before = {p.name: p.stat().st_mtime_ns for p in cache.glob("*.safetensors")}
     damaged = cache / "00001.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1])
@@ -153,7 +153,7 @@ def test_a_resumed_dit_run_is_bit_equal_and_its_model_samples(vae, cache, tmp_pa
     assert (straight / "samples" / "00000004.png").is_file()
 
 
-def test_a_text_encoder_learns_that_phrasings_agree_resumes_exactly_and_serves_a_transformer(vae, cache, tmp_path):
+def test_a_text_encoder_learns_phrasings_resumes_exactly_and_starts_a_transformer(vae, cache, tmp_path):
     words = ["configs/text/world.yaml", "text={byte_dim: 32, byte_layers: 1, out_dim: 32, token_layers: 1}", "batch=16", "lr=3e-3"]
     words += ["warmup=5", "schedule=constant", "mixed_precision=fp32", "workers=0", "log_every=1", "save_every=20"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -175,6 +175,24 @@ def test_a_text_encoder_learns_that_phrasings_agree_resumes_exactly_and_serves_a
     assert moved < 0.01 < (taught[name] - taught[name].roll(1, 0)).abs().max()  # its weights, one small step on
 
 
+def test_a_text_encoder_leaves_out_what_is_not_finite(tmp_path, monkeypatch):
+    """One update first, whose loss alone is not finite, then five in a row, after which it goes back and takes other captions."""
+    real, calls = train_text.agreement_loss, iter(range(1, 100))
+
+    def poisoned(*args):
+        loss, found = real(*args)
+        return loss * (float("nan") if next(calls) in (2, 5, 6, 7, 8, 9) else 1.0), found
+
+    monkeypatch.setattr(train_text, "agreement_loss", poisoned)
+    words = ["configs/text/world.yaml", "text={byte_dim: 32, byte_layers: 1, out_dim: 32, token_layers: 1}", "batch=4", "workers=0"]
+    train_text.main([*words, "mixed_precision=fp32", "log_every=1", "save_every=4", "steps=8", f"out={tmp_path}"])
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 9)) and lines[1]["loss"] is None and lines[-1]["skipped"] == 6
+    folder = tmp_path / (tmp_path / "latest").read_text().strip()
+    assert json.loads((folder / "meta.json").read_text())["places"] == 13
+    assert all(torch.isfinite(value).all() for value in weights(tmp_path).values())
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -182,7 +200,7 @@ def test_a_text_encoder_learns_that_phrasings_agree_resumes_exactly_and_serves_a
         (["text_from=nowhere", "init_from=kling/assets"], "leave one out"),
     ],
 )
-def test_a_text_encoder_that_cannot_be_taken_is_refused(vae, cache, tmp_path, capsys, words, message):
+def test_an_unsuitable_text_encoder_is_refused(vae, cache, tmp_path, capsys, words, message):
     with pytest.raises(SystemExit) as end:
         train(vae, cache, tmp_path / "run", "steps=1", *words)
     assert end.value.code == 2 and message in capsys.readouterr().err

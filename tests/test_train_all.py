@@ -1,4 +1,4 @@
-"""From nothing to a model by one command: its stages, their order, going on, and what a stage gone wrong leaves."""
+"""Training a model from scratch with one command: its stages, their order, resuming, and failures of a stage."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CONFIGS = {"train_vae": TrainVAEConfig, "train_text": TrainTextConfig, "train_di
 
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """The commands of the stages; each only leaves an export."""
+    """The commands of the stages; each only writes an export."""
     commands: list[list[str]] = []
 
     def run(command: list[str], title: str) -> None:
@@ -43,7 +43,7 @@ def settings(command: list[str]) -> object:
     return load_config(CONFIGS[name], command[at + 1], command[at + 2 :])
 
 
-def test_the_shipped_stages_take_what_earlier_ones_made(tmp_path: Path, started: list[list[str]]) -> None:
+def test_the_shipped_stages_use_results_of_earlier_ones(tmp_path: Path, started: list[list[str]]) -> None:
     train_all.main(["configs/shipped.yaml", f"out={tmp_path}", "scale=0.01"])
     made: set[str] = set()
     for command in started:
@@ -59,7 +59,7 @@ def test_the_shipped_stages_take_what_earlier_ones_made(tmp_path: Path, started:
     assert (tmp_path / "model" / "weights").read_text().endswith("clips") and len(started) == len(made)
 
 
-def test_the_same_command_goes_on_and_another_recipe_is_refused(tmp_path: Path, started: list[list[str]], monkeypatch, capsys) -> None:
+def test_the_same_command_resumes_and_another_recipe_is_refused(tmp_path: Path, started: list[list[str]], monkeypatch, capsys) -> None:
     first = ["configs/shipped.yaml", f"out={tmp_path}", "scale=0.01"]
     train_all.main(first)
     everything = len(started)
@@ -86,7 +86,7 @@ def test_the_same_command_goes_on_and_another_recipe_is_refused(tmp_path: Path, 
         ("stages.text.preset=text/wold.yaml", "did you mean 'text/world.yaml'"),
     ],
 )
-def test_mistakes_are_said_before_anything_runs(word: str, message: str, tmp_path: Path, started: list[list[str]], capsys) -> None:
+def test_mistakes_are_reported_before_anything_runs(word: str, message: str, tmp_path: Path, started: list[list[str]], capsys) -> None:
     with pytest.raises(SystemExit, match="2"):
         train_all.main(["configs/shipped.yaml", f"out={tmp_path}", word])
     assert message in capsys.readouterr().err and not started
@@ -105,7 +105,7 @@ def test_a_signal_reaches_the_stage_and_a_failure_names_it(capfd: pytest.Capture
     time.sleep(0.2)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 143 and "stage 2: stopped; the same command goes on" in errors
+    assert process.returncode == 143 and "stage 2: stopped; run the same command to continue" in errors
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The VAE: equal to diffusers' Wan VAEs, causal, the same streamed as whole, strict about what it is given."""
+"""The VAE: equal to diffusers' Wan VAEs, causal, the same streamed as whole, and strict about its inputs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ TYPES = {"wan2.1": WAN21, "wan2.2": WAN22}
 
 
 def wan(config: dict) -> AutoencoderKLWan:
-    """diffusers' class with weights that hide nothing: norms away from 1, biases away from 0."""
+    """diffusers' class with weights that reveal errors: norms differ from 1, biases from 0."""
     torch.manual_seed(0)
     model = AutoencoderKLWan(**config).eval()
     for name, parameter in model.named_parameters():
@@ -60,7 +60,7 @@ def noise(model: AutoencoderKLKling, f: int, b: int = 1, h: int = 2, w: int = 3)
 
 
 def encode(model: AutoencoderKLKling, video: Tensor, state: StreamState | None = None) -> Tensor:
-    """Mean and log-variance side by side."""
+    """Mean and log-variance, concatenated."""
     return model.encode(video, state).latent_dist.parameters
 
 
@@ -124,7 +124,7 @@ def test_decode_stream(model: AutoencoderKLKling, hop: int) -> None:
 
 
 @torch.no_grad()
-def test_streams_do_not_meet(model: AutoencoderKLKling) -> None:
+def test_streams_are_independent(model: AutoencoderKLKling) -> None:
     """Two streams in turn on one model, each with one state for both directions."""
     videos, states = [clip(9), clip(9).flip(2)], [StreamState(), StreamState()]
     parts: list[list[Tensor]] = [[], []]
@@ -154,7 +154,7 @@ def test_tail_owns_its_memory() -> None:
     assert state.tails[layer].untyped_storage().nbytes() == 2 * 2 * 4 * 4 * 4
 
 
-def test_stream_goes_on_with_and_without_gradients(model: AutoencoderKLKling) -> None:
+def test_a_stream_continues_with_and_without_gradients(model: AutoencoderKLKling) -> None:
     latents, state, outs = noise(model, 6), StreamState(), []
     for i, chunk in enumerate(split_latents(latents, 1)):
         with torch.set_grad_enabled(i in (1, 2, 4)):
@@ -163,7 +163,7 @@ def test_stream_goes_on_with_and_without_gradients(model: AutoencoderKLKling) ->
     torch.testing.assert_close(torch.cat(outs, dim=2), model.decode(latents).sample, **CLOSE)
 
 
-def test_gradients_of_a_stream_are_those_of_the_whole(model: AutoencoderKLKling) -> None:
+def test_gradients_of_a_stream_equal_those_of_the_whole(model: AutoencoderKLKling) -> None:
     latents, state = noise(model, 3), StreamState()
     ours = torch.cat([model.decode(chunk, state).sample for chunk in split_latents(latents, 1)], dim=2)
     whole = model.decode(latents).sample
@@ -226,12 +226,12 @@ def test_loss() -> None:
 
 
 def last(x: Tensor) -> Tensor:
-    """Channels last, as inside the VAE."""
+    """Channels-last layout, as inside the VAE."""
     return x.movedim(1, -1).contiguous()
 
 
 def same_with_gradients(ours: Tensor, theirs: Tensor, inputs: list[Tensor]) -> None:
-    """Outputs, channels last and first, and the gradients of a weighted sum of squares."""
+    """Compare outputs, channels last and first, and the gradients of a weighted sum of squares."""
     assert ours.is_contiguous()
     torch.testing.assert_close(ours, last(theirs), **CLOSE)
     weights = torch.rand(theirs.shape, dtype=theirs.dtype)
@@ -240,7 +240,7 @@ def same_with_gradients(ours: Tensor, theirs: Tensor, inputs: list[Tensor]) -> N
 
 
 @pytest.mark.parametrize("batch", [1, 2])
-def test_convolutions_are_torchs(batch: int) -> None:
+def test_convolutions_equal_torch_s(batch: int) -> None:
     torch.manual_seed(batch)
     x = torch.randn(batch, 3, 5, 6, 8, requires_grad=True)
     args = (torch.randn(4, 3, 3, 3, 3, requires_grad=True), torch.randn(4, requires_grad=True), (2, 1, 1), (0, 1, 1))
@@ -263,8 +263,8 @@ def test_a_lone_frame_is_a_clip_of_one() -> None:
     same_with_gradients(layer(last(x)), theirs, [x, *layer.parameters()])
 
 
-def test_norm_silu_is_autograds() -> None:
-    """Against F.normalize in fp64, history in front, and a point that is all zeros."""
+def test_norm_silu_gradients_equal_autograd_s() -> None:
+    """Against F.normalize in fp64, with history, and with a point that is all zeros."""
     torch.manual_seed(0)
     norm = NormSilu(5).double()
     torch.nn.init.uniform_(norm.gamma, 0.5, 1.5)
@@ -292,7 +292,7 @@ def test_patchify_inverse() -> None:
 
 
 def test_tiles_blend_without_a_trace() -> None:
-    """Of a function that looks at single points, tiles are exact, up or down in size."""
+    """For a function of single points, tiles are exact, whether it enlarges or shrinks."""
     x = torch.randn(1, 2, 3, 40, 28)
     up = torch.nn.Upsample(scale_factor=(1, 4, 4))
     down = torch.nn.AvgPool3d((1, 4, 4))
@@ -320,8 +320,8 @@ def test_tiled_stream_is_tiled_whole(model: AutoencoderKLKling) -> None:
 
 @torch.no_grad()
 def test_tiles_are_near_the_whole() -> None:
-    """The stated bound, on weights that mean something: tiles of 64 that overlap by a quarter decode within 36 dB of the whole picture,
-    far above the 24 dB at which this VAE shows the world."""
+    """The documented bound, with trained weights: tiles of 64 with a quarter overlap decode within 36 dB of the whole picture, far above
+    the 24 dB of this VAE's reconstructions of the world."""
     vae = load_vae()
     latents = vae.encode(to_tensor(World(3, 5, "16:9", "heldout").clip(0).video)[None]).latent_dist.mode()
     whole = vae.decode(latents).sample

@@ -1,4 +1,4 @@
-"""kling-eval vae, on VAEs whose error is known: one that changes nothing, and one that adds a tenth."""
+"""kling-eval vae on VAEs with known errors: one that changes nothing, and one that adds a tenth."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 
 class Shifted(nn.Module):
-    """Latents are the video; decoding adds `by`."""
+    """The latents are the video; decoding adds `by`."""
 
     def __init__(self, by: float) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class Shifted(nn.Module):
         return SimpleNamespace(sample=latents / 0.8 + self.by)
 
 
-def test_two_vaes_beside_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_vaes_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(program, "open_vae", lambda folder, device: Shifted(0.0 if folder == "same" else 0.1))
     main(["vae", "same", "shifted", "--out", str(tmp_path), "--frames", "5", "--n", "2"])
     report = json.loads((tmp_path / "scores.json").read_text())

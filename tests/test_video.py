@@ -1,4 +1,4 @@
-"""Video read and written, on real files made on the fly."""
+"""Reading and writing video, on real files made during the test."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def make(
     pixel_aspect: Fraction | None = None,
     **options: str,
 ) -> Path:
-    """Write a video with PyAV alone. `times` are time stamps in 1/120 s."""
+    """Write a video using only PyAV. `times` are time stamps in 1/120 s."""
     muxer = {"movflags": "+faststart"} if path.suffix == ".mp4" else {}
     with av.open(f"file:{path}", "w", format=container or path.suffix[1:].replace("mkv", "matroska"), options=muxer) as out:
         stream = out.add_stream(codec, rate=fps, options=options)
@@ -64,12 +64,12 @@ def make(
 
 
 def which(frames: torch.Tensor) -> list[int]:
-    """The frame numbers that `make` drew."""
+    """The frame numbers that `make` encoded as brightness."""
     return [round((level - 20) / STEP) for level in frames.float().mean((1, 2, 3)).tolist()]
 
 
 def smooth(n: int = 9) -> torch.Tensor:
-    """(n, H, W, 3) gradients that drift."""
+    """(n, H, W, 3) drifting gradients."""
     y, x = np.mgrid[:H, :W]
     return torch.from_numpy(np.stack([np.stack([60 + 2 * x + t, 40 + 3 * y, 200 - x - y - t], -1) for t in range(n)]).astype(np.uint8))
 
@@ -104,7 +104,7 @@ def test_every_container_reads_whole_and_in_part(tmp_path, name):
     assert torch.equal(read_tail(path, 5, info.fps).frames, clip.frames[-5:])
 
 
-def test_the_contents_and_not_the_name_decide(tmp_path):
+def test_the_contents_decide_and_not_the_file_name(tmp_path):
     webm = make(tmp_path / "a.webm", **CONTAINERS["a.webm"])
     assert probe(webm.rename(tmp_path / "b.mp4")).codec.startswith(("vp9", "libvpx"))
     assert probe(make(tmp_path / "a.mp4").rename(tmp_path / "no_suffix")).codec == "h264"
@@ -113,7 +113,7 @@ def test_the_contents_and_not_the_name_decide(tmp_path):
 @pytest.mark.parametrize(
     "name", ["über 猫.mp4", 'it\'s "it".mp4', "12:30.mp4", "100%d.mp4", "-i.mp4", "a#b?c=d&e.mp4", "http:x|y.mp4", "line\nend.mp4"]
 )
-def test_odd_names(tmp_path, monkeypatch, name):
+def test_unusual_file_names(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     write_video(name, smooth(5), 8)
     assert probe(name).frames == 5 and len(list(tmp_path.iterdir())) == 1
@@ -281,7 +281,7 @@ def test_size_and_limits(tmp_path, monkeypatch):
         (b"\x1aE\xdf\xa3" + bytes(600), "damaged|no video stream|no whole frame"),
     ],
 )
-def test_what_is_not_a_video_says_so_in_one_line(tmp_path, contents, says):
+def test_files_that_are_not_videos_are_refused_in_one_line(tmp_path, contents, says):
     path = tmp_path / "x.mp4"
     path.write_bytes(contents)
     with pytest.raises(UserError, match=says) as error:
@@ -305,7 +305,7 @@ def test_missing_folder_and_sound_only(tmp_path):
         probe(path)
 
 
-def test_metadata_that_is_not_text_does_no_harm(tmp_path):
+def test_metadata_that_is_not_text_is_ignored(tmp_path):
     path = make(tmp_path / "a.mkv")
     raw = path.read_bytes()
     assert b"DURATION" in raw
@@ -361,7 +361,7 @@ def test_same_frames_same_bytes(tmp_path, suffix):
 
 
 def encoded(size: tuple[int, int]) -> list[str]:
-    """Hashes of the file that the same frames make, over and over."""
+    """Hashes of the files from encoding the same frames repeatedly."""
     h, w = size
     rng = np.random.default_rng(0)
     blocks = np.kron(rng.integers(0, 256, (17, h // 8, w // 8, 3)), np.ones((1, 8, 8, 1), np.int64))
@@ -375,7 +375,7 @@ def encoded(size: tuple[int, int]) -> list[str]:
 
 
 def test_same_frames_same_bytes_again_and_in_other_processes():
-    """x264's AVX-512 code failed this at most sizes. New processes and no forks: a fork of a process with threads may hang."""
+    """x264's AVX-512 code failed this at most sizes. Uses new processes, not forks: a fork of a process with threads may hang."""
     sizes = [(64, 112), (112, 64), (80, 80), (128, 224)]
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         elsewhere = pool.map_async(encoded, 4 * sizes, chunksize=1).get(timeout=200)
@@ -383,7 +383,7 @@ def test_same_frames_same_bytes_again_and_in_other_processes():
         assert len({digest for digests in [encoded(size), *elsewhere[i::4]] for digest in digests}) == 1, size
 
 
-def test_a_failure_leaves_no_trace_and_keeps_the_old_file(tmp_path):
+def test_a_failed_write_leaves_nothing_and_keeps_the_old_file(tmp_path):
     path = tmp_path / "a.mp4"
     for good in (False, True):
         if good:
@@ -398,7 +398,7 @@ def test_a_failure_leaves_no_trace_and_keeps_the_old_file(tmp_path):
         assert [p.read_bytes() for p in tmp_path.iterdir()] == ([before] if good else [])
 
 
-def test_what_cannot_be_written(tmp_path):
+def test_unwritable_videos_are_refused(tmp_path):
     (tmp_path / "file").write_text("x")
     (tmp_path / "folder.mp4").mkdir()
     for path in (tmp_path / "file" / "a.mp4", tmp_path / "folder.mp4", Path("/proc/a.mp4"), tmp_path / ("n" * 300 + ".mp4")):

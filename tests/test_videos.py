@@ -1,4 +1,4 @@
-"""kling-eval videos on real mp4s: failures are counted apart, controls decide, mistakes are one line."""
+"""kling-eval videos on real mp4s: failures are counted separately, controls are checked, mistakes are one line."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from kling.metrics.controls import noise, turned
 
 @pytest.fixture
 def clips(tmp_path: Path) -> Path:
-    """made/: a turning clip and a frozen one; true/: both turning, and a third that made/ lacks; beside them paths and first frames."""
+    """made/: a rotating clip and a frozen one; true/: both rotating, and a third that made/ lacks; also paths and first frames."""
     video, path = turned(torch.from_numpy(texture(64, 96)))
     for name, frames in (("a", video), ("b", video[:1].expand_as(video))):
         write_video(tmp_path / "made" / f"{name}.mp4", frames, 8, crf=10)
@@ -39,7 +39,7 @@ def run(folder: Path, *options: str) -> dict:
     return json.loads((folder / "out/scores.json").read_text())
 
 
-def test_what_is_missing_is_counted_and_in_no_mean_and_controls_are_beside_everything(clips: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_files_are_counted_and_in_no_mean_and_all_scores_have_controls(clips: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("imageio_ffmpeg")
     monkeypatch.setattr(program, "CONTROLS", 1)
     monkeypatch.setattr(program, "CONTROL_FRAMES", 17)
@@ -61,8 +61,8 @@ def test_what_is_missing_is_counted_and_in_no_mean_and_controls_are_beside_every
     assert (clips / "out/strips/reference-psnr.png").is_file() and report["ranked"] == ["b", "a"]
 
 
-def test_a_file_beside_a_video_spoils_its_own_rows_only(clips: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A damaged reference, a path that is no path, a picture of a frame beyond the end, and a file that is not there."""
+def test_a_bad_file_beside_a_video_affects_only_its_own_rows(clips: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A damaged reference, an invalid path file, a picture for a frame beyond the end, and a missing file."""
     monkeypatch.setattr(program, "CONTROLS", 0)
     write_video(clips / "made" / "c.mp4", turned(torch.from_numpy(texture(64, 96)))[0], 8, crf=10)
     (clips / "true" / "a.mp4").write_bytes(b"no video")
@@ -93,7 +93,7 @@ def test_a_camera_that_cannot_be_found_is_named_and_in_no_mean(
 
 
 def test_a_metric_is_one_function(clips: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two of them, one with an order of controls that is wrong: in the table, the report and the check."""
+    """Two of them, one with a wrong order of controls: in the table, the report and the check."""
     monkeypatch.setattr(program, "CONTROLS", 1)
     monkeypatch.setattr(clip_metrics, "METRICS", before := list(METRICS))
     monkeypatch.setattr(program, "METRICS", before)

@@ -1,4 +1,4 @@
-"""The small world: pure, complete, held out where it says so, and true to its own camera."""
+"""The small world: a pure function, complete, with held-out combinations, and consistent with its camera."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_a_clip_is_a_pure_function_of_seed_and_index():
     assert not torch.equal(World(2, frames=5, aspect=a.scene.aspect).clip(4).video, a.video)
 
 
-def test_everything_promised_occurs(scenes):
+def test_all_documented_features_occur(scenes):
     things = [t for s in scenes for t in s.things]
     assert {t.colour for t in things} == set(COLOURS) and len(COLOURS) >= 8
     assert {t.solid for t in things} == set(SOLIDS) and len(SOLIDS) >= 3
@@ -44,14 +44,14 @@ def test_everything_promised_occurs(scenes):
     assert any(len(s.axes) > 1 and not s.move for s in scenes), "no mixtures"
 
 
-def test_held_out_combinations_never_train_and_always_test(scenes):
+def test_held_out_combinations_occur_only_in_the_test_split(scenes):
     assert not {(t.colour, t.solid, t.motion) for s in scenes for t in s.things} & set(HELD_OUT)
     held = World(seed=3, frames=5, split="heldout")
     first = [held.scene(i).things[0] for i in range(200)]
     assert {(t.colour, t.solid, t.motion) for t in first} == set(HELD_OUT)
 
 
-def test_captions_name_the_truth_in_both_languages():
+def test_captions_state_the_truth_in_both_languages():
     world = World(seed=0, frames=5)
     phrasings = collections.defaultdict(set)
     for i in range(200):
@@ -80,8 +80,8 @@ def test_bad_settings_are_refused():
         World(aspect="16x9")
 
 
-def test_things_are_drawn_where_the_truth_says():
-    """Project each lone ball's centre with the published camera: the picture has the ball's colour there."""
+def test_things_are_drawn_at_their_true_positions():
+    """Project the centre of each lone ball with the published camera: the picture has the ball's colour there."""
     world, seen = World(seed=9, frames=9, aspect="16:9", max_things=1), 0
     H, W = ASPECTS["16:9"]
     for i in range(200):
@@ -106,8 +106,8 @@ def test_things_are_drawn_where_the_truth_says():
     assert seen > 40
 
 
-def test_the_horizon_lies_where_the_pitch_puts_it():
-    """At frame 0 the ground meets the sky 10 degrees above the picture's middle: brightness jumps there for dark ground."""
+def test_the_horizon_follows_from_the_pitch():
+    """At frame 0 the ground meets the sky 10 degrees above the picture's centre; for dark ground the brightness jumps there."""
     H, W = ASPECTS["16:9"]
     world = World(seed=0, frames=1, aspect="16:9", max_things=1)
     scene = next(s for s in map(world.scene, range(100)) if s.ground == "water" and abs(float(s.things[0].centre[0, 0])) > 0.5)

@@ -1,4 +1,4 @@
-"""Wan pipelines of diffusers, tiny and random, saved as they are published: what the hub's tests load, and what they compare with."""
+"""Tiny random Wan pipelines of diffusers, saved in the published format: the hub's tests load them and compare with them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ VAE22 = {
 
 
 def randomised(model: torch.nn.Module, std: float = 0.05) -> torch.nn.Module:
-    """Weights that hide nothing, and norms that keep their scale."""
+    """Random weights in which errors show, and norms near their usual scale."""
     for name, parameter in model.named_parameters():
         torch.nn.init.normal_(parameter, std=std)
         if "norm" in name and name.endswith(("weight", "gamma")):
@@ -40,7 +40,7 @@ def vae(config: dict) -> AutoencoderKLWan:
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """One token a character, an end mark, padding on the right: what matters of umT5's."""
+    """One token per character, an end token, padding on the right: the relevant properties of umT5's."""
     words = ["<pad>", "</s>", "<unk>", *map(chr, range(32, 127)), *"一个红色的球在草地上滚动静态"]
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(dict.fromkeys(words))}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")

@@ -1,4 +1,4 @@
-"""Real processes for the tests of training: forked from one server that has imported everything, so that each starts in a moment."""
+"""Real processes for the tests of training, forked from one server that has imported everything, so that each starts quickly."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from kling.runtime.saver import Saver  # noqa: E402
 from kling.training import muon  # noqa: E402
 from kling.vae import AutoencoderKLKling  # noqa: E402
 
-# The server is a Python of its own, which ignores a preload that it does not find: without this every process imports all of torch itself.
+# The server is a Python process of its own, which ignores a preload that it cannot find; then every process would import torch itself.
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])])
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["workers"])
@@ -59,7 +59,7 @@ def debug_words(folder: Path, *words: str) -> list[str]:
 
 
 def environment(config: str, ranks: int, fsdp: dict[str, Any] | None = None, **sizes: int) -> dict[str, str]:
-    """What `accelerate launch` would set for a config of configs/accelerate, on CPUs, with other sizes and other entries of fsdp_config."""
+    """The environment that `accelerate launch` would set for a config of configs/accelerate, on CPUs, with other sizes and fsdp_config."""
     values = yaml.safe_load((ROOT / "configs" / "accelerate" / f"{config}.yaml").read_text())
     env = {"ACCELERATE_USE_CPU": "true", "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
     if values["distributed_type"] == "FSDP":
@@ -72,14 +72,14 @@ def environment(config: str, ranks: int, fsdp: dict[str, Any] | None = None, **s
 
 
 def start(words: list[str], env: dict[str, str] | None = None, rank: int = 0, first: Callable[[int], None] | None = None) -> Any:
-    """A process that runs `kling-train`, or for a preset of configs/vae `kling-train-vae`, with these words; before it, `first(rank)`."""
+    """A process that runs `kling-train` (or `kling-train-vae` for a preset of configs/vae) with these words, after `first(rank)`."""
     process = PROCESSES.Process(target=_train, args=(words, (env or {}) | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, rank, first))
     process.start()
     return process
 
 
 def run(words: list[str], env: dict[str, str], first: Callable[[int], None] | None = None) -> list[int]:
-    """Run it as WORLD_SIZE processes; their exit codes. They end with the test, also when its time is up."""
+    """Run it on WORLD_SIZE processes; returns their exit codes. They end with the test, also on a timeout."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         env = env | {"MASTER_PORT": str(free.getsockname()[1])}
@@ -113,11 +113,11 @@ def _train(words: list[str], env: dict[str, str], rank: int, first: Callable[[in
         raise SystemExit(1) from None
 
 
-# ------------------------------------------------------------------------------------ what is changed inside a process, as `first`
+# ------------------------------------------------------------------------------------ changes inside a process, for `first`
 
 
 def record(rank: int) -> None:
-    """Write down what each micro-step trains on: place, clips and a hash of the noise, a line each in the file SEEN.<rank>."""
+    """Record what each micro-step trains on: place, clips and a hash of the noise, one line each in the file SEEN.<rank>."""
     draw, noise = train_dit.draw_example, train_dit.noise_like
     clips: dict[int, list[str]] = {}
 
@@ -149,7 +149,7 @@ def poison_the_second(rank: int) -> None:
 
 
 def stall_the_second(rank: int) -> None:
-    """Process 1 stands still for a while in its second step."""
+    """Process 1 pauses for a while in its second step."""
     real, calls = train_dit.flow_loss, itertools.count(1)
 
     def stalled(*args: Any) -> torch.Tensor:
@@ -174,8 +174,8 @@ def signal_in_validation(rank: int) -> None:
 
 
 def watch_gradients(rank: int) -> None:
-    """After each backward pass a line in the file SEEN.<rank>: whether accelerate shards, whether an update follows, and the least and the
-    largest share of a parameter's gradient that this process holds."""
+    """After each backward pass write a line to SEEN.<rank>: whether accelerate shards, whether an update follows, and the smallest and the
+    largest share of a parameter's gradient on this process."""
     real = Accelerator.backward
 
     def backward(self: Accelerator, loss: torch.Tensor, **kwargs: Any) -> None:
@@ -189,7 +189,7 @@ def watch_gradients(rank: int) -> None:
 
 
 def watch_levels(rank: int) -> None:
-    """The number types of every pass through the embedding of noise levels (input, weight, result), as lines of the file SEEN.<rank>."""
+    """Write the dtypes of every pass through the embedding of noise levels (input, weight, result) to SEEN.<rank>."""
     real = TimestepEmbedding.forward
 
     def forward(self: TimestepEmbedding, x: torch.Tensor, *rest: Any) -> torch.Tensor:
@@ -202,7 +202,7 @@ def watch_levels(rank: int) -> None:
 
 
 def count_turned(rank: int) -> None:
-    """How many matrices Muon turns on this process, batch by batch, as lines of the file SEEN.<rank>."""
+    """Write the number of matrices that Muon orthogonalises on this process, batch by batch, to SEEN.<rank>."""
     real = muon.orthogonal
 
     def orthogonal(matrices: torch.Tensor) -> torch.Tensor:
@@ -214,7 +214,7 @@ def count_turned(rank: int) -> None:
 
 
 def ring_on_cpu(_: int) -> None:
-    """Flash attention for CPUs, written out: softmax from scores and their log-sum, and its gradient from those of the whole ring."""
+    """Flash attention for CPUs: softmax from scores and their log-sum, and its gradient from those of the whole ring."""
 
     def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any, _save_ctx: bool = True, **kwargs: Any) -> Any:
         scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / q.shape[-1] ** 0.5
@@ -239,7 +239,7 @@ def ring_on_cpu(_: int) -> None:
 
 
 def trace_only(rank: int) -> None:
-    """Compiled blocks run the graphs of torch.compile, forward and backward, operation by operation; a line for each in SEEN.<rank>."""
+    """Run the graphs of torch.compile operation by operation, forward and backward, with one line for each in SEEN.<rank>."""
     from torch._dynamo.backends.debugging import aot_eager  # here: the others need no compiler
 
     model = train_dit.KlingTransformer3DModel
@@ -253,7 +253,7 @@ def trace_only(rank: int) -> None:
 
 
 def save_for_ever(run: str, start: int) -> None:
-    """Checkpoints of many small files, one after another: nearly all of the time is spent inside a save."""
+    """Save checkpoints of many small files one after another, so that nearly all of the time is spent inside a save."""
     saves = Saver(run, background=False)
     for step in range(start, 10**6):
         saves.save(step, {f"part{i}": {"w": torch.full((64,), float(step))} for i in range(12)})

@@ -1,4 +1,4 @@
-"""How the programs of this folder start: `--help` is answered from the source of their settings, before torch is imported."""
+"""Starts the programs of this folder. `--help` is answered from the source of their settings, before torch is imported."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from kling.errors import UserError, program
 
 @dataclass(frozen=True)
 class Program:
-    """A program that is told by one dataclass. presets: the folder of `configs/` that is for it."""
+    """A program whose settings are one dataclass. presets: its folder of `configs/`."""
 
     module: str
     settings: str
@@ -64,7 +64,7 @@ def plan(argv: list[str] | None = None) -> None:
 
 
 def run(name: str, argv: list[str] | None = None) -> None:
-    """Help at once, everything else in the program's own file."""
+    """Print help at once; run everything else in the program's own file."""
 
     @program
     def main(argv: list[str]) -> None:
@@ -75,20 +75,20 @@ def run(name: str, argv: list[str] | None = None) -> None:
 
 
 def helped(name: str, argv: Sequence[str]) -> bool:
-    """Print what a program takes if that was asked. Raises `UserError` if nothing was given at all."""
+    """Print the help text if that was requested. Raises `UserError` if no argument was given."""
     if not argv:
         raise UserError(f"usage: {name} {PROGRAMS[name].usage} ({name} --help lists every key and preset)")
     if not {"-h", "--help"} & set(argv):
         return False
     try:
         print(help_text(name), flush=True)
-    except BrokenPipeError:  # `| head` has seen enough
+    except BrokenPipeError:  # the reader, such as `| head`, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return True
 
 
 def help_text(name: str) -> str:
-    """Usage, presets, and one line for each key: type, default, what it means and in which unit."""
+    """Usage, presets, and one line for each key: type, default, meaning and unit."""
     asked = PROGRAMS[name]
     file = Path(__file__).with_name(f"{asked.module}.py")
     keys = keys_of(file, asked.settings)
@@ -104,7 +104,7 @@ def help_text(name: str) -> str:
 
 @dataclass(frozen=True)
 class Key:
-    """One setting, as people are told of it."""
+    """One setting, as the help text shows it."""
 
     name: str
     kind: str
@@ -113,10 +113,10 @@ class Key:
 
 
 def keys_of(file: Path, name: str, prefix: str = "", said: dict[str, str] | None = None) -> list[Key]:
-    """The keys of the dataclass `name` that `file` defines or imports, those of dataclasses inside it too; nothing is executed.
+    """The keys of the dataclass `name` that `file` defines or imports, including those of nested dataclasses; nothing is executed.
 
-    A key's text is its sentence in the docstring ("steps: updates of the weights."), or the comment behind it. said: texts of an outer
-    docstring for keys of this one ("data.frames: ...").
+    A key's text is its sentence in the docstring ("steps: updates of the weights."), or the comment on its line. said: texts for these
+    keys in the docstring of an outer dataclass ("data.frames: ...").
     """
     file, node = _find(file, name)
     fields = [s for s in node.body if isinstance(s, ast.AnnAssign) and isinstance(s.target, ast.Name)]
@@ -151,7 +151,7 @@ def sentences(doc: str, names: Sequence[str]) -> dict[str, str]:
 
 
 def shown(value: Any) -> str:
-    """A default as it is written on a command line."""
+    """A default as it would be written on a command line."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, list | tuple):
@@ -162,7 +162,7 @@ def shown(value: Any) -> str:
 
 
 def _value(file: Path, node: ast.expr) -> Any:
-    """What an expression of literals, of constants by name, and of list() and dict() comes to."""
+    """The value of an expression of literals, named constants, list() and dict()."""
     if isinstance(node, ast.Name):
         where, found = _find(file, node.id)
         return _value(where, found.value)
@@ -182,7 +182,7 @@ def _parse(file: Path) -> tuple[ast.Module, list[str]]:
 
 
 def _find(file: Path, name: str) -> tuple[Path, Any]:
-    """The class or assignment of a name, and its file, following imports from kling."""
+    """The class or assignment of a name, and its file; follows imports from kling."""
     for node in _parse(file)[0].body:
         if isinstance(node, ast.ClassDef) and node.name == name:
             return file, node

@@ -1,9 +1,9 @@
-"""Turn real videos into a data set that loses nothing silently.
+"""Turn real videos into a data set; every file that is left out is listed with the reason.
 
-kling-data scan VIDEOS table.csv shards.tar --out cats/manifest.jsonl      # again: goes on, and looks at what is new or has changed
+kling-data scan VIDEOS table.csv shards.tar --out cats/manifest.jsonl      # run again, it looks only at new and changed files
 kling-data report cats/manifest.jsonl                                      # cats/manifest.html: what was kept, what was not, and why
-kling-data caption cats/manifest.jsonl --model MODEL --language en zh      # sentences for clips that have none
-kling-data camera cats/manifest.jsonl                                      # camera paths for clips that have none; checks the others
+kling-data caption cats/manifest.jsonl --model MODEL --language en zh      # writes captions for clips without one
+kling-data camera cats/manifest.jsonl                                      # estimates missing camera paths; checks the others
 kling-train-vae configs/vae/world.yaml data.source=cats/manifest.jsonl out=runs/cats
 """
 
@@ -24,7 +24,7 @@ from kling.errors import UserError, program
 
 EXIT_TOO_BAD = 3
 SAVE_EVERY = 20  # captions
-# What the command line offers, as the library has it (tests/test_data_program.py): torch takes seconds to import, a --help should not.
+# Choices of the command line, copied from the library (tests/test_data_program.py) because importing torch takes seconds.
 FIELDS = ("path", "caption", "start", "end", "timestamp", "camera")
 LANGUAGES = ("en", "zh")
 METHODS = ("rotation", "colmap")
@@ -40,44 +40,44 @@ def parser() -> Parser:
     top = Parser("kling-data", __doc__, allow_abbrev=True)
     commands = top.add_subparsers(required=True, metavar="COMMAND", parser_class=partial(Parser, allow_abbrev=True))
 
-    cmd = commands.add_parser("scan", help="look at every file once; write a manifest and a quarantine")
+    cmd = commands.add_parser("scan", help="examine every file once; write a manifest and a quarantine")
     cmd.add_argument(
         "paths", nargs="+", metavar="PATH", help="folders, videos, pictures, .csv .tsv .json .jsonl tables, WebDataset .tar files"
     )
-    cmd.add_argument("--out", default="manifest.jsonl", help="the manifest (default %(default)s); quarantine.jsonl comes beside it")
+    cmd.add_argument("--out", default="manifest.jsonl", help="the manifest (default %(default)s); quarantine.jsonl is written beside it")
     cmd.add_argument("--map", nargs="+", default=[], metavar="FIELD=COLUMN", help=f"columns of tables; fields: {', '.join(FIELDS)}")
-    cmd.add_argument("--root", help="folder of a table's relative paths (default: the table's)")
+    cmd.add_argument("--root", help="folder that a table's paths are relative to (default: the table's)")
     cmd.add_argument("--shots", action="store_true", help="split videos at their cuts (PySceneDetect)")
     cmd.add_argument("--filters", metavar="YAML", help="thresholds, such as configs/data/filters.yaml")
-    cmd.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one for each core)")
+    cmd.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one per core)")
     cmd.add_argument(
-        "--seconds-per-minute", type=float, default=20.0, help="what decoding a minute of video may take (default %(default)s)"
+        "--seconds-per-minute", type=float, default=20.0, help="time limit for decoding a minute of video (default %(default)s)"
     )
     cmd.add_argument(
-        "--allow-bad", type=float, default=0.05, metavar="SHARE", help="unusable files above which it fails (default %(default)s)"
+        "--allow-bad", type=float, default=0.05, metavar="SHARE", help="fail if more of the files are unusable (default %(default)s)"
     )
     cmd.set_defaults(run=run_scan)
 
     cmd = commands.add_parser("report", help="an HTML page of a manifest and its quarantine")
     cmd.add_argument("manifest")
     cmd.add_argument("--out", help="the page (default: the manifest's name in .html)")
-    cmd.add_argument("--sheet", type=int, default=24, metavar="N", help="clips shown of each kind (default %(default)s)")
+    cmd.add_argument("--sheet", type=int, default=24, metavar="N", help="clips shown in each section (default %(default)s)")
     cmd.set_defaults(run=run_report)
 
     cmd = commands.add_parser("caption", help="write captions with a local image-text-to-text model")
     cmd.add_argument("manifest")
     cmd.add_argument("--model", required=True, metavar="DIR", help="a transformers model with its processor")
     cmd.add_argument("--language", nargs="+", default=["en"], choices=LANGUAGES, help="one caption in each (default: en)")
-    cmd.add_argument("--prompt", help="what the model is asked, in place of our question")
-    cmd.add_argument("--frames", type=int, default=4, help="frames that it is shown (default %(default)s)")
+    cmd.add_argument("--prompt", help="the question to the model, instead of the default one")
+    cmd.add_argument("--frames", type=int, default=4, help="number of frames shown to the model (default %(default)s)")
     cmd.add_argument("--device", default="cpu")
     cmd.set_defaults(run=run_caption)
 
     cmd = commands.add_parser("camera", help="estimate the cameras of a manifest's clips, or check one camera file")
     cmd.add_argument("path", help="a manifest, or a camera file (RealEstate10K .txt, .json)")
-    cmd.add_argument("--method", choices=METHODS, default="rotation", help="rotation: a camera that turns on the spot; colmap: pycolmap")
-    cmd.add_argument("--video", help="the video of a camera file: its convention is checked against the picture")
-    cmd.add_argument("--png", help="where the path of a camera file is drawn (default: its name in .png)")
+    cmd.add_argument("--method", choices=METHODS, default="rotation", help="rotation: a camera that only rotates; colmap: pycolmap")
+    cmd.add_argument("--video", help="the video of a camera file, to check the file's convention against it")
+    cmd.add_argument("--png", help="where to draw the path of a camera file (default: its name in .png)")
     cmd.set_defaults(run=run_camera)
     return top
 
@@ -92,7 +92,7 @@ def run_scan(args: argparse.Namespace) -> None:
     from kling.data.scan.scan import Summary, scan
 
     if args.workers < 1 or not 0 < args.seconds_per_minute < math.inf or not 0 <= args.allow_bad <= 1:
-        raise UserError("--workers and --seconds-per-minute must be positive, --allow-bad between 0 and 1: put them right")
+        raise UserError("--workers and --seconds-per-minute must be positive, --allow-bad between 0 and 1: change them")
     out = Path(args.out)
     if out.suffix != ".jsonl":
         raise UserError(f"--out {out}: end the manifest's name in .jsonl")
@@ -137,7 +137,7 @@ def run_report(args: argparse.Namespace) -> None:
 
 
 def run_caption(args: argparse.Namespace) -> None:
-    """Clips that have a caption in a language keep it, so the same command again goes on where it stopped."""
+    """Existing captions in a language are kept, so running the same command again continues where it stopped."""
     from tqdm import tqdm
 
     from kling.data.manifest import read_manifest, write_manifest

@@ -1,10 +1,10 @@
 """Encode clips once into a latent cache that kling-train reads.
 
-kling-encode configs/cache/world.yaml vae=runs/vae/export out=runs/cache     # again: goes on, and remakes what is damaged or has changed
+kling-encode configs/cache/world.yaml vae=runs/vae/export out=runs/cache     # run again, it continues and remakes damaged or changed shards
 kling-encode configs/cache/world.yaml vae=runs/vae/export out=runs/cache verify=true            # compares the hash of every shard first
 kling-encode configs/cache/manifest.yaml data.source=cats/manifest.jsonl vae=runs/vae/export out=runs/cats-cache
 kling-encode configs/cache/wan.yaml data.source=cats/manifest.jsonl model=Wan-AI/Wan2.1-T2V-1.3B-Diffusers out=runs/cats-wan
-accelerate launch --num_processes 8 train/encode.py configs/cache/manifest.yaml ...                 # every process takes its share
+accelerate launch --num_processes 8 train/encode.py configs/cache/manifest.yaml ...                 # every process encodes a part
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def encode(cfg: CacheConfig, accelerator: Accelerator) -> None:
-    """Fill the cache, and have umT5 read its captions if the model's weights need that."""
+    """Fill the cache, and encode its captions with umT5 if the model's weights need that."""
     rank, ranks, wait = accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone
     precision = "bf16" if accelerator.mixed_precision == "bf16" else "fp32"
     folder = find_folder(cfg.model)
@@ -65,14 +65,14 @@ def encode(cfg: CacheConfig, accelerator: Accelerator) -> None:
 
 
 def clip(folder: Path, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """What CLIP of this model folder sees of a picture uint8 (H, W, 3): tokens (i, e)."""
+    """The function that turns a picture uint8 (H, W, 3) into tokens (i, e) of the model folder's CLIP."""
     parts = load_image_encoder(folder)
     encoder = parts["image_encoder"].to(device)
     return lambda picture: clip_tokens(encoder, parts["image_processor"], [picture], device)[0]
 
 
 def show(steps: Iterable[tuple[int, int]], unit: str, title: str, visible: bool) -> None:
-    """Walk through steps that say (done, of how many), with a bar."""
+    """Run through steps that yield (done, total), with a progress bar."""
     with tqdm(unit=unit, desc=title, disable=not visible) as bar:
         for done, total in steps:
             bar.total = total

@@ -1,7 +1,7 @@
-"""Plan a training before buying the machine: parameters, operations, memory by part, days, and the command to start it with.
+"""Plan a training before buying the machine: parameters, operations, memory by part, days, and the command that starts it.
 
 kling-plan configs/dit/14b.yaml gpus=64 memory=80 tflops=800 mfu=0.4 clips=50000000
-kling-plan configs/dit/world.yaml gpus=1 memory=16                    # tflops left out: measured on this machine, and said so
+kling-plan configs/dit/world.yaml gpus=1 memory=16                    # without tflops: this machine is measured, and the report says so
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ from kling.training.model import CHECKPOINTING, set_checkpointing
 from kling.training.optim import MOMENTS
 
 GIB = 2**30
-LARGEST = 256  # clips of a GPU's batch that are recommended where more fit: an update is seldom better with more
-RESERVE = 0.9  # of a GPU's memory; the rest is for its context, communication and fragments
+LARGEST = 256  # largest recommended number of clips in a GPU's batch, even if more fit: larger updates rarely help
+RESERVE = 0.9  # usable share of a GPU's memory; the rest is for its context, communication and fragmentation
 
 
 @dataclass
 class PlanConfig:
-    """What it is planned for.
+    """The machine and the training to plan for.
 
-    gpus: how many in all. node: how many in one machine. memory: GiB of each.
-    tflops: TFLOP/s that a GPU reaches on matrix products, 0 measures this machine.
-    mfu: the part of it that training is assumed to reach, 0 to 1. clips: how many the run trains on, with repetition.
-    height, width: pixels of a clip, 0 takes the largest of the preset's cache, or 480x832 if it names none; its longest length is planned.
-    spatial_factor: pixels of a latent of the VAE, across. bf16: compute in bfloat16; where tflops is measured, only if that is faster here.
+    gpus: number in all. node: number in one machine. memory: GiB of each.
+    tflops: TFLOP/s that a GPU reaches on matrix products; 0 measures this machine.
+    mfu: the share of it that training is assumed to reach, 0 to 1. clips: how many the run trains on, with repetition.
+    height, width: pixels of a clip; 0 takes the largest of the preset's cache, or 480x832 if it names none. The longest length is planned.
+    spatial_factor: pixels along one side of a latent of the VAE. bf16: compute in bfloat16; if tflops is measured, only if faster here.
     """
 
     gpus: int = 8
@@ -76,10 +76,10 @@ class Part:
 
 
 def on_each_gpu(step: StepMemory, clips: int, shards: int, split: int, moments: int = 2) -> Part:
-    """One GPU's memory when the state is cut over `shards` and the sequence over `split`, with `clips` of its own at a time.
+    """One GPU's memory with the state cut over `shards`, the sequence cut over `split`, and `clips` of its own at a time.
 
     Weights, gradients, the optimizer's moments and the average are fp32. A sharded run also holds two whole blocks while it computes. A
-    validation keeps the weights beside the averages that it uses: in the place of the gradients, which are gone by then.
+    validation swaps the averages in and keeps the weights beside them; they take the place of the gradients, which are freed by then.
     """
     state = 4 * step.parameters / shards
     gathered = 2 * 4 * step.block if shards > 1 else 0
@@ -87,8 +87,8 @@ def on_each_gpu(step: StepMemory, clips: int, shards: int, split: int, moments: 
 
 
 def on_the_host(step: StepMemory, shards: int, moments: int = 2) -> tuple[int, int]:
-    """Bytes of one process's host memory: while a checkpoint of weights, average and moments is written in the background, and, in the main
-    process alone, of the export: averaged weights in fp32, and their copy in bf16."""
+    """Bytes of one process's host memory: while a checkpoint of weights, average and moments is written in the background, and (in the main
+    process only) for the export: averaged weights in fp32, and their copy in bf16."""
     return (2 + moments) * 4 * step.parameters // shards, (4 + 2) * step.parameters
 
 
@@ -99,7 +99,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     preset = read_preset(argv[0])
     if "model" not in preset or "frames" not in preset:
-        raise UserError(f"preset '{argv[0]}' has no model and frames: give one that says its sizes, such as configs/dit/1.3b.yaml")
+        raise UserError(f"preset '{argv[0]}' has no model and frames: give one that sets its sizes, such as configs/dit/1.3b.yaml")
     plan = load_config(PlanConfig, None, argv[1:])
     if plan.gpus < 1 or plan.node < 1 or plan.clips < 1 or not 0 < plan.memory < math.inf or not 0 < plan.mfu <= 1:
         raise UserError(f"gpus {plan.gpus}, memory {plan.memory}, mfu {plan.mfu}: give positive numbers, and an mfu of at most 1")
@@ -112,7 +112,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def own_size(preset: dict[str, Any]) -> tuple[int, int, str]:
-    """(height, width, whose they are): the largest clips of the cache that a preset names, or what published models make."""
+    """(height, width, their origin): the largest clips of the cache that a preset names, or the size of published models."""
     if not preset.get("encode"):
         return 480, 832, "assumed, since the preset names no cache: give height= and width= of yours"
     data = load_config(DataConfig, None) if "data" not in (cache := read_preset(preset["encode"])) else DataConfig(**cache["data"])
@@ -136,10 +136,10 @@ def report(preset: dict[str, Any], plan: PlanConfig, name: str = "PRESET") -> li
     tokens = math.prod(token_grid(*latents[2:], patch))
     flops = 3 * forward_flops(config, tokens, l)
     device = default_device()
-    precision = "fp32" if not plan.bf16 else "bf16" if plan.tflops else pick_precision("auto", device)  # another machine's GPUs have it
+    precision = "fp32" if not plan.bf16 else "bf16" if plan.tflops else pick_precision("auto", device)  # given GPUs are taken to have bf16
     bf16 = precision == "bf16"
     tasks = preset.get("tasks", {"text": 1.0})
-    held = (*latents[:2], latents[2] + (keyframe_share(tasks) > 0 and frames > 1), h, w)  # the largest that a batch is
+    held = (*latents[:2], latents[2] + (keyframe_share(tasks) > 0 and frames > 1), h, w)  # the largest shape of a batch
     runs = level_runs(tasks, token_grid(*held[2:], patch))
     steps = {what: step_memory(model, held, l, partial(set_checkpointing, what=what), bf16, runs) for what in CHECKPOINTING}
     some = steps["none"]
@@ -181,7 +181,7 @@ def report(preset: dict[str, Any], plan: PlanConfig, name: str = "PRESET") -> li
 
 
 def level_runs(tasks: dict[str, float], grid: tuple[int, int, int]) -> int:
-    """Runs of equal noise levels in a clip's tokens, (f, h, w): all tokens where a task gives parts of frames, f where it gives frames."""
+    """Runs of equal noise levels in a clip's tokens, (f, h, w): all tokens if a task gives parts of frames, f if it gives frames."""
     drawn = [TASKS[name][1](random.Random(0), max(2, grid[0]), 4, 4) for name, weight in tasks.items() if weight > 0]
     if any(given.space is not None for given in drawn):
         return math.prod(grid)
@@ -189,7 +189,7 @@ def level_runs(tasks: dict[str, float], grid: tuple[int, int, int]) -> int:
 
 
 def layouts(gpus: int, node: int) -> list[tuple[str, int, int, str]]:
-    """(name, shards, split, checkpointing) from the fastest to the smallest: whole weights first, then cut, then the sequence cut too."""
+    """(name, shards, split, checkpointing) from the fastest to the smallest: whole weights, then sharded, then the sequence cut as well."""
     found = [("ddp", 1, 1)] if gpus > 1 else [("one GPU", 1, 1)]
     if gpus > node:
         found.append(("hsdp", node, 1))
@@ -202,7 +202,7 @@ def layouts(gpus: int, node: int) -> list[tuple[str, int, int, str]]:
 
 
 def advice(layout: str, shards: int, split: int, what: str, part: Part, plan: PlanConfig, preset: dict[str, Any], name: str) -> list[str]:
-    """The first layout that fits, the largest batch in it, and the command, which runs as it stands where a cache is named."""
+    """The first layout that fits, the largest batch in it, and the command, which runs as printed if a cache is named."""
     room = RESERVE * plan.memory * GIB - (part.total - part.activations)
     clips = max(1, int(room // max(1.0, part.activations)))
     batch = min(clips, LARGEST)

@@ -1,11 +1,11 @@
-"""Train a model from nothing: one stage after another, each by its own program, to a folder that kling-sample reads.
+"""Train a model from scratch: one stage after another, each by its own program, to a folder that kling-sample reads.
 
-kling-train-all configs/shipped.yaml out=runs/shipped                 # `make model`; again: goes on where it stopped
+kling-train-all configs/shipped.yaml out=runs/shipped                 # `make model`; run again, it continues where it stopped
 kling-train-all configs/shipped.yaml out=/tmp/all scale=0.01          # every stage in five minutes, to see that all of them run
 kling-train-all configs/shipped.yaml out=runs/shipped processes=8     # 8 GPUs, or 8 processes on CPUs
 kling-train-all configs/shipped.yaml out=runs/mine stages.clips.steps=20000 stages.clips.lr=1e-3
 
-OUT gets a folder for each stage and, at the end, OUT/model. Every command is printed before it runs: a stage can be repeated by hand.
+OUT gets a folder for each stage and, at the end, OUT/model. Every command is printed before it runs, so a stage can be repeated by hand.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ from kling.runtime.accelerator import EXIT_STOPPED
 from kling.runtime.files import write_atomic
 
 PROGRAMS = {"encode": "encode", "train-vae": "train_vae", "train-text": "train_text", "train": "train_dit"}
-SCALED = ("steps", "warmup", "clips")  # numbers of a preset that `scale` shrinks; and the values of `shorter`
-ALONE = ("train-text",)  # takes minutes on one process, and refuses more
+SCALED = ("steps", "warmup", "clips")  # numbers of a preset that `scale` multiplies; also the values of `shorter`
+ALONE = ("train-text",)  # takes minutes on one process, and does not run on several
 
 
 @dataclass
 class TrainAllConfig:
-    """The stages in their order, and how they are run.
+    """The stages in order, and how to run them.
 
-    stages: by name: `program` (one of `PROGRAMS`), `preset`, and settings on top of it, where a value that begins with the name of an
+    stages: by name: `program` (one of `PROGRAMS`), `preset`, and settings that change it; a value that begins with the name of an
     earlier stage is a path in its folder (`init_from: pictures/export`). model: what becomes OUT/model, likewise.
-    scale: what the steps and the clips of every stage are multiplied by.
-    processes: that share each batch; 0 is one for every GPU, or one in all. threads: CPU threads inside an operation, null is all cores.
+    scale: factor for the steps and the clips of every stage.
+    processes: how many share each batch; 0 is one per GPU, or one on CPUs. threads: CPU threads per operation, null uses all cores.
     out: folder of the stages and of the model.
     """
 
@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     cfg = load_config(TrainAllConfig, argv[0], argv[1:])
     out, processes = Path(cfg.out), cfg.processes or max(1, torch.cuda.device_count())
-    words = {name: stage_words(cfg, name, processes) for name in cfg.stages}  # a mistake is said before the first hour
+    words = {name: stage_words(cfg, name, processes) for name in cfg.stages}  # mistakes are reported before the first stage starts
     source = place(cfg, cfg.model, list(cfg.stages))
     recipes = {name: stage_words(dataclasses.replace(cfg, out="OUT", threads=None), name, 1) for name in cfg.stages}
     done = finished(out / "stages.json", recipes)
@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{title}: kling-{stage} {shlex.join(arguments)}", flush=True)
         run(command(stage, arguments, 1 if stage in ALONE else processes), title)
         seconds = round(time.monotonic() - started)
-        done[name] = {"words": recipes[name], "seconds": seconds}  # of the last run alone, where it took several
+        done[name] = {"words": recipes[name], "seconds": seconds}  # of the last run only, if the stage was interrupted
         write_atomic(out / "stages.json", json.dumps(done, indent=1, ensure_ascii=False) + "\n")
         print(f"{title}: {seconds} s", flush=True)
     target, temporary = out / "model", out / ".model.part"
@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def stage_words(cfg: TrainAllConfig, name: str, processes: int) -> list[str]:
-    """The command line of a stage. Raises `UserError` for a stage that lacks something, or names a later one."""
+    """The command line of a stage. Raises `UserError` for a stage that lacks something, or refers to a later one."""
     settings = dict(cfg.stages[name]) if isinstance(cfg.stages[name], dict) else {}
     if missing := [key for key in ("program", "preset") if not settings.get(key)]:
         raise UserError(f"stage '{name}' has no {missing[0]}: give stages.{name}.{missing[0]}=...")
@@ -118,22 +118,22 @@ def scaled(count: int, scale: float) -> int:
 
 
 def written_as(value: Any) -> str:
-    """As a command line of key=value takes it."""
+    """A value in the form that a key=value command line takes."""
     if isinstance(value, str):
         return value
     return yaml.safe_dump(value, default_flow_style=True, width=math.inf).removesuffix("\n").removesuffix("\n...")
 
 
 def place(cfg: TrainAllConfig, value: Any, earlier: list[str]) -> Any:
-    """A value that begins with a stage's name as a path in that stage's folder; any other as it is."""
+    """A value that begins with a stage's name as a path in that stage's folder; any other value unchanged."""
     head = value.split("/")[0] if isinstance(value, str) else ""
     if head in cfg.stages and head not in earlier:
-        raise UserError(f"{value} is of a stage that comes later: put stage '{head}' before the one that needs it")
+        raise UserError(f"{value} belongs to a stage that comes later: put stage '{head}' before the one that needs it")
     return str(Path(cfg.out) / value) if head in cfg.stages else value
 
 
 def finished(path: Path, recipes: dict[str, list[str]]) -> dict[str, Any]:
-    """The stages that are done, whatever the processes and the folder. Raises `UserError` where one was done with other settings."""
+    """The finished stages, whatever the number of processes and the folder. Raises `UserError` if one was done with other settings."""
     if not path.is_file():
         return {}
     done = json.loads(path.read_text(encoding="utf-8"))
@@ -145,13 +145,13 @@ def finished(path: Path, recipes: dict[str, list[str]]) -> dict[str, Any]:
 
 
 def command(stage: str, arguments: list[str], processes: int) -> list[str]:
-    """What to start. Accelerate's own launcher knows several CPU processes through MPI only; torchrun starts them and GPUs alike."""
+    """The command to start. Accelerate's launcher starts several CPU processes through MPI only; torchrun starts them and GPUs alike."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
     return [sys.executable, *launcher, "-m", f"kling_programs.train.{PROGRAMS[stage]}", *arguments]
 
 
 def run(arguments: list[str], title: str) -> None:
-    """Run a program to its end. A signal that asks this one to stop is handed on: the stage saves, and both exit."""
+    """Run a program to its end. A signal to stop is passed on: the stage saves, and both exit."""
     child, asked = subprocess.Popen(arguments), []
 
     def hand_on(number: int, _: object) -> None:
@@ -161,17 +161,17 @@ def run(arguments: list[str], title: str) -> None:
     before = {number: signal.signal(number, hand_on) for number in (signal.SIGTERM, signal.SIGUSR1)}
     try:
         code = child.wait()
-    except KeyboardInterrupt:  # the child has got it from the terminal too
+    except KeyboardInterrupt:  # the terminal has sent it to the child too
         asked.append(signal.SIGINT)
         code = child.wait()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
     if asked or code == EXIT_STOPPED:
-        print(f"{title}: stopped; the same command goes on", file=sys.stderr)
+        print(f"{title}: stopped; run the same command to continue", file=sys.stderr)
         raise SystemExit(EXIT_STOPPED)
     if code:
-        print(f"error: {title} ended with exit code {code}, after the lines above; the same command goes on", file=sys.stderr)
+        print(f"error: {title} ended with exit code {code}, see the lines above; run the same command to continue", file=sys.stderr)
         raise SystemExit(code if code > 0 else 1)
 
 

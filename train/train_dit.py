@@ -19,12 +19,12 @@ from diffusers import SchedulerMixin
 from kling_programs.train.command import helped
 from torch import Tensor, nn
 
-from kling.cache.batches import LatentSteps, RankBatches
+from kling.cache.batches import LatentSteps
 from kling.cache.store import INDEX, CacheConfig, LatentBatch, LatentCache, differences, fill_cache, read_index, settings_of
 from kling.condition.tasks import TASKS, keyframe_share
-from kling.config import load_config, save_config, to_dict
+from kling.config import load_config
 from kling.data.clips import ClipSample
-from kling.data.source import DataConfig, batches
+from kling.data.source import DataConfig
 from kling.dit import KlingTransformer3DModel
 from kling.dit.cost import forward_flops
 from kling.errors import UserError, program, unknown
@@ -33,22 +33,12 @@ from kling.flow.levels import draw_sigma
 from kling.flow.losses import flow_loss
 from kling.flow.path import velocity
 from kling.runtime import checkpoint
-from kling.runtime.accelerator import (
-    EXIT_STOPPED,
-    Accelerator,
-    StopSignal,
-    keep_in_fp32,
-    make_accelerator,
-    set_threads,
-    wrap_what_is_there,
-)
+from kling.runtime.accelerator import EXIT_STOPPED, Accelerator, StopSignal, keep_in_fp32, wrap_what_is_there
 from kling.runtime.device import upload
 from kling.runtime.lock import locked
-from kling.runtime.log import Later, RunLog, finished
-from kling.runtime.parallel import check_draws, lay_out, same_rng, split_sequence, total, trained, whole
+from kling.runtime.log import Later
+from kling.runtime.parallel import same_rng, split_sequence, total, trained, whole
 from kling.runtime.random import generator, noise_like
-from kling.runtime.saver import Saver, find_latest, versions
-from kling.runtime.watchdog import Watchdog
 from kling.sampling.pipeline import KlingPipeline, load_vae
 from kling.sampling.request import Request
 from kling.shapes import latent_frames
@@ -57,11 +47,11 @@ from kling.training.ema import EMA, load_average
 from kling.training.examples import Drawing, Example, check_divides, draw_example
 from kling.training.export import save_pipeline
 from kling.training.health import DeviceGuard
+from kling.training.loop import Loop
 from kling.training.lora import Lora, add_lora, export_lora
 from kling.training.meter import Meter, matmul_ceiling
 from kling.training.model import Trained, set_checkpointing
-from kling.training.optim import check_names, lr_at, make_optimizer, set_lr
-from kling.training.run_state import load_run_tensors, run_tensors
+from kling.training.optim import check_names, make_optimizer, set_lr
 from kling.training.start import (
     LONG_CAPTIONS,
     SHIPPED,
@@ -193,24 +183,16 @@ def main(argv: list[str] | None = None) -> None:
     if cfg.sample_tasks and not cfg.sample_every:
         raise UserError("sample_tasks is set but not sample_every: say every how many steps")
     cfg.vae = cfg.vae or ("" if cfg.init_from == SHIPPED else cfg.init_from) or ""
-    with StopSignal() as stop:
-        train(cfg, stop)
+    with Loop(cfg, bf16_reduction=cfg.bf16_reduction) as loop:
+        train(cfg, loop)
 
 
-def train(cfg: TrainDiTConfig, stop: StopSignal) -> None:
-    set_threads(cfg.threads)
-    out = Path(cfg.out)
-    accelerator = make_accelerator(out, cfg.mixed_precision, cfg.gradient_accumulation, cfg.trackers, bf16_reduction=cfg.bf16_reduction)
-    with locked(out, "run", accelerator):
-        train_in(out, cfg, stop, accelerator)
-
-
-def train_in(out: Path, cfg: TrainDiTConfig, stop: StopSignal, accelerator: Accelerator) -> None:
+def train(cfg: TrainDiTConfig, loop: Loop) -> None:
     """The training in a folder that is this run's alone."""
-    layout, device, micro = lay_out(accelerator), accelerator.device, cfg.gradient_accumulation
+    out, accelerator, layout, stop = loop.out, loop.accelerator, loop.layout, loop.stop
+    device = accelerator.device
     if cfg.lora.half and accelerator.mixed_precision != "bf16":
         raise UserError("lora.half holds weights in bf16, and this run does not compute in it: set mixed_precision=bf16, or leave it out")
-    checkpoint.check_same_config(out, to_dict(cfg), defaults=to_dict(TrainDiTConfig()))
     start = open_start(cfg.init_from, cfg.checkpoint, cfg.expert) if cfg.init_from else None
     within = start.within if start else (0.0, 1.0)
     vae = load_vae(cfg.vae).to(device)
@@ -253,16 +235,7 @@ def train_in(out: Path, cfg: TrainDiTConfig, stop: StopSignal, accelerator: Acce
     wrap_what_is_there(accelerator, model)
     net, optimizer = accelerator.prepare(model, optimizer)
     ema = EMA(model, cfg.ema)
-    saver = Saver(out, cfg.keep_last, cfg.keep_every, accelerator=accelerator, background=cfg.save_in_background)
-
-    def resume(done: int = 0) -> tuple[int, int]:
-        """Load the newest good checkpoint, if there is one. Updates made, and places of the data used, until then."""
-        saver.wait()
-        saved = find_latest(accelerator, out, lost=done)
-        if saved is None:
-            return 0, 0
-        load_run_tensors(saved, model, optimizer.optimizer, ema)
-        return saved.step, saved.meta.get("places", saved.step * micro * layout.ranks)
+    loop.resume(model, optimizer, ema)
 
     def predict(example: Example, level: Tensor, noise: Tensor) -> Tensor:
         """The network's velocity (b, c, G, h, w) for a batch at levels (b,)."""
@@ -279,96 +252,56 @@ def train_in(out: Path, cfg: TrainDiTConfig, stop: StopSignal, accelerator: Acce
         by_level = {f"validation/sigma_{sigma:.2f}": loss for sigma, loss in zip(levels, losses, strict=True)}
         return {"validation/loss": sum(losses) / len(losses), **by_level}
 
-    done, places = resume()
-    began = done
-    check_draws(accelerator, layout, torch.randn(8, generator=generator(cfg.seed, "sigma", places + layout.rank)))
-    if accelerator.is_main_process:
-        save_config(cfg, out / "config.yaml")
-    guard = DeviceGuard(device)
-    meter = Meter(device, matmul_ceiling(device, torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32))
     if accelerator.is_main_process:
         print(data.epochs.report(), file=sys.stderr)
         if cfg.group % layout.ranks:
             print(f"group {cfg.group}: the {layout.ranks} batches of a step may differ in shape, and all wait for the slowest: give a "
                   f"multiple of {layout.ranks} in a new run, if lengths differ", file=sys.stderr)  # fmt: skip
+    guard = DeviceGuard(device)
+    meter = Meter(device, matmul_ceiling(device, torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32))
 
-    with (
-        Watchdog(out, accelerator.process_index, cfg.watchdog) as watchdog,
-        RunLog(out, cfg.steps, accelerator=accelerator, config=to_dict(cfg), start=done, log_every=cfg.log_every) as log,
-    ):
-        while done < cfg.steps:
-            feed, used = RankBatches(data, places, layout), []
-            for k, batch in enumerate(batches(feed, 0, (cfg.steps - done) * micro, cfg.workers)):
-                place = feed.place(k)
-                example = draw_example(drawing, batch, place, transformer, vae).to(device)
-                b = len(batch.ids)  # clips of one shape, as many as make the tokens of `cfg.batch` of the largest
-                level = upload(draw_sigma((b,), generator(cfg.seed, "sigma", place), density, shift, within), device)  # (b,)
-                noise = noise_like(example.state.clean, cfg.seed, "noise", place, range(b))  # (b, c, G, h, w)
-                used.append({"place": place, "clips": batch.names})
-                meter.lap("data")
-                with accelerator.accumulate(net):
-                    v = predict(example, level, noise)
-                    losses = flow_loss(v, velocity(example.state.clean, noise), example.state.mask)  # (b,)
-                    meter.lap("forward")
-                    accelerator.backward(losses.mean() * layout.split)
-                    meter.lap("backward")
-                tokens = example.state.tokens
-                flops = 3 * forward_flops(transformer.config, tokens, text_encoder.num_tokens)
-                meter.add(level, losses, b * tokens, b * flops)
-                if not accelerator.sync_gradients:
-                    continue
+    for place, batch in loop.batches(data, guard, meter):
+        example = draw_example(drawing, batch, place, transformer, vae).to(device)
+        b = len(batch.ids)  # clips of one shape, as many as make the tokens of `cfg.batch` of the largest
+        level = upload(draw_sigma((b,), generator(cfg.seed, "sigma", place), density, shift, within), device)  # (b,)
+        noise = noise_like(example.state.clean, cfg.seed, "noise", place, range(b))  # (b, c, G, h, w)
+        meter.lap("data")
+        with accelerator.accumulate(net):
+            v = predict(example, level, noise)
+            losses = flow_loss(v, velocity(example.state.clean, noise), example.state.mask)  # (b,)
+            meter.lap("forward")
+            accelerator.backward(losses.mean() * layout.split)
+            meter.lap("backward")
+        tokens = example.state.tokens
+        flops = 3 * forward_flops(transformer.config, tokens, text_encoder.num_tokens)
+        meter.add(level, losses, b * tokens, b * flops)
+        if not accelerator.sync_gradients:
+            continue
 
-                norm = whole(accelerator.clip_grad_norm_(model.parameters(), cfg.clip_grad))  # () on the device, as all here is
-                sums = meter.sums(accelerator)  # (2, bins)
-                optimizer.optimizer.found_inf = bad = guard.judge(sums[0].sum(), norm)
-                lr = lr_at(done, lr=cfg.lr, warmup=cfg.warmup, steps=cfg.steps, schedule=cfg.schedule, floor=cfg.floor)
-                set_lr(optimizer, lr)
-                optimizer.step()
-                ema.update(model, done, left_out=bad)
-                optimizer.zero_grad()
-                meter.lap("optimizer")
-                done, places = done + 1, places + micro * layout.ranks
-                watchdog.beat()
-                clips = b * micro * layout.ranks
-                speed = meter.close(layout.ranks, accelerator.num_processes)
-                numbers = torch.cat([sums.flatten(), norm.view(1), guard.counts])
-                log.log(done, Later(numbers, partial(log_line, guard, lr, speed)), clips=clips)
-                last = done == cfg.steps
-                look = last or done % cfg.log_every == 0  # several processes must ask each other who got a signal
-                stopping = (look or accelerator.num_processes == 1) and stop.seen(accelerator)
-                save = last or stopping or done % cfg.save_every == 0
-                if save:
-                    log.flush()
+        norm = whole(accelerator.clip_grad_norm_(model.parameters(), cfg.clip_grad))  # () on the device, as all here is
+        sums = meter.sums(accelerator)  # (2, bins)
+        optimizer.optimizer.found_inf = bad = guard.judge(sums[0].sum(), norm)
+        set_lr(optimizer, lr := loop.lr(cfg.lr))
+        optimizer.step()
+        ema.update(model, loop.done, left_out=bad)
+        optimizer.zero_grad()
+        meter.lap("optimizer")
+        speed = meter.close(layout.ranks, accelerator.num_processes)
+        numbers = torch.cat([sums.flatten(), norm.view(1), guard.counts])
+        loop.update(Later(numbers, partial(log_line, guard, lr, speed)), clips=b * loop.micro * layout.ranks)
+        if held and loop.due(cfg.validation.every):
+            loop.log(validate())
+            meter.lap("validation")
+        if asked and loop.due(cfg.sample_every):
+            if accelerator.is_main_process or layout.sharded:  # sharded weights need all processes
+                picture = out / "samples" / f"{loop.done:08d}.png" if accelerator.is_main_process else None
+                with ema.swap(model), same_rng(device), accelerator.autocast(), torch.compiler.set_stance("force_eager"):
+                    draw_samples(pipeline(cfg, model, vae, start), asked, picture)
+            meter.lap("samples")
 
-                if guard.rollback(used, out, accelerator.process_index):
-                    done, _ = resume(done)  # the weights go back, the data goes on: what made them unsound is not met again
-                    log.rewind(done)
-                    break
-                used = []
-                saver.check()
-                if last or stopping or (save and not guard.row):  # never amid lost updates: what to go back to
-                    meta = {"config": to_dict(cfg), "places": places, "versions": versions()}
-                    saver.save(done, run_tensors(model, optimizer.optimizer, ema), meta)
-                    meter.lap("save")
-                if held and (last or done % cfg.validation.every == 0) and not stopping:
-                    log.log(done, validate())
-                    meter.lap("validation")
-                if asked and (last or done % cfg.sample_every == 0) and not stopping:
-                    if accelerator.is_main_process or layout.sharded:  # sharded weights need all processes
-                        picture = out / "samples" / f"{done:08d}.png" if accelerator.is_main_process else None
-                        with ema.swap(model), same_rng(device), accelerator.autocast(), torch.compiler.set_stance("force_eager"):
-                            draw_samples(pipeline(cfg, model, vae, start), asked, picture)
-                    meter.lap("samples")
-                if stopping:
-                    saver.wait()
-                    raise SystemExit(EXIT_STOPPED)
-
-    saver.wait()
     if accelerator.is_main_process:
         publish(cfg, vae, out, start)
-        exported = out / ("lora" if cfg.lora.rank and not cfg.lora.merge else "export")
-        print(finished(began, cfg.steps, exported), file=sys.stderr)
-    accelerator.wait_for_everyone()
+    loop.finish(out / ("lora" if cfg.lora.rank and not cfg.lora.merge else "export"))
 
 
 def log_line(guard: DeviceGuard, lr: float, speed: Callable[[], dict[str, float]], numbers: list[float]) -> dict[str, float]:

@@ -11,27 +11,22 @@ from __future__ import annotations
 import random
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from kling_programs.train.command import helped
 
-from kling.config import load_config, save_config, to_dict
-from kling.data.source import ClipSource, DataConfig, batches, check_data
+from kling.config import load_config
+from kling.data.source import ClipSource, DataConfig, check_data
 from kling.errors import UserError, program, unknown
-from kling.runtime.accelerator import EXIT_STOPPED, Accelerator, StopSignal, make_accelerator, set_threads
-from kling.runtime.checkpoint import check_same_config
 from kling.runtime.files import written_folder
-from kling.runtime.lock import locked
-from kling.runtime.log import RunLog, finished
-from kling.runtime.saver import Saver, find_latest, versions
 from kling.text import ByteTextEncoder
 from kling.text.agree import agreement_loss, pool
 from kling.text.encoder import cut_prompt
 from kling.training.ema import EMA
-from kling.training.optim import check_names, lr_at, make_optimizer, set_lr
-from kling.training.run_state import load_run_tensors, run_tensors
+from kling.training.health import Guard
+from kling.training.loop import Loop
+from kling.training.optim import check_names, make_optimizer, set_lr
 from kling.training.start import LONG_CAPTIONS, refuse_long
 
 
@@ -91,6 +86,9 @@ class CaptionPairs(torch.utils.data.Dataset):
             pairs.append(rng.sample(captions, 2) if len(captions) > 1 else captions * 2)
         return [a for a, _ in pairs], [b for _, b in pairs]
 
+    def names(self, step: int) -> list[str]:
+        return [f"clip {index}" for index in range(step * self.batch, (step + 1) * self.batch)]
+
 
 @program
 def main(argv: list[str] | None = None) -> None:
@@ -102,23 +100,15 @@ def main(argv: list[str] | None = None) -> None:
     check_data(cfg.data)
     if cfg.long_captions not in LONG_CAPTIONS:
         raise unknown("long_captions", cfg.long_captions, LONG_CAPTIONS)
-    with StopSignal() as stop:
-        train(cfg, stop)
+    with Loop(cfg) as loop:
+        train(cfg, loop)
 
 
-def train(cfg: TrainTextConfig, stop: StopSignal) -> None:
-    set_threads(cfg.threads)
-    out = Path(cfg.out)
-    accelerator = make_accelerator(out, cfg.mixed_precision, trackers=cfg.trackers)
+def train(cfg: TrainTextConfig, loop: Loop) -> None:
+    """The training in a folder that is this run's alone."""
+    accelerator = loop.accelerator
     if accelerator.num_processes > 1:
         raise UserError(f"kling-train-text on {accelerator.num_processes} processes: it takes minutes on one; start one")
-    with locked(out, "run", accelerator):
-        train_in(out, cfg, stop, accelerator)
-
-
-def train_in(out: Path, cfg: TrainTextConfig, stop: StopSignal, accelerator: Accelerator) -> None:
-    """The training in a folder that is this run's alone."""
-    check_same_config(out, to_dict(cfg), defaults=to_dict(TrainTextConfig()))
     source = ClipSource(cfg.data, cfg.seed)
     torch.manual_seed(cfg.seed)  # the initial weights; every later draw is counter-based
     model = ByteTextEncoder(**cfg.text).train()
@@ -129,42 +119,24 @@ def train_in(out: Path, cfg: TrainTextConfig, stop: StopSignal, accelerator: Acc
         found = [(shot.name, [c.text for c in shot.captions]) for shot in source.manifest.manifest.shots]
         refuse_long(found, model.config.max_bytes, f"data.source {cfg.data.source}")
     net, optimizer = accelerator.prepare(model, optimizer)
-    ema = EMA(model, cfg.ema)
-    saver = Saver(out, cfg.keep_last, accelerator=accelerator)
+    ema, guard = EMA(model, cfg.ema), Guard()
+    loop.resume(model, optimizer, ema)
 
-    start = 0
-    if saved := find_latest(accelerator, out):
-        start = saved.step
-        load_run_tensors(saved, model, optimizer.optimizer, ema)
-    save_config(cfg, out / "config.yaml")
-    data = CaptionPairs(source, cfg.batch, cut)
-
-    with RunLog(out, cfg.steps, accelerator=accelerator, config=to_dict(cfg), start=start, log_every=cfg.log_every) as log:
-        for step, (first, second) in enumerate(batches(data, start, cfg.steps, cfg.workers), start=start):
-            vectors = pool(net(*model.tokenize([*first, *second])))  # (2 b, e)
-            loss, found = agreement_loss(*vectors.chunk(2), cfg.temperature)
-            accelerator.backward(loss)
-            norm = accelerator.clip_grad_norm_(model.parameters(), cfg.clip_grad)
-            set_lr(optimizer, lr_at(step, lr=cfg.lr, warmup=cfg.warmup, steps=cfg.steps, schedule=cfg.schedule, floor=cfg.floor))
+    for _, (first, second) in loop.batches(CaptionPairs(source, cfg.batch, cut), guard):
+        vectors = pool(net(*model.tokenize([*first, *second])))  # (2 b, e)
+        loss, found = agreement_loss(*vectors.chunk(2), cfg.temperature)
+        accelerator.backward(loss)
+        norm = accelerator.clip_grad_norm_(model.parameters(), cfg.clip_grad)
+        set_lr(optimizer, loop.lr(cfg.lr))
+        if guard.sound(float(loss.detach()), float(norm)):
             optimizer.step()
-            optimizer.zero_grad()
-            ema.update(model, step)
-            done = step + 1
-            log.log(done, {"loss": loss.detach(), "grad_norm": norm, "found": found}, clips=cfg.batch)
+            ema.update(model, loop.done)
+        optimizer.zero_grad()
+        loop.update({"loss": loss.detach(), "grad_norm": norm, "found": found, "skipped": guard.skipped}, clips=cfg.batch)
 
-            stopping = stop.seen(accelerator)
-            saver.check()
-            if stopping or done == cfg.steps or done % cfg.save_every == 0:
-                log.flush()
-                saver.save(done, run_tensors(model, optimizer.optimizer, ema), {"config": to_dict(cfg), "versions": versions()})
-            if stopping:
-                saver.wait()
-                raise SystemExit(EXIT_STOPPED)
-
-    saver.wait()
-    with ema.swap(model), written_folder(out / "export") as folder:
+    with ema.swap(model), written_folder(loop.out / "export") as folder:
         model.save_pretrained(folder)
-    print(finished(start, cfg.steps, out / "export"), file=sys.stderr)
+    loop.finish(loop.out / "export")
 
 
 if __name__ == "__main__":

@@ -18,29 +18,23 @@ import torch
 from kling_programs.train.command import helped
 from torch import Tensor
 
-from kling.cache.batches import RankBatches
-from kling.config import load_config, save_config, to_dict
+from kling.config import load_config
 from kling.data.image import write_png
-from kling.data.source import ClipSource, DataConfig, StepBatches, batches, check_data
+from kling.data.source import ClipSource, DataConfig, StepBatches, check_data
 from kling.data.strip import strip
 from kling.data.transforms import to_batch, to_tensor, to_uint8
 from kling.errors import UserError, program, unknown
 from kling.metrics.pixel import psnr
-from kling.runtime import checkpoint
-from kling.runtime.accelerator import EXIT_STOPPED, Accelerator, StopSignal, make_accelerator, set_threads
+from kling.runtime.accelerator import Accelerator
 from kling.runtime.files import written_folder
-from kling.runtime.lock import locked
-from kling.runtime.log import RunLog, finished
-from kling.runtime.parallel import lay_out, scalar, total
+from kling.runtime.parallel import scalar, total
 from kling.runtime.random import generator
-from kling.runtime.saver import Saver, find_latest, versions
-from kling.runtime.watchdog import Watchdog
 from kling.sampling.pipeline import load_vae
 from kling.training.ema import EMA
-from kling.training.health import LIMIT, Guard
+from kling.training.health import Guard
+from kling.training.loop import Loop
 from kling.training.meter import StepClock, peak_memory
-from kling.training.optim import adamw, check_names, lr_at, make_optimizer, set_lr
-from kling.training.run_state import load_run_tensors, run_tensors
+from kling.training.optim import adamw, check_names, make_optimizer, set_lr
 from kling.vae import AutoencoderKLKling, LossWeights, vae_loss
 from kling.vae.discriminator import Adversary, PatchDiscriminator3d, Perceptual, frozen, generator_loss, hinge
 from kling.vae.paths import PATHS, Autoencoding, half
@@ -122,25 +116,16 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(
             "perceptual and perceptual_weights belong together: give both, a weight and a safetensors file of VGG-16, or neither"
         )
-    with StopSignal() as stop:
-        train(cfg, stop)
-
-
-def train(cfg: TrainVAEConfig, stop: StopSignal) -> None:
-    set_threads(cfg.threads)
-    out = Path(cfg.out)
     lone = 1 in cfg.data.frames  # convolutions over time that halve or double it see no lone frame
-    accelerator = make_accelerator(out, cfg.mixed_precision, cfg.gradient_accumulation, cfg.trackers, some_unused=lone)
-    with locked(out, "run", accelerator):
-        train_in(out, cfg, stop, accelerator)
+    with Loop(cfg, some_unused=lone) as loop:
+        train(cfg, loop)
 
 
-def train_in(out: Path, cfg: TrainVAEConfig, stop: StopSignal, accelerator: Accelerator) -> None:
+def train(cfg: TrainVAEConfig, loop: Loop) -> None:
     """The training in a folder that is this run's alone."""
-    layout, device, micro = lay_out(accelerator), accelerator.device, cfg.gradient_accumulation
+    out, accelerator, device = loop.out, loop.accelerator, loop.accelerator.device
     if accelerator.is_fsdp2:
         raise UserError("a VAE is trained whole on every GPU: use configs/accelerate/ddp.yaml")
-    checkpoint.check_same_config(out, to_dict(cfg), defaults=to_dict(TrainVAEConfig()))
     torch.manual_seed(cfg.seed)  # the initial weights; every later draw is counter-based
     model = load_vae(cfg.init_from) if cfg.init_from else AutoencoderKLKling(**cfg.model)
     model.train()
@@ -153,117 +138,71 @@ def train_in(out: Path, cfg: TrainVAEConfig, stop: StopSignal, accelerator: Acce
     exact = accelerator.mixed_precision == "no"
     optimizer = make_optimizer(cfg.optimizer, model, cfg.lr, weight_decay=cfg.weight_decay, exact=exact)
     net, optimizer = accelerator.prepare(Autoencoding(model), optimizer)
+    others = {}
     if critic is not None:
         critic_net, critic_optimizer = accelerator.prepare(critic, adamw(critic, cfg.adversary.lr, betas=(0.5, 0.9), weight_decay=0.0))
+        others["critic_"] = (critic, critic_optimizer)
     ema = EMA(model, cfg.ema)
-    saver = Saver(out, cfg.keep_last, accelerator=accelerator)
-
-    def resume(done: int = 0) -> tuple[int, int]:
-        """Load the newest good checkpoint, if there is one. Updates made, and places of the data used, until then."""
-        saver.wait()
-        saved = find_latest(accelerator, out, lost=done)
-        if saved is None:
-            return 0, 0
-        load_run_tensors(saved, model, optimizer.optimizer, ema)
-        if critic is not None:
-            load_run_tensors(saved, critic, critic_optimizer.optimizer, prefix="critic_")
-        return saved.step, saved.meta.get("places", saved.step * micro * layout.ranks)
-
-    done, places = resume()
-    began = done
-    if accelerator.is_main_process:
-        save_config(cfg, out / "config.yaml")
+    loop.resume(model, optimizer, ema, **others)
     data = StepBatches(ClipSource(cfg.data, cfg.seed), cfg.batch, cfg.group)
     if accelerator.is_main_process and (report := data.report()):
         print(report, file=sys.stderr)
-    guard, clock = Guard(), StepClock(device)
+    guard, clock, sums = Guard(), StepClock(device), {}
 
-    with (
-        Watchdog(out, accelerator.process_index, cfg.watchdog) as watchdog,
-        RunLog(out, cfg.steps, accelerator=accelerator, config=to_dict(cfg), start=done, log_every=cfg.log_every) as log,
-    ):
-        while done < cfg.steps:
-            feed, used, sums = RankBatches(data, places, layout), [], {}
-            for k, video in enumerate(batches(feed, 0, (cfg.steps - done) * micro, cfg.workers)):
-                place = feed.place(k)
-                used.append(place)
-                judged = critic is not None and done >= cfg.adversary.start
-                clock.lap("data")
-                with accelerator.accumulate(*([net, critic_net] if judged else [net])):
-                    video = to_batch(video.to(device))  # (b, 3, T, H, W)
-                    drawn = generator(cfg.seed, "posterior", place) if cfg.draw else None
-                    recon, posterior, halved = net(video, draw_path(cfg, place), drawn, cfg.loss.halved > 0)
-                    loss, terms = vae_loss(video, recon, posterior, cfg.loss, None if halved is None else (half(video), halved))
-                    if perceptual is not None:
-                        terms["perceptual"] = perceptual(video, recon)
-                        loss = loss + cfg.perceptual * terms["perceptual"]
-                    if judged and (weight := cfg.adversary.weight_at(done)):
-                        with frozen(critic):
-                            terms["fooled"] = generator_loss(critic(recon))
-                        loss = loss + weight * terms["fooled"]
-                    clock.lap("forward")
-                    accelerator.backward(loss)
-                    if judged:
-                        terms["critic"] = hinge(*critic_net(torch.cat([video, recon.detach()])).chunk(2))
-                        accelerator.backward(terms["critic"])
-                    clock.lap("backward")
-                for name, value in {"loss": loss, **terms}.items():
-                    sums[name] = sums.get(name, 0) + value.detach()
-                if not accelerator.sync_gradients:
-                    continue
+    for place, video in loop.batches(data, guard, clock):
+        judged = critic is not None and loop.done >= cfg.adversary.start
+        clock.lap("data")
+        with accelerator.accumulate(*([net, critic_net] if judged else [net])):
+            video = to_batch(video.to(device))  # (b, 3, T, H, W)
+            drawn = generator(cfg.seed, "posterior", place) if cfg.draw else None
+            recon, posterior, halved = net(video, draw_path(cfg, place), drawn, cfg.loss.halved > 0)
+            loss, terms = vae_loss(video, recon, posterior, cfg.loss, None if halved is None else (half(video), halved))
+            if perceptual is not None:
+                terms["perceptual"] = perceptual(video, recon)
+                loss = loss + cfg.perceptual * terms["perceptual"]
+            if judged and (weight := cfg.adversary.weight_at(loop.done)):
+                with frozen(critic):
+                    terms["fooled"] = generator_loss(critic(recon))
+                loss = loss + weight * terms["fooled"]
+            clock.lap("forward")
+            accelerator.backward(loss)
+            if judged:
+                terms["critic"] = hinge(*critic_net(torch.cat([video, recon.detach()])).chunk(2))
+                accelerator.backward(terms["critic"])
+            clock.lap("backward")
+        for name, value in {"loss": loss, **terms}.items():
+            sums[name] = sums.get(name, 0) + value.detach()
+        if not accelerator.sync_gradients:
+            continue
 
-                norms = {"grad_norm": scalar(accelerator.clip_grad_norm_(model.parameters(), cfg.clip_grad))}
-                if judged:
-                    norms["critic_grad_norm"] = scalar(accelerator.clip_grad_norm_(critic.parameters(), math.inf))
-                means = dict(
-                    zip(sums, (total(accelerator, torch.stack(list(sums.values()))) / (micro * layout.ranks)).tolist(), strict=True)
-                )
-                rate = lr_at(done, lr=1.0, warmup=cfg.warmup, steps=cfg.steps, schedule=cfg.schedule, floor=cfg.floor)
-                set_lr(optimizer, cfg.lr * rate)
-                if guard.sound(means["loss"], *norms.values()):
-                    optimizer.step()
-                    ema.update(model, done)
-                    if judged:
-                        set_lr(critic_optimizer, cfg.adversary.lr * rate)
-                        critic_optimizer.step()
-                optimizer.zero_grad()
-                if judged:
-                    critic_optimizer.zero_grad()
-                clock.lap("optimizer")
-                done, places = done + 1, places + micro * layout.ranks
-                watchdog.beat()
-                seen = {"lr": cfg.lr * rate, "skipped": guard.skipped, "memory/peak_gib": peak_memory(device)}
-                log.log(done, {**means, **norms, **seen, **clock.take()}, clips=len(video) * micro * layout.ranks)
+        norms = {"grad_norm": scalar(accelerator.clip_grad_norm_(model.parameters(), cfg.clip_grad))}
+        if judged:
+            norms["critic_grad_norm"] = scalar(accelerator.clip_grad_norm_(critic.parameters(), math.inf))
+        batches = cfg.gradient_accumulation * accelerator.num_processes
+        means = dict(zip(sums, (total(accelerator, torch.stack(list(sums.values()))) / batches).tolist(), strict=True))
+        sums, rate = {}, loop.lr(1.0)
+        set_lr(optimizer, cfg.lr * rate)
+        if guard.sound(means["loss"], *norms.values()):
+            optimizer.step()
+            ema.update(model, loop.done)
+            if judged:
+                set_lr(critic_optimizer, cfg.adversary.lr * rate)
+                critic_optimizer.step()
+        optimizer.zero_grad()
+        if judged:
+            critic_optimizer.zero_grad()
+        clock.lap("optimizer")
+        seen = {"lr": cfg.lr * rate, "skipped": guard.skipped, "memory/peak_gib": peak_memory(device)}
+        loop.update({**means, **norms, **seen, **clock.take()}, clips=len(video) * batches)
+        if loop.due(cfg.eval_every):
+            with ema.swap(model):
+                loop.log(evaluate(model, cfg, accelerator, out / "samples" / f"{loop.done:08d}.png"))
+            clock.lap("validation")
 
-                bad = [{"place": p, "clips": [clip.name for clip in data.clips(p)]} for p in used] if guard.row == LIMIT else []
-                if guard.rollback(bad, out, accelerator.process_index):
-                    done, _ = resume(done)  # the weights go back, the data goes on: what made them unsound is not met again
-                    log.rewind(done)
-                    break
-                used, sums = [], {}
-                stopping, last = stop.seen(accelerator), done == cfg.steps
-                saver.check()
-                if (last or done % cfg.eval_every == 0) and not stopping:
-                    with ema.swap(model):
-                        log.log(done, evaluate(model, cfg, accelerator, out / "samples" / f"{done:08d}.png"))
-                    clock.lap("validation")
-                if last or stopping or (done % cfg.save_every == 0 and not guard.row):  # never amid lost updates: what to go back to
-                    log.flush()
-                    groups = run_tensors(model, optimizer.optimizer, ema)
-                    if critic is not None:
-                        groups |= run_tensors(critic, critic_optimizer.optimizer, prefix="critic_")
-                    saver.save(done, groups, {"config": to_dict(cfg), "places": places, "versions": versions()})
-                    clock.lap("save")
-                if stopping:
-                    saver.wait()
-                    raise SystemExit(EXIT_STOPPED)
-
-    saver.wait()
     if accelerator.is_main_process:
         with ema.swap(model):
             save_vae(model, cfg, out / "export")
-        print(finished(began, cfg.steps, out / "export"), file=sys.stderr)
-    accelerator.wait_for_everyone()
+    loop.finish(out / "export")
 
 
 def draw_path(cfg: TrainVAEConfig, place: int) -> str:

@@ -1,6 +1,6 @@
 """The transformer against diffusers' Wan with the same weights: forward, with backward, compiled, and the memory of a training step.
 
-On the CPU a model of 30 M parameters; on CUDA those of 0.4 B and 1.3 B in bf16, whose passes have not been run by us yet.
+On the CPU a model of 30 M parameters; on CUDA models of 0.4 B and 1.3 B in bf16.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ CUDA_GOALS = (1.5, 1.6)
 
 @dataclass(frozen=True)
 class SizePlan:
-    """One model in one dtype: token counts for a forward pass and for one with backward, and whether compiled ones are compared."""
+    """One model in one dtype: token counts for a forward pass and for one with backward, and whether to compare compiled models."""
 
     size: Size
     dtype: torch.dtype
@@ -90,7 +90,7 @@ def rows(bench: Bench) -> Iterator[Row]:
 
 
 class Pair:
-    """Ours and the peer's model with the same weights, and the peer's in fp64."""
+    """Our model and the peer's with the same weights, and the peer's in fp64."""
 
     def __init__(self, size: Size, dtype: torch.dtype, device: torch.device, seed: int) -> None:
         torch.manual_seed(seed)
@@ -112,7 +112,7 @@ class Pair:
         return forward_flops(self.ours.config, tokens, TEXT[0])
 
     def inputs(self, tokens: int) -> tuple[Tensor, Tensor]:
-        """Fresh latents of so many tokens, and text."""
+        """New latents of `tokens` tokens, and text."""
         z = torch.randn(1, 16, tokens // 256, 32, 32, device=self.device)
         return z.to(self.dtype), torch.randn(1, *TEXT, device=self.device).to(self.dtype)
 
@@ -134,7 +134,7 @@ class Pair:
         self.velocity(model, z, text).float().square().mean().backward()
 
     def check(self, tokens: int) -> tuple[Check, Check]:
-        """Velocities, and all gradients, of fresh inputs."""
+        """Velocities and all gradients for new inputs."""
         z, text = self.inputs(tokens)
         found = []
         for model, x in ((self.ours, (z, text)), (self.peer, (z, text)), (self.exact, (z.double(), text.double()))):
@@ -147,14 +147,14 @@ class Pair:
 
 
 def cast(model: nn.Module, dtype: torch.dtype) -> None:
-    """To `dtype`, but for the parts that the model keeps in fp32, as `from_pretrained(torch_dtype=...)` does."""
+    """Cast to `dtype`, except the parts that the model keeps in fp32, as `from_pretrained(torch_dtype=...)` does."""
     for name, parameter in model.named_parameters():
         if not any(part in name for part in model._keep_in_fp32_modules):
             parameter.data = parameter.data.to(dtype)
 
 
 def compiled(bench: Bench, plan: SizePlan, pair: Pair) -> Iterator[Row]:
-    """Both with their blocks compiled, at the middle size."""
+    """Both with compiled blocks, at the middle size."""
     seconds = {}
     for name, model in (("ours", pair.ours), ("peer", pair.peer)):
         model.compile_repeated_blocks()
@@ -173,7 +173,7 @@ def compiled(bench: Bench, plan: SizePlan, pair: Pair) -> Iterator[Row]:
 
 
 def memory(bench: Bench) -> Iterator[Row]:
-    """Peak of a forward and backward pass in fp32 (bf16 on CUDA), each in a process of its own."""
+    """Peak memory of a forward and backward pass in fp32 (bf16 on CUDA), each in its own process."""
     counts, device = ((256, 512) if bench.quick else (512, 1024, 2048)), bench.device.type
     peaks: dict[str, list[float]] = {}
     for which in ("ours", "peer"):

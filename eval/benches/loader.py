@@ -1,4 +1,4 @@
-"""Batches for training: clips from files through workers, and latents from the cache."""
+"""Batches for training: clips from files, read by workers, and latents from the cache."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from kling.data.source import DataConfig
 from kling.data.transforms import to_batch
 from kling.sampling.pipeline import load_vae
 
-GROWTH = 5.0  # per cent of memory that is allowed over many clips
-SIZE = (256, 448)  # of training
-CACHED = 1500  # clips a second from the latent cache, at least
+GROWTH = 5.0  # allowed growth of memory over many clips, per cent
+SIZE = (256, 448)  # of the training clips
+CACHED = 1500  # clips per second from the latent cache, at least
 
 
 def rows(bench: Bench) -> Iterator[Row]:
@@ -52,7 +52,7 @@ def rows(bench: Bench) -> Iterator[Row]:
 
 
 class Ours(Dataset):
-    """Clips as training reads them: uint8, resized in the decoder."""
+    """Clips as training reads them: uint8, resized by the decoder."""
 
     def __init__(self, root: Path, count: int, size: int = 4) -> None:
         manifest = folder_manifest(root, skip_bad=False)
@@ -68,7 +68,7 @@ class Ours(Dataset):
 
 
 class Plain(Dataset):
-    """The same clips as float tensors, decoded whole and resized in the worker."""
+    """The same clips as float tensors, decoded at full size and resized in the worker."""
 
     def __init__(self, root: Path, count: int) -> None:
         self.paths, self.starts = sorted(root.glob("*.mp4")), starts(count)
@@ -81,7 +81,7 @@ class Plain(Dataset):
 
 
 def loading(data: Dataset, finish: Callable[[Tensor], Tensor], workers: int) -> Run:
-    """All batches of float tensors, ready for a model."""
+    """All batches as float tensors, ready for a model."""
 
     def load() -> None:
         for batch in DataLoader(data, batch_size=2, num_workers=workers, worker_init_fn=_one_thread):
@@ -95,7 +95,7 @@ def _one_thread(_: int) -> None:
 
 
 def cached(bench: Bench, folder: Path) -> Row:
-    """Clips a second out of the latent cache, in batches of 16, after one pass that brings the files into memory."""
+    """Clips per second from the latent cache, in batches of 16, after one pass that reads the files into memory."""
     count = 16 if bench.quick else 64
     data = DataConfig(source="world", frames=[17], aspects=["1:1"])
     for _ in fill_cache(CacheConfig(out=str(folder), clips=count, shares=[1.0], shard=16, data=data), load_vae()):

@@ -1,4 +1,4 @@
-"""Where a benchmark runs: one pinned core, what that can do at most, and everything one must know to repeat it."""
+"""The machine of a benchmark: one pinned core, its peak rates, and everything needed to repeat the run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
 
 def pin(core: int | None, threads: int) -> int | None:
-    """Stay on one core (by default the last that this process may use) with one thread, or use `threads` wherever they are put.
+    """With one thread, stay on one core (by default the last that this process may use); else use `threads` on any cores.
 
     Returns the core. Raises `UserError` if this process may not use it.
     """
@@ -40,7 +40,7 @@ def pin(core: int | None, threads: int) -> int | None:
 
 
 def cpu_flags() -> list[str]:
-    """Those of `FLAGS` that this CPU has. Empty where the system does not tell."""
+    """Those of `FLAGS` that this CPU has; empty if the system does not report them."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -69,7 +69,7 @@ def commit() -> str:
 
 
 def describe(device: torch.device, core: int | None, seed: int) -> dict[str, Any]:
-    """Versions, hardware and load, as they stand in the report."""
+    """Versions, hardware and load, for the report."""
     found = {
         "cpu": cpu_name(),
         "flags": cpu_flags(),
@@ -108,15 +108,15 @@ def _has_nvml() -> bool:
 
 
 def ceilings(device: torch.device, quick: bool = False) -> dict[str, float]:
-    """What this device reaches at most, here and now: FLOP/s of matrix products and attention by dtype and head width, bytes/s of a copy.
+    """The peak rates of this device at this moment: FLOP/s of matrix products and attention by dtype and head width, bytes/s of a copy.
 
-    The names are "matmul fp32", "sdpa bf16 d=128" and so on; "copy" counts what is read and what is written.
+    The names are "matmul fp32", "sdpa bf16 d=128" and so on; "copy" counts both bytes read and bytes written.
     """
     cuda = device.type == "cuda"
     seconds = 0.2 if quick else 0.6
     found = {}
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        slow = dtype == torch.bfloat16 and not bf16_is_fast(device.type)  # emulated: down to a fiftieth of the speed
+        slow = dtype == torch.bfloat16 and not bf16_is_fast(device.type)  # emulated, up to fifty times slower
         n = 8192 if cuda else 256 if slow else 1024
         a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
         found[f"matmul {name}"] = 2 * n**3 / fastest(lambda a=a, b=b: a @ b, device, seconds)
@@ -132,7 +132,7 @@ def ceilings(device: torch.device, quick: bool = False) -> dict[str, float]:
 
 
 def fastest(run: Callable[[], object], device: torch.device, seconds: float) -> float:
-    """Least seconds of a run, tried for about `seconds`: of the processor where one thread computes, as neighbours do not count there."""
+    """The shortest time of a run, tried for about `seconds`. For one thread it is processor time, which other processes do not affect."""
     run()
     best, end = float("inf"), time.monotonic() + seconds
     while time.monotonic() < end or best == float("inf"):
@@ -142,7 +142,7 @@ def fastest(run: Callable[[], object], device: torch.device, seconds: float) -> 
 
 
 class Seconds:
-    """Of the wall clock, and of the processor (all threads of this process)."""
+    """Seconds of the wall clock, and of the processor (all threads of this process)."""
 
     __slots__ = ("wall", "cpu")
 
@@ -151,7 +151,7 @@ class Seconds:
 
 
 def clock(run: Callable[[], object], device: torch.device, repeat: int = 1) -> Seconds:
-    """Time of one of `repeat` runs. On a GPU the wall time is that between two events in its queue."""
+    """The time of one of `repeat` runs. On a GPU the wall time is that between two events in its queue."""
     if device.type != "cuda":
         wall, cpu = time.perf_counter(), time.process_time()
         for _ in range(repeat):

@@ -1,11 +1,11 @@
-"""The rules of a comparison: the same work, checked before it is timed; ours and the peer's in turns; how far the ratio can be trusted.
+"""The rules of a comparison: the same work, checked before it is timed, runs of both in turns, and an interval for the ratio.
 
     def rows(bench: Bench) -> Iterator[Row]:                     # a suite
-        yield bench.same("forward", ours)                        # ours against itself: what no difference looks like here, today
+        yield bench.same("forward", ours)                        # ours against itself: the ratio of equal things, here and today
         yield bench.compare("forward", ours, peer, check=Check(a, b, exact), flops=flops, goal=1.1)
 
-Runs alternate A B B A A B ..., so that a machine that slows down slows both. A ratio is the peer's time over ours, the median over the
-pairs, with its bootstrap interval. Where one thread computes on a CPU, processor time is judged, since a neighbour does not count in it.
+Runs alternate A B B A A B ..., so that a slowdown of the machine affects both. A ratio is the peer's time over ours, the median over the
+pairs, with its bootstrap interval. For one thread on a CPU, processor time is used, because other processes do not affect it.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from kling.runtime.precision import bf16_is_fast
 Row = dict[str, Any]
 Run = Callable[[], object]
 
-QUIET = (0.97, 1.03)  # a thing against itself beyond these: the run is noisy, and nothing is judged
+QUIET = (0.97, 1.03)  # if the ratio of a thing to itself is outside, the machine is noisy and no goal is judged
 LEAST = 0.02  # seconds of one timing; shorter runs are repeated
-ALLOWED = {torch.float32: 1e-5, torch.bfloat16: 3e-2}  # relative error that is never too much
+ALLOWED = {torch.float32: 1e-5, torch.bfloat16: 3e-2}  # relative errors that are always accepted
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
 @dataclass(frozen=True)
 class Check:
-    """Three results of the same fresh inputs: ours, the peer's, and the peer's in fp64."""
+    """Three results for the same new inputs: ours, the peer's, and the peer's in fp64."""
 
     ours: Tensor
     peer: Tensor
@@ -42,13 +42,13 @@ class Check:
 
     @property
     def errors(self) -> tuple[float, float]:
-        """Relative errors ‖x - exact‖ / ‖exact‖ of ours and of the peer's; nan where a result is not finite."""
+        """Relative errors ‖x - exact‖ / ‖exact‖ of ours and of the peer's; nan if a result is not finite."""
         exact = self.exact.double()
         return tuple(float((x.to(exact) - exact).norm() / exact.norm()) for x in (self.ours, self.peer))
 
     @property
     def row(self) -> Row:
-        """`wrong` is there if ours is further off than three times the peer's error and than the dtype allows."""
+        """Contains `wrong` if our error is larger than three times the peer's and than the dtype allows."""
         error, peer = self.errors
         allowed = max(3 * peer, ALLOWED[self.ours.dtype])
         found: Row = {"error": error, "peer error": peer}
@@ -56,13 +56,13 @@ class Check:
 
 
 def poison(like: Tensor, count: int = 4) -> None:
-    """Fill memory of a result's size with nan and let it go, so that a result that is not written does not pass for the last one."""
+    """Fill memory of a result's size with nan and free it, so that a run that writes no result cannot pass with the previous one."""
     del [torch.full_like(like, math.nan) for _ in range(count)][:]
 
 
 @dataclass
 class Bench:
-    """What all suites share. `ceilings` as `machine.ceilings` gives them; `noisy` is set by `same`."""
+    """What all suites share. `ceilings` are from `machine.ceilings`; `noisy` is set by `same`."""
 
     device: torch.device
     quick: bool = False
@@ -79,7 +79,7 @@ class Bench:
         return torch.Generator().manual_seed(self.seed)
 
     def same(self, case: str, ours: Run, wall: bool = False) -> Row:
-        """Ours against itself. Sets `noisy`, for everything after it."""
+        """Compare ours with itself. Sets `noisy` for everything that follows."""
         times = self._times(ours, ours, wall)
         ratio = median(b / a for a, b in times)
         self.noisy = not QUIET[0] <= ratio <= QUIET[1]
@@ -98,7 +98,7 @@ class Bench:
         goal: float | None = None,
         wall: bool = False,
     ) -> Row:
-        """Time both. flops: of one run. goal: the least ratio. wall: judge by the wall clock, where other processes do the work."""
+        """Time both. flops: of one run. goal: minimum ratio. wall: use the wall clock, if other processes do the work."""
         row: Row = {"case": case, "dtype": NAMES[dtype], "peer": name} | (check.row if check else {})
         if "wrong" in row:
             return row
@@ -116,16 +116,16 @@ class Bench:
         return row | self.judge(row["ratio"], goal, dtype)
 
     def times(self, run: Run, wall: bool = False) -> float:
-        """Seconds of one run alone: the median over as many as a comparison makes."""
+        """Seconds of one run: the median over as many runs as a comparison makes."""
         return median(a for a, _ in self._times(run, run, wall))
 
     def once(self, run: Run) -> float:
-        """Seconds of a single run, for what takes long."""
+        """Seconds of a single run, for slow work."""
         seconds = clock(run, self.device)
         return seconds.wall if self.device.type == "cuda" or self.threads > 1 else seconds.cpu
 
     def judge(self, value: float, goal: float | None, dtype: torch.dtype = torch.float32, at_most: bool = False) -> Row:
-        """Whether a goal is reached, or why that cannot be said here."""
+        """Whether a goal is reached, or why that cannot be judged here."""
         if goal is None:
             return {}
         text = f"{'<=' if at_most else '>='} {goal:g}"
@@ -137,7 +137,7 @@ class Bench:
         return {"goal": text, "verdict": "reached" if reached else "missed"}
 
     def _times(self, a: Run, b: Run, wall: bool, seconds: list[tuple[Seconds, Seconds]] | None = None) -> list[tuple[float, float]]:
-        """(a's, b's) seconds by the clock that is judged, a pair each; all clocks go to `seconds`."""
+        """(a's, b's) seconds by the clock that counts, one pair each; the times of all clocks are appended to `seconds`."""
         wall = wall or self.device.type == "cuda" or self.threads > 1
         repeats = []
         for run in (a, b):

@@ -1,4 +1,4 @@
-"""How much memory a piece of work takes: in a process of its own, above what was there once it had warmed up.
+"""Peak memory of a piece of work, in its own process, above what the process used after warming up.
 
     peak("kling_programs.eval.benches.vae:decode", {"which": "ours", "frames": 65})       # MiB
 
@@ -22,13 +22,13 @@ import psutil
 import torch
 
 MIB = 2**20
-EVERY = 0.002  # seconds between two looks
+EVERY = 0.002  # seconds between two samples
 
 
 class PeakMemory:
-    """`with PeakMemory() as peak: ...` then `peak.mib`: the most resident memory inside, above that at the entry.
+    """`with PeakMemory() as peak: ...` then `peak.mib`: the peak of resident memory inside, above that at the entry.
 
-    Looked at every 2 ms; where the process grew beyond all it ever had, the kernel's own exact figure. On a GPU, its allocator's.
+    Sampled every 2 ms; if the process has reached a new maximum, the kernel's exact figure is used. On a GPU, its allocator's.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -68,7 +68,7 @@ def _high_water() -> int:
 
 
 def peak(target: str, arguments: dict[str, Any], device: str = "cpu", threads: int = 1) -> float:
-    """MiB that the work of `target` ("module:function") takes at most, in a child process. Raises `RuntimeError` if that fails."""
+    """Peak MiB of the work of `target` ("module:function") in a child process. Raises `RuntimeError` if it fails."""
     environment = os.environ | {"MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", __name__, target, json.dumps(arguments), device]
     child = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -78,7 +78,7 @@ def peak(target: str, arguments: dict[str, Any], device: str = "cpu", threads: i
 
 
 def slope(sizes: list[float], peaks: list[float]) -> float:
-    """Least-squares growth of the peak for each unit of size.
+    """Least-squares growth of the peak per unit of size.
 
     >>> slope([1, 2, 3], [5.0, 7.0, 9.0])
     2.0

@@ -1,4 +1,4 @@
-"""Time and memory over frames and tokens, as one picture."""
+"""Plots of time and memory over frames and tokens."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ QUANTITIES = ("ms", "MiB")
 
 
 def plot(rows: list[Row], path: Path) -> bool:
-    """Draw every row that has an `axis` ("frames", "tokens", ...), a `size` on it and a `line` that it belongs to; False if none has.
+    """Plot every row that has an `axis` ("frames", "tokens", ...), a `size` and the `line` it belongs to; False if none has.
 
     One panel for each axis and quantity: "ours ms", "peer ms", "ours MiB" and "peer MiB" over the size. Raises `ImportError` without
     matplotlib.

@@ -1,7 +1,7 @@
-"""What a step of sampling costs outside the network, and what steps that reuse work save and lose.
+"""The cost of a sampling step outside the network, and the time saved and accuracy lost by steps that reuse work.
 
-The network is a stub that hands out fixed velocities, so what is left is guidance, the solver and the bookkeeping of levels. The peer is
-the body of `WanPipeline`'s loop: its guidance and its schedulers. Caches are timed on the shipped model, against the full run.
+The network is a stub that returns fixed velocities, so only guidance, the solver and the bookkeeping of levels are timed. The peer is the
+body of `WanPipeline`'s loop: its guidance and its schedulers. Caches are timed on the shipped model, against the full run.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from kling.sampling.sampler import Sampler, Signals
 
 STEPS, GUIDANCE, SHIFT = 20, 4.0, 3.0
 LATENTS = {"2k": (1, 8, 4, 8), "344k": (16, 21, 32, 32), "1.2M": (16, 21, 60, 60)}  # (c, f, h, w)
-GOALS = {"euler": 2.5, "unipc": 6.0}  # ms a step at 1.2M latents
+GOALS = {"euler": 2.5, "unipc": 6.0}  # ms per step at 1.2M latents
 UNIPC = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "num_train_timesteps": 1000, "flow_shift": SHIFT}
 CACHES = {
     "first-block=0.1": {"cache": "first-block=0.1"},
@@ -48,7 +48,7 @@ def rows(bench: Bench) -> Iterator[Row]:
 
 
 def overhead(bench: Bench, size: str, shape: tuple[int, ...], solver: str) -> Iterator[Row]:
-    """Milliseconds a step, in a walk of `STEPS`."""
+    """Milliseconds per step, sampling with `STEPS` steps."""
     generator = bench.generator()
     noise, *fixed = (torch.randn(1, *shape, generator=generator).to(bench.device) for _ in range(3))
     fixed = dict(zip(("prompt", "negative"), fixed, strict=True))
@@ -59,13 +59,13 @@ def overhead(bench: Bench, size: str, shape: tuple[int, ...], solver: str) -> It
     check = Check(our_walk(solver, moving, noise), peer_walk(solver, moving, noise), exact_walk(solver, moving, noise.double()))
     ours, peer = (lambda walk=walk: walk(solver, still, noise) for walk in (our_walk, peer_walk))
     case = f"{solver}, {size} latents, {STEPS} steps"
-    if size == "344k" and solver == "euler":  # less is over too soon to be the same twice
+    if size == "344k" and solver == "euler":  # smaller ones are too short to time reliably
         yield bench.same(case, ours)
     row = bench.compare(case, ours, peer, name="WanPipeline's loop", check=check)
     if "wrong" in row:
         yield row
         return
-    each = {f"{who} ms a step": row[f"{who} ms"] / STEPS - 1e3 * stub for who in ("ours", "peer")}  # without the stub's own
+    each = {f"{who} ms a step": row[f"{who} ms"] / STEPS - 1e3 * stub for who in ("ours", "peer")}  # without the stub's own time
     goal = bench.judge(each["ours ms a step"], GOALS[solver] if size == "1.2M" else None, at_most=True)
     yield row | each | {"axis": "latents", "size": math.prod(shape), "line": solver} | goal
 
@@ -74,7 +74,7 @@ Velocities = dict[str, Callable[[Tensor], Tensor]]  # of each text, as functions
 
 
 class Stub:
-    """As much of a transformer as the sampler touches."""
+    """The parts of a transformer that the sampler uses."""
 
     blocks, is_cache_enabled, dtype = (), False, torch.float32
 
@@ -113,7 +113,7 @@ def our_walk(solver: str, velocities: Velocities, noise: Tensor) -> Tensor:
 def peer_walk(solver: str, velocities: Velocities, noise: Tensor) -> Tensor:
     """`WanPipeline.__call__` without its network."""
     scheduler, latents = schedulers(solver)[1], noise
-    if solver == "euler":  # the same levels as ours
+    if solver == "euler":  # with the same levels as ours
         scheduler.set_timesteps(sigmas=torch.linspace(1, 0, STEPS + 1, dtype=torch.float64)[:-1].tolist(), device=noise.device)
     else:
         scheduler.set_timesteps(STEPS, device=noise.device)
@@ -127,7 +127,7 @@ def peer_walk(solver: str, velocities: Velocities, noise: Tensor) -> Tensor:
 
 
 def exact_walk(solver: str, velocities: Velocities, noise: Tensor) -> Tensor:
-    """The peer in fp64. Its Euler casts to fp32 inside, so that one is written out."""
+    """The peer in fp64. Its Euler step casts to fp32, so that step is written out here."""
     if solver == "unipc":
         scheduler, z = schedulers(solver)[1], noise
         scheduler.set_timesteps(STEPS, device=noise.device)
@@ -144,7 +144,7 @@ def exact_walk(solver: str, velocities: Velocities, noise: Tensor) -> Tensor:
 
 
 def caches(bench: Bench) -> Iterator[Row]:
-    """Time of the full run over that with a cache, and how far its frames are from the full run's."""
+    """Time of the full run relative to that with a cache, and the difference of the frames."""
     request = {"prompt": "a red ball rolls left on grass", "num_frames": 17, "seed": 1}
     full = KlingPipeline.from_pretrained()
     whole = run_of(full, Request(**request))

@@ -1,5 +1,5 @@
-"""Encode, sample and decode over frames and sizes, time and memory each, with the shipped model's parts. What a training takes on many GPUs
-is arithmetic, and stands in docs/scaling.md.
+"""Time and memory of encode, sample and decode over frames and sizes, with the shipped model's parts. The cost of training on many GPUs is
+computed, not measured, in docs/scaling.md.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def rows(bench: Bench) -> Iterator[Row]:
 
 
 def prepared(pipe: KlingPipeline, part: str, T: int, H: int, W: int) -> Callable[[], None]:
-    """One whole encode, one pass of the transformer, or one whole decode, frames handed on as they come."""
+    """One whole encode, one pass of the transformer, or one whole decode that yields frames as they are made."""
     vae, model, device = pipe.vae, pipe.transformer, pipe._execution_device
     s = vae.spatial_factor
     latents = torch.zeros(1, vae.config.z_dim, latent_frames(T), H // s, W // s, device=device)

@@ -1,4 +1,4 @@
-"""A training step from cached latents: where kling-train's seconds go, a plain loop beside it, and what checkpointing saves and costs."""
+"""A training step from cached latents: how kling-train's time is spent, a plain loop for comparison, and the effect of checkpointing."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ MODEL = {"num_attention_heads": 6, "attention_head_dim": 64, "num_layers": 12, "
 SHIPPED = {"num_attention_heads": 4, "attention_head_dim": 64, "num_layers": 8, "ffn_dim": 768}  # as configs/dit/world.yaml
 CHANNELS = 16
 GOALS = {"bf16": 2.5, "fp32": 1.15}  # clips/s of ours over the peer's
-OUTSIDE = 3.0  # per cent of a step that may pass outside forward and backward
-CHECKPOINTED = {"selective": (0.5, 1.12), "full": (0.3, 1.38)}  # peak and time, as parts of those without
+OUTSIDE = 3.0  # per cent of a step allowed outside forward and backward
+CHECKPOINTED = {"selective": (0.5, 1.12), "full": (0.3, 1.38)}  # peak and time, relative to those without checkpointing
 
 
 def rows(bench: Bench) -> Iterator[Row]:
@@ -55,7 +55,7 @@ def rows(bench: Bench) -> Iterator[Row]:
 
 
 def program(bench: Bench, root: Path, preset: Path) -> Row:
-    """kling-train itself: the share of its steps that is not forward or backward, without the first, which warms up."""
+    """kling-train itself: the share of its steps outside forward and backward; the first step, which warms up, is left out."""
     from kling_programs.train import train_dit
 
     batch, steps = (4, 4) if bench.quick else (16, 12)
@@ -74,8 +74,8 @@ def program(bench: Bench, root: Path, preset: Path) -> Row:
 def loops(bench: Bench) -> Iterator[Row]:
     """Updates of the shipped transformer on clips of 41 frames: data, conditions, forward, backward, clipping, optimizer and average.
 
-    Ours as kling-train makes them: the measured precision, our attention, Muon. The peer is the loop that one writes first: diffusers'
-    module in fp32 with PyTorch's attention and AdamW, on the same clips. Seconds of compiling would count; nothing here is compiled.
+    Ours as in kling-train: the measured precision, our attention, Muon. The peer is the obvious loop: diffusers' module in fp32 with
+    PyTorch's attention and AdamW, on the same clips. Nothing is compiled.
     """
     batch, frames = (4, 17) if bench.quick else (16, 41)
     precision = pick_precision("auto", bench.device.type)
@@ -124,7 +124,7 @@ class Ours:
 
 
 class Plain:
-    """The same network, clips and text in the loop that one writes first."""
+    """The same network, clips and text in the obvious loop."""
 
     def __init__(self, cache: Path, batch: int, frames: int, device: torch.device) -> None:
         torch.manual_seed(0)
@@ -152,7 +152,7 @@ class Plain:
 
 
 def checkpointing(bench: Bench) -> Iterator[Row]:
-    """Peak memory of a step in a process of its own, and its time, as parts of those that keep all activations."""
+    """Peak memory of a step in its own process, and its time, relative to a step that keeps all activations."""
     tokens = 256 if bench.quick else 1024
     step = {what: checkpointed(what, tokens)[1] for what in CHECKPOINTING}
     peaks = {what: peak(f"{__name__}:checkpointed", {"what": what, "tokens": tokens}) for what in CHECKPOINTING}

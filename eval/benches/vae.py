@@ -1,7 +1,6 @@
-"""The VAE against diffusers' Wan VAE with the same weights: encode and decode, of Wan 2.1's shape at several widths.
+"""The VAE against diffusers' Wan VAE with the same weights: encode and decode, with Wan 2.1's architecture at several widths.
 
-Both are asked for whole clips, which ours makes in chunks. On the CPU pictures of 128x128; on CUDA 480p in bf16, which has not been run by
-us yet.
+Both get whole clips, which ours processes in chunks. On the CPU pictures of 128x128; on CUDA 480p in bf16.
 """
 
 from __future__ import annotations
@@ -19,13 +18,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from kling.runtime.precision import bf16_is_fast
 from kling.vae import AutoencoderKLKling
 
-CHECKED = 5  # frames of the clip that is held against fp64
+CHECKED = 5  # frames of the clip that is compared with fp64
 HALVES = ("encode", "decode")
 
 
 @dataclass(frozen=True)
 class Case:
-    """One half of a VAE of width `base` on pictures of `height` x `width`, with the least ratios by half."""
+    """Encoder and decoder of a VAE of width `base` on pictures of `height` x `width`, with the minimum ratio for each."""
 
     base: int
     dtype: torch.dtype
@@ -78,7 +77,7 @@ def rows(bench: Bench) -> Iterator[Row]:
 
 
 def config(base: int, blocks: int = 2) -> dict:
-    """Wan 2.1's shape at another width."""
+    """Wan 2.1's architecture at another width."""
     return {"base_dim": base, "z_dim": 16, "dim_mult": [1, 2, 4, 4], "num_res_blocks": blocks}
 
 
@@ -103,7 +102,7 @@ class Pair:
         return tuple(functools.partial(result, model, half, x) for model in (self.ours, self.peer))
 
     def check(self, half: str) -> Check:
-        """On a shorter clip of half the size, since fp64 is slow."""
+        """Uses a shorter clip of half the size, because fp64 is slow."""
         x = self.input(half, CHECKED, self.case.height // 2 // 8 * 8, self.case.width // 2 // 8 * 8)
         exact = result(AutoencoderKLWan(**config(self.case.base)).eval().to(self.device, torch.float64), half, x.double(), self.peer)
         poison(exact.to(x.dtype))
@@ -116,7 +115,7 @@ def shape(half: str, frames: int, height: int, width: int) -> tuple[int, ...]:
 
 @torch.no_grad()
 def result(model: torch.nn.Module, half: str, x: Tensor, weights: torch.nn.Module | None = None) -> Tensor:
-    """Moments of pixels, or pixels of latents. weights: of another model, taken over first."""
+    """Moments from pixels, or pixels from latents. weights: another model, whose weights are loaded first."""
     if weights is not None:
         model.load_state_dict(weights.state_dict())
     return model.encode(x).latent_dist.parameters if half == "encode" else model.decode(x).sample
@@ -124,7 +123,7 @@ def result(model: torch.nn.Module, half: str, x: Tensor, weights: torch.nn.Modul
 
 @functools.cache
 def flops(base: int, half: str, frames: int, height: int, width: int) -> float:
-    """Of diffusers' pass, counted by torch on tensors without memory: what both are credited with."""
+    """Operations of diffusers' pass, counted by torch on tensors without memory; both are credited with these."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         result(AutoencoderKLWan(**config(base)).eval(), half, torch.empty(shape(half, frames, height, width)))
     return counter.get_total_flops()

@@ -1,6 +1,6 @@
-"""What an encode and a decode hold in memory as clips grow: ours as a stream, frames handed out as they are made, against diffusers'.
+"""Memory of an encode and a decode as clips grow: ours as a stream, frame by frame, against diffusers'.
 
-Pictures of 256x256 through a narrow VAE, each length in a process of its own, which first warms up on a short clip.
+Pictures of 256x256 and a narrow VAE; each length runs in its own process, which first warms up on a short clip.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from kling.vae import AutoencoderKLKling
 
 SIDE, BASE, BLOCKS = 256, 8, 1
 CUDA = (480, 832, 96, 2)  # height, width, base, blocks
-SLOPE = 0.05  # MiB a frame, decode
+SLOPE = 0.05  # MiB per frame, decode
 SHARE = 0.2  # of diffusers' peak at the greatest length
 CUDA_SHARE = 0.6
-LOOKAHEAD = 64  # frames, more than x264 holds back: they fill it while warming up, as it is not what grows
+LOOKAHEAD = 64  # more frames than x264 buffers: the warm-up fills the buffer, since it does not grow with the clip
 
 
 def rows(bench: Bench) -> Iterator[Row]:
@@ -52,13 +52,13 @@ Work = tuple[Callable[[], object], Callable[[], object]]
 
 
 def decode(which: str, frames: int, device: str) -> Work:
-    """Into a file; ours frame by frame as they are made, diffusers' once it has them all."""
+    """Decode into a file; ours frame by frame, diffusers' after decoding everything."""
     model, height, width = prepare(which, device)
     short, z = (torch.randn(shape("decode", n, height, width), device=device, dtype=model.dtype) for n in (9, frames))
 
     @torch.no_grad()
     def work(z: Tensor, before: int = 0) -> None:
-        from kling.data.video import VideoWriter  # here: the other rows need no encoder
+        from kling.data.video import VideoWriter  # imported here because the other rows need no encoder
 
         with TemporaryDirectory() as folder, VideoWriter(Path(folder) / "clip.mp4", fps=8) as file:
             file.write(torch.zeros(before, height, width, 3, dtype=torch.uint8))
@@ -69,7 +69,7 @@ def decode(which: str, frames: int, device: str) -> Work:
 
 
 def encode(which: str, frames: int, device: str) -> Work:
-    """Ours takes the clip four frames at a time, as from a reader of files; diffusers' needs it whole."""
+    """Encode; ours takes the clip four frames at a time, as from a file reader; diffusers' needs it whole."""
     model, height, width = prepare(which, device)
 
     def pixels(n: int) -> Tensor:

@@ -1,7 +1,7 @@
-"""Clips out of files: ours against decord, torchcodec and plain PyAV, opening included, shrunk to 252x448.
+"""Clips from files: our reader against decord, torchcodec and plain PyAV, including opening the file, shrunk to 252x448.
 
-Ours (`kling.data.decode`) leaves out frames that neither the clip nor another frame needs, and shrinks inside FFmpeg. Plain PyAV decodes
-them all and resizes as tensors, which is what one writes first.
+Ours (`kling.data.decode`) skips frames that neither the clip nor another frame needs, and shrinks inside FFmpeg. Plain PyAV, the obvious
+implementation, decodes all frames and resizes tensors.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from kling.data.reader import READERS, open_reader
 from kling.errors import UserError
 
 FRAMES, FPS = 17, 8.0
-SIZE = (252, 448)  # all of a 16:9 picture: readers that crop and readers that squeeze agree
-SECONDS = 12  # of every made video
-GOALS = {12: 1.15, 240: 1.35}  # short and long groups of pictures, against the best of the others
+SIZE = (252, 448)  # the whole 16:9 picture, so that readers that crop and readers that squeeze agree
+SECONDS = 12  # of every synthetic video
+GOALS = {12: 1.15, 240: 1.35}  # for short and long groups of pictures, against the best of the others
 
 
 def rows(bench: Bench) -> Iterator[Row]:
@@ -44,7 +44,7 @@ def rows(bench: Bench) -> Iterator[Row]:
                 for name in [*(name for name in READERS if name != "pyav"), "plain PyAV"]:
                     peer = plain_reading(path, clips) if name == "plain PyAV" else reading(path, name, clips)
                     try:
-                        peer()  # absent, or warm
+                        peer()  # raises if absent; otherwise warms up
                     except UserError as error:
                         yield absent(case, name, str(error))
                         continue
@@ -60,14 +60,14 @@ def rows(bench: Bench) -> Iterator[Row]:
 
 
 def make_video(path: Path, height: int, gop: int) -> None:
-    """H.264 of a texture that drifts, 24 frames a second, with B-frames."""
+    """H.264 video of a drifting texture, 24 frames a second, with B-frames."""
     H, W = height, height * 16 // 9 // 2 * 2
     rng = np.random.default_rng(0)
     wall = cv2.resize(rng.integers(0, 256, (H // 6, W // 3, 3), dtype=np.uint8), (2 * W, H), interpolation=cv2.INTER_CUBIC)
     with av.open(str(path), "w") as out:
         stream = out.add_stream("libx264", rate=24, options={"g": str(gop), "preset": "veryfast", "crf": "23"})
         stream.width, stream.height, stream.pix_fmt = W, H, "yuv420p"
-        # decoders guess differently at the matrix of an untagged HD file, so none but ours may read one
+        # decoders guess the matrix of an untagged HD file differently, so only ours could read one
         stream.codec_context.colorspace, stream.codec_context.color_range = Colorspace.ITU709, ColorRange.MPEG
         for t in range(24 * SECONDS):
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(np.roll(wall, -3 * t, axis=1)[:, :W]), format="rgb24")
@@ -78,7 +78,7 @@ def make_video(path: Path, height: int, gop: int) -> None:
 
 
 def starts(count: int) -> list[float]:
-    """Where clips begin, seconds."""
+    """Start times of clips, in seconds."""
     return (np.random.default_rng(1).random(count) * (SECONDS - FRAMES / FPS - 0.1)).tolist()
 
 
@@ -93,8 +93,8 @@ def reading(path: Path, name: str, clips: int) -> Run:
 
 
 def same_frames(case: str, name: str, ours: list[Tensor], theirs: list[Tensor]) -> Row:
-    """How far the peer's clips are from ours, of 255 on average. Filters and chroma differ, so what tells that the frames are the same ones
-    is that they are less than half as far from ours as ours are from their own neighbours."""
+    """The mean difference of the peer's clips from ours, of 255. Filters and chroma differ, so frames count as the same if they differ by
+    less than half as much as consecutive frames of ours."""
     a, b = (torch.stack([as_pixels(clip) for clip in clips]) for clips in (ours, theirs))  # (clips, T, H, W, 3)
     apart, step = float((a - b).abs().mean()), float((a[:, 1:] - a[:, :-1]).abs().mean())
     row: Row = {"case": case, "peer": name, "frames apart of 255": apart}
@@ -111,7 +111,7 @@ def plain_reading(path: Path, clips: int) -> Run:
 
 
 def plain_clip(path: Path, start: float, size: tuple[int, int] = SIZE) -> Tensor:
-    """A clip (3, T, H, W) in [-1, 1] as one writes it the first time: seek, decode, RGB arrays, float tensors, `interpolate`."""
+    """A clip (3, T, H, W) in [-1, 1] by the obvious code: seek, decode, RGB arrays, float tensors, `interpolate`."""
     frames: list[Tensor] = []
     wanted = [start + k / FPS for k in range(FRAMES)]
     with av.open(str(path)) as container:

@@ -1,1 +1,1 @@
-"""Latents encoded once: how they are made, stored, and handed to a training in batches."""
+"""The latent cache: clips are encoded once, stored, and read in batches by trainings."""

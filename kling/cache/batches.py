@@ -1,4 +1,4 @@
-"""Batches of a latent cache: their order, and the ones that each process takes."""
+"""Batches of a latent cache: their order, and the batches that each process takes."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from kling.runtime.parallel import Layout
 
 
 class LatentSteps(Dataset):
-    """Batch of place p = step * ranks + rank, as a function of (seed, p) alone, in the order of `Epochs`.
+    """The batch at place p = step * ranks + rank, a function of (seed, p) only, in the order of `Epochs`.
 
-    batch: clips of the largest shape that is drawn; of the others there are as many as make the same tokens. frames: lengths to draw from,
-    a longer clip is cut. group: places in a row that share a shape. Raises `UserError` if a bucket is shorter than all lengths.
+    batch: clips of the largest shape drawn; smaller shapes have more clips, for the same number of tokens. frames: lengths to draw from; a
+    longer clip is cut. group: consecutive places of the same shape. Raises `UserError` if a bucket is shorter than all lengths.
     """
 
     def __init__(self, cache: LatentCache, batch: int, frames: list[int], seed: int, group: int = 1) -> None:
@@ -32,11 +32,14 @@ class LatentSteps(Dataset):
         _, bucket, frames, ids = self.epochs[place]
         return self.cache.batch(bucket, ids, frames)
 
+    def names(self, place: int) -> list[str]:
+        return self[place].names
+
 
 class RankBatches(Dataset):
-    """The batches that one process takes, in order: number k is place `first + k · ranks + rank` of the run's endless row of batches.
+    """The batches that one process takes, in order: number k is place `first + k · ranks + rank` of the run's endless sequence of batches.
 
-    So the row is walked once and in order whatever the number of processes and of accumulated micro-steps, also when they change.
+    So the sequence is used once and in order for any number of processes and of accumulated micro-steps, even if these change.
     """
 
     def __init__(self, steps: Dataset, first: int, layout: Layout) -> None:

@@ -1,4 +1,4 @@
-"""Clips to the tensors of one shard of the latent cache."""
+"""Encodes clips into the tensors of one shard of the latent cache."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from kling.vae.model import PIXELS_PER_PASS
 
 
 def keyframe_times(clip: int | str, ends: list[int], seed: int) -> list[int]:
-    """Pixel frames of a clip that are encoded alone: the last of every length, then one drawn inside the first and the last length."""
+    """Pixel frames of a clip that are encoded alone: the last of every length, then a random one inside the first and the last length."""
     rng = random.Random(f"keyframes/{seed}/{clip}")
     inner = [rng.randint(1, max(1, ends[i] - 2)) for i in (0, -1)] if ends else []
     return [T - 1 for T in ends] + inner
@@ -24,9 +24,9 @@ def keyframe_times(clip: int | str, ends: list[int], seed: int) -> list[int]:
 
 @torch.no_grad()
 def encode_videos(vae: AutoencoderKLKling, video: Tensor, precision: str = "fp32", known: int | None = None) -> Tensor:
-    """Videos uint8 (n, T, H, W, 3) -> latents (n, c, f, h, w), normalised, fp32 on the CPU; of one shape, as many at once as fill a pass.
+    """Videos of one shape, uint8 (n, T, H, W, 3) -> latents (n, c, f, h, w), normalised, fp32 on the CPU, as many per pass as fit.
 
-    They cross to the device as uint8. precision: fp32, or bf16 by autocast. known: only so many frames are shown, grey stands for the rest.
+    They are copied to the device as uint8. precision: fp32, or bf16 by autocast. known: number of first frames to encode; the rest is grey.
     """
     latents, device = [], vae.device
     for part in video.split(max(1, PIXELS_PER_PASS // video[0, ..., 0].numel())):
@@ -42,7 +42,7 @@ def encode_videos(vae: AutoencoderKLKling, video: Tensor, precision: str = "fp32
 def encode_clips(
     vae: AutoencoderKLKling, clips: list[ClipSample], ids: list[Any], ends: list[int], seed: int, precision: str = "fp32"
 ) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """The tensors and rows of one shard. ids: of its clips, for the draws. ends: the lengths whose last frame training may append."""
+    """The tensors and rows of one shard. ids: of its clips, for random draws. ends: the lengths whose last frame training may append."""
     video = together(clips)
     n, T, H, W, _ = video.shape
     times = torch.tensor([keyframe_times(name, ends, seed) for name in ids], dtype=torch.long)  # (n, K)
@@ -57,7 +57,7 @@ def encode_clips(
         "keyframes": lone.half(),
         "keyframe_times": times,
         "c2w": torch.stack([camera.c2w if camera else torch.zeros(T, 3, 4) for camera in cameras]),
-        # zero focal length: no camera known
+        # a focal length of 0 means: camera unknown
         "intrinsics": torch.stack([camera.intrinsics if camera else torch.zeros(T, 4) for camera in cameras]),
     }
     rows = [{"name": c.name, "captions": c.captions, "weights": c.weights or [1.0] * len(c.captions)} for c in clips]
@@ -73,8 +73,8 @@ def together(clips: list[ClipSample]) -> Tensor:
 def first_frames(
     vae: AutoencoderKLKling, clips: list[ClipSample], clip_tokens: Callable[[Tensor], Tensor] | None, precision: str = "fp32"
 ) -> dict[str, Tensor]:
-    """What image-to-video weights are shown of each clip: its first frame before nothing but grey, encoded, `shown` (n, c, f, h, w); and
-    what `clip_tokens` makes of the picture uint8 (H, W, 3), CLIP's tokens `seen` (n, i, e)."""
+    """The inputs of image-to-video weights for each clip: `shown` (n, c, f, h, w), the encoding of its first frame followed by grey frames,
+    and `seen` (n, i, e), CLIP's tokens of that frame, from `clip_tokens` (which takes a picture uint8 (H, W, 3))."""
     tensors = {"shown": encode_videos(vae, together(clips), precision, known=1)}
     if clip_tokens is not None:
         tensors["seen"] = torch.stack([clip_tokens(torch.as_tensor(clip.video[0])) for clip in clips])

@@ -1,20 +1,20 @@
 """The latent cache: every clip encoded once, so that a transformer trains without the VAE and the decoders.
 
-    cache/index.json            what it was made from (a key), and its shards with their sizes and SHA-256; there when all are
+    cache/index.json            the settings it was made from (as a key), and its shards with sizes and SHA-256; written when all are done
     cache/index.0.json          the shards that process 0 has made so far
-    cache/stamps.json           when each shard was last found to be what the index says: the file's time of change
+    cache/stamps.json           the modification time of each shard when it last matched the index
     cache/00000.safetensors     latents (n, c, f, h, w) fp16, normalised; keyframes (n, K, c, h, w); camera; for image-to-video weights also
-                                shown (n, c, f, h, w), the first frame before nothing but grey, and seen (n, i, e), CLIP's tokens of it;
-                                rows, row_ends, row_sums: a JSON line of each clip, name and captions, where it ends, a checksum of the clip
-    cache/text/                 umT5's embeddings of the captions, a file each, for published weights
+                                shown (n, c, f, h, w), the first frame followed by grey, and seen (n, i, e), its CLIP tokens;
+                                rows, row_ends, row_sums: for each clip a JSON line (name, captions), where it ends, the clip's checksum
+    cache/text/                 umT5's embeddings of the captions, one file each, for published weights
 
-The encoding of a prefix is the prefix of the encoding, so one long encoding serves every shorter length. Lone frames that training
-appends as keyframes are encoded on their own: the last frame of every length, and inner ones drawn once a clip. A shard holds clips of one
-shape. What decides its contents is hashed: a shard whose clips have changed is made anew.
+The encoding of a prefix is the prefix of the encoding, so one long encoding serves every shorter length. Single frames that training
+appends as keyframes are encoded separately: the last frame of every length, and inner ones drawn once per clip. A shard holds clips of one
+shape. The shard's digest covers everything that determines its contents: a shard whose clips have changed is made again.
 
-Nothing is read as a whole that is not needed. A reader compares sizes and times when it opens, the checksum of a clip whenever it reads
-one, and the hash of a shard at its first read if its time is not the known one; `kling-encode verify=true` compares all hashes. Caches
-from before have their rows in 00000.json and no stamps, and are read so too.
+No file is read as a whole without need. A reader compares sizes and times when it opens the cache, a clip's checksum whenever it reads the
+clip, and a shard's hash at the first read if its time differs from the recorded one; `kling-encode verify=true` compares all hashes. Older
+caches, with their rows in 00000.json and no stamps, can still be read.
 """
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ from kling.text.encoder import prompt_bytes
 from kling.vae import AutoencoderKLKling
 
 INDEX, STAMPS = "index.json", "stamps.json"
-ROWS, ENDS, SUMS = "rows", "row_ends", "row_sums"  # in a shard, beside the tensors of its clips
+ROWS, ENDS, SUMS = "rows", "row_ends", "row_sums"  # in a shard, next to the tensors of its clips
 OPEN = 64  # shards that a reader keeps open
-NAMED = 3  # clips that one error line names
+NAMED = 3  # clips that an error message names
 
 
 def cache_key(vae: AutoencoderKLKling, settings: dict[str, Any]) -> str:
-    """Hash of the VAE's weights and of everything that decides what is encoded: another key is another cache."""
+    """Hash of the VAE's weights and of everything else that determines the encoding: another key is another cache."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for name, tensor in sorted(vae.state_dict().items()):
         digest.update(name.encode())
@@ -67,15 +67,15 @@ def cache_key(vae: AutoencoderKLKling, settings: dict[str, Any]) -> str:
 
 @dataclass
 class CacheConfig:
-    """What a cache is made of.
+    """The contents of a cache.
 
-    out: its folder. vae: a VAE folder, or empty for that of `model`, or the shipped one. model: published weights that will be trained,
-    whose umT5 reads the captions; empty for our own text encoder, which reads them in training. image: keep also what image-to-video
-    weights are shown of a first frame. clips: how many of the endless world, shared out over `data.aspects` by `shares`; a manifest is
-    encoded whole. data.frames: the lengths that training will use; of the world the longest is encoded, of a manifest's shot the longest
-    that it fills. shorter: how many other clips of the world of each shorter length, {1: 9000} for pictures, which cost little and show
-    much. shard: clips in a file. mixed_precision: of the VAE: auto (measured), bf16 or fp32; each shard's record says which it was.
-    skip_missing: leave out clips whose files are gone, and count them. verify: compare the hash of every shard, and make anew what differs.
+    out: its folder. vae: a VAE folder; empty for the VAE of `model`, or the shipped one. model: published weights that will be trained,
+    whose umT5 encodes the captions; empty for our own text encoder, which runs during training. image: also store the first-frame inputs
+    of image-to-video weights. clips: number of clips of the endless world, divided over `data.aspects` by `shares`; a manifest is encoded
+    whole. data.frames: the lengths that training will use; for the world the longest is encoded, for a manifest's shot the longest that it
+    fills. shorter: number of additional world clips of each shorter length, such as {1: 9000} for pictures, which are cheap and show much.
+    shard: clips per file. mixed_precision: of the VAE: auto (measured), bf16 or fp32; recorded with each shard.
+    skip_missing: leave out clips whose files are gone, and count them. verify: compare every shard's hash, and remake those that differ.
     """
 
     out: str = "runs/cache"
@@ -84,25 +84,25 @@ class CacheConfig:
     image: bool = False
     clips: int | None = None
     shorter: dict[int, int] = field(default_factory=dict)
-    shares: list[float] | None = None  # one for each of data.aspects; null shares out evenly
+    shares: list[float] | None = None  # one for each of data.aspects; null divides evenly
     shard: int = 50
-    seed: int = 0  # of the world's scenes and of what is drawn from a manifest
+    seed: int = 0  # of the world's scenes and of random draws from a manifest
     data: DataConfig = field(default_factory=DataConfig)
     mixed_precision: str = "auto"
     skip_missing: bool = False
     verify: bool = False
     workers: int = 1  # processes that read clips, for each encoding process
-    threads: int | None = None  # CPU threads inside an operation, null is all cores
+    threads: int | None = None  # CPU threads per operation; null uses all cores
 
 
 @dataclass(frozen=True)
 class Shard:
-    """What one file of the cache is to hold: the clips `numbers` of a bucket."""
+    """The planned contents of one file of the cache: the clips `numbers` of a bucket."""
 
     name: str
     bucket: Bucket
     numbers: list[int]
-    digest: str  # of everything that decides which clips these are
+    digest: str  # of everything that determines which clips these are
 
 
 def fill_cache(
@@ -110,13 +110,13 @@ def fill_cache(
     clip_tokens: Callable[[Tensor], Tensor] | None = None, precision: str = "fp32",
     hold: Callable[[], AbstractContextManager] = nullcontext,
 ) -> Iterator[tuple[int, int]]:  # fmt: skip
-    """Encode what is not there yet; yields (clips done, clips in all) after every shard, the ones found included.
+    """Encode the missing shards; yields (clips done, clips in all) after every shard, counting the shards that exist already.
 
-    Process `rank` of `ranks` takes every ranks-th of the missing shards; `wait` returns when all of them have come to it.
-    clip_tokens: a picture uint8 (H, W, 3) -> CLIP's tokens of it (i, e), for `cfg.image` and weights that take them.
+    Process `rank` of `ranks` takes every ranks-th missing shard; `wait` is a barrier for all of them.
+    clip_tokens: a picture uint8 (H, W, 3) -> its CLIP tokens (i, e), for `cfg.image` and weights that take them.
     precision: fp32 or bf16. hold: keeps other runs from writing to the folder while shards are made.
 
-    Raises `MissingClip` if a clip's file is gone, unless `cfg.skip_missing`; shards that are done stay.
+    Raises `MissingClip` if a clip's file is gone, unless `cfg.skip_missing`; finished shards stay.
     """
     check_data(cfg.data)
     source = ClipSource(cfg.data, cfg.seed)
@@ -125,9 +125,9 @@ def fill_cache(
 
     writer = CacheWriter(cfg.out, key, settings, rank, cfg.verify, cfg.skip_missing)
     with hold() if any(shard not in writer for shard in plan) else nullcontext():
-        writer.look()  # again: another run may have made some before this one held the folder
+        writer.look()  # again: another run may have made some before this one locked the folder
         missing = [shard for shard in plan if shard not in writer]
-        wait()  # everyone has seen what was there before anyone adds to it
+        wait()  # all processes have listed the existing shards before one adds to them
         mine = missing[rank::ranks]
         total = sum(len(shard.numbers) for shard in plan)
         done = total - sum(len(shard.numbers) for shard in mine)
@@ -151,13 +151,13 @@ def fill_cache(
 
 
 def settings_of(cfg: CacheConfig) -> dict[str, Any]:
-    """What decides the contents besides the VAE and the clips' own. A later field changes no key while it stands at its default."""
+    """All settings that determine the contents, except the VAE and the clips. Fields added later do not change the key at their default."""
     plain, always = asdict(DataConfig()), ("source", "frames", "aspects", "fps", "unconditional", "skip_bad")
     data = {name: value for name, value in asdict(cfg.data).items() if name in always or value != plain[name]}
-    data.pop("reader", None)  # all readers give the same frames
+    data.pop("reader", None)  # all readers return the same frames
     of_world = {"clips": cfg.clips, "shares": _shares(cfg)} if cfg.data.source == "world" else {}
     if cfg.data.source == "world" and cfg.shorter:
-        of_world["shorter"] = {str(frames): clips for frames, clips in cfg.shorter.items()}  # as JSON gives it back
+        of_world["shorter"] = {str(frames): clips for frames, clips in cfg.shorter.items()}  # JSON turns keys into strings
     of_image = {"image": True} if cfg.image else {}
     return {"data": data, "seed": cfg.seed, "shard": cfg.shard, **of_world, **of_image}
 
@@ -185,7 +185,7 @@ def _plan(cfg: CacheConfig, source: ClipSource) -> Iterator[Shard]:
             shares = _shares(cfg)
             bounds = [0, *(round(clips * upto / sum(shares)) for upto in accumulate(shares))]  # rounded so that they sum to `clips`
             for aspect, n in zip(cfg.data.aspects, (end - begin for begin, end in pairwise(bounds)), strict=True):
-                buckets.append((Bucket(aspect, frames), range(used[aspect], used[aspect] + n)))  # other scenes than the longer ones'
+                buckets.append((Bucket(aspect, frames), range(used[aspect], used[aspect] + n)))  # not the scenes of the longer clips
                 used[aspect] += n
     place = 0
     for bucket, all_numbers in buckets:
@@ -198,9 +198,9 @@ def _plan(cfg: CacheConfig, source: ClipSource) -> Iterator[Shard]:
 
 
 class CacheWriter:
-    """Writes the shards of one process. A shard that an index names, with the right hash and contents, is never made again.
+    """Writes the shards of one process. A shard in the index with the right hash and contents is never made again.
 
-    verify: compare all hashes, not only those of files that have changed since. lacking: take shards that lack clips for whole.
+    verify: compare all hashes, not only those of files that have changed since. lacking: accept shards in which clips are missing.
     """
 
     def __init__(
@@ -214,7 +214,7 @@ class CacheWriter:
         self.look()
 
     def look(self) -> None:
-        """See what is there, made by whomever."""
+        """List the existing shards, made by any process."""
         self.found = self._whole(INDEX, "index.*.json")
         self.made = {name: entry for name, entry in self._entries(self.own).items() if name in self.found}
 
@@ -225,7 +225,7 @@ class CacheWriter:
         return entry["clips"] + (entry.get("missing", 0) if self.lacking else 0) == len(shard.numbers)
 
     def add(self, shard: Shard, tensors: dict[str, Tensor], rows: list[dict[str, Any]], precision: str = "fp32") -> None:
-        """Write one shard: `rows` holds captions and names of its clips. One without clips has no file, only a record."""
+        """Write one shard: `rows` holds captions and names of its clips. A shard without clips has no file, only an entry."""
         path = self.folder / shard.name
         entry = {"clips": len(rows), "aspect": shard.bucket.aspect, "frames": shard.bucket.frames, "digest": shard.digest}
         if missing := len(shard.numbers) - len(rows):
@@ -235,13 +235,13 @@ class CacheWriter:
             try:
                 with writing(path):
                     temporary.touch()
-                    mode = temporary.stat().st_mode  # by the user's umask; safetensors puts a file for its owner alone in the place
+                    mode = temporary.stat().st_mode  # follows the user's umask; safetensors replaces the file by one of mode 600
                     save_file(tensors | _packed(tensors, rows), temporary)
                     temporary.chmod(mode)
                     temporary.replace(path)
-                    path.with_suffix(".json").unlink(missing_ok=True)  # of the shard before
+                    path.with_suffix(".json").unlink(missing_ok=True)  # rows of an older version of this shard
             except SafetensorError as error:
-                raise UserError(f"{path} cannot be written ({error}): free the place or choose another") from None
+                raise UserError(f"{path} cannot be written ({error}): free space there or choose another path") from None
             finally:
                 temporary.unlink(missing_ok=True)
             longest = max((len(prompt_bytes(text)) for row in rows for text in row["captions"]), default=0)  # bytes
@@ -253,16 +253,14 @@ class CacheWriter:
             self._write(self.own, own)
 
     def finish(self, plan: list[Shard]) -> None:
-        """Gather what all processes have made into the index; shards that the plan no longer has are deleted."""
+        """Merge the shards of all processes into the index, and delete shards that the plan no longer contains."""
         found = self.found | self._whole(INDEX, "index.*.json")
         if lost := [shard.name for shard in plan if shard.name not in found]:
-            raise UserError(
-                f"cache {self.folder}: {lost[0]} was written and has changed since: see to the disk, and run kling-encode again"
-            )
+            raise UserError(f"cache {self.folder}: {lost[0]} has changed since it was written: check the disk, and run kling-encode again")
         names = {shard.name for shard in plan}
         with writing(self.folder / INDEX):
             self._write(INDEX, {name: found[name] for name in sorted(names)})
-        with suppress(OSError):  # a cache from before on a disk that is only read: its hashes are compared at every start
+        with suppress(OSError):  # an older cache on a read-only disk: its hashes are compared at every start
             _write_if_new(self.folder / STAMPS, json.dumps({name: self.stamps[name] for name in sorted(names & self.stamps.keys())}))
         for path in self.folder.glob("index.*.json"):
             path.unlink()
@@ -272,7 +270,7 @@ class CacheWriter:
                 path.with_suffix(".json").unlink(missing_ok=True)
 
     def _entries(self, *indices: str) -> dict[str, dict[str, Any]]:
-        """The shards that these indices name; the last word counts. Raises `UserError` for an index of other contents."""
+        """The shards listed in these indices; later entries win. Raises `UserError` for an index with other contents."""
         shards: dict[str, dict[str, Any]] = {}
         for path in (path for pattern in indices for path in sorted(self.folder.glob(pattern))):
             index = read_index(path)
@@ -285,7 +283,7 @@ class CacheWriter:
         return shards
 
     def _whole(self, *indices: str) -> dict[str, dict[str, Any]]:
-        """The undamaged ones of them."""
+        """Those of the listed shards that are undamaged."""
         found = {}
         for name, entry in self._entries(*indices).items():
             if not entry["clips"]:
@@ -297,7 +295,7 @@ class CacheWriter:
         return found
 
     def _hash(self, name: str, mtime_ns: int) -> str:
-        """Of a shard, computed once while its time stays."""
+        """The hash of a shard, computed once per modification time."""
         if (name, mtime_ns) not in self._hashes:
             self._hashes[name, mtime_ns] = sha256(self.folder / name)
         return self._hashes[name, mtime_ns]
@@ -308,7 +306,7 @@ class CacheWriter:
 
 
 class _Clips(Dataset):
-    """The clips of a list of shards, one after another, so that workers make them ahead. skip_missing: None where the file is gone."""
+    """The clips of a list of shards in order, so that workers read them ahead. skip_missing: None for a clip whose file is gone."""
 
     def __init__(self, source: ClipSource, shards: list[Shard], skip_missing: bool = False) -> None:
         self.source, self.skip_missing = source, skip_missing
@@ -328,15 +326,15 @@ class _Clips(Dataset):
 
 @dataclass(frozen=True)
 class LatentBatch:
-    """A batch of one shape, cut to one length. `times` are the pixel frames of the lone `keyframes`; `cameras` is None where unknown,
-    `shown` and `seen` where the cache was made without `image`."""
+    """A batch of one shape, cut to one length. `times` are the pixel frames of the single `keyframes`. `cameras` has None for an unknown
+    camera; `shown` and `seen` are None if the cache was made without `image`."""
 
     ids: list[int]
     latents: Tensor  # (b, c, f, h, w)
     keyframes: Tensor  # (b, K, c, h, w)
     times: Tensor  # (b, K)
     captions: list[list[str]]
-    weights: list[list[float]]  # of the captions: how often each is taken
+    weights: list[list[float]]  # of the captions: how often each is used
     cameras: list[Trajectory | None]
     shown: Tensor | None = None  # (b, c, f, h, w)
     seen: Tensor | None = None  # (b, i, e)
@@ -344,7 +342,7 @@ class LatentBatch:
 
 
 class Places(Sequence[tuple[str, int]]):
-    """Where the clips of a bucket lie: (shard, row) of each, from the shards' lengths alone."""
+    """(shard, row) of each clip of a bucket, computed from the shards' lengths only."""
 
     def __init__(self) -> None:
         self.shards: list[str] = []
@@ -365,8 +363,8 @@ class Places(Sequence[tuple[str, int]]):
 
 
 class LatentCache:
-    """Reads a cache; shards stay memory-mapped. Raises `UserError` if there is none, or a shard is missing or of another size; and when
-    it reads a clip that is not what was written."""
+    """Reads a cache; shards stay memory-mapped. Raises `UserError` if there is none, if a shard is missing or has another size, and, when
+    reading a clip, if it differs from what was written."""
 
     def __init__(self, folder: str | Path, key: str | None = None) -> None:
         self.folder = Path(folder)
@@ -375,7 +373,7 @@ class LatentCache:
             raise UserError(f"latent cache {folder} was made with another VAE or other settings: choose another folder")
         self.key, self.settings, self.shards = index["key"], index["settings"], index["shards"]
         self.clips: dict[Bucket, Places] = {}
-        self._suspect: set[str] = set()  # shards whose time is not the known one
+        self._suspect: set[str] = set()  # shards whose modification time differs from the recorded one
         self._open: OrderedDict[str, _Shard] = OrderedDict()
         stamps = read_stamps(self.folder)
         for name, entry in self.shards.items():
@@ -396,21 +394,21 @@ class LatentCache:
 
     @property
     def missing(self) -> int:
-        """Clips that were left out because their files were gone."""
+        """Number of clips that were left out because their files were gone."""
         return sum(entry.get("missing", 0) for entry in self.shards.values())
 
     @property
     def holds(self) -> set[str]:
-        """Names of what is kept of every clip."""
+        """The names of the tensors stored for every clip."""
         return set(self._shard(next(iter(self.clips.values())).shards[0]).names)
 
     def check_vae(self, vae: AutoencoderKLKling) -> None:
-        """Raises `UserError` unless these are latents of this VAE."""
+        """Raises `UserError` unless the latents were made by this VAE."""
         if cache_key(vae, self.settings) != self.key:
-            raise UserError(f"latent cache {self.folder} was made with another VAE: give that one with vae=, or make the cache anew")
+            raise UserError(f"latent cache {self.folder} was made with another VAE: give that one with vae=, or make the cache again")
 
     def check_lengths(self, frames: Iterable[int]) -> None:
-        """Raises `UserError` if the last frame of one of these lengths is not kept alone: they are encoded for the cache's lengths only."""
+        """Raises `UserError` if the last frame of one of these lengths is not stored: only those of the cache's lengths are."""
         made = self.settings["data"]["frames"]
         if odd := sorted({T for T in frames if T > 1} - set(made)):
             raise UserError(
@@ -419,19 +417,19 @@ class LatentCache:
             )
 
     def long_captions(self, max_bytes: int) -> Iterator[tuple[str, list[str]]]:
-        """(name, captions) of the clips of shards that hold a caption longer than `max_bytes`, or whose record does not tell."""
+        """(name, captions) of the clips in shards with a caption longer than `max_bytes`, or whose entry does not state the longest."""
         for name, entry in self.shards.items():
             if entry["clips"] and entry.get("longest", max_bytes + 1) > max_bytes:
                 yield from ((row["name"], row["captions"]) for row in self._shard(name).all_rows())
 
     def captions(self) -> Iterator[str]:
-        """Every caption, as often as it is there."""
+        """Every caption, with repetitions."""
         for name, entry in self.shards.items():
             if entry["clips"]:
                 yield from (caption for row in self._shard(name).all_rows() for caption in row["captions"])
 
     def batch(self, bucket: Bucket, ids: list[int], frames: int) -> LatentBatch:
-        """The clips `ids` of a bucket, their first `frames` pixel frames. Raises `UserError` for one that is damaged."""
+        """The clips `ids` of a bucket, cut to their first `frames` pixel frames. Raises `UserError` for a damaged clip."""
         f = latent_frames(frames)
         rows, columns = [], {}
         for i in ids:
@@ -468,7 +466,7 @@ class LatentCache:
 
 
 class _Shard:
-    """An open shard: clips by row."""
+    """An open shard, read row by row."""
 
     def __init__(self, path: Path, damaged: Callable[[str, str], UserError]) -> None:
         self.path, self.damaged = path, damaged
@@ -480,7 +478,7 @@ class _Shard:
             self.old_rows: list[dict] | None = None
             if ROWS in there:
                 self.ends, self.sums = [0, *self.file.get_tensor(ENDS).tolist()], self.file.get_tensor(SUMS).tolist()
-            else:  # from before
+            else:  # an older cache
                 self.old_rows = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
         except (SafetensorError, OSError, ValueError) as error:
             raise damaged(path.name, f"cannot be read ({error})") from None
@@ -496,7 +494,7 @@ class _Shard:
         return json.loads(line), tensors
 
     def all_rows(self) -> Iterator[dict]:
-        """The rows, without the tensors."""
+        """All rows, without the tensors."""
         if self.old_rows is not None:
             yield from self.old_rows
         else:
@@ -507,7 +505,7 @@ class _Shard:
 
 
 def checksum(tensors: Mapping[str, Tensor], line: bytes) -> int:
-    """CRC-32 of one clip's tensors, in the order of their names, and its line."""
+    """CRC-32 of one clip's tensors, in the order of their names, and of its line."""
     sum_ = zlib.crc32(line)
     for name in sorted(tensors):
         sum_ = zlib.crc32(tensors[name].contiguous().view(-1).view(torch.uint8).numpy(), sum_)
@@ -515,7 +513,7 @@ def checksum(tensors: Mapping[str, Tensor], line: bytes) -> int:
 
 
 def _packed(tensors: Mapping[str, Tensor], rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """What stands beside the tensors of a shard's clips: their rows as JSON lines, where each ends, and their checksums."""
+    """The additional tensors of a shard: the rows of its clips as JSON lines, where each ends, and the clips' checksums."""
     lines = [as_line(row) for row in rows]
     sums = [checksum({name: t[i] for name, t in tensors.items()}, line) for i, line in enumerate(lines)]
     text = torch.frombuffer(bytearray(b"".join(lines)), dtype=torch.uint8)
@@ -523,14 +521,14 @@ def _packed(tensors: Mapping[str, Tensor], rows: list[dict[str, Any]]) -> dict[s
 
 
 def differences(was: dict[str, Any], now: dict[str, Any]) -> str:
-    """What a cache's settings have that others have not, in words for an error."""
+    """The difference between a cache's settings and others, in words for an error message."""
     a, b = flatten(was), flatten(now)
     changed = [f"{key} {a.get(key, 'absent')!r}, now {b.get(key, 'absent')!r}" for key in sorted(a | b) if a.get(key) != b.get(key)]
     return f"with other settings ({'; '.join(changed)})" if changed else "with another VAE"
 
 
 def read_index(path: Path) -> dict[str, Any]:
-    """Raises `UserError` if it is missing or not one."""
+    """Read an index. Raises `UserError` if it is missing or invalid."""
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
         return {name: index[name] for name in ("key", "settings", "shards")}
@@ -541,7 +539,7 @@ def read_index(path: Path) -> dict[str, Any]:
 
 
 def read_stamps(folder: Path) -> dict[str, int]:
-    """Time of change of each shard when it was last found good, in ns; {} where that is not known."""
+    """Modification time of each shard when it last matched the index, in ns; {} if none is recorded."""
     try:
         stamps = json.loads((folder / STAMPS).read_text(encoding="utf-8"))
         return stamps if isinstance(stamps, dict) else {}
@@ -550,13 +548,13 @@ def read_stamps(folder: Path) -> dict[str, int]:
 
 
 def _write_if_new(path: Path, text: str) -> None:
-    """Several trainings may start at once on a cache that is whole: they find nothing to write."""
+    """Write a file unless it already holds `text`. Several trainings may start at once on a complete cache; then none of them writes."""
     if not path.is_file() or path.read_text(encoding="utf-8") != text:
         write_atomic(path, text)
 
 
 def _stat(path: Path) -> tuple[int, int] | None:
-    """(time of change in ns, bytes); None if there is no such file."""
+    """(modification time in ns, bytes); None if there is no such file."""
     try:
         stat = path.stat()
     except OSError:

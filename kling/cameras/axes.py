@@ -1,7 +1,7 @@
-"""Named camera controls: six axes as Kling has them, one of ours (`dolly`), and the four master shots.
+"""Named camera controls: six axes as Kling defines them, our own `dolly`, and Kling's four master shots.
 
 An axis value in [-10, 10] is the whole move over the clip, at constant speed, whatever the clip's length. Several may be non-zero at once.
-The camera travels in its own current directions, so `pan` with `dolly` drives along an arc and `pan` against `horizontal` orbits.
+Translation follows the camera's current orientation, so `pan` with `dolly` drives along an arc and `pan` against `horizontal` orbits.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def rotation(pan: Tensor, tilt: Tensor, roll: Tensor) -> Tensor:
 
 
 def axes_trajectory(axes: dict[str, float], T: int, H: int, W: int, f: float = 1.1) -> Trajectory:
-    """The path that `axes` ask for over T frames of an (H, W) picture; `f` is the first frame's focal length in units of sqrt(H * W)."""
+    """The path of `axes` over T frames of an (H, W) picture; `f` is the first frame's focal length in units of sqrt(H * W)."""
     amount = {name: axes.get(name, 0.0) / LIMIT * unit for name, (unit, _) in UNITS.items()}
     s = torch.linspace(0, 1, T, dtype=torch.float64) if T > 1 else torch.zeros(1, dtype=torch.float64)
     pan, tilt, roll = (math.radians(amount[name]) * s for name in ("pan", "tilt", "roll"))

@@ -4,11 +4,11 @@
            timestamp(µs) fx fy cx cy 0 0 r11 r12 r13 t1 r21 ... t3        the 3x4 is world-to-camera
     JSON   {"fps": 8, "intrinsics": [T][4], "c2w": [T][3][4]}
 
-Read too: lines without the timestamp, or with the same in all of them (frames are evenly spaced then); 4x4 matrices, whose last row is
-0 0 0 1; in JSON one row of intrinsics for all frames.
+Also accepted: lines without the timestamp, or with the same one in every line (the frames are then evenly spaced); 4x4 matrices, whose
+last row is 0 0 0 1; in JSON, one row of intrinsics for all frames.
 
-Both hold OpenCV axes (x right, y down, z forward) and intrinsics normalised by width and height. A path is read whole, first pose to
-last, and brought to the clip's number of frames: it takes as long as the clip does, like a named camera move.
+Both hold OpenCV axes (x right, y down, z forward) and intrinsics normalised by width and height. A path is resampled, from its first pose
+to its last, to the clip's number of frames: it lasts as long as the clip does, like a named camera move.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from kling.runtime.files import parse_json, replaced, writing
 COLUMNS = 19
 LAST_ROW = [0.0, 0.0, 0.0, 1.0]  # of a 4x4
 SLACK = 1e-2  # how far R Rᵀ may be from the identity: files round to a few digits
-MAX_FOCAL = 20.0  # widths; more means pixels
+MAX_FOCAL = 20.0  # picture widths; a larger value must be in pixels
 
 
 def load_trajectory(path: str | Path, T: int, size: tuple[int, int] | None = None) -> Trajectory:
     """The camera of a file over T frames, relative to frame 0.
 
-    size: (H, W) of the picture to be made; where the file's own was wider or taller, the intrinsics follow the crop.
-    Raises `UserError` naming the file, and the frame, for what is not a camera path.
+    size: (H, W) of the video to be made; if the file's picture is wider or taller, the intrinsics are those of its centre crop.
+    Raises `UserError` naming the file, and the frame, for anything that is not a camera path.
     """
     times, path_taken = read_path(path)
     when = torch.linspace(0, 1, T, dtype=times.dtype) * (times[-1] - times[0]) + times[0]  # (T,)
@@ -45,10 +45,10 @@ def load_trajectory(path: str | Path, T: int, size: tuple[int, int] | None = Non
 
 
 def load_window(path: str | Path, when: Tensor, size: tuple[int, int], duration: float) -> Trajectory:
-    """The camera at the times `when` (T,), seconds into a video of `duration` seconds, relative to the first of them.
+    """The camera at the times `when` (T,), in seconds into a video of `duration` seconds, relative to the first of them.
 
-    A RealEstate10K file whose time stamps lie beyond the video's end belongs to a longer one that it was cut from: it starts at 0.
-    Raises `UserError` if the path does not reach over all of `when`.
+    If the timestamps of a RealEstate10K file lie beyond the video's end, they count from the start of a longer video that this one was cut
+    from: they are shifted to start at 0. Raises `UserError` if the path does not cover all of `when`.
     """
     times, path_taken = read_path(path, timed=True)
     if times[-1] > duration + 0.5:
@@ -62,7 +62,7 @@ def load_window(path: str | Path, when: Tensor, size: tuple[int, int], duration:
 
 
 def read_path(path: str | Path, timed: bool = False) -> tuple[Tensor, Trajectory]:
-    """(times (n,), the poses as they stand in the file), float64. Times are seconds; a file without any has numbers, unless `timed`.
+    """(times (n,), the poses as given in the file), float64. Times are in seconds; without timestamps, frame numbers (refused if `timed`).
 
     Raises `UserError` naming what is wrong and in which frame.
     """
@@ -85,9 +85,9 @@ def trajectory_json(trajectory: Trajectory, fps: float) -> str:
 
 
 def save_trajectory(path: str | Path, trajectory: Trajectory, fps: float = 8.0, start: float = 0.0) -> None:
-    """Write RealEstate10K text (.txt, its first pose at `start` seconds) or JSON (.json, without a start), whole or not at all.
+    """Write RealEstate10K text (.txt, its first pose at `start` seconds) or JSON (.json, which has no start time), atomically.
 
-    Raises `UserError` for other suffixes and unwritable places.
+    Raises `UserError` for other suffixes and for paths that cannot be written.
     """
     path = Path(path)
     c2w, intrinsics = trajectory.c2w.double(), trajectory.intrinsics
@@ -144,7 +144,7 @@ def _from_text(path: Path, text: str, timed: bool) -> tuple[Tensor, Tensor, Tens
 
 
 def _from_json(path: Path, text: str, timed: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """The same of `{fps, intrinsics, c2w}`; frames are evenly spaced."""
+    """The same from a `{fps, intrinsics, c2w}` object; the frames are evenly spaced."""
     try:
         data = parse_json(text)
         if isinstance(data, list):
@@ -190,7 +190,7 @@ def _numbers(row: object, n: int) -> bool:
 
 
 def _check(path: Path, intrinsics: Tensor, c2w: Tensor) -> None:
-    """Refuse what no camera can be, naming the first such frame."""
+    """Raise `UserError` for the first frame whose values no camera can have."""
     R = c2w[:, :, :3]
     off = (R @ R.mT - torch.eye(3, dtype=R.dtype)).abs().amax((1, 2))  # (n,)
     turn = torch.linalg.det(R.nan_to_num())

@@ -21,7 +21,7 @@ CONVENTIONS: dict[str, dict[str, str]] = {"2024": {}, "2025": {"pan": "tilt", "t
 def axes_from_wire(control: dict[str, Any], convention: str) -> dict[str, float]:
     """Axis values of a `camera_control` object. Several may be non-zero, which Kling's own server refuses.
 
-    Raises `UserError` for an unknown type, axis or convention, a value that is no number in [-10, 10], or a config beside a named shot.
+    Raises `UserError` for an unknown type, axis or convention, a value outside [-10, 10] or not a number, or a config next to a named shot.
     """
     names = _names(convention)
     kind, config = control.get("type"), control.get("config") or {}
@@ -40,21 +40,21 @@ def axes_from_wire(control: dict[str, Any], convention: str) -> dict[str, float]
 
 
 def axes_to_wire(axes: dict[str, float], convention: str) -> dict[str, Any]:
-    """The `camera_control` object of axis values. Raises `UserError` for what it cannot carry: `dolly`, or two axes but no named shot."""
+    """The `camera_control` object of axis values. Raises `UserError` for what the format lacks: `dolly`, or two axes but no named shot."""
     names = _names(convention)
     moving = {name: value for name, value in check_axes(axes).items() if value}
     for shot, its_axes in MOVES.items():
         if moving == its_axes:
             return {"type": shot}
     if "dolly" in moving:
-        raise UserError("camera axis dolly has no place in camera_control: use zoom, or a named shot")
+        raise UserError("camera_control has no axis dolly: use zoom, or a named shot")
     if len(moving) > 1:
         raise UserError(f"camera_control carries one axis at a time, not {' and '.join(moving)}: give one, or a named shot")
     return {"type": "simple", "config": dict.fromkeys(AXES, 0.0) | {names.get(name, name): value for name, value in moving.items()}}
 
 
 def _names(convention: str) -> dict[str, str]:
-    """Axes whose names differ from ours; the exchange is its own inverse."""
+    """Our name of each axis that the convention names differently; swapping twice changes nothing."""
     if convention not in CONVENTIONS:
         raise unknown("camera_control convention", convention, CONVENTIONS)
     return CONVENTIONS[convention]

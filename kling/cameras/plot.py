@@ -16,7 +16,7 @@ def draw_path(trajectory: Trajectory, title: str = "") -> np.ndarray:
     c2w = trajectory.c2w.double().numpy()
     K = trajectory.intrinsics.double().numpy()
     span = max(float(np.ptp(c2w[:, :, 3], axis=0).max()), 1e-3)
-    reach = 0.25 * span if span > 1e-2 else 1.0  # a camera that only turns is drawn by where it looks
+    reach = 0.25 * span if span > 1e-2 else 1.0  # a camera that only rotates has a path of size 0: the views set the scale
     picture = np.full((SIDE + 40, 2 * SIDE, 3), 255, np.uint8)
     _text(picture, title or f"{len(c2w)} poses", (12, 26))
     extent = f"{span:.3g} units across" if span > 1e-2 else "turning on the spot"

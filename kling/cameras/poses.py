@@ -17,7 +17,7 @@ def inverse(pose: Tensor) -> Tensor:
 
 
 def resample(trajectory: Trajectory, times: Tensor, when: Tensor) -> Trajectory:
-    """The poses at `when` (T,) of a path given at `times` (n,), rising: rotations by slerp, positions and intrinsics by lerp."""
+    """The poses at `when` (T,) of a path given at ascending `times` (n,): rotations by slerp, positions and intrinsics by lerp."""
     R, o, K = trajectory.c2w[:, :, :3], trajectory.c2w[:, :, 3], trajectory.intrinsics
     q = quaternion(R)
     if len(times) == 1:
@@ -30,7 +30,7 @@ def resample(trajectory: Trajectory, times: Tensor, when: Tensor) -> Trajectory:
 
 
 def cropped(trajectory: Trajectory, H: int, W: int) -> Trajectory:
-    """The same camera behind the centre crop that fills an (H, W) frame. Its own ratio W₀/H₀ is fy/fx, since pixels are square."""
+    """The camera of the centre crop that fills an (H, W) frame. The picture's own ratio W₀/H₀ is fy/fx, since pixels are square."""
     fx, fy = trajectory.intrinsics[0, :2].tolist()
     wider = (fy / fx) / (W / H)
     zoom = trajectory.intrinsics.new_tensor([max(1.0, wider), max(1.0, 1 / wider)])
@@ -68,7 +68,7 @@ def rotation_matrix(q: Tensor) -> Tensor:
 
 
 def slerp(p: Tensor, q: Tensor, u: Tensor) -> Tensor:
-    """The shortest turn from p to q (n, 4) at a constant rate, at u (n, 1) in [0, 1]."""
+    """The shortest rotation from p to q (n, 4) at a constant rate, at u (n, 1) in [0, 1]."""
     q = torch.where((p * q).sum(-1, keepdim=True) < 0, -q, q)  # q and -q are one rotation
     angle = 2 * torch.atan2((p - q).norm(dim=-1, keepdim=True), (p + q).norm(dim=-1, keepdim=True))  # exact for small angles
     still = angle < 1e-9

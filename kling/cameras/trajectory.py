@@ -74,9 +74,9 @@ def plucker_rays(trajectory: Trajectory, H: int, W: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Cameras:
-    """The cameras of a batch as they travel to a device: poses, 64 bytes a frame, from which the rays are made there.
+    """The cameras of a batch in the form that is copied to a device: poses of 64 bytes a frame, from which the device computes the rays.
 
-    At 480p the rays of a clip of 81 frames are 805 MB.
+    The rays themselves are large: 805 MB for a clip of 81 frames at 480p.
     """
 
     c2w: Tensor  # (b, T, 3, 4), as in `Trajectory`
@@ -97,9 +97,9 @@ class Cameras:
         return replace(self, **{name: upload(getattr(self, name), device) for name in ("c2w", "intrinsics", "appended")})
 
     def rays(self, start: int = 0, end: int | None = None) -> Tensor:
-        """P of the design, of the latent frames start … end - 1, where the poses lie: (b, 24, end - start, H, W).
+        """The packed rays P of latent frames start … end - 1, on the device of the poses: (b, 24, end - start, H, W).
 
-        Frame 0 stands four times, then four frames a latent; an appended keyframe has its own pose four times.
+        Frame 0 is repeated four times, then each latent has its four frames; an appended keyframe repeats its own pose four times.
         """
         b, T = self.c2w.shape[:2]
         clip = (torch.arange(T + TEMPORAL - 1, device=self.c2w.device) - (TEMPORAL - 1)).clamp(min=0)  # (4f,)

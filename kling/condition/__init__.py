@@ -1,1 +1,1 @@
-"""What is given of a clip, and how it is given: the State, the tasks, and the layouts of older published weights."""
+"""The known parts of a clip and how they reach the model: the State, the tasks, and the input layouts of older published weights."""

@@ -1,12 +1,12 @@
-"""The older published layouts: what is given enters as extra input channels beside the noise, not by replacing it.
+"""The input layouts of older published weights: known content enters as extra input channels beside the noise, instead of replacing it.
 
     group    channels  content, for every target frame
     control  z         latents of a control video
-    mask     4         1 where a pixel frame of the latent is given (frame 0 stands four times), 0 where it is to be made
-    clean    z         latents of the clip with everything unknown grey
+    mask     4         1 where a pixel frame of the latent is given (frame 0 repeated four times), 0 where it is to be generated
+    clean    z         latents of the clip, with everything unknown grey
     first    z         latents where given, 0 elsewhere
 
-All of them are read off the one `State`; how many input channels the weights have says which ones they take.
+All of them are computed from the same `State`; the number of input channels of the weights decides which of them the weights take.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from kling.shapes import TEMPORAL, position_frame
 
 
 def concat_groups(in_channels: int, z: int) -> tuple[str, ...]:
-    """Which groups weights with `in_channels` inputs take beside z noisy channels. Raises `UserError` if no published layout has them.
+    """The groups that weights with `in_channels` inputs take beside z noisy channels. Raises `UserError` if no published layout fits.
 
     >>> concat_groups(36, 16)
     ('mask', 'clean')
@@ -40,23 +40,23 @@ def concat_groups(in_channels: int, z: int) -> tuple[str, ...]:
 
 
 def concat_channels(state: State, groups: tuple[str, ...], control: Tensor | None = None) -> Tensor:
-    """(b, channels, F, h, w), beside the noise of the target frames. `control`: latents (b, z, F, h, w); 0 where there is none."""
+    """The extra channels (b, channels, F, h, w) of the target frames. `control`: latents (b, z, F, h, w); 0 if there are none."""
     clean, mask = state.clean[:, :, : state.frames], state.mask[:, :, : state.frames]
     given = given_pixels(state)
     parts = {
         "control": torch.zeros_like(clean) if control is None else control.to(clean),
         "mask": given,
-        "clean": clean * given.amax((1, 2, 3, 4), keepdim=True),  # nothing given: nothing, not grey
+        "clean": clean * given.amax((1, 2, 3, 4), keepdim=True),  # zeros instead of grey if nothing is given
         "first": clean * (mask == 0),
     }
     return torch.cat([parts[group] for group in groups], dim=1)
 
 
 def given_pixels(state: State) -> Tensor:
-    """1 where a pixel frame is given: (b, 4, F, h, w), channel r of latent j >= 1 being pixel frame 4j - 3 + r; frame 0 fills latent 0."""
+    """1 where a pixel frame is given: (b, 4, F, h, w). Channel r of latent j >= 1 is pixel frame 4j - 3 + r; frame 0 fills latent 0."""
     given = (state.mask[:, :, : state.frames] == 0).to(state.clean.dtype)
     given = given.repeat(1, TEMPORAL, 1, 1, 1)  # (b, 4, F, h, w)
-    for k in range(state.frames, state.mask.shape[2]):  # lone frames, which elsewhere are appended to the clip
+    for k in range(state.frames, state.mask.shape[2]):  # keyframes, which the State appends to the clip
         for i, p in enumerate(state.host[1][:, k].tolist()):
             t = position_frame(p)
             j = -(-t // TEMPORAL)
@@ -66,7 +66,7 @@ def given_pixels(state: State) -> Tensor:
 
 
 def opened(state: State) -> State:
-    """The same clip with every frame to be made and none appended: what is given has gone into the channels."""
+    """The same clip with every frame to be generated and none appended, since the given content is in the extra channels."""
     F = state.frames
     return replace(
         state,

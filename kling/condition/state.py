@@ -28,12 +28,12 @@ TARGET, KEYFRAME, REFERENCE, SOURCE, HISTORY = range(5)
 
 @dataclass(frozen=True)
 class Given:
-    """What is known of a clip before it is made. The task follows from this; it is never a flag.
+    """What is known of a clip before it is generated. The task follows from this; it is never a flag.
 
-    known: the first latent frames that are given whole (1 = a first image, 1 + j = a clip to continue).
-    keyframes: (pixel frame, strength) of lone frames, appended to the clip. Strength 1 holds exactly, 0 not at all.
+    known: the number of first latent frames that are given (1 = a first image, 1 + j = a clip to continue).
+    keyframes: (pixel frame, strength) of single frames, appended to the clip. Strength 1 keeps the frame exactly, 0 ignores it.
     space: (h, w) mask over all frames, 1 where to generate: in- and outpainting of a given clip.
-    hold: how strongly a whole given clip holds (restyling): every target has m = 1 - hold.
+    hold: how strongly a whole given clip is kept (restyling): every target has m = 1 - hold.
     """
 
     known: int = 0
@@ -43,16 +43,16 @@ class Given:
 
     @property
     def gives(self) -> bool:
-        """Whether anything is."""
+        """Whether anything is given."""
         return bool(self.known or self.keyframes or self.space is not None or self.hold)
 
     @property
     def whole(self) -> bool:
-        """Whether everything is either given or made, and nothing is held in part."""
+        """Whether every element is either given or generated, with nothing kept in part."""
         return self.hold in (0, 1) and all(strength in (0, 1) for _, strength in self.keyframes)
 
     def task(self, frames: int) -> str:
-        """The name under which a checkpoint lists this in its `capabilities`."""
+        """The task's name, as a checkpoint lists it in its `capabilities`."""
         if self.space is not None:
             return "inpaint"
         if self.hold:
@@ -69,10 +69,10 @@ class Given:
 
 @dataclass(frozen=True)
 class State:
-    """A batch of clips that share F and K: everything the network and the sampler need to know about what is given.
+    """A batch of clips with the same F and K: everything that the network and the sampler need to know about the given content.
 
-    What decides how a walk goes (is anything given, are there soft places, which levels do tokens have) is read off the mask where it was
-    built, on the host: asking the device at every step would make the host wait for it.
+    Facts that steer the sampling (is anything given, are there soft elements, which levels do tokens have) are computed from the mask on
+    the host, where it was built: asking the device at every step would make the host wait for it.
     """
 
     clean: Tensor  # c (b, c, G, h, w)
@@ -82,7 +82,7 @@ class State:
     frames: int  # F, the target frames; the rest are appended
     patch: tuple[int, int, int]
     sigma_c: float = 0.0  # conditioning noise of given tokens
-    host: tuple[Tensor, Tensor] | None = None  # mask and position on the CPU; None: as they are
+    host: tuple[Tensor, Tensor] | None = None  # mask and position on the CPU; None: `mask` and `position` themselves
 
     def __post_init__(self) -> None:
         if self.host is None:
@@ -94,7 +94,7 @@ class State:
         return torch.where(self.mask > 0, self.mask * level, self.sigma_c)
 
     def spread_sigma(self, level: Tensor) -> Tensor:
-        """As `sigma`, but (b, 1, 1 or G, 1, 1), which spreads over all elements, where nothing is given."""
+        """As `sigma`, but if nothing is given (b, 1, 1 or G, 1, 1), which broadcasts over all elements."""
         return _over_frames(level) if self.free else self.sigma(level)
 
     def noised(self, level: Tensor, noise: Tensor) -> Tensor:
@@ -103,9 +103,9 @@ class State:
         return (1 - sigma) * self.clean + sigma * noise
 
     def levels(self, level: Tensor) -> Levels:
-        """What the network is told: the distinct levels of the tokens, and which each has, for a schedule level (b,) or (b, 1 or G).
+        """The network's noise input: the distinct levels of the tokens, and the level of each, for a schedule level (b,) or (b, 1 or G).
 
-        Of every sample (of every frame, where each has its own level) there is a row for each of its values of m, given ones too.
+        The table has a row for each distinct m of every sample (of every frame, where frames have their own level), given ones included.
         """
         values, index = self._runs  # (b, k), (b, g)
         b, k = values.shape
@@ -124,41 +124,41 @@ class State:
 
     @property
     def tokens(self) -> int:
-        """Of one clip."""
+        """Number of tokens of one clip."""
         _, _, G, h, w = self.mask.shape
         return G * (h // self.patch[1]) * (w // self.patch[2])
 
     @cached_property
     def free(self) -> bool:
-        """Whether nothing is given, so that every element is at the schedule's own level."""
+        """Whether nothing is given, so that every element is at the schedule's level."""
         return bool((self.host[0] == 1).all())
 
     @cached_property
     def gives(self) -> bool:
-        """Whether any element is given, and not made."""
+        """Whether any element is given."""
         return bool((self.host[0] == 0).any())
 
     @cached_property
     def plain(self) -> bool:
-        """Whether every element is either given, and clean, or at the schedule's own level: any flow scheduler can walk that."""
+        """Whether every element is either given and clean, or at the schedule's level: any flow scheduler can sample that."""
         return (self.sigma_c == 0 or not self.gives) and bool(((self.host[0] == 0) | (self.host[0] == 1)).all())
 
     def part(self, start: int, end: int) -> State:
-        """Target frames start … end - 1 alone, at the positions that they have in the clip."""
+        """Target frames start … end - 1 only, at the positions that they have in the clip."""
         cut = {name: getattr(self, name)[:, :, start:end] for name in ("clean", "mask")}
         cut |= {name: getattr(self, name)[:, start:end] for name in ("position", "kind")}
         return replace(self, **cut, frames=end - start, host=(self.host[0][:, :, start:end], self.host[1][:, start:end]))
 
     def to(self, device: torch.device | str) -> State:
-        """On another device, without waiting for it."""
+        """Copy to another device without waiting for it."""
         there = replace(self, **{name: upload(getattr(self, name), device) for name in ("clean", "mask", "position", "kind")})
         there.__dict__["_runs"] = tuple(upload(t, device) for t in self._runs)
         return there
 
     @cached_property
     def _runs(self) -> tuple[Tensor, Tensor]:
-        """Distinct values of m of each sample, rising, (b, k), the last repeated where others have more; and which of them each run of
-        equal tokens has, (b, g) with the fewest runs: 1, G or n."""
+        """The distinct values of m of each sample, ascending, (b, k), padded by repeating the last one; and for each run of equal tokens
+        which of them it has, (b, g) with the fewest runs: 1, G or n."""
         tokens = self.host[0][:, 0, :, :: self.patch[1], :: self.patch[2]].flatten(1)  # (b, n)
         found = [torch.unique(row, return_inverse=True) for row in tokens]
         k = max(len(values) for values, _ in found)
@@ -180,12 +180,12 @@ def _over_frames(level: Tensor) -> Tensor:
 def build_state(
     given: list[Given], clean: Tensor, keyframes: Tensor | None, patch: tuple[int, int, int] = (1, 2, 2), sigma_c: float = 0.0
 ) -> State:
-    """Masks, positions and kinds from what is given: the one builder, for training and for sampling.
+    """Masks, positions and kinds of the given content. Training and sampling both use this function.
 
     Args:
         given: one per sample; all must have the same number of keyframes.
         clean: (b, c, F, h, w) clean latents: the true clip in training, zeros where unknown in sampling.
-        keyframes: (b, c, K, h, w) latents of the lone frames, or None when K = 0.
+        keyframes: (b, c, K, h, w) latents of the single frames, or None when K = 0.
     """
     b, _, frames, h, w = clean.shape
     K = 0 if keyframes is None else keyframes.shape[2]
@@ -210,7 +210,7 @@ def build_state(
 
 
 def _whole_tokens(mask: Tensor, patch: tuple[int, int, int]) -> Tensor:
-    """Max-pool the mask to tokens and spread it again: a token with one element to make is made whole."""
+    """Max-pool the mask to tokens and expand it again: a token with one element to generate is generated whole."""
     if patch[1] == patch[2] == 1:
         return mask
     pooled = F.max_pool3d(mask, (1, *patch[1:]))  # (b, 1, G, h', w')

@@ -1,6 +1,6 @@
-"""What training hides: each task is one line that draws what is given of a clip, and says how a person would give it.
+"""The tasks of training: each draws what is given of a clip, and states how a user would give it.
 
-A checkpoint lists the ones it was trained for.
+A checkpoint lists the tasks that it was trained for.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from kling.condition.state import Given
 from kling.errors import unknown
 from kling.shapes import nearest_frames, pixel_frames
 
-# name -> (how many keyframes it appends, what it gives, the same as fields of a `Request` for a whole clip). t is a drawn inner pixel
-# frame, end the last one.
+# name -> (number of appended keyframes, a function that draws what is given, the same as fields of a `Request` for a whole clip). -1 is a
+# random inner pixel frame.
 Draw = Callable[[Random, int, int, int], Given]
 Show = Callable[[np.ndarray], dict[str, Any]]  # uint8 (T, H, W, 3)
 
@@ -37,7 +37,7 @@ def _box(rng: Random, h: int, w: int) -> Tensor:
 
 
 def _begun(video: np.ndarray) -> dict[str, Any]:
-    """The first half, and as many frames as complete it again."""
+    """The first half, plus the frames needed to restore the full length."""
     there = nearest_frames((len(video) + 1) // 2)[0]
     return {"video": video[:there], "num_frames": len(video) - there + 1}
 
@@ -71,7 +71,7 @@ TASKS: dict[str, tuple[int, Draw, Show]] = {
 
 
 def draw_task(rng: Random, weights: dict[str, float], keyframes: int) -> str:
-    """A task's name, among those that append `keyframes` frames, so that a batch shares its shape."""
+    """A random task among those that append `keyframes` frames, so that all clips of a batch have one shape."""
     for name in weights:
         if name not in TASKS:
             raise unknown("task", name, TASKS)
@@ -80,5 +80,5 @@ def draw_task(rng: Random, weights: dict[str, float], keyframes: int) -> str:
 
 
 def keyframe_share(weights: dict[str, float]) -> float:
-    """The share of tasks that append a keyframe: how often a batch is of that shape."""
+    """The share of tasks that append a keyframe, and so the share of batches of that shape."""
     return sum(weight for name, weight in weights.items() if TASKS[name][0]) / sum(weights.values())

@@ -1,4 +1,4 @@
-"""Frames and pictures, what is known of them, and the small world."""
+"""Frames and pictures, data sets of real videos, and the small world."""
 
 from __future__ import annotations
 

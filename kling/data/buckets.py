@@ -1,10 +1,10 @@
-"""Batches of one shape each: clips sorted by aspect and length, as many in a batch as make the same number of tokens.
+"""Batches of one shape each: clips are sorted by aspect and length, and batches of all shapes have about the same number of tokens.
 
-The batch at a place is a pure function of (seed, place). With place = step * ranks + rank, the order of clips is the same whatever the
-number of workers and processes, and a run that is resumed, on more or fewer of them, goes on in it.
+The batch at a place is a pure function of (seed, place). With place = step * ranks + rank, the order of clips does not depend on the
+number of workers and processes, and a run that is resumed on more or fewer of them continues the same order.
 
-A step waits for its slowest process. So `group` places in a row share a shape: processes of a number that divides `group` have equal work
-in every step, whatever the lengths and however few clips are in a batch.
+A step waits for its slowest process. So `group` consecutive places have the same shape: if the number of processes divides `group`, all
+processes have equal work in every step, whatever the lengths and however few clips are in a batch.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 from kling.shapes import aspect_size, latent_frames
 
 K = TypeVar("K", bound=Hashable)
-PADDING = 0.1  # of the batches of an epoch: at most so many, about, are there only to make whole groups and whole batches
+PADDING = 0.1  # share of an epoch's batches, at most about, that only fill up groups and batches
 
 
 class Bucket(NamedTuple):
@@ -34,14 +34,14 @@ class Bucket(NamedTuple):
 
     @property
     def volume(self) -> int:
-        """Latent frames times pixels: what tokens are proportional to, whatever the model's patches."""
+        """Latent frames times pixels; proportional to the number of tokens for any patch size."""
         H, W = aspect_size(self.aspect)
         return latent_frames(self.frames) * H * W
 
 
 @dataclass(frozen=True)
 class Cut:
-    """One shape that clips of a bucket are drawn in: their first `frames` pixel frames, `size` clips in a batch, for `share` of them."""
+    """One shape into which clips of a bucket are cut: the first `frames` pixel frames, `size` clips per batch, for `share` of the clips."""
 
     frames: int
     size: int
@@ -49,10 +49,10 @@ class Cut:
 
 
 def cuts_of(buckets: Sequence[Bucket], batch: int, frames: Sequence[int] | None = None) -> dict[Bucket, list[Cut]]:
-    """How the clips of each bucket are cut: whole, or to the lengths `frames`, each as often as it is named, at most the bucket's own.
+    """The cuts of each bucket: whole clips, or the lengths `frames`, each as often as it is listed, up to the bucket's own length.
 
-    A batch holds `batch` clips of the largest shape that is drawn, and of the others as many as make its tokens. A bucket shorter than
-    all lengths has no cut.
+    A batch holds `batch` clips of the largest shape, and more clips of smaller shapes so that the number of tokens is the same. A bucket
+    shorter than all lengths has no cut.
     """
     lengths = {bucket: [T for T in frames if bucket.frames >= T] if frames is not None else [bucket.frames] for bucket in buckets}
     shapes = {bucket: {T: Bucket(bucket.aspect, T).volume for T in sorted(set(lengths[bucket]))} for bucket in buckets}
@@ -64,11 +64,11 @@ def cuts_of(buckets: Sequence[Bucket], batch: int, frames: Sequence[int] | None 
 
 
 class Epochs(Generic[K]):
-    """The endless order of batches over buckets of `items[key]` clips, cut as `cuts[key]` says, `group` batches of one shape in a row.
+    """The endless order of batches over buckets of `items[key]` clips, cut by `cuts[key]`, in groups of `group` batches of one shape.
 
-    An epoch goes over all clips `rounds` times: once where that gives whole groups of batches with little padding, more often where clips
-    are few. Groups of all shapes are shuffled, and each takes the next clips of its bucket, which is shuffled anew in every round. So every
-    clip is used in every epoch, and the clips of a bucket are used equally often, give or take one (`uses`).
+    An epoch uses all clips `rounds` times: once if that fills whole groups of batches with little padding, more often if there are few
+    clips. The groups of all shapes are shuffled, and each takes the next clips of its bucket, which is reshuffled in every round. So every
+    clip is used in every epoch, and the clips of a bucket are used equally often, up to a difference of one (`uses`).
     """
 
     def __init__(self, items: Mapping[K, int], cuts: Mapping[K, Sequence[Cut]], seed: int, group: int = 1) -> None:
@@ -86,7 +86,7 @@ class Epochs(Generic[K]):
         self._epoch: tuple[int, _Plan | None] = (-1, None)
 
     def __getitem__(self, place: int) -> tuple[int, K, int, list[int]]:
-        """(round, bucket, pixel frames, numbers of the clips in it) of the batch at a place."""
+        """(round, bucket, pixel frames, clip numbers in the bucket) of the batch at a place."""
         epoch, i = divmod(place, self.per_epoch)
         if self._epoch[0] != epoch:
             self._epoch = epoch, self._plan(epoch)
@@ -108,7 +108,7 @@ class Epochs(Generic[K]):
         return {key: (slots[key] // n, -(-slots[key] // n)) for key, n in self.items.items()}
 
     def report(self) -> str:
-        """One line a bucket: clips, batches, and how often a clip is used in an epoch."""
+        """One line per bucket: clips, batches, and how often a clip is used in an epoch."""
         lines = []
         for key, (least, most) in self.uses().items():
             often = f"{least}" if least == most else f"{least} or {most}"
@@ -144,6 +144,6 @@ class _Plan:
 
 
 def _shuffled(name: str, n: int) -> np.ndarray:
-    """The numbers 0 … n - 1 in an order drawn by `name`. RandomState's streams are frozen for good (NEP 19); a new Generator's are not."""
+    """A permutation of 0 … n - 1 seeded by `name`. It uses RandomState, whose streams never change (NEP 19), unlike Generator's."""
     words = np.frombuffer(hashlib.sha256(name.encode()).digest(), np.uint32)
     return np.random.RandomState(words).permutation(n).astype(np.uint32)

@@ -1,7 +1,7 @@
-"""The clips of a manifest at a model's lengths, aspects and rate. A folder of videos is a manifest that is made on the spot.
+"""The clips of a manifest at a model's lengths, aspects and frame rate. For a folder of videos, a manifest is made on the fly.
 
-A shot goes to the bucket of its nearest aspect and of the longest length that it fills, and gives as many clips, one after the other, as
-it holds; what is left over shifts them a little in every epoch, so that all of it is seen. Pictures are clips of one frame.
+A shot goes to the bucket of its nearest aspect and of the longest length that it fills, and is divided into as many consecutive clips as
+it holds; the clips are shifted within the remaining frames in every epoch, so that all frames are used. Pictures are clips of one frame.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from kling.errors import UserError
 from kling.runtime.files import Source, file_of, head, member_of, sha256, sniff, stamp
 from kling.shapes import aspect_size
 
-NAMED = 3  # unusable files that one error line names
+NAMED = 3  # number of unusable files that an error message names
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,12 @@ class ClipSample:
     captions: list[str]
     trajectory: Trajectory | None
     name: str
-    weights: list[float] | None = None  # None: all alike
+    weights: list[float] | None = None  # None: all equal
 
 
 @dataclass(frozen=True)
 class Piece:
-    """The k-th clip of a shot of which `slack` frames are left over."""
+    """The k-th clip of a shot; `slack` frames of the shot remain."""
 
     shot: Shot
     k: int
@@ -71,7 +71,7 @@ class ManifestClips:
     ) -> None:
         self.manifest, self.fps, self.scale, self.reader, self.seed = manifest, fps, scale, reader, seed
         self.buckets: dict[Bucket, list[Piece]] = {}
-        self.unused: list[str] = []  # of clips that are too short for every length
+        self.unused: list[str] = []  # clips that are too short for every length
         for shot in manifest.shots:
             count = shot.count(fps)
             fitting = [T for T in lengths if count >= T and (T == 1 or not shot.is_image)]
@@ -93,26 +93,26 @@ class ManifestClips:
         if bare and not unconditional:
             raise UserError(
                 f"{len(bare)} of {len(manifest)} clips have no caption ({', '.join(bare[:NAMED])}): write .txt files beside them and scan "
-                "again, run kling-data caption, or train without words by data.unconditional=true"
+                "again, run kling-data caption, or train without captions with data.unconditional=true"
             )
 
     def clip(self, bucket: Bucket, number: int, epoch: int | None = None) -> ClipSample:
-        """Clip `number` of a bucket, shifted as `epoch` has it (None: not at all). Raises `UserError` if its file has changed."""
+        """Clip `number` of a bucket, shifted for `epoch` (None: not shifted). Raises `UserError` if its file has changed."""
         piece = self.buckets[bucket][number]
         slack = 0 if epoch is None else random.Random(f"shift/{self.seed}/{epoch}/{piece.shot.name}").randint(0, piece.slack)
         return self.cut(piece.shot, (piece.k * bucket.frames + slack) / self.fps, bucket.frames, bucket.aspect)
 
     def identity(self, bucket: Bucket, number: int) -> list[object]:
-        """Everything that decides what clip `number` is: contents, stretch, words and camera (`missing` if its file is gone)."""
+        """Everything that determines clip `number`: contents, time range, captions and camera (`missing` if its file is gone)."""
         shot, k = self.buckets[bucket][number].shot, self.buckets[bucket][number].k
         try:
             camera = sha256(self.manifest.folder / shot.camera) if shot.camera else None
         except OSError:
-            camera = "missing"  # who needs the clip refuses it by name
+            camera = "missing"  # reading the clip later raises an error that names it
         return [shot.sha256, shot.start, shot.end, k, [asdict(caption) for caption in shot.captions], camera]
 
     def any(self, index: int, frames: int, aspect: str) -> ClipSample:
-        """Clip `index` of those that are long enough, brought to an aspect whatever their own: for evaluation and statistics."""
+        """Clip `index` of those that are long enough, fitted to an aspect whatever its own: for evaluation and statistics."""
         enough = [piece for bucket, pieces in self.buckets.items() if bucket.frames >= frames for piece in pieces]
         if not enough:
             raise UserError(f"no clip of the manifest has {frames} frames at {self.fps:g} fps: ask for fewer in data.frames")
@@ -146,13 +146,13 @@ class ManifestClips:
 
 
 def open_manifest(path: str | Path, skip_bad: bool = False) -> Manifest:
-    """The manifest of a .jsonl file, or one made by probing a folder's videos (which does not decode them whole, as a scan does)."""
+    """The manifest in a .jsonl file, or one made by probing a folder's videos (without decoding them whole, as a scan would)."""
     path = Path(path)
     return folder_manifest(path, skip_bad) if path.is_dir() else read_manifest(path)
 
 
 def folder_manifest(root: Path, skip_bad: bool) -> Manifest:
-    """The videos and pictures below a folder, probed. Raises `UserError` that names the bad ones, unless skip_bad."""
+    """The videos and pictures below a folder, probed. Raises `UserError` that names the unusable ones, unless skip_bad."""
     shots, bad = [], []
     for candidate in Listing().find([root]):
         source, path = candidate.source, relative(file_of(candidate.source), root)
@@ -172,7 +172,7 @@ def folder_manifest(root: Path, skip_bad: bool) -> Manifest:
 
 
 def held_out(manifest: Manifest, share: float, evaluation: bool) -> Manifest:
-    """One side of a manifest: files whose hash falls below `share` are for evaluation, the others for training. Adding files moves none."""
+    """One side of a manifest's split: files whose hash falls below `share` are for evaluation. Adding files moves no other file."""
     if not share:
         return manifest
     kept = [shot for shot in manifest.shots if (int(shot.sha256[:8], 16) / 2**32 < share) == evaluation]
@@ -183,7 +183,7 @@ def held_out(manifest: Manifest, share: float, evaluation: bool) -> Manifest:
 
 
 def _facts(source: Source) -> VideoInfo:
-    from kling.data.decode import probe  # here: the small world needs no decoder
+    from kling.data.decode import probe  # imported here because the small world needs no decoder
 
     _, kind = sniff(head(source))
     if not kind.endswith("image"):
@@ -193,6 +193,6 @@ def _facts(source: Source) -> VideoInfo:
 
 
 def _off(shot: Shot, aspect: str) -> float:
-    """How far a shot's ratio is from an aspect's, in octaves."""
+    """Distance between a shot's aspect ratio and a named one, in octaves."""
     H, W = aspect_size(aspect)
     return abs(math.log2((W / H) / (shot.video.width / shot.video.height)))

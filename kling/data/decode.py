@@ -1,4 +1,4 @@
-"""Decoding with PyAV: what a video file holds, and its frames by their time stamps, upright, with square pixels and true colours."""
+"""Decoding with PyAV: what a video file contains, and its frames by time stamp, upright, with square pixels and correct colours."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ log = logging.getLogger(__name__)
 # Chroma at full resolution and accurate rounding, together: without either, swscale darkens each pass by 1 to 2 levels of 255.
 TO_RGB = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.BITEXACT
 TO_SMALL_RGB = Interpolation.AREA | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.BITEXACT
-MAX_GAP = 600  # seconds for which a frame may stand; a longer one is a time stamp gone wrong, and would be filled with copies
-JUMP = 1.0  # seconds: a key frame so far ahead of the last picked frame is worth opening the file again for
-COUNTED = ("avi", "mpeg", "h264", "hevc")  # containers that state few or no presentation times: frame i is shown at i / rate
+MAX_GAP = 600  # seconds that one frame may be shown; a longer gap is a wrong time stamp, and would be filled with copies
+JUMP = 1.0  # seconds: if a key frame is at least so far ahead of the last picked frame, opening the file again saves decoding
+COUNTED = ("avi", "mpeg", "h264", "hevc")  # containers with few or no presentation times: frame i is shown at i / rate
 
 
 def probe(path: str | Path | Member) -> VideoInfo:
-    """Describe a video: its packets are counted and its first frame is decoded, so that a header cannot lie.
+    """Describe a video. Its packets are counted and its first frame is decoded, because headers may be wrong.
 
-    Raises `UserError` for what is not a video, holds no frame, cannot be decoded, or is cut short.
+    Raises `UserError` for a file that is not a video, holds no frame, cannot be decoded, or is cut short.
     """
     source = as_source(path)
     head(source)
@@ -47,9 +47,9 @@ def probe(path: str | Path | Member) -> VideoInfo:
 def pick(
     source: Source, info: VideoInfo, times: Sequence[float], size: tuple[int, int], threads: int = 0
 ) -> Iterator[tuple[float, Tensor]]:
-    """(stored time, frame uint8 (H, W, 3)) of the stored frame nearest to each of `times`, seconds, which must not fall.
+    """(stored time, frame uint8 (H, W, 3)) of the stored frame nearest to each of `times`, in seconds, which must not decrease.
 
-    size (H, W) is covered (`transforms.fit`). threads: of the decoder, 0 for as many as there are cores.
+    The frame covers size (H, W) (`transforms.fit`). threads: of the decoder, 0 for one per core.
     """
     for run in _runs(times, info.keyframes):
         found = 0
@@ -63,12 +63,12 @@ def pick(
 
 @contextmanager
 def open_video(source: Source, threads: int = 0, **options: str) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
-    """The container, its demuxer forced by the contents, and its first moving stream. `options` are the decoder's."""
+    """The container, opened with the demuxer of its contents, and its first moving stream. `options` go to the decoder."""
     demuxer, kind = sniff(head(source))
     if demuxer is None:
         remedy = "give it as an image" if kind.endswith("image") else "give an mp4, mov, webm, mkv, avi or gif"
         raise UserError(f"{source} is not a video: it holds {kind} ({remedy})", code="not_a_video", file=source, kind=kind)
-    # Titles in Latin-1 or rotten tags are no reason to refuse the pictures.
+    # Titles in Latin-1 or broken tags are no reason to refuse the pictures.
     with damage(source), av.open(url(source), format=demuxer, metadata_errors="replace") as container:
         moving = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
         if not len(container.streams):
@@ -85,7 +85,7 @@ def open_video(source: Source, threads: int = 0, **options: str) -> Iterator[tup
 
 @contextmanager
 def damage(source: Source) -> Iterator[None]:
-    """FFmpeg's complaints as a `UserError`."""
+    """Turn FFmpeg's errors into a `UserError`."""
     try:
         yield
     except UserError:
@@ -102,16 +102,16 @@ def picture(
     source: Source,
     size: tuple[int, int] | None = None,
 ) -> np.ndarray:
-    """uint8 (H, W, 3) as a player shows it: matrix, range and primaries as tagged, laid on white, square pixels, upright.
+    """uint8 (H, W, 3) as a player shows it: matrix, range and primaries as tagged, transparency on white, square pixels, upright.
 
-    size (H, W) is covered; None keeps the frame's own. Where that shrinks the frame, the decoder's own scaler does it on the way to RGB,
-    a third of the work of converting every pixel first.
+    The picture covers size (H, W); None keeps its own size. If that makes it smaller, the decoder's scaler shrinks it while converting to
+    RGB, a third of the work of converting every pixel first.
     """
     if frame.is_corrupt:
         line = f"{source} is damaged at time stamp {frame.time} s: download or export it again"
         raise UserError(line, code="damaged_video", file=source)
     # Pixels are squared by stretching the short side, so that nothing is lost.
-    aspect = pixel_aspect if pixel_aspect and 1 / 4 <= pixel_aspect <= 4 else Fraction(1)  # beyond that, a damaged header
+    aspect = pixel_aspect if pixel_aspect and 1 / 4 <= pixel_aspect <= 4 else Fraction(1)  # beyond that the header is damaged
     width, height = round(frame.width * max(1, aspect)), round(frame.height / min(1, aspect))
     turned, flip_y, flip_x = _turn(frame)
     small = None
@@ -144,7 +144,7 @@ def picture(
 
 
 def _turn(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
-    """How a frame is brought upright: (its axes are swapped first, then y is flipped, then x is)."""
+    """The steps that make a frame upright: (swap the axes first, then flip y, then flip x)."""
     matrix = frame.side_data.get("DISPLAYMATRIX")
     if matrix is None:
         return False, False, False
@@ -157,7 +157,7 @@ def _turn(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
 def _probe(source: Source, mtime_ns: int, size: int) -> VideoInfo:
     with open_video(source) as (container, stream):
         packets = [(p.pts, p.is_keyframe, p.is_discard, p.is_corrupt) for p in container.demux(stream) if p.size]
-        expected = max(len(packets), len(stream.index_entries))  # an mp4 lists its frames ahead; elsewhere the list is shorter
+        expected = max(len(packets), len(stream.index_entries))  # an mp4 lists all its frames; in other formats the list is shorter
         whole = [(pts, key) for pts, key, discard, corrupt in packets if not discard and not corrupt]
         missing = expected - sum(not corrupt for *_, corrupt in packets)
         fps = float(stream.average_rate or stream.guessed_rate or 25)
@@ -176,7 +176,7 @@ def _probe(source: Source, mtime_ns: int, size: int) -> VideoInfo:
         raise UserError(
             f"{source} has time stamps that jump by {max(steps):.0f} s: put them right with ffmpeg -i IN -vf setpts=N/FR/TB OUT"
         )
-    if timed and span > 0 and abs(span * fps - (len(whole) - 1)) > 0.5:  # a variable rate, or a header that is wrong about it
+    if timed and span > 0 and abs(span * fps - (len(whole) - 1)) > 0.5:  # a variable rate, or a wrong rate in the header
         fps = (len(whole) - 1) / span
     if promised and timed and times[-1] + 1.5 / fps + 0.1 < promised:
         line = f"{source} is cut short ({times[-1]:.2f} of {promised:.2f} s are there): download or export it again"
@@ -210,7 +210,7 @@ def _probe(source: Source, mtime_ns: int, size: int) -> VideoInfo:
 
 
 def _thinned(keys: Sequence[float]) -> tuple[float, ...]:
-    """Those of the rising times that are `JUMP` or more after the one before."""
+    """The key-frame times, ascending, that are at least `JUMP` after the previous one kept."""
     kept: list[float] = []
     for key in keys:
         if not kept or key >= kept[-1] + JUMP:
@@ -219,7 +219,7 @@ def _thinned(keys: Sequence[float]) -> tuple[float, ...]:
 
 
 def _promised(stream: av.VideoStream) -> float:
-    """Seconds that Matroska says its stream lasts (0 if it says nothing): a cut there leaves no other trace."""
+    """The duration in seconds that Matroska states for its stream (0 if none): the only sign that such a file was cut."""
     try:
         hours, minutes, seconds = stream.metadata.get("DURATION", "0:0:0").split(":")
         return int(hours) * 3600 + int(minutes) * 60 + float(seconds)
@@ -227,11 +227,11 @@ def _promised(stream: av.VideoStream) -> float:
         return 0.0
 
 
-Stamped = tuple[float, Callable[[], Tensor]]  # seconds since the first frame, and how to get its picture
+Stamped = tuple[float, Callable[[], Tensor]]  # seconds since the first frame, and a function that converts its picture
 
 
 def _runs(times: Sequence[float], keyframes: Sequence[float]) -> list[list[float]]:
-    """`times` in runs, cut where a key frame spares the decoder `JUMP` seconds or more.
+    """`times` split into runs wherever a key frame lets the decoder skip `JUMP` seconds or more.
 
     >>> _runs([0.0, 0.5, 30.0, 31.5], keyframes=[0.0, 10.0, 20.0, 31.0])
     [[0.0, 0.5], [30.0, 31.5]]
@@ -246,7 +246,7 @@ def _runs(times: Sequence[float], keyframes: Sequence[float]) -> list[list[float
 
 
 def _nearest(frames: Iterable[Stamped], times: Sequence[float], tail: float) -> Iterator[Stamped]:
-    """The frame nearest to each of `times`; the last one also for times up to `tail` seconds later. Fewer if the frames end before that."""
+    """The frame nearest to each of `times`; the last one also for times up to `tail` seconds later. Fewer if the frames end earlier."""
     done, before = 0, None
     for now in frames:
         while before and done < len(times) and times[done] <= (before[0] + now[0]) / 2 + EPS:
@@ -261,9 +261,9 @@ def _nearest(frames: Iterable[Stamped], times: Sequence[float], tail: float) -> 
 
 
 def _decode(source: Source, info: VideoInfo, times: Sequence[float], size: tuple[int, int], threads: int) -> Iterator[Stamped]:
-    """Every frame that may be the nearest to one of `times`, and some between them, in the order of their times."""
+    """Every frame that may be the nearest to one of `times`, and some between them, in order of time."""
     start = times[0]
-    for seek in (start > 0 and info.origin is not None, False):  # again from the top if the first lands beyond `start`, or nowhere
+    for seek in (start > 0 and info.origin is not None, False):  # without seeking, if the seek lands after `start` or fails
         with open_video(source, threads) as (container, stream):
             wanted, reach = list(times), math.inf
             if info.origin is not None:
@@ -282,7 +282,7 @@ def _decode(source: Source, info: VideoInfo, times: Sequence[float], size: tuple
                 if seek and index == 0 and time > start + EPS:
                     break
                 if time > last:
-                    # cached: a slow video shows the same frame more than once
+                    # cached: at a higher rate than the video's, the same frame is used more than once
                     yield time, cache(partial(_tensor, frame, stream.sample_aspect_ratio, scaler, source, size))
                     last = time
         if last > -math.inf:
@@ -292,7 +292,7 @@ def _decode(source: Source, info: VideoInfo, times: Sequence[float], size: tuple
 def _frames(
     container: av.container.InputContainer, stream: av.VideoStream, wanted: Sequence[float], reach: float
 ) -> Iterator[av.VideoFrame]:
-    """The frames from here on, less those that no other needs and that are shown more than `reach` seconds from all times in `wanted`."""
+    """The frames from here on. Non-reference frames shown more than `reach` seconds from all times in `wanted` are skipped."""
     for packet in container.demux(stream):
         idle = packet.pts is not None and not _near(float(packet.pts * stream.time_base), wanted, reach)
         stream.codec_context.skip_frame = "NONREF" if idle else "DEFAULT"

@@ -1,4 +1,4 @@
-"""Images in and out: whatever a camera, an editor or a browser saved becomes uint8 (H, W, 3)."""
+"""Reading and writing images: files from cameras, editors and browsers become uint8 (H, W, 3)."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from kling.errors import UserError
 from kling.runtime.files import Member, Source, as_source, head, read_bytes, sniff, writing, written
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
-SEVERAL = ("GIF", "WEBP", "PNG")  # formats in which more than one frame means an animation; a phone's JPEG may hide a second picture
+SEVERAL = ("GIF", "WEBP", "PNG")  # formats in which several frames are an animation; a phone's JPEG may contain a second picture
 
 
 def read_image(path: str | Path | Member) -> Tensor:
-    """uint8 (H, W, 3) in sRGB. EXIF rotation and an embedded colour profile are applied, transparency is laid on white, 16-bit greys keep
-    their upper 8 bits.
+    """uint8 (H, W, 3) in sRGB. EXIF rotation and an embedded colour profile are applied, transparency is put on white, 16-bit grey keeps
+    its upper 8 bits.
 
-    Raises `UserError` for what is not an image, an animation (give it as a video), or a damaged file.
+    Raises `UserError` for a file that is not an image, is an animation (give it as a video), or is damaged.
     """
     return torch.from_numpy(np.array(_rgb(_open(as_source(path)))))
 
 
 def read_mask(path: str | Path, H: int, W: int) -> Tensor:
-    """(H, W) float32 in [0, 1]: white (1) and transparent are to be generated, black (0) is kept.
+    """(H, W) float32 in [0, 1]: white (1) and transparent areas are to be generated, black (0) is kept.
 
-    Brought to (H, W) by the rule of `transforms.fit`, cover: a mask drawn on a picture stays aligned with it.
+    Fitted to (H, W) as `transforms.fit` does with cover, so that a mask drawn on a picture stays aligned with it.
     """
     grey = np.array(_rgb(_open(Path(path))).convert("L"), dtype=np.float32) / 255
-    return fit(grey, H, W).clamp_(0, 1)  # bicubic growth overshoots
+    return fit(grey, H, W).clamp_(0, 1)  # bicubic enlargement overshoots
 
 
 def write_png(path: str | Path, image: Frames) -> None:
-    """Write one picture, uint8 (H, W, 3), losslessly. Raises `UserError` if the place cannot be written."""
+    """Write one picture, uint8 (H, W, 3), losslessly. Raises `UserError` if the path cannot be written."""
     with written(path) as temporary, writing(Path(path)):
         Image.fromarray(np.asarray(image)).save(temporary, format="PNG")
 
@@ -45,7 +45,7 @@ def write_png(path: str | Path, image: Frames) -> None:
 def write_png_frames(folder: str | Path, frames: Frames) -> list[Path]:
     """Write uint8 (T, H, W, 3) as frame_00000.png, frame_00001.png, … and return the paths.
 
-    Raises `UserError` if the folder holds such frames already: those of a longer video would mix with these.
+    Raises `UserError` if the folder already holds such frames: those of a longer video would mix with these.
     """
     folder = Path(folder)
     if folder.is_dir() and any(folder.glob("frame_*.png")):
@@ -57,7 +57,7 @@ def write_png_frames(folder: str | Path, frames: Frames) -> list[Path]:
 
 
 def _open(path: Source) -> Image.Image:
-    """The decoded image, upright."""
+    """The decoded image, rotated upright."""
     demuxer, kind = sniff(head(path))
     try:
         image = Image.open(BytesIO(read_bytes(path)) if isinstance(path, Member) else path, formats=FORMATS)
@@ -75,13 +75,13 @@ def _open(path: Source) -> Image.Image:
         raise
     except Image.DecompressionBombError:
         raise UserError(f"{path} has more than {2 * Image.MAX_IMAGE_PIXELS // 10**6} megapixels: scale it down") from None
-    except (OSError, SyntaxError, ValueError, EOFError) as error:  # Pillow's ways to say that the data is damaged
+    except (OSError, SyntaxError, ValueError, EOFError) as error:  # Pillow raises any of these for damaged data
         line = f"{path} is a damaged image ({error}): export or download it again"
         raise UserError(line, code="damaged_image", file=path) from None
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    """8-bit sRGB of any mode."""
+    """8-bit sRGB from an image of any mode."""
     image = _srgb(image)
     if image.mode.startswith("I"):  # 16-bit grey; Pillow would clip it to white
         return Image.fromarray((np.asarray(image, dtype=np.float32) / 257).round().clip(0, 255).astype(np.uint8)).convert("RGB")
@@ -92,8 +92,8 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def _srgb(image: Image.Image) -> Image.Image:
-    """The colours of an embedded profile as sRGB's: the same numbers are other colours on a phone's (Display P3) or a printer's (CMYK)
-    screen. What has no profile, or a damaged one, is sRGB already, as in browsers."""
+    """Convert colours from the embedded profile to sRGB: the same numbers are other colours in Display P3 (phones) or CMYK (print). An
+    image without a profile, or with a damaged one, is taken as sRGB, as browsers do."""
     profile = image.info.get("icc_profile")
     if not profile or image.mode.startswith("I"):
         return image

@@ -1,9 +1,9 @@
-"""The manifest: one JSON line for every clip that may be trained on, and what was found out about it.
+"""The manifest: one JSON line for every clip that may be used for training, with what a scan measured.
 
     {"path": "cats/a.mp4", "start": 0.0, "end": 5.12, "captions": [{"text": "a cat", "language": "en", "weight": 1.0}],
      "video": {"width": 640, "height": 272, "frames": 250, "fps": 25.0, ...}, "bytes": 509868, "sha256": "5d41...", "measures": {...}, ...}
 
-Paths are relative to the manifest, or absolute. Times are seconds from the first frame. Keys of the user's own are refused, not lost.
+Paths are relative to the manifest, or absolute. Times are seconds from the first frame. Unknown keys are an error, so that none is lost.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ IMAGE = "image"  # VideoInfo.container of a still picture
 
 
 class MissingClip(UserError):
-    """A file that a manifest lists and that is gone."""
+    """A file that a manifest lists does not exist."""
 
 
 @dataclass(frozen=True)
 class Caption:
-    """One description. `weight` says how often training takes it, relative to the clip's others."""
+    """One description. `weight` is how often training uses it, relative to the clip's other captions."""
 
     text: str
     language: str = ""
@@ -38,7 +38,7 @@ class Caption:
 
 @dataclass(frozen=True)
 class Shot:
-    """One clip: a stretch of a video without a cut, or a picture."""
+    """One clip: a part of a video without a cut, or a picture."""
 
     path: str
     video: VideoInfo
@@ -47,8 +47,8 @@ class Shot:
     sha256: str
     start: float = 0.0  # seconds
     end: float = 0.0  # seconds; the end of the last frame
-    member: tuple[str, int, int] | None = None  # (name, start, bytes) where `path` is a tar
-    clock: tuple[float, tuple[tuple[float, int], ...]] | None = None  # (time of the first frame, (step, how often) …), seconds
+    member: tuple[str, int, int] | None = None  # (name, start, bytes) if `path` is a tar
+    clock: tuple[float, tuple[tuple[float, int], ...]] | None = None  # (time of the first frame, (step, repetitions) …), seconds
     captions: tuple[Caption, ...] = ()
     camera: str | None = None  # a camera file, beside the manifest
     measures: dict[str, Any] = field(default_factory=dict)
@@ -59,7 +59,7 @@ class Shot:
 
     @property
     def name(self) -> str:
-        """A name for people: "cats/a.mp4@5.125"."""
+        """A readable name: "cats/a.mp4@5.125"."""
         inside = f"/{self.member[0]}" if self.member else ""
         return f"{self.path}{inside}@{self.start:.3f}"
 
@@ -78,12 +78,12 @@ class Bad:
     """A file that cannot be used, or a clip that was left out, and why."""
 
     path: str
-    reason: str  # one word or two: what is counted
+    reason: str  # one or two words; reasons are counted
     detail: str  # one line
     bytes: int = 0
     mtime_ns: int = 0
     start: float = 0.0
-    shot: dict[str, Any] | None = None  # of a clip that a filter dropped: all that was measured
+    shot: dict[str, Any] | None = None  # everything measured, for a clip that a filter dropped
 
 
 class Manifest:
@@ -100,7 +100,7 @@ class Manifest:
         return Member(path, *shot.member) if shot.member else path
 
     def check(self, shot: Shot) -> Source:
-        """The clip's file, refused if it has changed since it was scanned (`MissingClip` if it is gone)."""
+        """The clip's file. Raises `UserError` if it has changed since it was scanned (`MissingClip` if it is gone)."""
         source = self.source(shot)
         try:
             now = stamp(source)
@@ -112,7 +112,7 @@ class Manifest:
 
 
 def read_manifest(path: str | Path) -> Manifest:
-    """Raises `UserError` with the line number for what is not a manifest, and if it is empty."""
+    """Read a manifest. Raises `UserError` with the line number for invalid lines, and if there is no clip."""
     path = Path(path)
     shots = [shot_from(line, f"{path} line {number}") for number, line in read_lines(path)]
     if not shots:
@@ -125,7 +125,7 @@ def write_manifest(path: str | Path, shots: Iterable[Shot]) -> None:
 
 
 def quarantine_of(manifest: Path) -> Path:
-    """Where a scan puts what cannot be used: manifest.jsonl -> quarantine.jsonl, cats.jsonl -> cats.quarantine.jsonl."""
+    """Where a scan lists unusable files: manifest.jsonl -> quarantine.jsonl, cats.jsonl -> cats.quarantine.jsonl."""
     return manifest.with_name("quarantine.jsonl" if manifest.stem == "manifest" else f"{manifest.stem}.quarantine.jsonl")
 
 
@@ -155,18 +155,18 @@ def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def write_lines(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Write a jsonl file, whole or not at all."""
+    """Write a jsonl file atomically."""
     with written(path) as temporary:
         temporary.write_bytes(b"".join(as_line(row) for row in rows))
 
 
 def as_line(row: dict[str, Any]) -> bytes:
-    """One line of a jsonl file in UTF-8. Bytes of a file's name that are not UTF-8 become JSON's own escapes, and come back when read."""
+    """One line of a jsonl file in UTF-8. Bytes of a file name that are not UTF-8 become JSON escapes, and are restored when read."""
     return (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
 
 
 def shot_from(row: dict[str, Any], where: str) -> Shot:
-    """A `Shot` of a manifest's line. Raises `UserError` that begins with `where`."""
+    """The `Shot` of a manifest's line. Raises `UserError` that begins with `where`."""
     try:
         video = VideoInfo(**row["video"] | {"keyframes": tuple(row["video"].get("keyframes", ()))})
         captions = tuple(Caption(**c) for c in row.get("captions", []))
@@ -178,6 +178,6 @@ def shot_from(row: dict[str, Any], where: str) -> Shot:
 
 
 def relative(path: Path, folder: Path) -> str:
-    """How a manifest in `folder` names a file: relative if the file lies below, absolute otherwise."""
+    """The name of a file in a manifest in `folder`: relative if the file is below the folder, absolute otherwise."""
     path, folder = Path(os.path.abspath(path)), Path(os.path.abspath(folder))
     return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else path.as_posix()

@@ -3,8 +3,8 @@
     reader = open_reader("cat.mp4")                        # pyav: reads everything
     frames = reader.at([0.0, 0.125, 0.25], size=(64, 112))   # uint8 (3, 64, 112, 3): the stored frames nearest to these seconds
 
-decord and torchcodec read plain files only (`Plain`): H.264 of a constant rate, upright, with square 8-bit pixels and a matrix that
-they know. decord gives wrong frames on damaged files without a word, so the file must have passed `kling-data scan` first.
+decord and torchcodec read plain files only (`not_plain`): H.264 at a constant rate, upright, with square 8-bit pixels and a common colour
+matrix. decord returns wrong frames from damaged files without an error, so the file must have passed `kling-data scan` first.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ class Reader(Protocol):
     info: VideoInfo
 
     def at(self, times: Sequence[float], size: tuple[int, int] | None = None) -> Tensor:
-        """uint8 (n, H, W, 3): the stored frame nearest to each of `times` (seconds from the first frame, rising), covering `size`.
+        """uint8 (n, H, W, 3): the stored frame nearest to each of `times` (seconds from the first frame, ascending), covering `size`.
 
         Raises `UserError` if the file is damaged, or ends half a frame or more before the last time.
         """
 
 
 class PyAVReader:
-    """Reads whatever FFmpeg reads; the only one that meets rotation, odd pixels, variable rates and damage."""
+    """Reads everything that FFmpeg reads; the only reader that handles rotation, non-square pixels, variable rates and damage."""
 
     def __init__(self, source: Source, info: VideoInfo, threads: int = 0) -> None:
         self.source, self.info, self.threads = source, info, threads
 
     def at(self, times: Sequence[float], size: tuple[int, int] | None = None) -> Tensor:
-        from kling.data.decode import pick  # here: the small world needs no decoder
+        from kling.data.decode import pick  # imported here because the small world needs no decoder
 
         size = size or (self.info.height, self.info.width)
         frames = torch.empty((len(times), *size, 3), dtype=torch.uint8)
@@ -55,7 +55,7 @@ class PyAVReader:
 
 
 class _PlainReader:
-    """A decoder that counts frames: times become indices."""
+    """A decoder that addresses frames by number: times are converted to indices."""
 
     def __init__(self, source: Source, info: VideoInfo, threads: int = 0) -> None:
         if why := not_plain(info):
@@ -65,11 +65,11 @@ class _PlainReader:
             self._open(source, threads)
         except ImportError as error:
             raise UserError(f"reader {self.name} is not installed ({error}): pip install 'kling[{self.name}]', or use pyav") from None
-        except RuntimeError as error:  # decord's and torchcodec's only error
+        except RuntimeError as error:  # the only error of decord and torchcodec
             raise UserError(f"{source} cannot be opened by {self.name} ({str(error).splitlines()[0]}): use reader pyav") from None
 
     def at(self, times: Sequence[float], size: tuple[int, int] | None = None) -> Tensor:
-        # ties between two frames go to the earlier one
+        # of two equally near frames the earlier one is taken
         places = [max(0, math.ceil(time * self.info.fps - 0.5 - EPS * self.info.fps)) for time in times]
         if places[-1] >= self.info.frames:
             raise UserError(f"{self.source} has {self.info.frames} frames: none is near {times[-1]:.2f} s")
@@ -98,7 +98,7 @@ class TorchcodecReader(_PlainReader):
         except RuntimeError as error:  # FFmpeg's shared libraries are missing, or built for another torch
             raise ImportError(str(error).splitlines()[0]) from None
         if isinstance(source, Member):
-            raise UserError(f"{source} lies in a tar, which torchcodec does not read: use reader pyav or decord")
+            raise UserError(f"{source} is inside a tar, which torchcodec does not read: use reader pyav or decord")
         self.video = VideoDecoder(str(source), dimension_order="NHWC", num_ffmpeg_threads=threads or 1)
 
     def _frames(self, places: list[int]) -> Tensor:
@@ -109,21 +109,21 @@ READERS = {"pyav": PyAVReader, "decord": DecordReader, "torchcodec": TorchcodecR
 
 
 def open_reader(path: str | Path | Member, backend: str = "auto", info: VideoInfo | None = None, threads: int = 0) -> Reader:
-    """A reader of one file. info: what a scan found (otherwise the file is probed). threads: 0 for as many as there are cores.
+    """A reader of one file. info: what a scan found (otherwise the file is probed). threads: 0 for one per core.
 
-    auto is pyav: it measured faster than decord and torchcodec on the files that these can read (`kling-bench video`), and it alone tells
-    of damage. Raises `UserError` for a file that the backend must not read.
+    auto is pyav: it is faster than decord and torchcodec on the files that these can read (`kling-bench video`), and the only one that
+    detects damage. Raises `UserError` for a file that the backend must not read.
     """
     if backend not in ("auto", *READERS):
         raise unknown("reader", backend, ["auto", *READERS])
-    from kling.data.decode import probe  # here: the small world needs no decoder
+    from kling.data.decode import probe  # imported here because the small world needs no decoder
 
     source = as_source(path)
     return READERS["pyav" if backend == "auto" else backend](source, info or probe(source), threads)
 
 
 def not_plain(info: VideoInfo) -> str | None:
-    """Why decord and torchcodec must not read a file, or None if they may."""
+    """The reason why decord and torchcodec must not read a file, or None if they may."""
     if info.codec != "h264" or info.pix_fmt != "yuv420p" or info.container not in ("mov", "matroska"):
         return f"it is {info.codec} {info.pix_fmt} in {info.container}, not h264 yuv420p in mp4 or mkv"
     if info.vfr:

@@ -1,4 +1,4 @@
-"""Where clips come from: the small world, or a manifest of real videos. A batch is a pure function of (seed, step), not of workers."""
+"""The sources of clips: the small world, or a manifest of real videos. A batch is a pure function of (seed, step), not of workers."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from kling.shapes import ASPECTS, aspect_size, latent_frames
 
 @dataclass
 class DataConfig:
-    """What to train on.
+    """The training data.
 
     source: "world", a manifest (kling-data scan), or a folder of videos with sidecar captions. frames: lengths to draw from, each 1 + 4k.
-    aspects: names to draw from, or to sort into. fps: of the clips. scale: times the small world's size. holdout: share of a manifest's
-    files kept from training, to evaluate on; with 0 the training clips are. reader: auto, pyav, decord or torchcodec.
-    unconditional: clips without captions are meant. skip_bad: leave out what cannot be used, counted in the log.
+    aspects: names to draw from, or to sort into. fps: of the clips. scale: multiple of the small world's size. holdout: share of a
+    manifest's files kept for evaluation; with 0, evaluation uses the training clips. reader: auto, pyav, decord or torchcodec.
+    unconditional: allow clips without captions. skip_bad: leave out unusable files, and count them in the log.
     """
 
     source: str = "world"
@@ -45,7 +45,7 @@ class DataConfig:
 
 
 class ClipSource:
-    """Clips by index, at a length and an aspect: of the endless world, or of a manifest (`manifest`, None for the world)."""
+    """Clips by index, at a given length and aspect: of the endless world, or of a manifest (`manifest`, None for the world)."""
 
     def __init__(self, cfg: DataConfig, seed: int = 0, split: str = "train") -> None:
         self.cfg, self.seed, self.split = cfg, seed, split
@@ -67,7 +67,7 @@ class ClipSource:
             )
 
     def clip(self, index: int, frames: int, aspect: str) -> ClipSample:
-        """Clip `index` at a length and an aspect; a manifest goes round among those that are long enough."""
+        """Clip `index` at a length and an aspect; a manifest is cycled through, without clips that are too short."""
         if self.manifest:
             return self.manifest.any(index, frames, aspect)
         clip = World(self.seed, frames, aspect, self.split).clip(index)
@@ -75,7 +75,7 @@ class ClipSource:
         return ClipSample(clip.video, captions, clip.trajectory, f"world/{self.seed}/{self.split}/{aspect}/{index}")
 
     def captions(self, index: int) -> list[str]:
-        """Captions of clip `index`, without its pictures."""
+        """Captions of clip `index`, without rendering or decoding it."""
         if self.manifest:
             shots = self.manifest.manifest.shots
             return [caption.text for caption in shots[index % len(shots)].captions] or [""]
@@ -84,11 +84,11 @@ class ClipSource:
 
 
 class StepBatches(Dataset):
-    """Batch of a place in a run's endless row of batches: uint8 (b, T, H, W, 3).
+    """The batch at a place in a run's endless sequence of batches: uint8 (b, T, H, W, 3).
 
-    The world's length and aspect are drawn for each `group` of batches in a row; `batch` counts clips of the longest length, and of a
-    shorter one there are as many more as make the same frames, up to `MOST`. A manifest's clips come in the order of `Epochs`, `batch` of
-    the largest shape and of the others as many as make the same tokens.
+    For the world, length and aspect are drawn once for every `group` consecutive batches; `batch` is the number of clips of the longest
+    length, and shorter ones have more clips, for the same number of frames, up to `MOST`. A manifest's clips come in the order of `Epochs`,
+    `batch` of the largest shape and more of smaller ones, for the same number of tokens.
     """
 
     MOST = 16
@@ -115,16 +115,19 @@ class StepBatches(Dataset):
         first = place * max(self.batch, self.MOST)
         return [source.clip(first + i, frames, aspect) for i in range(count)]
 
+    def names(self, place: int) -> list[str]:
+        return [clip.name for clip in self.clips(place)]
+
     def report(self) -> str:
-        """What is used, and how often. Nothing for the world, which does not end."""
+        """How many clips are used, and how often. Empty for the world, which is endless."""
         return f"{self.source.manifest.report()}\n{self.epochs.report()}" if self.source.manifest else ""
 
 
 def batches(data: Dataset, start: int, steps: int, workers: int) -> Iterator:
-    """The batches of steps start … steps - 1, made ahead by `workers` processes of one thread each.
+    """The batches of steps start … steps - 1, prepared ahead by `workers` processes of one thread each.
 
-    A `UserError` of a worker is raised here as it was, without the worker's traceback in its message. Workers end with this iterator, and
-    at the latest with the program, whatever ends it.
+    A `UserError` in a worker is raised here unchanged, without the worker's traceback in its message. The workers end with this iterator,
+    and at the latest with the program, however that ends.
     """
     if start >= steps:
         return
@@ -143,7 +146,7 @@ def batches(data: Dataset, start: int, steps: int, workers: int) -> Iterator:
 
 
 class _Told(Dataset):
-    """Items of `data`, or the `UserError` that making one raised: what a worker raises, torch would wrap in a traceback."""
+    """Items of `data`, or the `UserError` that making one raised: torch would wrap an error raised in a worker in a traceback."""
 
     def __init__(self, data: Dataset) -> None:
         self.data = data
@@ -159,7 +162,7 @@ _feeds: weakref.WeakSet = weakref.WeakSet()  # iterators that have workers
 
 
 def _end_workers(feed: Any) -> None:
-    """Ask the workers of a loader's iterator to leave, then kill one amid a long file: SIGTERM, which torch sends, they ignore."""
+    """Ask the workers of a loader's iterator to stop, then kill those still busy: they ignore SIGTERM, which torch sends."""
     _feeds.discard(feed)
     feed._shutdown_workers()
     for process in feed._workers:
@@ -169,21 +172,21 @@ def _end_workers(feed: Any) -> None:
 
 @atexit.register
 def _end_all_workers() -> None:
-    """Before multiprocessing waits for its children, for ever: an error in the loop's own code leaves its feed open in the traceback."""
+    """Stop all workers at exit, before multiprocessing waits for them forever: the traceback of an error in the loop keeps them alive."""
     for feed in list(_feeds):
         _end_workers(feed)
 
 
 def _start_worker(worker: int) -> None:
-    """One thread; and signals are the main process's business: it finishes its step, saves, and ends its workers."""
-    _feeds.clear()  # a fork has its parent's
+    """Use one thread, and ignore signals: the main process handles them, finishes its step, saves, and ends its workers."""
+    _feeds.clear()  # a forked process inherits its parent's
     torch.set_num_threads(1)
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
 
 def check_data(cfg: DataConfig) -> None:
-    """Refuse a data section that cannot work, before anything is built."""
+    """Raise `UserError` for invalid data settings, before anything is built."""
     for frames in cfg.frames:
         latent_frames(frames)
     for aspect in cfg.aspects:

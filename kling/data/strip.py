@@ -10,9 +10,9 @@ from kling.data.transforms import Frames
 
 
 def strip(rows: Sequence[Frames], columns: int = 6, gap: int = 2) -> torch.Tensor:
-    """Clips (T, H, W, 3) uint8, one under the other, each as `columns` frames evenly over its length: one picture (h, w, 3).
+    """Clips (T, H, W, 3) uint8 as one picture (h, w, 3): a row per clip, each with `columns` frames spread evenly over the clip.
 
-    gap: pixels between frames, white, as is the end of a row that is narrower than another.
+    gap: pixels between frames. Gaps, and the end of rows narrower than others, are white.
     """
     pictures = []
     for clip in map(torch.as_tensor, rows):

@@ -1,7 +1,7 @@
-"""Sizes and number ranges: the one rule by which images and videos are brought to a model's frame.
+"""Sizes and number ranges: the one rule that fits images and videos to a model's frame size.
 
-Cover (the default): scale until the frame is filled, crop the centre. Contain: scale until all of the picture shows, centre it.
-Scaling averages areas when it shrinks (no aliasing) and is bicubic when it grows. An image and a video of it come out equal.
+Cover (the default): scale until the frame is filled, crop the centre. Contain: scale until the whole picture fits, centre it.
+Scaling averages areas when it shrinks (no aliasing) and is bicubic when it enlarges. An image and a video of it give equal results.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def to_tensor(frames: Frames) -> Tensor:
 
 
 def to_batch(frames: Tensor) -> Tensor:
-    """uint8 (b, T, H, W, 3) -> float32 (b, 3, T, H, W) in [-1, 1], on the device that it is on."""
+    """uint8 (b, T, H, W, 3) -> float32 (b, 3, T, H, W) in [-1, 1], on the same device."""
     return frames.permute(0, 4, 1, 2, 3).float().div_(127.5).sub_(1)
 
 
@@ -34,15 +34,15 @@ def to_uint8(video: Tensor) -> Tensor:
     if video.ndim != 4 or video.shape[0] != 3:
         raise ValueError(f"expected a video (3, T, H, W), got {tuple(video.shape)}")
     if not torch.isfinite(video).all():
-        raise ValueError("the video holds NaN or infinity, which no pixel can show")
+        raise ValueError("the video holds NaN or infinity")
     pixels = (video.detach().float() + 1).mul_(127.5).round_().clamp_(0, 255)
     return pixels.to(torch.uint8).permute(1, 2, 3, 0).contiguous().cpu()
 
 
 def fit(frames: Frames, H: int, W: int, mode: str = "cover") -> Tensor:
-    """Bring pictures to (H, W): uint8 (T, H, W, 3) or (H, W, 3), or a float mask (H, W), in and out.
+    """Fit pictures to (H, W): uint8 (T, H, W, 3) or (H, W, 3), or a float mask (H, W), in and out.
 
-    "cover" fills the frame and crops the centre; "contain" shows all of it, with black where nothing is.
+    "cover" fills the frame and crops the centre; "contain" shows the whole picture, with black around it.
     """
     if mode not in ("cover", "contain"):
         raise unknown("fit", mode, ["cover", "contain"])
@@ -85,13 +85,13 @@ def _cover(picture: np.ndarray, H: int, W: int) -> np.ndarray:
 
 
 def cover_size(h: int, w: int, H: int, W: int) -> tuple[int, int]:
-    """The size to which (h, w) is scaled so that it fills (H, W)."""
+    """The size to which (h, w) is scaled to fill (H, W)."""
     scale = max(H / h, W / w)
     return max(H, round(h * scale)), max(W, round(w * scale))
 
 
 def crop(picture: np.ndarray, H: int, W: int) -> np.ndarray:
-    """The centre (H, W) of a picture (h, w, ...) that is at least as large."""
+    """The central (H, W) of a picture (h, w, ...) that is at least as large."""
     top, left = (picture.shape[0] - H) // 2, (picture.shape[1] - W) // 2
     return picture[top : top + H, left : left + W]
 

@@ -1,12 +1,12 @@
-"""Video in and out, through PyAV alone.
+"""Reading and writing videos with PyAV only.
 
-    info = probe("cat.mp4")                                  # VideoInfo: what is in it, counted and not believed
-    clip = read_video("cat.mp4", fps=8, num_frames=41)       # Clip: uint8 (T, H, W, 3), upright, square pixels, true colours
-    with VideoWriter("out.mp4", fps=8) as out:               # frames as they come; the file appears whole or not at all
+    info = probe("cat.mp4")                                  # VideoInfo: the contents, counted instead of read from the header
+    clip = read_video("cat.mp4", fps=8, num_frames=41)       # Clip: uint8 (T, H, W, 3), upright, square pixels, correct colours
+    with VideoWriter("out.mp4", fps=8) as out:               # takes frames as they are made; writes the file atomically
         out.write(frames)
 
-Frames are picked by their time stamps: output frame i is the one nearest to start + i / fps, so a variable rate keeps its pace.
-Every mistake in a file is a `UserError` of one line with the path.
+Frames are picked by their time stamps: output frame i is the one nearest to start + i / fps, so a video of variable rate keeps its speed.
+Every fault of a file is a `UserError` of one line with the path.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from kling.data.transforms import Frames, check_size
 from kling.errors import UserError
 from kling.runtime.files import Member, Source, as_source, writing, written
 
-MAX_GIB = 8  # of pixels that `read_video` holds at once
+MAX_GIB = 8  # limit of the pixels that `read_video` holds at once
 WRITABLE = {".mp4": "mp4", ".mov": "mov", ".mkv": "matroska"}
 
 
@@ -56,12 +56,12 @@ def read_video(
 ) -> Clip:
     """Read a video as uint8 frames (T, H, W, 3).
 
-    fps         frames a second of the clip; default the file's own mean rate
+    fps         frames a second of the clip; default the file's mean rate
     start       seconds into the video
-    num_frames  exactly so many; default all that follow
-    size        (H, W) to which frames are brought, covering it (`transforms.fit`)
+    num_frames  exactly this many; default all that follow
+    size        (H, W) that the frames are fitted to, covering it (`transforms.fit`)
 
-    Raises `UserError` if the file is bad, has fewer frames than asked, or would not fit into memory.
+    Raises `UserError` if the file is bad, has fewer frames than requested, or would not fit into memory.
     """
     path, info = as_source(path), probe(path)
     fps, wanted, size = _ask(path, info, fps, start, num_frames, size)
@@ -90,7 +90,7 @@ def stream_video(
 
 
 def read_tail(path: str | Path, num_frames: int, fps: float, *, size: tuple[int, int] | None = None) -> Clip:
-    """The last `num_frames` at `fps`, ending on the very last stored frame: what a continuation starts from."""
+    """The last `num_frames` at `fps`, ending with the last stored frame: the start of a continuation."""
     info = probe(path)
     start = info.duration - 1 / info.fps - (num_frames - 1) / fps
     if start < -0.5 / info.fps - EPS:
@@ -101,8 +101,8 @@ def read_tail(path: str | Path, num_frames: int, fps: float, *, size: tuple[int,
 class VideoWriter:
     """Write frames as they come: H.264, yuv420p, BT.709 limited range, moov atom first. The same frames give the same bytes.
 
-    A context manager: the file appears when the block ends well; if it raises, nothing is left behind.
-    Raises `UserError` if the place cannot be written, the suffix is not .mp4, .mov or .mkv, a size is odd, or no frame came.
+    A context manager: the file appears when the block succeeds; if it raises, nothing is left behind.
+    Raises `UserError` if the path cannot be written, the suffix is not .mp4, .mov or .mkv, a size is odd, or there is no frame.
     """
 
     def __init__(self, path: str | Path, fps: float, *, crf: int = 17) -> None:
@@ -149,8 +149,8 @@ class VideoWriter:
     def _begin(self, height: int, width: int) -> None:
         if height % 2 or width % 2:
             raise UserError(f"size {width}x{height} is odd, which H.264 cannot store: use {width + width % 2}x{height + height % 2}")
-        # One thread: x264 cuts a frame by the number of threads, and the machine's would end up in the bytes.
-        # Centred chroma, as swscale makes it: untagged it would be read as H.264's default, left, half a pixel off.
+        # One thread: x264 divides a frame by the number of threads, so the file would depend on the machine.
+        # Centred chroma, as swscale makes it: untagged, it would be read as H.264's default, left, half a pixel off.
         options = {"crf": str(self.crf), "threads": "1", "x264-params": "chromaloc=1" + same_everywhere()}
         self.stream = self.container.add_stream("libx264", rate=self.rate, options=options)
         self.stream.width, self.stream.height, self.stream.pix_fmt = width, height, "yuv420p"
@@ -172,8 +172,8 @@ class VideoWriter:
 
 @cache
 def same_everywhere() -> str:
-    """x264's AVX-512 code gives other bytes from one encode of the same frames to the next, at most sizes of a small model; its AVX2 code,
-    which every CPU with AVX-512 has, does not. Nothing elsewhere: on a CPU without AVX2 it would be an illegal instruction."""
+    """Options for the same bytes on every run. x264's AVX-512 code encodes the same frames differently from one run to the next, at most
+    sizes of a small model; its AVX2 code does not, and every CPU with AVX-512 has AVX2. Empty on other CPUs, where AVX2 may be missing."""
     supported = getattr(torch.cpu, "_is_avx512_supported", lambda: torch.backends.cpu.get_cpu_capability() == "AVX512")
     return ":asm=avx2" if supported() else ""
 
@@ -185,7 +185,7 @@ def write_video(path: str | Path, frames: Frames, fps: float, *, crf: int = 17) 
 
 
 def write_gif(path: str | Path, frames: Frames, fps: float) -> None:
-    """Write uint8 (T, H, W, 3) as an endless GIF. Its clock ticks 100 times a second: delays alternate so that the mean rate is right."""
+    """Write uint8 (T, H, W, 3) as an endless GIF. GIF delays are in 1/100 s: they alternate so that the mean rate is right."""
     pictures = [Image.fromarray(frame) for frame in np.asarray(frames)]
     if not pictures:
         raise UserError(f"no frame to write to {path}: a GIF needs at least one")
@@ -198,7 +198,7 @@ def write_gif(path: str | Path, frames: Frames, fps: float) -> None:
 def _ask(
     path: Source, info: VideoInfo, fps: float | None, start: float, num_frames: int | None, size: tuple[int, int] | None
 ) -> tuple[float, int, tuple[int, int]]:
-    """Check a request: (fps, number of frames, (H, W))."""
+    """Check the arguments and fill in defaults: (fps, number of frames, (H, W))."""
     fps = info.fps if fps is None else float(frame_rate(fps))
     size = size or (info.height, info.width)
     check_size(*size)

@@ -10,7 +10,6 @@ from kling.dit.history import LayerHistory
 from kling.nn.attention import Attention, Kept
 from kling.nn.modulation import ModulatedNorm, Modulation, gate
 from kling.nn.norm import LayerNorm
-from kling.nn.packing import Packing
 from kling.runtime.diffusers_internals import TransformerBlockMetadata, TransformerBlockRegistry
 
 
@@ -45,10 +44,9 @@ class KlingTransformerBlock(nn.Module):
         encoder_hidden_states_image: Tensor | None = None,  # (b, i, d)
         history: LayerHistory | None = None,
         kept: Kept | None = None,  # keys and values of the text, from an earlier step
-        packing: tuple[Packing, Packing] | None = None,  # of tokens and text, where many shapes are one row
     ) -> Tensor:
         # what may be compiled is a call inside `forward`, so that hooks on `forward` (shards, offload, caches) stay around it
-        return self.layer(hidden_states, encoder_hidden_states, temb, rotary_emb, encoder_hidden_states_image, history, kept, packing)
+        return self.layer(hidden_states, encoder_hidden_states, temb, rotary_emb, encoder_hidden_states_image, history, kept)
 
     def layer(
         self,
@@ -59,17 +57,15 @@ class KlingTransformerBlock(nn.Module):
         image: Tensor | None,
         history: LayerHistory | None,
         kept: Kept | None,
-        packing: tuple[Packing, Packing] | None,
     ) -> Tensor:
         """The computation of `forward`: tokens (b, n, d) and text (b, l, d) -> tokens (b, n, d)."""
-        own, cross = (None, None) if packing is None else ((packing[0], packing[0]), packing)
         temb = temb + self.scale_shift_table  # shift, scale and gate of attention, then of the feed-forward
 
         y = self.norm1(x, temb.vector(0), temb.vector(1))
-        x = gate(x, self.attn1(y, rotary_emb=rotary_emb, history=history, packing=own), temb.vector(2))
+        x = gate(x, self.attn1(y, rotary_emb=rotary_emb, history=history), temb.vector(2))
 
         y = self.norm2(x)
-        x = x + self.attn2(y, text, encoder_hidden_states_image=image, kept=kept, packing=cross)
+        x = x + self.attn2(y, text, encoder_hidden_states_image=image, kept=kept)
 
         y = self.norm3(x, temb.vector(3), temb.vector(4))
         return gate(x, self.ffn(y), temb.vector(5))

@@ -32,7 +32,6 @@ from kling.dit.history import History
 from kling.dit.walk_cache import WalkCache
 from kling.errors import UserError, unknown
 from kling.nn.modulation import Levels, ModulatedNorm, Modulation, TokenIndex, noise_levels, spell_alike
-from kling.nn.packing import Packing
 from kling.nn.patch import PatchEmbed, unpatchify
 from kling.nn.rope import RotaryPosEmbed
 from kling.runtime.diffusers_internals import ContextParallelInput, ContextParallelOutput
@@ -220,34 +219,6 @@ class KlingTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
             x = self._run(block, x, text, modulation, rotation, image, past, kept)
         velocity = unpatchify(self._head(x, temb, index).unflatten(1, grid), patch, OUTPUT)  # (b, c, G, h, w)
         return Transformer2DModelOutput(sample=velocity) if return_dict else (velocity,)
-
-    def forward_packed(self, batches: list[dict[str, Tensor | None]]) -> list[Tensor]:
-        """As `forward`, for batches of different shapes in one pass without padding: pictures beside clips.
-
-        batches: of each, `hidden_states`, `sigma` and `encoder_hidden_states`, and if wanted `positions`, `kinds`, `camera`, `camera_mask`.
-        Returns the velocity (b, c, G, h, w) of each.
-        """
-        if self._parallel_config is not None:
-            raise UserError("packed batches cannot share their tokens between devices: leave context parallelism off")
-        patch = tuple(self.config.patch_size)
-        grids, tokens, rotations, levels, indices = [], [], [], [], []
-        for batch in batches:
-            z, extras = batch["hidden_states"], [batch.get(name) for name in ("kinds", "camera", "camera_mask")]
-            grid = token_grid(*z.shape[2:], patch)
-            x = self._embed(z, grid, *extras, {})  # (b, n, d)
-            rotation = self.rope(self._positions(batch.get("positions"), grid[0], z), *grid[1:])
-            level, index = noise_levels(batch["sigma"], grid)  # (u,), (b, g)
-            indices.append(self.token_index(index, x.shape[1]) + sum(map(len, levels)))  # (b, n), into all levels
-            grids.append(grid), tokens.append(x), levels.append(level), rotations.append(rotation.expand(len(x), -1, -1, -1, -1))
-        texts = [batch["encoder_hidden_states"] for batch in batches]
-        packing = tuple(Packing(tuple(tuple(x.shape[:2]) for x in parts)) for parts in (tokens, texts))
-
-        x, rotation, index = Packing.join(tokens), Packing.join(rotations), Packing.join(indices)  # (1, N, ...) each
-        temb, vectors, text, _ = self.condition_embedder(torch.cat(levels), Packing.join(texts))
-        for block in self.blocks:
-            x = self._run(block, x, text, Modulation(vectors, index), rotation, None, None, None, packing)
-        parts = packing[0].split(self._head(x, temb, index))
-        return [unpatchify(part.unflatten(1, grid), patch, OUTPUT) for part, grid in zip(parts, grids, strict=True)]
 
     def _embed(
         self, z: Tensor, grid: tuple[int, int, int], kinds: Tensor | None, camera: Tensor | Cameras | None, mask: Tensor | None,

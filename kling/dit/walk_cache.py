@@ -17,4 +17,4 @@ class WalkCache:
 
     def __init__(self, layers: int, text: bool = True, beside: WalkCache | None = None) -> None:
         self.still: dict[str, Tensor] = {} if beside is None else beside.still
-        self.layers: list[Kept | None] = [{} if text else None for _ in range(layers)]
+        self.layers: list[Kept | None] = [Kept() if text else None for _ in range(layers)]

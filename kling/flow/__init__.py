@@ -1,1 +1,1 @@
-"""From noise to data: path, levels, solvers, guidance, the loop and the loss. Knows no model."""
+"""From noise to data: path, levels, solvers, guidance, the sampling loop and the loss. Independent of any model."""

@@ -1,4 +1,4 @@
-"""Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598), on text and separately on the camera."""
+"""Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598), on the text and separately on the camera."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from torch import Tensor
 def guided_velocity(
     predict: Callable[[str, bool], Tensor], guidance_scale: float, camera_guidance_scale: float, camera: bool, share: Tensor | None = None
 ) -> Tensor:
-    """Combine as few predictions as the two scales need.
+    """Combine as few predictions as the two scales require.
 
         v = v(text, cam) + (g - 1) (v(text, cam) - v(negative, cam)) + (g_cam - 1) (v(text, cam) - v(text, no cam))
 
-    predict(text, camera): the velocity with text "prompt" or "negative", with the camera or without; each a tensor of its own, which may be
-    written into. A scale of 1 costs no extra pass.
-    share: (b, 1, G, 1, 1) how much of g - 1 and g_cam - 1 each frame gets; None is all. See `given_share`.
+    predict(text, camera): the velocity with text "prompt" or "negative", with the camera or without; each a new tensor, which may be
+    overwritten. A scale of 1 costs no extra pass.
+    share: (b, 1, G, 1, 1) the fraction of g - 1 and g_cam - 1 for each frame; None is all of it. See `given_share`.
     """
     v = full = predict("prompt", camera)
     if guidance_scale != 1:
         scale = guidance_scale if share is None else (1 + share * (guidance_scale - 1)).to(v)
-        v = predict("negative", camera).lerp_(full, scale)  # one sweep over memory, into the negative's own
+        v = predict("negative", camera).lerp_(full, scale)  # one pass over memory, in place
     if camera and camera_guidance_scale != 1:
         change = torch.sub(full, predict("prompt", False)).mul_(camera_guidance_scale - 1)
         v = v + (change if share is None else share.to(v) * change)
@@ -30,13 +30,13 @@ def guided_velocity(
 
 
 def given_share(mask: Tensor, position: Tensor, reach: float) -> Tensor | None:
-    """Share of guidance that each frame gets: none where a frame is given whole, all of it from `reach` latent frames away; linear between.
+    """The fraction of guidance for each frame: 0 where a whole frame is given, 1 from `reach` latent frames away, linear in between.
 
-    A picture says more than words do, and guidance drives what is made beside it away from its colours. Stable Video Diffusion (Blattmann
-    et al. 2023, arXiv 2311.15127) lets the scale grow over the frames after a first one; here it does from any given frame.
+    A picture carries more information than words, and guidance moves the frames near it away from its colours. Stable Video Diffusion
+    (Blattmann et al. 2023, arXiv 2311.15127) raises the scale over the frames after a first one; this does so from any given frame.
 
-    mask: (b, 1, G, h, w), 0 where given. position: (b, G). Both on the CPU, or the host waits for them.
-    Returns (b, 1, G, 1, 1), or None where no clip is given a whole frame.
+    mask: (b, 1, G, h, w), 0 where given. position: (b, G). Both on the CPU, otherwise the host waits for them.
+    Returns (b, 1, G, 1, 1), or None if no clip has a whole given frame.
     """
     whole = mask.amax(dim=(1, 3, 4)) == 0  # (b, G)
     if reach == 0 or not bool(whole.any()):
@@ -47,11 +47,11 @@ def given_share(mask: Tensor, position: Tensor, reach: float) -> Tensor | None:
 
 
 class Guidance:
-    """Guidance on part of a walk, for the time it saves, and on part of a clip.
+    """Guidance on some of the steps, to save time, and on some of the frames.
 
-    interval: the levels (low, high) at which there is any; high noise gains nothing from it and low noise little (Kynkäänniemi et al. 2024,
-    arXiv 2404.07724). every: only each so many-th of these steps computes it anew, and those between add its last change once more.
-    share: of each frame, as in `guided_velocity`.
+    interval: the levels (low, high) between which guidance is used; it gains nothing at high noise and little at low noise (Kynkäänniemi et
+    al. 2024, arXiv 2404.07724). every: it is computed in every `every`-th of these steps; the steps between add the last change again.
+    share: for each frame, as in `guided_velocity`.
     """
 
     def __init__(self, interval: tuple[float, float] = (0.0, 1.0), every: int = 1, share: Tensor | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Noise levels: how training draws them and how sampling walks down them. One time everywhere: sigma in [0, 1], 1 is noise."""
+"""Noise levels: how training draws them and the grid that sampling descends. sigma is in [0, 1] everywhere, and 1 is noise."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ DENSITIES = ("logit_normal", "uniform")
 
 
 def shift_sigma(sigma: Tensor, shift: float) -> Tensor:
-    """sigma' = s sigma / (1 + (s - 1) sigma): more of the walk at high noise for s > 1 (Esser et al. 2024, arXiv 2403.03206, eq. 23)."""
+    """sigma' = s sigma / (1 + (s - 1) sigma): more steps at high noise for s > 1 (Esser et al. 2024, arXiv 2403.03206, eq. 23)."""
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
@@ -22,7 +22,7 @@ def draw_sigma(
     shift: float = 1.0,
     within: tuple[float, float] = (0.0, 1.0),
 ) -> Tensor:
-    """Training levels in (0, 1), or `within` two levels, as one of two experts sees them. `logit_normal` is sigmoid(N(0, 1))."""
+    """Training levels in (0, 1), or between the two levels `within` for one of two experts. `logit_normal` is sigmoid(N(0, 1))."""
     if density == "logit_normal":
         sigma = torch.randn(shape, generator=generator).sigmoid()
     elif density == "uniform":
@@ -33,7 +33,7 @@ def draw_sigma(
 
 
 def truncate_density(sigma: Tensor, within: tuple[float, float], density: str, shift: float) -> Tensor:
-    """Draws of a density -> draws of the same density cut to `within`: quantiles stay in their order."""
+    """Draws of a density -> draws of the same density truncated to `within`; the order of quantiles is kept."""
     if within == (0.0, 1.0):
         return sigma
     low, high = density_cdf(torch.tensor(within, dtype=torch.float64, device=sigma.device), density, shift)
@@ -41,13 +41,13 @@ def truncate_density(sigma: Tensor, within: tuple[float, float], density: str, s
 
 
 def density_ppf(quantile: Tensor, density: str, shift: float) -> Tensor:
-    """The level below which this share of the training density lies."""
+    """The level below which the fraction `quantile` of the training density lies."""
     return shift_sigma(torch.special.ndtri(quantile).sigmoid() if density == "logit_normal" else quantile, shift)
 
 
 def density_cdf(sigma: Tensor, density: str, shift: float) -> Tensor:
     """Inverse of `density_ppf`."""
-    plain = shift_sigma(sigma, 1 / shift).clamp(0, 1)  # 1 comes back a rounding above it
+    plain = shift_sigma(sigma, 1 / shift).clamp(0, 1)  # rounding can return slightly more than 1
     return torch.special.ndtr(plain.logit()) if density == "logit_normal" else plain
 
 

@@ -22,5 +22,5 @@ def to_noise(z: Tensor, v: Tensor, sigma: Tensor) -> Tensor:
 
 
 def where_made(mask: Tensor | None, made: Tensor, given: Tensor) -> Tensor:
-    """`made` where m > 0 and `given` elsewhere; `made` itself, and no sweep over memory, where there is no mask: everything is made."""
+    """`made` where m > 0 and `given` elsewhere. Without a mask everything is generated: returns `made` itself, at no cost."""
     return made if mask is None else torch.where(mask > 0, made, given)

@@ -1,4 +1,4 @@
-"""Walking a state down its noise levels, each token by its own: a diffusers scheduler, and the solvers it steps with."""
+"""Steps a state down its noise levels, each token at its own level: a diffusers scheduler, and its solvers."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from kling.runtime.device import upload
 
 
 def euler(v: Tensor, previous: Tensor, step: Tensor, previous_step: Tensor) -> Tensor:
-    """First order: the velocity as it is."""
+    """First order: the velocity unchanged."""
     return v
 
 
 def adams(v: Tensor, previous: Tensor, step: Tensor, previous_step: Tensor) -> Tensor:
-    """Second-order Adams-Bashforth on uneven steps: no extra evaluation; first order where an element has not moved before."""
+    """Second-order Adams-Bashforth on uneven steps: no extra evaluation; first order for an element that has not moved yet."""
     ahead = torch.where(previous_step > 0, step / (2 * previous_step.clamp(min=1e-12)), 0.0)  # (b, 1, G, h, w)
     return torch.lerp(previous, v, 1 + ahead.to(v.dtype))  # v + ahead (v - previous)
 
@@ -32,8 +32,8 @@ SOLVERS = {"euler": euler, "adams": adams, "renoise": euler}  # renoise: see `Kl
 class KlingFlowScheduler(SchedulerMixin, ConfigMixin):
     """Flow matching with a noise level per token.
 
-    The settings live in the checkpoint (`scheduler/scheduler_config.json`), never in a guess. `sigmas` (steps + 1,) is the grid after
-    `set_timesteps`, on the CPU as in diffusers; `timesteps` are its values but the last, times 1000, on the device.
+    The settings are stored in the checkpoint (`scheduler/scheduler_config.json`), never guessed. After `set_timesteps`, `sigmas`
+    (steps + 1,) is the grid, on the CPU as in diffusers; `timesteps` are all its values but the last, times 1000, on the device.
     """
 
     order = 1
@@ -60,7 +60,7 @@ class KlingFlowScheduler(SchedulerMixin, ConfigMixin):
         shift: float | None = None,
         solver: str | None = None,
     ) -> None:
-        """Start a walk of `num_inference_steps` steps. What is None is the checkpoint's own setting."""
+        """Start sampling with `num_inference_steps` steps. Arguments that are None use the checkpoint's settings."""
         steps = self.config.num_inference_steps if num_inference_steps is None else num_inference_steps
         self.sigmas = sigma_grid(steps, self.config.shift if shift is None else shift)  # (steps + 1,)
         self.timesteps = upload(1000 * self.sigmas[:-1], device or "cpu")
@@ -78,18 +78,18 @@ class KlingFlowScheduler(SchedulerMixin, ConfigMixin):
     ) -> tuple[Tensor, Callable[[], Tensor]]:
         """One step: x0 = z - sigma v where m > 0, c where m = 0; z <- z - (sigma - sigma+) v, which is x0 + (sigma+ / sigma)(z - x0).
 
-        What is given, or has arrived, has sigma+ = sigma and stays as it is.
+        Elements that are given, or are already clean, have sigma+ = sigma and stay unchanged.
 
         The solver "renoise" of few-step weights (consistency and distribution-matching distillation: Yin et al. 2024, arXiv 2405.14867)
-        walks to x0 in one go and comes back with fresh noise: z <- (1 - sigma+) x0 + sigma+ eps.
+        goes to x0 in one step and adds fresh noise: z <- (1 - sigma+) x0 + sigma+ eps.
 
         Args:
             v: (b, c, G, h, w) guided velocity at `sigma`.
-            sigma, next_sigma: levels of every element before and after, (b, 1, G, h, w) or what spreads to it.
-            z, mask, clean: as in `State`; no mask where everything is made.
+            sigma, next_sigma: levels of every element before and after, (b, 1, G, h, w) or broadcastable to it.
+            z, mask, clean: as in `State`; no mask if everything is generated.
             noise: eps (b, c, G, h, w), for "renoise" only.
 
-        Returns z at the next level, and what computes x0, the clip as it looks from here.
+        Returns z at the next level, and a function that computes x0, the current prediction of the clip.
         """
         step = sigma - next_sigma
         previous, previous_step = self._previous or (v, torch.zeros_like(step))

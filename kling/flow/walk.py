@@ -1,4 +1,4 @@
-"""The one loop of sampling: from noise to a clip, all frames together, each frame behind the one before, or block after block."""
+"""The one sampling loop, from noise to a clip: all frames together, each frame some steps behind the one before, or block by block."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from kling.runtime.device import upload
 
 
 class Step:
-    """What is there after a step: its timestep (1000 σ, of the noisiest frame), z (b, c, G, h, w), and x0, the clip as it looks from here.
+    """The state after a step: its timestep (1000 σ, of the noisiest frame), z (b, c, G, h, w), and x0, the current prediction of the clip.
 
-    x0 costs a sweep over memory, and is computed when it is first asked for.
+    x0 costs a pass over memory, and is computed when it is first read.
     """
 
     def __init__(self, timestep: float, z: Tensor, find_x0: Callable[[], Tensor]) -> None:
@@ -37,15 +37,15 @@ class Scheduler(Protocol):
     ) -> tuple[Tensor, Callable[[], Tensor]]: ...
 
 
-# predict(z, level (b, 1 or G) on the device, the highest of them) -> guided velocity; fresh(step) -> noise like z
+# predict(z, level (b, 1 or G) on the device, the highest of these levels) -> guided velocity; fresh(step) -> noise of z's shape
 Predict = Callable[[Tensor, Tensor, float], Tensor]
 Fresh = Callable[[int], Tensor]
 
 
 def walk(state: State, scheduler: Scheduler, predict: Predict, noise: Tensor, fresh: Fresh, delay: int = 0) -> Iterator[Step]:
-    """From noise (b, c, G, h, w) to the clip. delay: steps by which each frame is behind the one before (diffusion forcing).
+    """From noise (b, c, G, h, w) to the clip. delay: number of steps by which each frame is behind the one before (diffusion forcing).
 
-    All levels are known on the host before the first step and go to the device at once, so that no step waits for it.
+    All levels are known on the host before the first step and are copied to the device at once, so that no step waits for it.
     """
     grid = scheduler.sigmas[:, None]  # (steps + 1, 1)
     if delay:
@@ -69,10 +69,10 @@ def walk_blocks(
     size: int,
     remember: Callable[[State, Tensor], None],
 ) -> Iterator[Step]:
-    """As `walk`, `size` frames at a time, each block seeing those before it (Yin et al. 2024, arXiv 2412.07772).
+    """As `walk`, `size` frames at a time; each block sees those before it (Yin et al. 2024, arXiv 2412.07772).
 
-    scheduler(): one at its first step. predict(block): what predicts the frames of a block. fresh(first, last frame): noise of a block.
-    remember(block, clip): called with each block when it is finished.
+    scheduler(): a scheduler at its first step. predict(block): the prediction function of a block's frames. fresh(first, last frame): noise
+    of a block. remember(block, clip): called with each finished block.
     """
     z = state.noised(torch.ones(1, device=noise.device), noise)
     x0 = z.clone()

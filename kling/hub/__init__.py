@@ -1,1 +1,1 @@
-"""Published weights: which there are, how their files are named, and the way in and out."""
+"""Published weights: the registry, names of parameters, loading and exporting."""

@@ -1,4 +1,4 @@
-"""What CLIP sees of the frames that are given: a second way in for the image models of Wan 2.1 and Fun."""
+"""CLIP tokens of given frames: a second image input of the image models of Wan 2.1 and Fun."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kling.errors import UserError
 
 
 def load_image_encoder(folder: Path) -> dict[str, Any]:
-    """CLIP's image half and its preprocessing, which the Wan 2.1 image models are also shown the picture through."""
+    """CLIP's vision model and its preprocessing; the image models of Wan 2.1 take its tokens as a second input."""
     from transformers import CLIPImageProcessor, CLIPVisionModel
 
     try:

@@ -1,4 +1,4 @@
-"""What weights are, from the names and shapes of their tensors alone."""
+"""Identifies weights from the names and shapes of their tensors only."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from kling.hub.files import Shapes
 from kling.hub.keys import strip_prefix, transformer_name
 from kling.hub.registry import Build
 
-HEAD_DIM = 128  # of every published Wan model; heads leave no trace in the shapes
-RAY_PIXELS = 8  # along a side of the cell that the published camera adapters fold
-# modules that this toolkit does not have, and whose they are
+HEAD_DIM = 128  # of every published Wan model; the number of heads cannot be derived from the shapes
+RAY_PIXELS = 8  # side, in pixels, of the cell that the published camera adapters fold
+# modules that this toolkit does not have, and the models that have them
 FOREIGN = {
     "vace_": "VACE weights, which are not supported yet",
     "motion_encoder": "Animate weights, which are not supported yet",
@@ -29,9 +29,9 @@ FOREIGN = {
 
 
 def transformer_names(shapes: Shapes) -> dict[str, str]:
-    """File's name -> ours, for original and diffusers naming, with any prefix of repackaging taken off."""
+    """Name in the file -> our name, for original and diffusers naming, with any prefix from repackaging removed."""
     prefix = strip_prefix(shapes)
-    original = any(".self_attn." in name for name in shapes)  # "norm2" is another layer in each
+    original = any(".self_attn." in name for name in shapes)  # "norm2" is a different layer in each naming
     bare = {name: name.removeprefix(prefix) for name in shapes}
     return {name: transformer_name(short) if original else short for name, short in bare.items()}
 
@@ -39,7 +39,7 @@ def transformer_names(shapes: Shapes) -> dict[str, str]:
 def transformer_config(shapes: Shapes, source: str) -> dict[str, Any]:
     """The config of the transformer whose tensors (under our names) have these shapes. `source` names the file in errors.
 
-    Raises `UserError` with the odd names if it is none that we know, or not all of one.
+    Raises `UserError` with the unexpected names if it is no known transformer, or not a complete one.
     """
     for sign, whose in FOREIGN.items():
         if any(name.startswith(sign) or f".{sign}" in name for name in shapes):
@@ -54,7 +54,7 @@ def transformer_config(shapes: Shapes, source: str) -> dict[str, Any]:
 
 
 def check_shapes(shapes: Shapes, config: dict[str, Any], source: str) -> None:
-    """Raises `UserError` with the list of odd names unless these are the tensors of a transformer with this config."""
+    """Raises `UserError` with the list of wrong names unless these are the tensors of a transformer with this config."""
     with torch.device("meta"):
         model = KlingTransformer3DModel(**config)
     expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
@@ -101,7 +101,7 @@ def _read_config(shapes: Shapes) -> dict[str, Any]:
 
 
 def build_of(config: dict[str, Any]) -> Build:
-    """The registry's view of a transformer's config."""
+    """The registry's `Build` of a transformer's config."""
     z = config["out_channels"]
     return Build(
         dim=config["num_attention_heads"] * config["attention_head_dim"],

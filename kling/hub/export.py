@@ -1,4 +1,4 @@
-"""The way out: weights under the names and in the folders that others read, tensor for tensor as they are in the files.
+"""Exports weights in the layouts and with the names that other tools read; the tensors themselves are unchanged.
 
 diffusers    model_index.json, transformer/, transformer_2/, vae/, scheduler/ ...: what `WanPipeline.from_pretrained` loads
 original     diffusion_pytorch_model*.safetensors and config.json (or high_noise_model/ and low_noise_model/), Wan_VAE.safetensors:
@@ -33,15 +33,15 @@ SHARD = "5GB"
 
 
 def export_weights(source: str | Path, target: str | Path, naming: str = "diffusers") -> list[Path]:
-    """Write a pipeline folder, or a lone transformer, for others to read; returns the files. The target appears whole or not at all.
+    """Write a pipeline folder, or a single transformer, for other tools; returns the files. The target is written atomically.
 
-    Raises `UserError` if the target exists, or if the weights hold what the naming has no word for.
+    Raises `UserError` if the target exists, or if the weights have parts that the naming cannot express.
     """
     source, target = Path(source), Path(target)
     if naming not in NAMINGS:
         raise unknown("naming", naming, NAMINGS)
     if target.exists():
-        raise UserError(f"{target} exists already: choose another place")
+        raise UserError(f"{target} exists already: choose another path")
     with written_folder(target, replace=False) as folder:
         if not (source / "model_index.json").is_file():
             _transformer(source, folder, naming)
@@ -63,7 +63,7 @@ def _diffusers(source: Path, target: Path) -> None:
             out[name] = ["diffusers", "WanTransformer3DModel"]
     config = _config(source / "transformer")
     groups = concat_groups(config["in_channels"], config["out_channels"])
-    if index["_class_name"] == OURS:  # given frames by replacement are what diffusers calls expanded timesteps
+    if index["_class_name"] == OURS:  # what we do (given frames replace latents) is called expanded timesteps in diffusers
         out["expand_timesteps"] = not groups and "image" in index["capabilities"]
     shutil.copytree(source / "vae", target / "vae")
     _write_json(target / "vae" / "config.json", _config(source / "vae") | {"_class_name": "AutoencoderKLWan"})
@@ -92,7 +92,7 @@ def _original(source: Path, target: Path) -> None:
 
 
 def _transformer(source: Path, target: Path, naming: str) -> None:
-    """One transformer, from whichever naming."""
+    """Write one transformer, read from either naming."""
     names = transformer_names(read_shapes(source))
     config = _config(source) if (source / "config.json").is_file() else {}
     if "num_layers" not in config or "attention_head_dim" not in config:
@@ -103,7 +103,7 @@ def _transformer(source: Path, target: Path, naming: str) -> None:
         _write_json(target / "config.json", original_config(config))
         return
     if extra := sorted({name.split(".")[0] for name in tensors if name.startswith(("kind_embedding", "control_adapter"))}):
-        raise UserError(f"{source} holds {' and '.join(extra)}, which diffusers' Wan has no place for: its own folder is the format for it")
+        raise UserError(f"{source} holds {' and '.join(extra)}, which diffusers' Wan does not have: use it in its own folder format")
     known = WanTransformer3DModel._get_init_keys(WanTransformer3DModel)
     _write_tensors(tensors, target, str)
     published = {key: value for key, value in config.items() if key in known}
@@ -124,9 +124,9 @@ def original_config(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def published_scheduler(scheduler: SchedulerMixin) -> SchedulerMixin:
-    """What others walk with: the scheduler itself, or the nearest of diffusers' to ours.
+    """The scheduler for other tools: the same one, or the diffusers scheduler nearest to ours.
 
-    "renoise" is exactly the stochastic Euler sampling of `FlowMatchEulerDiscreteScheduler`; "euler" is its plain one.
+    "renoise" is exactly the stochastic Euler sampling of `FlowMatchEulerDiscreteScheduler`; "euler" is its deterministic form.
     """
     if not isinstance(scheduler, KlingFlowScheduler):
         return scheduler
@@ -148,7 +148,7 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def _write_tensors(tensors: dict[str, Tensor], folder: Path, rename: Callable[[str], str], stem: str = "diffusion_pytorch_model") -> None:
-    """Renamed, in shards with an index where they are many."""
+    """Write renamed tensors, in shards with an index if there are many."""
     folder.mkdir(parents=True, exist_ok=True)
     renamed = {rename(name): tensor for name, tensor in tensors.items()}
     with writing(folder):

@@ -1,4 +1,4 @@
-"""Safetensors as they are published: one file, or shards with an index. Names and shapes are read without the data."""
+"""Published safetensors: one file, or shards with an index. Names and shapes are read without the data."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PICKLES = (".pth", ".pt", ".bin", ".ckpt")
 def weight_files(path: str | Path) -> list[Path]:
     """The safetensors files of a checkpoint: the file itself, the shards that an index names, or the model in a folder.
 
-    Raises `UserError` for pickles, missing shards, and folders with none or several that no index joins.
+    Raises `UserError` for pickles, missing shards, and folders with no file, or with several and no index.
     """
     path = Path(path)
     if not path.is_dir():  # a file, nothing, or a pipe, which would be waited for
@@ -41,12 +41,12 @@ def weight_files(path: str | Path) -> list[Path]:
     if len(files) != 1:
         pickles = [file.name for file in path.iterdir() if file.suffix in PICKLES]
         hint = f" (there is {pickles[0]}, a pickle: get the safetensors of the same weights)" if pickles and not files else ""
-        raise UserError(f"{path} holds {len(files)} safetensors files and no index that joins them: give one file{hint}")
+        raise UserError(f"{path} holds {len(files)} safetensors files and no index for them: give one file{hint}")
     return files
 
 
 def read_shapes(path: str | Path) -> Shapes:
-    """Every tensor's shape, from the headers alone."""
+    """Every tensor's shape, read from the headers only."""
     return {name: tuple(file.get_slice(name).get_shape()) for file in _opened(path) for name in file.keys()}  # noqa: SIM118 - no dict
 
 

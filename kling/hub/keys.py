@@ -1,6 +1,6 @@
 """Parameter names: the original ones of the Wan repositories <-> ours (which are diffusers').
 
-Every rule is a pair and is read both ways, so that what goes in comes out under the names it had.
+Every rule is a pair and is applied in both directions, so that exporting restores the names of the import.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ BLOCK = (
     ("cross_attn.k_img.", "attn2.add_k_proj."), ("cross_attn.v_img.", "attn2.add_v_proj."),
     ("cross_attn.norm_k_img.", "attn2.norm_added_k."),
     ("ffn.0.", "ffn.net.0.proj."), ("ffn.2.", "ffn.net.2."),
-    ("norm3.", "norm2."), ("norm2.", "norm3."),  # in the order of use the original's are 1, 3, 2
+    ("norm3.", "norm2."), ("norm2.", "norm3."),  # the original numbers them 1, 3, 2 in order of use
     ("modulation", "scale_shift_table"),
 )  # fmt: skip
 # of repackaged and training checkpoints
@@ -39,7 +39,7 @@ PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model._fsdp_wrapped_m
 
 
 def transformer_name(original: str) -> str:
-    """The original name of a transformer's parameter -> ours. Names that no rule knows stay."""
+    """The original name of a transformer's parameter -> ours. Names without a rule are returned unchanged."""
     if found := re.fullmatch(r"(blocks\.\d+\.)(.*)", original):
         return found[1] + _first(BLOCK, found[2])
     return "scale_shift_table" if original == "head.modulation" else _first(TRANSFORMER, original)
@@ -72,7 +72,7 @@ RESIDUAL = (
 def vae_name(original: str, depth: int = 2) -> str:
     """The original name of a VAE's parameter -> ours; `depth` is the config's `num_res_blocks`.
 
-    Wan 2.1 counts the decoder's blocks through (depth + 1 residual ones and an upsampler a level); Wan 2.2 nests them.
+    Wan 2.1 numbers the decoder's blocks consecutively (depth + 1 residual ones and an upsampler per level); Wan 2.2 nests them.
     """
     level = depth + 2
     if found := re.fullmatch(r"encoder\.downsamples\.(\d+)\.downsamples\.(\d+)\.(.*)", original):  # Wan 2.2
@@ -111,11 +111,11 @@ def original_vae_name(ours: str, depth: int = 2, nested: bool = False) -> str:
     return _first(_turned(VAE), ours)
 
 
-# ---- what both are made of ----
+# ---- used by both ----
 
 
 def strip_prefix(names: Iterable[str]) -> str:
-    """The prefix that all names share, of those that repackaging adds; often none."""
+    """The prefix that all names share, out of those that repackaging adds; often empty."""
     names = list(names)
     return next((prefix for prefix in PREFIXES if names and all(name.startswith(prefix) for name in names)), "")
 
@@ -125,5 +125,5 @@ def _turned(rules: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
 
 
 def _first(rules: tuple[tuple[str, str], ...], name: str) -> str:
-    """Rewrite the start of a name by the first rule that fits."""
+    """Rewrite the start of a name by the first rule that matches."""
     return next((new + name.removeprefix(old) for old, new in rules if name.startswith(old)), name)

@@ -1,4 +1,4 @@
-"""The way in: a Wan folder in diffusers layout, a hub id, or single files on top of one -> the arguments of a `KlingPipeline`."""
+"""Loading: a Wan folder in diffusers layout, a hub id, or single files with such a folder -> the arguments of a `KlingPipeline`."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ PUBLISHED = ["*.json", "*.safetensors", "*.txt", "*.model"]  # no pickles
 
 
 def find_folder(path: str | Path, weights: bool = True) -> Path:
-    """A folder on disk, or the snapshot of a hub id, downloaded if need be. Raises `UserError` if it is neither.
+    """A folder on disk, or the snapshot of a hub id, downloaded if necessary. Raises `UserError` if it is neither.
 
-    weights: False leaves them out, which is enough to plan with.
+    weights: False leaves the weights out, which is enough for planning.
     """
     folder = Path(path)
     if folder.exists() or not HUB_ID.fullmatch(str(path)):
@@ -99,11 +99,11 @@ def load(
 ) -> dict[str, Any]:
     """Every argument of `KlingPipeline` from a folder of ours, or a Wan folder in diffusers layout.
 
-    transformer, transformer_2, vae: files or folders of safetensors, in either naming, to take instead of the folder's own.
-    checkpoint: the registry's name of what they are, where the files do not tell.
-    dtype: of the transformers and the text encoder, by default fp32 for ours and bf16 for Wan's, whose VAE runs in fp32 all the same.
-    weights: False builds everything without them, on the meta device: enough to plan with.
-    text_cache: a folder where umT5's embeddings of prompts are kept.
+    transformer, transformer_2, vae: files or folders of safetensors, in either naming, that replace the folder's own.
+    checkpoint: the registry's name of the weights, if it cannot be told from the files.
+    dtype: of the transformers and the text encoder, by default fp32 for ours and bf16 for Wan's, whose VAE runs in fp32 in any case.
+    weights: False builds everything without them, on the meta device, which is enough for planning.
+    text_cache: a folder for umT5's embeddings of prompts.
     """
     index = read_index(folder)
     kind = index.get("_class_name")
@@ -141,15 +141,15 @@ def load(
     experts = "transformer_2" in parts
     boundary = index.get("boundary_ratio") if experts else None
     row = find_row(folder, parts["transformer"], experts, checkpoint, replaced=transformer is not None)
-    if transformer is not None:  # the folder's own settings are those of the weights that it holds
+    if transformer is not None:  # the folder's own settings describe the weights that it contains
         parts["scheduler"] = scheduler_of(row, parts["scheduler"])
         boundary = row.boundary
     return parts | settings_of(row, boundary)
 
 
 def sampling_dtype(folder: Path, device_type: str) -> torch.dtype | None:
-    """What programs sample a model folder of ours in: bfloat16 where the checkpoint allows it (`sampling_dtype`) and this device is faster
-    so; None is `load`'s default. A training that starts from the folder forgets the permission: its weights are measured anew."""
+    """The dtype in which programs sample a model folder of ours: bfloat16 if the checkpoint allows it (`sampling_dtype`) and this device is
+    faster with it; None is `load`'s default. A training that starts from the folder drops the setting: its weights are measured again."""
     allowed = read_index(folder).get("sampling_dtype") == "bf16"
     return torch.bfloat16 if allowed and bf16_is_fast(device_type) else None
 
@@ -160,12 +160,12 @@ def has(index: dict[str, Any], name: str) -> bool:
 
 
 def has_umt5(folder: Path) -> bool:
-    """Whether prompts are umT5's: our own encoder needs no tokenizer."""
+    """Whether prompts are encoded by umT5: our own encoder has no tokenizer."""
     return (folder / "tokenizer").is_dir()
 
 
 def settings_of(row: PublishedCheckpoint, boundary: float | None) -> dict[str, Any]:
-    """A registry row as settings of a pipeline."""
+    """The settings of a pipeline from a registry row."""
     return {
         "capabilities": list(row.capabilities),
         "fps": row.fps,
@@ -179,7 +179,7 @@ def settings_of(row: PublishedCheckpoint, boundary: float | None) -> dict[str, A
 
 
 def find_row(folder: Path, model: KlingTransformer3DModel, experts: bool, checkpoint: str | None, replaced: bool) -> PublishedCheckpoint:
-    """The registry's row: the one asked for, else that of the folder's name, else the only one built like this."""
+    """The registry's row: the requested one, else the one of the folder's name, else the only one with this build."""
     if checkpoint is not None:
         return by_name(checkpoint)
     if not replaced:
@@ -190,7 +190,7 @@ def find_row(folder: Path, model: KlingTransformer3DModel, experts: bool, checkp
 
 
 def loaded(folder: Path, name: str, part: type, weights: bool = True, **kwargs: Any) -> Any:
-    """One part of a pipeline folder, or its shape alone. Raises `UserError` in one line if it is missing or damaged."""
+    """One part of a pipeline folder, or without weights. Raises `UserError` of one line if it is missing or damaged."""
     if name != "scheduler":  # diffusers falls back to a pickle
         kwargs["use_safetensors"] = True
     try:
@@ -206,13 +206,13 @@ def loaded(folder: Path, name: str, part: type, weights: bool = True, **kwargs: 
 
 
 def dtype_of(name: str, model: torch.nn.Module, dtype: torch.dtype) -> torch.dtype:
-    """What a parameter of a model in `dtype` is stored in: float32 in the parts that the model names."""
+    """The dtype in which a model in `dtype` stores a parameter: float32 in the parts that the model lists."""
     exact = getattr(model, "_keep_in_fp32_modules", None) or ()
     return torch.float32 if set(exact) & set(name.split(".")) else dtype
 
 
 def in_dtype(model: torch.nn.Module, dtype: torch.dtype) -> Any:
-    """The same model, as `from_pretrained(torch_dtype=dtype)` would give it; `.to(dtype)` casts what must stay exact too, and warns."""
+    """The same model as `from_pretrained(torch_dtype=dtype)` returns; `.to(dtype)` would also cast the parts that stay fp32, and warn."""
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_floating_point():
             tensor.data = tensor.data.to(dtype_of(name, model, dtype))
@@ -220,9 +220,9 @@ def in_dtype(model: torch.nn.Module, dtype: torch.dtype) -> Any:
 
 
 def load_transformer(path: str | Path, dtype: torch.dtype = torch.float32, weights: bool = True) -> KlingTransformer3DModel:
-    """A transformer from safetensors alone, in original or diffusers naming; its config follows from the shapes.
+    """A transformer from safetensors only, in original or diffusers naming; its config follows from the shapes.
 
-    Raises `UserError` with the odd names for anything else.
+    Raises `UserError` with the unexpected names for anything else.
     """
     shapes = read_shapes(path)
     names = transformer_names(shapes)
@@ -241,7 +241,7 @@ def load_transformer(path: str | Path, dtype: torch.dtype = torch.float32, weigh
 
 
 def load_vae_file(path: str | Path, folder: Path) -> AutoencoderKLKling:
-    """A VAE from safetensors in original or diffusers naming. Its config is the folder's: no tensor tells the statistics of the latents."""
+    """A VAE from safetensors in original or diffusers naming. Its config is the folder's: the latents' statistics are in no tensor."""
     config = AutoencoderKLKling.load_config(folder / "vae")
     with torch.device("meta"):
         model = AutoencoderKLKling.from_config(config)
@@ -257,7 +257,7 @@ def load_vae_file(path: str | Path, folder: Path) -> AutoencoderKLKling:
 
 
 def load_scheduler(folder: Path) -> SchedulerMixin:
-    """The folder's own scheduler, whatever class of diffusers' flow schedulers it is, or ours."""
+    """The folder's own scheduler: ours, or any of diffusers' flow schedulers."""
     try:
         config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -268,12 +268,12 @@ def load_scheduler(folder: Path) -> SchedulerMixin:
     kind = getattr(diffusers, str(name), None)
     flow = name == "FlowMatchEulerDiscreteScheduler" or config.get("use_flow_sigmas")
     if kind is None or not flow:
-        raise UserError(f"scheduler {name} of {folder} does not walk flow-matching noise levels: use UniPCMultistepScheduler")
+        raise UserError(f"scheduler {name} of {folder} does not use flow-matching noise levels: use UniPCMultistepScheduler")
     return loaded(folder, "scheduler", kind)
 
 
 def scheduler_of(row: PublishedCheckpoint, own: SchedulerMixin) -> SchedulerMixin:
-    """The scheduler that a row's authors sample with, on the base of the folder's own."""
+    """The scheduler that a row's authors sample with, based on the folder's own."""
     if row.sampler != "unipc":
         return KlingFlowScheduler(shift=row.shift, solver=row.sampler, num_inference_steps=row.steps, guidance_scale=row.guidance[0])
     return type(own).from_config(own.config, **{shift_key(own): row.shift})

@@ -1,4 +1,4 @@
-"""The published checkpoints, one row each: how they are built, what they can do, and the settings their authors sample with.
+"""The published checkpoints, one row each: their architecture, their capabilities, and the settings their authors sample with.
 
 Sources, read on 2026-11-22 (sizes of other aspects have the same area):
 
@@ -35,9 +35,9 @@ FUN = ("text", "image", "last", "first_last", "continuation", "inpaint")
 
 @dataclass(frozen=True)
 class Build:
-    """What the shapes of the tensors tell: two checkpoints of one build cannot be told apart by their files.
+    """What the shapes of the tensors reveal: two checkpoints with the same build cannot be told apart by their files.
 
-    dim, layers: width and depth. z: channels of a latent. extra: input channels beside it. image: image-encoder branch;
+    dim, layers: width and depth. z: channels of a latent. extra: input channels in addition to these. image: image-encoder branch;
     ends: its tokens are those of the first and the last frame. camera: a camera adapter.
     """
 
@@ -52,9 +52,9 @@ class Build:
 
 @dataclass(frozen=True)
 class PublishedCheckpoint:
-    """A row. guidance: (high noise, low noise) where there are two experts. boundary: the level below which the second one works.
+    """A row. guidance: (high noise, low noise) if there are two experts. boundary: the level below which the second one is used.
 
-    sampler: "unipc", or "renoise" for few-step weights. block: latent frames made at a time by block-causal weights, 0 for all at once.
+    sampler: "unipc", or "renoise" for few-step weights. block: latent frames per step of block-causal weights, 0 for all at once.
     """
 
     name: str
@@ -76,7 +76,7 @@ class PublishedCheckpoint:
 
 SMALL, LARGE = (1536, 30), (5120, 40)
 I2V = Build(*LARGE, extra=20, image=True)
-ONE = (1.0, 1.0)  # distilled weights hold their guidance inside
+ONE = (1.0, 1.0)  # distilled weights were trained with guidance built in
 
 CHECKPOINTS = (
     PublishedCheckpoint("wan2.1-t2v-1.3b", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", Build(*SMALL), TEXT, 8.0, 50, (6.0, 6.0)),
@@ -142,7 +142,7 @@ def by_name(name: str) -> PublishedCheckpoint:
 def by_build(build: Build, experts: bool, plain: bool = False) -> PublishedCheckpoint:
     """The only row of this build, with two experts or one. Raises `UserError` if several or none have it, naming them.
 
-    plain: few-step weights, which are published as single files, are not meant.
+    plain: leave out few-step weights, which are published as single files.
     """
     rows = [row for row in CHECKPOINTS if row.build == build and (row.boundary is not None) == experts]
     rows = [row for row in rows if not plain or row.sampler == "unipc"]
@@ -151,5 +151,7 @@ def by_build(build: Build, experts: bool, plain: bool = False) -> PublishedCheck
     what = f"{build.layers} layers of width {build.dim}, {build.z} + {build.extra} input channels"
     names = ", ".join(row.name for row in rows or CHECKPOINTS)
     if not rows:
-        raise UserError(f"no published checkpoint is built like this ({what}): say whose settings to take with checkpoint=, one of {names}")
-    raise UserError(f"the files do not tell which checkpoint this is ({what}): say checkpoint=, one of {names}")
+        raise UserError(
+            f"no published checkpoint is built like this ({what}): choose whose settings to use with checkpoint=, one of {names}"
+        )
+    raise UserError(f"the files do not tell which checkpoint this is ({what}): name it with checkpoint=, one of {names}")

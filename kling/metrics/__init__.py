@@ -1,1 +1,1 @@
-"""Tensors in, numbers out; and the rulers of cameras, with the controls that a metric must rank right."""
+"""Metrics: tensors in, numbers out; camera estimation and its references, and the control clips that a metric must rank correctly."""

@@ -1,9 +1,9 @@
-"""Other people's benchmarks: what their videos are called, and how their numbers become one.
+"""Published benchmarks: the names of the videos to sample, and the rules that combine their results into scores.
 
-Their metrics need their own environments, whose pins cannot live with ours. What is here is what lies between: the files to sample, and
-the published normalisation and weights on the results that they write. Sources, as of 2025:
+Their metrics need environments whose pinned versions conflict with ours. So this file has only what comes before and after: the list of
+files to sample, and the published normalisation and weights for the results that the benchmarks write. Sources, as of 2025:
 VBench `scripts/constant.py`, `scripts/cal_final_score.py`, `scripts/cal_i2v_final_score.py`, `VBench-2.0/scripts/cal_final_score.py`;
-Physics-IQ `calculate_iq_score.py`. WorldScore, which wants folders, is in worldscore.py.
+Physics-IQ `calculate_iq_score.py`. WorldScore, which expects folders, is in worldscore.py.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from kling.errors import UserError
 
 @dataclass(frozen=True)
 class Dimension:
-    """One of a benchmark's numbers: the part of the total it belongs to, its range, and its weight there."""
+    """One number of a benchmark: the part of the total it belongs to, its range, and its weight in that part."""
 
     part: str
     low: float = 0.0
@@ -26,7 +26,7 @@ class Dimension:
 
 @dataclass(frozen=True)
 class Board:
-    """How a benchmark adds up: dimensions, and the weight of each part in the total."""
+    """How a benchmark is totalled: dimensions, and the weight of each part in the total."""
 
     dimensions: Mapping[str, Dimension]
     parts: Mapping[str, float]
@@ -75,8 +75,8 @@ BOARDS = {
 def board_scores(board: Board, results: Mapping[str, float]) -> dict[str, float]:
     """Every dimension normalised to [0, 1], every part, and "total", from raw results by dimension.
 
-    A dimension that was not measured counts as a raw 0, as upstream has it (below 0 where the range begins higher). Raises `UserError`
-    for names that it does not have.
+    A dimension that was not measured counts as a raw 0, as upstream does (below 0 if the range begins higher). Raises `UserError` for
+    names that the benchmark does not have.
     """
     if unknown := sorted(set(results) - set(board.dimensions)):
         raise UserError(f"'{unknown[0]}' is no dimension of this benchmark: it has {', '.join(board.dimensions)}")
@@ -95,18 +95,18 @@ VIEWS = ("perspective-left", "perspective-center", "perspective-right")
 
 
 def physics_iq(rows: Sequence[Mapping[str, object]]) -> dict[str, float]:
-    """The Physics-IQ score (0 to 100) of the rows of its CSV, lists already parsed: three overlaps over what two takes of the same
-    scene reach, averaged, less the excess of the squared error, as `calculate_iq_score` of the original benchmark has it."""
+    """The Physics-IQ score (0 to 100) of its CSV's rows, with lists already parsed: the mean of three overlaps, each divided by that of two
+    takes of the same scene, less the excess of the squared error, as in `calculate_iq_score` of the original benchmark."""
     if not rows:
         raise UserError("Physics-IQ: the file holds no row: run its own evaluation first")
 
     def mean(values: Sequence[float]) -> float:
         return sum(values) / len(values)
 
-    def each(name: str) -> float:  # a number a row and view
+    def each(name: str) -> float:  # one number per row and view
         return mean([mean([float(row[f"{name}_{view}"]) for row in rows]) for view in VIEWS])
 
-    def listed(name: str) -> float:  # a list a row and view: of all frames of a row, then over the rows
+    def listed(name: str) -> float:  # one list per row and view: mean over all frames of a row, then over the rows
         return mean([mean([x for view in VIEWS for x in row[f"{name}_{view}"]]) for row in rows])
 
     def listed_by_view(name: str) -> float:
@@ -127,19 +127,19 @@ def physics_iq(rows: Sequence[Mapping[str, object]]) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Job:
-    """One video that a benchmark wants."""
+    """One video that a benchmark needs."""
 
     file: str
     prompt: str
-    take: int  # of this prompt; each has its own seed
-    image: str = ""  # file name of the picture it starts from
+    take: int  # number of the video for this prompt; each has its own seed
+    image: str = ""  # file name of the picture that it starts from
 
 
 def vbench_jobs(name: str, info: Sequence[Mapping[str, object]]) -> list[Job]:
-    """From a benchmark's full_info.json: `prompt-0.mp4` and on, five a prompt (25 for flicker, which is judged on the still ones of them).
+    """From a benchmark's full_info.json: `prompt-0.mp4` and so on, five per prompt (25 for flicker, which uses only the static ones).
 
-    VBench-2.0 wants three a prompt (20 for diversity) and at most 180 letters of it. A prompt that dimensions share is sampled once.
-    VBench-I2V's camera prompts do not name their picture: it is that of the prompt without its camera words.
+    VBench-2.0 needs three per prompt (20 for diversity) and uses at most 180 characters of it. A prompt shared by dimensions is sampled
+    once. VBench-I2V's camera prompts do not name their picture: it is that of the same prompt without the camera words.
     """
     counts: dict[str, int] = {}
     images: dict[str, str] = {}
@@ -156,7 +156,7 @@ def vbench_jobs(name: str, info: Sequence[Mapping[str, object]]) -> list[Job]:
 
 
 def physics_iq_jobs(rows: Sequence[Mapping[str, str]]) -> list[Job]:
-    """From its descriptions.csv: one video a row, from the frame at which the camera hands over (`switch-frames/`)."""
+    """From Physics-IQ's descriptions.csv: one video per row, from the frame where generation starts (`switch-frames/`)."""
     jobs = []
     for row in rows:
         if not row.get("generated_video_name") or not row.get("description"):

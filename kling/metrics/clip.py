@@ -1,5 +1,5 @@
-"""What is measured of any video, from its frames and what is given beside them. A metric is one function here: the decorator puts it into
-the table, the report, the controls and the ranking of `kling-eval videos`.
+"""Measurements of any video, from its frames and the inputs it was made from. A metric is one function here: the decorator adds it to the
+table, the report, the controls and the ranking of `kling-eval videos`.
 
     @metric("motion", "brightness", "levels", controls=("turned", "noise"))
     def motion_brightness(clip: Clip) -> float:
@@ -23,24 +23,24 @@ from kling.metrics.motion import Flow, camera_classes, dynamic_degree, matched, 
 from kling.metrics.pixel import flicker, psnr, ssim, temporal_psnr
 from kling.metrics.vmaf import vmaf
 
-STANDS_STILL = 0.5  # levels of 255: a clip that never changes more than this from its first frame is a picture, not a video
-Value = float | bool | None  # None: the question does not apply, or there is no answer
+STANDS_STILL = 0.5  # levels of 255: a clip that never differs more than this from its first frame counts as a still picture
+Value = float | bool | None  # None: not applicable, or no result
 
 
 @dataclass
 class Clip:
-    """A video (T, H, W, 3) uint8, and what is known of it beside its frames."""
+    """A video (T, H, W, 3) uint8, and its inputs."""
 
     video: Tensor
     fps: float
     reference: Tensor | None = None  # (T, H, W, 3) uint8
-    camera: Trajectory | None = None  # the path that was asked for
+    camera: Trajectory | None = None  # the requested path
     keyframes: dict[int, Tensor] = field(default_factory=dict)  # frame -> (H, W, 3) uint8; -1 is the last
     seams: list[int] = field(default_factory=list)
-    colmap: bool = False  # whether pycolmap may place the camera too
+    colmap: bool = False  # whether pycolmap may be used for the camera too
 
     def has(self, task: str) -> bool:
-        """Whether what a task compares with is given."""
+        """Whether the clip has what the metrics of a task compare with."""
         given = {"motion": True, "reference": self.reference is not None, "camera": self.camera is not None}
         return (given | {"keyframes": bool(self.keyframes), "continuation": bool(self.seams)})[task]
 
@@ -84,7 +84,7 @@ class Clip:
 
 @dataclass(frozen=True)
 class Metric:
-    """One number of a task, and the order in which its controls must come out, best first."""
+    """One number of a task, and the order in which its controls must be ranked, best first."""
 
     task: str
     name: str
@@ -99,9 +99,9 @@ METRICS: list[Metric] = []
 
 
 def metric(task: str, title: str, unit: str = "", *, controls: tuple[str, ...] = (), higher: bool = True) -> Callable[..., Callable]:
-    """Register a function TASK_NAME(clip) -> number. task: motion, or what must be given: reference, camera, keyframes, continuation.
+    """Register a function TASK_NAME(clip) -> number. task: motion, or the input it needs: reference, camera, keyframes, continuation.
 
-    unit: % for shares of clips. controls: made clips (see `control_rows` of `kling-eval videos`) that it must rank in this order.
+    unit: % for shares of clips. controls: synthetic clips (see `control_rows` of `kling-eval videos`) that it must rank in this order.
     """
 
     def register(function: Callable[[Clip], Value]) -> Callable[[Clip], Value]:
@@ -200,7 +200,7 @@ def camera_registered(clip: Clip) -> Value:
 
 
 def vbench_class(path: Trajectory) -> str | None:
-    """Which of VBench's seven a path is, if one: a single axis, where travel sideways reads as a pan and travel forward as a zoom."""
+    """VBench's class of a path, if it is one of the seven: a single axis, where sideways travel counts as a pan and forward as a zoom."""
     axes = {name: value for name, value in axes_of(path).items() if abs(value) > 0.5}
     if not axes:
         return "static"
@@ -221,7 +221,7 @@ def vbench_class(path: Trajectory) -> str | None:
 
 @metric("keyframes", "keyframes, PSNR", "dB", controls=("faded", "noise"))
 def keyframes_psnr(clip: Clip) -> Value:
-    """None for a video that stands still, which is counted beside it: a picture of the keyframe is no answer."""
+    """None for a still video, which another metric counts: repeating the keyframe must not score."""
     pairs = [(to_tensor(clip.video[f][None])[None], to_tensor(picture[None])[None]) for f, picture in clip.keyframes.items()]
     return None if keyframes_frozen(clip) else sum(float(psnr(a, b)) for a, b in pairs) / len(pairs)
 

@@ -1,4 +1,4 @@
-"""How a long video holds together that was made in hops: the joins, and what drifts from hop to hop."""
+"""The consistency of a long video made in several hops: visible joins, and drift from hop to hop."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from kling.metrics.pixel import NEIGHBOURS, seam
 
 
 def seam_rows(video: Tensor, seams: Sequence[int], speed: np.ndarray) -> dict[str, float]:
-    """Means over the joins of a clip (1, 3, T, H, W) in [-1, 1]; `seams` are the frames that begin a hop, `speed` (T-1,) is `Flow.speed`.
+    """Means over the joins of a clip (1, 3, T, H, W) in [-1, 1]; `seams` are the first frames of hops, `speed` (T-1,) is `Flow.speed`.
 
-    gap: dB that the pair at a join lies below its neighbours. colour: excess change of the mean colour there, levels of 255.
-    velocity: how far the speed of the motion at the join is off its neighbours' median, pixels a frame.
+    gap: dB by which the pair at a join is below its neighbours. colour: excess change of the mean colour there, levels of 255.
+    velocity: difference between the speed of motion at the join and the median of its neighbours, pixels per frame.
     """
     gaps, colours, velocities = [], [], []
     for t in seams:
@@ -28,10 +28,10 @@ def seam_rows(video: Tensor, seams: Sequence[int], speed: np.ndarray) -> dict[st
 
 
 def drift(video: Tensor, seams: Sequence[int]) -> dict[str, float]:
-    """What a video (T, H, W, 3) uint8 loses or gains with every hop: slopes of a straight line through one value a hop.
+    """The drift of a video (T, H, W, 3) uint8 per hop: slopes of a straight line through one value per hop.
 
-    colour: levels of 255 by which the mean colour moves away from the first hop's. contrast, sharpness: share of the first hop's
-    (deviation of the brightness; mean slope between neighbouring pixels) that is lost or gained a hop, in absolute value.
+    colour: levels of 255 by which the mean colour moves away from that of the first hop. contrast, sharpness: change per hop as a share of
+    the first hop's value (deviation of the brightness; mean slope between neighbouring pixels), in absolute value.
     """
     hops = [hop for hop in torch.tensor_split(video, list(seams)) if len(hop)]
     colour, contrast, sharpness = [], [], []

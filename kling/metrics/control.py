@@ -1,11 +1,11 @@
-"""What a clip of the small world shows: the colour, solid and motion of its object, and the ground it is on, read from the frames alone.
+"""Reads what a clip of the small world shows from its frames only: the colour, solid and motion of its object, and the ground.
 
-Colour comes from the palette. The other three compare a few numbers with those of rendered examples, whose truth is known:
+The colour comes from the palette. For the other three a few numbers are compared with those of rendered examples with known truth:
 
     detectors = Detectors.fit(((video, labels) for ...), palette)    # a few hundred rendered clips, static camera, one object
     detectors.read(video)                                            # {"colour": "red", "solid": "ball", "ground": "sand", ...}
 
-An object that is not there in most frames reads None, which is never right.
+An object that is missing in most frames reads None, which never counts as right.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ Reading = dict[str, str | None]
 
 MIN_PIXELS = 12  # of an object in a frame
 MIN_FRAMES = 0.5  # share of the frames that must show the object
-CROP = 16  # pixels a side of the normalised silhouette
-GROUND_ROWS = 0.35  # of the picture, from below: no haze there
+CROP = 16  # side in pixels of the normalised silhouette
+GROUND_ROWS = 0.35  # lowest share of the picture: it has no haze
 
 
 @dataclass(frozen=True)
 class Track:
-    """The object over time. Boxes only of frames that show it."""
+    """The object over time. Boxes are set only in frames that show it."""
 
     colour: int  # index in the palette
     mask: Tensor  # (T, H, W) bool
@@ -43,7 +43,7 @@ class Track:
 
 @dataclass
 class Detectors:
-    """Colour by palette; solid, ground and motion by ridge regression on few features of rendered examples."""
+    """Colour by palette; solid, ground and motion by ridge regression on a few features, fitted to rendered examples."""
 
     palette: Palette
     solid: _Ridge
@@ -52,7 +52,7 @@ class Detectors:
 
     @classmethod
     def fit(cls, examples: Iterable[tuple[Tensor, Mapping[str, str]]], palette: Palette) -> Detectors:
-        """Learn from (video (T, H, W, 3) uint8, labels by question). Examples whose object leaves the picture teach only their ground."""
+        """Fit to (video (T, H, W, 3) uint8, labels by question). Examples whose object leaves the picture are used for the ground only."""
         solids, grounds, motions = [], [], []
         for video, labels in examples:
             track = follow(video, palette)
@@ -63,7 +63,7 @@ class Detectors:
         return cls(palette, *(_Ridge.fit(rows) for rows in (solids, grounds, motions)))
 
     def read(self, video: Tensor) -> Reading:
-        """The answers for a clip (T, H, W, 3) uint8 with a static camera; colour, solid and ground also hold for a moving one."""
+        """The answers for a clip (T, H, W, 3) uint8 with a static camera; colour, solid and ground are also valid for a moving one."""
         track = follow(video, self.palette)
         reading: Reading = {"colour": None, "solid": None, "motion": None}
         reading["ground"] = self.ground(ground_features(video, self.palette))
@@ -75,9 +75,9 @@ class Detectors:
 
 
 def follow(video: Tensor, palette: Palette) -> Track | None:
-    """The largest object of the palette colour that is seen most; None if too few frames show one."""
+    """The largest object of the most visible palette colour; None if too few frames show one."""
     colours, near = segment(video, palette)  # (T, H, W) each
-    votes = near**2  # many pixels that are only just of a colour must not outvote a few that are
+    votes = near**2  # many pixels that are only near a colour must not outvote a few that match it
     colour = torch.bincount(colours.flatten(), votes.flatten(), minlength=len(palette)).argmax()
     mask = _largest_part(near > 0, votes * (colours == colour))
     shown = mask.sum(dim=(1, 2)) >= MIN_PIXELS
@@ -90,12 +90,12 @@ def follow(video: Tensor, palette: Palette) -> Track | None:
 
 
 def solid_features(video: Tensor, track: Track) -> Tensor:
-    """Mean silhouette and mean shading of the object, each brought to the same size: (2 * CROP * CROP,)."""
+    """Mean silhouette and mean shading of the object, each scaled to the same size: (2 * CROP * CROP,)."""
     left, top, right, bottom = track.box[track.shown].unbind(dim=1)  # (t,) each
     H, W = track.mask.shape[1:]
     whole = (left > 0) & (top > 0) & (right < W) & (bottom < H)
     mask, grey = track.mask[track.shown].float(), video[track.shown].float().mean(dim=-1) / 255
-    if whole.any():  # frames that cut the object off mislead
+    if whole.any():  # frames in which the border cuts the object are left out
         left, top, right, bottom, mask, grey = (x[whole] for x in (left, top, right, bottom, mask, grey))
     half = torch.maximum(right - left, bottom - top) / 2 + 1
     x = (left + right)[:, None] / 2 + half[:, None] * torch.linspace(-1, 1, CROP)  # (t, CROP) pixels
@@ -116,7 +116,7 @@ def ground_features(video: Tensor, palette: Palette) -> Tensor:
 
 
 def motion_features(track: Track) -> Tensor:
-    """How far across, up and closer the object goes over the clip, in its own sizes, and how much it swings about that: (6,)."""
+    """How far the object moves across, up and closer over the clip, in its own sizes, and how much it swings about that: (6,)."""
     left, top, right, bottom = track.box[track.shown].unbind(dim=1)
     size = ((right - left) * (bottom - top)).sqrt()
     scale = size.mean()
@@ -129,7 +129,7 @@ def motion_features(track: Track) -> Tensor:
 
 
 def _largest_part(mask: Tensor, votes: Tensor) -> Tensor:
-    """Of each frame's mask (T, H, W), the connected part that holds most of the votes (T, H, W) >= 0; nothing where there are none."""
+    """For each mask (T, H, W), the connected part with the most votes (T, H, W) >= 0; empty if there are none."""
     parts = torch.zeros_like(mask)
     for t, (frame, vote) in enumerate(zip(mask.numpy(), votes.numpy(), strict=True)):
         _, labels = cv2.connectedComponents(frame.astype(np.uint8))
@@ -141,7 +141,7 @@ def _largest_part(mask: Tensor, votes: Tensor) -> Tensor:
 
 @dataclass
 class _Ridge:
-    """Which of several names: ridge regression to one-hot answers on standardised features; of few, their products are features too."""
+    """Classifies by ridge regression to one-hot answers on standardised features; if there are few, their products are used too."""
 
     names: tuple[str, ...]
     mean: Tensor
@@ -155,7 +155,7 @@ class _Ridge:
         answers = F.one_hot(torch.tensor([names.index(name) for _, name in rows]), len(names)).double()
         self = cls(names, x.mean(dim=0), x.std(dim=0) + 1e-3, torch.empty(0))
         x = self._lifted(x)
-        weight = (answers / answers.sum(dim=0)).sum(dim=1, keepdim=True) * len(rows) / len(names)  # every name counts the same
+        weight = (answers / answers.sum(dim=0)).sum(dim=1, keepdim=True) * len(rows) / len(names)  # all names have equal weight
         damping = strength * len(rows) * torch.eye(x.shape[1], dtype=x.dtype)
         self.weights = torch.linalg.solve(x.T @ (weight * x) + damping, x.T @ (weight * answers))
         return self

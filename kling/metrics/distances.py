@@ -1,4 +1,4 @@
-"""How far two sets of features lie apart: Fréchet (FID, FVD) and maximum mean discrepancy (JEDi). Features are (n, d)."""
+"""Distances between two sets of features: Fréchet (FID, FVD) and maximum mean discrepancy (JEDi). Features are (n, d)."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from kling.errors import UserError
 
 
 def frechet(a: Tensor, b: Tensor) -> float:
-    """|μ₁ - μ₂|² + tr(Σ₁ + Σ₂ - 2 (Σ₁Σ₂)^½), the squared Fréchet distance of the Gaussians that fit two sets.
+    """|μ₁ - μ₂|² + tr(Σ₁ + Σ₂ - 2 (Σ₁Σ₂)^½), the squared Fréchet distance of the Gaussians fitted to two sets.
 
     Heusel et al., "GANs trained by a two time-scale update rule converge to a local Nash equilibrium", 2017, equation 6. In float64;
-    the root's trace is that of (Σ₁^½ Σ₂ Σ₁^½)^½, which is symmetric. Raises `UserError` where a set has no more samples than features:
-    its covariance is singular, and the number would speak of n.
+    the trace of the root is computed from (Σ₁^½ Σ₂ Σ₁^½)^½, which is symmetric. Raises `UserError` if a set has no more samples than
+    features: its covariance is singular, and the result would depend mainly on n.
     """
     for features in (a, b):
         n, d = features.shape
@@ -24,7 +24,7 @@ def frechet(a: Tensor, b: Tensor) -> float:
 
 
 def frechet_gaussians(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tensor) -> float:
-    """The same of two known Gaussians: means (d,), covariances (d, d)."""
+    """The same for two known Gaussians: means (d,), covariances (d, d)."""
     values, vectors = torch.linalg.eigh(cov_a.double())
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T  # Σ₁^½
     cross = torch.linalg.eigvalsh(root @ cov_b.double() @ root).clamp(min=0).sqrt().sum()
@@ -32,7 +32,7 @@ def frechet_gaussians(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tens
 
 
 def mmd_polynomial(a: Tensor, b: Tensor, degree: int = 2, gamma: float | None = None, offset: float = 0.0) -> float:
-    """Squared maximum mean discrepancy under k(x, y) = (γ x·y + offset)^degree, γ = 1/d by default; all pairs count, those with itself too.
+    """Squared maximum mean discrepancy with k(x, y) = (γ x·y + offset)^degree, γ = 1/d by default; pairs (x, x) are included.
 
     JEDi (Luo et al., "Beyond FVD", 2024) is 100 times this on V-JEPA features, with degree 2 and no offset.
     """

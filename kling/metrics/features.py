@@ -1,7 +1,7 @@
-"""Networks that others trained, from local files: what FVD, FID, LPIPS, JEDi, CLIPScore and the consistencies look through.
+"""Networks trained by others, loaded from local files, for FVD, FID, LPIPS, JEDi, CLIPScore and the consistencies.
 
-A torchscript file can run code, so it is opened only if its SHA-256 is the one that was given; folders are transformers' with
-safetensors. Nothing is downloaded: what is missing is refused by name, with the place where it is found.
+A torchscript file can run code, so it is opened only if its SHA-256 is the given one; folders are in transformers' format with
+safetensors. Nothing is downloaded: the error for a missing file names its source.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class Source:
-    """Where a metric's network comes from."""
+    """The network of a metric and where to get it."""
 
     what: str
     where: str
-    script: bool  # a torchscript file; else a transformers folder
+    script: bool  # a torchscript file; otherwise a transformers folder
 
 
 _NVIDIA = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics"
@@ -46,7 +46,7 @@ SOURCES = {
 
 @dataclass(frozen=True)
 class Weights:
-    """A metric's weights on disk, as given: NAME=PATH, for a torchscript file NAME=PATH#SHA256."""
+    """A metric's weights on disk, given as NAME=PATH, or as NAME=PATH#SHA256 for a torchscript file."""
 
     name: str
     path: Path
@@ -54,7 +54,7 @@ class Weights:
 
     @classmethod
     def parse(cls, text: str) -> Weights:
-        """Raises `UserError` for another name, a missing file, a missing or wrong hash; each says where the weights are found."""
+        """Raises `UserError` for an unknown name, a missing file, a missing or wrong hash; each says where to get the weights."""
         name, _, rest = text.partition("=")
         if name not in SOURCES:
             raise unknown("metric", name, SOURCES)
@@ -80,7 +80,7 @@ class Weights:
         return cls(name, path, file_hash(safe[0]))
 
     def script(self, device: torch.device) -> torch.jit.ScriptModule:
-        """The torchscript network; its hash was checked when it was named."""
+        """The torchscript network; its hash was checked by `parse`."""
         try:
             return torch.jit.load(str(self.path), map_location=device).eval()
         except RuntimeError as error:
@@ -88,9 +88,9 @@ class Weights:
 
 
 def video_features(weights: Weights, videos: Iterable[Tensor], device: torch.device) -> Tensor:
-    """(n, d) of clips (T, H, W, 3) uint8, through I3D or V-JEPA.
+    """(n, d) features of clips (T, H, W, 3) uint8, from I3D or V-JEPA.
 
-    I3D by StyleGAN-V's protocol (pixels 0 to 255, rescaled and resized to 224 inside, features before the softmax);
+    I3D by StyleGAN-V's protocol (pixels 0 to 255, rescaled and resized to 224 by the network, features before the softmax);
     V-JEPA by JEDi's (pixels 0 to 1, 224 by 224 bilinear).
     """
     network, rows = weights.script(device), []
@@ -110,7 +110,7 @@ def video_features(weights: Weights, videos: Iterable[Tensor], device: torch.dev
 
 
 def inception_features(weights: Weights, videos: Iterable[Tensor], device: torch.device) -> Tensor:
-    """(frames, d) of every frame of clips (T, H, W, 3) uint8, through the FID Inception, which resizes inside."""
+    """(frames, d) features of every frame of clips (T, H, W, 3) uint8, from the FID Inception network, which resizes them itself."""
     network = weights.script(device)
     with torch.inference_mode():
         return torch.cat([network(video.permute(0, 3, 1, 2).to(device), return_features=True).flatten(1).cpu() for video in videos])
@@ -129,7 +129,7 @@ def lpips(weights: Weights, device: torch.device) -> Callable[[Tensor, Tensor], 
 
 
 def clip_network(weights: Weights, device: torch.device) -> tuple[Callable[[Tensor], Tensor], Callable[[str], Tensor]]:
-    """CLIP's two halves, unit length: frames (T, H, W, 3) uint8 -> (T, d), and a sentence -> (1, d)."""
+    """CLIP's two encoders, with unit-length outputs: frames (T, H, W, 3) uint8 -> (T, d), and a sentence -> (1, d)."""
     from transformers import AutoTokenizer, CLIPModel
 
     model = CLIPModel.from_pretrained(weights.path, local_files_only=True, use_safetensors=True).to(device).eval()
@@ -152,7 +152,7 @@ def clip_network(weights: Weights, device: torch.device) -> tuple[Callable[[Tens
 
 
 def dino_network(weights: Weights, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """Frames (T, H, W, 3) uint8 -> unit vectors (T, d): the class token of DINO's last layer, short side 224 as VBench has it."""
+    """Frames (T, H, W, 3) uint8 -> unit vectors (T, d): the class token of DINO's last layer, with a short side of 224 as in VBench."""
     from transformers import ViTModel
 
     model = ViTModel.from_pretrained(weights.path, local_files_only=True, use_safetensors=True, add_pooling_layer=False).to(device).eval()
@@ -168,7 +168,7 @@ def dino_network(weights: Weights, device: torch.device) -> Callable[[Tensor], T
 
 
 def clip_score(pictures: Tensor, words: Tensor) -> float:
-    """100 max(cos, 0), mean over the frames (T, d) against a sentence (1, d); all of unit length. Hessel et al., "CLIPScore", 2021."""
+    """100 max(cos, 0), mean over frames (T, d) against a sentence (1, d), all of unit length. Hessel et al., "CLIPScore", 2021."""
     return float(100 * (pictures @ words.T).clamp(min=0).mean())
 
 

@@ -1,4 +1,4 @@
-"""What moves in any video, from dense optical flow (DIS): warp error, dynamic degree, and VBench's camera classes.
+"""Motion in any video, from dense optical flow (DIS): warp error, dynamic degree, and VBench's camera classes.
 
 Kroeger, Timofte, Dai, Van Gool, "Fast Optical Flow using Dense Inverse Search", 2016 (OpenCV's implementation, medium preset).
 """
@@ -11,13 +11,13 @@ import cv2
 import numpy as np
 from torch import Tensor
 
-SHORT_SIDE = 256  # pixels; smaller pictures are enlarged for the flow, whose patches are 8 pixels wide
-GRID = 10  # points a side that are followed
-MIN_VISIBLE = 0.1  # of the pixels; where fewer can be matched there is no flow, and no error
+SHORT_SIDE = 256  # pixels; smaller pictures are enlarged for the flow, which uses patches of 8 pixels
+GRID = 10  # tracked points along each side
+MIN_VISIBLE = 0.1  # of the pixels; if fewer can be matched, there is no flow, and no error
 VBENCH_CLASSES = ("pan_left", "pan_right", "tilt_up", "tilt_down", "zoom_in", "zoom_out", "static")
-STILL = 0.005  # of the short side over the whole clip: VBench's bound below which a point stands still
+STILL = 0.005  # of the short side over the whole clip: VBench's bound below which a point is static
 
-# VBench-I2V: what it means when two opposite edges of the picture go these ways. The picture moves against the camera.
+# VBench-I2V: the camera class for each pair of directions of two opposite picture edges. The picture moves against the camera.
 _SAME = {"left_left": "pan_right", "right_right": "pan_left", "down_down": "tilt_up", "up_up": "tilt_down", "static_static": "static"}
 _TOP_BOTTOM = {**_SAME, "up_down": "zoom_in", "down_up": "zoom_out"}
 _LEFT_RIGHT = {**_SAME, "left_right": "zoom_in", "right_left": "zoom_out"}
@@ -25,18 +25,18 @@ _LEFT_RIGHT = {**_SAME, "left_right": "zoom_in", "right_left": "zoom_out"}
 
 @dataclass(frozen=True)
 class Flow:
-    """Motion between neighbouring frames, in pixels: entry t leads from frame t to t + 1, `backward` from t + 1 to t."""
+    """Motion between consecutive frames, in pixels: entry t leads from frame t to t + 1, `backward` from t + 1 to t."""
 
     forward: np.ndarray  # (T-1, H, W, 2)
     backward: np.ndarray  # (T-1, H, W, 2)
 
     def speed(self) -> np.ndarray:
-        """Median length of the motion of every pair (T-1,), in pixels a frame."""
+        """Median length of the motion of every pair (T-1,), in pixels per frame."""
         return np.median(np.linalg.norm(self.forward, axis=-1), axis=(1, 2))
 
 
 def optical_flow(video: Tensor) -> Flow:
-    """The flow of a clip (T, H, W, 3) uint8, both ways."""
+    """The flow of a clip (T, H, W, 3) uint8 in both directions."""
     H, W = video.shape[1:3]
     scale = max(1, round(SHORT_SIDE / min(H, W)))
     greys = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in video.numpy()]
@@ -53,7 +53,7 @@ def optical_flow(video: Tensor) -> Flow:
 
 
 def visible(there: np.ndarray, back: np.ndarray) -> np.ndarray:
-    """(H, W) bool: pixels that come back to where they started, so are seen in both frames. Flows (H, W, 2).
+    """(H, W) bool: pixels whose flow there and back returns to the start, so that both frames show them. Flows (H, W, 2).
 
     Sundaram, Brox, Keutzer, "Dense point trajectories by GPU-accelerated large displacement optical flow", 2010, equation 5.
     """
@@ -85,9 +85,9 @@ def warp_error(video: Tensor, flow: Flow) -> float | None:
 
 
 def dynamic_degree(flow: Flow, fps: float) -> bool:
-    """Whether enough frames hold enough motion, by VBench's rule: the fastest 5 % of a pair's pixels exceed 6 pixels at 256 and 8 fps.
+    """Whether enough frames have enough motion, by VBench's rule: the fastest 5 % of a pair's pixels exceed 6 pixels at 256 and 8 fps.
 
-    VBench reads every `round(fps / 8)`th frame and asks RAFT; here neighbouring flows are summed over that step, and they are DIS.
+    VBench reads every `round(fps / 8)`th frame and uses RAFT; here the DIS flows of consecutive frames are summed over that step.
     """
     step = max(1, round(fps / 8))
     T, H, W = flow.forward.shape[:3]
@@ -98,9 +98,9 @@ def dynamic_degree(flow: Flow, fps: float) -> bool:
 
 
 def follow_grid(flow: Flow) -> np.ndarray:
-    """Points of an even grid on frame 0, followed to the end: (T, GRID, GRID, 2) x, y in pixels.
+    """Points of a regular grid on frame 0, tracked to the end: (T, GRID, GRID, 2) x, y in pixels.
 
-    A point outside the picture goes on like the pixel nearest to it.
+    A point outside the picture moves like the pixel nearest to it.
     """
     H, W = flow.forward.shape[1:3]
     margin = W / 64
@@ -113,9 +113,9 @@ def follow_grid(flow: Flow) -> np.ndarray:
 
 
 def camera_classes(flow: Flow) -> set[str]:
-    """The classes of `VBENCH_CLASSES` that VBench-I2V would see, empty if none: from the midpoints of the picture's four edges.
+    """The classes of `VBENCH_CLASSES` that VBench-I2V would find, possibly none: from the midpoints of the picture's four edges.
 
-    Its rule on DIS tracks in place of CoTracker's. Several may hold (a pan that also zooms); an asked one is right if it is among them.
+    VBench's rule on DIS tracks instead of CoTracker's. Several may apply (a pan that also zooms); the requested one must be among them.
     """
     path = follow_grid(flow)
     still, middle = STILL * min(flow.forward.shape[1:3]), GRID // 2
@@ -132,7 +132,7 @@ def camera_classes(flow: Flow) -> set[str]:
 
 
 def _at(values: np.ndarray, there: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """`values` (H, W, c) where the flow (H, W, 2) leads, and whether that lies inside (H, W)."""
+    """`values` (H, W, c) at the flow's (H, W, 2) targets, and whether these are inside the picture (H, W)."""
     H, W = there.shape[:2]
     x, y = np.meshgrid(np.arange(W, dtype=np.float32), np.arange(H, dtype=np.float32))
     x, y = x + there[..., 0], y + there[..., 1]

@@ -1,8 +1,8 @@
-"""Do the things of a small-world clip stay what they are: as many as were asked, each in one piece, of one colour and of one solid?
+"""Checks that the objects of a small-world clip stay the same: the requested number, each in one piece, of one colour and of one solid.
 
-Four facts of the world make this a matter of pixels. The things of a scene differ in colour, so a colour names a thing. All solids are
-convex, so a silhouette with a dent is torn or molten, unless something hides a part of it. They are rigid and hardly turn, so the share
-of its smallest circle that a silhouette fills stays what it is. And a step from frame to frame is small against a thing's size.
+Four properties of the world make this measurable on pixels. The objects of a scene differ in colour, so a colour identifies an object. All
+solids are convex, so a silhouette with a dent is torn or molten, unless something hides a part of it. They are rigid and hardly rotate, so
+a silhouette always fills the same share of its smallest enclosing circle. And objects move little per frame, relative to their size.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ from kling.metrics.report import Row
 from kling.metrics.segment import Palette, segment
 from kling.metrics.things import NEAR, Thing, find_things, opened, parts
 
-SHARE = 0.95  # of the frames that must be in order
-CONVEX = 0.8  # of its hull that a silhouette must fill
-BENT = 0.2  # by which the share of its circle that a silhouette fills may be off its median over the clip; rendered truth is within 0.09
-JUMP = 1.0  # of its size by which a thing may move from a frame to the next
-GROWTH = 1.8  # times the area of its box that it may have in the next frame
+SHARE = 0.95  # of the frames that must be free of faults
+CONVEX = 0.8  # share of its convex hull that a silhouette must fill
+BENT = 0.2  # allowed deviation of the filled share of the circle from its median over the clip; rendered truth stays within 0.09
+JUMP = 1.0  # of its size by which an object may move per frame
+GROWTH = 1.8  # factor by which the area of its box may change per frame
 FOREIGN = 0.25  # share of a silhouette that may have another colour
-PALE = 0.3  # nearness to the palette below which a part is ground that happens to look like it, such as a wave seen from close by
-HIDDEN = 1 / 3  # share of the clip for which a thing may be behind another
-STRETCHES = 3  # of a clip, in each of which the solid is read
+PALE = 0.3  # nearness to the palette below which a part is ground of a similar colour, such as a wave close to the camera
+HIDDEN = 1 / 3  # share of the clip for which an object may be behind another
+STRETCHES = 3  # parts of a clip; the solid is read in each
 FAULTS = ("vanished", "split", "extra", "torn", "bent", "jumped", "recoloured")
 
 
 def permanence(video: Tensor, palette: Palette, count: int, solid: Callable[[Tensor], str] | None = None, leaves: bool = False) -> Row:
-    """Whether a clip (T, H, W, 3) uint8 keeps its `count` things, whatever they are.
+    """Whether the `count` objects of a clip (T, H, W, 3) uint8 stay the same, whatever they are.
 
-    solid: reads `solid_features` (`Detectors.solid`); without it a change of the solid is not looked for. leaves: the camera may move,
-    so things may leave the picture by its border.
+    solid: classifies `solid_features` (`Detectors.solid`); without it changes of the solid are not detected. leaves: the camera may move,
+    so objects may leave the picture.
 
-    whole: at least `SHARE` of the frames are in order, and no thing's solid changes. in_order: that share. Then, for each of `FAULTS` and
-    for "reshaped", whether the clip has it (in more frames than may be out of order).
+    Returns "whole": at least `SHARE` of the frames have no fault, and no object's solid changes. "in_order": that share. And for each of
+    `FAULTS` and for "reshaped", whether the clip has the fault (in more frames than are allowed to).
     """
     colours, near = (x.numpy() for x in segment(video, palette))  # (T, H, W) each
     votes = np.bincount(colours.ravel(), (near**2).ravel(), minlength=len(palette))
@@ -59,7 +59,7 @@ def permanence(video: Tensor, palette: Palette, count: int, solid: Callable[[Ten
 
 
 def _foreign(colours: np.ndarray, near: np.ndarray, kinds: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Frames (T,) bool with a part of none of the colours, and with a part that has a colour beside its own."""
+    """Frames (T,) bool with a part in none of the expected colours, and with a part that also has another colour than its own."""
     extra, recoloured = np.zeros(len(near), bool), np.zeros(len(near), bool)
     for t in range(len(near)):
         known = np.isin(colours[t], kinds)
@@ -73,7 +73,7 @@ def _foreign(colours: np.ndarray, near: np.ndarray, kinds: list[int]) -> tuple[n
 
 
 def _vanished(thing: Thing, others: list[Thing], leaves: bool) -> np.ndarray:
-    """(T,) bool: not seen, with nothing in front of where it was last and no border beside it."""
+    """(T,) bool: not visible, with nothing in front of its last position and no border near it."""
     missing, hidden, last = np.zeros(len(thing.seen), bool), np.zeros(len(thing.seen), bool), None
     for t, seen in enumerate(thing.seen):
         if seen:
@@ -88,19 +88,19 @@ def _vanished(thing: Thing, others: list[Thing], leaves: bool) -> np.ndarray:
 
 
 def _touch(a: np.ndarray, b: np.ndarray) -> bool:
-    """Whether two boxes (4,) are `NEAR` each other or overlap."""
+    """Whether two boxes (4,) overlap or are within `NEAR` of each other."""
     return bool((a[:2] <= b[2:] + NEAR).all() and (b[:2] <= a[2:] + NEAR).all())
 
 
 def _filled(mask: np.ndarray) -> float:
-    """Share of the pixels of its convex hull that a mask (H, W) holds."""
+    """The share of its convex hull that a mask (H, W) fills."""
     points = np.argwhere(mask)[:, ::-1].astype(np.int32)
     hull = cv2.fillConvexPoly(np.zeros(mask.shape, np.uint8), cv2.convexHull(points), 1)
     return float(mask.sum() / hull.sum())
 
 
 def _bent(thing: Thing) -> np.ndarray:
-    """(T,) bool: another silhouette than over most of the clip, whatever its size and its turn in the picture."""
+    """(T,) bool: the silhouette differs from that of most of the clip, independent of its size and orientation."""
     filled = np.full(len(thing.seen), np.nan)
     for t in np.flatnonzero(thing.free & ~thing.edge):
         _, radius = cv2.minEnclosingCircle(np.argwhere(thing.mask[t]).astype(np.float32))
@@ -110,7 +110,7 @@ def _bent(thing: Thing) -> np.ndarray:
 
 
 def _jumped(thing: Thing) -> np.ndarray:
-    """(T,) bool: further from the frame before, or of another size, than anything of the world could be."""
+    """(T,) bool: farther from the previous frame, or changed more in size, than is possible in the world."""
     sides = thing.box[:, 2:] - thing.box[:, :2]
     size, centre = sides.prod(1) ** 0.5, (thing.box[:, :2] + thing.box[:, 2:]) / 2
     clear, jumps = thing.free & ~thing.edge, np.zeros(len(size), bool)
@@ -121,7 +121,7 @@ def _jumped(thing: Thing) -> np.ndarray:
 
 
 def _reshaped(video: Tensor, thing: Thing, solid: Callable[[Tensor], str]) -> bool:
-    """Whether the stretches of a clip show different solids. Only frames that show the whole thing are asked."""
+    """Whether the parts of a clip show different solids. Only frames that show the whole object are used."""
     clear, names = torch.from_numpy(thing.free & ~thing.edge), set()
     mask, box = torch.from_numpy(thing.mask), torch.from_numpy(thing.box).float()
     for stretch in torch.arange(len(clear)).tensor_split(STRETCHES):

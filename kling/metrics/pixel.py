@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 SSIM_WINDOW, SSIM_SIGMA = 11, 1.5
-NEIGHBOURS = 6  # pairs of frames on each side of a seam that it is compared with
+NEIGHBOURS = 6  # pairs of frames on each side of a seam that are compared with it
 
 
 def psnr(a: Tensor, b: Tensor) -> Tensor:
@@ -39,12 +39,12 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
 
 
 def temporal_psnr(a: Tensor, b: Tensor) -> Tensor:
-    """PSNR in dB of the change from each frame to the next, (b, T-1): blind to what stays wrong, sharp on what flickers."""
+    """PSNR in dB of the change from each frame to the next, (b, T-1): ignores constant errors, detects flicker."""
     return psnr(a[:, :, 1:] - a[:, :, :-1], b[:, :, 1:] - b[:, :, :-1])
 
 
 def flicker(video: Tensor) -> Tensor:
-    """Mean absolute second difference in time, in levels of 255, (b,): steady motion hardly shows, what comes and goes does."""
+    """Mean absolute second difference in time, in levels of 255, (b,): small for steady motion, large for flicker."""
     second = video[:, :, 2:] - 2 * video[:, :, 1:-1] + video[:, :, :-2]
     return second.abs().mean(dim=(1, 2, 3, 4)) * 127.5
 
@@ -52,8 +52,8 @@ def flicker(video: Tensor) -> Tensor:
 def seam(video: Tensor, t: int) -> dict[str, Tensor]:
     """How visible the join between frames t - 1 and t is; every entry (b,).
 
-    psnr: of the pair. gap: dB by which it lies below the median of the pairs around it (0 is no seam).
-    jump: change of the mean colour over the seam, in levels of 255. usual: its median over the pairs around it.
+    psnr: of the pair. gap: dB by which it is below the median of the surrounding pairs (0 is no seam).
+    jump: change of the mean colour over the seam, in levels of 255. usual: its median over the surrounding pairs.
     """
     pairs = psnr(video[:, :, 1:], video[:, :, :-1])  # (b, T-1): entry i joins frames i and i+1
     colour = video.float().mean(dim=(3, 4)) * 127.5  # (b, 3, T)

@@ -1,4 +1,4 @@
-"""Measurements to a table a person can read."""
+"""Turns measurements into a Markdown table."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ Summary = dict[str, dict[str, float | None]]  # by measure: value, low, high, n;
 
 @dataclass(frozen=True)
 class Line:
-    """One line of the table: a measure of a task, the score that guessing gives, and the one to reach (`>= 0.85`, `<= 5`)."""
+    """One line of the table: a measure of a task, the score of guessing, and the target (`>= 0.85`, `<= 5`)."""
 
     task: str
     measure: str
     title: str
-    unit: str = "%"  # %, or what the number is in
+    unit: str = "%"  # %, or the unit of the number
     chance: float | None = None
     target: str = ""
 
@@ -55,9 +55,9 @@ def paired(a: Sequence[Row], b: Sequence[Row]) -> Summary:
 
 
 def markdown(lines: Sequence[Line], scores: Mapping[str, Summary], columns: Mapping[str, Mapping[str, Summary]]) -> str:
-    """The table. scores: by task. columns: by heading (truth, controls), then by task; a cell is empty where nothing was measured.
+    """The table. scores: by task. columns: by heading (truth, controls), then by task; a cell is empty if nothing was measured.
 
-    The columns of targets and of chance are there if a line has them.
+    The columns for targets and chance appear only if a line has them.
     """
     aims, guesses = any(line.target for line in lines), any(line.chance is not None for line in lines)
     head = ["", "score", "95 % interval", "n", *(["to reach"] * aims), *(["chance"] * guesses), *columns]

@@ -1,4 +1,4 @@
-"""The measurements of a small-world clip against the truth about it: one row of named numbers a clip."""
+"""Measures a small-world clip against its ground truth: one row of named numbers per clip."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from kling.metrics.things import read_things
 
 @dataclass
 class Ruler:
-    """What is known of the world's stage, and detectors that were taught on rendered clips."""
+    """The known properties of the world's stage, and detectors fitted to rendered clips."""
 
     stage: Stage
     detectors: Detectors
@@ -29,17 +29,17 @@ class Ruler:
         return {question: reading[question] == labels[question] for question in QUESTIONS}
 
     def things(self, video: Tensor, labels: Sequence[Mapping[str, str]]) -> Row:
-        """Whether every thing has its colour, its solid and its motion, and "right": all of these and the ground."""
+        """Whether every object has its colour, its solid and its motion, and "right": all of these and the ground."""
         readings = read_things(video, self.detectors, [thing["colour"] for thing in labels])
         row = {q: all(x[q] == thing[q] for x, thing in zip(readings, labels, strict=True)) for q in QUESTIONS}
         return row | {"right": all(row.values())}
 
     def permanence(self, video: Tensor, count: int, leaves: bool = False) -> Row:
-        """Whether `count` things stay what they are; leaves: the camera may move them out of the picture. See `permanence`."""
+        """Whether `count` objects stay the same; leaves: the camera may move them out of the picture. See `permanence`."""
         return permanence(video, self.detectors.palette, count, self.detectors.solid, leaves)
 
     def camera(self, video: Tensor, asked: Trajectory, axes: Mapping[str, float] | None) -> Row:
-        """How near the camera's path is to the asked one. axes: of a single axis, a master shot or a static camera; None for mixtures.
+        """Errors of the camera's path. axes: of a single axis, a master shot or a static camera; None for combinations.
 
         class: whether the path would be called the same. rotation: degrees. translation: see `translation_error`. registered: whether every
         frame's pose was found. A camera that was not found has no rotation and no translation, and is of no class but a wrong one.

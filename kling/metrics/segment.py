@@ -1,4 +1,4 @@
-"""Which pixels belong to a coloured object: nearness to a palette colour under any of the world's shades."""
+"""Which pixels belong to a coloured object: closeness to a palette colour in any shade that the world's lighting gives."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor
 
 Palette = Mapping[str, tuple[float, float, float]]
 
-SHADES = (0.45, 1.05)  # brightness of a surface, from turned away from the sun to facing it
-TOLERANCE = 0.13  # distance in RGB within which a pixel is of a colour; the grounds and the sky stay further off
+SHADES = (0.45, 1.05)  # brightness of a surface, from facing away from the sun to facing it
+TOLERANCE = 0.13  # distance in RGB within which a pixel has a colour; the grounds and the sky are farther away
 
 
 def segment(video: Tensor, palette: Palette) -> tuple[Tensor, Tensor]:
@@ -25,6 +25,6 @@ def segment(video: Tensor, palette: Palette) -> tuple[Tensor, Tensor]:
 
 
 def grown(mask: Tensor, pixels: int) -> Tensor:
-    """A mask (T, H, W) bool, wider by `pixels` on every side."""
+    """A mask (T, H, W) bool, extended by `pixels` on every side."""
     k = 2 * pixels + 1
     return F.max_pool2d(mask[:, None].float(), k, stride=1, padding=pixels)[:, 0] > 0

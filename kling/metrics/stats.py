@@ -1,4 +1,4 @@
-"""Intervals: how far a number that was measured on n samples can be trusted."""
+"""Confidence intervals of numbers measured on n samples."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Z95 = 1.959964
 
 
 def wilson(hits: int, n: int, z: float = Z95) -> tuple[float, float]:
-    """95 % interval of a rate (Wilson 1927), which stays inside [0, 1] and is honest at 0 and n. (0, 1) for n = 0.
+    """95 % interval of a rate (Wilson 1927), which stays inside [0, 1] and is valid at 0 and n hits. (0, 1) for n = 0.
 
     >>> [round(x, 3) for x in wilson(9, 10)]
     [0.596, 0.982]
@@ -31,7 +31,7 @@ def row_means(x: Tensor) -> Tensor:
 
 
 def row_medians(x: Tensor) -> Tensor:
-    """(draws, n) -> (draws,); of an even n the mean of the two in the middle."""
+    """(draws, n) -> (draws,); for an even n the mean of the two middle values."""
     return x.quantile(0.5, dim=1)
 
 
@@ -46,12 +46,12 @@ def bootstrap(values: Sequence[float], seed: int = 0, draws: int = 2000, of: Cal
 
 
 def rate(hits: Sequence[bool]) -> dict[str, float]:
-    """A share of `hits`, as a row of a report: value, low, high, n."""
+    """A share of `hits` as an entry of a report: value, low, high, n."""
     low, high = wilson(sum(hits), len(hits))
     return {"value": sum(hits) / len(hits) if hits else math.nan, "low": low, "high": high, "n": len(hits)}
 
 
 def mean(values: Sequence[float]) -> dict[str, float]:
-    """A mean, as a row of a report: value, low, high, n."""
+    """A mean as an entry of a report: value, low, high, n."""
     low, high = bootstrap(values)
     return {"value": sum(values) / len(values) if values else math.nan, "low": low, "high": high, "n": len(values)}

@@ -1,4 +1,4 @@
-"""Several things of a small-world clip, told apart by their colours, which differ within a scene."""
+"""Several objects of a small-world clip, distinguished by their colours, which differ within a scene."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from kling.metrics.control import (
 )
 from kling.metrics.segment import segment
 
-NEAR = 2  # pixels between two things, from which on one may hide a part of the other
+NEAR = 2  # pixels between two objects at which one may hide a part of the other
 
 
 @dataclass
 class Thing:
-    """What is seen of one colour, frame by frame."""
+    """What is visible of one colour in every frame."""
 
     colour: int  # index in the palette
     mask: np.ndarray  # (T, H, W) bool: its largest part
     box: np.ndarray  # (T, 4) left, top, right, bottom in pixels; right and bottom exclusive
-    parts: np.ndarray  # (T,) how many there are; what another thing cuts in two by standing in front is one
-    free: np.ndarray  # (T,) bool: seen, and no other thing near
+    parts: np.ndarray  # (T,) number of parts; an object that another one cuts in two by standing in front counts as one
+    free: np.ndarray  # (T,) bool: visible, with no other object near
     edge: np.ndarray  # (T,) bool: touches the border of the picture
 
     @property
@@ -41,7 +41,7 @@ class Thing:
         return self.parts > 0
 
     def track(self) -> Track | None:
-        """The frames in which it can be read: those that show it free, and whole where there are such; None if too few show it at all."""
+        """The frames used to read it: those that show it free and whole if there are enough, else free, else at all; None if too few."""
         if self.seen.mean() < MIN_FRAMES:
             return None
         for shown in (self.free & ~self.edge, self.free, self.seen):
@@ -51,9 +51,9 @@ class Thing:
 
 
 def read_things(video: Tensor, detectors: Detectors, colours: Sequence[str]) -> list[Reading]:
-    """What a clip (T, H, W, 3) uint8 with a static camera shows of the things of these colours, as `Detectors.read` for one.
+    """Reads the objects of these colours in a clip (T, H, W, 3) uint8 with a static camera, as `Detectors.read` does for one.
 
-    A colour that too few frames show reads None throughout.
+    A colour that too few frames show reads None for every question.
     """
     names = list(detectors.palette)
     ground = detectors.ground(ground_features(video, detectors.palette))
@@ -69,7 +69,7 @@ def read_things(video: Tensor, detectors: Detectors, colours: Sequence[str]) -> 
 
 
 def find_things(colours: np.ndarray, near: np.ndarray, kinds: Sequence[int]) -> list[Thing]:
-    """A thing for each colour of `kinds`. colours, near: (T, H, W) each, of `segment`."""
+    """A `Thing` for each colour of `kinds`. colours, near: (T, H, W) each, from `segment`."""
     T, H, W = colours.shape
     things = [Thing(c, np.zeros((T, H, W), bool), np.zeros((T, 4)), np.zeros(T, int), np.zeros(T, bool), np.zeros(T, bool)) for c in kinds]
     for t in range(T):
@@ -81,7 +81,7 @@ def find_things(colours: np.ndarray, near: np.ndarray, kinds: Sequence[int]) -> 
             if not thing.parts[t]:
                 continue
             others = np.logical_or.reduce([np.zeros((H, W), bool), *(other for other in own if other is not mine)])
-            thing.mask[t] = around(mine & (joined == held.argmax())) & (near[t] > 0) & ~others  # with its rim, whatever colour that has
+            thing.mask[t] = around(mine & (joined == held.argmax())) & (near[t] > 0) & ~others  # including its rim, of any colour
             rows, columns = np.flatnonzero(thing.mask[t].any(1)), np.flatnonzero(thing.mask[t].any(0))
             thing.box[t] = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
             thing.edge[t] = columns[0] == 0 or rows[0] == 0 or columns[-1] == W - 1 or rows[-1] == H - 1
@@ -92,12 +92,12 @@ def find_things(colours: np.ndarray, near: np.ndarray, kinds: Sequence[int]) -> 
 
 
 def opened(mask: np.ndarray) -> np.ndarray:
-    """A mask (H, W) bool without what is one pixel thin: a rim, mixed with what is behind it, may look like a third colour."""
+    """A mask (H, W) bool without parts one pixel wide: a rim, mixed with the background, may look like a third colour."""
     return cv2.morphologyEx(mask.astype(np.uint8), cv2.MORPH_OPEN, np.ones((2, 2), np.uint8)) > 0
 
 
 def around(mask: np.ndarray) -> np.ndarray:
-    """A mask (H, W) bool and what is within `NEAR` pixels of it."""
+    """A mask (H, W) bool extended by `NEAR` pixels."""
     return cv2.dilate(mask.astype(np.uint8), np.ones((2 * NEAR + 1, 2 * NEAR + 1), np.uint8)) > 0
 
 

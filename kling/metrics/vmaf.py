@@ -1,4 +1,4 @@
-"""VMAF (Netflix) through the static ffmpeg that the package imageio-ffmpeg carries: one number for a clip against its reference."""
+"""VMAF (Netflix) with the static ffmpeg of the package imageio-ffmpeg: one number for a clip against its reference."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from kling.errors import UserError
 
 
 def vmaf(video: Tensor, reference: Tensor) -> float:
-    """Mean VMAF (model v0.6.1, 0 to 100) of frames (T, H, W, 3) uint8 against others of the same shape.
+    """Mean VMAF (model v0.6.1, 0 to 100) of frames (T, H, W, 3) uint8 against a reference of the same shape.
 
-    Raises `UserError` where imageio-ffmpeg is missing or its ffmpeg has no libvmaf.
+    Raises `UserError` if imageio-ffmpeg is missing or its ffmpeg has no libvmaf.
     """
     try:
         import imageio_ffmpeg

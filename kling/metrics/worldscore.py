@@ -1,7 +1,7 @@
-"""WorldScore (Duan et al. 2025): the worlds it asks for, the cameras it expects, and how its numbers become one.
+"""WorldScore (Duan et al. 2025): the scenes that it asks for, the cameras it expects, and how its scores are combined.
 
-A still world is a picture and a chain of camera moves: every clip goes on from the last frame of the one before. Video models get the
-picture and words; the camera's path is only what they are measured against. Sources, as of 2025: `worldscore/run_evaluate.py` and, below
+A static scene is a picture and a chain of camera moves: every clip continues from the last frame of the previous one. Video models get the
+picture and the text; the camera's path is used only to measure them. Sources, as of 2025: `worldscore/run_evaluate.py` and, below
 `worldscore/benchmark/`, `helpers/` (dataloader, helper, camera_generator, evaluator) and `utils/utils.py`.
 """
 
@@ -22,7 +22,7 @@ RADIUS = 1.0  # of an orbit, and the length of a push
 TURNS = {"pan_left": 30.0, "pan_right": -30.0, "orbit_left": -30.0, "orbit_right": 30.0}  # degrees
 SHIFTS = {"push_in": (0, 0, -1), "pull_out": (0, 0, 1), "move_left": (-0.5, 0, 0), "move_right": (0.5, 0, 0)}  # of the world, in radii
 MOVES = (*TURNS, *SHIFTS)
-FIXED = "fixed"  # only where things move
+FIXED = "fixed"  # used only for dynamic scenes
 
 STATIC = (
     "camera_control",
@@ -38,22 +38,22 @@ DYNAMIC = ("motion_accuracy", "motion_magnitude", "motion_smoothness")
 
 @dataclass(frozen=True)
 class Instance:
-    """One world that WorldScore asks for."""
+    """One scene of WorldScore."""
 
     folder: str  # below worldscore_output/
     image: str  # below WorldScore-Dataset/
-    prompts: tuple[str, ...]  # of the clips
-    moves: tuple[str, ...]  # of the camera, one a clip
+    prompts: tuple[str, ...]  # one per clip
+    moves: tuple[str, ...]  # of the camera, one per clip
     data: Mapping[str, Any]  # its entry in the list
 
     @property
     def still(self) -> bool:
-        """Whether nothing but the camera moves."""
+        """Whether only the camera moves."""
         return self.data["visual_movement"] == "static"
 
 
 def worldscore_instances(info: Sequence[Mapping[str, Any]], still_words: str) -> list[Instance]:
-    """From static.json or dynamic.json. still_words: what WorldScore's own loader puts behind the prompts of still worlds."""
+    """From static.json or dynamic.json. still_words: the text that WorldScore's own loader appends to prompts of static scenes."""
     found = []
     for entry in info:
         try:
@@ -77,23 +77,23 @@ def worldscore_instances(info: Sequence[Mapping[str, Any]], still_words: str) ->
 
 
 def image_data(instance: Instance, frames: int) -> dict[str, Any]:
-    """What image_data.json holds for clips of so many frames."""
+    """The contents of image_data.json for clips of `frames` frames."""
     n = len(instance.moves)
     data = dict(instance.data) | {"num_scenes": n, "total_frames": n * (frames - 1) + 1}
     return data | ({"anchor_frame_idx": [i * (frames - 1) for i in range(n + 1)]} if instance.still else {})
 
 
 def camera_data(moves: Sequence[str], frames: int) -> dict[str, Any]:
-    """What camera_data.json holds: the path that a chain of moves means, `frames` frames each.
+    """The contents of camera_data.json: the path of a chain of moves, `frames` frames each.
 
-    World to camera, a move is one turn about the vertical axis and one shift behind what was before; angles and shifts go evenly from
-    one end to the other. Matrices (4, 4) are camera to world in Blender's axes (right, up, backward), the first at the origin.
+    World to camera, a move adds one rotation about the vertical axis and one shift to what came before; angles and shifts are interpolated
+    linearly. Matrices (4, 4) are camera to world in Blender's axes (right, up, backward), the first at the origin.
     """
     angle, shift = torch.zeros(1, dtype=torch.float64), torch.zeros(1, 3, dtype=torch.float64)
     for move in moves:
         turn = torch.tensor([math.radians(TURNS.get(move, 0.0))], dtype=torch.float64)
         own = RADIUS * torch.tensor(SHIFTS.get(move, (0, 0, 0)), dtype=torch.float64)
-        if move.startswith("orbit"):  # about a point ahead, which stays where it is
+        if move.startswith("orbit"):  # about a fixed point ahead
             ahead = RADIUS * torch.tensor([0, 0, 1], dtype=torch.float64)
             own = ahead - _turned(turn)[0] @ ahead
         angle = torch.cat([angle, angle[-1] + turn])
@@ -108,13 +108,13 @@ def camera_data(moves: Sequence[str], frames: int) -> dict[str, Any]:
 
 
 def _turned(angle: Tensor) -> Tensor:
-    """Turns (n, 3, 3) about the vertical axis, by angles (n,) in radians."""
+    """Rotations (n, 3, 3) about the vertical axis, by angles (n,) in radians."""
     zero, one, c, s = torch.zeros_like(angle), torch.ones_like(angle), angle.cos(), angle.sin()
     return torch.stack([c, zero, -s, zero, one, zero, s, zero, c], dim=1).view(-1, 3, 3)
 
 
 def _blender(angle: Tensor, shift: Tensor) -> Tensor:
-    """World to camera, axes left, up, forward, as angles (n,) and shifts (n, 3); camera to world, (n, 4, 4), in Blender's axes."""
+    """From world to camera with axes left, up, forward, as angles (n,) and shifts (n, 3), to camera to world in Blender's, (n, 4, 4)."""
     back = _turned(angle).mT
     c2w = torch.eye(4, dtype=angle.dtype).repeat(len(angle), 1, 1)
     c2w[:, :3, :3] = back * torch.tensor([-1, 1, -1], dtype=angle.dtype)
@@ -123,10 +123,10 @@ def _blender(angle: Tensor, shift: Tensor) -> Tensor:
 
 
 def worldscore_aspects(instances: Sequence[tuple[str, Mapping[str, Mapping[str, Mapping[str, float]]]]]) -> dict[str, float]:
-    """Aspects, 0 to 100 with two decimals, as `calculate_mean_scores` has them, from (movement, evaluation.json) of every instance.
+    """Aspects, 0 to 100 with two decimals, as `calculate_mean_scores` computes them, from (movement, evaluation.json) of every instance.
 
-    An evaluation is {aspect: {metric: {"score_normalized": x}}}. Means over instances, then over the metrics of an aspect; of the
-    "static" instances only the static aspects count, of the "dynamic" ones only the dynamic. What nothing measured is 0.
+    An evaluation is {aspect: {metric: {"score_normalized": x}}}. Means over instances, then over the metrics of an aspect; "static"
+    instances count in the static aspects only, "dynamic" ones in the dynamic aspects only. An aspect without measurements is 0.
     """
     found: dict[str, dict[str, list[float]]] = {name: {} for name in (*STATIC, *DYNAMIC)}
     for movement, evaluation in instances:
@@ -139,9 +139,9 @@ def worldscore_aspects(instances: Sequence[tuple[str, Mapping[str, Mapping[str, 
 
 
 def worldscore(aspects: Mapping[str, float]) -> dict[str, float]:
-    """WorldScore-Static (mean of seven) and -Dynamic (of all ten) from aspects of 0 to 100, as `calculate_worldscore` has them.
+    """WorldScore-Static (mean of seven) and -Dynamic (of all ten) from aspects of 0 to 100, as in `calculate_worldscore`.
 
-    A model that makes no motion counts 0 in the three dynamic aspects, as upstream has it.
+    A model that makes no motion gets 0 in the three dynamic aspects, as upstream does.
     """
     if strange := sorted(set(aspects) - {*STATIC, *DYNAMIC}):
         raise UserError(f"'{strange[0]}' is no aspect of WorldScore: it has {', '.join((*STATIC, *DYNAMIC))}")

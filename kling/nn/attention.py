@@ -10,27 +10,31 @@ from diffusers.models.attention import AttentionModuleMixin
 from torch import Tensor, nn
 
 from kling.nn.norm import RMSNorm
-from kling.nn.packing import Packing, attend_packed
 from kling.nn.rope import rotate
 from kling.runtime.diffusers_internals import dispatch_attention_fn
 
 
 class KeyValues(Protocol):
-    """Keys and values (b, n, heads, head_dim) of earlier tokens, to attend to beside the present ones."""
+    """Keys and values (b, n, heads, head_dim) of earlier tokens, attended to in addition to the present ones."""
 
     def join(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
-Kept = dict[str, tuple[Tensor, Tensor]]  # keys and values that stay over the steps of a walk, by what they are of
+class Kept:
+    """Keys and values that are the same in all steps of a walk, by the name of their source. Not a dict: diffusers' offloading hooks
+    pass copies of the dicts that a block is called with, and what the block put into a copy would be lost."""
+
+    def __init__(self) -> None:
+        self.pairs: dict[str, tuple[Tensor, Tensor]] = {}
 
 
 def once(kept: Kept | None, name: str, make: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """What `make` gives, made only the first time where there is something to keep it in."""
+    """The result of `make`, computed once per name if there is a `Kept` to hold it."""
     if kept is None:
         return make()
-    if name not in kept:
-        kept[name] = make()
-    return kept[name]
+    if name not in kept.pairs:
+        kept.pairs[name] = make()
+    return kept.pairs[name]
 
 
 MOST_KEYS = 2048  # beyond it the scores no longer stay in the cache of a core, and PyTorch's kernel catches up
@@ -41,8 +45,8 @@ def by_products(query: Tensor, key: Tensor) -> bool:
 
     Measured on avx512_bf16 (2026-11-27), 16 clips of 308 tokens, 4 heads of 64: forward and backward 41 ms against 81 ms of PyTorch's
     kernel, whose backward computes in fp32; gradients are 6e-3 from fp32 (5e-3 with PyTorch's). In fp32 that kernel is faster (73 against
-    186 ms). A rule and not a timing at run time: the same inputs must give the same bits in every process, or no replay and no resume is
-    exact.
+    186 ms). This is a fixed rule, not a timing at run time: replay and resume are exact only if the same inputs give the same bits in
+    every process.
     """
     return query.device.type == "cpu" and query.dtype == torch.bfloat16 and key.shape[1] <= MOST_KEYS
 
@@ -56,7 +60,7 @@ def attend_by_products(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 class AttentionProcessor:
-    """The computation of an `Attention`; diffusers sets the backend and the context-parallel configuration here."""
+    """Computes an `Attention`; diffusers sets the backend and the context-parallel configuration here."""
 
     _attention_backend = None
     _parallel_config = None
@@ -69,8 +73,7 @@ class AttentionProcessor:
         rotary_emb: Tensor | None = None,  # (b | 1, n, 1, head_dim / 2, 2)
         encoder_hidden_states_image: Tensor | None = None,  # (b, i, added_kv_proj_dim)
         history: KeyValues | None = None,
-        kept: Kept | None = None,  # of the text's keys and values; not for self-attention, whose tokens change
-        packing: tuple[Packing, Packing] | None = None,  # of the tokens and of what they attend to, where both are (1, N, ·)
+        kept: Kept | None = None,  # caches the text's keys and values; not for self-attention, whose tokens change
     ) -> Tensor:
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         # context-parallel attention exchanges keys between devices; text is whole on each of them
@@ -82,10 +85,7 @@ class AttentionProcessor:
             query, key = rotate(query, rotary_emb), rotate(key, rotary_emb)
         if history is not None:
             key, value = history.join(key, value)
-        if packing is not None:
-            out = attend_packed(query, key, value, lambda q, k, v: self.attend(q, k, v, None), *packing)
-        else:
-            out = self.attend(query, key, value, parallel)
+        out = self.attend(query, key, value, parallel)
 
         if encoder_hidden_states_image is not None:
             layers = attn.add_k_proj, attn.norm_added_k, attn.add_v_proj
@@ -138,7 +138,6 @@ class Attention(nn.Module, AttentionModuleMixin):
         encoder_hidden_states_image: Tensor | None = None,
         history: KeyValues | None = None,
         kept: Kept | None = None,
-        packing: tuple[Packing, Packing] | None = None,
     ) -> Tensor:
         image = encoder_hidden_states_image
-        return self.processor(self, hidden_states, encoder_hidden_states, rotary_emb, image, history, kept, packing)
+        return self.processor(self, hidden_states, encoder_hidden_states, rotary_emb, image, history, kept)

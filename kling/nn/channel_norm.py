@@ -1,4 +1,4 @@
-"""The VAE's norm. It mixes the channels of one point and nothing else: no statistics over time or space, so causality stays exact."""
+"""The VAE's norm. It mixes only the channels of one point: no statistics over time or space, so that causality is exact."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class ChannelNorm(nn.Module):
 
 
 class NormSilu(ChannelNorm):
-    """silu(y), written behind its history in time: x (b, t, h, w, c), history (b, k, h, w, c) -> (b, k + t, h, w, c)."""
+    """silu(y), appended to the history in time: x (b, t, h, w, c), history (b, k, h, w, c) -> (b, k + t, h, w, c)."""
 
     def forward(self, x: Tensor, history: Tensor) -> Tensor:
         return HistoryNormSilu.apply(x, self.gamma.flatten(), history)
@@ -33,8 +33,8 @@ def per_length(x: Tensor) -> Tensor:
 
 
 class HistoryNormSilu(torch.autograd.Function):
-    """`NormSilu` with a backward of its own: it keeps x alone, where its parts would keep four tensors of that size, and takes half the
-    passes over memory.
+    """`NormSilu` with a hand-written backward pass: it saves x only, where autograd would save four tensors of that size, and makes half
+    the passes over memory.
 
     With r = √c/‖x‖, n = r x, p = silu'(γ n) ∂y n:  ∂γ = Σ_points p,  ∂x = r (silu'(γ n) ∂y γ - n/c Σ_c γ p).
     """

@@ -1,12 +1,12 @@
-"""Causal 3-D convolution, and resampling of time and space, for whole clips and for streams in one code path.
+"""Causal 3-D convolution, and resampling of time and space, with one code path for whole clips and for streams.
 
-Every temporal module is called as `module(x, state)`. A `state` of None means: x starts a stream and nothing is kept of it. With a
-`StreamState`, each convolution finds there the few frames that it still needs of the chunk before, and leaves those that the next one
-will need: the outputs of the chunks, joined in time, are the output of the whole.
+Every temporal module is called as `module(x, state)`. With state None, x starts a stream and nothing is kept for later. With a
+`StreamState`, each convolution reads from it the last few frames of the previous chunk, and stores those that the next chunk will need:
+the outputs of the chunks, joined in time, equal the output of the whole clip.
 
-A convolution sees one window [history | new] in one tensor. Norm and activation write straight into it, so nothing is padded or joined.
+A convolution reads one window [history | new] in one tensor. Norm and activation write straight into it, so nothing is padded or joined.
 
-Activations lie channels-last, as contiguous tensors (b, t, h, w, c): norms, attention and 1x1 convolutions read the channels of a point
+Activations are contiguous channels-last tensors (b, t, h, w, c): norms, attention and 1x1 convolutions read the channels of a point
 side by side, time and space fold into the batch without a copy, and oneDNN and cuDNN have their fastest kernels for it.
 """
 
@@ -23,15 +23,15 @@ from kling.nn.channel_norm import NormSilu
 
 
 class StreamState:
-    """What a stream remembers between chunks: for each causal convolution the last few frames that it saw.
+    """What a stream keeps between chunks: for each causal convolution the last few frames that it saw.
 
-    Belongs to one stream of one model, so any number of streams may run on a model at once. The encoder and the decoder of a model hold
-    different modules, so one state may serve both. With gradients on, the frames carry them across chunks.
+    A state belongs to one stream of one model, so any number of streams may run on a model at once. The encoder and the decoder of a model
+    are different modules, so one state may serve both. With gradients on, the stored frames carry them across chunks.
     """
 
     def __init__(self) -> None:
         self.tails: dict[nn.Module, Tensor] = {}  # (b, k, h, w, c) each; k = kernel - stride, at most 2
-        self.parts: dict[object, StreamState] = {}  # a tiled picture is one stream for each tile
+        self.parts: dict[object, StreamState] = {}  # a tiled picture has one stream per tile
 
     def part(self, key: object) -> StreamState:
         """The state of one part of the picture."""
@@ -42,7 +42,7 @@ class StreamState:
         return module in self.tails or any(part.started(module) for part in self.parts.values())
 
     def history(self, module: nn.Module, x: Tensor) -> Tensor:
-        """The frames before x (b, t, h, w, c). Raises `UserError` if x is not of this stream's batch and size."""
+        """The frames before x (b, t, h, w, c). Raises `UserError` if x differs from this stream in batch or frame size."""
         tail = self.tails[module]
         if tail[:, 0].shape != x[:, 0].shape:
             was, now = (f"batch {y.shape[0]} of {y.shape[3]}x{y.shape[2]}" for y in (tail, x))
@@ -51,15 +51,15 @@ class StreamState:
 
 
 def started(state: StreamState | None, module: nn.Module) -> bool:
-    """True if `module` goes on from an earlier chunk; no state means the start."""
+    """True if `module` continues an earlier chunk; no state means the start."""
     return state is not None and state.started(module)
 
 
 def conv(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int]) -> Tensor:
     """2-D or 3-D convolution of channels-last x (b, [t,] h, w, c) -> (b, [t',] h', w', c').
 
-    Takes oneDNN for every fp32 batch on CPU: for batch 1, torch picks its own `slow_conv3d` when c·t·h <= 20480, which is every layer of
-    a small streaming decoder, and 5 times slower.
+    Uses oneDNN for every fp32 batch on CPU: for batch 1, torch picks its own `slow_conv3d` when c·t·h <= 20480, which is the case in every
+    layer of a small streaming decoder, and 5 times slower.
     """
     x = x.movedim(-1, 1)
     fp32 = x.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)
@@ -67,7 +67,7 @@ def conv(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], 
         y = torch.ops.aten.mkldnn_convolution(x, weight, bias, padding, stride, [1] * len(stride), 1)
     else:
         y = (F.conv3d if weight.ndim == 5 else F.conv2d)(x, weight, bias, tuple(stride), tuple(padding))
-    return y.movedim(1, -1).contiguous()  # a kernel that knows no channels-last gives another layout
+    return y.movedim(1, -1).contiguous()  # a kernel without channels-last support returns another layout
 
 
 class CausalConv3d(nn.Conv3d):
@@ -86,11 +86,11 @@ class CausalConv3d(nn.Conv3d):
         history = state.history(self, x) if started(state, self) else zeros(x, min(1, T - 1) if clip else 2 * pt)
         frames = torch.cat([history, x], dim=1) if norm is None else norm(x, history)  # (b, k + T, H, W, c)
         if clip:
-            # before frame 0 there are only zeros: its own tap is the whole sum (of 3 frames a third of the products would be with zeros)
+            # only zeros come before frame 0, so its own tap is the whole sum (with 3 frames, a third of the products would be with zeros)
             first = conv(frames[:, -T], self.weight[:, :, -1], self.bias, (sh, sw), (ph, pw))[:, None]  # (b, 1, H', W', c')
             return first if T == 1 else torch.cat([first, conv(frames, self.weight, self.bias, self.stride, (0, ph, pw))], dim=1)
         if state is not None:
-            state.tails[self] = frames[:, st - kt :].clone()  # a copy: a view would keep the whole window alive
+            state.tails[self] = frames[:, st - kt :].clone()  # a copy: a view would keep the whole window in memory
         if frames.shape[1] < kt:
             return x.new_empty(b, 0, (H + 2 * ph - kh) // sh + 1, (W + 2 * pw - kw) // sw + 1, self.out_channels)
         return conv(frames, self.weight, self.bias, self.stride, (0, ph, pw))
@@ -119,7 +119,7 @@ class DoublingConv2d(nn.Conv2d):
     """Each point repeated 2x2, then a 3x3 convolution with padding 1: (n, h, w, c) -> (n, 2h, 2w, c').
 
     Two of the three taps of a row always meet copies of one point. So both steps together are one transposed convolution, whose four taps
-    a row are w₀, w₀ + w₁, w₁ + w₂, w₂ in turned order: 4/9 of the products, and the repeated points are never stored.
+    a row are w₀, w₀ + w₁, w₁ + w₂, w₂ in reversed order: 4/9 of the products, and the repeated points are never stored.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -146,7 +146,7 @@ class Downsample(nn.Module):
         return torch.cat([x[:, :1], y], dim=1) if start else y
 
     def start_frame_by_frame(self) -> None:
-        """Make the time convolution the mean of a pair."""
+        """Initialise the time convolution to the mean of a pair."""
         kernel = self.time_conv.weight  # (c, c, 3, 1, 1)
         torch.nn.init.zeros_(kernel)
         kernel[:, :, 1:, 0, 0] = 0.5 * torch.eye(len(kernel))[:, :, None]
@@ -172,7 +172,7 @@ class Upsample(nn.Module):
         return per_frame(self.resample, x)
 
     def start_frame_by_frame(self) -> None:
-        """Make the time convolution repeat a frame."""
+        """Initialise the time convolution to repeat a frame."""
         kernel = self.time_conv.weight  # (2c, c, 3, 1, 1)
         torch.nn.init.zeros_(kernel)
         kernel[:, :, -1, 0, 0] = torch.eye(kernel.shape[1]).repeat(2, 1)

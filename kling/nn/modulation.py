@@ -57,14 +57,14 @@ class ModulatedNorm(nn.Module):
 
 
 def gate(x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
-    """x + update · gate for tokens (b, n, d) and a vector (b, g, 1, d). The sum is formed in fp32 and rounded once to the dtype of x, and
-    the gate is rounded to it before."""
+    """x + update · gate for tokens (b, n, d) and a vector (b, g, 1, d). The gate is first rounded to the dtype of x; the sum is formed in
+    fp32 and rounded once."""
     runs = (gate.shape[1], -1)
     return torch.addcmul(x.unflatten(1, runs), update.unflatten(1, runs), gate.to(x.dtype)).flatten(1, 2)
 
 
 class Levels(NamedTuple):
-    """Noise levels of a batch: `values` (u,), and `index` (b, g), which of them each of g runs of equal tokens has (g = 1, G or n)."""
+    """Noise levels of a batch: `values` (u,), and `index` (b, g), the level of each of g equal runs of tokens (g = 1, G or n)."""
 
     values: Tensor
     index: Tensor
@@ -73,8 +73,8 @@ class Levels(NamedTuple):
 def noise_levels(sigma: Tensor | Levels, grid: tuple[int, int, int]) -> Levels:
     """σ (b,) | (b, G) | (b, n) | (b, G, h, w) on the token grid -> distinct levels (u,) and index (b, g) with the fewest runs g.
 
-    Finding equal levels makes the host wait for the device, so training and sampling give `Levels` (from `State.levels`), which stay as
-    they are. Raises `UserError` if σ fits no level of the grid.
+    Finding equal levels makes the host wait for the device, so training and sampling pass `Levels` (from `State.levels`), which are
+    returned unchanged. Raises `UserError` if the shape of σ does not fit the grid.
     """
     if isinstance(sigma, Levels):
         return sigma
@@ -93,14 +93,14 @@ def noise_levels(sigma: Tensor | Levels, grid: tuple[int, int, int]) -> Levels:
 
 
 def spell_alike(levels: Tensor, index: Tensor, grid: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
-    """What `noise_levels` gives, as compiled blocks take it: two levels or more, and an index of each row of tokens (b, G·h) or each token
-    (b, n). A lone level, sample or frame is a length of 1, which `torch.compile` makes a graph of its own for."""
+    """The result of `noise_levels` in a form with fewer distinct shapes, for compiled blocks: at least two levels, and an index for each
+    row of tokens (b, G·h) or each token (b, n). `torch.compile` would make a graph of its own for a length of 1."""
     rows = grid[0] * grid[1]
     return levels.expand(max(2, len(levels))), index.repeat_interleave(max(1, rows // index.shape[1]), dim=1).clone()  # no view
 
 
 class TokenIndex(nn.Module):
-    """Spell an index (b, g) out to every token (b, n). A module so that context parallelism can shard it as it shards tokens."""
+    """Expand an index (b, g) to every token (b, n). It is a module so that context parallelism can shard it as it shards tokens."""
 
     def forward(self, index: Tensor, n: int) -> Tensor:
         return index.repeat_interleave(n // index.shape[1], dim=1)

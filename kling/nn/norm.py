@@ -16,7 +16,7 @@ class LayerNorm(nn.LayerNorm):
 
 
 class RMSNorm(nn.RMSNorm):
-    """`nn.RMSNorm` over the last axis: x / sqrt(mean(x²) + eps) · weight, with a backward pass of few sweeps.
+    """`nn.RMSNorm` over the last axis: x / sqrt(mean(x²) + eps) · weight, with a backward pass of few passes over memory.
 
     The backward of PyTorch's own `F.rms_norm` on the CPU is 20 times slower than its forward (2.13).
     """

@@ -36,7 +36,7 @@ class RotaryPosEmbed(nn.Module):
         rows = torch.arange(height, device=frames.device)
         columns = torch.arange(width, device=frames.device)
         t, h, w = (rotary_angles(p, d, self.theta) for p, d in zip((frames, rows, columns), self.dims, strict=True))
-        t, h, w = (torch.stack([a.cos(), a.sin()], dim=-1).float() for a in (t, h, w))  # few: one for each place on an axis
+        t, h, w = (torch.stack([a.cos(), a.sin()], dim=-1).float() for a in (t, h, w))  # small: one entry for each place on an axis
         table = torch.cat(
             [
                 t[:, :, None, None].expand(b, G, height, width, -1, -1),
@@ -49,10 +49,10 @@ class RotaryPosEmbed(nn.Module):
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Turn each interleaved pair of channels of x (b, n, heads, head_dim) by its angle, of rotations (b | 1, n, 1, head_dim / 2, 2).
+    """Rotate each interleaved pair of channels of x (b, n, heads, head_dim) by its angle, given rotations (b | 1, n, 1, head_dim / 2, 2).
 
-    A complex product is one sweep over memory where the usual (x₁cos - x₂sin, x₁sin + x₂cos) is a dozen: 20 times faster on the CPU.
-    `torch.compile` makes one sweep of that, and no code for complex numbers.
+    A complex product is one pass over memory where the usual (x₁cos - x₂sin, x₁sin + x₂cos) takes a dozen: 20 times faster on the CPU.
+    `torch.compile` fuses the usual form into one pass, and does not compile complex numbers.
     """
     pairs = x.float().unflatten(-1, (-1, 2))  # (b, n, heads, head_dim / 2, 2)
     if torch.compiler.is_compiling():

@@ -1,4 +1,4 @@
-"""Where the computation happens: devices, processes and precision. Only `kling/runtime` imports accelerate."""
+"""Devices, processes and precision of a run. Only `kling/runtime` imports accelerate."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ from kling.errors import UserError, unknown
 from kling.runtime.device import multiply_in_tf32
 from kling.runtime.precision import describe, pick_precision
 
-EXIT_STOPPED = 143  # 128 + SIGTERM: what a scheduler expects of a job that it asked to leave
+EXIT_STOPPED = 143  # 128 + SIGTERM: what a scheduler expects of a job that it asked to stop
 TRACKERS = ("tensorboard", "wandb")
-PATIENCE = timedelta(hours=2)  # that processes wait for one that encodes, samples or exports alone; NCCL's own 10 minutes end a sound run
+PATIENCE = timedelta(hours=2)  # processes wait so long while one encodes, samples or exports; NCCL's default, 10 minutes, is too short
 
 
 def make_accelerator(
@@ -48,9 +48,9 @@ def make_accelerator(
     """The Accelerator of a run in the folder `out`, on whatever `accelerate launch` set up, or on one device.
 
     mixed_precision: auto | bf16 | fp32 (see `pick_precision`). trackers: any of tensorboard, wandb, next to metrics.jsonl.
-    some_unused: in some steps some parameters are not used. bf16_reduction: processes exchange gradients in bf16, half the bytes; whole
-    copies (DDP) need CUDA for it.
-    Sharded (FSDP2) weights are fp32, and bf16 where they compute; wrap the forward pass in `accelerator.autocast()`.
+    some_unused: some parameters are not used in every step. bf16_reduction: processes exchange gradients in bf16, which halves the bytes;
+    unsharded (DDP) training supports it on CUDA only.
+    Sharded (FSDP2) weights are stored in fp32 and computed in bf16; wrap the forward pass in `accelerator.autocast()`.
     """
     for name in trackers:
         if name not in TRACKERS:
@@ -59,21 +59,21 @@ def make_accelerator(
             raise UserError(f"tracker '{name}' is not installed: pip install 'kling[{name}]', or leave it out")
     if gradient_accumulation < 1:
         raise UserError(f"gradient_accumulation {gradient_accumulation}: give 1 or more")
-    if mixed_precision == "fp16":  # a loss scaler would have to agree with accumulation, the guard and the record of every step
+    if mixed_precision == "fp16":  # its loss scaler would have to be combined with accumulation, the guard and the log of every step
         raise UserError("mixed_precision fp16 is for sampling: train in bf16, which has the range of fp32, or in fp32")
     multiply_in_tf32()
     precision = pick_precision(mixed_precision)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
-        os.environ["ACCELERATE_USE_CPU"] = "true"  # `accelerate launch` forgets it: each process would train alone and say nothing
+        os.environ["ACCELERATE_USE_CPU"] = "true"  # `accelerate launch` does not set it: each process would silently train alone
     sharded, cpu = (os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true" for name in ("FSDP", "CPU"))
     if sharded and cpu:
-        os.environ["ACCELERATE_USE_PARALLELISM_CONFIG"] = "false"  # refused there; `_shard_on_cpu` reads its sizes
+        os.environ["ACCELERATE_USE_PARALLELISM_CONFIG"] = "false"  # accelerate refuses it on a CPU; `_shard_on_cpu` reads its sizes
     if bf16_reduction and not sharded and (cpu or not torch.cuda.is_available()):
         raise UserError("bf16_reduction on a CPU needs sharded weights: start with configs/accelerate/fsdp2.yaml, or leave it out")
     hook = DDPCommunicationHookType.BF16 if bf16_reduction and not sharded else DDPCommunicationHookType.NO
     if AcceleratorState._shared_state.get("_mixed_precision", named(precision)) != named(precision):
-        AcceleratorState._reset_state()  # one program after another in the same process, in another precision
-    # without a reduction in every micro-step FSDP2 keeps the whole fp32 gradient on each process until the last one
+        AcceleratorState._reset_state()  # a second program in the same process may use another precision
+    # unless gradients are reduced in every micro-step, FSDP2 keeps the whole fp32 gradient on each process until the last one
     accumulation = GradientAccumulationPlugin(
         gradient_accumulation, adjust_scheduler=False, sync_with_dataloader=False, sync_each_batch=sharded
     )
@@ -88,7 +88,7 @@ def make_accelerator(
                 InitProcessGroupKwargs(timeout=PATIENCE),
             ],
         )
-    except ValueError as error:  # sizes of a layout that do not multiply to the number of processes, and the like
+    except ValueError as error:  # for example the sizes of a layout do not multiply to the number of processes
         raise UserError(f"accelerate refuses this configuration: {str(error).splitlines()[0]}") from None
     check_same_precision(accelerator, precision)
     if accelerator.is_main_process:
@@ -106,12 +106,12 @@ def make_accelerator(
 
 
 def named(precision: str) -> str:
-    """A precision as accelerate calls it."""
+    """Accelerate's name of a precision."""
     return "no" if precision == "fp32" else precision
 
 
 def check_same_precision(accelerator: Accelerator, precision: str) -> None:
-    """Raises `UserError` where processes on unlike machines have measured their way to different precisions."""
+    """Raises `UserError` if "auto" has chosen different precisions on processes of unlike machines."""
     if accelerator.num_processes > 1:
         own = torch.tensor([float(precision == "bf16")], device=accelerator.device)
         if 0 < float(accelerator.reduce(own, reduction="sum")) < accelerator.num_processes:
@@ -119,9 +119,9 @@ def check_same_precision(accelerator: Accelerator, precision: str) -> None:
 
 
 def wrap_what_is_there(accelerator: Accelerator, model: nn.Module) -> None:
-    """Which modules FSDP gathers one at a time. Of the classes that the launcher's configuration names, those that the model has:
-    accelerate refuses the others, and a training from published weights has no text encoder of ours. And the model's own parts, which
-    samples call without the model around them."""
+    """Choose the modules that FSDP gathers one at a time: those classes of the launcher's configuration that the model contains, and the
+    model's direct parts. Accelerate refuses classes that are missing, and a training from published weights has no text encoder of ours;
+    sampling calls the parts without the model around them."""
     if not accelerator.is_fsdp2:
         return
     plugin, there = accelerator.state.fsdp_plugin, {type(module).__name__ for module in model.modules()}
@@ -132,19 +132,20 @@ def wrap_what_is_there(accelerator: Accelerator, model: nn.Module) -> None:
 
 
 def keep_in_fp32(accelerator: Accelerator, module: nn.Module) -> None:
-    """Gather this module's weights in fp32 where FSDP casts all others to bf16. Before the optimizer is made; call it outside autocast."""
+    """Gather this module's weights in fp32, although FSDP casts the others to bf16. Call it before the optimizer is made; run the module
+    outside autocast."""
     if accelerator.is_fsdp2 and accelerator.mixed_precision == "bf16":
         mesh = accelerator.torch_device_mesh[tuple(accelerator.parallelism_config.fsdp_dim_names)]
         fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
 
 
 def _shard_on_cpu(accelerator: Accelerator) -> None:
-    """FSDP2 over gloo. Accelerate turns it on for devices with a name of their own only, and trains unsharded without a word elsewhere;
-    its code runs on CPUs as it is, and so a laptop and the tests can run what a cluster runs."""
+    """FSDP2 over gloo, so that a laptop and the tests can run what a cluster runs. Accelerate's FSDP2 code works on CPUs unchanged, but it
+    is only turned on for accelerators; on CPUs it silently trains unsharded."""
     state = accelerator.state
     state.fsdp_plugin = FullyShardedDataParallelPlugin()
     state.distributed_type = DistributedType.FSDP
-    PartialState().distributed_type = DistributedType.FSDP  # every new AcceleratorState copies it, the one that `prepare` makes too
+    PartialState().distributed_type = DistributedType.FSDP  # every new AcceleratorState copies it, also the one that `prepare` makes
     state.parallelism_config = sizes = ParallelismConfig()
     if sizes.total_size == 1:  # no layout given: one group of all
         state.parallelism_config = sizes = ParallelismConfig(dp_shard_size=accelerator.num_processes)
@@ -171,13 +172,13 @@ class StopSignal:
                 if stop.seen(accelerator):
                     save(); raise SystemExit(EXIT_STOPPED)
 
-    A second signal acts as it did before (a second Ctrl-C interrupts at once).
+    A second signal has its usual effect (a second Ctrl-C interrupts at once).
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
     def __init__(self) -> None:
-        self.name: str | None = None  # of the signal that came
+        self.name: str | None = None  # of the signal received
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> StopSignal:

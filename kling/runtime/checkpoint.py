@@ -1,14 +1,14 @@
-"""Checkpoints that are whole or absent: safetensors + JSON, never pickle.
+"""Checkpoints that are either complete or absent: safetensors + JSON, never pickle.
 
     run/step-00001000/   model.safetensors  optimizer.safetensors  ema.safetensors  meta.json  manifest.json
     run/latest           the name of the newest folder
 
-A sharded run writes `model.00000.safetensors`, `model.00001.safetensors` ...: each process its own rows, which in the order of the
-files make the whole. Whoever reads asks for tensors, or for the rows that it needs, and does not see how many wrote them.
+A sharded run writes `model.00000.safetensors`, `model.00001.safetensors` ...: each process writes its own rows, and the files in order
+make the whole tensor. A reader asks for tensors, or for some of their rows, whatever the number of files.
 
 `save` writes a `.tmp` folder, syncs it to disk, renames it, checks it by reading it back, moves `latest`, and only then deletes old
-ones; so at any moment, a kill included, the run folder holds a complete checkpoint. `load` believes a folder only if every file has
-the size and the SHA-256 of the manifest, and `load_latest` falls back to the newest folder that does.
+checkpoints: at any moment, even if the process is killed, the run folder holds a complete one. `load` accepts a folder only if every file
+has the size and the SHA-256 of the manifest, and `load_latest` falls back to the newest folder that does.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ MANIFEST, META, LATEST = "manifest.json", "meta.json", "latest"
 _FOLDER = re.compile(r"step-(\d{8,})(\.old)?")
 _FILE = re.compile(r"(\w+)(\.\d{5})?\.safetensors")
 
-# Settings that may differ when a run goes on: how long, how often, where to tell, and how the work lies on the machine. Everything else
-# changes what is learned.
+# Settings that may change when a run is resumed: its length, intervals, logging, and how the work is distributed over the machine. All
+# others change what is learned.
 MAY_CHANGE = (
     "out",
     "resume",
@@ -106,7 +106,7 @@ class Rows(Mapping[str, Tensor]):
 
 @dataclass
 class Checkpoint:
-    """What `save` was given, and the folder it came from. Tensors are read when they are used."""
+    """The arguments of `save`, and the folder they were read from. Tensors are read when they are used."""
 
     step: int
     tensors: dict[str, Rows]
@@ -130,13 +130,13 @@ def save(
 
 
 def folder(run_dir: str | Path, step: int) -> Path:
-    """Where a step's checkpoint goes; while it is written, the same with the suffix .tmp."""
+    """The folder of a step's checkpoint; while it is written, it has the suffix .tmp."""
     return Path(run_dir) / f"step-{step:08d}"
 
 
 @contextmanager
 def disk_errors(run_dir: str | Path, step: int) -> Iterator[None]:
-    """A disk that is full or cannot be written is one line, and leaves no half-written folder."""
+    """Turn the error of a full or unwritable disk into a `UserError`, and delete the unfinished folder."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -148,7 +148,7 @@ def disk_errors(run_dir: str | Path, step: int) -> Iterator[None]:
 
 
 def begin(run_dir: str | Path, step: int) -> None:
-    """Make the temporary folder, and clear away those of saves that were killed."""
+    """Make the temporary folder, and delete those of interrupted saves."""
     for stale in Path(run_dir).glob("step-*.tmp"):
         shutil.rmtree(stale, ignore_errors=True)
     folder(run_dir, step).with_suffix(".tmp").mkdir(parents=True)
@@ -168,7 +168,7 @@ def write(run_dir: str | Path, step: int, tensors: Groups, part: str = "") -> di
 def finish(
     run_dir: str | Path, step: int, files: dict[str, dict[str, Any]], meta: dict[str, Any], keep_last: int, keep_every: int = 0
 ) -> Path:
-    """Give the temporary folder its manifest and its name, check it, point to it, and delete what is not kept."""
+    """Write the manifest, rename the temporary folder, verify it, update `latest`, and delete old checkpoints."""
     run_dir, final = Path(run_dir), folder(run_dir, step)
     temporary, replaced = final.with_suffix(".tmp"), final.with_suffix(".old")
     (temporary / META).write_text(json.dumps(meta, ensure_ascii=False, indent=2), encoding="utf-8")
@@ -184,7 +184,7 @@ def finish(
     verify(final)
     write_atomic(run_dir / LATEST, final.name + "\n")
     shutil.rmtree(replaced, ignore_errors=True)
-    if keep_last > 0:  # folders of a later step belong to a future that was given up: they go first
+    if keep_last > 0:  # folders of later steps are left from a continuation that was given up: they are deleted first
         others = sorted((p for p in _folders(run_dir) if p != final), key=lambda p: p.name > final.name)
         for old in others[keep_last - 1 :]:
             milestone = keep_every and step_of(old) % keep_every == 0 and old.name < final.name
@@ -200,7 +200,7 @@ def load(path: str | Path, groups: Iterable[str] | None = None) -> Checkpoint:
 
 
 def open_folder(path: str | Path, groups: Iterable[str] | None = None) -> Checkpoint:
-    """The same for a folder that another process has just checked."""
+    """`load` without the check: for a folder that another process has just verified."""
     path = Path(path)
     manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     held: dict[str, list[Path]] = {}
@@ -218,9 +218,9 @@ def open_folder(path: str | Path, groups: Iterable[str] | None = None) -> Checkp
 
 
 def restore(rows: Rows, into: Mapping[str, Tensor], what: str = "weight") -> None:
-    """Copy a group into tensors of a model, or into the rows of them that this process holds.
+    """Copy a group into the tensors of a model, or into the rows of them that this process holds.
 
-    Raises `UserError` if a name is missing or odd, or a shape differs.
+    Raises `UserError` if a name is missing or unexpected, or a shape differs.
     """
     if odd := sorted(rows.keys() ^ into.keys()):
         missing = odd[0] in into
@@ -237,20 +237,20 @@ def restore(rows: Rows, into: Mapping[str, Tensor], what: str = "weight") -> Non
 
 
 def load_latest(run_dir: str | Path, groups: Iterable[str] | None = None) -> Checkpoint | None:
-    """The newest good checkpoint of a run; None if the run has none yet.
+    """The newest intact checkpoint of a run; None if the run has none yet.
 
-    A folder that fails `verify` is passed over with a warning that names it and the reason. Raises `UserError` if none is good: to
-    start over silently would throw the run away.
+    A folder that fails `verify` is skipped with a warning that names it and the reason. Raises `UserError` if none is intact: starting
+    over silently would discard the run.
     """
     bad: list[str] = []
     for folder in _folders(Path(run_dir)):
         try:
             return load(folder, groups)
         except UserError as error:
-            log.warning("checkpoint passed over: %s", error)
+            log.warning("checkpoint skipped: %s", error)
             bad.append(str(error))
     if bad:
-        raise UserError(f"no good checkpoint in {run_dir}: {bad[0]}; move the step-* folders away to start over")
+        raise UserError(f"no intact checkpoint in {run_dir}: {bad[0]}; move the step-* folders away to start over")
     return None
 
 
@@ -274,16 +274,16 @@ def verify(path: str | Path) -> dict[str, Any]:
         if file.stat().st_size != size:
             raise UserError(f"checkpoint {path} is damaged: {name} has {file.stat().st_size} bytes, not {size}")
         if sha256(file) != digest:
-            raise UserError(f"checkpoint {path} is damaged: {name} has another SHA-256 than when it was written")
+            raise UserError(f"checkpoint {path} is damaged: the SHA-256 of {name} is not the one in the manifest")
     return manifest
 
 
 def check_same_config(
     run_dir: str | Path, config: dict[str, Any], may_change: Iterable[str] = MAY_CHANGE, defaults: Mapping[str, Any] | None = None
 ) -> None:
-    """Refuse to go on with a run under other settings than `run_dir/config.yaml` (if there is one).
+    """Refuse to resume a run whose settings differ from `run_dir/config.yaml` (if there is one).
 
-    config: `to_dict` of the new one. defaults: what a setting is that did not exist yet when the run began. A name in `may_change`
+    config: `to_dict` of the new settings. defaults: values of settings that did not exist when the run began. A name in `may_change`
     covers its dotted key and everything below it. Raises `UserError` that lists the keys with both values.
     """
     path = Path(run_dir) / "config.yaml"
@@ -298,7 +298,7 @@ def check_same_config(
         if before.get(key, "absent") != now.get(key, "absent") and not any(key == a or key.startswith(a + ".") for a in allowed)
     ]
     if changed:
-        raise UserError(f"run {run_dir} was started with other settings: {'; '.join(changed)}; take them back or choose another `out`")
+        raise UserError(f"run {run_dir} was started with other settings: {'; '.join(changed)}; restore them or choose another `out`")
 
 
 # ----------------------------------------------------------------------------------------------------------------- files

@@ -1,4 +1,4 @@
-"""Tensors on their way to a device, and how it multiplies."""
+"""Copies of tensors to a device, and the precision of its fp32 products."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from torch import Tensor
 
 
 def multiply_in_tf32(on: bool = True) -> None:
-    """How CUDA multiplies what is fp32, in products and convolutions alike: with 10 bits of mantissa, which is still more than bf16's 7, at
-    about eight times the speed; or in full. PyTorch's own choice is one for products and the other for convolutions."""
+    """Let CUDA compute fp32 products and convolutions in TF32 (on), or in full fp32. TF32 has 10 bits of mantissa, still more than the 7 of
+    bf16, and is about eight times as fast. PyTorch's default is fp32 for products and TF32 for convolutions."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = on
 
 
 def upload(t: Tensor, device: torch.device | str) -> Tensor:
-    """`t` on the device, and the host goes on at once: to CUDA through pinned memory, which the copy does not wait for."""
+    """`t` on the device, without blocking the host: to CUDA through pinned memory."""
     device = torch.device(device)
     if device.type != "cuda" or t.device.type != "cpu":
         return t.to(device)

@@ -1,6 +1,6 @@
-"""What kling needs of diffusers that is not in its public interface, in one place: a new minor version may move it.
+"""The parts of diffusers that kling uses although they are not public, in one file: a new minor version may move them.
 
-pyproject.toml therefore holds diffusers below the next minor version; to raise the ceiling, make this file import and run the tests.
+Therefore pyproject.toml pins diffusers below the next minor version; to raise the pin, make this file import and run the tests.
 """
 
 from __future__ import annotations

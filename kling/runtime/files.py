@@ -1,4 +1,4 @@
-"""What a file holds, by its first bytes, and how a file or a folder is written: beside its final name, then moved there whole."""
+"""Detects what a file contains from its first bytes; writes files and folders under a temporary name, then moves them into place."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from safetensors import SafetensorError
 
 from kling.errors import UserError
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)  # what a disk says to a writer, and to nobody else
-DEEPEST = 100  # lists in lists in a JSON that a person or a program writes; one of thousands overflows whatever walks it later
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)  # errors that come from writing to a full or broken disk only
+DEEPEST = 100  # nesting depth allowed in JSON; thousands of levels would overflow the code that walks it later
 HEAD = 512  # bytes that `sniff` needs: two MPEG-TS packets and a little
 
 # (offset, magic, FFmpeg demuxer). The demuxer is forced: left to guess, FFmpeg takes a text file named x.mp4 for a playlist
@@ -42,7 +42,7 @@ OTHER_MAGIC = (
 
 @dataclass(frozen=True)
 class Member:
-    """A file inside an uncompressed tar, read where it lies: `size` bytes from `start`."""
+    """A file inside an uncompressed tar, read in place: `size` bytes from `start`."""
 
     tar: Path
     name: str
@@ -66,18 +66,18 @@ def file_of(source: Source) -> Path:
 
 
 def member_of(source: Source) -> tuple[str, int, int] | None:
-    """How a manifest names a tar's member; None for a file of its own."""
+    """A tar member as the manifest stores it; None for an ordinary file."""
     return (source.name, source.start, source.size) if isinstance(source, Member) else None
 
 
 def url(source: Source) -> str:
-    """What FFmpeg opens. The protocol is spelled out: a name such as `http:x` would otherwise be one."""
+    """The URL for FFmpeg. It names the protocol explicitly, since FFmpeg would take a file name such as `http:x` for a URL."""
     file = f"file:{file_of(source).absolute()}"
     return f"subfile,,start,{source.start},end,{source.start + source.size},,:{file}" if isinstance(source, Member) else file
 
 
 def stamp(source: Source) -> tuple[int, int]:
-    """(time of change in ns, bytes): when neither has moved, the contents are taken to be the same."""
+    """(modification time in ns, bytes): while both are the same, the contents are taken to be the same."""
     stat = file_of(source).stat()
     return stat.st_mtime_ns, source.size if isinstance(source, Member) else stat.st_size
 
@@ -108,7 +108,7 @@ def head(source: Source) -> bytes:
     if file_of(source).is_dir():
         raise UserError(f"{source} is a folder: give a file")
     if file_of(source).is_fifo() or file_of(source).is_char_device():
-        raise UserError(f"{source} is a pipe or a device: give a file")  # reading it might wait for ever
+        raise UserError(f"{source} is a pipe or a device: give a file")  # reading it might block forever
     try:
         start = read_bytes(source, HEAD)
     except FileNotFoundError:
@@ -122,7 +122,7 @@ def head(source: Source) -> bytes:
 
 
 def sniff(start: bytes) -> tuple[str | None, str]:
-    """(FFmpeg demuxer or None, what to call the contents) from a file's first bytes; the name on disk plays no part."""
+    """(FFmpeg demuxer or None, a name for the contents) from a file's first bytes; the file's name is ignored."""
     for offset, magic, kind in OTHER_MAGIC:
         if start.startswith(magic, offset):
             return None, kind
@@ -140,28 +140,28 @@ def sniff(start: bytes) -> tuple[str | None, str]:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """`json.loads`. Raises ValueError for everything that is wrong, also for what nests deeper than `DEEPEST`."""
+    """`json.loads`. Raises ValueError for invalid JSON, and for values nested deeper than `DEEPEST`."""
     try:
         value = json.loads(text)
     except RecursionError:
-        raise ValueError("it nests thousands deep") from None
+        raise ValueError("it is nested thousands of levels deep") from None
     level = [value] if isinstance(value, dict | list) else []
-    for _ in range(DEEPEST):  # a level at a time: nothing here recurses
+    for _ in range(DEEPEST):  # one level at a time: nothing here recurses
         level = [x for one in level for x in (one.values() if isinstance(one, dict) else one) if isinstance(x, dict | list)]
         if not level:
             return value
-    raise ValueError(f"it nests more than {DEEPEST} deep")
+    raise ValueError(f"it is nested more than {DEEPEST} levels deep")
 
 
 @contextmanager
 def replaced(path: Path, sync: bool = False) -> Iterator[Path]:
-    """A temporary path beside `path`, moved to `path` when the block ends well and deleted when it does not: all atomic writing is this.
+    """A temporary path beside `path`, moved to `path` if the block succeeds and deleted if it fails. All atomic writing goes through this.
 
-    sync: both are on the disk when it returns. Errors are the system's.
+    sync: wait until the file and its name are on the disk. Raises the system's own errors.
     """
     temporary = path.with_name(f".{uuid.uuid4().hex}.part")
     temporary.touch(exist_ok=False)
-    mode = temporary.stat().st_mode  # by the user's umask; some writers (safetensors) put a file of their own in its place, for themselves
+    mode = temporary.stat().st_mode  # follows the user's umask; some writers (safetensors) replace the file by one of mode 600
     try:
         yield temporary
         os.chmod(temporary, mode)
@@ -176,13 +176,13 @@ def replaced(path: Path, sync: bool = False) -> Iterator[Path]:
 
 
 def write_atomic(path: str | Path, text: str) -> None:
-    """Replace a small text file so that a reader sees the old one or the new one, never half of one, also after a power cut."""
+    """Replace a small text file so that a reader sees the old or the new one, never a part, even after a power failure."""
     with replaced(Path(path), sync=True) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def sync_to_disk(path: Path) -> None:
-    """Wait until a file's bytes, or a folder's names, are on the disk."""
+    """Wait until a file's bytes, or a folder's entries, are on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -192,7 +192,7 @@ def sync_to_disk(path: Path) -> None:
 
 @contextmanager
 def written(path: str | Path) -> Iterator[Path]:
-    """`replaced` for what a person asked for: the folder is made if it is missing, and what the system refuses is a `UserError`."""
+    """`replaced` for a path that the user gave: makes the folder if it is missing, and turns the system's errors into `UserError`s."""
     path = Path(path)
     with writing(path):
         if path.is_dir():
@@ -211,9 +211,9 @@ def written(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def written_folder(target: str | Path, replace: bool = True) -> Iterator[Path]:
-    """A temporary folder that becomes `target` when the block ends well, whole, for everybody whom the user's umask lets in.
+    """A temporary folder, renamed to `target` if the block succeeds, with file modes that follow the user's umask.
 
-    replace: what is there is deleted then. Raises `UserError` for what the disk or the system refuses; nothing half is left.
+    replace: delete an existing `target` then. Raises `UserError` for errors of the disk or the system, and leaves nothing unfinished.
     """
     target = Path(target)
     temporary = target.with_name(f".{target.name}.part")
@@ -233,7 +233,7 @@ def written_folder(target: str | Path, replace: bool = True) -> Iterator[Path]:
 
 
 def as_umask(folder: Path) -> None:
-    """Give every file below `folder` the mode that the user's umask gives new ones: some writers make theirs for the owner alone."""
+    """Give every file below `folder` the mode of the user's umask: some writers make files that only the owner can read."""
     new = folder / f".{uuid.uuid4().hex}.part"
     new.touch()
     mode = new.stat().st_mode
@@ -245,7 +245,7 @@ def as_umask(folder: Path) -> None:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """The system's refusal to write (no permission, disk full, a file where a folder should be) as a `UserError`."""
+    """Turn the system's errors (no permission, disk full, a file where a folder should be) into a `UserError`."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -254,7 +254,7 @@ def writing(path: Path) -> Iterator[None]:
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """As `writing`, around a block that does other things too: what a full or broken disk says. Other errors stay what they are."""
+    """As `writing`, for a block that also does other things: only errors of a full or broken disk become a `UserError`."""
     try:
         yield
     except SafetensorError as error:
@@ -267,4 +267,4 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 def _refused(path: Path, error: Exception) -> UserError:
     reason = getattr(error, "strerror", None) or str(error)
-    return UserError(f"{path} cannot be written ({reason}): free the place or choose another")
+    return UserError(f"{path} cannot be written ({reason}): free space there or choose another path")

@@ -1,7 +1,7 @@
-"""One run to a folder: two that write into one would destroy each other's files.
+"""A lock that lets one run at a time write into a folder: two would destroy each other's files.
 
-The lock is the operating system's, on the file `.lock`, and ends with the process that holds it, however that ends: a stale one does not
-exist. What the file says, host and process, is for people.
+It is a lock of the operating system on the file `.lock`. It ends with the process that holds it, even if that is killed, so it cannot be
+stale. The file's contents, host and process, are for people to read.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 LOCK = ".lock"
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # what file systems without locks answer
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # the errors of file systems without locks
 _held: set[tuple[int, int]] = set()  # (device, inode) of the lock files that this process holds
 
 
 @contextmanager
 def locked(folder: str | Path, what: str = "run", accelerator: Accelerator | None = None) -> Iterator[None]:
-    """Hold a folder, made if it is missing, while the block lasts. A process may hold one that it holds already.
+    """Lock a folder, made if it is missing, for the duration of the block. A process may lock a folder twice.
 
-    what: what to call the folder. accelerator: of a run on several processes: the main one holds it for all. Raises `UserError`, on all of
-    them, with host and process if another run holds it, on this machine or, where the file system's locks reach over it, on another.
+    what: how messages call the folder. accelerator: of a run on several processes; the main one takes the lock for all. Raises `UserError`
+    in all of them, with host and process, if another run holds it on this machine or, if the file system shares its locks, on another.
     """
     path, refused, file, several = Path(folder) / LOCK, None, None, accelerator is not None and accelerator.num_processes > 1
     if accelerator is None or accelerator.is_main_process:
@@ -41,10 +41,10 @@ def locked(folder: str | Path, what: str = "run", accelerator: Accelerator | Non
         except UserError as error:
             refused = error
     if several:
-        from kling.runtime.parallel import same_for_all  # torch and accelerate, which one process does without
+        from kling.runtime.parallel import same_for_all  # imports torch and accelerate, which a single process does not need here
 
         if not same_for_all(accelerator, int(refused is None)) and refused is None:
-            refused = UserError(f"{what} {folder} is in use: the main process says by whom")
+            refused = UserError(f"{what} {folder} is in use: see the message of the main process")
     if refused is not None:
         raise refused
     try:
@@ -52,27 +52,27 @@ def locked(folder: str | Path, what: str = "run", accelerator: Accelerator | Non
     finally:
         if file is not None:
             _held.discard(_key(os.fstat(file)))
-            os.truncate(file, 0)  # the file stays: another process may be waiting at it
+            os.truncate(file, 0)  # the file is not deleted: another process may be waiting for its lock
             os.close(file)
 
 
 def _take(path: Path, what: str) -> int | None:
-    """The open lock file; None if this process holds it already, or the file system has no locks. Raises `UserError` if another does."""
+    """The open lock file; None if this process holds it already or the file system has no locks. Raises `UserError` if another does."""
     import fcntl  # not on Windows, where nothing trains
 
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists() and _key(path.stat()) in _held:  # opened again and closed, the file would lose its lock
+        if path.exists() and _key(path.stat()) in _held:  # opening and closing it again would release the lock
             return None
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process alone: workers that it forks do not hold it
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held by this process only, not by workers that it forks
     except OSError as error:
         holder = os.pread(file, 4096, 0)
         os.close(file)
         if error.errno not in _NO_LOCKS:
             raise UserError(f"{what} {path.parent} is in use by {_spell(holder)}: wait for it, stop it, or take another folder") from None
-        print(f"{path}: this file system has no locks: see to it that one program at a time writes there", file=sys.stderr)
+        print(f"{path}: this file system has no locks: make sure that only one program at a time writes there", file=sys.stderr)
         return None
     with writing(path):
         os.truncate(file, 0)

@@ -1,4 +1,4 @@
-"""What a run tells: `metrics.jsonl` always, tensorboard and wandb on request, and one line for the person who watches."""
+"""The log of a run: `metrics.jsonl` always, tensorboard and wandb on request, and a line on the terminal."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _BIN = "loss/sigma_"
 
 
 class Later(NamedTuple):
-    """Values of a step that lie on the device: `numbers` (k,), and what makes names and values of them when they have been read."""
+    """Values of a step that are still on the device: `numbers` (k,), and a function that turns them into named values once read."""
 
     numbers: Tensor
     spell: Callable[[list[float]], dict[str, float]]
@@ -30,8 +30,8 @@ class Later(NamedTuple):
 class RunLog:
     """The log of one run. Use it as a context manager: leaving it writes what is buffered and closes the trackers.
 
-    out: the run's folder. steps: the run's end, for the ETA. start: updates already done; lines of `metrics.jsonl` past it belong to
-    work that was lost, and are cut. accelerator: gives the trackers and says which process writes (None: this one, no tracker).
+    out: the run's folder. steps: the run's last step, for the ETA. start: updates already done; later lines of `metrics.jsonl` belong to
+    lost work and are cut. accelerator: provides the trackers and decides which process writes (None: this one, no tracker).
     """
 
     def __init__(
@@ -61,9 +61,9 @@ class RunLog:
             accelerator.init_trackers("kling", config=hparams, init_kwargs={"wandb": run})
 
     def log(self, step: int, values: Mapping[str, float] | Later, clips: int = 0) -> None:
-        """Note the values of update number `step` (1-based: updates done), and how many clips it took, over all processes.
+        """Record the values of update number `step` (1-based: updates done), and how many clips it took, over all processes.
 
-        `Later` stays on the device, and is read for all buffered steps at once, each `log_every` steps.
+        `Later` values stay on the device; those of all buffered steps are read at once, every `log_every` steps.
         """
         self._lines.append((step, time.time(), values))
         self._clips += clips
@@ -71,7 +71,7 @@ class RunLog:
             self.flush()
 
     def flush(self) -> None:
-        """Write everything noted so far. Call it before a checkpoint is saved: a resumed run keeps lines up to its step."""
+        """Write everything recorded so far. Call it before a checkpoint is saved: a resumed run keeps lines up to its step."""
         if not self._lines:
             return
         waiting = [values.numbers for _, _, values in self._lines if isinstance(values, Later)]
@@ -92,7 +92,7 @@ class RunLog:
         self._show(lines[-1][0], _means([values for _, _, values in lines]))
 
     def rewind(self, step: int) -> None:
-        """The run goes on from `step` again: what was noted after it is cut."""
+        """The run goes back to `step`: cut what was recorded after it."""
         self._lines = []
         if self.writes:
             keep_until(self.path, step)
@@ -118,7 +118,7 @@ class RunLog:
     def close(self) -> None:
         self.flush()
         if self.accelerator is not None and self.accelerator.log_with:
-            for tracker in self.accelerator.trackers:  # not `end_training`: it ends the process group, and barriers are still to come
+            for tracker in self.accelerator.trackers:  # not `end_training`: it ends the process group, which later barriers need
                 tracker.finish()
 
     def __enter__(self) -> RunLog:
@@ -129,7 +129,7 @@ class RunLog:
 
 
 def append(path: Path, text: str) -> None:
-    """Add lines to a file, all of them or, where the disk is full, none. Raises `UserError` if they cannot be written."""
+    """Append lines to a file; if the disk is full, none of them. Raises `UserError` if they cannot be written."""
     with writing(path), path.open("ab", buffering=0) as file:
         before, left = file.seek(0, 2), memoryview(text.encode("utf-8"))
         try:
@@ -141,14 +141,14 @@ def append(path: Path, text: str) -> None:
 
 
 def finished(start: int, steps: int, model: Path) -> str:
-    """What a run says at its end. start: updates that were done when this process began."""
+    """The last line of a run. start: updates that were done when this process began."""
     if start >= steps:
-        return f"finished before: {start} of {steps} steps were done, the model is in {model}; give more steps= to go on, or another out="
+        return f"already finished: {start} of {steps} steps are done, the model is in {model}; to continue give more steps= or another out="
     return f"finished: {steps} steps, the model is in {model}"
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; one that a kill cut off in the middle is dropped."""
+    """The lines of a metrics.jsonl, without one that was cut off when the process was killed."""
     lines = []
     for text in Path(path).read_text(encoding="utf-8").splitlines():
         try:
@@ -159,7 +159,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 
 def keep_until(path: Path, step: int) -> None:
-    """Cut the lines past `step`, and broken ones, from a metrics.jsonl that may exist."""
+    """Remove the lines after `step`, and broken ones, from a metrics.jsonl, if it exists."""
     if path.is_file():
         write_atomic(path, "".join(json.dumps(line) + "\n" for line in read_metrics(path) if line.get("step", 0) <= step))
 

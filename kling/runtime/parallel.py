@@ -1,10 +1,10 @@
-"""How a run lies on its processes, and what they tell each other.
+"""How a run is distributed over processes, and how they communicate.
 
-    DDP          every process has the weights and a batch of its own
-    FSDP2, HSDP  the same, with weights, gradients, optimizer and average cut by rows over the processes (of one group)
-    context      the processes of a group share a batch, and cut its sequence of tokens
+    DDP          every process has all weights and its own batch
+    FSDP2, HSDP  the same, with weights, gradients, optimizer and average sharded by rows over the processes (of one group)
+    context      the processes of a group share a batch, and each takes a part of its token sequence
 
-`accelerate launch --config_file configs/accelerate/*.yaml` chooses; this module reads off what was chosen.
+The file given to `accelerate launch --config_file configs/accelerate/*.yaml` chooses; this module reads the choice.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SPLITS = ("ulysses", "ring")
 
 @dataclass(frozen=True)
 class Layout:
-    """`ranks` different batches a micro-step, of which this process works on number `rank`, together with `split` - 1 others."""
+    """`ranks` different batches per micro-step; this process works on number `rank`, together with `split` - 1 other processes."""
 
     rank: int = 0
     ranks: int = 1
@@ -48,9 +48,9 @@ def lay_out(accelerator: Accelerator) -> Layout:
 def split_sequence(model: ModelMixin, layout: Layout, accelerator: Accelerator, method: str = "ulysses") -> None:
     """Cut the model's token sequence over the processes that share a batch, by diffusers' context parallelism.
 
-    ulysses: attention by heads, heads must divide. ring: keys travel, and partial results are joined by their log-sums, which PyTorch's
-    own flash attention gives: on a GPU, in bf16. Every process then has the whole output, and the gradient of its own tokens: multiply
-    the loss by `split`, since data-parallel reduction takes the mean over all processes.
+    ulysses: attention is split by heads, whose number must be divisible. ring: keys travel between processes, and partial results are
+    combined by their log-sums, which PyTorch's own flash attention returns (GPU, bf16). Every process then has the whole output, and the
+    gradient of its own tokens: multiply the loss by `split`, since data-parallel reduction takes the mean over all processes.
     """
     if method not in SPLITS:
         raise unknown("context_parallel", method, SPLITS)
@@ -67,14 +67,14 @@ def split_sequence(model: ModelMixin, layout: Layout, accelerator: Accelerator, 
 
 
 def ring_backend(accelerator: Accelerator) -> str:
-    """diffusers' name of PyTorch's flash attention. Raises `UserError` where there is none."""
+    """diffusers' name of PyTorch's flash attention. Raises `UserError` if it is not available."""
     if accelerator.device.type != "cuda" or accelerator.mixed_precision == "no":
         raise UserError("context_parallel=ring needs flash attention, so a GPU and mixed_precision=bf16: use ulysses")
     return "_native_flash"
 
 
 def check_draws(accelerator: Accelerator, layout: Layout, draw: Tensor) -> None:
-    """Refuse to start when processes that share a batch do not draw alike, or two that do not share one do. draw: any, on the CPU."""
+    """Raise `UserError` if processes that share a batch draw different numbers, or two others draw the same. draw: any draw, on the CPU."""
     mine = torch.stack([draw.double().sum(), draw.double().square().sum()]).to(accelerator.device, torch.float32)
     rows = accelerator.gather(mine[None]).cpu().unflatten(0, (layout.ranks, layout.split))  # (ranks, split, 2)
     if not (rows == rows[:, :1]).all():
@@ -96,18 +96,18 @@ def same_for_all(accelerator: Accelerator, number: int) -> int:
 
 
 def whole(value: Tensor) -> Tensor:
-    """A number on the device that may be a DTensor, as the norm of sharded gradients is."""
+    """A number on the device as a plain tensor; it may be a DTensor, as the norm of sharded gradients is."""
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def scalar(value: Tensor) -> float:
-    """The same, read."""
+    """The same as a Python float."""
     return float(whole(value))
 
 
 @contextmanager
 def same_rng(device: torch.device) -> Iterator[None]:
-    """Whatever is drawn inside, the global generators are as before after it."""
+    """Restore the global random generators at the end of the block."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         yield
 
@@ -116,27 +116,27 @@ def same_rng(device: torch.device) -> Iterator[None]:
 
 
 def local(t: Tensor) -> Tensor:
-    """The rows of a tensor that this process holds: all of a plain one."""
+    """The rows of a tensor that this process holds: all rows of a plain tensor."""
     return t.detach().to_local() if isinstance(t, DTensor) else t.detach()
 
 
 def first_row(t: Tensor) -> int:
-    """Where those rows begin in the whole."""
+    """The index of the first of those rows in the whole tensor."""
     if not isinstance(t, DTensor):
         return 0
     return compute_local_shape_and_global_offset(t.shape, t.device_mesh, t.placements)[1][0]
 
 
 def reshard(model: nn.Module) -> None:
-    """Forget the gathered copies of weights, which FSDP2 keeps after a forward pass where nothing else frees them: the root's always, all
-    with `fsdp_reshard_after_forward: false`. Needed wherever the rows change otherwise than by a step."""
+    """Free the gathered copies of weights that FSDP2 keeps after a forward pass: the root's always, all of them with
+    `fsdp_reshard_after_forward: false`. Call it after changing weights other than by an optimizer step, or the copies are stale."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 def is_mine(t: Tensor, rank: int) -> bool:
-    """True on the one process that writes these rows: of copies, the first."""
+    """True on the one process that writes these rows; if several hold them, the first."""
     if not isinstance(t, DTensor):
         return rank == 0
     place = t.device_mesh.get_coordinate()
@@ -145,6 +145,6 @@ def is_mine(t: Tensor, rank: int) -> bool:
 
 
 def trained(model: nn.Module) -> dict[str, Tensor]:
-    """What of a model's state belongs to a run: everything but parameters that stay as they were."""
+    """The part of a model's state that a run changes: everything but frozen parameters."""
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
     return {name: t for name, t in model.state_dict().items() if name not in frozen}

@@ -1,6 +1,6 @@
 """Which number type to compute in, decided by measurement: the speed of one matrix product in float32 and in bfloat16.
 
-Processor flags do not tell: CPUs with `avx512_bf16` and no AMX multiply bfloat16 up to seven times as fast as float32, and a CPU without
+Processor flags are no guide: CPUs with `avx512_bf16` and no AMX multiply bfloat16 up to seven times as fast as float32, and a CPU without
 such units is some hundred times slower in bfloat16.
 """
 
@@ -15,7 +15,7 @@ import torch
 from kling.errors import UserError, unknown
 
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
-GAIN = 1.3  # bfloat16 is taken where its product is at least so many times as fast
+GAIN = 1.3  # bfloat16 is chosen if its product is at least this many times as fast
 PRODUCT = (1024, 256, 768)  # (tokens, width, hidden width) of a small model's feed-forward
 PRODUCT_CUDA = (8192, 2048, 8192)
 SECONDS = 0.05  # spent on each type
@@ -70,7 +70,7 @@ def _product(device: torch.device, dtype: torch.dtype) -> float:
     b = torch.ones(inner, columns, device=device, dtype=dtype)
 
     def seconds() -> float:
-        if device.type != "cuda":  # of the processor: what other processes do at the same time must not decide
+        if device.type != "cuda":  # processor time, not wall time: the load of other processes must not decide
             started = time.process_time()
             a @ b
             return (time.process_time() - started) / torch.get_num_threads()
@@ -80,7 +80,7 @@ def _product(device: torch.device, dtype: torch.dtype) -> float:
         torch.cuda.synchronize(device)
         return time.perf_counter() - started
 
-    first = seconds()  # includes the kernel's set-up; where it alone takes longer than all the rest may, it tells enough
+    first = seconds()  # includes the kernel's set-up; if it alone takes longer than the budget, it is enough
     best, spent = first, first
     while spent < SECONDS:
         best = min(best, took := seconds())

@@ -1,6 +1,6 @@
-"""Counter-based randomness: a draw is a function of (seed, purpose, step, sample id) and of nothing else.
+"""Counter-based randomness: a draw is a function of (seed, purpose, step, sample id) only.
 
-No global generator is read or moved, so process count, batch order, accumulation, workers and resuming change no draw, and no
+No global generator is read or advanced, so that process count, batch order, accumulation, workers and resuming change no draw, and no
 generator state has to be saved. All draws are made on the CPU in fp32 and then moved: every device gets the same numbers.
 """
 
@@ -19,8 +19,8 @@ from kling.runtime.device import upload
 def derive_seed(seed: int, *ids: int | str) -> int:
     """A 32-bit seed from `seed` and a name such as ("noise", step, sample).
 
-    Stable across processes and Python versions (unlike `hash`). 32 bits because torch's CPU generator ignores the rest of a seed:
-    two of 65 536 names share a seed about every other time, which repeats one draw in a training and biases nothing.
+    Stable across processes and Python versions (unlike `hash`). It has 32 bits because torch's CPU generator ignores the rest of a seed:
+    among 65 536 names a collision is about as likely as not; it repeats one draw of a training and biases nothing.
     """
     name = json.dumps([int(seed), *(i if isinstance(i, str) else int(i) for i in ids)])
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=4).digest(), "little")

@@ -1,7 +1,7 @@
-"""Writes the checkpoints of a run: from all of its processes, each its own rows, and in the background while training goes on.
+"""Writes the checkpoints of a run: each process writes its own rows, optionally in the background while training continues.
 
-The parts meet on the disk, where they are needed anyway: each process leaves a small JSON beside its files, and the main one waits
-for all of them before it seals the folder. No object travels between processes, so nothing is pickled, and no thread talks to another
+The parts are combined on the disk: each process leaves a small JSON beside its files, and the main one waits for all of them before it
+writes the manifest. No object travels between processes, so nothing is pickled, and no background thread communicates with another
 machine.
 """
 
@@ -39,8 +39,8 @@ PATIENCE = 1800.0  # seconds that the main process waits for the files of the ot
 class Saver:
     """Saves a run into `run_dir`. Every process makes one, and calls `save` at the same steps.
 
-    accelerator: of a run on several processes. background: copy the tensors, and write while training goes on; at most one save is
-    under way. keep_last, keep_every: as in `checkpoint.save`.
+    accelerator: of a run on several processes. background: copy the tensors, and write them while training continues; at most one save
+    runs at a time. keep_last, keep_every: as in `checkpoint.save`.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Saver:
         self._error: BaseException | None = None
 
     def save(self, step: int, tensors: Groups, meta: dict[str, Any] | None = None) -> None:
-        """Write the checkpoint of `step`. Raises `UserError` if it, or the one before, cannot be written, or a weight is not finite."""
+        """Write the checkpoint of `step`. Raises `UserError` if this or the previous one cannot be written, or a weight is not finite."""
         self.wait()
         mine = {name: {k: local(t) for k, t in group.items() if is_mine(t, self.rank)} for name, group in tensors.items()}
         check_finite(mine)
@@ -76,14 +76,14 @@ class Saver:
         self._thread.start()
 
     def wait(self) -> None:
-        """Until the save that is under way is done. Raises its error."""
+        """Wait for a save in the background. Raises its error."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
         self.check()
 
     def check(self) -> None:
-        """Raise the error of a save in the background, if it had one: whatever it was, since a run that only seems to save loses hours."""
+        """Raise the error of a save in the background, of whatever kind: a run that only seems to save loses hours."""
         if self._error is not None:
             error, self._error = self._error, None
             raise error
@@ -108,7 +108,7 @@ class Saver:
                 finish(self.run_dir, step, files, meta, self.keep_last, self.keep_every)
 
     def _other(self, step: int, rank: int) -> dict[str, dict[str, Any]]:
-        """What another process reports of its files, as soon as it has written them."""
+        """The file list of another process, as soon as it has written its files."""
         report, end = self._report(step, rank), time.monotonic() + PATIENCE
         while not report.is_file():
             if time.monotonic() > end:
@@ -121,7 +121,7 @@ class Saver:
 
 
 def check_finite(groups: Groups) -> None:
-    """Refuse to publish weights that are not finite. Raises `UserError` naming the first."""
+    """Refuse to save weights that are not finite. Raises `UserError` naming the first."""
     for name, group in groups.items():
         for key, t in group.items():
             if t.is_floating_point() and not bool(torch.isfinite(t).all()):
@@ -129,9 +129,9 @@ def check_finite(groups: Groups) -> None:
 
 
 def find_latest(accelerator: Accelerator, run_dir: str | Path, lost: int = 0) -> Checkpoint | None:
-    """The newest good checkpoint, the same for all processes: the main one checks and the others follow. None if there is none yet.
+    """The newest intact checkpoint, the same for all processes: the main one verifies and the others follow. None if there is none yet.
 
-    lost: the step of a run that must go back. Raises `UserError` if there is nothing to go back to.
+    lost: the step of a run that must go back. Raises `UserError` if there is no checkpoint to go back to.
     """
     found = load_latest(run_dir) if accelerator.is_main_process else None
     step = same_for_all(accelerator, -1 if found is None else found.step)
@@ -143,5 +143,5 @@ def find_latest(accelerator: Accelerator, run_dir: str | Path, lost: int = 0) ->
 
 
 def versions() -> dict[str, str]:
-    """What a checkpoint was made with."""
+    """The versions of the packages that a checkpoint was made with."""
     return {name: version(name) for name in ("kling", "torch", "diffusers", "accelerate", "safetensors")}

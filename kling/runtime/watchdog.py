@@ -1,4 +1,4 @@
-"""A process that stands still tells where."""
+"""Reports where a process that makes no progress is stuck."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 class Watchdog:
     """Writes the stacks of this process to `hang-<rank>.txt` in the run's folder when `seconds` pass without a `beat`; 0 is off.
 
-    Every process has its own, so a hang, which holds all of them, shows where each one stands. It only tells: it ends nothing.
+    Every process has its own, so that a hang, which stops all of them, shows where each one is. It only reports and ends nothing.
     """
 
     def __init__(self, out: str | Path, rank: int = 0, seconds: float = 1800) -> None:
@@ -18,7 +18,7 @@ class Watchdog:
         self._file = None
 
     def beat(self) -> None:
-        """The run is alive; start counting again."""
+        """Report progress: start counting again."""
         if self.seconds > 0:
             faulthandler.dump_traceback_later(self.seconds, repeat=True, file=self._file)
 
@@ -36,6 +36,6 @@ class Watchdog:
             stacks = self.path.read_text()
             self._file = None
             if stacks:
-                print(f"the run had stood still: {self.path}", file=sys.stderr)
+                print(f"the run had made no progress for a while: see {self.path}", file=sys.stderr)
             else:
                 self.path.unlink()

@@ -1,1 +1,1 @@
-"""A prompt's way: request, inputs, plan, pipeline, sampler; and the record that makes a video again."""
+"""From a prompt to a video: request, inputs, plan, pipeline, sampler; and the record from which a video can be made again."""

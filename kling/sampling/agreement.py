@@ -1,7 +1,7 @@
-"""Whether a checkpoint may be sampled in bfloat16: the same clips in both types, and how far apart they come out.
+"""Decides whether a checkpoint may be sampled in bfloat16, by the difference between the same clips in float32 and bfloat16.
 
-Noise and solver stay in float32, so only roundings differ, but a walk of many steps may grow them. So it is measured once per checkpoint,
-where it is exported, and written into its `model_index.json` as `sampling_dtype`; at run time only speed is measured.
+Noise and solver stay in float32, so only rounding differs, but many sampling steps can amplify it. So it is measured once per checkpoint,
+when it is exported, and stored in its `model_index.json` as `sampling_dtype`; at run time only speed is measured.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from kling.sampling.pipeline import KlingPipeline
 from kling.sampling.request import Request
 
 CLIPS = 8
-MIN_DB = 45.0  # PSNR of the mean squared error over all clips
+MIN_DB = 45.0  # PSNR from the mean squared error over all clips
 
 
 def requests(pipe: KlingPipeline, clips: int = CLIPS) -> Iterator[Request]:
-    """Scenes of the small world in words, in both languages; every other one with its camera, where the model takes one."""
+    """Prompts for scenes of the small world in both languages; every other one with its camera, if the model takes one."""
     world = World(0, pipe.config.max_frames, "16:9", split="heldout")
     for k in range(clips):
         scene = world.scene(k)
@@ -34,22 +34,22 @@ def requests(pipe: KlingPipeline, clips: int = CLIPS) -> Iterator[Request]:
 
 
 def agreement(folder: str | Path, clips: int = CLIPS) -> Iterator[float]:
-    """Mean squared error of each clip in bfloat16 against float32, in units of the whole range (1 is black against white)."""
+    """Mean squared error of each clip in bfloat16 against float32, relative to the full range (1 is black against white)."""
     exact, fast = (KlingPipeline.from_pretrained(folder, torch_dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
     if "text" not in exact.config.capabilities:
-        raise UserError(f"model {folder} makes no video from words alone, which its precision is measured with: leave that out")
+        raise UserError(f"model {folder} cannot make a video from text alone, which the precision check needs: leave that check out")
     for request in requests(exact, clips):
         a, b = (pipe(request).frames.astype(np.float64) / 255 for pipe in (exact, fast))
         yield float(np.square(a - b).mean())
 
 
 def psnr(errors: list[float]) -> float:
-    """In dB, of the mean of squared errors: a bad clip counts for what it is."""
+    """In dB, from the mean of the squared errors, so that a bad clip counts fully."""
     return -10 * math.log10(max(sum(errors) / len(errors), 1e-12))
 
 
 def write_sampling_dtype(folder: str | Path, decibels: float) -> bool:
-    """Write `sampling_dtype: bf16` into a model folder of ours if they reach `MIN_DB`, else take it out. Returns which."""
+    """Write `sampling_dtype: bf16` into a model folder of ours if `decibels` reaches `MIN_DB`, else remove it. Returns which."""
     path = Path(folder) / "model_index.json"
     index = json.loads(path.read_text(encoding="utf-8"))
     index.pop("sampling_dtype", None)

@@ -1,4 +1,4 @@
-"""From files and arrays to pictures of the model's size: what a `Request` points at, made ready to encode."""
+"""Reads the inputs of a `Request`, files and arrays, and fits them to the model's size, ready to encode."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from kling.shapes import ASPECTS, aspect_size, clip_frames, nearest_aspect, near
 
 DEFAULT_SECONDS = 5.0
 DEFAULT_ASPECT = "16:9"
-LAST = -1  # the frame of a keyframe that stands at the end, wherever that will be
+LAST = -1  # the frame number of a keyframe at the end, wherever that will be
 
 
 @dataclass
 class Inputs:
     """Everything given, at the clip's size: pictures (H, W, 3) uint8, video (T, H, W, 3) uint8, mask (H, W) with 1 where to generate.
 
-    keyframes: (picture, pixel frame of the result, strength); the last frame comes with them, at `LAST`, and so does the first one again
-    if the clip is a loop: its picture is None, since it may have to be made first. notes: what a person should know, in whole lines.
+    keyframes: (picture, pixel frame of the result, strength). They include the last frame, at `LAST`, and for a loop the first frame again,
+    with picture None, since it may have to be generated first. notes: remarks for the user, in whole lines.
     """
 
     height: int
@@ -44,7 +44,7 @@ class Inputs:
 
 
 def clip_size(request: Request, sizes: dict[str, tuple[int, int]] = ASPECTS) -> tuple[int, int]:
-    """(H, W): the size or aspect asked for, else the aspect nearest to the first picture given, else 16:9. sizes: the model's own."""
+    """(H, W): the requested size or aspect, else the aspect nearest to the first picture given, else 16:9. sizes: the model's own."""
     if request.size is not None:
         return parse_size(request.size)
     if request.aspect or request.outpaint:
@@ -60,14 +60,14 @@ def clip_size(request: Request, sizes: dict[str, tuple[int, int]] = ASPECTS) -> 
 
 
 def asked_frames(request: Request, fps: float) -> int:
-    """Pixel frames to make: num_frames, else duration, else 5 s."""
+    """Pixel frames to generate: num_frames, else duration, else 5 s."""
     return request.num_frames or clip_frames(request.duration or DEFAULT_SECONDS, fps)
 
 
 def read_inputs(request: Request, frames: int, fps: float, longest: int, sizes: dict[str, tuple[int, int]] = ASPECTS) -> Inputs:
-    """Open and fit everything the request points at, before anything is computed. Raises `UserError` naming what cannot be used.
+    """Open and fit all inputs of the request, before anything is computed. Raises `UserError` naming what cannot be used.
 
-    frames: of the clip to make. longest: frames of a clip that the model can restyle or fill at once.
+    frames: of the clip to generate. longest: frames of a clip that the model can restyle or fill at once.
     """
     H, W = clip_size(request, sizes)
     inputs = Inputs(H, W)
@@ -89,7 +89,9 @@ def read_inputs(request: Request, frames: int, fps: float, longest: int, sizes: 
     if request.outpaint is not None:
         inputs.video, inputs.mask = contain(inputs.video, H, W)
         if not (inputs.mask > 0.5).any():
-            line = f"outpaint {request.outpaint}: what is given has that aspect already, so nothing is left to fill: give another"
+            line = (
+                f"outpaint {request.outpaint}: the given picture or video has that aspect already, so nothing is left to fill: give another"
+            )
             raise UserError(line, code="nothing_to_fill", value=request.outpaint)
     elif inputs.video is not None:
         inputs.video = fit(inputs.video, H, W)
@@ -97,7 +99,7 @@ def read_inputs(request: Request, frames: int, fps: float, longest: int, sizes: 
         inputs.mask = _mask(request.mask, H, W)
         if not (inputs.mask > 0.5).any():
             raise UserError(
-                "mask has nothing white, so nothing would be made anew: paint white what is to be filled", code="nothing_marked"
+                "mask has no white area, so nothing would be generated: paint white what is to be filled", code="nothing_marked"
             )
     if request.control is not None:
         inputs.control = fit(_movie(request.control, fps, "control", (H, W)), H, W)
@@ -105,14 +107,14 @@ def read_inputs(request: Request, frames: int, fps: float, longest: int, sizes: 
 
 
 def _part(there: int, request: Request, frames: int, fps: float, longest: int, notes: list[str]) -> int:
-    """How many frames of a given video of `there` are changed at once: as many as are asked for, else all that the model takes."""
+    """How many frames of a given video of `there` frames are changed at once: the requested number, else as many as the model takes."""
     whole, what = nearest_frames(there)[0] if there else 0, request.edited
     most = min(whole, longest)
     if request.num_frames is None and request.duration is None:
         if most < there:
             notes.append(f"{what} changes the first {most} of the video's {there} frames: this model takes 1 + 4k of them, up to {longest}")
         return most
-    if request.duration is not None and request.duration * fps <= there:  # rounded to whole latents it may be a little longer
+    if request.duration is not None and request.duration * fps <= there:  # rounding to whole latents may have made it longer
         frames = min(frames, whole)
     if frames > most:
         why = f"the video has {there}" if whole < frames else f"this model changes {longest} at once"
@@ -121,10 +123,10 @@ def _part(there: int, request: Request, frames: int, fps: float, longest: int, n
 
 
 def paste(frames: Tensor, video: Tensor, mask: Tensor, feather: int) -> Tensor:
-    """What was made where the mask says so, and the given video everywhere else, pixel for pixel.
+    """The generated frames inside the mask, and the given video everywhere else, pixel for pixel.
 
-    frames, video (T, H, W, 3) uint8, mask (H, W) with 1 where to make. The made part fades in over `feather` pixels inside its border:
-    the latents' grid is coarser than the mask, and decoding changes what it keeps.
+    frames, video (T, H, W, 3) uint8, mask (H, W) with 1 where to generate. The generated part fades in over `feather` pixels inside its
+    border, because the latent grid is coarser than the mask, and decoding also changes the kept parts.
     """
     hole = (mask > 0.5).numpy().astype(np.uint8)
     if hole.all():
@@ -135,7 +137,7 @@ def paste(frames: Tensor, video: Tensor, mask: Tensor, feather: int) -> Tensor:
 
 
 def read_camera(request: Request, frames: int, H: int, W: int) -> Trajectory | None:
-    """The asked trajectory over `frames` frames, translation scaled by `camera_scale`; None if no camera was asked for."""
+    """The requested trajectory over `frames` frames, translation scaled by `camera_scale`; None if none was requested."""
     camera = request.camera
     if camera is None:
         return None
@@ -173,7 +175,7 @@ def _mask(mask: Picture, H: int, W: int) -> Tensor:
 
 def _movie_size(video: Movie) -> tuple[int, int]:
     if isinstance(video, str | Path):
-        from kling.data.video import probe  # here: who gives no video needs no decoder
+        from kling.data.video import probe  # imported here because only a given video needs a decoder
 
         info = probe(video)
         return info.height, info.width
@@ -181,7 +183,7 @@ def _movie_size(video: Movie) -> tuple[int, int]:
 
 
 def _array(value: object, name: str) -> Tensor:
-    """Whatever NumPy understands: an array, a tensor, a PIL picture or a list of them."""
+    """A tensor from anything that NumPy understands: an array, a tensor, a PIL picture or a list of them."""
     try:
         return torch.as_tensor(np.require(value, requirements="W"))
     except (TypeError, ValueError, RuntimeError):
@@ -189,7 +191,7 @@ def _array(value: object, name: str) -> Tensor:
 
 
 def _clip(movie: Movie, name: str) -> Tensor:
-    """A video that is no file, uint8 (T, H, W, 3)."""
+    """A video given as an array, uint8 (T, H, W, 3)."""
     frames = _array(movie, name)
     if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or not len(frames):
         raise UserError(f"{name} of type {frames.dtype} and shape {tuple(frames.shape)}: give uint8 (T, H, W, 3) or a file")
@@ -197,18 +199,18 @@ def _clip(movie: Movie, name: str) -> Tensor:
 
 
 def _length(movie: Movie, fps: float) -> int:
-    """Frames of a given video at the model's frame rate. Nothing is decoded."""
+    """Number of frames of a given video at the model's frame rate, without decoding it."""
     from kling.data.video import probe
 
     return probe(movie).count(fps) if isinstance(movie, str | Path) else len(_clip(movie, "video"))
 
 
 def _movie(movie: Movie, fps: float, name: str, size: tuple[int, int], count: int | None = None, crop: bool = True) -> Tensor:
-    """A given video at the model's frame rate, uint8 (T, h, w, 3); of a file no more is decoded than is used, and scaled as it is read.
+    """A given video at the model's frame rate, uint8 (T, h, w, 3). Of a file only the frames used are decoded, and scaled while reading.
 
-    size (H, W) will be covered, or with crop=False be filled by the whole picture; no picture is kept larger than that takes.
-    count: its first frames; None takes all. Raises `UserError` for more than `MAX_SECONDS` of them: time stamps make many frames of few,
-    so they are counted after resampling and before anything is decoded.
+    size (H, W) will be covered, or with crop=False be filled by the whole picture; no picture is kept larger than that needs.
+    count: number of first frames; None takes all. Raises `UserError` for more than `MAX_SECONDS`: time stamps can turn few frames into
+    many, so the frames are counted after resampling and before decoding.
     """
     if isinstance(movie, str | Path):
         from kling.data.video import probe, read_video

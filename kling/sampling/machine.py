@@ -1,6 +1,6 @@
-"""How a pipeline runs on this machine: where its weights lie, how small, which attention, what steps may reuse. All of it is diffusers'.
+"""How a pipeline runs on this machine: where its weights are, in which format, which attention, and what steps reuse; all by diffusers.
 
-Nothing here changes what is computed, but for three that say so: fp8 rounds the weights, a step cache skips work that it guesses, and
+Nothing here changes the result, with three exceptions: fp8 rounds the weights, a step cache approximates the work that it skips, and
 the VAE's tiles see less than the whole picture.
 """
 
@@ -21,7 +21,7 @@ from kling.errors import UserError, unknown
 from kling.runtime.device import multiply_in_tf32
 
 OFFLOADS = ("model", "group")
-ATTENTIONS = {  # ours -> diffusers', and whether it runs on a CPU
+ATTENTIONS = {  # our name -> diffusers' name, and whether it runs on a CPU
     "native": ("native", True),
     "math": ("_native_math", True),
     "cudnn": ("_native_cudnn", False),
@@ -31,7 +31,7 @@ ATTENTIONS = {  # ours -> diffusers', and whether it runs on a CPU
     "flash3": ("_flash_3", False),
     "sage": ("sage", False),
 }
-BRANCHES = [r"blocks\.\d+\.(attn1|attn2|ffn)"]  # what TaylorSeer predicts; diffusers' own patterns match nothing in a Wan block
+BRANCHES = [r"blocks\.\d+\.(attn1|attn2|ffn)"]  # the modules that TaylorSeer predicts; diffusers' patterns match nothing in a Wan block
 CACHES = ("first-block", "mag", "taylorseer", "calibrate")
 LEAST_VALUE = {"first-block": (float, 0.0), "taylorseer": (int, 1)}  # what stands behind the =
 LEAST_TILE = 32  # pixels: the VAE's tiles overlap by a quarter, which must be a latent at least
@@ -40,13 +40,13 @@ HEAD_HOOK = "mag_cache_leader_block_hook"  # where diffusers keeps what MagCache
 
 @dataclass(frozen=True)
 class Machine:
-    """What can be asked for.
+    """The settings.
 
-    offload: "model" keeps one part at a time on the device, "group" one block at a time. fp8: transformers stored in 8 bits.
+    offload: "model" keeps one model at a time on the device, "group" one block at a time. fp8: transformers stored in 8 bits.
     attention: a name of `ATTENTIONS`. cache: "first-block=THRESHOLD", "mag=RATIOS.json[:THRESHOLD]" or "taylorseer=INTERVAL"; or
-    "calibrate=RATIOS.json", which skips nothing and writes what "mag" needs.
-    context_parallel: devices that share the tokens of one clip. tiles: pixels along the side of the squares that the VAE works in.
-    compile: `torch.compile` of the transformer's block, once for all of them.
+    "calibrate=RATIOS.json", which skips nothing and writes the file that "mag" needs.
+    context_parallel: number of devices that share the tokens of one clip. tiles: side in pixels of the squares that the VAE processes.
+    compile: `torch.compile` of the transformer's blocks, once for all of them.
     """
 
     offload: str | None = None
@@ -81,18 +81,18 @@ class Machine:
 
 
 def pick_device(name: str | None) -> torch.device:
-    """The asked device, by default CUDA if there is one. Raises `UserError` if it is not there."""
+    """The requested device, by default CUDA if there is one. Raises `UserError` if it is not available."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=device)
         multiply_in_tf32()
         return device
-    except (RuntimeError, AssertionError) as error:  # how torch says that it has no such device
+    except (RuntimeError, AssertionError) as error:  # torch raises either for a missing device
         raise UserError(f"device '{name}' cannot be used ({str(error).splitlines()[0]}): try --device cpu") from None
 
 
 def set_up(pipe: Any, machine: Machine, device: torch.device, steps: int) -> None:
-    """Put a pipeline to work as asked. steps: of one walk, which MagCache needs. Raises `UserError` for what cannot be had here."""
+    """Apply the settings to a pipeline. steps: of one sampling run, for MagCache. Raises `UserError` if a setting cannot be used here."""
     if machine.attention is not None:
         set_attention(pipe.experts, machine.attention, device)
     if machine.fp8:
@@ -114,7 +114,7 @@ def set_up(pipe: Any, machine: Machine, device: torch.device, steps: int) -> Non
 
 
 def place(pipe: Any, offload: str | None, device: torch.device) -> None:
-    """Move the weights to the device, or leave them in main memory to come when they are needed."""
+    """Move the weights to the device, or keep them in main memory and move them when needed."""
     if offload is not None and device.type == "cpu":
         raise UserError(f"--offload {offload} moves weights to an accelerator and back, and the device is the CPU: leave it out")
     if offload == "model":
@@ -131,7 +131,7 @@ def place(pipe: Any, offload: str | None, device: torch.device) -> None:
 
 
 def set_attention(models: list[Any], name: str, device: torch.device) -> None:
-    """Choose the kernel of all attention layers."""
+    """Choose the implementation of all attention layers."""
     backend, on_cpu = ATTENTIONS[name]
     if device.type == "cpu" and not on_cpu:
         raise UserError(f"--attention {name} needs a CUDA device, and this is the CPU: use native")
@@ -143,7 +143,7 @@ def set_attention(models: list[Any], name: str, device: torch.device) -> None:
 
 
 def set_cache(pipe: Any, text: str, steps: int) -> None:
-    """Let steps reuse what earlier ones computed; each expert has a cache of its own."""
+    """Let steps reuse results of earlier ones; each expert has a cache of its own."""
     if pipe.config.get("block_frames"):
         raise UserError(f"--cache {text} reuses passes over the whole clip, and these weights make it block by block: leave it out")
     for number, model in enumerate(pipe.experts):
@@ -165,10 +165,10 @@ def cache_config(text: str, steps: int, model: Any, number: int, experts: int) -
         if name == "calibrate":
             if not value:
                 raise UserError("--cache calibrate: say where to write the ratios, as in calibrate=ratios.json")
-            return MagCacheConfig(calibrate=True, num_inference_steps=steps + 1)  # never at its end, where it would forget them
+            return MagCacheConfig(calibrate=True, num_inference_steps=steps + 1)  # one more: at the last step it would delete them
         path, _, threshold = value.partition(":")
         ratios = read_ratios(path, experts)[number]
-        own = steps if experts == 1 else len(ratios)  # which steps fall to which expert depends on their number
+        own = steps if experts == 1 else len(ratios)  # with two experts, each has as many steps as were calibrated
         return MagCacheConfig(threshold=float(threshold or 0.06), num_inference_steps=own, mag_ratios=ratios)
     except ValueError as error:
         if isinstance(error, UserError):
@@ -182,7 +182,7 @@ def _no_number(text: str) -> UserError:
 
 
 def read_ratios(path: str, experts: int) -> list[list[float]]:
-    """MagCache's ratios of residual sizes, a list for each expert with one a step, as `write_ratios` wrote them."""
+    """MagCache's ratios of residual sizes from `write_ratios`: a list for each expert with one ratio per step."""
     try:
         rows = [[float(ratio) for ratio in row] for row in json.loads(Path(path).read_text(encoding="utf-8"))]
     except (OSError, ValueError, TypeError):
@@ -196,18 +196,18 @@ def read_ratios(path: str, experts: int) -> list[list[float]]:
 
 
 def note_ratios(model: Any, *_: Any) -> None:
-    """After every pass: keep what diffusers has measured of this walk so far, which it forgets when the walk ends."""
+    """After every pass: save diffusers' measurements of this sampling run so far, which it deletes at the end."""
     states = model.blocks[0]._diffusers_hook.get_hook(HEAD_HOOK).state_manager
     model.mag_ratios[states.context.name] = list(states.get_state().calibration_ratios)
 
 
 def write_ratios(pipe: Any, text: str) -> Path:
-    """After a walk with `calibrate=PATH`: what each expert's blocks add to the prompt's tokens, in size, over what they added a step
-    before (MagCache: Ma et al. 2025, arXiv 2506.09045)."""
+    """After sampling with `calibrate=PATH`: write, for each expert and step, the size of what the blocks add to the prompt's tokens,
+    relative to the previous step (MagCache: Ma et al. 2025, arXiv 2506.09045)."""
     path = Path(text.partition("=")[2])
     rows = [model.mag_ratios.get("prompt", []) for model in pipe.experts]
     if not all(rows):
-        raise UserError("--cache calibrate: one of the experts had no step in this walk: take more with --num-inference-steps")
+        raise UserError("--cache calibrate: one of the experts had no step: take more with --num-inference-steps")
     try:
         path.write_text(json.dumps(rows), encoding="utf-8")
     except OSError as error:
@@ -216,7 +216,7 @@ def write_ratios(pipe: Any, text: str) -> Path:
 
 
 def join_processes(count: int, device: torch.device) -> torch.device:
-    """Join the processes that torchrun started, one a device; returns this one's device."""
+    """Join the processes that torchrun started, one per device; returns this process's device."""
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != count:
         raise UserError(

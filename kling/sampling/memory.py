@@ -1,4 +1,4 @@
-"""What a request will need on the device, before anything is loaded: weights by arithmetic, activations by a rule that tests check."""
+"""Estimates the memory of a request on the device before anything is loaded: weights exactly, activations by a rule checked in tests."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from kling.sampling.machine import Machine
 from kling.sampling.plan import Plan
 from kling.text.umt5 import UMT5TextEncoder
 
-# Bytes alive at the worst moment of a transformer block, a token, in multiples of the width. Measured with PyTorch's memory profiler on the
-# CPU (fp32: 48, bf16: 30 with a feed-forward four times as wide): fp32 copies around a modulation, the stream, and both sides of the GELU.
+# Peak bytes of a transformer block per token, in multiples of the width. Measured with PyTorch's memory profiler on the CPU (fp32: 48,
+# bf16: 30 with a feed-forward four times as wide): fp32 copies around a modulation, the residual stream, and both sides of the GELU.
 FP32_COPIES, STREAM, GELU = 3, 1, 2
-# The same in attention, which is worse where the feed-forward is narrow: queries, keys, values and two more, and the pair being rotated.
+# The same for attention, which is larger if the feed-forward is narrow: queries, keys, values and two more, and the pair being rotated.
 ROTATED, NUMBERS = 4, 5
-# Feature maps of a frame at full size that the VAE's decoder keeps, counting smaller ones and the stream's tails (measured 11.6 for the
-# Wan 2.1 type and 15.1 for the 2.2 one, fp32), while it makes four frames.
+# Feature maps at full frame size that the VAE's decoder holds, counting smaller ones and the stream's state (measured 11.6 for the Wan 2.1
+# type and 15.1 for the 2.2 one, fp32), while it decodes four frames.
 MAPS, FRAMES = 16, 4
-TILES = 256  # pixels: what is advised
+TILES = 256  # pixels: the size that `advice` suggests
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on the device: text encoder, transformer(s), VAE, each with what it computes; they do not run at the same time.
+    """Bytes on the device of the text encoder, transformer(s) and VAE, with their activations; they do not run at the same time.
 
-    Without offloading all the weights lie there together, but umT5's, which are freed.
+    Without offloading all weights stay on the device together, except umT5's, which are freed.
     """
 
     text: int
@@ -38,7 +38,7 @@ class Memory:
     vae: int
     decoding: int
     offload: str | None = None
-    block: int = 0  # of a transformer, the most that group offloading keeps
+    block: int = 0  # of a transformer: the most that group offloading keeps
 
     @property
     def peak(self) -> int:
@@ -51,7 +51,7 @@ class Memory:
 
 
 def estimate(pipe: Any, plan: Plan, machine: Machine) -> Memory:
-    """Of one request; `pipe` may be on the meta device."""
+    """Estimate one request; `pipe` may be on the meta device."""
     experts, config = pipe.experts, pipe.transformer.config
     number = torch.finfo(pipe.transformer.dtype).bits // 8
     dim = config.num_attention_heads * config.attention_head_dim
@@ -76,7 +76,7 @@ def estimate(pipe: Any, plan: Plan, machine: Machine) -> Memory:
 
 
 def advice(pipe: Any, plan: Plan, machine: Machine, room: int, room_is_main: bool = False) -> str:
-    """The first setting, from the fastest to the smallest, with which the request fits in `room` bytes; or that none does."""
+    """The first setting, from the fastest to the smallest, with which the request fits into `room` bytes; or that none does."""
     if estimate(pipe, plan, machine).peak <= room:
         return "fits"
     ways = [
@@ -85,20 +85,20 @@ def advice(pipe: Any, plan: Plan, machine: Machine, room: int, room_is_main: boo
         for offload in (None, "model", "group")
         for fp8 in (machine.fp8, True)
     ]
-    if room_is_main:  # there is nowhere to move weights to
+    if room_is_main:  # no other memory to offload weights to
         ways = [way for way in ways if way.offload is None]
     for way in ways:
         if (memory := estimate(pipe, plan, way)).peak <= room:
             flags = [f"--offload {way.offload}"] * (way.offload is not None) + ["--fp8"] * way.fp8
             flags += [f"--tiles {way.tiles}"] * (way.tiles is not None)
             return f"does not fit; {' '.join(flags)} would, with {size(memory.peak)}"
-    return "does not fit, whatever is offloaded: ask for fewer frames or a smaller --size, or share it with --context-parallel"
+    return "does not fit with any offloading: ask for fewer frames or a smaller --size, or share it with --context-parallel"
 
 
 def report(pipe: Any, plan: Plan, machine: Machine, device: torch.device) -> dict[str, str]:
     """The estimate in words, as a dry run prints it."""
     memory, room = estimate(pipe, plan, machine), free_memory(device)
-    working = f"{size(memory.activations)} while it walks, {size(memory.decoding)} while it decodes"
+    working = f"{size(memory.activations)} while sampling, {size(memory.decoding)} while decoding"
     return {
         "weights": f"transformer {size(memory.transformer)}, VAE {size(memory.vae)}, text {size(memory.text)}",
         "memory": f"about {size(memory.peak)} at most, of it {working}",
@@ -107,17 +107,17 @@ def report(pipe: Any, plan: Plan, machine: Machine, device: torch.device) -> dic
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that the device has left."""
+    """Free bytes on the device."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
 def size(count: int) -> str:
-    """Bytes as people read them."""
+    """Bytes in readable units."""
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
 
 
 def _bytes(module: torch.nn.Module, stored: int | None = None) -> int:
-    """Of parameters; matrices in `stored` bytes a number if given, as layerwise casting keeps them."""
+    """Bytes of a module's parameters; matrices take `stored` bytes per number if given, as with layerwise casting."""
     return sum(p.numel() * (stored if stored and p.ndim > 1 else p.element_size()) for p in module.parameters())
 
 
@@ -125,6 +125,6 @@ def _text_bytes(encoder: Any) -> int:
     if not isinstance(encoder, UMT5TextEncoder):
         return _bytes(encoder)
     folder = Path(encoder.folder, "text_encoder")
-    for index in folder.glob("*.safetensors.index.json"):  # there before the shards are
+    for index in folder.glob("*.safetensors.index.json"):  # available before the shards are
         return int(json.loads(index.read_text(encoding="utf-8"))["metadata"]["total_size"])
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))

@@ -1,4 +1,4 @@
-"""One pipeline for every task. What a request gives decides what is known of the clip; everything else is the same loop.
+"""One pipeline for every task. The request determines what is known of the clip; everything else is the same loop.
 
 pipe = KlingPipeline.from_pretrained()                      # the shipped model
 pipe("a red ball rolls left on grass", camera="pan=5", seed=1).frames      # (1, 41, 64, 112, 3)
@@ -62,12 +62,12 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
     image models. scheduler: ours, or any flow scheduler of diffusers.
 
     capabilities: names of the tasks (and "camera", "control") that the weights were trained for; others are refused by name.
-    fps: frames a second that it learned. max_frames: its longest single clip; longer ones are continued in hops.
-    sizes: aspect -> (H, W). block_frames: latent frames made at a time by block-causal weights; 0 makes all at once.
-    defaults: `num_inference_steps`, `guidance_scale` (high noise, low noise) and `negative_prompt`, where the scheduler is not ours.
-    licence: of the weights, where they are published ones.
-    sampling_dtype: "bf16" if the weights were measured to sample as well in it (`kling.sampling.agreement`); for programs, see `load`.
-    vocabulary: "world", where the weights have learned no words but those of the small world's captions.
+    fps: frames a second of its training clips. max_frames: its longest single clip; longer ones are continued in hops.
+    sizes: aspect -> (H, W). block_frames: latent frames per step of block-causal weights; 0 generates all at once.
+    defaults: `num_inference_steps`, `guidance_scale` (high noise, low noise) and `negative_prompt`, if the scheduler is not ours.
+    licence: of published weights.
+    sampling_dtype: "bf16" if measurements allow sampling in it (`kling.sampling.agreement`); used by programs, see `load`.
+    vocabulary: "world" if the weights know only the words of the small world's captions.
     """
 
     model_cpu_offload_seq = "text_encoder->image_encoder->transformer->transformer_2->vae"
@@ -99,7 +99,7 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             image_encoder=image_encoder, image_processor=image_processor,
         )  # fmt: skip
         ours = {name: getattr(self, name) for name in ("vae", "transformer", "transformer_2", "text_encoder", "scheduler")}
-        self.register_to_config(  # where a reader finds the classes
+        self.register_to_config(  # where diffusers looks for the classes
             **{name: ("kling", type(part).__name__) for name, part in ours.items() if type(part).__module__.startswith("kling.")}
         )
         self.register_to_config(capabilities=list(capabilities), fps=fps, max_frames=max_frames)
@@ -117,11 +117,11 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         lora_2: Sequence[tuple[str, float]] = (),
         **replaced: Any,
     ) -> KlingPipeline:
-        """The shipped model, a folder of ours, a folder of published Wan weights in diffusers layout, or the hub id of one.
+        """The shipped model, a folder of ours, a folder of published Wan weights in diffusers layout, or a hub id of either.
 
-        lora, lora_2: (file, scale) on top of the transformer and of the second expert.
-        replaced: `transformer`, `transformer_2` and `vae` as safetensors in original or diffusers naming, and `checkpoint`, the registry's
-        name of what they are; weights=False for planning only; see `kling.hub.load`.
+        lora, lora_2: (file, scale) pairs added to the transformer and to the second expert.
+        replaced: `transformer`, `transformer_2` and `vae` as safetensors in original or diffusers naming, and `checkpoint`, their name in
+        the registry; weights=False for planning only; see `kling.hub.load`.
         Raises `UserError` if anything is missing, damaged or unknown.
         """
         weights = replaced.get("weights", True)
@@ -132,27 +132,27 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         return pipe
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """A folder that `from_pretrained` reads. umT5 is copied, not loaded."""
+        """Write a folder that `from_pretrained` reads. umT5 is copied, not loaded."""
         text = self.text_encoder
         if isinstance(text, UMT5TextEncoder):
             text.save_pretrained(save_directory)
-            self.text_encoder = None  # diffusers would only say that it knows no way to save it
+            self.text_encoder = None  # diffusers would only warn that it cannot save it
         super().save_pretrained(save_directory, **kwargs)
         as_umask(Path(save_directory))
         self.text_encoder = text
 
     @classmethod
     def lora_state_dict(cls, lora: Any, **kwargs: Any) -> Any:
-        """As diffusers', but never from a pickle."""
+        """As in diffusers, but never from a pickle."""
         return super().lora_state_dict(lora, **{"use_safetensors": True, **kwargs})
 
     @property
     def experts(self) -> list[KlingTransformer3DModel]:
-        """The transformer, and the second one if there is one."""
+        """The transformer, and the second expert if there is one."""
         return [model for model in (self.transformer, self.transformer_2) if model is not None]
 
     def setting(self, name: str, asked: Any = None) -> Any:
-        """What is asked for, or the checkpoint's own where that is None: `num_inference_steps`, `guidance_scale` (two: high and low noise),
+        """`asked`, or the checkpoint's own value if that is None: `num_inference_steps`, `guidance_scale` (two: high and low noise),
         `camera_guidance_scale`, `guidance_reach`, `negative_prompt`, `shift` or `solver`."""
         scheduler = self.scheduler
         own = {"negative_prompt": "", "camera_guidance_scale": 1.0, "guidance_reach": 0.0, "solver": type(scheduler).__name__}
@@ -180,12 +180,12 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         add_lora(self, file, load_into_transformer_2, adapter_name)
 
     def fuse_lora(self, lora_scale: float = 1.0) -> None:
-        """Add what was loaded into the weights themselves, times `lora_scale`; no cost in sampling is left."""
+        """Add the loaded low-rank weights, times `lora_scale`, to the weights themselves, so that they cost nothing in sampling."""
         for model in (model for model in self.experts if hasattr(model, "peft_config")):
             model.fuse_lora(lora_scale)
             model.unload_lora()
 
-    # ---- what will be done ----
+    # ---- planning ----
 
     def plan(self, request: Request) -> Plan:
         """Resolve a request without computing anything. Raises `UserError` for what this model cannot do."""
@@ -233,7 +233,7 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         return plan, inputs, camera
 
     def check_divides(self, f: int, h: int, w: int) -> None:
-        """Raises `UserError` unless the tokens of latents (f, h, w), appended frames counted, divide over those who share a clip."""
+        """Raises `UserError` unless the tokens of latents (f, h, w), appended frames included, divide over the processes of a clip."""
         shared = getattr(self.transformer, "_parallel_config", None)
         split = shared.context_parallel_config.ulysses_degree * shared.context_parallel_config.ring_degree if shared else 1
         n = math.prod(token_grid(f, h, w, tuple(self.transformer.config.patch_size)))
@@ -261,7 +261,7 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         if request.guidance_reach and (self.groups or self.config.get("block_frames")):
             raise UserError(f"guidance_reach {request.guidance_reach:g}: this model has no given frames among those it makes: leave it out")
 
-    # ---- doing it ----
+    # ---- sampling ----
 
     @torch.no_grad()
     def __call__(
@@ -274,11 +274,11 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         return_dict: bool = True,
         **fields: Unpack[Fields],
     ) -> KlingOutput | tuple:
-        """Make `num_videos` clips from a `Request`, or from its fields as keywords; fields beside a request replace its own.
+        """Generate `num_videos` clips from a `Request`, or from its fields as keywords; keywords next to a request replace its fields.
 
         callback_on_step_end(pipe, step, timestep, {"latents": z, "x0": x0}) is called after every step; `step` counts over all hops.
-        latents: the noise to start from (1, c, G, h, w), instead of the seed's.
-        Videos are made one at a time, so that a seed gives the same video alone and among others.
+        latents: the noise to start from (1, c, G, h, w), instead of noise from the seed.
+        Videos are generated one at a time, so that a seed gives the same video alone and among others.
         """
         request = prompt.replace(**fields) if isinstance(prompt, Request) else Request(prompt=prompt, **fields)
         if output_type not in ("np", "pt", "latent"):
@@ -301,7 +301,7 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         return output if return_dict else (output.frames, output.latents)
 
     def _check_latents(self, latents: Tensor, plan: Plan, request: Request) -> None:
-        """Noise to start from must be of one hop of one video."""
+        """Raise `UserError` unless the given noise fits one hop of one video."""
         if request.num_videos > 1 or len(plan.hops) > 1:
             raise UserError(f"latents were given for {request.num_videos} videos in {len(plan.hops)} hops: they start one clip; use seed")
         (hop,), scale = plan.hops, self.vae.spatial_factor
@@ -315,7 +315,7 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         start: Tensor | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """One video: (T, H, W, 3) uint8, and the latents of its last hop."""
-        if request.loop and inputs.image is None:  # a loop needs a frame to come back to
+        if request.loop and inputs.image is None:  # a loop needs a first frame to return to
             alone = {
                 "loop": False,
                 "keyframes": [],
@@ -357,7 +357,7 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         return done, latents
 
     def _state(self, request: Request, hop: Hop, inputs: Inputs, before: Tensor | None) -> State:
-        """What is given of one hop, encoded. `before`: the frames so far, of which the hop's first ones are the last."""
+        """The encoded given content of one hop. `before`: the frames so far, whose last ones are the hop's first ones."""
         vae = self.vae
         f, h, w = latent_frames(hop.frames), inputs.height // vae.spatial_factor, inputs.width // vae.spatial_factor
         clean = torch.zeros(1, vae.config.z_dim, f, h, w)
@@ -370,7 +370,7 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             known = inputs.image[None]
         lone = [inputs.image if (picture := inputs.keyframes[i][0]) is None else picture for i in hop.pictures]
         keyframes = None
-        if self.groups:  # these weights know lone frames by their place in the clip, with grey where nothing is given
+        if self.groups:  # these weights take single frames at their position in the clip, with grey for everything else
             video = torch.zeros(3, hop.frames, inputs.height, inputs.width)
             if known is not None:
                 video[:, : len(known)] = to_tensor(known)
@@ -389,18 +389,18 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         return build_state([hop.given], clean, keyframes, tuple(self.transformer.config.patch_size), request.sigma_c)
 
     def _view(self, camera: Trajectory, hop: Hop, plan: Plan, origin: int) -> Cameras:
-        """The camera of one hop: its part of the path, relative to its own first frame."""
+        """The camera of one hop: its part of the path, relative to the hop's first frame."""
         part = camera[hop.start - origin : hop.start - origin + hop.frames].relative()
         appended = torch.tensor([[t for t, _ in hop.given.keyframes]], dtype=torch.long)
         grid = ray_grid(self.transformer, self.vae, plan.height, plan.width)
         return Cameras(part.c2w[None], part.intrinsics[None], grid, appended).to(self._execution_device)
 
     def _control(self, inputs: Inputs, hop: Hop) -> Tensor | None:
-        """Latents of the control video's part for one hop."""
+        """Latents of one hop's part of the control video."""
         return None if inputs.control is None else self.encode(inputs.control[hop.start : hop.end])
 
     def _encode_text(self, request: Request, plan: Plan) -> dict[str, Tensor]:
-        """Both texts, the second one where guidance needs it. Published encoders leave memory before the transformer runs."""
+        """The prompt, and the negative prompt if guidance needs it. Published encoders are freed before the transformer runs."""
         negative = self.setting("negative_prompt", request.negative_prompt)
         texts = {"prompt": request.prompt, "negative": negative}
         if plan.guidance_scale == plan.guidance_scale_2 == 1:
@@ -413,7 +413,7 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         return {which: row[None] for which, row in zip(texts, rows, strict=True)}
 
     def _image_tokens(self, inputs: Inputs) -> Tensor | None:
-        """What CLIP sees of the first frame, and of the last one where the weights take both; zeros where there is none."""
+        """CLIP's tokens of the first frame, and of the last one if the weights take both; zeros if there is no picture."""
         config = self.transformer.config
         if config.image_dim is None:
             return None
@@ -440,7 +440,7 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         return torch.cat(chunks, dim=1)
 
 
-# What `help` and notebooks show: every field by its name. Editors read `Fields`.
+# The signature that `help` and notebooks show has every field by name. Editors read `Fields`.
 _shown, _asked = inspect.signature(KlingPipeline.__call__), inspect.signature(Request).parameters
 KlingPipeline.__call__.__signature__ = _shown.replace(
     parameters=[
@@ -451,13 +451,13 @@ KlingPipeline.__call__.__signature__ = _shown.replace(
 
 
 def ray_grid(transformer: KlingTransformer3DModel, vae: AutoencoderKLKling, H: int, W: int) -> tuple[int, int]:
-    """The size of the grid of rays that the transformer folds, of a clip of H x W pixels."""
+    """The size of the grid of rays that the transformer takes for a clip of H x W pixels."""
     scale = vae.spatial_factor // transformer.config.camera_downscale
     return H // scale, W // scale
 
 
 def load_vae(path: str | Path = "") -> AutoencoderKLKling:
-    """A VAE folder, the `vae` of a pipeline folder or hub id, or the shipped one for an empty path, ready to encode."""
+    """A VAE ready to encode: from a VAE folder, from the `vae` of a pipeline folder or hub id, or the shipped one for an empty path."""
     folder = find_folder(path) if path else ASSETS / "vae"
     if not (folder / "config.json").is_file():
         folder = folder / "vae"

@@ -1,4 +1,4 @@
-"""From a request to what will be computed: the task, the clips to sample one after another, and the settings. Arithmetic only."""
+"""From a request to the computation: the task, the clips to sample one after another, and the settings. Arithmetic only."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from kling.sampling.inputs import LAST, Inputs, read_camera
 from kling.sampling.request import Request
 from kling.shapes import TEMPORAL, clip_frames, latent_frames, nearest_frames
 
-PRO_STEPS = 2  # "pro" takes this many times the steps of "std", and a second-order solver
-CONTEXT = 9  # pixel frames of the clip so far that a continuation starts from (1 + 4j)
+PRO_STEPS = 2  # "pro" uses this many times the steps of "std", and a second-order solver
+CONTEXT = 9  # pixel frames of the clip so far from which a continuation starts (1 + 4j)
 
 TASK_TITLES = {
     "text_to_image": "text to image",
@@ -32,13 +32,13 @@ TASK_TITLES = {
 
 @dataclass(frozen=True)
 class Hop:
-    """One clip to sample: `overlap` of its first frames repeat the end of what is there already and are cut off at the join."""
+    """One clip to sample: its first `overlap` frames repeat the end of the video so far and are cut off at the join."""
 
     given: Given
     frames: int
-    start: int = 0  # pixel frame of the whole video at which it begins
+    start: int = 0  # pixel frame of the whole video where it begins
     overlap: int = 0
-    pictures: tuple[int, ...] = ()  # which of `Inputs.keyframes` are those of `given`
+    pictures: tuple[int, ...] = ()  # indices into `Inputs.keyframes` for the keyframes of `given`
 
     @property
     def end(self) -> int:
@@ -47,7 +47,7 @@ class Hop:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a request will do. `frames` is the length of the result, a given video that is continued included."""
+    """What a request will do. `frames` is the length of the result, including a given video that is continued."""
 
     task: str
     hops: list[Hop]
@@ -57,16 +57,16 @@ class Plan:
     num_inference_steps: int
     solver: str
     guidance_scale: float
-    guidance_scale_2: float  # below the boundary, where there is a second expert
+    guidance_scale_2: float  # below the boundary, if there is a second expert
     camera_guidance_scale: float
     shift: float
     tokens: int  # of the longest hop
-    block_frames: int = 0  # latent frames made at a time; 0: all
-    frame_delay: int = 0  # steps by which each latent frame is behind the one before
-    guidance_interval: tuple[float, float] = (0.0, 1.0)  # noise levels at which there is guidance
-    guidance_every: int = 1  # of those steps, how many share one computation of it
-    guidance_reach: float = 0.0  # latent frames from a given one to where guidance is whole; 0: it is so everywhere
-    notes: tuple[str, ...] = ()  # what a person should know before it is made
+    block_frames: int = 0  # latent frames generated at a time; 0: all
+    frame_delay: int = 0  # steps by which each latent frame is behind the previous one
+    guidance_interval: tuple[float, float] = (0.0, 1.0)  # noise levels between which guidance is used
+    guidance_every: int = 1  # number of those steps that share one computation of it
+    guidance_reach: float = 0.0  # distance in latent frames from a given frame at which guidance is full; 0: full everywhere
+    notes: tuple[str, ...] = ()  # remarks for the user, before sampling
 
     @property
     def frames(self) -> int:
@@ -83,14 +83,14 @@ class Plan:
 
     @property
     def title(self) -> str:
-        """The task in words, as the command line prints it first."""
+        """The task in words, for the first line of the command line's output."""
         hops = f", then {len(self.hops) - 1} continuations" if len(self.hops) > 1 and not self.hops[0].overlap else ""
         lone = sum(len(hop.given.keyframes) for hop in self.hops) if self.task in ("continuation", "inpaint", "restyle") else 0
         return TASK_TITLES[self.task] + (f" with {lone} keyframe{'s' * (lone > 1)}" if lone else "") + hops
 
 
 def plan_hops(request: Request, inputs: Inputs, frames: int, fps: float, longest: int, spatial: int) -> list[Hop]:
-    """The clips to sample. frames: asked for. longest: that the model makes at once. spatial: pixels along a latent."""
+    """The clips to sample. frames: requested. longest: that the model generates at once. spatial: pixels per latent."""
     whole = None if request.extend_to is None else clip_frames(request.extend_to, fps)
     if inputs.video is None:
         if whole is not None and whole < frames and (request.duration or request.num_frames):
@@ -100,7 +100,7 @@ def plan_hops(request: Request, inputs: Inputs, frames: int, fps: float, longest
         hops = [begin, *_continuations(first, whole or frames, longest)]
     elif request.edited:
         space = None
-        if inputs.mask is not None:  # a latent with one pixel to make is made
+        if inputs.mask is not None:  # a latent with one pixel to generate is generated
             space = torch.nn.functional.max_pool2d((inputs.mask > 0.5).float()[None], spatial)[0]
         hops = [Hop(Given(space=space, hold=request.strength or 0.0), len(inputs.video))]
     else:
@@ -117,7 +117,7 @@ def plan_hops(request: Request, inputs: Inputs, frames: int, fps: float, longest
 
 
 def plan_task(request: Request, hops: list[Hop]) -> str:
-    """What is done as a whole: the first hop's task, or what the keyframes of later hops make of it."""
+    """The task as a whole: the first hop's, or the one that the keyframes of later hops make of it."""
     first = hops[0].given
     if first.space is not None or first.hold or hops[0].overlap or not any(hop.pictures for hop in hops[1:]):
         return first.task(latent_frames(hops[0].frames))
@@ -126,10 +126,10 @@ def plan_task(request: Request, hops: list[Hop]) -> str:
 
 
 def plan_solver(request: Request, hops: list[Hop], own: str, extra_channels: bool) -> tuple[str, str]:
-    """What walks all hops: the solver that was asked for, or the checkpoint's `own`, and why it is not that one, if it is not.
+    """The solver of all hops: the requested one, or the checkpoint's `own`; and, if it is not that, the reason.
 
-    A scheduler of diffusers knows one level for the whole clip; where levels differ ours walks, of second order as the published ones are.
-    extra_channels: what is given is no part of the clip. Raises `UserError` for an unknown solver.
+    A diffusers scheduler has one level for the whole clip; if levels differ, ours is used, of second order like the published ones.
+    extra_channels: given content enters as extra channels. Raises `UserError` for an unknown solver.
     """
     if request.solver is not None:
         if request.solver not in SOLVERS:
@@ -147,7 +147,7 @@ def plan_solver(request: Request, hops: list[Hop], own: str, extra_channels: boo
 
 
 def plan_camera(request: Request, hops: list[Hop], H: int, W: int) -> Trajectory | None:
-    """The asked path from the first hop's first frame to the last hop's last. Frames that were there already stand still."""
+    """The requested path from the first hop's first frame to the last hop's last. During frames that exist already, the camera rests."""
     still = max(0, hops[0].overlap - 1)
     if request.camera is not None and hops[-1].end == 1:
         raise UserError("camera was given for a single picture, in which nothing can move: leave it out, or give a duration")
@@ -158,7 +158,7 @@ def plan_camera(request: Request, hops: list[Hop], H: int, W: int) -> Trajectory
 
 
 def _with_keyframes(request: Request, inputs: Inputs, hops: list[Hop]) -> list[Hop]:
-    """Every keyframe goes to the hop that makes its frame. Frames are those of the result, the video that is continued included."""
+    """Assign every keyframe to the hop that generates its frame. Frame numbers are those of the result, including a continued video."""
     end, there = hops[-1].end, hops[0].start + hops[0].overlap
     if request.loop and end == 1:
         raise UserError("loop was asked for of a single picture: give a duration")

@@ -1,9 +1,9 @@
-"""What made a video: a JSON beside it, FILE.json (`a.mp4.json`, `a.gif.json`), that can make it again, and the checks that it does.
+"""The record of a video: a JSON beside it, FILE.json (`a.mp4.json`, `a.gif.json`), from which it can be made again and compared.
 
     {"kling", "command", "request", "settings", "model": {"path", "sha256"}, "inputs": {file: sha256},
      "machine": {"torch", ..., "device", "threads"}, "output": {"path", "format", "fps", "seconds"}, "frames": {"shape", "sha256", "each"}}
 
-Settings are the plan's: what the checkpoint's defaults came to. Paths of inputs are absolute.
+Settings are the plan's, with the checkpoint's defaults filled in. Paths of inputs are absolute.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ THREADS = 4096  # more than any machine gives a process
 
 
 def make_record(request: Request, plan: Any, model: Record, device: torch.device, frames: np.ndarray, dtype: str, **more: Any) -> Record:
-    """Everything that decides the frames of `request` (one video): uint8 (T, H, W, 3).
+    """Everything that determines the frames of `request` (one video): uint8 (T, H, W, 3).
 
-    dtype: what the transformer computes in, by its short name. more: whatever else is worth keeping.
+    dtype: short name of the transformer's dtype. more: other entries to keep.
     """
     return {
         "kling": __version__,
@@ -66,12 +66,12 @@ def write_record(path: str | Path, record: Record) -> None:
 
 
 def record_path(output: Path) -> Path:
-    """Where the record of a file, or of a folder of frames, lies."""
+    """The path of the record of a file, or of a folder of frames."""
     return output.with_name(f"{output.name}.json")
 
 
 def find_record(output: Path) -> Path | None:
-    """The record of a file; also an earlier version's (`a.json` for `a.mp4`), if it is of this very file. None if there is none."""
+    """The record of a file, or one of an earlier version (`a.json` for `a.mp4`) if it belongs to this file. None if there is none."""
     if (path := record_path(output)).is_file():
         return path
     earlier = output.with_suffix(".json")
@@ -82,7 +82,7 @@ def find_record(output: Path) -> Path | None:
 
 
 def read_record(path: str | Path) -> Record:
-    """A record from its file. Raises `UserError` if it is none."""
+    """Read a record from its file. Raises `UserError` if it is none."""
     head(Path(path))
     try:
         record = parse_json(Path(path).read_text(encoding="utf-8"))
@@ -109,7 +109,7 @@ def request_of(record: Record, source: str) -> Request:
 
 
 def _as_understood_then(fields: Record) -> Record:
-    """A request of recipe 1 without what was given and not used: later versions use or refuse it."""
+    """A request of recipe 1 without fields that it accepted but ignored: later versions use or refuse them."""
     fields = dict(fields)
     if fields.get("video") and any(fields.get(name) is not None for name in ("strength", "mask", "outpaint")):
         fields |= {"duration": None, "num_frames": None, "extend_to": None}
@@ -125,14 +125,14 @@ def _as_understood_then(fields: Record) -> Record:
 
 
 def check_same_model(record: Record, model: Record, source: str) -> None:
-    """Refuse another model, naming the first file that differs."""
+    """Raise `UserError` for another model, naming the first file that differs."""
     old, new = record["model"]["sha256"], model["sha256"]
     if changed := [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]:
         raise UserError(f"model {model['path']} is not that of {source}, {changed[0]} differs: give the same one with --model")
 
 
 def check_same_settings(record: Record, plan: Any, source: str) -> None:
-    """Refuse a version of the code that would take other settings than those written down."""
+    """Raise `UserError` if this version of the code would use other settings than the recorded ones."""
     now = settings(plan)
     for name, value in record["settings"].items():
         if now.get(name) != value:
@@ -140,7 +140,7 @@ def check_same_settings(record: Record, plan: Any, source: str) -> None:
 
 
 def difference(old: Record, new: Record) -> str | None:
-    """None if the frames are the same bit for bit; else which differ, and what about the machine does."""
+    """None if the frames are identical; else which frames differ, and how the machine differs."""
     if old["frames"]["sha256"] == new["frames"]["sha256"]:
         return None
     then, now = (record["frames"]["each"].split() for record in (old, new))
@@ -152,25 +152,25 @@ def difference(old: Record, new: Record) -> str | None:
 
 
 def doubts(record: Record, device: torch.device, dtype: str) -> str | None:
-    """Why this machine may not repeat a record to the bit: what about it differs; None if nothing does."""
+    """Why this machine may not reproduce a record exactly: how it differs; None if it does not."""
     now, then = machine(device) | {"dtype": dtype}, record["machine"]
     other = [name for name in ("torch", "device", "threads", "dtype") if name in then and then[name] != now[name]]
     return ", ".join(f"{name} {then[name]} -> {now[name]}" for name in other) or None
 
 
 def settings(plan: Any) -> Record:
-    """The plain values of a plan: what the defaults came to."""
+    """The plain values of a plan, with defaults filled in."""
     return {"frames": plan.frames} | {name: value for name, value in vars(plan).items() if isinstance(value, int | float | str)}
 
 
 def frame_hashes(frames: np.ndarray) -> Record:
-    """Of raw uint8 (T, H, W, 3): SHA-256 of all, and 8 digits of each frame's own."""
+    """Hashes of raw uint8 (T, H, W, 3): SHA-256 of all, and 8 digits for each frame."""
     each = [hashlib.sha256(np.ascontiguousarray(frame)).hexdigest()[:8] for frame in frames]
     return {"shape": list(frames.shape), "sha256": hashlib.sha256(np.ascontiguousarray(frames)).hexdigest(), "each": " ".join(each)}
 
 
 def model_hashes(folder: Path, others: Sequence[Path] = ()) -> Record:
-    """A model folder and the SHA-256 of its weights and configs, and of those from elsewhere."""
+    """A model folder with the SHA-256 of its weights and configs, and of files from elsewhere."""
     files = sorted(path for path in folder.rglob("*") if path.suffix in (".safetensors", ".json"))
     hashes = {str(path.relative_to(folder)): input_hash(path) for path in files}
     return {"path": str(folder.absolute()), "sha256": hashes | {str(path): input_hash(path) for path in others}}
@@ -197,16 +197,16 @@ def _input_files(request: Request) -> Iterator[Path]:
 
 
 def machine(device: torch.device) -> Record:
-    """What decides the last bit beside the model and the request. Sums are cut by threads, and rounding follows."""
+    """What affects the last bit apart from the model and the request. Threads split sums, which changes rounding."""
     versions = {name: metadata.version(name) for name in ("torch", "diffusers", "numpy", "av")}
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {torch.backends.cpu.get_cpu_capability()}"
     return {"python": platform.python_version(), **versions, "device": kind, "threads": torch.get_num_threads()}
 
 
 def input_hash(path: Path) -> str:
-    """Of a file. Raises `UserError` if it is missing, empty or unreadable."""
+    """SHA-256 of a file. Raises `UserError` if it is missing, empty or unreadable."""
     head(path)
     blob = path.resolve()
     if blob.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", blob.name):
-        return blob.name  # the hub's cache names large files by what we are about to compute
+        return blob.name  # the hub's cache names large files by their SHA-256
     return sha256(path)

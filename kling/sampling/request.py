@@ -1,4 +1,4 @@
-"""What a person asks for: one dataclass behind the command line, the page, the evaluation and the samples drawn while training."""
+"""The request for a video: one dataclass behind the command line, the page, the evaluation and the samples drawn during training."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MAX_SECONDS = 180.0
 
 
 class Fields(TypedDict, total=False):
-    """The fields of a `Request` beside the prompt, for editors: what `pipe(...)` takes by name."""
+    """The fields of a `Request` except the prompt, for editors: the keyword arguments of `pipe(...)`."""
 
     negative_prompt: str | None
     image: Picture
@@ -60,7 +60,7 @@ class Fields(TypedDict, total=False):
     num_videos: int
 
 
-# What a field that is written so takes, and how that is said.
+# Type name in the annotations -> accepted types, conversion, and what an error message calls it.
 KINDS = {
     "int": (numbers.Integral, int, "a whole number"),
     "float": (numbers.Real, float, "a number"),
@@ -70,7 +70,7 @@ KINDS = {
 
 
 def named(cls: type[T]) -> type[T]:
-    """A dataclass whose constructor says in one line which field it does not have."""
+    """A dataclass whose constructor reports an unknown field in one line."""
     plain, names = cls.__init__, [field.name for field in dataclasses.fields(cls)]
 
     @functools.wraps(plain)
@@ -87,23 +87,23 @@ def named(cls: type[T]) -> type[T]:
 @named
 @dataclass
 class Request:
-    """Everything that one call of the pipeline may be given. The task follows from what is there.
+    """The arguments of one call of the pipeline. The task follows from which of them are given.
 
-    prompt, negative_prompt: English or Chinese. No negative prompt is the checkpoint's own, which may be empty.
+    prompt, negative_prompt: English or Chinese. Without a negative prompt the checkpoint's own is used, which may be empty.
     image, last_image: first and last frame. keyframes: (picture, pixel frame, strength in (0, 1]) anywhere between.
-    video: a clip to continue; with `mask` (white = make anew) or `outpaint` to fill; with `strength` to restyle: 1 keeps it, 0 forgets it
+    video: a clip to continue; with `mask` (white = generate) or `outpaint` to fill; with `strength` to restyle: 1 keeps it, 0 ignores it
     (diffusers' and ComfyUI's denoise is 1 - ours).
     loop: the last frame leads back to the first.
     camera: axes ("pan=5,zoom=2" or a dict), a master shot, a trajectory file or a `Trajectory`. camera_scale multiplies its translation.
     control: a video (edges, depth, pose …) whose frames the result follows.
     size: "WIDTHxHEIGHT" instead of an aspect.
-    aspect, duration (seconds) or num_frames (1 + 4k): what is not given follows from the pictures and the model.
+    aspect, duration (seconds) or num_frames (1 + 4k): defaults follow from the pictures and the model.
     extend_to: seconds; the clip is continued in hops until it is that long.
     solver: "euler", "adams" or "renoise" instead of the checkpoint's own.
     mode: "std" or "pro". Steps, guidance and shift default to the checkpoint's settings for the mode.
-    guidance_interval: noise levels (low, high) at which there is guidance; guidance_every: how many steps share one computation of it;
-    guidance_reach: latent frames from a frame that is given to where guidance is whole (0: everywhere).
-    sigma_c: conditioning noise of what is given. frame_delay: steps by which each latent frame trails the one before (diffusion forcing).
+    guidance_interval: noise levels (low, high) between which guidance is used; guidance_every: number of steps that share one computation
+    of it; guidance_reach: distance in latent frames from a given frame at which guidance is full (0: everywhere).
+    sigma_c: conditioning noise of given frames. frame_delay: steps by which each latent frame is behind the previous (diffusion forcing).
     seed: of the first video; video i of `num_videos` has seed + i, and is the same alone or among others.
     """
 
@@ -192,7 +192,7 @@ class Request:
             parse_axes(self.camera)
 
     def _check_types(self) -> None:
-        """Everything of the type that it is written with; numbers of NumPy become Python's, keyframes tuples of three."""
+        """Check and convert types: numbers of NumPy become Python's, keyframes tuples of three."""
         for field_ in dataclasses.fields(self):
             value = getattr(self, field_.name)
             kind, optional = field_.type.removesuffix(" | None"), field_.type.endswith(" | None")
@@ -204,7 +204,7 @@ class Request:
                 raise UserError(f"{field_.name} {_short(value)} is of type {type(value).__name__}: give {said}{several}")
             try:
                 setattr(self, field_.name, plain(value))
-            except OverflowError:  # an int with hundreds of digits; the checks of ranges refuse it
+            except OverflowError:  # an int with hundreds of digits; the range checks refuse it
                 setattr(self, field_.name, math.inf)
         pair = self.guidance_interval
         whole = isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(value, numbers.Real) for value in pair)
@@ -220,7 +220,7 @@ class Request:
         self.keyframes = [_keyframe(given) for given in self.keyframes]
 
     def _check_together(self) -> None:
-        """What only makes sense with something else, or without it."""
+        """Check fields that require or exclude each other."""
         needs_video = {"mask": self.mask, "outpaint": self.outpaint, "strength": self.strength}
         for name, value in needs_video.items():
             if value is not None and self.video is None and not (name != "strength" and self.image is not None):
@@ -245,7 +245,7 @@ class Request:
 
     @property
     def edited(self) -> str | None:
-        """What changes the frames that are given, by its name: mask, outpaint or strength; None if they are not changed."""
+        """The name of the field that changes given frames: mask, outpaint or strength; None if they are kept."""
         return next((name for name in ("mask", "outpaint", "strength") if getattr(self, name) is not None), None)
 
     def replace(self, **changes: Any) -> Request:
@@ -254,7 +254,7 @@ class Request:
 
 
 def _keyframe(given: Any) -> tuple[Any, int, float]:
-    """(picture, frame, strength) of what was given as a keyframe."""
+    """A given keyframe as (picture, frame, strength)."""
     row = (*given, 1.0)[:3] if isinstance(given, list | tuple) and 2 <= len(given) <= 3 else None
     if row is not None:
         picture, frame, strength = row
@@ -265,7 +265,7 @@ def _keyframe(given: Any) -> tuple[Any, int, float]:
 
 
 def _short(value: Any) -> str:
-    """A value for a line of text."""
+    """A value shortened for a line of text."""
     if isinstance(value, list | tuple):
         inside = ", ".join(map(_short, value[:4])) + (", …" if len(value) > 4 else "")
         return f"({inside})" if isinstance(value, tuple) else f"[{inside}]"

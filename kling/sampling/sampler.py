@@ -1,4 +1,4 @@
-"""Sampling with a plan: which expert sees what at each step, with how much guidance, and which scheduler walks."""
+"""Sampling with a plan: the expert, its inputs and its guidance at each step, and the scheduler."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from kling.sampling.plan import Plan
 
 @dataclass(frozen=True)
 class Signals:
-    """What the transformer is shown beside the noise, all on its device.
+    """The inputs of the transformer besides the noise, all on its device.
 
-    text: "prompt" and "negative" (1, l, e). camera: poses, of which the transformer makes rays.
+    text: "prompt" and "negative" (1, l, e). camera: poses, from which the transformer computes rays.
     concat: channels of the older layouts (1, ·, F, h, w). image: image-encoder tokens (1 or 2, i, image_dim).
     """
 
@@ -41,7 +41,7 @@ class Signals:
 
 @dataclass(frozen=True)
 class Sampler:
-    """experts: one transformer, or two, of which the second works at levels below `boundary`."""
+    """experts: one transformer, or two, the second of which is used at levels below `boundary`."""
 
     experts: list[KlingTransformer3DModel]
     boundary: float | None
@@ -49,10 +49,10 @@ class Sampler:
     plan: Plan
 
     def __call__(self, state: State, signals: Signals, noise: Tensor, seed: int = 0, hop: int = 0) -> Iterator[Step]:
-        """Walk from noise (1, c, G, h, w) to the clip; yields after every step. seed, hop: of the noise that few-step weights add."""
+        """From noise (1, c, G, h, w) to the clip; yields after every step. seed, hop: for the noise that few-step weights add."""
         plan = self.plan
         for expert in self.experts:
-            expert._reset_stateful_cache()  # a step cache knows nothing of this clip
+            expert._reset_stateful_cache()  # a step cache may hold results of another clip
 
         def fresh(start: int = 0, end: int | None = None) -> Callable[[int], Tensor]:
             like = noise[:, :, start:end]
@@ -84,7 +84,7 @@ class Sampler:
         )
 
     def _walker(self, state: State, device: torch.device) -> Scheduler:
-        """The scheduler that was planned, at its first step."""
+        """The planned scheduler, at its first step."""
         plan = self.plan
         if plan.solver not in SOLVERS:
             if not state.plain or plan.frame_delay:
@@ -95,7 +95,7 @@ class Sampler:
         return ours
 
     def _predict(self, state: State, signals: Signals, history: dict[str, History] | None = None) -> Predict:
-        """What gives the guided velocity of a clip. The expert and its guidance follow from the level."""
+        """The function that computes the guided velocity of a clip. The expert and its guidance follow from the level."""
         plan, keep_text = self.plan, text_counts(state, signals)
         walk_caches: dict[tuple[bool, str], WalkCache] = {}
         share = given_share(*state.host, plan.guidance_reach)
@@ -111,7 +111,7 @@ class Sampler:
         def predict(z: Tensor, level: Tensor, highest: float) -> Tensor:
             second = len(self.experts) > 1 and highest < self.boundary
             expert, guidance = self.experts[second], plan.guidance_scale_2 if second else plan.guidance_scale
-            if second and (False, "prompt") in walk_caches:  # the first expert has done its part, and so has what it kept
+            if second and (False, "prompt") in walk_caches:  # the first expert is not used any more, nor what was cached for it
                 walk_caches.clear()
             sigma = state.levels(level)
 
@@ -128,10 +128,10 @@ class Sampler:
         expert: KlingTransformer3DModel, state: State, signals: Signals, which: str, camera: bool, z: Tensor,
         sigma: Tensor | Levels, history: History | None, walk_cache: WalkCache | None = None,
     ) -> Tensor:  # fmt: skip
-        """One pass of one expert: z (1, c, G, h, w) and its level (1,), or its tokens' -> velocity (1, c, G, h, w)."""
+        """One pass of one expert: z (1, c, G, h, w) and its level (1,), or its tokens' levels -> velocity (1, c, G, h, w)."""
         dtype = expert.dtype
         x = z if signals.concat is None else torch.cat([z, signals.concat], dim=1)
-        branch = which if camera or signals.camera is None else "no camera"  # step caches keep what they reuse apart by these names
+        branch = which if camera or signals.camera is None else "no camera"  # step caches use this name to keep passes apart
         with expert.cache_context(branch) if expert.is_cache_enabled else nullcontext():
             return expert(
                 x.to(dtype),
@@ -147,6 +147,6 @@ class Sampler:
 
 
 def text_counts(state: State, signals: Signals) -> bool:
-    """Whether the text's keys and values are worth keeping: with 16 times as many tokens of video they are below 1 % of a pass, and for
-    512 text tokens the largest models would hold 800 MB of them."""
+    """Whether caching the text's keys and values is worth it: if the video has 16 times as many tokens, they are below 1 % of a pass, and
+    for 512 text tokens the largest models would hold 800 MB of them."""
     return state.tokens < 16 * signals.text["prompt"].shape[1]

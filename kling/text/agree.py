@@ -1,4 +1,4 @@
-"""What the small text encoder is taught before the transformer: captions of one clip agree, captions of different clips do not."""
+"""Pre-training of the small text encoder, before the transformer: captions of one clip should agree, captions of different clips not."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from torch.nn import functional as F
 
 
 def pool(text: Tensor) -> Tensor:
-    """Unit vector of each prompt, the mean direction of its tokens. (b, l, e), 0 past a prompt's end -> (b, e)."""
+    """The mean direction of a prompt's tokens, as a unit vector. (b, l, e), 0 past a prompt's end -> (b, e)."""
     return F.normalize(text.sum(dim=1), dim=-1)
 
 
 def agreement_loss(a: Tensor, b: Tensor, temperature: float = 0.1) -> tuple[Tensor, Tensor]:
-    """InfoNCE both ways (van den Oord et al. 2018, arXiv 1807.03748, eq. 4; Radford et al. 2021, arXiv 2103.00020, fig. 3).
+    """InfoNCE in both directions (van den Oord et al. 2018, arXiv 1807.03748, eq. 4; Radford et al. 2021, arXiv 2103.00020, fig. 3).
 
-    Row i of `a` and of `b` (n, e), unit vectors, belong to one clip. Returns the loss and the share of rows that find their partner.
+    Row i of `a` and of `b` (n, e), unit vectors, belong to one clip. Returns the loss and the share of rows whose nearest row is their own.
     """
     logits = a @ b.T / temperature  # (n, n)
     partner = torch.arange(len(a), device=a.device)

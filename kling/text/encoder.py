@@ -2,7 +2,7 @@
 
     prompt --UTF-8--> bytes (b, s) --layers--> four bytes to a token --layers--> (b, l, e)
 
-Bytes need no vocabulary, and every language has them.
+Bytes need no vocabulary and cover every language.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from torch.nn import functional as F
 from kling.errors import UserError
 from kling.runtime.device import upload
 
-BEGIN = 256  # the mark before the first byte; alone, it is the empty prompt
-TOGETHER = 32  # prompts that are padded alike
+BEGIN = 256  # the token before the first byte; alone, it is the empty prompt
+TOGETHER = 32  # prompts that are padded to one length
 
 
 def prompt_bytes(prompt: str) -> bytes:
-    """What the encoder reads of a prompt: UTF-8 bytes in normal form C, no spaces around it. Raises `UserError` for half a character."""
+    """The encoder's input for a prompt: UTF-8 bytes in normal form C, without outer spaces. Raises `UserError` for half a character."""
     try:
         return unicodedata.normalize("NFC", prompt).strip().encode()
     except UnicodeEncodeError:
-        raise UserError(f"prompt {prompt!r} holds half a character (a lone surrogate): write it anew") from None
+        raise UserError(f"prompt {prompt!r} holds half a character (a lone surrogate): write it again") from None
 
 
 def cut_prompt(prompt: str, max_bytes: int) -> str:
-    """The beginning of a prompt that has at most `max_bytes` bytes: whole words where it has spaces, else whole characters."""
+    """The beginning of a prompt, at most `max_bytes` bytes: whole words if it has spaces, else whole characters."""
     data = prompt_bytes(prompt)
     if len(data) <= max_bytes:
         return prompt
@@ -55,7 +55,7 @@ class EncoderLayer(nn.Module):
         self.ffn_out = nn.Linear(ffn_dim, dim)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """x (b, s, d), mask (b, 1, 1, s) True where a key may be seen."""
+        """x (b, s, d), mask (b, 1, 1, s) True where a key may be attended to."""
         q, k, v = self.to_qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (b, heads, s, d / heads) each
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         x = x + self.to_out(attended.transpose(1, 2).flatten(2))
@@ -63,13 +63,13 @@ class EncoderLayer(nn.Module):
 
 
 class ByteTextEncoder(ModelMixin, ConfigMixin):
-    """Prompts -> (b, num_tokens, out_dim), exactly 0 past a prompt's end, so that what a prompt is batched with never changes it.
+    """Prompts -> (b, num_tokens, out_dim), exactly 0 past a prompt's end, so that the other prompts of a batch do not change the result.
 
     Args:
-        byte_dim, byte_layers: width and depth before the fold.
-        out_dim, token_layers: width and depth after it; out_dim is the transformer's `text_dim`.
+        byte_dim, byte_layers: width and depth before bytes are merged into tokens.
+        out_dim, token_layers: width and depth after that; out_dim is the transformer's `text_dim`.
         head_dim: channels of an attention head.
-        fold: bytes in a token.
+        fold: bytes per token.
         max_bytes: longest prompt.
     """
 
@@ -86,7 +86,7 @@ class ByteTextEncoder(ModelMixin, ConfigMixin):
         max_bytes: int = 255,
     ) -> None:
         super().__init__()
-        self.num_tokens = -(-(max_bytes + 1) // fold)  # with the begin mark
+        self.num_tokens = -(-(max_bytes + 1) // fold)  # including the begin token
         self.byte_embedding = nn.Embedding(257, byte_dim)
         self.position_embedding = nn.Embedding(self.num_tokens * fold, byte_dim)
         self.byte_blocks = nn.ModuleList(EncoderLayer(byte_dim, byte_dim // head_dim, ffn_mult * byte_dim) for _ in range(byte_layers))
@@ -98,7 +98,7 @@ class ByteTextEncoder(ModelMixin, ConfigMixin):
     def initialize_weights(self) -> None:
         for module in self.modules():
             if isinstance(module, nn.Embedding | nn.Linear):
-                # bytes enter as large as what the layers add to them: at the usual 0.02 all prompts came out alike
+                # embeddings start as large as what the layers add to them: at the usual std of 0.02 all prompts had nearly equal outputs
                 nn.init.trunc_normal_(module.weight, std=0.5 if isinstance(module, nn.Embedding) else module.in_features**-0.5)
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
@@ -108,15 +108,15 @@ class ByteTextEncoder(ModelMixin, ConfigMixin):
         return self(*self.tokenize(prompts))
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, list[int]]:
-        """Prompts -> byte ids (b, s), begin mark first, padded with 0 to the longest rounded up to whole tokens, and b lengths."""
+        """Prompts -> byte ids (b, s) after the begin token, padded with 0 to the longest in whole tokens, and the b lengths."""
         rows = [[BEGIN, *self._bytes(prompt)] for prompt in prompts]
         lengths = [len(row) for row in rows]
         width = -(-max(lengths) // self.config.fold) * self.config.fold
         return upload(torch.tensor([row + [0] * (width - len(row)) for row in rows]), self.device), lengths
 
     def forward(self, ids: Tensor, lengths: list[int]) -> Tensor:
-        """Byte ids (b, s) and b lengths -> (b, num_tokens, out_dim). Prompts of like length go together: padding is half of a batch."""
-        sizes, order = torch.tensor(lengths).sort()  # on the host, which cuts the batch
+        """Byte ids (b, s) and b lengths -> (b, num_tokens, out_dim). Prompts of similar length run together: half a batch is padding."""
+        sizes, order = torch.tensor(lengths).sort()  # on the host, which splits the batch
         there, back, fold, parts = upload(order, ids.device), upload(order.argsort(), ids.device), self.config.fold, []
         rows = zip(ids[there].split(TOGETHER), upload(sizes, ids.device).split(TOGETHER), sizes.split(TOGETHER), strict=True)
         for some, long, known in rows:
@@ -125,7 +125,7 @@ class ByteTextEncoder(ModelMixin, ConfigMixin):
         return torch.cat(parts)[back]
 
     def _encode(self, ids: Tensor, lengths: Tensor) -> Tensor:
-        """The same for prompts that are padded alike."""
+        """The same for prompts that are padded to one length."""
         b, s = ids.shape
         places = torch.arange(s, device=ids.device)
         seen = places < lengths[:, None]  # (b, s) not padding
@@ -134,7 +134,7 @@ class ByteTextEncoder(ModelMixin, ConfigMixin):
         for block in self.byte_blocks:
             x = block(x, seen[:, None, None])
         x = (x * seen[..., None]).unflatten(1, (-1, self.config.fold)).flatten(2)  # (b, s / fold, fold · byte_dim)
-        seen = seen[:, :: self.config.fold]  # a token is there if its first byte is
+        seen = seen[:, :: self.config.fold]  # a token is valid if its first byte is
 
         x = self.merge(x)
         for block in self.token_blocks:

@@ -1,7 +1,7 @@
-"""Prompts for the published Wan weights: umT5 embeddings, cleaned and padded as the Wan pipelines do it.
+"""Prompts for the published Wan weights: umT5 embeddings, with the same cleaning and padding as in the Wan pipelines.
 
-The encoder is larger than most transformers it serves, and is needed for a moment only. So it is loaded when a prompt comes that has not
-been seen, and freed at once: the embeddings, a few megabytes each, are kept instead, in memory or, if a folder is given, on disk.
+The encoder is larger than most transformers that use it, and is needed only briefly. So it is loaded for a new prompt and freed at once;
+the embeddings, a few megabytes each, are kept in memory or, if a folder is given, on disk.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ END = 2**20  # bytes
 
 
 def clean_prompt(prompt: str) -> str:
-    """Broken encodings mended, HTML entities resolved (twice, as in the data), white space collapsed. Chinese punctuation becomes ASCII's.
+    """Repair broken encodings, resolve HTML entities (twice, as in the data), collapse white space, make Chinese punctuation ASCII.
 
-    Raises `UserError` if ftfy, which the weights were trained with, is not installed.
+    Raises `UserError` if ftfy, which cleaned the training data, is not installed.
     """
     try:
         import ftfy
@@ -48,8 +48,8 @@ class UMT5TextEncoder:
     """Prompts -> (b, max_tokens, e), exactly 0 past a prompt's end.
 
     folder: holds `tokenizer/` and `text_encoder/`, as in a Wan folder. dtype: of the weights while they run.
-    cache: a folder of embeddings, one file a prompt, that outlives the process; without it they are kept in memory.
-    cut: a prompt of more than `max_tokens` is cut, with a line in the log, instead of refused (training captions).
+    cache: a folder for embeddings, one file per prompt, kept between runs; without it they are kept in memory.
+    cut: a prompt of more than `max_tokens` is cut, with a line in the log, instead of refused (for training captions).
     """
 
     def __init__(
@@ -75,23 +75,23 @@ class UMT5TextEncoder:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that the transformer sees of every prompt."""
+        """Number of text tokens that the transformer receives for every prompt."""
         return self.max_tokens
 
     @property
     def identity(self) -> str:
-        """Of the encoder: what it was loaded from, its dtype and the length it reads."""
+        """The encoder's identity: its source, its dtype and its maximum length."""
         return hashlib.sha256(self._identity + repr((str(self.dtype), self.max_tokens)).encode()).hexdigest()
 
     def encode(self, prompts: Sequence[str], device: torch.device | str = "cpu") -> Tensor:
-        """Prompts -> (b, max_tokens, e) on `device`. Raises `UserError` for a longer prompt (the Wan pipelines cut it without a word)."""
+        """Prompts -> (b, max_tokens, e) on `device`. Raises `UserError` for a longer prompt (the Wan pipelines cut it silently)."""
         for _ in self.learn(prompts, device):
             pass
         rows = [self._recall(clean_prompt(prompt)) for prompt in prompts]
         return torch.stack([torch.cat([row, row.new_zeros(self.max_tokens - len(row), row.shape[1])]) for row in rows]).to(device)
 
     def learn(self, prompts: Iterable[str], device: torch.device | str = "cpu") -> Iterator[tuple[int, int]]:
-        """Encode what is not known yet, then free the encoder. Yields (done, all of them) before the first one and after each."""
+        """Encode the prompts not encoded yet, then free the encoder. Yields (done, total) before the first one and after each."""
         unknown = [prompt for prompt in dict.fromkeys(map(clean_prompt, prompts)) if not self._knows(prompt)]
         for prompt in unknown:  # before the encoder is loaded
             self._check_length(prompt)
@@ -104,13 +104,13 @@ class UMT5TextEncoder:
             self.free()
 
     def free(self) -> None:
-        """Give the encoder's memory back."""
+        """Free the encoder's memory."""
         self._loaded = None
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Copy `tokenizer/` and `text_encoder/` as they are."""
+        """Copy `tokenizer/` and `text_encoder/` unchanged."""
         for part in FOLDERS:
             if (self.folder / part).resolve() != (Path(folder) / part).resolve():
                 shutil.copytree(self.folder / part, Path(folder) / part, dirs_exist_ok=True)
@@ -123,7 +123,7 @@ class UMT5TextEncoder:
         return out[0, : int(ids.attention_mask.sum())].cpu()
 
     def _check_length(self, prompt: str) -> None:
-        ids = self._tokenizer(prompt, verbose=False).input_ids  # of the whole prompt and its end
+        ids = self._tokenizer(prompt, verbose=False).input_ids  # of the whole prompt and its end token
         if len(ids) <= self.max_tokens:
             return
         lost = self._tokenizer.decode(ids[self.max_tokens - 1 : self.max_tokens + 24], skip_special_tokens=True)[:60].strip()
@@ -155,11 +155,11 @@ class UMT5TextEncoder:
         except (OSError, ValueError, ImportError, SafetensorError) as error:
             raise UserError(f"text encoder of {self.folder} cannot be loaded ({str(error).strip().splitlines()[0]})") from None
 
-    # ---- the embeddings that are known ----
+    # ---- stored embeddings ----
 
     @cached_property
     def _identity(self) -> bytes:
-        """Hash of the files' names, sizes and ends: weights of many gigabytes that differ, differ there."""
+        """Hash of the files' names, sizes and last bytes: weights of many gigabytes that differ at all differ there."""
         digest = hashlib.sha256()
         for path in sorted(path for part in FOLDERS for path in (self.folder / part).iterdir() if path.is_file()):
             size = path.stat().st_size
@@ -170,7 +170,7 @@ class UMT5TextEncoder:
         return digest.digest()
 
     def _file(self, prompt: str) -> Path:
-        """Named by all that decides the embedding: the encoder, its dtype, the length and the prompt."""
+        """A file name from all that determines the embedding: the encoder, its dtype, the length and the prompt."""
         key = hashlib.sha256(self._identity + repr((str(self.dtype), self.max_tokens, prompt)).encode()).hexdigest()
         return self.cache / key[:2] / f"{key[2:32]}.safetensors"
 
@@ -185,7 +185,7 @@ class UMT5TextEncoder:
         try:
             return load_file(file)["text"]
         except (OSError, SafetensorError) as error:
-            raise UserError(f"embedding {file} is damaged ({error}): delete it, and it is made again") from None
+            raise UserError(f"embedding {file} is damaged ({error}): delete it, and it will be made again") from None
 
     def _remember(self, prompt: str, text: Tensor) -> None:
         if self.cache is None:

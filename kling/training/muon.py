@@ -5,8 +5,11 @@ its momentum, so that rare directions (one object on much ground) move as far as
 and `weight_decay` mean the same (Liu et al., "Muon is scalable for LLM training", 2025, eq. 4).
 
 `torch.optim.Muon` takes matrices that lie whole on one device, one at a time, and multiplies in bf16. Here there are kernels too, rows cut
-by FSDP2, and processors without bf16; matrices of one shape are turned together. Where rows are cut, every matrix has one process that
-gathers and turns it and sends the rows back (as in Dion, Ahn et al. 2025, and nanochat): a share of the work and of the memory each.
+by FSDP2, and processors without bf16; matrices of one shape are turned together.
+
+Where rows are cut (FSDP2, HSDP) the momentum is cut with them, so a group of shards holds it once, and every matrix has one process that
+gathers and turns it and sends the rows back (as in Dion, Ahn et al. 2025, and nanochat): a share of the work and of the memory each. Where
+weights are whole on every process (DDP) nothing is shared: each holds the momentum of all matrices and turns all of them.
 """
 
 from __future__ import annotations
@@ -80,7 +83,7 @@ class Muon(torch.optim.AdamW):
 
 class Owners:
     """Which process turns which matrix of parameters that are cut by rows over `shards` processes, in `copies` copies: of the matrices of a
-    step, number i is that of process i modulo their number. One process turns all of those that are whole."""
+    step, number i is that of process i modulo their number. Those that are whole every process turns by itself, all of them."""
 
     def __init__(self, p: Tensor) -> None:
         self.shards = self.copies = 1

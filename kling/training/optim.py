@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,18 +21,10 @@ from kling.training.muon import Muon, is_matrix
 SCHEDULES = ("constant", "cosine")
 
 
-def adamw(
-    named: nn.Module | Iterable[tuple[str, Tensor]],
-    lr: float,
-    betas: tuple[float, float] = (0.9, 0.95),
-    weight_decay: float = 0.01,
-    eps: float = 1e-8,
-) -> AdamW:
-    """AdamW over the parameters that train. Vectors and scalars (norms, biases, gates) do not decay: only matrices and kernels do."""
-    params = trainable(named)
-    decay, plain = [p for p in params if p.ndim >= 2], [p for p in params if p.ndim < 2]
-    groups = [{"params": decay, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return AdamW([g for g in groups if g["params"]], lr=lr, betas=tuple(betas), eps=eps, fused=True)
+def adamw(model: nn.Module, lr: float, betas: tuple[float, float] = (0.9, 0.95), weight_decay: float = 0.01, eps: float = 1e-8) -> AdamW:
+    """AdamW over the parameters that train. Those of `layer_weights` decay, and no others."""
+    groups = _groups(model, layer_weights(model), weight_decay=weight_decay)
+    return AdamW(groups, lr=lr, betas=tuple(betas), eps=eps, fused=True)
 
 
 def muon(
@@ -42,15 +35,30 @@ def muon(
     momentum: float = 0.95,
     exact: bool = False,
 ) -> Muon:
-    """Muon over the matrices and kernels that train, and AdamW over the rest: vectors, scalars and embeddings, whose rows are looked up
-    one at a time. `lr` is of AdamW's size for both. exact: in fp32 even where bf16 is faster, as a run in fp32 is."""
-    looked_up = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    params = trainable(model)
-    turned = [p for p in params if is_matrix(p) and id(p) not in looked_up]
-    inside = {id(p) for p in turned}
-    plain = [p for p in params if id(p) not in inside]
-    groups = [{"params": turned, "weight_decay": weight_decay, "momentum": momentum}, {"params": plain, "weight_decay": 0.0}]
-    return Muon([g for g in groups if g["params"]], lr=lr, betas=tuple(betas), fused=True, exact=exact)
+    """Muon over those of `layer_weights` that `is_matrix`, which decay, and AdamW without decay over the rest. `lr` is of AdamW's size for
+    both. exact: in fp32 even where bf16 is faster, as a run in fp32 is."""
+    groups = _groups(model, filter(is_matrix, layer_weights(model)), weight_decay=weight_decay, momentum=momentum)
+    return Muon(groups, lr=lr, betas=tuple(betas), fused=True, exact=exact)
+
+
+def layer_weights(model: nn.Module) -> list[Tensor]:
+    """The matrices and kernels that inputs are multiplied by: `weight` of linear layers and convolutions.
+
+    Embeddings, learned tables (modulation, positions), gains of norms and biases are not among them. Rows of an embedding that a batch
+    does not use have no gradient, and decay alone would pull them to 0.
+    """
+    layers = [m for m in model.modules() if not isinstance(m, nn.Embedding)]
+    return [p for m in layers for name, p in m.named_parameters(recurse=False) if name == "weight" and p.ndim >= 2]
+
+
+def _groups(model: nn.Module, first: Iterable[Tensor], **settings: float) -> list[dict[str, Any]]:
+    """The parameters that train as groups of an optimizer, none empty: `first` with these settings, and the others without decay."""
+    inside, params = {id(p) for p in first}, trainable(model)
+    groups = [
+        {"params": [p for p in params if id(p) in inside], **settings},
+        {"params": [p for p in params if id(p) not in inside], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
 
 
 def make_optimizer(
@@ -74,10 +82,9 @@ def check_names(optimizer: str, schedule: str) -> None:
             raise unknown(thing, name, known)
 
 
-def trainable(named: nn.Module | Iterable[tuple[str, Tensor]]) -> list[Tensor]:
+def trainable(model: nn.Module) -> list[Tensor]:
     """The parameters that train. Raises `UserError` if there are none."""
-    named = named.named_parameters() if isinstance(named, nn.Module) else named
-    params = [p for _, p in named if p.requires_grad]
+    params = [p for p in model.parameters() if p.requires_grad]
     if not params:
         raise UserError("nothing to train: no parameter has requires_grad")
     return params

@@ -1,4 +1,4 @@
-"""Video <-> latents: the causal 3-D VAE, its streams, tiles and loss."""
+"""Video <-> latents: the causal 3-D VAE, its streams, tiles and losses."""
 
 from kling.vae.loss import LossWeights, vae_loss
 from kling.vae.model import AutoencoderKLKling, Reconstruction

@@ -67,7 +67,7 @@ class MidBlock(nn.Module):
 
 
 class ResidualDownBlock(nn.Module):
-    """Wan 2.2: residual blocks and a downsampler, around them a shortcut without weights."""
+    """Wan 2.2: residual blocks and a downsampler, with a shortcut without weights around them."""
 
     def __init__(self, channels: int, out_channels: int, dropout: float, depth: int, space: bool, time: bool) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ class UpBlock(nn.Module):
 
 
 class ResidualUpBlock(nn.Module):
-    """Wan 2.2: depth + 1 residual blocks and an upsampler that keeps the channels, around them a shortcut without weights."""
+    """Wan 2.2: depth + 1 residual blocks and an upsampler that keeps the channels, with a shortcut without weights around them."""
 
     def __init__(self, channels: int, out_channels: int, dropout: float, depth: int, space: bool, time: bool) -> None:
         super().__init__()
@@ -111,7 +111,7 @@ class ResidualUpBlock(nn.Module):
         self.shortcut = {"channels": out_channels, "time": 1 + time, "space": 2}
 
     def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
-        start = not started(state, self.resnets[0].conv1)  # asked before the blocks run: afterwards it has started
+        start = not started(state, self.resnets[0].conv1)  # checked before the blocks run: afterwards the stream has started
         y = x
         for block in self.resnets:
             y = block(y, state)
@@ -172,7 +172,7 @@ class Decoder(nn.Module):
             if is_residual:
                 self.up_blocks.append(ResidualUpBlock(c, d, dropout, depth, **flags))
             else:
-                self.up_blocks.append(UpBlock(c // 2 if i else c, d, dropout, depth, **flags))  # the upsampler before has halved c
+                self.up_blocks.append(UpBlock(c // 2 if i else c, d, dropout, depth, **flags))  # the previous upsampler has halved c
         self.norm_out = NormSilu(widths[-1])
         self.conv_out = CausalConv3d(widths[-1], out_channels, 3, padding=1)
         self.gradient_checkpointing = False

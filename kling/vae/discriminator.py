@@ -1,4 +1,4 @@
-"""The critic of the VAE's second half of training: a 3-D patch discriminator, its losses, and perceptual features from a local file."""
+"""The discriminator for the second half of the VAE's training: a 3-D patch network, its losses, and perceptual features from a file."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from kling.errors import UserError
 
 @dataclass
 class Adversary:
-    """weight: of the generator's term, 0 trains no discriminator. start: the update it begins at, when reconstructions are already good.
+    """weight: of the generator's term; 0 trains no discriminator. start: the update at which it begins, when reconstructions are good.
 
-    warmup: updates during which only the discriminator learns, then as many in which the generator's weight rises from 0 to `weight`,
-    so that a critic that knows nothing yet never steers. lr: of the discriminator. width: its first layer. layers: halvings of space.
+    warmup: updates in which only the discriminator learns, followed by as many in which the generator's weight rises from 0 to `weight`, so
+    that an untrained discriminator has no influence. lr: of the discriminator. width: of its first layer. layers: halvings of space.
     """
 
     weight: float = 0.0
@@ -40,9 +40,9 @@ class Adversary:
 class PatchDiscriminator3d(nn.Module):
     """Video (b, 3, T, H, W) -> scores (b, 1, T', H', W') of overlapping patches, high for real ones.
 
-    PatchGAN (Isola et al. 2017, arXiv 1611.07004) in 3-D. Space is halved `layers` times, time on the way twice where there is more than
-    one frame, so one critic serves images and videos.
-    Spectral norms bound every layer, which needs no penalty on gradients (Miyato et al. 2018, arXiv 1802.05957).
+    PatchGAN (Isola et al. 2017, arXiv 1611.07004) in 3-D. Space is halved `layers` times, and time twice if there is more than one frame,
+    so that one discriminator serves images and videos.
+    Spectral norms bound every layer, so that no gradient penalty is needed (Miyato et al. 2018, arXiv 1802.05957).
     """
 
     def __init__(self, width: int = 64, layers: int = 3) -> None:
@@ -69,13 +69,13 @@ def hinge(real: Tensor, fake: Tensor) -> Tensor:
 
 
 def generator_loss(fake: Tensor) -> Tensor:
-    """The generator's: -E D(x̂)."""
+    """The generator's loss: -E D(x̂)."""
     return -fake.float().mean()
 
 
 @contextmanager
 def frozen(critic: nn.Module) -> Iterator[None]:
-    """Inside, the critic judges without learning: what it says has gradients for the video alone."""
+    """Within this context the discriminator's weights get no gradients; the video does."""
     critic.requires_grad_(False)
     try:
         yield
@@ -114,7 +114,7 @@ class Perceptual(nn.Module):
         self.requires_grad_(False).eval()
 
     def forward(self, video: Tensor, reconstruction: Tensor) -> Tensor:
-        """Videos (b, 3, T, H, W) in [-1, 1] -> mean squared distance of unit features, over stages, places and frames."""
+        """Videos (b, 3, T, H, W) in [-1, 1] -> mean squared distance of unit features, over stages, positions and frames."""
         x, y = ((v.transpose(1, 2).flatten(0, 1) / 2 + 0.5 - self.mean) / self.std for v in (video, reconstruction))  # (b·T, 3, H, W)
         distance = x.new_zeros(())
         for layer in self.features:

@@ -1,6 +1,6 @@
-"""What the VAE is trained for: pixels, edges and motion that agree, and latents that are not far from a unit Gaussian.
+"""The VAE's loss: distances in pixels, edges and motion, and the latents' divergence from a unit Gaussian.
 
-All terms are means, over pixels or over latent values, so that size, length and batch do not change their balance.
+All terms are means over pixels or latent values, so that size, length and batch do not change their balance.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from torch import Tensor
 
 @dataclass
 class LossWeights:
-    """Weights of the terms of `vae_loss`, and the width of Charbonnier's rounded corner."""
+    """Weights of the terms of `vae_loss`, and the width of the Charbonnier loss's rounded corner."""
 
     pixel: float = 1.0  # weight of the distance between pixels
-    edge: float = 0.5  # differences between neighbours in height and width: an L1 on pixels alone blurs
-    motion: float = 0.5  # differences between neighbouring frames
-    kl: float = 1e-4  # weight of the posterior's divergence from a normal one, nats
-    halved: float = 0.0  # the same three terms of what halved latents decode to, against the halved video; a quarter is usual
-    corner: float = 1e-3  # in units of [-1, 1]
+    edge: float = 0.5  # differences between neighbours in height and width: L1 on pixels alone gives blur
+    motion: float = 0.5  # differences between consecutive frames
+    kl: float = 1e-4  # weight of the posterior's divergence from a standard normal, nats
+    halved: float = 0.0  # the same three terms between the decoded halved latents and the halved video; a quarter is usual
+    corner: float = 1e-3  # in units of the pixel range [-1, 1]
 
 
 def vae_loss(
@@ -33,7 +33,7 @@ def vae_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss of reconstructing video (b, 3, T, H, W), and its terms before weighting, detached, by name.
 
-    halved: the halved video (b, 3, T, H/2, W/2) and what the halved latents decode to.
+    halved: the halved video (b, 3, T, H/2, W/2) and the decoded halved latents.
     """
     terms = distance(video, reconstruction, weights) | {"kl": kl(posterior)}
     if halved is not None:
@@ -42,7 +42,7 @@ def vae_loss(
 
 
 def distance(video: Tensor, reconstruction: Tensor, weights: LossWeights) -> dict[str, Tensor]:
-    """How far a reconstruction (b, 3, T, H, W) is from a video in pixels, edges and motion (0 for a lone frame)."""
+    """The distances between a reconstruction (b, 3, T, H, W) and a video in pixels, edges and motion (0 for a single frame)."""
     error = (reconstruction - video).float()
     return {
         "pixel": charbonnier(error, weights.corner),
@@ -52,7 +52,7 @@ def distance(video: Tensor, reconstruction: Tensor, weights: LossWeights) -> dic
 
 
 def weighted(terms: dict[str, Tensor], weights: LossWeights) -> Tensor:
-    """The sum of terms, each times its weight."""
+    """The weighted sum of the terms."""
     return sum(getattr(weights, name) * term for name, term in terms.items())
 
 
@@ -62,5 +62,5 @@ def charbonnier(x: Tensor, corner: float) -> Tensor:
 
 
 def kl(posterior: DiagonalGaussianDistribution) -> Tensor:
-    """KL(posterior ‖ N(0, 1)) = ½ (μ² + σ² - 1 - log σ²), mean over latent values. diffusers' own sums, and over images' axes only."""
+    """KL(posterior ‖ N(0, 1)) = ½ (μ² + σ² - 1 - log σ²), mean over latent values. diffusers' own sums, and supports images only."""
     return 0.5 * torch.mean(posterior.mean.float() ** 2 + posterior.var.float() - 1 - posterior.logvar.float())

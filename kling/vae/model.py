@@ -28,12 +28,12 @@ from kling.vae.blocks import AttentionBlock, Decoder, Encoder, ResidualBlock
 from kling.vae.stream import in_chunks, split_latents, split_video
 from kling.vae.tiling import Tiles, in_tiles
 
-# Without gradients a whole clip goes through in chunks of at most this many pixels (b·T·H·W), or one latent frame: memory stays flat in T.
+# Without gradients a whole clip is processed in chunks of at most this many pixels (b·T·H·W), or one latent frame: memory is constant in T.
 PIXELS_PER_PASS = 2**20
-# In published Wan 2.2 configs; no code of diffusers' has ever read it.
+# A key of the published Wan 2.2 configs that diffusers has never used.
 LEGACY_KEYS = {"clip_output"}
 
-PIXELS = "ctwh"  # channels of folded pixels, as in the published Wan 2.2 weights: (colour, column, row)
+PIXELS = "ctwh"  # channel order of folded pixels, as in the published Wan 2.2 weights: (colour, column, row)
 
 
 @dataclass
@@ -53,7 +53,7 @@ class AutoencoderKLKling(ModelMixin, ConfigMixin):
     _supports_gradient_checkpointing = True
     _no_split_modules = ["ResidualBlock", "ResidualDownBlock", "ResidualUpBlock", "UpBlock", "MidBlock"]
     _group_offload_block_modules = ["quant_conv", "post_quant_conv", "encoder", "decoder"]
-    _skip_keys = ["state"]  # a StreamState is changed in place: hooks must not copy it
+    _skip_keys = ["state"]  # a StreamState is modified in place: hooks must not copy it
 
     @register_to_config
     def __init__(
@@ -77,7 +77,7 @@ class AutoencoderKLKling(ModelMixin, ConfigMixin):
     ) -> None:
         super().__init__()
         mean, std = list(latents_mean or [0.0] * z_dim), list(latents_std or [1.0] * z_dim)
-        # No key counts as "left at its default": `from_config` would drop those, also after a training has measured the statistics.
+        # No key counts as "left at its default": `from_config` would drop such keys, even after a training has measured the statistics.
         self.register_to_config(latents_mean=mean, latents_std=std, _use_default_values=[])
         self._check_config()
         self.tiles: Tiles | None = None
@@ -91,10 +91,10 @@ class AutoencoderKLKling(ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
-        """For training from scratch: every residual branch starts at 0, and every frame is seen alone.
+        """For training from scratch: every residual branch starts at 0, and frames are independent of each other.
 
-        Kernels over time hold only their last tap; halving time averages two frames, doubling it repeats one. So a VAE that was trained
-        on lone frames is a VAE of videos from the first step on.
+        Kernels over time start with only their last tap; halving time averages two frames, doubling repeats one. So a VAE trained on single
+        frames works on videos from the first step.
         """
         for module in self.modules():
             if isinstance(module, torch.nn.Conv2d | torch.nn.Conv3d):
@@ -124,11 +124,11 @@ class AutoencoderKLKling(ModelMixin, ConfigMixin):
 
     @property
     def spatial_factor(self) -> int:
-        """Pixels along one side of a latent point."""
+        """Pixels along one side of a latent element."""
         return 2 ** (len(self.config.dim_mult) - 1) * (self.config.patch_size or 1)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Self:
-        """Wherever the weights go, on CUDA kernels lie channels-last, as clips do here: cuDNN would turn them at every call."""
+        """After any move to CUDA, store kernels channels-last, as clips are here; otherwise cuDNN would convert them in every call."""
         super()._apply(*args, **kwargs)
         for p in self.parameters():
             if p.device.type == "cuda" and p.ndim in (4, 5):
@@ -166,7 +166,7 @@ class AutoencoderKLKling(ModelMixin, ConfigMixin):
     def forward(
         self, sample: Tensor, sample_posterior: bool = False, return_dict: bool = True, generator: torch.Generator | None = None
     ) -> Reconstruction | tuple:
-        """Encode and decode video (b, 3, T, H, W). Not clamped, so that the loss sees how far a pixel lies outside [-1, 1]."""
+        """Encode and decode video (b, 3, T, H, W). The result is not clamped, so that the loss sees values outside [-1, 1]."""
         posterior = self.encode(sample).latent_dist
         latents = posterior.sample(generator) if sample_posterior else posterior.mode()
         video = self._decode(latents)
@@ -175,13 +175,13 @@ class AutoencoderKLKling(ModelMixin, ConfigMixin):
     # ---- streams ----
 
     def encode_stream(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
-        """Posterior means of one stream: (b, 3, 1+4j, H, W), then (b, 3, 4j, H, W) each -> (b, z, f, h, w) each, as they come."""
+        """Posterior means of one stream, chunk by chunk: (b, 3, 1+4j, H, W), then (b, 3, 4j, H, W) each -> (b, z, f, h, w) each."""
         state = StreamState()
         for chunk in chunks:
             yield self.encode(chunk, state).latent_dist.mode()
 
     def decode_stream(self, latents: Tensor, hop: int = 1) -> Iterator[Tensor]:
-        """Frames in [-1, 1] handed out as they are made, `hop` latent frames at a time: (b, z, f, h, w) -> (b, 3, t, H, W) each."""
+        """Frames in [-1, 1], yielded as they are decoded, `hop` latent frames at a time: (b, z, f, h, w) -> (b, 3, t, H, W) each."""
         state = StreamState()
         for chunk in split_latents(latents, hop):
             yield self.decode(chunk, state).sample
@@ -199,7 +199,7 @@ class AutoencoderKLKling(ModelMixin, ConfigMixin):
         self.tiles = Tiles(size, overlap)
 
     def disable_tiling(self) -> None:
-        """Whole pictures again."""
+        """Process whole pictures again."""
         self.tiles = None
 
     # ---- scale of the latents ----
@@ -231,7 +231,7 @@ class AutoencoderKLKling(ModelMixin, ConfigMixin):
         return unpatchify(self.decoder(x, state), (1, p, p), PIXELS)
 
     def _hop(self, x: Tensor, pixels: int) -> int:
-        """Latent frames in a pass over x (b, _, n, h, w), each point of which is `pixels` pixels: all of them when gradients are wanted."""
+        """Latent frames per pass over x (b, _, n, h, w), of whose points each is `pixels` pixels: all of them if gradients are needed."""
         b, _, n, h, w = x.shape
         return n if torch.is_grad_enabled() else max(1, PIXELS_PER_PASS // (b * h * w * pixels))
 
@@ -239,7 +239,7 @@ class AutoencoderKLKling(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_config(cls, config: dict[str, Any] | None = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """As in diffusers, but a key that this class does not have is a `UserError`, not a warning."""
+        """As in diffusers, but an unknown key is a `UserError`, not a warning."""
         known = cls._get_init_keys(cls) - {"self"}
         for key in config or {}:
             if not key.startswith("_") and key not in known | LEGACY_KEYS:

@@ -1,5 +1,5 @@
-"""The ways a clip goes through the VAE: whole, streamed in chunks of one latent frame, or in blended tiles. A training that takes them all
-teaches the decoder to hide the seams of tiles, and keeps the stream, which is exact, on the path of the loss."""
+"""The paths of a clip through the VAE: whole, streamed in chunks of one latent frame, or in blended tiles. Training on all of them teaches
+the decoder to hide the seams of tiles, and puts the stream, which is exact, under the loss."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ PATHS = ("whole", "streamed", "tiled")
 
 
 class Autoencoding(nn.Module):
-    """Encode and decode video (b, 3, T, H, W) along one of `PATHS`: the reconstruction, not clamped, the posterior, and what the decoder
-    makes of the latents at half their height and width (None unless `halved`).
+    """Encode and decode video (b, 3, T, H, W) along one of `PATHS`. Returns the reconstruction, not clamped, the posterior, and the decoded
+    latents of half height and width (None unless `halved`).
 
-    The last is for scale equivariance (Skorokhodov et al., "Improving the diffusability of autoencoders", 2025): where halved latents must
-    decode to the halved video, the encoder has no use for fine patterns of its own, which a transformer learns late and badly.
-    draw: a generator, to decode a draw from the posterior in place of its mean, so that its width is trained too.
+    The last is for scale equivariance (Skorokhodov et al., "Improving the diffusability of autoencoders", 2025): if halved latents must
+    decode to the halved video, the encoder cannot encode fine patterns of its own, which a transformer learns late and badly.
+    draw: a generator, to decode a sample of the posterior instead of its mean, so that its width is trained too.
     """
 
     def __init__(self, vae: AutoencoderKLKling) -> None:
@@ -53,11 +53,11 @@ class Autoencoding(nn.Module):
 
 
 def half(x: Tensor) -> Tensor:
-    """(b, c, T, H, W) at half its height and width, every point the mean of four."""
+    """(b, c, T, H, W) at half its height and width; every point is the mean of four."""
     return F.avg_pool3d(x, (1, 2, 2))
 
 
 def half_tiles(cells: int, factor: int) -> Tiles:
-    """Tiles a little larger than half of the longer side of `cells` latent cells, so that two of them cover it and overlap."""
+    """Tiles slightly larger than half of the longer side of `cells` latent cells, so that two of them cover it with an overlap."""
     size = min(cells, math.ceil(cells / 2) + 1)
     return Tiles(size * factor, factor * min(2, size - 1))

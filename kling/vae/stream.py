@@ -1,7 +1,7 @@
-"""Cutting clips and latents into the chunks of a stream.
+"""Splits clips and latents into the chunks of a stream.
 
-A stream starts with 1 + 4j frames (1 + j latents) and goes on with any multiple of 4 (any number of latents). `StreamState` is what is
-remembered between two chunks; pass the same one to every call of one stream.
+A stream starts with 1 + 4j frames (1 + j latents) and continues with any multiple of 4 (any number of latents). `StreamState` is what is
+kept between two chunks; pass the same one to every call of a stream.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["StreamState", "chunk_latents", "in_chunks", "split_latents", "split_
 
 
 def chunk_latents(T: int, started: bool) -> int:
-    """Latent frames that a chunk of T pixel frames gives. Raises `UserError` if it does not end on a latent frame's last pixel frame."""
+    """Latent frames from a chunk of T pixel frames. Raises `UserError` if it does not end with a latent frame's last pixel frame."""
     if not started:
         return latent_frames(T)
     if T % TEMPORAL or T == 0:
@@ -37,7 +37,7 @@ def split_latents(latents: Tensor, hop: int) -> Iterator[Tensor]:
 def split_video(video: Tensor, hop: int, started: bool = False) -> Iterator[Tensor]:
     """Chunks of `hop` latent frames' worth of pixel frames, the last one shorter: (b, 3, T, H, W) -> (b, 3, t, H, W) each.
 
-    Raises `UserError` if T is no legal count for the start of a stream or, if `started`, for going on with it.
+    Raises `UserError` if T is no legal count for the start of a stream or, if `started`, for its continuation.
     """
     chunk_latents(video.shape[2], started)
     head = 0 if started else pixel_frames(hop)
@@ -48,7 +48,7 @@ def split_video(video: Tensor, hop: int, started: bool = False) -> Iterator[Tens
 
 
 def in_chunks(half: Callable[[Tensor, StreamState | None], Tensor], chunks: Iterable[Tensor], state: StreamState | None) -> Tensor:
-    """Run `half` of the VAE over the chunks and join its outputs in time. Without a state, the chunks are a whole stream."""
+    """Run one half of the VAE over the chunks and join its outputs in time. Without a state, the chunks are a whole stream."""
     chunks = list(chunks)
     if len(chunks) == 1:
         return half(chunks[0], state)

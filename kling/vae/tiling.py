@@ -1,6 +1,6 @@
-"""Pictures too large for memory: square tiles that overlap, each a stream of its own, blended where they meet.
+"""Pictures too large for memory: overlapping square tiles, each with a stream state of its own, blended where they overlap.
 
-The blend hides the seams; it is not exact, since attention and the edge of a tile see less than the whole picture.
+Blending hides the seams; the result is not exact, because attention and the edge of a tile see less than the whole picture.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from kling.nn.conv import StreamState
 
 @dataclass(frozen=True)
 class Tiles:
-    """Side of a tile and width of the overlap of two, in points of what is cut."""
+    """Side of a tile and width of the overlap of two, in points of the tensor that is split."""
 
     size: int
     overlap: int
 
     def over(self, factor: int) -> Tiles:
-        """The same tiles on a grid that is `factor` times coarser."""
+        """The same tiles on a grid that is coarser by `factor`."""
         return Tiles(self.size // factor, self.overlap // factor)
 
     def starts(self, length: int) -> list[int]:
@@ -31,9 +31,9 @@ class Tiles:
 
 
 def in_tiles(half: Callable[[Tensor, StreamState | None], Tensor], x: Tensor, state: StreamState | None, tiles: Tiles | None) -> Tensor:
-    """Run `half` of the VAE on each tile of x (b, c, T, H, W) and blend: (b, c', T', H·r, W·r), r the ratio of output to input size.
+    """Run one half of the VAE on each tile of x (b, c, T, H, W) and blend: (b, c', T', H·r, W·r), r is the ratio of output to input size.
 
-    Each output point is the mean over the tiles that hold it, weighted by its distance from their edges, up to the overlap.
+    Each output point is the mean over the tiles that contain it, weighted by its distance from their edges, up to the overlap.
     """
     H, W = x.shape[-2:]
     if tiles is None or max(H, W) <= tiles.size:

@@ -11,6 +11,7 @@ from kling_programs.sample.studio.studio import Studio
 from kling_programs.sample.studio.words import t
 
 from kling.cameras.axes import LIMIT, MOVES, UNITS
+from kling.data.world.captions import vocabulary_summary
 from kling.sampling.request import MODES
 from kling.shapes import clip_frames
 
@@ -74,6 +75,9 @@ class Form:
         examples = gr.Dataset(
             label=t("examples"), components=[gr.Textbox(visible=False)], samples=[[e] for e in EXAMPLES], type="values", elem_id="examples"
         )
+        if self.studio.pipe.config.get("vocabulary") == "world":
+            with gr.Accordion(t("understands"), open=False, elem_id="understands"):
+                gr.Markdown(vocabulary_summary())
         examples.click(lambda row: row[0], examples, prompt, queue=False, api_visibility="private", show_progress="hidden")
         own = self.studio.pipe.setting("negative_prompt") or t("negative_hint")
         self.fields["negative_prompt"] = gr.Textbox(label=t("negative_prompt"), placeholder=own)

@@ -16,6 +16,7 @@ WORDS: dict[str, tuple[str, str]] = {
     "negative_prompt": ("Negative prompt", "反向提示词"),
     "negative_hint": ("What to steer away from", "不希望出现的内容"),
     "examples": ("Examples", "示例"),
+    "understands": ("What this small model understands", "这个小模型认识的词"),
     "pictures": ("Pictures", "图片"),
     "first": ("First frame", "首帧"),
     "last": ("Last frame", "尾帧"),

@@ -1,4 +1,4 @@
-"""One file under the loupe: decoded from end to end, its facts counted and not believed, cut into shots, measured."""
+"""Examines one file: decodes it from end to end, counts its frames instead of trusting the header, splits it into shots, measures them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from kling.data.transforms import fit
 from kling.errors import UserError
 from kling.runtime.files import Source, head, member_of, sha256, sniff, stamp
 
-# The counted reason of each complaint, by what it says.
+# The reason under which an error is counted, by a part of its message.
 REASONS = (
     ("is empty", "empty"),
     ("does not exist", "missing"),
@@ -39,7 +39,7 @@ REASONS = (
 
 
 def reason_of(complaint: str) -> str:
-    """The word under which a complaint is counted."""
+    """The reason under which an error message is counted."""
     return next((reason for phrase, reason in REASONS if phrase in complaint), "unreadable")
 
 
@@ -53,10 +53,10 @@ def examine(
     per_minute: float = 20.0,
     announce: Callable[[float], None] = lambda budget: None,
 ) -> list[Shot]:
-    """The clips of one file, without captions: one for each shot, or one for the whole (or for the stretch start … end, seconds).
+    """The clips of one file, without captions: one for each shot, or one for the whole file (or for its part start … end, in seconds).
 
-    per_minute: seconds that decoding a minute of video may take. announce: told the seconds that the whole file may take, once its length
-    is known. Raises `UserError` for a file that cannot be used.
+    per_minute: time limit in seconds for decoding a minute of video. announce: called with the time limit of the whole file, once its
+    length is known. Raises `UserError` for a file that cannot be used.
     """
     clock = time.monotonic()
     demuxer, kind = sniff(head(source))
@@ -97,7 +97,7 @@ def _image(source: Source, path: str, kind: str, mtime_ns: int, size: int) -> Sh
 
 
 def _decode_all(source: Source, info: VideoInfo, split: bool, deadline: float) -> tuple[list[float], ShotMeter, list[float]]:
-    """(time of every frame, what was measured, times of the cuts). Raises `UserError` at the first damage, or after the deadline."""
+    """(time of every frame, the measurements, times of the cuts). Raises `UserError` at the first damage, or after the deadline."""
     times: list[float] = []
     meter, scaler = ShotMeter(), VideoReformatter()
     cuts = CutDetector(info.fps) if split else None
@@ -112,7 +112,7 @@ def _decode_all(source: Source, info: VideoInfo, split: bool, deadline: float) -
                 raise UserError(f"{source} is damaged (frame {index} has no time stamp): download or export it again")
             at = index / info.fps if info.origin is None else frame.time - info.origin
             if cuts or frame.is_corrupt or meter.due(at):
-                small = picture(frame, stream.sample_aspect_ratio, scaler, source, size)  # refuses what is corrupt
+                small = picture(frame, stream.sample_aspect_ratio, scaler, source, size)  # raises for a corrupt frame
                 if cuts:
                     cuts.see(at, small)
                 if meter.due(at):
@@ -130,7 +130,7 @@ def _small(H: int, W: int) -> tuple[int, int]:
 
 
 class CutDetector:
-    """PySceneDetect's content detector, fed with frames that are decoded anyway."""
+    """PySceneDetect's content detector, applied to the frames decoded here."""
 
     def __init__(self, fps: float) -> None:
         try:
@@ -148,7 +148,7 @@ class CutDetector:
 
 
 def clock_of(times: list[float]) -> tuple[float, tuple[tuple[float, int], ...]] | None:
-    """(first, (step, how often) …): every time stamp, in two numbers where the rate is constant to a millisecond, else in microseconds.
+    """(first, (step, repetitions) …): all time stamps, as one step if the rate is constant to a millisecond, else in microseconds.
 
     >>> clock_of([0.0, 0.5, 1.0, 2.0])
     (0.0, ((0.5, 2), (1.0, 1)))

@@ -1,4 +1,4 @@
-"""Which clips are worth training on: thresholds on what a scan measured. All are off until a yaml sets them; whatever they drop is counted.
+"""Selects the clips worth training on, by thresholds on a scan's measurements. All are off by default; dropped clips are counted.
 
 kling-data scan CATS --filters configs/data/filters.yaml --out manifest.jsonl
 """
@@ -13,30 +13,30 @@ from kling.data.manifest import Bad, Shot
 from kling.data.scan.measure import distance
 from kling.errors import UserError
 
-BANDS = 8  # bytes of a hash: two hashes that differ in fewer bits than bands share one of them
+BANDS = 8  # bytes of a hash: two hashes that differ in fewer bits than there are bytes have at least one byte in common
 
 
 @dataclass
 class Filters:
-    """A clip is dropped for the first limit that it breaks. Units are those of `measure`; a picture has no duration and no motion.
+    """A clip is dropped at the first threshold that it violates. Units are those of `measure`; a picture has no duration and no motion.
 
-    duplicate: bits of 64 (at most 7) by which two clips' hashes may differ and still be the same clip; the first one is kept.
+    duplicate: two clips whose hashes differ in at most so many of 64 bits (at most 7) count as the same clip; the first one is kept.
     """
 
     min_seconds: float | None = None
     max_seconds: float | None = None
-    min_side: int | None = None  # pixels of the short side
-    min_motion: float | None = None  # frozen below
+    min_side: int | None = None  # short side in pixels
+    min_motion: float | None = None  # below: frozen
     max_motion: float | None = None
     max_shake: float | None = None
-    min_sharpness: float | None = None  # blurred below
+    min_sharpness: float | None = None  # below: blurred
     max_dark: float | None = None
     max_letterbox: float | None = None
-    max_text: float | None = None  # writing laid over the picture
+    max_text: float | None = None  # text overlaid on the picture
     duplicate: int | None = None
 
 
-# (reason, what is compared, limit's name, +1 for a least and -1 for a most, works on pictures)
+# (reason, measured value, name of the threshold, +1 for a minimum and -1 for a maximum, applies to pictures)
 RULES = (
     ("too short", lambda s: s.seconds, "min_seconds", 1, False),
     ("too long", lambda s: s.seconds, "max_seconds", -1, False),
@@ -53,7 +53,7 @@ DUPLICATE = "near-duplicate"
 
 
 def sift(shots: list[Shot], filters: Filters) -> tuple[list[Shot], list[Bad]]:
-    """(kept, dropped) in their order."""
+    """(kept, dropped), both in the original order."""
     kept, dropped = [], []
     twins = _Twins(filters.duplicate)
     for shot in shots:
@@ -66,7 +66,7 @@ def sift(shots: list[Shot], filters: Filters) -> tuple[list[Shot], list[Bad]]:
 
 
 def broken_rule(shot: Shot, filters: Filters) -> tuple[str, str] | None:
-    """(reason, detail) of the first limit that a clip breaks."""
+    """(reason, detail) of the first threshold that a clip violates."""
     for reason, measure, name, sign, pictures in RULES:
         limit, value = getattr(filters, name), measure(shot)
         if limit is not None and value is not None and (pictures or not shot.is_image) and sign * (value - limit) < 0:
@@ -75,7 +75,7 @@ def broken_rule(shot: Shot, filters: Filters) -> tuple[str, str] | None:
 
 
 class _Twins:
-    """The clips kept so far, found again by any band of their middle hash."""
+    """The clips kept so far, indexed by each byte of their middle hash."""
 
     def __init__(self, bits: int | None) -> None:
         if bits is not None and not 0 <= bits < BANDS:
@@ -84,7 +84,7 @@ class _Twins:
         self._bands: dict[tuple[int, str], list[Shot]] = defaultdict(list)
 
     def of(self, shot: Shot) -> tuple[str, str] | None:
-        """(reason, detail) if the clip is near one that was kept; otherwise it is noted."""
+        """(reason, detail) if the clip is near one that was kept; otherwise the clip is added."""
         if self.bits is None or "hashes" not in shot.measures:
             return None
         hashes = shot.measures["hashes"]

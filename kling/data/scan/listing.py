@@ -1,7 +1,7 @@
-"""What there is to scan: the videos and pictures of folders, csv, json and jsonl tables, and WebDataset tar shards, with their captions.
+"""Finds the input of a scan: videos and pictures in folders, csv, json and jsonl tables, and WebDataset tar shards, with their captions.
 
-A table needs a column with the file. Well-known names are found by themselves (OpenVid `video`, Panda and Koala `videoID`, ...); others are
-mapped, with a template where the column is only part of the name: {"path": "{videoID}.mp4", "caption": ["text", "text_zh"]}.
+A table needs a column with the file. Well-known column names are recognised (OpenVid `video`, Panda and Koala `videoID`, ...); others are
+mapped, with a template if the column is only part of the name: {"path": "{videoID}.mp4", "caption": ["text", "text_zh"]}.
 A .json table is a list of such rows, as VideoX-Fun and DiffSynth keep them: [{"file_path": "a.mp4", "text": "...", "type": "video"}].
 """
 
@@ -26,7 +26,7 @@ from kling.runtime.files import Member, Source, file_of, head, member_of, parse_
 
 VIDEOS = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".gif", ".mpg", ".mpeg", ".ts", ".m2ts", ".flv", ".wmv", ".ogv", ".3gp")
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-TEXTS = (".txt", ".json", ".jsonl", ".csv", ".tsv", ".md", ".yaml", ".html")  # never opened in search of a video
+TEXTS = (".txt", ".json", ".jsonl", ".csv", ".tsv", ".md", ".yaml", ".html")  # files that are not checked for being a video
 COLUMNS = {
     "path": ("path", "video", "video_path", "file", "file_path", "file_name", "filename", "videoID", "clip_id"),
     "caption": ("caption", "captions", "text", "prompt"),
@@ -36,12 +36,12 @@ COLUMNS = {
     "camera": ("camera",),
 }
 csv.field_size_limit(1 << 24)  # Koala's captions are long
-TOO_DEEP = (RecursionError, MemoryError)  # what Python's parser says of brackets in brackets in brackets
+TOO_DEEP = (RecursionError, MemoryError)  # what Python's parser raises for deeply nested brackets
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A file to look at, or a stretch of it, in seconds. `trouble`: what is already known to be wrong."""
+    """A file to examine, or a part of it, in seconds. `trouble`: an error that is already known."""
 
     source: Source
     captions: tuple[Caption, ...] = ()
@@ -52,10 +52,10 @@ class Candidate:
 
 
 class Listing:
-    """Walks what a person names. `passed` counts, by suffix, the files in folders and tars that hold neither video nor picture.
+    """Lists the files below the given paths. `passed` counts, by suffix, files in folders and tars that are neither video nor picture.
 
-    mapping: field of `COLUMNS` -> column or template, or several for captions. root: the folder of a table's relative paths; default the
-    table's own.
+    mapping: field of `COLUMNS` -> column or template, or several for captions. root: the folder that a table's paths are relative to; by
+    default the table's own.
     """
 
     def __init__(self, mapping: Mapping[str, str | Sequence[str]] | None = None, root: str | Path | None = None) -> None:
@@ -68,9 +68,9 @@ class Listing:
                 raise UserError(f"{name} is mapped to {', '.join(columns)}: choose one; only captions may have several columns")
 
     def find(self, paths: Iterable[str | Path]) -> list[Candidate]:
-        """Everything below `paths`, each file once, in the order of the names; captions of one that is named again are added to it.
+        """Everything below `paths`, each file once, sorted by name; if a file is listed again, its captions are added to the first entry.
 
-        Raises `UserError` for a path or a table that is wrong.
+        Raises `UserError` for an invalid path or table.
         """
         found: dict[tuple, Candidate] = {}
         for path in map(Path, paths):
@@ -85,13 +85,13 @@ class Listing:
             elif is_tar(path):
                 candidates = self._tar(path)
             else:
-                head(path)  # refuses what is missing
+                head(path)  # raises if the path is missing
                 candidates = iter([with_sidecars(path)])
             for one in candidates:
                 key = (os.path.abspath(file_of(one.source)), member_of(one.source), one.start, one.end)
                 found[key] = _joined(found[key], one) if key in found else one
         if found and all(one.trouble and is_tar(one.source) for one in found.values()):
-            raise UserError(next(iter(found.values())).trouble)  # nothing but shards, and none can be read
+            raise UserError(next(iter(found.values())).trouble)  # only shards were given, and none can be read
         if not found:
             seen = f" ({sum(self.passed.values())} other files)" if self.passed else ""
             raise UserError(
@@ -110,9 +110,9 @@ class Listing:
                 self.passed[suffix or "no suffix"] += 1
 
     def _tar(self, path: Path) -> Iterator[Candidate]:
-        """Media of a WebDataset shard; files of one sample share their name up to its first dot.
+        """Media of a WebDataset shard; the files of one sample have the same name up to the first dot.
 
-        A damaged shard gives what lies before the damage, and last a candidate with the trouble.
+        A damaged shard gives its files up to the damage, then a candidate with the error.
         """
         samples: dict[str, dict[str, Member]] = {}
         trouble = ""
@@ -123,11 +123,11 @@ class Listing:
                         folder, _, name = entry.name.rpartition("/")
                         key, _, suffix = name.partition(".")
                         samples.setdefault(f"{folder}/{key}", {})[f".{suffix}"] = Member(path, entry.name, entry.offset_data, entry.size)
-                with path.open("rb") as file:  # tarfile takes a rotten header for the end
+                with path.open("rb") as file:  # tarfile takes a damaged header for the end
                     file.seek(tar.offset)
                     if (end := file.read(tarfile.BLOCKSIZE)) != bytes(tarfile.BLOCKSIZE):
                         trouble = f"{path} is damaged at byte {tar.offset} of {path.stat().st_size}" if end else f"{path} is cut short"
-                        trouble += ": what lies behind is lost, so download or make it again"
+                        trouble += ": the rest is lost, so download or make it again"
         except (tarfile.TarError, OSError, ValueError) as error:
             trouble = f"{path} is not an uncompressed tar that can be read to its end ({error}): unpack it, or make it again"
         for parts in samples.values():
@@ -143,7 +143,7 @@ class Listing:
             yield Candidate(path, trouble=trouble)
 
     def _table(self, table: Path, rows: Iterable[tuple[str, dict[str, Any]]]) -> Iterator[Candidate]:
-        """Files of rows, each of which comes with its place in the table: "line 3"."""
+        """The files of rows, each given with its position in the table, such as "line 3"."""
         root = Path(self.root) if self.root else table.parent
         for place, row in rows:
             where = f"{table} {place}"
@@ -155,7 +155,7 @@ class Listing:
             media, stretches = root / str(path), self._stretches(row, where)
             there = with_sidecars(media)
             shares = [tuple(captions)] * len(stretches)
-            if len(captions) > 1 and len(stretches) > 1:  # Panda: a list of captions, one for each of a list of stretches
+            if len(captions) > 1 and len(stretches) > 1:  # Panda: a list of captions, one for each of a list of time ranges
                 if len(captions) != len(stretches):
                     raise UserError(
                         f"{where} has {len(captions)} captions for {len(stretches)} stretches: give one for each, or one for all"
@@ -165,11 +165,11 @@ class Listing:
                 yield Candidate(media, own or there.captions, start, end, root / str(camera) if camera else there.camera, there.trouble)
 
     def _field(self, row: dict[str, Any], field: str, where: str) -> Any:
-        """The value of a field in a row, None where it has none."""
+        """The value of a field in a row; None if it has none."""
         return next(iter(self._fields(row, field, where)), None)
 
     def _fields(self, row: dict[str, Any], field: str, where: str) -> list[Any]:
-        """The values of a field in a row: of all columns that it is mapped to, or else of the first well-known one that is not empty."""
+        """The values of a field in a row: from all columns it is mapped to, or else from the first well-known column that is not empty."""
         if field not in self.mapping:
             return [row[name] for name in COLUMNS[field] if not nothing(row.get(name))][:1]
         values: list[Any] = []
@@ -200,7 +200,7 @@ def _joined(first: Candidate, again: Candidate) -> Candidate:
 
 
 def with_sidecars(path: Path) -> Candidate:
-    """A file with what lies beside it."""
+    """A file with its sidecar files."""
     try:
         return Candidate(path, read_captions(path), camera=find_camera(path))
     except UserError as error:
@@ -208,7 +208,7 @@ def with_sidecars(path: Path) -> Candidate:
 
 
 def walk(root: Path) -> list[Path]:
-    """Files below `root`, sorted; hidden files and folders are passed over, links are followed once."""
+    """Files below `root`, sorted; hidden files and folders are skipped, links are followed once."""
 
     def files() -> Iterator[Path]:
         seen: set[str] = set()
@@ -250,17 +250,17 @@ def seconds(value: Any, where: str) -> float | None:
 
 
 def _captions(value: Any, where: str) -> list[Caption]:
-    """The captions in a table's cell: a text, or a list of them, in csv written as Python or JSON does."""
+    """The captions in a table's cell: a text, or a list of them, which csv writes in Python or JSON syntax."""
     if isinstance(value, str) and value.startswith("[") and value.endswith("]"):
         try:
             value = ast.literal_eval(value)
         except (ValueError, SyntaxError, *TOO_DEEP):
-            return [caption(value, where=where)]  # a sentence in brackets
+            return [caption(value, where=where)]  # not a list: a sentence in brackets
     return captions_from({"captions": value}, where)
 
 
 def _filled(template: str, row: dict[str, Any], word: str, where: str) -> str:
-    """A template with a row's cells in place of {column}. Nothing else means anything between the brackets."""
+    """A template with {column} replaced by the row's cells. No other format syntax is supported inside the braces."""
 
     def cell(found: re.Match[str]) -> str:
         name = found[1]
@@ -288,7 +288,7 @@ def _read_csv(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
                 raise UserError(f"{path} has two columns '{double[0]}': give each its own name")
             for row in reader:
                 place = f"line {reader.line_num}"
-                if any(cell.strip() for cell in row.pop(None, [])):  # a comma in a text that has no quotes around it
+                if any(cell.strip() for cell in row.pop(None, [])):  # a comma in a text without quotes
                     many = f"{path} {place} has more cells than the {len(names)} columns of the first line"
                     raise UserError(f'{many}: put texts that hold commas in double quotes, such as a.mp4,"a red ball, rolling"')
                 yield place, row

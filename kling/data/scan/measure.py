@@ -1,12 +1,12 @@
-"""What can be told of a clip from its pixels, measured once while a scan decodes it, so that filters can change their minds for nothing.
+"""Measurements on a clip's pixels, made once while a scan decodes it, so that filters can be changed later without decoding again.
 
-motion      median speed of the picture's points, % of the long side a second (DIS optical flow); 0 is frozen
+motion      median speed of the picture's points, % of the long side per second (DIS optical flow); 0 is frozen
 shake       how unsteady the camera is: deviation of the whole picture's acceleration, % of the long side
 sharpness   median variance of the Laplacian, levels², at 320 pixels; below about 30 is blurred
 dark        share of the time in which 95 of 100 pixels are near black
 letterbox   share of the picture under black bars
-text        share of the picture under lines of writing that stand still for half a second or more: subtitles, logos, time codes
-hashes      three 64-bit perceptual hashes (DCT of 32x32 greys), from the beginning, the middle and the end
+text        share of the picture under lines of text that do not move for half a second or more: subtitles, logos, time codes
+hashes      three 64-bit perceptual hashes (DCT of 32x32 grey pixels), from the beginning, the middle and the end
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from typing import Any
 import cv2
 import numpy as np
 
-RATE = 8.0  # pictures a second that are looked at
+RATE = 8.0  # sampled pictures per second
 SIDE = 320  # pixels of their long side
-BLACK = 28  # levels: video black is 16, noise is added to it
-STROKE = 5  # pixels; strokes of writing are thinner
-CONTRAST = 60  # levels by which a stroke stands out from what is beside it
+BLACK = 28  # levels: video black is 16, plus noise
+STROKE = 5  # pixels; strokes of text are thinner
+CONTRAST = 60  # levels by which a stroke differs from its surroundings
 STEADY = 24  # levels by which a stroke may change from one look to the next
-WINDOW = (25, 5)  # pixels, width and height: some five letters
-STROKES = 0.1  # strokes that begin in each pixel of a row of writing, at least
-STANDS = 4  # looks for which it must stand
+WINDOW = (25, 5)  # pixels, width and height: about five letters
+STROKES = 0.1  # minimum number of strokes that begin per pixel of a line of text
+STANDS = 4  # number of samples in which it must not move
 
 
 @dataclass(frozen=True)
@@ -39,25 +39,25 @@ class Look:
     rows: np.ndarray  # (H,) brightest level of each row, at its 98th percentile
     columns: np.ndarray  # (W,)
     thumbnail: np.ndarray  # uint8 (32, 32)
-    speed: float | None  # % of the long side a second, since the sample before
+    speed: float | None  # % of the long side per second, since the previous sample
     shift: tuple[float, float] | None  # of the whole picture, % of the long side
-    text: float  # share of the picture under lines of writing
+    text: float  # share of the picture under lines of text
 
 
 class ShotMeter:
-    """Looks at a video's frames as a scan passes them by, `RATE` times a second."""
+    """Measures a video while a scan decodes it, sampling `RATE` frames per second."""
 
     def __init__(self) -> None:
         self.looks: list[Look] = []
         self._grey: np.ndarray | None = None
-        self._strokes = [Strokes(cv2.MORPH_TOPHAT), Strokes(cv2.MORPH_BLACKHAT)]  # bright writing, dark writing
+        self._strokes = [Strokes(cv2.MORPH_TOPHAT), Strokes(cv2.MORPH_BLACKHAT)]  # bright text, dark text
         self._flow = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_ULTRAFAST)
 
     def due(self, time: float) -> bool:
         return not self.looks or time >= self.looks[-1].time + 1 / RATE - 1e-6
 
     def see(self, time: float, frame: np.ndarray) -> None:
-        """frame: uint8 (H, W, 3), its long side about `SIDE`."""
+        """Take a frame, uint8 (H, W, 3), with a long side of about `SIDE`."""
         grey = cv2.cvtColor(np.ascontiguousarray(frame), cv2.COLOR_RGB2GRAY)
         speed = shift = None
         before = self._grey if self._grey is not None and self._grey.shape == grey.shape else None
@@ -82,7 +82,7 @@ class ShotMeter:
         )
 
     def summary(self, start: float, end: float) -> dict[str, Any]:
-        """The measures of the stretch [start, end)."""
+        """The measurements of the time range [start, end)."""
         looks = [look for look in self.looks if start <= look.time < end] or [min(self.looks, key=lambda look: abs(look.time - start))]
         moving = [look for look in looks[1:] if look.speed is not None]
         measures: dict[str, Any] = {
@@ -101,19 +101,19 @@ class ShotMeter:
 
 
 def distance(a: Sequence[str], b: Sequence[str]) -> int:
-    """The most bits, of 64, in which two clips' hashes of the same moment differ."""
+    """The largest number of bits, of 64, in which two clips' hashes of the same moment differ."""
     return max((int(x, 16) ^ int(y, 16)).bit_count() for x, y in zip(a, b, strict=True))
 
 
 class Strokes:
-    """Thin strokes that stay where they are: kind is OpenCV's top hat for bright ones, black hat for dark ones."""
+    """Thin strokes that do not move: kind is OpenCV's top hat for bright ones, black hat for dark ones."""
 
     def __init__(self, kind: int) -> None:
         self.kind = kind
-        self._age = np.zeros((), np.int32)  # (H, W) for how many looks a pixel has been the same stroke
+        self._age = np.zeros((), np.int32)  # (H, W) number of samples in which a pixel has been the same stroke
 
     def standing(self, grey: np.ndarray, before: np.ndarray | None) -> np.ndarray:
-        """Where strokes have stood for `STANDS` looks, bool (H, W). before: the look before, of the same size."""
+        """Where strokes have not moved for `STANDS` samples, bool (H, W). before: the previous sample, of the same size."""
         stroke = cv2.morphologyEx(grey, self.kind, np.ones((STROKE, STROKE), np.uint8)) >= CONTRAST
         if before is None:
             self._age = stroke.astype(np.int32)
@@ -123,7 +123,7 @@ class Strokes:
 
 
 def lines_of(strokes: np.ndarray) -> float:
-    """Share of a picture (H, W bool) in which many strokes begin side by side, in regions wider than high."""
+    """Share of a picture (H, W bool) in which many strokes begin side by side, in regions that are wider than high."""
     begins = np.zeros(strokes.shape, np.float32)
     begins[:, 1:] = strokes[:, 1:] & ~strokes[:, :-1]
     dense = cv2.boxFilter(begins, -1, WINDOW, borderType=cv2.BORDER_CONSTANT) >= STROKES
@@ -132,7 +132,7 @@ def lines_of(strokes: np.ndarray) -> float:
 
 
 def _bars(rows: list[np.ndarray], columns: list[np.ndarray]) -> float:
-    """The share of the picture outside the rows and columns that are lit at some time. 1 if nothing ever is."""
+    """The share of the picture outside the rows and columns that are bright at some time; 1 if none ever is."""
     kept = 1.0
     for levels in (rows, columns):
         lit = np.flatnonzero(np.max(levels, axis=0) >= BLACK)
@@ -141,7 +141,7 @@ def _bars(rows: list[np.ndarray], columns: list[np.ndarray]) -> float:
 
 
 def _hash(thumbnail: np.ndarray) -> str:
-    """64 bits: which of the lowest 8x8 cosine coefficients lie above their median. A flat picture has none: its level."""
+    """64 bits: which of the lowest 8x8 cosine coefficients are above their median. For a flat picture, its grey level."""
     coefficients = cv2.dct(thumbnail.astype(np.float32))[:8, :8].flatten()
     if np.abs(coefficients[1:]).max() < 1:
         return f"{round(float(thumbnail.mean())):016x}"

@@ -1,4 +1,4 @@
-"""A page on which a person sees a data set: histograms of what was measured, contact sheets of what was kept and what was not, and why."""
+"""A web page about a data set: histograms of the measurements, contact sheets of kept and dropped clips, and the reasons for dropping."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from kling.runtime.files import written
 
 BINS = 24
 STRIP = 4  # frames of a clip on a contact sheet
-THUMB = 84  # pixels of their height
+THUMB = 84  # height of these frames in pixels
 STYLE = """
 :root { color-scheme: light dark; --line: color-mix(in srgb, currentColor 18%, transparent); --bar: #4c7bd9; --bad: #c8503c; }
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 74rem; padding: 0 1rem; }
@@ -51,7 +51,7 @@ FIGURES: tuple[tuple[str, Callable[[Shot], float | None]], ...] = (
 
 
 def write_report(path: str | Path, manifest: Manifest, refused: Sequence[Bad], sheet: int = 24) -> None:
-    """Write the page. refused: the quarantine. sheet: clips shown of what was kept, and of each reason for which a clip was dropped."""
+    """Write the page. refused: the quarantine. sheet: number of clips shown of those kept, and for each reason of those dropped."""
     shots = manifest.shots
     unusable = [bad for bad in refused if bad.shot is None]
     dropped = [(bad, shot_from(bad.shot, "quarantine")) for bad in refused if bad.shot is not None]
@@ -86,7 +86,7 @@ def write_report(path: str | Path, manifest: Manifest, refused: Sequence[Bad], s
 
 
 def histogram(name: str, values: list[float]) -> str:
-    """A small picture of how a figure is spread, its range under it."""
+    """An SVG histogram of a measurement, with its range below."""
     if not values:
         return f"<div><p>{_text(name)}</p><p class=axis>none</p></div>"
     low, high = min(values), max(values)
@@ -131,7 +131,7 @@ def thumbnails(manifest: Manifest, shot: Shot) -> bytes:
 
 
 def _spread(items: Sequence, n: int) -> list:
-    """n of the items, evenly over all of them."""
+    """n of the items, evenly spaced over all of them."""
     return [items[i * len(items) // n] for i in range(n)] if len(items) > n else list(items)
 
 

@@ -1,8 +1,8 @@
-"""Looking at many files: one process for each core, each file under a deadline, nothing examined twice, every refusal counted.
+"""Scans many files: one process per core, a deadline per file, no file examined twice, and every refusal counted.
 
-A scan leaves three files. `manifest.jsonl` holds the clips that may be trained on; `quarantine.jsonl` every file and clip that may not,
-with its reason; `manifest.scan.jsonl` all that was ever found out: a scan that was killed goes on from there, and one with other
-filters or captions decodes nothing again.
+A scan writes three files. `manifest.jsonl` lists the clips that may be used for training; `quarantine.jsonl` every file and clip that may
+not, with the reason; `manifest.scan.jsonl` all results so far: an interrupted scan continues from it, and a scan with other filters or
+captions decodes nothing again.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from kling.data.scan.listing import Candidate
 from kling.errors import UserError
 from kling.runtime.files import file_of, member_of, stamp, writing
 
-FINDS = 2  # raised when `examine` finds out more: what was examined before is examined anew
-GRACE = 10.0  # seconds beyond its budget after which a worker that does not answer is killed
+FINDS = 2  # version of the results of `examine`: when it is raised, files are examined again
+GRACE = 10.0  # seconds after its deadline when a worker that does not answer is killed
 
 
 @dataclass
 class Summary:
-    """What a scan found. `bad` counts unusable files by reason, `dropped` clips that a filter left out."""
+    """The result of a scan. `bad` counts unusable files by reason, `dropped` the clips that a filter left out, by reason."""
 
     files: int = 0
     clips: int = 0
@@ -50,7 +50,7 @@ class Summary:
         return sum(self.bad.values()) / max(1, self.files)
 
     def table(self) -> str:
-        """One line a figure, for people."""
+        """A table with one line per figure, for people to read."""
         rows = [("files", self.files), ("  known from before", self.reused), ("unusable files", sum(self.bad.values()))]
         rows += [(f"  {reason}", n) for reason, n in self.bad.most_common()]
         rows += [("clips left out by filters", sum(self.dropped.values()))] if self.dropped else []
@@ -68,14 +68,14 @@ def scan(
     filters: Filters | None = None,
     per_minute: float = 20.0,
 ) -> Iterator[tuple[int, int] | Summary]:
-    """Yields (files done, files in all) as it goes, and the `Summary` last, when the manifest and the quarantine are written.
+    """Yields (files done, files in all) while it runs, and last the `Summary`, when the manifest and the quarantine are written.
 
-    Raises `UserError` before any file is looked at if PySceneDetect is needed and missing, or `manifest` holds something else.
+    Raises `UserError` before the first file if PySceneDetect is needed and missing, or if `manifest` is another kind of file.
     """
     manifest = Path(manifest)
     if split:
         CutDetector(1.0)
-    # what was added to a manifest since, such as captions by a model and estimated cameras, is kept
+    # keeps what was added to an existing manifest, such as captions by a model and estimated cameras
     added = {_identity(shot): shot for shot in read_manifest(manifest).shots} if manifest.is_file() and manifest.stat().st_size else {}
     journal = ScanJournal(manifest.with_suffix(".scan.jsonl"), split)
     keys = [journal.key(c) for c in candidates]
@@ -117,7 +117,7 @@ def _identity(shot: Shot) -> tuple[str, float, float]:
 
 
 class ScanJournal:
-    """All that scans have found out, one line a file, appended as it comes. A file that has changed since has another key."""
+    """The results of all scans, one line per file, appended as they come. A file that has changed since then has another key."""
 
     def __init__(self, path: Path, split: bool) -> None:
         self.path, self.split = path, split
@@ -128,14 +128,14 @@ class ScanJournal:
                 try:
                     entry = json.loads(line)
                     self._found[entry.pop("key")] = entry
-                except (ValueError, KeyError, TypeError, AttributeError):  # a kill cut it off
+                except (ValueError, KeyError, TypeError, AttributeError):  # cut off when the process was killed
                     break
                 whole += len(line)
             with path.open("r+b") as file:
                 file.truncate(whole)
 
     def __contains__(self, key: str) -> bool:
-        # one that was too slow, or killed its process, gets another chance
+        # a file that was too slow, or crashed its process, is tried again
         return key in self._found and self._found[key].get("reason") not in ("too slow", "crashed the decoder")
 
     def __getitem__(self, key: str) -> dict[str, Any]:
@@ -162,7 +162,7 @@ Job = tuple[Candidate, str, bool, float]
 
 
 def run_jobs(jobs: list[Job], workers: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(place of the job, {"shots": [...]} or {"error", "reason"}) as they come. A worker that hangs or dies costs its file only."""
+    """(index of the job, {"shots": [...]} or {"error", "reason"}) in order of completion. A hanging or dead worker costs its file only."""
     pool = [_Worker() for _ in range(min(workers, len(jobs)))]
     waiting = iter(enumerate(jobs))
     try:
@@ -188,14 +188,14 @@ def run_jobs(jobs: list[Job], workers: int) -> Iterator[tuple[int, dict[str, Any
 
 
 class _Worker:
-    """One process that examines files for us, and its end of the pipe."""
+    """One process that examines files, and our end of its pipe."""
 
     def __init__(self) -> None:
         self._start()
 
     def _start(self) -> None:
-        # forked where that is possible: a fresh interpreter would import everything anew
-        cv2.setNumThreads(1)  # in the parent: a pool's threads are not forked, and a child that waits for them hangs
+        # forked if possible: a new interpreter would import everything again
+        cv2.setNumThreads(1)  # in the parent: a pool's threads do not survive a fork, and a child that waits for them hangs
         context = multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn")
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs,), daemon=True)
@@ -208,7 +208,7 @@ class _Worker:
         self.pipe.send(job)
 
     def answer(self, late: bool) -> dict[str, Any] | None:
-        """What the worker found; None if it only said how long it will need. One that is late or dead is replaced."""
+        """The worker's result; None if it only reported its time limit. A late or dead worker is replaced."""
         source = self.job[0].source
         if late:
             found = {"error": f"{source} took longer to decode than it may, and hung", "reason": "too slow"}
@@ -217,7 +217,7 @@ class _Worker:
                 found = self.pipe.recv()
             except EOFError:
                 self.process.join(timeout=GRACE)
-                found = {"error": f"{source} killed its decoder (exit {self.process.exitcode})", "reason": "crashed the decoder"}
+                found = {"error": f"{source} crashed its decoder (exit {self.process.exitcode})", "reason": "crashed the decoder"}
             else:
                 if isinstance(found, float):
                     self.deadline = time.monotonic() + found + GRACE
@@ -234,8 +234,8 @@ class _Worker:
 
 
 def _serve(pipe: Connection) -> None:
-    """A worker's life: a job in, the shots or the complaint out, until it is killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
+    """The main loop of a worker: it takes jobs and returns shots or errors, until it is killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     cv2.setNumThreads(1)
     while True:
         try:
@@ -252,5 +252,5 @@ def _examined(candidate: Candidate, path: str, split: bool, per_minute: float, p
         return {"shots": [dataclasses.asdict(shot) for shot in shots]}
     except UserError as error:
         return {"error": str(error)}
-    except Exception as error:  # a decoder's surprise must cost its file only; it is counted by its name
+    except Exception as error:  # an unexpected error must cost this file only; it is counted by its type
         return {"error": f"{candidate.source}: {type(error).__name__}: {error}", "reason": "unreadable"}

@@ -1,11 +1,11 @@
-"""What lies beside a video: captions in .txt or .json, a camera path in .camera.txt or .camera.json.
+"""Files beside a video: captions in .txt or .json, a camera path in .camera.txt or .camera.json.
 
     cats/a.mp4   cats/a.txt           one caption a line
     dogs/b.webm  dogs/b.json          {"caption": "..."} or {"captions": ["...", {"text": "...", "language": "zh", "weight": 2}]}
     made/c.mp4   made/c.mp4.json      what kling-sample writes beside its videos: the prompt is the caption
     run/d.mp4    run/d.camera.json    {"fps": 8, "intrinsics": [T][4], "c2w": [T][3][4]}, or RealEstate10K text in run/d.camera.txt
 
-Where there are a text and a JSON, as video2dataset writes them, the text is taken. A JSON without a caption is the user's own metadata.
+If there are both a text and a JSON, as video2dataset writes them, the text is used. A JSON without a caption is the user's own metadata.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from kling.data.manifest import Caption
 from kling.errors import UserError
 from kling.runtime.files import Source, parse_json, read_bytes
 
-# Control characters, and what `str.splitlines` takes for the end of a line though nobody who writes a sentence does.
+# Control characters, and characters that `str.splitlines` takes for line ends but that occur within sentences.
 STRAY = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\x85\u2028\u2029]+")
 NONE = ("", "nan", "NaN", "NAN")
 
 
 def caption_suffixes(media: str) -> tuple[str, str, str]:
-    """The suffixes of caption files beside one whose name ends in `media`, in the order in which they are looked at."""
+    """The suffixes of caption files for a file whose name ends in `media`, in order of priority."""
     return ".txt", ".json", f"{media}.json"
 
 
 def read_captions(media: Path) -> tuple[Caption, ...]:
-    """The captions beside a file, () if there are none. Raises `UserError` if the caption file is empty or ill-formed."""
+    """The captions beside a file, () if there are none. Raises `UserError` if the caption file is empty or invalid."""
     beside = (media.with_suffix(suffix) for suffix in caption_suffixes(media.suffix))
     return captions_in([path for path in beside if path.is_file()])
 
 
 def captions_in(sources: Sequence[Source]) -> tuple[Caption, ...]:
-    """The captions of the first caption file that holds any. Raises `UserError` for an ill-formed one, and if a text alone is empty."""
+    """The captions of the first caption file that has any. Raises `UserError` for an invalid one, and for a lone text that is empty."""
     for source in sources:
         try:
             body = read_bytes(source)
@@ -55,7 +55,7 @@ def is_text(source: Source) -> bool:
 
 
 def parse_captions(body: bytes, text: bool, where: object) -> tuple[Caption, ...]:
-    """Captions in the bytes of a text (one a line) or of a JSON. Raises `UserError` that names `where`."""
+    """The captions in the bytes of a text file (one a line) or of a JSON file. Raises `UserError` that names `where`."""
     try:
         words = body.decode("utf-8-sig")
         lines = re.split("\r\n|\r|\n", words)
@@ -72,7 +72,7 @@ def parse_captions(body: bytes, text: bool, where: object) -> tuple[Caption, ...
 def captions_from(record: Any, where: object) -> list[Caption]:
     """The captions of {"caption": ..., "captions": [...]} (or "text", or "prompt"), each a text or {"text", "language", "weight"}.
 
-    Also of the record of a video that kling-sample made, and of a bare list of texts. Other keys are the user's own.
+    Also accepts the record of a video made by kling-sample, and a plain list of texts. Other keys are ignored.
     """
     if isinstance(record, list):
         record = {"captions": record} if any(isinstance(x, str) for x in record) else {}
@@ -92,14 +92,14 @@ def captions_from(record: Any, where: object) -> list[Caption]:
 
 
 def nothing(value: Any) -> bool:
-    """True for a cell without a value: none, an empty text, and what pandas writes for none."""
+    """True for an empty cell: None, an empty text, or the ways pandas writes a missing value."""
     return value is None or (isinstance(value, float) and math.isnan(value)) or (isinstance(value, str) and value.strip() in NONE)
 
 
 def caption(text: str, language: str = "", weight: float = 1.0, where: object = "") -> Caption:
-    """A caption, its language told from its script where it is not given. Control characters and odd ends of lines become spaces.
+    """A caption. If no language is given, it is detected from the script. Control characters and unusual line ends become spaces.
 
-    Raises `UserError` that names `where` for half a surrogate pair, which no file in UTF-8 can hold.
+    Raises `UserError` that names `where` for half a surrogate pair, which UTF-8 cannot encode.
     """
     text = STRAY.sub(" ", text).strip()
     if any("\ud800" <= c <= "\udfff" for c in text):

@@ -1,4 +1,4 @@
-"""The small world: scenes, their captions and their truth."""
+"""The small world: procedural scenes, their captions and their ground truth."""
 
 from kling.data.world.scene import World, render_scene
 

@@ -1,4 +1,4 @@
-"""What the small world says about its scenes, in English and Chinese, with several phrasings of everything."""
+"""The captions of the small world in English and Chinese, with several phrasings of everything."""
 
 from __future__ import annotations
 
@@ -60,11 +60,11 @@ CAMERA_MOVES = {
     "left_turn_forward": (("the camera turns left and moves forward",), ("镜头左转并前进",)),
     "static": (("the camera does not move", "a static shot"), ("镜头不动", "固定镜头")),
 }
-CAMERA_WORDS = ("camera", "shot", "view", "镜头", "视野")  # one of them stands in every phrase about the camera above
+CAMERA_WORDS = ("camera", "shot", "view", "镜头", "视野")  # every camera phrase above contains one of them
 
 
 def speaks_of_camera(text: str) -> bool:
-    """Whether a caption says what the camera does."""
+    """Whether a caption mentions the camera."""
     return any(word in text for word in CAMERA_WORDS)
 
 
@@ -94,7 +94,7 @@ def caption(
     rng: random.Random,
     camera: bool = True,
 ) -> str:
-    """One sentence about (colour, solid, motion) things on a ground under a camera; `move` names a master shot or `static`."""
+    """One sentence about things (colour, solid, motion) on a ground, with a camera; `move` names a master shot or `static`."""
     place = rng.choice(GROUNDS[ground][LANGUAGES.index(language)])
     phrases = [_thing(*thing, language, rng) for thing in things]
     said = _camera(axes, move, language, rng) if camera else ""
@@ -109,13 +109,13 @@ def caption(
 
 # ------------------------------------------------------------------------------------------------------------- what can be said
 
-# Words that a sentence may hold beside those of the phrases, and that change nothing.
+# Function words that may occur in a sentence without changing its meaning.
 SMALL_WORDS = set(re.findall(r"\w+", "a an the and with is are it its of at by to in on as while then there one two three this that s"))
 SMALL_CHARACTERS = set("一二两三个只的了在有和与并且里上下中是着它都这那")
 
 
 def vocabulary() -> dict[str, list[tuple[str, tuple[str, ...], tuple[str, ...]]]]:
-    """Everything that captions say, by subject: (name, English phrases, Chinese phrases)."""
+    """All phrases of the captions, by subject: (name, English phrases, Chinese phrases)."""
     axes = {f"{axis} {'+' if sign > 0 else '-'}": phrases for (axis, sign), phrases in CAMERA_AXES.items()}
     return {
         "colours": [(name, (name,), (chinese,)) for name, chinese in COLOURS.items()],
@@ -127,22 +127,39 @@ def vocabulary() -> dict[str, list[tuple[str, tuple[str, ...], tuple[str, ...]]]
 
 
 def _spelled(phrases: Sequence[str]) -> Iterator[str]:
-    """Phrases with every word that may stand in their gaps: balls roll and other things slide."""
+    """Phrases with each verb that fits their placeholder: balls roll, other things slide."""
     for phrase in phrases:
         yield from dict.fromkeys(phrase.format(**words) for words in ({"roll": "rolls", "滚": "滚动"}, {"roll": "slides", "滚": "滑动"}))
 
 
+SUBJECTS = {
+    "colours": ("colour", "颜色"),
+    "solids": ("solid", "物体"),
+    "grounds": ("ground", "地面"),
+    "motions": ("motion", "运动"),
+    "camera": ("camera", "镜头"),
+}
+
+
 def vocabulary_table() -> str:
-    """`vocabulary` as a table in markdown."""
-    titles = {"colours": "colour", "solids": "solid", "grounds": "ground", "motions": "motion", "camera": "camera"}
+    """`vocabulary` as a Markdown table, a row for each name."""
     lines = ["| | English | 中文 |", "|---|---|---|"]
     for subject, rows in vocabulary().items():
-        lines += [f"| {titles[subject]} | {' · '.join(english)} | {' · '.join(chinese)} |" for _, english, chinese in rows]
+        lines += [f"| {SUBJECTS[subject][0]} | {' · '.join(english)} | {' · '.join(chinese)} |" for _, english, chinese in rows]
+    return "\n".join(lines)
+
+
+def vocabulary_summary() -> str:
+    """`vocabulary` as a table in markdown, a row for each subject: dots between names, commas between phrases for one."""
+    lines = ["| | English | 中文 |", "|---|---|---|"]
+    for subject, rows in vocabulary().items():
+        english, chinese = " · ".join(", ".join(row[1]) for row in rows), " · ".join("、".join(row[2]) for row in rows)
+        lines.append(f"| {' '.join(SUBJECTS[subject])} | {english} | {chinese} |")
     return "\n".join(lines)
 
 
 def unknown_words(text: str) -> list[str]:
-    """The words of a prompt that no caption says, in their order: of Chinese, runs of characters that none has.
+    """The words of a prompt that occur in no caption, in order; for Chinese, runs of characters that occur in none.
 
     >>> unknown_words("A red cat rolls left at sunset.")
     ['cat', 'sunset']
@@ -162,7 +179,7 @@ def unknown_words(text: str) -> list[str]:
 
 @cache
 def _known() -> tuple[set[str], set[str]]:
-    """English words and Chinese characters of all captions."""
+    """All English words and Chinese characters of the captions."""
     rows = [row for rows in vocabulary().values() for row in rows]
     english = {word for _, phrases, _ in rows for phrase in phrases for word in re.findall(r"[a-z]+", phrase)}
     chinese = {c for _, _, phrases in rows for phrase in phrases for c in phrase}

@@ -1,6 +1,6 @@
 """Ray casting of the small world: a textured ground, a sky with clouds, and convex solids with anti-aliased outlines.
 
-Everything is elementwise over (T, H, W) planes, so one clip is a few hundred vectorised operations. World axes are OpenCV's
+Everything is elementwise over (T, H, W) planes, so one clip takes a few hundred vectorised operations. World axes are OpenCV's
 (x right, y down, z forward); the ground is the plane y = 0 and the sky is where y is negative.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from kling.cameras.trajectory import Trajectory, pixel_rays
 
 LIGHT = torch.tensor([-0.45, -0.80, -0.40])  # towards the sun, unit length
-HAZE = torch.tensor([0.80, 0.86, 0.93])  # sky at the horizon, and what far ground fades into
+HAZE = torch.tensor([0.80, 0.86, 0.93])  # colour of the sky at the horizon, and of very distant ground
 HAZE_DISTANCE = 30.0  # metres
 FAR = 1e4
 
@@ -24,7 +24,7 @@ Planes = tuple[Tensor, Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Solid:
-    """A convex body on its path. `centre` is (T, 3) in world metres: the middle of the ball or cube, the middle of the cone's height."""
+    """A convex body and its path. `centre` is (T, 3) in world metres: the middle of the ball or cube, or of the cone's height."""
 
     shape: str  # ball, cube or cone
     colour: tuple[float, float, float]
@@ -35,7 +35,7 @@ class Solid:
 
 @dataclass(frozen=True)
 class Ground:
-    """Two colours and how they mix: `ripple` stretches the pattern along x, `hard` sharpens it into cells."""
+    """Two colours and how they are mixed: `ripple` stretches the pattern along x, `hard` sharpens it into cells."""
 
     low: tuple[float, float, float]
     high: tuple[float, float, float]
@@ -47,7 +47,7 @@ class Ground:
 def render(solids: list[Solid], ground: Ground, phases: Tensor, start: Tensor, camera: Trajectory, H: int, W: int) -> Tensor:
     """Video (T, H, W, 3) uint8.
 
-    phases: (8,) in [0, 1), the scene's own texture and clouds. start: (3, 4) world pose of camera frame 0. camera: relative to it.
+    phases: (8,) in [0, 1), for the scene's own texture and clouds. start: (3, 4) world pose of camera frame 0. camera: relative to it.
     """
     R = start[:, :3] @ camera.c2w[:, :, :3]  # (T, 3, 3)
     o = (start[:, :3] @ camera.c2w[:, :, 3:] + start[:, 3:])[:, :, 0]  # (T, 3)
@@ -57,7 +57,7 @@ def render(solids: list[Solid], ground: Ground, phases: Tensor, start: Tensor, c
     rays = tuple(d)  # 3 x (T, H, W)
 
     picture, depth = _backdrop(eye, rays, pixel, ground, phases, solids)
-    for solid in sorted(solids, key=lambda s: -float((s.centre - o).norm(dim=-1).mean())):  # far ones first
+    for solid in sorted(solids, key=lambda s: -float((s.centre - o).norm(dim=-1).mean())):  # from far to near
         cover, t, shade = _INTERSECT[solid.shape](solid, eye, rays, pixel)
         alpha = cover * (t < depth)
         for i in range(3):
@@ -74,14 +74,14 @@ def _backdrop(eye: Planes, d: Planes, pixel: Tensor, ground: Ground, phases: Ten
     # A pattern finer than its footprint would shimmer: fade it out. The footprint grows with t² at grazing angles.
     footprint = t * t * pixel / -eye[1]
     pattern = _pattern(x, z, footprint, ground, phases)
-    for solid in solids:  # a soft contact shadow tells how high a thing flies
+    for solid in solids:  # a soft contact shadow shows how high a thing is above the ground
         cx, cy, cz = (solid.centre[:, i, None, None] for i in range(3))
         r2 = ((x - cx) ** 2 + (z - cz) ** 2) / solid.size**2
         height = (-cy - solid.size).clamp(min=0)
         pattern = pattern - (0.8 / (1 + 2 * height)) * torch.exp(-r2 * 1.2)
     haze = torch.exp(t * (-1 / HAZE_DISTANCE)) * (d[1] > 1e-4)
 
-    # Clouds live on a dome: project the direction to a plane overhead. They are at infinity, so they show rotation alone.
+    # Clouds lie on a dome: project the direction to a plane overhead. They are at infinity, so only rotation moves them.
     up = (-d[1]).clamp(min=0) * (d[0] ** 2 + d[1] ** 2 + d[2] ** 2).rsqrt()
     azimuth = torch.atan2(d[0], d[2])
     p = phases * (2 * math.pi)
@@ -98,7 +98,7 @@ def _backdrop(eye: Planes, d: Planes, pixel: Tensor, ground: Ground, phases: Ten
 
 
 def _pattern(x: Tensor, z: Tensor, footprint: Tensor, ground: Ground, phases: Tensor) -> Tensor:
-    """The mix of the ground's two colours in [0, 1], about 0.5 where it is too far to see."""
+    """The mixing ratio of the ground's two colours in [0, 1], about 0.5 where the pattern is too far away to be visible."""
     k = 2 * math.pi / ground.wavelength
     p = phases * (2 * math.pi)
     near = torch.exp(-((footprint * (0.35 * k)) ** 2))
@@ -119,19 +119,19 @@ def _lambert(normal: Planes) -> Tensor:
 
 
 def _local(solid: Solid, eye: Planes) -> Planes:
-    """The eye as seen from the solid's centre: 3 x (T, 1, 1)."""
+    """The camera's position relative to the solid's centre: 3 x (T, 1, 1)."""
     return tuple(e - solid.centre[:, i, None, None] for i, e in enumerate(eye))
 
 
 def _turned(v: Planes, yaw: float) -> Planes:
-    """A vector in the axes of a body turned by `yaw` about the vertical."""
+    """A vector in the axes of a body rotated by `yaw` about the vertical."""
     c, s = math.cos(yaw), math.sin(yaw)
     return c * v[0] - s * v[2], v[1], s * v[0] + c * v[2]
 
 
 def _edge(margin: Tensor) -> Tensor:
     """Coverage in [0, 1] of a pixel where a shape's margin (metres, positive inside) changes by |grad| over one pixel."""
-    margin = margin.clamp(-1, 1)  # far from the outline the margin may jump, and a jump is no edge
+    margin = margin.clamp(-1, 1)  # far from the outline the margin may jump, which is no edge
     gu = torch.nn.functional.pad((margin[..., 1:] - margin[..., :-1]).abs(), (0, 1))
     gv = torch.nn.functional.pad((margin[:, 1:] - margin[:, :-1]).abs(), (0, 0, 0, 1))
     return (0.5 + margin / (gu + gv + 1e-6)).clamp_(0, 1)

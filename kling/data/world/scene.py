@@ -1,6 +1,6 @@
-"""The small world: a procedural 3-D scene as a pure function of (seed, index), with its captions, its camera and the truth about it.
+"""The small world: a procedural 3-D scene as a pure function of (seed, index), with its captions, its camera and its ground truth.
 
-It is the training set of the shipped model, the fixture of the tests and the ruler of the evaluation.
+It is the training set of the shipped model, the fixture of the tests and the reference of the evaluation.
 
     world = World(seed=0, frames=41)
     clip = world.clip(7)            # video, captions in two languages, trajectory, scene
@@ -23,10 +23,10 @@ from kling.errors import unknown
 from kling.shapes import ASPECTS, aspect_size, latent_frames
 
 FPS = 8.0
-EYE_HEIGHT = 2.0  # metres above the ground, at frame 0 of every scene: so the depth of the ground is known exactly
+EYE_HEIGHT = 2.0  # metres above the ground at frame 0 of every scene, so that the depth of the ground is known exactly
 EYE_PITCH = 10.0  # degrees down, likewise
-FOCAL = 1.1  # of sqrt(H * W) pixels
-PHRASINGS = 3  # captions a language
+FOCAL = 1.1  # in units of sqrt(H * W) pixels
+PHRASINGS = 3  # captions per language
 
 COLOUR_RGB = {
     "red": (0.84, 0.10, 0.10),
@@ -47,7 +47,7 @@ GROUND_LOOK = {
 }
 assert set(COLOUR_RGB) == set(COLOURS) and set(GROUND_LOOK) == set(GROUNDS)
 
-# (colour, solid, motion) that no training clip shows, in any of its objects: 14 of 168.
+# (colour, solid, motion) combinations that no object of any training clip has: 14 of 168.
 HELD_OUT = (
     ("red", "ball", "left"),
     ("red", "cone", "bounce"),
@@ -68,7 +68,7 @@ HELD_OUT = (
 
 @dataclass(frozen=True)
 class Thing:
-    """One object: what a caption says of it, and where it really is."""
+    """One object: its description in the captions, and its true position."""
 
     colour: str
     solid: str
@@ -80,7 +80,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """The truth about a clip."""
+    """The ground truth of a clip."""
 
     index: int
     aspect: str
@@ -88,7 +88,7 @@ class Scene:
     ground: str
     things: tuple[Thing, ...]
     axes: dict[str, float]  # camera axes, empty for a static camera
-    move: str  # a master shot's name, "static", or "" for single axes and mixtures
+    move: str  # a master shot's name, "static", or "" for single axes and combinations of axes
     phases: Tensor  # (8,) texture and clouds
     trajectory: Trajectory
 
@@ -111,7 +111,7 @@ def start_pose() -> Tensor:
 
 
 class World:
-    """Scenes by index. `split` is "train" (never a held-out combination) or "heldout" (the first object always is one)."""
+    """Scenes by index. `split` is "train" (no held-out combination) or "heldout" (the first object is one)."""
 
     def __init__(
         self,
@@ -122,7 +122,7 @@ class World:
         size: tuple[int, int] | None = None,
         max_things: int = 3,
     ) -> None:
-        latent_frames(frames)  # refuses anything but 1 + 4k
+        latent_frames(frames)  # raises unless frames is 1 + 4k
         if aspect is not None and aspect not in ASPECTS:
             raise unknown("aspect", aspect, ASPECTS)
         if split not in ("train", "heldout"):
@@ -134,7 +134,7 @@ class World:
         return WorldClip(render_scene(scene, self.size), self.captions(scene), scene.trajectory, scene)
 
     def captions(self, scene: Scene) -> dict[str, list[str]]:
-        """`PHRASINGS` sentences a language; every other one leaves the camera unsaid."""
+        """`PHRASINGS` sentences per language; every other one does not mention the camera."""
         rng = random.Random(f"captions/{self.seed}/{self.split}/{scene.index}")
         things = [(t.colour, t.solid, t.motion) for t in scene.things]
         return {
@@ -150,7 +150,7 @@ class World:
         count = min(self.max_things, rng.choices((1, 2, 3), weights=(6, 3, 1))[0])
         half_view = 0.5 * W / (FOCAL * (H * W) ** 0.5)  # tangent of half the horizontal view
         slots = rng.sample((-1, 0, 1), count) if count > 1 else [None]
-        colours = rng.sample(list(COLOURS), count)  # distinct, so that a sentence names each thing
+        colours = rng.sample(list(COLOURS), count)  # distinct, so that a sentence identifies each thing
         things = tuple(self._thing(rng, i, colours[i], slot, half_view, aspect) for i, slot in enumerate(slots))
         phases = torch.tensor([rng.random() for _ in range(8)])
         trajectory = axes_trajectory(axes, self.frames, H, W, FOCAL)
@@ -165,7 +165,7 @@ class World:
             colour, solid, motion = rng.choice(allowed)
         size, yaw = rng.uniform(0.5, 0.72), rng.uniform(0, math.pi / 2)
         z = rng.uniform(4.6, 6.2) if slot is None else 5.2 + 1.6 * ((slot + 1 + place) % 3) * 0.6 + rng.uniform(-0.2, 0.2)
-        room = max(half_view * z - size, 0.3)  # metres to the picture's side
+        room = max(half_view * z - size, 0.3)  # metres to the edge of the picture
         x = rng.uniform(-0.45, 0.45) * room if slot is None else slot * 0.62 * room
         return Thing(colour, solid, motion, size, yaw, _path(motion, x, z, size, room, rng, self.frames))
 
@@ -181,7 +181,7 @@ class World:
 
 
 def _path(motion: str, x: float, z: float, size: float, room: float, rng: random.Random, T: int) -> Tensor:
-    """Centre of a thing in world metres (T, 3): its motion fills the clip, however long; bounces and circles keep real time."""
+    """Centre of a thing in world metres (T, 3). Its motion spans the whole clip, of any length; bounces and circles keep real time."""
     s = torch.linspace(0, 1, T) if T > 1 else torch.zeros(1)
     seconds = torch.arange(T) / FPS
     xs, ys, zs = torch.full((T,), x), torch.full((T,), -size), torch.full((T,), z)
@@ -192,7 +192,7 @@ def _path(motion: str, x: float, z: float, size: float, room: float, rng: random
     elif motion in ("toward", "away"):
         near, far = z - 1.4, z + 2.4
         zs = far + (near - far) * s if motion == "toward" else near + (far - near) * s
-        xs = xs * zs / zs[0] * 0.8  # keeps its place in the picture
+        xs = xs * zs / zs[0] * 0.8  # keeps its position in the picture
     elif motion == "bounce":
         phase = (seconds / 1.25 + rng.random()) % 1
         ys = -size - 4 * 0.9 * phase * (1 - phase)
@@ -203,7 +203,7 @@ def _path(motion: str, x: float, z: float, size: float, room: float, rng: random
 
 
 def render_scene(scene: Scene, size: tuple[int, int] | None = None) -> Tensor:
-    """Video (T, H, W, 3) uint8 of a scene, at its aspect's size or another of the same field of view."""
+    """Video (T, H, W, 3) uint8 of a scene, at its aspect's size or another size with the same field of view."""
     H, W = size or aspect_size(scene.aspect)
     solids = [Solid(t.solid, COLOUR_RGB[t.colour], t.size, t.yaw, t.centre) for t in scene.things]
     return render(solids, GROUND_LOOK[scene.ground], scene.phases, start_pose(), scene.trajectory, H, W)

@@ -1,1 +1,1 @@
-"""Cameras estimated from frames, and how far they are from the ones asked for."""
+"""Camera estimation from frames, and the errors between estimated and requested cameras."""

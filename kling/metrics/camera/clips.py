@@ -1,4 +1,4 @@
-"""Cameras of the clips of a manifest: estimated, or read from their files and checked. The one part of the metrics that opens videos."""
+"""Cameras of a manifest's clips: estimated, or read from files and checked. The only part of the metrics that opens videos."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from kling.runtime.files import Source
 
 METHODS = ("rotation", "colmap")
 RATE = 8.0  # poses a second
-COLMAP_RATE = 4.0  # frames a second: neighbours must differ for points to have a depth
+COLMAP_RATE = 4.0  # frames a second: consecutive frames must differ for points to have a depth
 COLMAP_SIDE = 640  # pixels of the long side
 
 
 def read_tracks(source: Source, info: VideoInfo, start: float, end: float, rate: float = RATE, gap: int = 1) -> tuple[Pairs, float]:
-    """(points of frame i and of frame i + gap, for all i; frames a second) of a stretch of a video. At most its own rate."""
+    """(points of frame i and of frame i + gap, for all i; frames a second) of a part of a video, at no more than its own rate."""
     fps = min(rate, info.fps)
     count = max(2, int((end - start) * fps + 1e-6))
     height = max(2, round(WIDTH * info.height / info.width))
@@ -35,7 +35,7 @@ def read_tracks(source: Source, info: VideoInfo, start: float, end: float, rate:
 
 
 def read_colmap(source: Source, info: VideoInfo, start: float, end: float) -> CameraEstimate:
-    """The path of a stretch of a video by structure from motion."""
+    """The camera path of a part of a video by structure from motion."""
     fps = min(COLMAP_RATE, info.fps)
     count = max(2, int((end - start) * fps + 1e-6))
     scale = min(1.0, COLMAP_SIDE / max(info.width, info.height))
@@ -44,9 +44,9 @@ def read_colmap(source: Source, info: VideoInfo, start: float, end: float) -> Ca
 
 
 def check_file(path: Path, source: Source, start: float = 0.0, end: float | None = None) -> float:
-    """The error, in pixels, with which the poses of a file explain a video. Raises `UserError` if another convention explains it better."""
+    """The error, in pixels, with which a file's poses explain a video. Raises `UserError` if another convention explains it better."""
     info = probe(source)
-    gap = 2  # quarter seconds: long enough to see a slow move, short enough to track a fast one
+    gap = 2  # quarter of a second: long enough to see a slow movement, short enough to track a fast one
     pairs, fps = read_tracks(source, info, start, end or info.duration, gap=gap)
     if not any(len(p) for p, _ in pairs):
         raise UserError(f"{path}: no point of {source} can be tracked, so its convention cannot be checked")
@@ -55,7 +55,7 @@ def check_file(path: Path, source: Source, start: float = 0.0, end: float | None
 
 
 def estimated(manifest: Manifest, shot: Shot, method: str) -> Shot:
-    """The clip with a camera file beside the manifest, RealEstate10K text, and how well it was found in its measures."""
+    """The clip with its camera estimated: writes RealEstate10K text beside the manifest, and adds the estimate's quality to `measures`."""
     source = manifest.check(shot)
     if method == "colmap":
         estimate = read_colmap(source, shot.video, shot.start, shot.end)

@@ -1,4 +1,4 @@
-"""Camera poses by pycolmap's structure from motion, an optional extra: slow, and at its best where much of the scene stands still."""
+"""Camera poses by pycolmap's structure from motion, an optional extra: slow, and best if much of the scene is static."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from kling.metrics.camera.rotation import WIDTH, CameraEstimate
 FEWEST_UNKNOWN, FEWEST_KNOWN = (
     0.3,
     0.5,
-)  # of the frames that must be placed, by whether the intrinsics are known; the others are interpolated
+)  # minimum share of frames that must be registered, by whether the intrinsics are known; the others are interpolated
 
 
 def estimate_colmap(frames: Tensor, fps: float) -> CameraEstimate:
-    """The path of a clip (T, H, W, 3) uint8 of one unknown focal length, in units of its own.
+    """The path of a clip (T, H, W, 3) uint8 with one unknown focal length, at an arbitrary scale.
 
-    Frames that were not placed are interpolated, and not counted as registered. Raises `UserError` if pycolmap is missing, or finds no
-    model of at least `FEWEST_UNKNOWN` of the frames.
+    Frames that were not registered are interpolated, and not counted as registered. Raises `UserError` if pycolmap is missing, or finds no
+    model with at least `FEWEST_UNKNOWN` of the frames.
     """
     pycolmap = _pycolmap("estimating cameras by structure from motion needs pycolmap: pip install 'kling[colmap]', or use rotation")
     T, H, W, _ = frames.shape
@@ -45,9 +45,9 @@ def estimate_colmap(frames: Tensor, fps: float) -> CameraEstimate:
 
 
 def colmap_path(video: Tensor, intrinsics: Tensor, scale: int) -> Trajectory | None:
-    """The path of a clip (T, H, W, 3) uint8 whose intrinsics (T, 4) are known, in units of its own; None where colmap finds none.
+    """The path of a clip (T, H, W, 3) uint8 with known intrinsics (T, 4), at an arbitrary scale; None if colmap finds none.
 
-    Frames are enlarged by `scale`, and brought to the first one's intrinsics if those change. Raises `UserError` without pycolmap.
+    Frames are enlarged by `scale`, and warped to the first frame's intrinsics if they change. Raises `UserError` without pycolmap.
     """
     pycolmap = _pycolmap("structure from motion needs pycolmap: pip install 'kling[colmap]', or leave --colmap out")
     T, H, W, _ = video.shape
@@ -74,7 +74,7 @@ def colmap_path(video: Tensor, intrinsics: Tensor, scale: int) -> Trajectory | N
 
 
 def _pycolmap(missing: str) -> Any:
-    """The package, quiet. Raises `UserError(missing)` if it is not installed."""
+    """The pycolmap module with its log turned down. Raises `UserError(missing)` if it is not installed."""
     try:
         import pycolmap
     except ImportError:
@@ -84,7 +84,7 @@ def _pycolmap(missing: str) -> Any:
 
 
 def _reconstructed(pycolmap: Any, pictures: Sequence[np.ndarray], match: Any, extraction: dict[str, Any], mapping: dict[str, Any]) -> Any:
-    """The model that places most of the pictures (H, W, 3), which one camera took; None if there is none."""
+    """The model with the most registered pictures (H, W, 3), which one camera took; None if there is none."""
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         (work / "frames").mkdir()
@@ -103,7 +103,7 @@ def _placed(model: Any) -> list[tuple[int, Any]]:
 
 
 def _path(found: list[tuple[int, Any]], intrinsics: Tensor, T: int) -> Trajectory:
-    """A pose for each of T frames, relative to frame 0: interpolated between those that were placed, and held beyond the ends."""
+    """A pose for each of T frames, relative to frame 0: interpolated between registered frames, and constant beyond them."""
     w2c = np.stack([image.cam_from_world().matrix() for _, image in found])  # (n, 3, 4)
     times = torch.tensor([float(t) for t, _ in found], dtype=torch.float64)
     when = torch.arange(T, dtype=torch.float64).clamp(times[0], times[-1])

@@ -1,11 +1,11 @@
-"""Whether given poses agree with where points went in the video, or another reading of them does.
+"""Checks the convention of given poses: whether they, or the same numbers in another convention, agree with the motion of points.
 
 A point p of frame i, a ray K⁻¹p, is seen in frame j at
 
     q ~ R_j⁻¹ R_i p + s R_j⁻¹ (o_i - o_j),    s >= 0, the inverse of its distance
 
-for poses [R | o] that map camera to world in OpenCV axes. With s free this needs no depth and no scale. With s >= 0 it tells a path from
-its inverse: poses that were stored world-to-camera, or in axes with y up, leave the points where no distance can explain them.
+for poses [R | o] that map camera to world in OpenCV axes. With s free this needs no depth and no scale. s >= 0 distinguishes a path from
+its inverse: with poses stored world-to-camera, or in axes with y up, no distance explains where the points are.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def _inverted(c2w: np.ndarray) -> np.ndarray:
     return inverse(torch.from_numpy(c2w)).numpy()
 
 
-WRONG = 2.0  # how many times better another convention must explain the points before the given one is refused
+WRONG = 2.0  # the given convention is refused if another explains the points this many times better
 FLIP = np.diag([1.0, -1.0, -1.0])  # OpenCV axes <-> OpenGL's: y up, looking along -z
 CONVENTIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "camera-to-world in OpenCV axes": lambda c2w: c2w,
@@ -39,7 +39,7 @@ CONVENTIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 
 def convention_errors(trajectory: Trajectory, pairs: Pairs, gap: int = 1) -> dict[str, float]:
-    """Median distance, pixels at a width of 320, between where points went and where the poses can put them, under each convention.
+    """Median distance, in pixels at a width of 320, between observed points and the nearest position possible, for each convention.
 
     trajectory: a pose for every frame; pairs: points of frame i and of frame i + gap (`tracks`).
     """
@@ -53,7 +53,7 @@ def convention_errors(trajectory: Trajectory, pairs: Pairs, gap: int = 1) -> dic
 
 
 def check_convention(trajectory: Trajectory, pairs: Pairs, gap: int, where: object) -> float:
-    """The error of poses that are what they should be. Raises `UserError` if another reading of them explains the video much better."""
+    """The error of the poses in the expected convention. Raises `UserError` if another convention explains the video much better."""
     errors = convention_errors(trajectory, pairs, gap)
     right, given = next(iter(errors)), next(iter(errors.values()))
     best = min(errors, key=errors.__getitem__)
@@ -64,7 +64,7 @@ def check_convention(trajectory: Trajectory, pairs: Pairs, gap: int, where: obje
 
 
 def _misplaced(a: np.ndarray, b: np.ndarray, Ka: np.ndarray, Kb: np.ndarray, p: np.ndarray, q: np.ndarray) -> np.ndarray:
-    """Distance (n,) in pixels from q to the nearest place at which a point seen at p by camera a can be seen by camera b."""
+    """Distance (n,) in pixels from q to the nearest position where camera b can see a point that camera a sees at p."""
     ray = np.concatenate([(p - Ka[2:]) / Ka[:2], np.ones((len(p), 1))], -1) @ (b[:, :3].T @ a[:, :3]).T  # (n, 3)
     seen = np.concatenate([(q - Kb[2:]) / Kb[:2], np.ones((len(q), 1))], -1)
     toward = b[:, :3].T @ (a[:, 3] - b[:, 3])  # (3,)
@@ -73,5 +73,5 @@ def _misplaced(a: np.ndarray, b: np.ndarray, Ka: np.ndarray, Kb: np.ndarray, p: 
     point = ray + s[:, None] * toward
     ahead = point[:, 2] > 1e-6
     place = point[:, :2] / np.where(ahead, point[:, 2], 1)[:, None]
-    off = np.linalg.norm((place - seen[:, :2]) * Kb[0], axis=-1) * WIDTH  # square pixels: one focal length in both
+    off = np.linalg.norm((place - seen[:, :2]) * Kb[0], axis=-1) * WIDTH  # square pixels: one focal length for both axes
     return np.where(ahead, np.minimum(off, WIDTH), WIDTH)

@@ -1,4 +1,4 @@
-"""How far a camera path that was estimated is from the one that was asked for, and what a person would call it."""
+"""Errors between an estimated and a requested camera path, and the name of the camera movement that a path shows."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 from kling.cameras.axes import LIMIT, MOVES, UNITS, rotation
 from kling.cameras.trajectory import Trajectory
 
-STATIC = 1.5  # axis units (10 is the whole range): less than this in all is a camera that stands still; training asks for 3 and more
-TRAVELS = 0.1  # metres: a path that never gets further from its start has no direction to compare
+STATIC = 1.5  # axis units (10 is the full range): a camera that moves less in total is static; training requests at least 3
+TRAVELS = 0.1  # metres: a path that stays closer to its start has no direction to compare
 
 SINGLE = {f"{name}{sign}": {name: LIMIT if sign == "+" else -LIMIT} for name in UNITS for sign in "+-"}
 CLASSES = (*SINGLE, *MOVES, "static")
@@ -27,14 +27,14 @@ def rotation_error(estimate: Trajectory, asked: Trajectory, found: Tensor) -> fl
     if not found.all():
         return None
     turn = estimate.relative().c2w[1:, :, :3].double().mT @ asked.relative().c2w[1:, :, :3].double()
-    sine = (turn - turn.mT).flatten(1).norm(dim=1) / math.sqrt(8)  # the trace alone is blind to small angles
+    sine = (turn - turn.mT).flatten(1).norm(dim=1) / math.sqrt(8)  # the trace alone is insensitive to small angles
     cosine = (turn.diagonal(dim1=1, dim2=2).sum(dim=1) - 1) / 2
     angle = torch.rad2deg(torch.atan2(sine, cosine))
     return float(angle.mean())
 
 
 def translation_error(estimate: Trajectory, asked: Trajectory, found: Tensor) -> float | None:
-    """Mean distance between the two paths, each measured in its own furthest distance from the start; 0 is right, 2 is as wrong as can be.
+    """Mean distance between the two paths, each in units of its largest distance from the start; 0 is perfect, 2 is the worst.
 
     None where the asked path does not travel, or not every frame is found (see `rotation_error`). An estimate that hardly moves is not
     blown up: its unit is at least a tenth of the asked one.
@@ -64,10 +64,10 @@ def summed_errors(estimate: Trajectory, asked: Trajectory) -> dict[str, float]:
 
 
 def axes_of(trajectory: Trajectory) -> dict[str, float]:
-    """The axis values that best describe a path: `axes_trajectory` backwards, for any path.
+    """The axis values that best describe a path: the inverse of `axes_trajectory`, for any path.
 
-    Turns and zoom are slopes over the whole clip (not end points, which one bad frame decides); travel is summed in the camera's own
-    directions.
+    Rotations and zoom are slopes over the whole clip (not differences of the end points, which one bad frame could spoil); translation is
+    summed in the camera's own directions.
     """
     path = trajectory.relative()
     R, o, T = path.c2w[:, :, :3].double(), path.c2w[:, :, 3].double(), len(path)
@@ -87,7 +87,7 @@ def axes_of(trajectory: Trajectory) -> dict[str, float]:
 
 
 def camera_class(axes: Mapping[str, float]) -> str:
-    """One of `CLASSES`: static, or the single axis or master shot whose direction in axis units is nearest.
+    """One of `CLASSES`: static, or the single axis or master shot with the nearest direction in axis units.
 
     >>> camera_class({"pan": 5.0, "dolly": 0.4})
     'pan+'

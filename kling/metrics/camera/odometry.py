@@ -1,9 +1,9 @@
-"""The camera's path, read from the frames of a small-world clip.
+"""Estimates the camera's path from the frames of a small-world clip.
 
-The world fixes its first camera (height, pitch, focal length), so the inverse depth of every pixel is known once the pose is: the
-ground is a plane and the sky lies at infinity. Each frame is aligned, pixel by pixel, to a few earlier ones whose pose is known by then:
-robust Gauss-Newton over rotation, position and focal length, seven numbers a frame. No features and no scale ambiguity; moving things
-are masked by their colour, and what the mask leaves of them is an outlier.
+The world fixes the first camera (height, pitch, focal length), so a pose determines the inverse depth of every pixel: the ground is a
+plane and the sky is at infinity. Each frame is aligned, pixel by pixel, to a few earlier frames with known poses: robust Gauss-Newton over
+rotation, position and focal length, seven numbers per frame. There are no features and no scale ambiguity. Moving objects are masked by
+their colour, and whatever the mask misses is treated as outliers.
 """
 
 from __future__ import annotations
@@ -18,40 +18,40 @@ from torch import Tensor
 from kling.cameras.trajectory import Trajectory
 from kling.metrics.segment import grown, segment
 
-# A frame is aligned to the ones this many before it, and to frame 0: the near ones for safety, the far ones against drift.
+# A frame is aligned to the frames this many before it, and to frame 0: near ones for robustness, far ones against drift.
 REFERENCES = (1, 4, 12)
-BLUR = 1.0  # gaussian sigma in pixels: what a lattice of every `STRIDE`th pixel can carry
+BLUR = 1.0  # gaussian sigma in pixels: what a grid of every `STRIDE`th pixel can represent
 STRIDE = 2
 BORDER = 2  # pixels
 ITERATIONS = 12
-ENOUGH = 3e-5  # a step (radians, metres, log focal) below which a pose has settled
-PRIOR = 0.02  # how far (same units) a frame may stray from constant velocity before it needs a reason: binds what a picture leaves open
-NOISE = 0.002  # brightness: the least the residual's scale can be
+ENOUGH = 3e-5  # a pose has converged when its step (radians, metres, log focal) is smaller
+PRIOR = 0.02  # standard deviation (same units) from constant velocity: fixes what a picture leaves undetermined
+NOISE = 0.002  # brightness: minimum scale of the residual
 MIN_CORRELATION = 0.5  # of a frame with its prediction from the one before; below it the frame is not registered
-MIN_SEEN = 0.1  # of a reference's pixels that must stay in view
+MIN_SEEN = 0.1  # share of a reference's pixels that must stay in view
 
 
 @dataclass(frozen=True)
 class Stage:
-    """What is known of every scene before looking."""
+    """What is known of every scene in advance."""
 
     start: Tensor  # (3, 4) world pose of the first camera: y down, ground at y = 0
     focal: float  # its focal length in units of sqrt(H * W) pixels
-    haze: float  # brightness the far ground fades into
-    haze_distance: float  # metres of depth over which all but 1/e is lost
-    palette: Mapping[str, tuple[float, float, float]]  # colours of the things that may move
+    haze: float  # brightness of very distant ground
+    haze_distance: float  # metres of depth over which contrast falls to 1/e
+    palette: Mapping[str, tuple[float, float, float]]  # colours of the objects that may move
 
 
 @dataclass(frozen=True)
 class AlignedPath:
-    """What the frames say about the camera."""
+    """The estimated camera path."""
 
     trajectory: Trajectory  # relative to frame 0
-    correlation: Tensor  # (T,) of each frame with its prediction from the frame before; 1 at frame 0, 0 from the first that was lost
+    correlation: Tensor  # (T,) of each frame with its prediction from the frame before; 1 at frame 0, 0 after the first lost frame
 
     @property
     def registered(self) -> Tensor:
-        """(T,) bool: frames whose pose can be believed, which ends at the first that cannot."""
+        """(T,) bool: frames with a reliable pose, up to the first one without."""
         return (self.correlation > MIN_CORRELATION).long().cumprod(0).bool()
 
 
@@ -62,11 +62,11 @@ class _Pose:
     zoom: Tensor  # () log of the focal length over the first frame's
 
     def moved(self, step: Tensor) -> _Pose:
-        """Turn by step[:3] and travel by step[3:6], both in the camera's own axes, and lengthen the focal by step[6]."""
+        """Rotate by step[:3] and translate by step[3:6], both in the camera's own axes, and change the log focal length by step[6]."""
         return _Pose(self.R @ torch.linalg.matrix_exp(_cross(step[:3])), self.o + self.R @ step[3:6], self.zoom + step[6])
 
     def step_to(self, other: _Pose) -> Tensor:
-        """The step (7,) that takes this pose to a near one."""
+        """The step (7,) that leads from this pose to a nearby one."""
         turn = self.R.T @ other.R
         w = torch.stack([turn[2, 1] - turn[1, 2], turn[0, 2] - turn[2, 0], turn[1, 0] - turn[0, 1]]) / 2
         return torch.cat([w, self.R.T @ (other.o - self.o), (other.zoom - self.zoom)[None]])
@@ -74,17 +74,17 @@ class _Pose:
 
 @dataclass(frozen=True)
 class _Anchor:
-    """Lattice pixels of a frame with a known pose."""
+    """Grid pixels of a frame with a known pose."""
 
-    d: Tensor  # (n, 3) ray in the world, of depth 1 in its own camera
+    d: Tensor  # (n, 3) ray in world axes, of depth 1 in its own camera
     w: Tensor  # (n,) inverse depth, 0 in the sky
-    o: Tensor  # (3,) where it was seen from
+    o: Tensor  # (3,) position of the camera
     value: Tensor  # (n,) brightness
-    solid: Tensor  # (n,) bool: nothing that moves
+    solid: Tensor  # (n,) bool: not a moving object
 
 
 def estimate_trajectory(video: Tensor, stage: Stage) -> AlignedPath:
-    """The camera of a clip (T, H, W, 3) uint8."""
+    """Estimate the camera path of a clip (T, H, W, 3) uint8."""
     T, H, W, _ = video.shape
     moving = grown(segment(video, stage.palette)[1] > 0, 4)
     maps = _maps(video.float().mean(-1) / 255, moving)  # (T, 4, H, W)
@@ -97,7 +97,7 @@ def estimate_trajectory(video: Tensor, stage: Stage) -> AlignedPath:
     for t in range(1, T):
         near = [anchors[i] for i in sorted({0, *(t - k for k in REFERENCES if k <= t)}, reverse=True)]
         pose, correlation[t] = _aligned(poses[-1].moved(velocity), near, maps[t], f0, stage)
-        if correlation[t] <= MIN_CORRELATION:  # lost, and so is all that follows
+        if correlation[t] <= MIN_CORRELATION:  # lost, and so are all later frames
             correlation[t:] = 0
             poses += [poses[-1]] * (T - t)
             break
@@ -108,10 +108,10 @@ def estimate_trajectory(video: Tensor, stage: Stage) -> AlignedPath:
 
 
 def _aligned(guess: _Pose, anchors: list[_Anchor], frame: Tensor, f0: float, stage: Stage) -> tuple[_Pose, Tensor]:
-    """The pose near `guess` that makes `frame` (4, H, W) agree with its anchors, and its correlation with the first of them."""
+    """The pose near `guess` that aligns `frame` (4, H, W) with its anchors, and its correlation with the first of them."""
     d, w, o, value = (torch.stack([getattr(a, name) for a in anchors]) for name in ("d", "w", "o", "value"))  # (r, n, …)
     solid = torch.stack([a.solid for a in anchors])  # (r, n)
-    pose, away = guess, torch.zeros(7, dtype=torch.float64)  # away: from the guess, for the prior
+    pose, away = guess, torch.zeros(7, dtype=torch.float64)  # away: distance from the guess, for the prior
     for _ in range(ITERATIONS):
         x = ((d + w[..., None] * (o[:, None] - pose.o)) @ pose.R).float()  # (r, n, 3) times inverse depth, so finite in the sky too
         z, f = x[..., 2].clamp(min=1e-3), float(f0 * pose.zoom.exp())
@@ -135,7 +135,7 @@ def _aligned(guess: _Pose, anchors: list[_Anchor], frame: Tensor, f0: float, sta
 
 
 def _sampled(frame: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """`frame` (c, H, W) at u, v pixels from its centre (r, n): values (c, r, n) and whether they lie inside its border."""
+    """`frame` (c, H, W) at u, v pixels from its centre (r, n): values (c, r, n), and whether they are inside its border."""
     H, W = frame.shape[1:]
     grid = torch.stack([2 * u / W, 2 * v / H], dim=-1)[None]  # (1, r, n, 2)
     seen = F.grid_sample(frame[None], grid, mode="bicubic", padding_mode="border", align_corners=False)[0]
@@ -143,7 +143,7 @@ def _sampled(frame: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _anchor(pose: _Pose, frame: Tensor, f0: float) -> _Anchor:
-    """The lattice of `frame` (4, H, W), lifted from its pose onto the ground and the sky."""
+    """The grid pixels of `frame` (4, H, W), projected from its pose onto the ground and the sky."""
     H, W = frame.shape[1:]
     rows, columns = torch.arange(BORDER, H - BORDER, STRIDE), torch.arange(BORDER, W - BORDER, STRIDE)
     v, u = torch.meshgrid(rows + 0.5 - H / 2, columns + 0.5 - W / 2, indexing="ij")
@@ -161,7 +161,7 @@ def _correlation(a: Tensor, b: Tensor, valid: Tensor) -> Tensor:
 
 
 def _maps(grey: Tensor, moving: Tensor) -> Tensor:
-    """Per frame (T, 4, H, W): smoothed brightness, its slopes along x and y per pixel, and 1 where nothing moves."""
+    """Per frame (T, 4, H, W): smoothed brightness, its slopes per pixel along x and y, and 1 where nothing moves."""
     n = int(3 * BLUR + 0.5)
     k = torch.exp(-(torch.arange(-n, n + 1) ** 2) / (2 * BLUR**2))
     k = k / k.sum()

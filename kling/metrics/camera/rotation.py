@@ -1,4 +1,4 @@
-"""The path of a camera that turns on the spot, from where points went from frame to frame: one rotation a frame, and one focal length."""
+"""The path of a camera that only rotates, from points tracked between frames: one rotation per frame, and one focal length."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from kling.cameras.trajectory import Trajectory
 from kling.errors import UserError
 from kling.metrics.camera.tracks import Pairs
 
-WIDTH = 320  # pixels at which points are tracked; errors are in these
+WIDTH = 320  # width in pixels at which points are tracked and errors are given
 CLOSE = 1.5  # pixels within which a point agrees with a rotation
-SAMPLES = 12  # pairs of rays that are tried; nine in ten rays of a camera that turns agree
-ENOUGH = 0.5  # of the points must agree for a frame to count as registered
-DEFAULT_FOCAL = 1.07  # widths: 50 degrees across, where a path does not tell
+SAMPLES = 12  # random pairs of rays; if the camera only rotates, nine in ten rays agree
+ENOUGH = 0.5  # share of the points that must agree for a frame to count as registered
+DEFAULT_FOCAL = 1.07  # picture widths: a 50 degree field of view, if the path does not determine it
 FOCALS = np.geomspace(0.5, 2.5, 13)
 
 
 @dataclass(frozen=True)
 class CameraEstimate:
-    """A camera path from pixels. registered: share of the frames that were placed. error: median, pixels at a width of 320."""
+    """A camera path from pixels. registered: share of registered frames. error: median, in pixels at a width of 320."""
 
     trajectory: Trajectory
     fps: float
@@ -30,10 +30,10 @@ class CameraEstimate:
 
 
 def estimate_rotation(pairs: Pairs, fps: float, ratio: float) -> CameraEstimate:
-    """The path of a camera that turns on the spot, from points of consecutive frames. ratio: width / height.
+    """The path of a camera that only rotates, from points of consecutive frames. ratio: width / height.
 
-    The focal length is the one of `FOCALS` under which the points agree best, if it matters; frames in which fewer than `ENOUGH` of
-    the points agree go on as their neighbour did, and are not counted as registered. Raises `UserError` if no frame is.
+    The focal length is the one of `FOCALS` with which the points agree best, if it has an effect. Frames in which fewer than `ENOUGH` of
+    the points agree continue the previous rotation, and are not counted as registered. Raises `UserError` if no frame is registered.
     """
     scores = {focal: _chain(pairs, focal, ratio) for focal in (DEFAULT_FOCAL, *FOCALS)}
     best = min(scores, key=lambda focal: scores[focal][1])
@@ -53,7 +53,7 @@ def estimate_rotation(pairs: Pairs, fps: float, ratio: float) -> CameraEstimate:
 
 
 def _chain(pairs: Pairs, focal: float, ratio: float) -> tuple[list[np.ndarray], float, np.ndarray, float]:
-    """(rotation from each frame to the next, robust cost, which are registered, median error of what agrees) under a focal length."""
+    """(rotation from each frame to the next, robust cost, registered frames, median error of agreeing points) for a focal length."""
     turns, costs, registered, errors = [], [], [], []
     for p, q in pairs:
         turn, off = _rotation(_bearings(p, focal, ratio), _bearings(q, focal, ratio), focal * WIDTH)
@@ -66,7 +66,7 @@ def _chain(pairs: Pairs, focal: float, ratio: float) -> tuple[list[np.ndarray], 
 
 
 def _rotation(a: np.ndarray, b: np.ndarray, pixels: float) -> tuple[np.ndarray, np.ndarray]:
-    """(R with b ≈ R a, each ray's error in pixels): Kabsch's solution from random pairs of rays, then from all that agree with it."""
+    """(R with b ≈ R a, each ray's error in pixels): Kabsch's solution from random pairs of rays, then from all rays that agree with it."""
     if len(a) < 3:
         return np.eye(3), np.full(len(a), np.inf)
     rng = np.random.default_rng(0)

@@ -1,11 +1,12 @@
-"""The camera's path in any video, from points that are followed through it: no network, no knowledge of the scene.
+"""The camera's path in any video, from tracked points: no network, no knowledge of the scene.
 
-A camera that only turns is tried first; then bundle adjustment over turns, positions and points from many starts: the essential matrix,
-a plane's homography, turns that many points share, pycolmap if asked, and nothing. The simpler model stands unless the other explains
-half as many sights again: a path that bends to explain a moving object gains a tenth, one that travels as many and more.
-Points are homogeneous, (direction, inverse distance), so those at infinity are points like any other, and the start from nothing needs
-no depth (Yu and Gallup, "3D reconstruction from accidental motion", 2014).
-Positions are known up to one scale, which `translation_error` takes out.
+A camera that only rotates is tried first; then bundle adjustment over rotations, positions and points from many starts: the essential
+matrix, a plane's homography, rotations that many points share, pycolmap if requested, and a static camera. The simpler model is kept
+unless the other explains half as many observations again: a path that bends to explain a moving object gains a tenth, while a camera
+that really travels gains half and more.
+Points are homogeneous, (direction, inverse distance), so points at infinity are not special, and the start from a static camera needs no
+depth (Yu and Gallup, "3D reconstruction from accidental motion", 2014).
+Positions are known up to one scale, which `translation_error` removes.
 """
 
 from __future__ import annotations
@@ -21,43 +22,43 @@ from kling.cameras.trajectory import Trajectory
 from kling.metrics.camera.colmap import colmap_path
 from kling.metrics.camera.tracks import SHORT_SIDE, follow_points
 
-ENOUGH = 12  # points that fix a pose
-AGREE, SHARE = 2.0, 0.5  # a pose is found where this share of its points lies within so many enlarged pixels
-EVERY = 4  # frames between two adjustments of everything
-PERFECT = 0.2  # pixels: a turning camera that leaves no more needs no rival
-SAMPLES, TURNS = 300, 6  # pairs of points drawn, and different turns tried, for the pose of a second view
-DISTINCT, ALONG = 0.02, 0.97  # radians by which two turns, and cosine by which two travels, must differ to be two
-HOPEFUL = 6  # paths that are followed to the end
-MOST = 0.7  # of what a moving camera explains: a turning one that explains no less is believed, for the rest may move on its own
+ENOUGH = 12  # minimum number of points that determine a pose
+AGREE, SHARE = 2.0, 0.5  # a pose is found if this share of its points lies within so many enlarged pixels
+EVERY = 4  # frames between two adjustments of all poses and points
+PERFECT = 0.2  # pixels: a rotating camera with a smaller error is accepted without alternatives
+SAMPLES, TURNS = 300, 6  # random pairs of points, and distinct rotations tried, for the pose of a second view
+DISTINCT, ALONG = 0.02, 0.97  # two rotations differ by more radians than this, two translations have a smaller cosine
+HOPEFUL = 6  # number of candidate paths that are followed to the end
+MOST = 0.7  # a rotating camera is accepted if it explains this share of what a moving one explains; the rest may be moving objects
 
 
 @dataclass(frozen=True)
 class Structure:
-    """A path and how far to believe it."""
+    """A path and how reliable it is."""
 
     trajectory: Trajectory  # relative to frame 0; intrinsics as given
-    found: Tensor  # (T,) bool; it ends at the first frame whose pose was not found
+    found: Tensor  # (T,) bool; False from the first frame whose pose was not found
     model: str  # "turning", "moving", or "colmap" for a moving camera that pycolmap placed
-    error: float  # pixels: upper quartile of the distance between points and where the model puts them
+    error: float  # pixels: upper quartile of the distance between points and the model's prediction
 
 
 @dataclass
 class _Scene:
-    """Poses and points. Point n is seen from pose t at the direction Rᵀ(u - ρ o): linear in all but R."""
+    """Poses and points. Point n is seen from pose t in the direction Rᵀ(u - ρ o), which is linear in everything except R."""
 
     R: np.ndarray  # (T, 3, 3) camera to world
     o: np.ndarray  # (T, 3)
     u: np.ndarray  # (N, 4) direction and inverse distance of each point, from frame 0
 
     def seen(self) -> np.ndarray:
-        """(T, N, 3) every point in every camera."""
+        """(T, N, 3) every point in the coordinates of every camera."""
         return np.einsum("tji,tnj->tni", self.R, self.u[None, :, :3] - self.u[None, :, 3:] * self.o[:, None])
 
 
 def estimate_structure(video: Tensor, intrinsics: Tensor, colmap: bool = False) -> Structure:
-    """The path of a clip (T, H, W, 3) uint8 whose intrinsics (T, 4), normalised by width and height, are known.
+    """The path of a clip (T, H, W, 3) uint8 with known intrinsics (T, 4), normalised by width and height.
 
-    colmap: let pycolmap place the camera too; its path stands if, after the same adjustment, it leaves the least error.
+    colmap: also try pycolmap's path; it is used if it has the smallest error after the same adjustment.
     """
     T, H, W, _ = video.shape
     scale = max(1, round(SHORT_SIDE / min(H, W)))
@@ -89,7 +90,7 @@ def estimate_structure(video: Tensor, intrinsics: Tensor, colmap: bool = False) 
 
 
 def _turned(rays: np.ndarray, known: np.ndarray, focal: np.ndarray) -> _Scene:
-    """A camera that only turns: each frame's rotation from points whose direction earlier frames fixed (Kabsch, reweighted)."""
+    """A camera that only rotates: each frame's rotation from points whose direction earlier frames determined (Kabsch, reweighted)."""
     T, N = known.shape
     b = np.concatenate([rays, np.ones((T, N, 1))], axis=-1)
     b /= np.linalg.norm(b, axis=-1, keepdims=True)
@@ -111,9 +112,9 @@ def _turned(rays: np.ndarray, known: np.ndarray, focal: np.ndarray) -> _Scene:
 
 
 def _moved(turning: _Scene, rays: np.ndarray, known: np.ndarray, focal: np.ndarray) -> _Scene:
-    """Poses and points together: a first stretch from many starts, of which the best few go on to the end, where the best one stands.
+    """Poses and points together: the first part of the clip from many starts; the best few continue to the end, and the best one is kept.
 
-    The first frames alone cannot tell: where a moving object holds a third of the points, a wrong path often explains more of them.
+    The first frames alone cannot decide: if a moving object has a third of the points, a wrong path often explains more of them.
     """
     born = np.where(known.any(0), known.argmax(0), len(known))  # (N,) frame in which a point is first seen
     stretch = _stretch(known)
@@ -130,32 +131,32 @@ def _moved(turning: _Scene, rays: np.ndarray, known: np.ndarray, focal: np.ndarr
             hopeful.append(start)
     for scene in hopeful:
         _go_on(scene, rays, known, born, stretch, focal)
-    # points set anew: some stay where an early, worse path put them
+    # points are computed again: some are still where an early, worse path put them
     return _best_first([_placed(scene.R, scene.o, rays, known, focal) for scene in hopeful], rays, known, focal)[0]
 
 
 def _best_first(scenes: list[_Scene], rays: np.ndarray, known: np.ndarray, focal: np.ndarray) -> list[_Scene]:
-    """By the mean distance of points from where they should be; what fits nothing, as things that move, counts so much and no more."""
+    """Sort by the mean distance of points from their predictions; outliers, such as moving objects, count a fixed amount."""
     gaps = [_gap(scene, rays, focal)[known] for scene in scenes]
     most = 4 * min(np.median(gap) for gap in gaps)
     return [scenes[i] for i in np.argsort([np.minimum(gap, most).mean() for gap in gaps])]
 
 
 def _differ(one: _Scene, other: _Scene, frame: int) -> bool:
-    """Whether two scenes have other turns or directions of travel at a frame."""
+    """Whether two scenes differ in rotation or in direction of travel at a frame."""
     a, b = one.o[frame], other.o[frame]
     along = a @ b / max(np.linalg.norm(a) * np.linalg.norm(b), 1e-9)
     return np.trace(one.R[frame] @ other.R[frame].T) < 3 - DISTINCT**2 or along < ALONG
 
 
 def _go_on(scene: _Scene, rays: np.ndarray, known: np.ndarray, born: np.ndarray, stretch: int, focal: np.ndarray) -> None:
-    """From the first stretch to the last frame, in place: each frame placed by what is known, and now and then all set right together."""
+    """Continue from the first part to the last frame, in place: pose each frame from known points, and readjust everything regularly."""
     T, opening = len(known), known & (born == 0)[None]
     opening[stretch + 1 :] = False
     _adjust(scene, rays, opening, focal, frames=slice(1, stretch + 1), points=True, steps=10)
     for t in range(1, T):
         new = born == t - 1 if t > 1 else born < 0
-        if new.any():  # consistent with their first sight, at the usual distance
+        if new.any():  # in the direction of the first observation, at the median distance
             ray = np.concatenate([rays[t - 1, new], np.ones((new.sum(), 1))], axis=-1)
             usual = np.median(scene.u[born < t - 1, 3])
             at = ray / np.linalg.norm(ray, axis=-1, keepdims=True) @ scene.R[t - 1].T + usual * scene.o[t - 1]
@@ -163,7 +164,7 @@ def _go_on(scene: _Scene, rays: np.ndarray, known: np.ndarray, born: np.ndarray,
         early = known & (born < t)[None]
         early[t + 1 :] = False
         if t > stretch:
-            scene.R[t] = scene.R[t - 1] @ scene.R[t - 2].T @ scene.R[t - 1]  # goes on as it went
+            scene.R[t] = scene.R[t - 1] @ scene.R[t - 2].T @ scene.R[t - 1]  # continues the previous rotation
             scene.o[t] = 2 * scene.o[t - 1] - scene.o[t - 2]
             _adjust(scene, rays, early, focal, frames=slice(t, t + 1), points=False, steps=8)
         if t == T - 1 or (t > stretch and t % EVERY == 0):
@@ -171,23 +172,23 @@ def _go_on(scene: _Scene, rays: np.ndarray, known: np.ndarray, born: np.ndarray,
 
 
 def _stretch(known: np.ndarray) -> int:
-    """The last frame, of the first dozen, that still shows half of the points of frame 0."""
+    """The last of the first dozen frames that still shows half of the points of frame 0."""
     left = (known & known[:1]).sum(1)  # (T,)
     return int(np.flatnonzero(left[:13] >= left[0] / 2).max())
 
 
 def _from_nothing(turning: _Scene, rays: np.ndarray) -> _Scene:
-    """A camera that stands still, and every point of frame 0 at the same distance."""
+    """A static camera, with every point of frame 0 at the same distance."""
     b = np.concatenate([rays[0], np.ones((rays.shape[1], 1))], axis=-1)
     u = np.concatenate([b / np.linalg.norm(b, axis=-1, keepdims=True), np.full((len(b), 1), 0.5)], axis=-1)
     return _Scene(np.stack([np.eye(3)] * len(rays)), np.zeros((len(rays), 3)), u)
 
 
 def _two_views(rays: np.ndarray, known: np.ndarray, focal: np.ndarray, last: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Where the camera may be at frame `last`, as (R, o) seen from frame 0: by the essential matrix, and by the homography of a plane.
+    """Candidate poses (R, o) of frame `last` relative to frame 0: from the essential matrix, and from the homography of a plane.
 
-    A ground that fills the picture has two explanations (Faugeras and Lustman 1988), and the wrong one takes the sky for outliers.
-    So all are given.
+    A ground that fills the picture has two explanations (Faugeras and Lustman 1988), and the wrong one treats the sky as outliers.
+    So all candidates are returned.
     """
     both = known[0] & known[last]
     a, b = rays[0, both], rays[last, both]
@@ -195,7 +196,7 @@ def _two_views(rays: np.ndarray, known: np.ndarray, focal: np.ndarray, last: int
     E, _ = cv2.findEssentialMat(a, b, np.eye(3), method=cv2.RANSAC, prob=0.999, threshold=1 / focal[0])
     if E is not None:
         R1, R2, direction = cv2.decomposeEssentialMat(E[:3])
-        R = max((R1, R2), key=np.trace)  # the smaller turn
+        R = max((R1, R2), key=np.trace)  # the smaller rotation
         poses += [(R, direction), (R, -direction)]
     H, _ = cv2.findHomography(a, b, cv2.RANSAC, 2 / focal[0])
     if H is not None:
@@ -206,10 +207,10 @@ def _two_views(rays: np.ndarray, known: np.ndarray, focal: np.ndarray, last: int
 
 
 def _turn_then_travel(a: np.ndarray, b: np.ndarray, focal: float) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Poses (R, o) of a second view: turns that many points share, as far ones do, and for each the travel that explains the rest.
+    """Poses (R, o) of a second view: rotations that many points share, as distant points do, each with the translation for the rest.
 
-    Two points fix a turn, and two more the direction of travel: short samples find what far points, near points and things that move of
-    their own accord each agree on, where the five points of an essential matrix are seldom all of one kind. a, b: (n, 2) rays.
+    Two points determine a rotation, and two more the direction of travel. Such small samples are likely to contain only distant points,
+    only near points or only points of one moving object, unlike the five points of an essential matrix. a, b: (n, 2) rays.
     """
     n, rng = len(a), np.random.default_rng(0)
     if n < ENOUGH:
@@ -226,7 +227,7 @@ def _turn_then_travel(a: np.ndarray, b: np.ndarray, focal: float) -> list[tuple[
         U, _, Vt = np.linalg.svd(a[near[i]].T @ b[near[i]])
         R = U @ np.diag([1, 1, np.linalg.det(U @ Vt)]) @ Vt
         moved = b @ R.T
-        across = np.cross(moved, a)  # (n, 3) travel is at right angles to all of these
+        across = np.cross(moved, a)  # (n, 3) the translation is perpendicular to all of these
         parallax = np.flatnonzero(np.linalg.norm(across, axis=-1) * focal > 1)
         if len(parallax) < 2:
             continue
@@ -236,7 +237,7 @@ def _turn_then_travel(a: np.ndarray, b: np.ndarray, focal: float) -> list[tuple[
         o = np.concatenate([o, -o]) / np.linalg.norm(np.concatenate([o, o]), axis=-1, keepdims=True)  # (2s, 3)
         sine = np.linalg.norm(np.cross(a, o[:, None]), axis=-1).clip(1e-6)  # (2s, n) of the angle between a point and the travel
         beside = np.abs(o @ across.T) / sine * focal < 1
-        away = (moved - a) @ o.T < ((moved * a).sum(-1) - 1)[:, None] * (a @ o.T)  # a point moves against the travel
+        away = (moved - a) @ o.T < ((moved * a).sum(-1) - 1)[:, None] * (a @ o.T)  # points move against the translation
         agree = beside & (away.T | (np.linalg.norm(across, axis=-1) * focal < 1))
         poses.append((R, o[agree.sum(1).argmax()]))
         if len(poses) == TURNS:
@@ -245,14 +246,14 @@ def _turn_then_travel(a: np.ndarray, b: np.ndarray, focal: float) -> list[tuple[
 
 
 def _frame(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Right-handed axes (s, 3, 3), as columns, that two directions (s, 3) fix."""
+    """Right-handed axes (s, 3, 3), as columns, from two directions (s, 3)."""
     z = np.cross(x, y)
     z /= np.linalg.norm(z, axis=-1, keepdims=True).clip(1e-12)
     return np.stack([x, np.cross(z, x), z], axis=-1)
 
 
 def _from_pose(rays: np.ndarray, known: np.ndarray, last: int, R: np.ndarray, o: np.ndarray) -> _Scene:
-    """Even motion from frame 0 to a pose at frame `last`, and the points of frame 0 where their two sights meet."""
+    """Uniform motion from frame 0 to a pose at frame `last`, and the points of frame 0, triangulated from these two views."""
     turn = cv2.Rodrigues(R)[0][:, 0]
     T, N = known.shape
     part = (np.arange(T) / last).clip(0, 1)
@@ -265,7 +266,7 @@ def _from_pose(rays: np.ndarray, known: np.ndarray, last: int, R: np.ndarray, o:
 
 
 def _placed(R: np.ndarray, o: np.ndarray, rays: np.ndarray, known: np.ndarray, focal: np.ndarray) -> _Scene:
-    """A path with all points where their sights meet (the least eigenvector of their linear equations), adjusted. R (T, 3, 3), o (T, 3)."""
+    """A path with all points triangulated (smallest eigenvector of their linear equations), then adjusted. R (T, 3, 3), o (T, 3)."""
     o = o / np.linalg.norm(o, axis=-1).max().clip(1e-9)
     P = np.concatenate([R, -(o[:, None] @ R)], axis=1).transpose(0, 2, 1)  # (T, 3, 4) of Rᵀ(u - ρ o)
     A = P[:, None, :2] - rays[..., None] * P[:, None, 2:]  # (T, N, 2, 4)
@@ -278,9 +279,9 @@ def _placed(R: np.ndarray, o: np.ndarray, rays: np.ndarray, known: np.ndarray, f
 
 
 def _adjust(scene: _Scene, rays: np.ndarray, known: np.ndarray, focal: np.ndarray, frames: slice, points: bool, steps: int) -> None:
-    """Levenberg-Marquardt on the poses of `frames`, and the points if asked, in place. Points are eliminated (Schur complement)."""
+    """Levenberg-Marquardt on the poses of `frames`, and optionally on the points, in place. Points are eliminated (Schur complement)."""
     span = range(*frames.indices(len(scene.R)))
-    rows = np.array([0, *span]) if points else np.array(span)  # frame 0 stands still but its sight of the points counts
+    rows = np.array([0, *span]) if points else np.array(span)  # frame 0 is fixed, but its observations of the points count
     use = known[rows].any(0)
     damping, previous = 1e-3, np.inf
     for _ in range(steps):
@@ -313,7 +314,7 @@ def _adjust(scene: _Scene, rays: np.ndarray, known: np.ndarray, focal: np.ndarra
         if points:
             trial.u = part.u - np.einsum("nkl,nl->nk", inverse, gV + np.einsum("tjnk,tj->nk", C, step))
             trial.u = trial.u / np.linalg.norm(trial.u[:, :3], axis=-1, keepdims=True).clip(1e-6)
-            trial.u[:, 3] = trial.u[:, 3].clip(min=0)  # nothing lies beyond infinity; without this a truck passes for a pan
+            trial.u[:, 3] = trial.u[:, 3].clip(min=0)  # no inverse distance below 0; otherwise a sideways move could pass for a pan
         after, _ = _residual(trial, rays[rows][:, use], known[rows][:, use], focal[rows])
         if (weight[..., None] * after**2).sum() < cost:
             scene.R[rows], scene.o[rows], scene.u[use] = trial.R, trial.o, trial.u
@@ -326,7 +327,7 @@ def _adjust(scene: _Scene, rays: np.ndarray, known: np.ndarray, focal: np.ndarra
 
 
 def _residual(scene: _Scene, rays: np.ndarray, known: np.ndarray, focal: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels by which each point misses its sight (t, n, 2), and how much that sight weighs (t, n): Geman-McClure."""
+    """Each point's distance in pixels from its observation (t, n, 2), and the observation's Geman-McClure weight (t, n)."""
     p = scene.seen()
     r = (p[..., :2] / p[..., 2:].clip(1e-2) - rays) * focal[:, None, None]
     gap = np.linalg.norm(r, axis=-1)
@@ -335,7 +336,7 @@ def _residual(scene: _Scene, rays: np.ndarray, known: np.ndarray, focal: np.ndar
 
 
 def _jacobians(scene: _Scene, focal: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """d pixel / d pose (t, n, 2, 6): turn in the camera's own axes, then position; d pixel / d point (t, n, 2, 4)."""
+    """d pixel / d pose (t, n, 2, 6): rotation in the camera's own axes, then position; d pixel / d point (t, n, 2, 4)."""
     p, (t, n) = scene.seen(), (len(scene.R), len(scene.u))
     z = p[..., 2].clip(1e-2)
     zero = np.zeros_like(z)

@@ -1,8 +1,8 @@
-"""Points followed through any video: corners spread over the picture, each carried on by its look when it was first seen.
+"""Tracks points through any video: corners spread over the picture, each followed by its appearance when it was first seen.
 
-From frame to frame by Lucas and Kanade's method, there and back; then set right against the first sight of it, which may have grown,
-turned, slanted and changed its light since. Without that last step small misses add up, and a patch that grows is always off to the same
-side: the paths of moving cameras come out three times as far from the truth.
+A point is tracked from frame to frame by Lucas and Kanade's method, forward and back, then aligned again to its first appearance, which
+may have grown, rotated, become slanted or changed its brightness since. Without this alignment small errors add up, and for a growing
+patch they are always to the same side: estimated paths of moving cameras are then three times as far from the truth.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ import cv2
 import numpy as np
 from torch import Tensor
 
-SHORT_SIDE = 256  # pixels; smaller pictures are enlarged before corners are sought
-CELLS, A_CELL, APART = 8, 6, 6  # cells along the long side, corners in each at most, enlarged pixels between two
-QUALITY = 3e-4  # of the strongest corner; a bright thing on a soft ground must not hide it
-RETURN = 0.5  # pixels of the enlarged picture that a point may miss its start by, followed there and back
-RADIUS, WIDTH = 20, 12.0  # enlarged pixels around a point that are its look, and the width of the bell by which they count
-STEPS, STILL = 8, 0.05  # of setting right; the last one must be shorter than so many pixels
-ASTRAY, UNLIKE = 1.5, 0.5  # pixels that setting right may move a point, and difference of looks, as a share of their contrast
+SHORT_SIDE = 256  # pixels; smaller pictures are enlarged before corners are detected
+CELLS, A_CELL, APART = 8, 6, 6  # cells along the long side, corners per cell at most, enlarged pixels between two corners
+QUALITY = 3e-4  # relative to the strongest corner; low, because a bright object must not hide corners of a soft ground
+RETURN = 0.5  # enlarged pixels by which a point tracked forward and back may miss its start
+RADIUS, WIDTH = 20, 12.0  # enlarged pixels: the patch around a point, and the width of its Gaussian weight
+STEPS, STILL = 8, 0.05  # of the alignment; the last step must be shorter than this in pixels
+ASTRAY, UNLIKE = 1.5, 0.5  # limits of the alignment: shift in pixels, and difference of appearance relative to the contrast
 
 AROUND = np.mgrid[-RADIUS : RADIUS + 1, -RADIUS : RADIUS + 1][::-1].reshape(2, -1).T.astype(np.float32)  # (p, 2) x, y
 BELL = np.exp(-np.square(AROUND).sum(-1) / (2 * WIDTH**2))  # (p,)
-UNITS = np.array([1, 1, *[1 / RADIUS] * 4, 1 / 50, 1])  # of the 8 unknowns: of a size, so that one damping fits all
+UNITS = np.array([1, 1, *[1 / RADIUS] * 4, 1 / 50, 1])  # of the 8 unknowns: makes them similar in size, for one damping
 DAMPING = 1e-5
 
 Pairs = list[tuple[np.ndarray, np.ndarray]]  # (p, q) (n, 2) each, normalised: x by the width, y by the height
@@ -32,18 +32,18 @@ Pairs = list[tuple[np.ndarray, np.ndarray]]  # (p, q) (n, 2) each, normalised: x
 
 @dataclass
 class Looks:
-    """The looks of n points when first seen, and how each has changed: what was at a from the point is at stretch · a now, and its grey is
-    light · grey + shade."""
+    """The first appearance of n points, and how it has changed: what was at offset a from the point is now at stretch · a, with the grey
+    value light · grey + shade."""
 
     grey: np.ndarray  # (n, p), nan outside the picture
-    solve: np.ndarray  # (n, 8, p) differences of grey to two of place, four of stretch, light and shade
+    solve: np.ndarray  # (n, 8, p) differences of grey -> two of position, four of stretch, light and shade
     stretch: np.ndarray  # (n, 2, 2)
     light: np.ndarray  # (n, 1)
     shade: np.ndarray  # (n, 1)
 
     @classmethod
     def of(cls, picture: np.ndarray, points: np.ndarray) -> Looks:
-        """points (n, 2) of a float32 picture, unchanged as yet."""
+        """The appearance of points (n, 2) in a float32 picture, with no change yet."""
         at = points[:, None] + AROUND  # (n, p, 2)
         grey = sample(picture, at)
         slope = [(sample(picture, at + one) - sample(picture, at - one)) / 2 for one in np.eye(2)]  # d/dx, d/dy
@@ -55,17 +55,17 @@ class Looks:
         return cls(grey, UNITS[:, None] * (np.linalg.inv(H) @ (J * BELL)), np.tile(np.eye(2), (n, 1, 1)), np.ones((n, 1)), np.zeros((n, 1)))
 
     def those(self, which: np.ndarray) -> Looks:
-        """Of the points in a mask (n,)."""
+        """The appearance of the points selected by a mask (n,)."""
         return Looks(*(getattr(self, field.name)[which] for field in fields(self)))
 
     def and_also(self, others: Looks) -> Looks:
         return Looks(*(np.concatenate([getattr(looks, field.name) for looks in (self, others)]) for field in fields(self)))
 
     def set_right(self, picture: np.ndarray, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """From about where the points (n, 2) are in a picture, and from how they looked last: where they are, and whether they look alike.
+        """Align points (n, 2) of a picture to their first appearance, from approximate positions: positions, and whether they match.
 
-        Inverse compositional (Baker and Matthews, "Lucas-Kanade 20 years on", 2004): it is the first look that is moved, so its slopes and
-        their inverse are computed once. The changes found are kept.
+        Inverse compositional (Baker and Matthews, "Lucas-Kanade 20 years on", 2004): the first appearance is the one that is warped, so its
+        slopes and their inverse are computed once. The changes found are kept.
         """
         x = points.astype(np.float64)
         for _ in range(STEPS):
@@ -80,7 +80,7 @@ class Looks:
         return x, alike & (np.linalg.norm(x - points, axis=-1) < ASTRAY) & (area > 0.2) & (area < 5)
 
     def _unlike(self, picture: np.ndarray, x: np.ndarray) -> np.ndarray:
-        """What the present look of points at x, seen as it was first, differs by: (n, p), nothing where either lies outside the picture."""
+        """Difference (n, p) of the present appearance at x, warped back, from the first; 0 if either is outside the picture."""
         now = sample(picture, x[:, None] + AROUND @ self.stretch.swapaxes(1, 2))
         return np.nan_to_num((now - self.shade) / self.light - self.grey)
 
@@ -112,9 +112,9 @@ def follow_points(video: Tensor, scale: int) -> np.ndarray:
 
 
 def corners(grey: np.ndarray, taken: np.ndarray) -> np.ndarray:
-    """New corners (n, 2), away from those that are followed (m, 2), at most `A_CELL` of both in each cell of a grid over the picture.
+    """New corners (n, 2) away from tracked ones (m, 2), with at most `A_CELL` of both in each cell of a grid over the picture.
 
-    Else a bright object, which may move on its own, holds most points, and the far ones that fix the turn are too few.
+    Otherwise a bright object, which may move on its own, has most points, and too few are on the distant ones that fix the rotation.
     """
     free = np.full(grey.shape, 255, np.uint8)
     for place in taken:
@@ -133,7 +133,7 @@ def corners(grey: np.ndarray, taken: np.ndarray) -> np.ndarray:
 
 
 def followed(one: np.ndarray, other: np.ndarray, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where points (n, 2) of a picture are in another (Lucas-Kanade), and whether they were found."""
+    """Positions in another picture of points (n, 2) (Lucas-Kanade), and whether they were found."""
     stop = (cv2.TERM_CRITERIA_EPS | cv2.TERM_CRITERIA_COUNT, 30, 0.003)
     there, ok, _ = cv2.calcOpticalFlowPyrLK(one, other, points[:, None], None, winSize=(21, 21), maxLevel=3, criteria=stop)
     return there[:, 0], ok[:, 0].astype(bool)
@@ -148,7 +148,7 @@ def sample(picture: np.ndarray, at: np.ndarray) -> np.ndarray:
 
 
 def tracks(frames: np.ndarray, gap: int = 1) -> Pairs:
-    """Where points of each frame (T, H, W, 3) lie `gap` frames later; those that do not find their way back are left out."""
+    """Positions of points of each frame (T, H, W, 3), and where they are `gap` frames later; unreliable points are left out."""
     greys = [cv2.cvtColor(np.ascontiguousarray(frame), cv2.COLOR_RGB2GRAY) for frame in frames]
     unit = np.array([frames.shape[2], frames.shape[1]], np.float32)
     pairs = []
