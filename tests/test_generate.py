@@ -111,8 +111,8 @@ def test_a_record_that_somebody_bent_is_refused_in_one_line(run) -> None:
         if isinstance(change, dict):
             text = json.dumps(whole | {part: whole[part] | fields for part, fields in change.items()})
         Path("bent.json").write_text(text)
-        code, out, error = run("--replay", "bent.json", "--output", "b.mp4")
-        assert (code, error.count("\n")) == (2, 1) and not Path("b.mp4").exists(), (name, error)
+        code, out, error = run("--replay", "bent.json")
+        assert (code, error.count("\n")) == (2, 1) and not list(Path().glob("bent-*")), (name, error)
 
 
 def test_no_other_way_to_write_a_path_destroys_an_input(run) -> None:

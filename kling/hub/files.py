@@ -27,7 +27,7 @@ def weight_files(path: str | Path) -> list[Path]:
         if path.suffix in PICKLES:
             raise UserError(f"{path.name} is a pickle, which can run code when it is opened: get the safetensors of the same weights")
         if not path.is_file():
-            raise UserError(f"weights '{path}' do not exist: check the path")
+            raise UserError(f"weights '{path}' {'are no file' if path.exists() else 'do not exist'}: check the path")
         return [path]
     if indices := sorted(path.glob("*.safetensors.index.json")):
         try:
