@@ -246,7 +246,7 @@ def test_colours_that_are_not_brought_to_srgb_are_named(tmp_path, caplog):
         caplog.clear()
         path = make(tmp_path / name, n=2, picture=np.full((H, W, 3), 128, np.uint8), **tags)
         for _ in range(2):
-            read_video(path)
+            probe(path)
         (record,) = caplog.records
         assert says in record.getMessage() and str(path) in record.getMessage() and "\n" not in record.getMessage()
 
