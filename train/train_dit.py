@@ -50,7 +50,7 @@ from kling.training.loop import Loop
 from kling.training.lora import Lora, add_lora, export_lora
 from kling.training.meter import Meter, matmul_ceiling
 from kling.training.model import Trained, set_checkpointing
-from kling.training.optim import make_optimizer, set_lr
+from kling.training.optim import check_names, make_optimizer, set_lr
 from kling.training.start import (
     LONG_CAPTIONS,
     SHIPPED,
@@ -160,6 +160,7 @@ def main(argv: list[str] | None = None) -> None:
     if helped("kling-train", argv):
         return
     cfg = load_config(TrainDiTConfig, argv[0], argv[1:])
+    check_names(cfg.optimizer, cfg.schedule)
     for name in cfg.tasks:
         if name not in TASKS:
             raise unknown("task", name, TASKS)
@@ -177,8 +178,6 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("sample_every is set, and samples need both experts: leave it at 0, and sample from the export")
     if cfg.long_captions not in LONG_CAPTIONS:
         raise unknown("long_captions", cfg.long_captions, LONG_CAPTIONS)
-    if cfg.group < 1:
-        raise UserError(f"group {cfg.group}: give 1 or more")
     if cfg.sample_tasks and not cfg.sample_every:
         raise UserError("sample_tasks is set but not sample_every: say every how many steps")
     cfg.vae = cfg.vae or ("" if cfg.init_from == SHIPPED else cfg.init_from) or ""

@@ -7,6 +7,7 @@ the VAE's tiles see less than the whole picture.
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,9 @@ ATTENTIONS = {  # our name -> diffusers' name, and whether it runs on a CPU
 }
 BRANCHES = [r"blocks\.\d+\.(attn1|attn2|ffn)"]  # the modules that TaylorSeer predicts; diffusers' patterns match nothing in a Wan block
 CACHES = ("first-block", "mag", "taylorseer", "calibrate")
-HEAD_HOOK = "mag_cache_leader_block_hook"  # the hook in which diffusers keeps MagCache's measurements
+LEAST_VALUE = {"first-block": (float, 0.0), "taylorseer": (int, 1)}  # what stands behind the =
+LEAST_TILE = 32  # pixels: the VAE's tiles overlap by a quarter, which must be a latent at least
+HEAD_HOOK = "mag_cache_leader_block_hook"  # where diffusers keeps what MagCache measures
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,20 @@ class Machine:
             raise unknown("attention", self.attention, ATTENTIONS)
         if self.cache is not None and self.cache.split("=")[0] not in CACHES:
             raise unknown("cache", self.cache, [f"{name}=…" for name in CACHES])
+        if self.context_parallel < 1:
+            raise UserError(f"--context-parallel {self.context_parallel}: give at least 1")
+        if self.tiles is not None and self.tiles < LEAST_TILE:
+            raise UserError(f"--tiles {self.tiles}: give at least {LEAST_TILE} pixels")
+        name, _, value = (self.cache or "").partition("=")
+        if name in LEAST_VALUE and value:
+            parse, least = LEAST_VALUE[name]
+            try:
+                if not least <= parse(value) < math.inf:
+                    raise UserError(f"--cache {self.cache}: give at least {least:g}")
+            except ValueError as error:
+                if isinstance(error, UserError):
+                    raise
+                raise _no_number(self.cache) from None
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -156,7 +173,12 @@ def cache_config(text: str, steps: int, model: Any, number: int, experts: int) -
     except ValueError as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"--cache {text}: write a number after the =, as in {name}={'5' if name == 'taylorseer' else '0.1'}") from None
+        raise _no_number(text) from None
+
+
+def _no_number(text: str) -> UserError:
+    name = text.partition("=")[0]
+    return UserError(f"--cache {text}: write a number after the =, as in {name}={'5' if name == 'taylorseer' else '0.1'}")
 
 
 def read_ratios(path: str, experts: int) -> list[list[float]]:

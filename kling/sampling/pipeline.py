@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -30,8 +29,8 @@ from kling.errors import UserError
 from kling.flow.diffusers_scheduler import shift_key
 from kling.flow.solvers import KlingFlowScheduler
 from kling.hub.clip import clip_tokens
-from kling.hub.load import find_folder, load
-from kling.hub.lora import add_loras
+from kling.hub.load import find_file, find_folder, load
+from kling.hub.lora import add_lora, add_loras
 from kling.runtime.device import upload
 from kling.runtime.files import as_umask
 from kling.runtime.random import generator
@@ -172,18 +171,22 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         value = own[name] if asked is None else asked
         return [value, value] if name == "guidance_scale" and not isinstance(value, list | tuple) else value
 
-    def load_lora_weights(self, lora: str | Path | dict[str, Any], **kwargs: Any) -> None:
-        """As in diffusers, but a folder without a `weight_name` is the `lora` folder of kling-train.
+    def load_lora_weights(
+        self,
+        lora: str | Path | Mapping[str, Tensor],
+        adapter_name: str | None = None,
+        weight_name: str | None = None,
+        load_into_transformer_2: bool = False,
+        **hub: Any,
+    ) -> None:
+        """As diffusers', but read by what reads `lora=` of `from_pretrained` (see `kling.hub.lora`), which knows every naming.
 
-        Raises `UserError` if it has no `pytorch_lora_weights.safetensors`, or peft is not installed.
+        lora: a file, a folder with one (or `weight_name`), the same on the hub, or tensors by their keys. hub: revision, token and what
+        else huggingface_hub's download takes. Whole differences of distilled LoRAs go into the weights: `unload_lora_weights` leaves them.
+        Raises `UserError` for a file that is missing, damaged, of another method, or no LoRA of this model, and if peft is not installed.
         """
-        if find_spec("peft") is None:
-            raise UserError("low-rank weights need peft: pip install 'kling[lora]'")
-        if not isinstance(lora, dict) and "weight_name" not in kwargs:
-            if not (Path(lora) / LORA_FILE).is_file():
-                raise UserError(f"low-rank weights '{lora}': no {LORA_FILE} there; give the `lora` folder of kling-train")
-            kwargs["weight_name"] = LORA_FILE
-        super().load_lora_weights(lora if isinstance(lora, dict) else str(lora), **kwargs)
+        file = lora if isinstance(lora, Mapping) else find_file(lora, weight_name, LORA_FILE, **hub)
+        add_lora(self, file, load_into_transformer_2, adapter_name)
 
     def fuse_lora(self, lora_scale: float = 1.0) -> None:
         """Add the loaded low-rank weights, times `lora_scale`, to the weights themselves, so that they cost nothing in sampling."""

@@ -163,7 +163,9 @@ class Request:
             raise UserError(f"strength {self.strength:g}: give a number from 0 (forget the video) to 1 (keep it)")
         if not 0 <= self.sigma_c < 1:
             raise UserError(f"sigma_c {self.sigma_c:g}: give a noise level from 0 to less than 1")
-        for name in ("guidance_scale", "camera_guidance_scale", "guidance_reach", "shift", "camera_scale"):
+        if self.shift is not None and not (math.isfinite(self.shift) and self.shift > 0):  # 0 puts every step where there is no noise
+            raise UserError(f"shift {self.shift:g}: give a number above 0")
+        for name in ("guidance_scale", "camera_guidance_scale", "guidance_reach", "camera_scale"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= 0):
                 raise UserError(f"{name} {value}: give a number of 0 or more")
