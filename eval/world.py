@@ -16,7 +16,6 @@ training, it is half as many of the former and a quarter of the latter.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import multiprocessing
@@ -53,8 +52,9 @@ from kling_programs.eval.cases import (
     spoiled,
     with_camera,
 )
-from kling_programs.eval.common import check_order, protocol_hash, write_json
-from kling_programs.sample.command import Parser
+from kling_programs.eval.common import check_order, found_only, protocol_hash, write_json
+from kling_programs.eval.options import QUICK
+from kling_programs.eval.options import world as parse
 from torch import Tensor
 
 from kling.data.image import write_png
@@ -74,12 +74,12 @@ from kling.runtime.precision import bf16_is_fast, default_device, describe
 from kling.runtime.random import derive_seed
 from kling.sampling.record import model_hashes
 
-PROTOCOL = 3  # raised when a case is asked or measured in another way: older measurements are then not mixed with new ones
+PROTOCOL = 4  # raised when a case is asked or measured in another way: older measurements are then not mixed with new ones
+READ = (3, PROTOCOL)  # protocols that a folder may hold: cases of 3 counted a camera that was not found, which is left out on reading
 EXAMPLES = 400  # rendered clips to which the detectors are fitted
 PICTURES = 64  # number of cases for tasks that need few
 CONTROLS = 32  # number of cases in which controls, and the VAE alone, are measured
 STRIP_ROWS = 4
-QUICK = {"n": 8, "examples": 120}
 
 Measured = dict[str, dict[str, list[Row]]]  # by who answered (the model or a stand-in), then by task
 Record = dict[str, Any]  # of one case: "k", "seconds" of each generated clip, "rows" by who answered, then by task
@@ -460,7 +460,10 @@ def recorded(path: Path) -> dict[int, Record]:
     if torn:
         with written(path) as temporary:
             temporary.write_bytes(whole + newline)
-    return {record["k"]: record for record in map(json.loads, whole.splitlines())}
+    records = [json.loads(line) for line in whole.splitlines()]
+    for rows in (by_task for record in records for by_task in record["rows"].values()):
+        rows |= {task: found_only(row) for task, row in rows.items()}
+    return {record["k"]: record for record in records}
 
 
 def claim(out: Path, options: Options, model: dict[str, Any]) -> None:
@@ -478,6 +481,7 @@ def claim(out: Path, options: Options, model: dict[str, Any]) -> None:
     if path.is_file():
         head(path)
         before = json.loads(path.read_text(encoding="utf-8"))
+        before |= {"protocol": PROTOCOL} if before.get("protocol") in READ else {}
         if changed := [name for name in mine if before.get(name) != mine[name]]:
             raise UserError(f"{out} holds clips made with other {' and '.join(changed)}: give another --out")
     out.mkdir(parents=True, exist_ok=True)
@@ -486,22 +490,3 @@ def claim(out: Path, options: Options, model: dict[str, Any]) -> None:
 
 def clip_path(out: str | Path, task: str, k: int) -> Path:
     return Path(out) / "clips" / task / f"{k:04d}.npz"
-
-
-def parse(argv: list[str]) -> argparse.Namespace:
-    parser = Parser("kling-eval world", __doc__)
-    parser.add_argument("--model", metavar="FOLDER", help="default: the shipped one")
-    parser.add_argument("--out", metavar="FOLDER", required=True)
-    parser.add_argument("--n", metavar="N", type=int, help="cases a task (256)")
-    parser.add_argument("--seed", metavar="N", type=int, help="of the scenes and the clips (0)")
-    parser.add_argument("--steps", metavar="N", type=int, help="sampling steps; default: the checkpoint's own")
-    parser.add_argument("--workers", metavar="N", type=int, help="processes that share the cases and the processor (1)")
-    names = ", ".join(TASKS)
-    parser.add_argument("--tasks", metavar="A,B", help=f"only these: {names}; a first word names all that begin with it")
-    parser.add_argument("--quick", action="store_true", help=f"{QUICK['n']} cases and less certain detectors")
-    parser.add_argument("--limit-minutes", metavar="M", type=float, help="stop after this time, and report the n that was reached")
-    args = parser.parse_args(argv)
-    for name in ("n", "workers"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)}: give at least 1")
-    return args

@@ -14,6 +14,23 @@ from kling.metrics.controls import frozen, noise, shuffled, taken_over
 from kling.metrics.permanence import permanence
 from kling.metrics.segment import segment
 
+# By what a clip of each task is judged; all of them hold of the truth, and not all of what the task forbids.
+CERTIFIED = {
+    "text-en": ("colour", "solid", "ground", "motion", "whole"),
+    "plain": ("colour", "solid", "ground", "motion", "whole", "still"),
+    "things-2": ("right", "whole"),
+    "things-3": ("right", "whole"),
+    "long": ("colour", "solid", "ground", "motion", "whole"),
+    "camera": ("class", "whole"),
+    "words": ("class", "whole"),
+    "image-motion": ("motion", "whole"),
+    "restyle-0.3": ("colour", "solid", "ground", "motion"),
+    "restyle-0.7": ("colour", "solid", "ground", "motion"),
+    "continuation-same": ("kept", "ground"),
+    "continuation-other": ("kept", "ground"),
+    "continuation-none": ("kept", "ground"),
+}
+
 
 def scenes(seed: int, n: int, things: int, frames: int = 17, static: bool = True) -> list[Scene]:
     """Scenes with `things` objects, with their own camera or a static one."""
@@ -136,6 +153,26 @@ def test_each_of_several_objects_is_read(task: str) -> None:
         right += measure(ruler, case, truth, truth)["right"]
         wrong += measure(ruler, case, render_scene(exchanged(case.scene)), truth)["right"]
     assert right >= 0.99 * n and wrong == 0, (right, wrong)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("task", CERTIFIED)
+def test_each_task_is_answered_by_its_truth_and_not_by_what_it_forbids(task: str) -> None:
+    """Of 30 cases none of the truth is wrong by any measure of the task, and none that is broken is right by all of them."""
+    from kling_programs.eval.world import FRAMES, Options, broken, make_ruler, measure
+
+    ruler, n = make_ruler(Options("", examples=400)), 30
+    wrong: dict[str, list[int]] = {}
+    for case in (TASKS[task].make(held_out(3, FRAMES, max_things=1), k) for k in range(n)):
+        truth = render_scene(case.scene)
+        right, forbidden = measure(ruler, case, truth, truth), measure(ruler, case, broken(case), truth)
+        for measured in CERTIFIED[task]:
+            if right[measured] is False:
+                wrong.setdefault(f"truth is wrong in {measured}", []).append(case.k)
+        if all(forbidden[measured] is not False for measured in CERTIFIED[task]):
+            wrong.setdefault("broken is right", []).append(case.k)
+    assert not wrong
 
 
 def test_every_task_has_a_right_answer_under_its_name() -> None:

@@ -20,7 +20,7 @@ from kling_programs.train.command import helped
 from torch import Tensor, nn
 
 from kling.cache.batches import LatentSteps
-from kling.cache.store import INDEX, CacheConfig, LatentBatch, LatentCache, differences, fill_cache, read_index, settings_of
+from kling.cache.store import LatentCache
 from kling.condition.tasks import TASKS, keyframe_share
 from kling.config import load_config
 from kling.data.clips import ClipSample
@@ -33,9 +33,8 @@ from kling.flow.levels import draw_sigma
 from kling.flow.losses import flow_loss
 from kling.flow.path import velocity
 from kling.runtime import checkpoint
-from kling.runtime.accelerator import EXIT_STOPPED, Accelerator, StopSignal, keep_in_fp32, wrap_what_is_there
+from kling.runtime.accelerator import keep_in_fp32, wrap_what_is_there
 from kling.runtime.device import upload
-from kling.runtime.lock import locked
 from kling.runtime.log import Later
 from kling.runtime.parallel import same_rng, split_sequence, total, trained, whole
 from kling.runtime.random import generator, noise_like
@@ -51,19 +50,18 @@ from kling.training.loop import Loop
 from kling.training.lora import Lora, add_lora, export_lora
 from kling.training.meter import Meter, matmul_ceiling
 from kling.training.model import Trained, set_checkpointing
-from kling.training.optim import make_optimizer, set_lr
+from kling.training.optim import check_names, make_optimizer, set_lr
 from kling.training.start import (
     LONG_CAPTIONS,
     SHIPPED,
     Start,
-    captions_of,
     check_captions,
     check_fit,
-    is_read,
+    complete_cache,
+    complete_text,
     new_scheduler,
     open_start,
     taught_text,
-    text_folder,
 )
 from kling.training.validation import Validation, draw_samples, encode, held_out, level_quantiles, task_requests, validation_loss
 
@@ -162,6 +160,7 @@ def main(argv: list[str] | None = None) -> None:
     if helped("kling-train", argv):
         return
     cfg = load_config(TrainDiTConfig, argv[0], argv[1:])
+    check_names(cfg.optimizer, cfg.schedule)
     for name in cfg.tasks:
         if name not in TASKS:
             raise unknown("task", name, TASKS)
@@ -179,8 +178,6 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("sample_every is set, and samples need both experts: leave it at 0, and sample from the export")
     if cfg.long_captions not in LONG_CAPTIONS:
         raise unknown("long_captions", cfg.long_captions, LONG_CAPTIONS)
-    if cfg.group < 1:
-        raise UserError(f"group {cfg.group}: give 1 or more")
     if cfg.sample_tasks and not cfg.sample_every:
         raise UserError("sample_tasks is set but not sample_every: say every how many steps")
     cfg.vae = cfg.vae or ("" if cfg.init_from == SHIPPED else cfg.init_from) or ""
@@ -197,7 +194,7 @@ def train(cfg: TrainDiTConfig, loop: Loop) -> None:
     start = open_start(cfg.init_from, cfg.checkpoint, cfg.expert) if cfg.init_from else None
     within = start.within if start else (0.0, 1.0)
     vae = load_vae(cfg.vae).to(device)
-    complete_cache(cfg, vae, stop, accelerator)
+    complete_cache(cfg.cache, cfg.encode, vae, stop, accelerator)
     cache = LatentCache(cfg.cache)
     cache.check_vae(vae)
     if keyframe_share(cfg.tasks):
@@ -210,7 +207,10 @@ def train(cfg: TrainDiTConfig, loop: Loop) -> None:
     held = encode(clips, vae) if cfg.validation.every else []
     asked = requests(cfg, clips) if cfg.sample_every else []
     if start and start.published and accelerator.is_main_process:
-        complete_text(cfg, start, asked, held, device, stop)
+        prompts = [request.prompt for request in asked] + [request.negative_prompt or "" for request in asked]
+        prompts += [start.settings["defaults"]["negative_prompt"]] if asked else []
+        prompts += [clip.captions[0][0] for clip in held]
+        complete_text(start.text(cfg.text, cfg.cache), cfg.cache, prompts, device, stop)
     accelerator.wait_for_everyone()
 
     torch.manual_seed(cfg.seed)  # the initial weights; every later draw is counter-based
@@ -312,36 +312,6 @@ def log_line(guard: DeviceGuard, lr: float, speed: Callable[[], dict[str, float]
     return {**Meter.means(sums), "lr": lr, "grad_norm": norm, "skipped": guard.skipped, **speed()}
 
 
-def complete_cache(cfg: TrainDiTConfig, vae: nn.Module, stop: StopSignal, accelerator: Accelerator) -> None:
-    """Fill the latent cache if it is missing or unfinished, each process its share; without a preset it is used as kling-encode left it.
-
-    Finished shards are kept, so a signal may stop it after any of them.
-    """
-    if not cfg.encode:
-        return
-    settings = load_config(CacheConfig, cfg.encode, [f"out={cfg.cache}"])
-    check_is_made_so(settings)
-    rank, ranks, wait = accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone
-    precision = "bf16" if accelerator.mixed_precision == "bf16" else "fp32"
-    hold = partial(locked, cfg.cache, "cache", accelerator)
-    for done, total_clips in fill_cache(settings, vae, rank, ranks, wait, precision=precision, hold=hold):
-        if accelerator.is_main_process:
-            print(f"latent cache {cfg.cache}: {done}/{total_clips} clips", file=sys.stderr)
-        if stop and done < total_clips:
-            raise SystemExit(EXIT_STOPPED)
-
-
-def check_is_made_so(cfg: CacheConfig) -> None:
-    """Raises `UserError` if the cache is complete and was made with other settings than these, for example by the user."""
-    if (Path(cfg.out) / INDEX).is_file():
-        was, now = read_index(Path(cfg.out) / INDEX)["settings"], settings_of(cfg)
-        if was != now:
-            raise UserError(
-                f"latent cache {cfg.out} was made {differences(was, now)}, and the preset `encode` would complete it: "
-                "set encode= to train on it unchanged (configs/dit/own.yaml does), or give another cache="
-            )
-
-
 def requests(cfg: TrainDiTConfig, clips: list[ClipSample]) -> list[Request]:
     """The samples to draw during training. Raises `UserError` for a field that requests do not have."""
     try:
@@ -349,27 +319,6 @@ def requests(cfg: TrainDiTConfig, clips: list[ClipSample]) -> list[Request]:
     except TypeError as error:
         raise UserError(f"samples: {str(error).removeprefix('Request.__init__() ')}; its keys are the fields of Request") from None
     return asked + (task_requests(clips[0], [name for name, weight in cfg.tasks.items() if weight]) if cfg.sample_tasks else [])
-
-
-def complete_text(
-    cfg: TrainDiTConfig, start: Start, asked: list[Request], held: list[LatentBatch], device: torch.device, stop: StopSignal
-) -> None:
-    """Encode every prompt of the training with umT5, before the transformer is loaded on the device.
-
-    kling-encode has encoded the captions already if it was given the model.
-    """
-    prompts = {start.settings["defaults"]["negative_prompt"], *(request.negative_prompt or "" for request in asked)} if asked else set()
-    text = start.text(cfg.text, cfg.cache)
-    prompts |= {
-        "",
-        *(() if is_read(cfg.cache, text) else captions_of(cfg.cache)),
-        *(clip.captions[0][0] for clip in held),
-        *(request.prompt for request in asked),
-    }
-    for done, new in text.learn(sorted(prompts), device):
-        print(f"text embeddings {text_folder(cfg.cache)}: {done}/{new}", file=sys.stderr)
-        if stop and done < new:
-            raise SystemExit(EXIT_STOPPED)
 
 
 def build(cfg: TrainDiTConfig, start: Start | None) -> Trained:

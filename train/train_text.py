@@ -26,7 +26,7 @@ from kling.text.encoder import cut_prompt
 from kling.training.ema import EMA
 from kling.training.health import Guard
 from kling.training.loop import Loop
-from kling.training.optim import make_optimizer, set_lr
+from kling.training.optim import check_names, make_optimizer, set_lr
 from kling.training.start import LONG_CAPTIONS, refuse_long
 
 
@@ -96,6 +96,7 @@ def main(argv: list[str] | None = None) -> None:
     if helped("kling-train-text", argv):
         return
     cfg = load_config(TrainTextConfig, argv[0], argv[1:])
+    check_names(cfg.optimizer, cfg.schedule)
     check_data(cfg.data)
     if cfg.long_captions not in LONG_CAPTIONS:
         raise unknown("long_captions", cfg.long_captions, LONG_CAPTIONS)

@@ -34,7 +34,7 @@ from kling.training.ema import EMA
 from kling.training.health import Guard
 from kling.training.loop import Loop
 from kling.training.meter import StepClock, peak_memory
-from kling.training.optim import adamw, make_optimizer, set_lr
+from kling.training.optim import adamw, check_names, make_optimizer, set_lr
 from kling.vae import AutoencoderKLKling, LossWeights, vae_loss
 from kling.vae.discriminator import Adversary, PatchDiscriminator3d, Perceptual, frozen, generator_loss, hinge
 from kling.vae.paths import PATHS, Autoencoding, half
@@ -107,12 +107,11 @@ def main(argv: list[str] | None = None) -> None:
     if helped("kling-train-vae", argv):
         return
     cfg = load_config(TrainVAEConfig, argv[0], argv[1:])
+    check_names(cfg.optimizer, cfg.schedule)
     check_data(cfg.data)
     for name in cfg.paths:
         if name not in PATHS:
             raise unknown("path", name, PATHS)
-    if cfg.group < 1:
-        raise UserError(f"group {cfg.group}: give 1 or more")
     if bool(cfg.perceptual) != bool(cfg.perceptual_weights):
         raise UserError(
             "perceptual and perceptual_weights belong together: give both, a weight and a safetensors file of VGG-16, or neither"

@@ -21,7 +21,7 @@ from diffusers.models.attention import AttentionMixin
 from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.utils import apply_lora_scale
+from diffusers.utils import apply_lora_scale, logging
 from torch import Tensor, nn
 
 from kling.cameras.trajectory import RAY_CHANNELS, Cameras
@@ -38,6 +38,8 @@ from kling.runtime.diffusers_internals import ContextParallelInput, ContextParal
 from kling.shapes import token_grid
 
 RAYS_PER_PASS = 2**23  # numbers in the rays that are made at once while sampling
+DELTATIME_TYPES = ("r", "t-r")
+ANYFLOW_KEYS = {"init_far_model", "init_flowmap_model", "chunk_partition", "compressed_patch_size", "full_chunk_limit"}  # of its training
 OUTPUT = "thwc"  # order of the numbers that a token becomes: Wan's, in which the channel is the fastest axis
 
 
@@ -51,12 +53,14 @@ class KlingTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
         camera_fold: "unshuffle" (as the published Wan-Fun Camera weights) or "pool" (small models).
         camera_downscale: pixels of a ray map along each side of a latent cell (the spatial factor of the VAE).
         camera_residual_blocks: residual blocks after the fold.
+        gate_value, deltatime_type: of a flow map, as in diffusers' `AnyFlowTransformer3DModel`: the share of a step's end in the embedded
+            level, and whether the end is given as a level ("r") or as a length ("t-r"). None: no flow map.
     """
 
     _supports_gradient_checkpointing = True
     _skip_layerwise_casting_patterns = ["patch_embedding", "condition_embedder", "kind_embedding", "norm"]
     _no_split_modules = ["KlingTransformerBlock"]
-    _keep_in_fp32_modules = ["time_embedder", "scale_shift_table", "norm1", "norm2", "norm3"]
+    _keep_in_fp32_modules = ["time_embedder", "delta_embedder", "scale_shift_table", "norm1", "norm2", "norm3"]
     _keys_to_ignore_on_load_unexpected = ["norm_added_q"]
     _repeated_blocks = ["KlingTransformerBlock"]
     _cp_plan = {
@@ -91,8 +95,12 @@ class KlingTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
         camera_fold: str = "unshuffle",
         camera_downscale: int = 8,
         camera_residual_blocks: int = 1,
+        gate_value: float | None = None,
+        deltatime_type: str = "r",
     ) -> None:
         super().__init__()
+        if deltatime_type not in DELTATIME_TYPES:
+            raise unknown("deltatime_type", deltatime_type, DELTATIME_TYPES)
         if qk_norm not in (None, "rms_norm_across_heads"):
             raise unknown("qk_norm", qk_norm, ["rms_norm_across_heads"])
         dim = num_attention_heads * attention_head_dim
@@ -101,7 +109,9 @@ class KlingTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
         self.patch_embedding = PatchEmbed(in_channels, dim, patch_size)
         self.rope = RotaryPosEmbed(attention_head_dim)
         self.token_index = TokenIndex()
-        self.condition_embedder = ConditionEmbedder(dim, freq_dim, text_dim, timestep_scale, image_dim, pos_embed_seq_len)
+        self.condition_embedder = ConditionEmbedder(
+            dim, freq_dim, text_dim, timestep_scale, image_dim, pos_embed_seq_len, gate_value, deltatime_type
+        )
         self.kind_embedding = KindEmbedding(num_kinds, dim) if num_kinds else None
         self.control_adapter = None
         if camera_channels:
@@ -135,6 +145,13 @@ class KlingTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
         nn.init.zeros_(self.proj_out.weight)
         for extra in self._extras.values():
             extra.zero_init()
+        self._copy_level_embedder()
+
+    def _copy_level_embedder(self) -> None:
+        """Start the embedding of a step's end as a copy of that of its level, so that a step of length 0 has the velocity of the weights
+        it began with."""
+        if (delta := self.condition_embedder.delta_embedder) is not None:
+            delta.load_state_dict(self.condition_embedder.time_embedder.state_dict())
 
     def compile_repeated_blocks(self, fullgraph: bool = True, dynamic: bool | None = None, **kwargs: Any) -> None:
         """Compile the blocks, once for all of them; arguments are those of `torch.compile`. dynamic: one graph for many shapes, as
@@ -161,6 +178,7 @@ class KlingTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
         sigma: Tensor | Levels,
         encoder_hidden_states: Tensor,
         *,
+        sigma_next: Tensor | None = None,
         positions: Tensor | None = None,
         kinds: Tensor | None = None,
         camera: Tensor | Cameras | None = None,
@@ -171,13 +189,14 @@ class KlingTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
         attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = True,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
-        """Velocity ε - x₀ of noisy latents, for every frame.
+        """Velocity ε - x₀ of noisy latents, for every frame; of a flow map its mean over a step.
 
         Args:
             hidden_states: (b, c, G, h, w) noisy latents, any conditioning channels of older checkpoints concatenated.
             sigma: noise level in [0, 1], one per sample (b,), per frame (b, G) or per token (b, G, h/ph, w/pw) or (b, n). Give float64 to
                 reach a published integer timestep exactly; or give the distinct `Levels`, which saves a GPU from waiting to find them.
             encoder_hidden_states: (b, l, e) text.
+            sigma_next: of a flow map, the level at which the step ends, of the same shape as `sigma`. Default: `sigma`, a step of length 0.
             positions: (b, G) position of each frame in time, in latent frames, any real number. Default 0 … G - 1.
             kinds: (b, G) integers below `num_kinds`. Default 0, a frame to generate.
             camera: (b, camera_channels, G, H, W) packed Plücker rays, or the poses from which they are computed here.
@@ -198,19 +217,22 @@ class KlingTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
             raise UserError("block-causal sampling cannot share its tokens between devices: leave context parallelism off")
         patch = tuple(self.config.patch_size)
         grid = token_grid(*hidden_states.shape[2:], patch)
+        levels = noise_levels(sigma, grid, sigma_next)
+        if levels.ends is not None and self.config.gate_value is None:
+            raise UserError("the end of a step was given but this model is no flow map (gate_value is None): leave it out")
         still = {} if walk_cache is None else walk_cache.still
         if "rotation" not in still:
             still["rotation"] = self.rope(self._positions(positions, grid[0], hidden_states), *grid[1:])
         rotation = still["rotation"]  # (b | 1, n, 1, head_dim / 2, 2)
 
         x = self._embed(hidden_states, grid, kinds, camera, camera_mask, still)  # (b, n, d)
-        levels, index = noise_levels(sigma, grid)  # (u,), (b, g)
         if self.many_shapes:
-            levels, index = spell_alike(levels, index, grid)
+            levels = spell_alike(levels, grid)
             rotation = rotation.clone()  # a view would bring the lengths of its base into every graph
+        sigmas, index, ends = levels  # (u,), (b, g), (u,)
         if self._parallel_config is not None and index.shape[1] > 1:
             index = self.token_index(index, x.shape[1])
-        temb, vectors, text, image = self.condition_embedder(levels, encoder_hidden_states, encoder_hidden_states_image)
+        temb, vectors, text, image = self.condition_embedder(sigmas, encoder_hidden_states, encoder_hidden_states_image, ends)
         modulation = Modulation(vectors, index)  # (u, 6, d)
 
         for i, block in enumerate(self.blocks):
@@ -287,7 +309,12 @@ class KlingTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
         """
         return_info = kwargs.pop("output_loading_info", False)
         kwargs.setdefault("use_safetensors", True)  # diffusers falls back to a pickle
-        model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        said = logging.get_verbosity()
+        logging.set_verbosity_error()  # it would warn of weights that are missing; here they begin at zero, or are refused
+        try:
+            model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        finally:
+            logging.set_verbosity(said)
         missing = set(info["missing_keys"])
         for name, module in model._extras.items():
             keys = {f"{name}.{key}" for key in module.state_dict()}
@@ -296,6 +323,11 @@ class KlingTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
                 module.to_empty(device=model.scale_shift_table.device)
                 module.apply(lambda m: m.reset_parameters() if hasattr(m, "reset_parameters") else None)
                 module.zero_init()
+        delta = {name for name in missing if name.startswith("condition_embedder.delta_embedder.")}
+        if delta and missing == delta:
+            model.condition_embedder.delta_embedder.to_empty(device=model.scale_shift_table.device)
+            model._copy_level_embedder()
+            missing = set()
         if missing:
             raise UserError(
                 f"checkpoint '{pretrained_model_name_or_path}' lacks {len(missing)} weights of its config, "
@@ -307,6 +339,9 @@ class KlingTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:
         """As in diffusers, but an unknown key is refused instead of ignored."""
         known = cls._get_init_keys(cls) - {"self"}
+        if config_dict.get("init_far_model"):
+            raise UserError("this transformer is a causal AnyFlow (init_far_model), which is not supported: take the one for plain Wan")
+        config_dict = {key: value for key, value in config_dict.items() if key not in ANYFLOW_KEYS}
         for key in (*config_dict, *kwargs):
             if key not in known and not key.startswith("_") and key != "quantization_config":
                 raise unknown("config key", key, sorted(known))

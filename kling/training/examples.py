@@ -70,6 +70,12 @@ class Example:
     concat: Tensor | None = None  # (b, ·, F, h, w) given content, for weights that take it as extra channels
     seen: Tensor | None = None  # (b, i, e) CLIP tokens of the first frame, for weights that take them; zeros if it is not given
 
+    def rows(self, start: int) -> Example:
+        """The samples from `start` on."""
+        cut = {name: t[start:] for name in ("has_camera", "concat", "seen") if (t := getattr(self, name)) is not None}
+        cameras = None if self.cameras is None else self.cameras.rows(start)
+        return replace(self, state=self.state.rows(start), prompts=self.prompts[start:], cameras=cameras, **cut)
+
     def to(self, device: torch.device) -> Example:
         """Copy to the device without waiting for it."""
         moved = {name: upload(t, device) for name in ("has_camera", "concat", "seen") if (t := getattr(self, name)) is not None}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from kling.dit import KlingTransformer3DModel
 from kling.errors import unknown
+from kling.nn.modulation import Levels
 from kling.text import ByteTextEncoder
 from kling.text.umt5 import UMT5TextEncoder
 from kling.training.examples import Example
@@ -35,13 +37,31 @@ class Trained(nn.Module):
             return (self.text_encoder.encode(prompts, self.transformer.device).float(),)
         return self.text_encoder.tokenize(prompts)
 
-    def forward(self, example: Example, z: Tensor, level: Tensor, words: tuple[Tensor] | tuple[Tensor, list[int]]) -> Tensor:
-        """Velocity of z (b, c, G, h, w) at levels (b,)."""
+    def embedded(self, prompts: Sequence[str]) -> tuple[Tensor]:
+        """The same read by the text encoder: (b, l, e)."""
+        words = self.words(prompts)
+        return words if len(words) == 1 else (self.text_encoder(*words),)
+
+    def forward(
+        self,
+        example: Example,
+        z: Tensor,
+        level: Tensor,
+        words: tuple[Tensor] | tuple[Tensor, list[int]],
+        end: Tensor | None = None,
+        exact: bool = False,
+    ) -> Tensor:
+        """Velocity of z (b, c, G, h, w) at levels (b,); of a flow map its mean until the levels `end` (b,). exact: without autocast."""
         text = words[0] if len(words) == 1 else self.text_encoder(*words)  # (b, l, e)
+        state = example.state
+        with torch.autocast(z.device.type, enabled=False) if exact else nullcontext():
+            return self._velocity(example, z, state.levels(level, end), text)
+
+    def _velocity(self, example: Example, z: Tensor, levels: Levels, text: Tensor) -> Tensor:
         state = example.state
         return self.transformer(
             z if example.concat is None else torch.cat([z, example.concat], dim=1),
-            state.levels(level),
+            levels,
             text,
             positions=state.position,
             kinds=state.kind,

@@ -75,6 +75,13 @@ OPTIMIZERS = {"adamw": adamw, "muon": muon}
 MOMENTS = {"adamw": 2, "muon": 1}  # tensors of state per parameter; Muon's vectors and embeddings, which have two, are few
 
 
+def check_names(optimizer: str, schedule: str) -> None:
+    """Refuse what `make_optimizer` and `lr_at` would refuse, before hours go into a cache."""
+    for thing, name, known in (("optimizer", optimizer, OPTIMIZERS), ("schedule", schedule, SCHEDULES)):
+        if name not in known:
+            raise unknown(thing, name, known)
+
+
 def trainable(model: nn.Module) -> list[Tensor]:
     """The trained parameters. Raises `UserError` if there are none."""
     params = [p for p in model.parameters() if p.requires_grad]

@@ -5,23 +5,28 @@ A folder's settings beside its weights (scheduler, sizes, guidance, licence) are
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import SchedulerMixin
 
-from kling.cache.store import INDEX, NAMED, LatentCache
+from kling.cache.store import INDEX, NAMED, CacheConfig, LatentCache, differences, fill_cache, read_index, settings_of
 from kling.condition.concat import concat_groups
+from kling.config import load_config
 from kling.dit import KlingTransformer3DModel
 from kling.errors import UserError, unknown
 from kling.flow.diffusers_scheduler import shift_key
 from kling.flow.solvers import KlingFlowScheduler
 from kling.hub.clip import load_image_encoder
 from kling.hub.load import SETTINGS, find_folder, has_umt5, load, loaded
+from kling.runtime.accelerator import EXIT_STOPPED, Accelerator, StopSignal
 from kling.runtime.files import sha256, write_atomic
+from kling.runtime.lock import locked
 from kling.sampling.pipeline import ASSETS
 from kling.text import ByteTextEncoder
 from kling.text.encoder import prompt_bytes
@@ -29,7 +34,7 @@ from kling.text.umt5 import UMT5TextEncoder
 from kling.vae import AutoencoderKLKling
 
 # keys of the transformer's config that a training may add to a model: inputs that start at zero
-EXTRAS = ("in_channels", "num_kinds", "camera_channels", "camera_fold", "camera_downscale", "camera_residual_blocks")
+EXTRAS = ("in_channels", "num_kinds", "camera_channels", "camera_fold", "camera_downscale", "camera_residual_blocks", "gate_value")
 READ = "read"  # file in a cache's text folder that records that umT5 has encoded all captions
 SHIPPED = "shipped"  # name in presets for the model that comes with the package, wherever it is installed
 LONG_CAPTIONS = ("refuse", "cut")
@@ -113,6 +118,48 @@ def open_start(path: str | Path, checkpoint: str | None = None, expert: str = ""
     return Start(folder, {key: parts[key] for key in (*SETTINGS, "scheduler") if key in parts}, expert)
 
 
+def complete_cache(cache: str, preset: str, vae: AutoencoderKLKling, stop: StopSignal, accelerator: Accelerator) -> None:
+    """Fill the latent cache if it is missing or unfinished, each process its share; without a preset it is used as kling-encode left it.
+
+    Finished shards are kept, so a signal may stop it after any of them.
+    """
+    if not preset:
+        return
+    settings = load_config(CacheConfig, preset, [f"out={cache}"])
+    check_is_made_so(settings)
+    rank, ranks, wait = accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone
+    precision = "bf16" if accelerator.mixed_precision == "bf16" else "fp32"
+    hold = partial(locked, cache, "cache", accelerator)
+    for done, total_clips in fill_cache(settings, vae, rank, ranks, wait, precision=precision, hold=hold):
+        if accelerator.is_main_process:
+            print(f"latent cache {cache}: {done}/{total_clips} clips", file=sys.stderr)
+        if stop and done < total_clips:
+            raise SystemExit(EXIT_STOPPED)
+
+
+def check_is_made_so(cfg: CacheConfig) -> None:
+    """Raises `UserError` if the cache is complete and was made with other settings than these, for example by the user."""
+    if (Path(cfg.out) / INDEX).is_file():
+        was, now = read_index(Path(cfg.out) / INDEX)["settings"], settings_of(cfg)
+        if was != now:
+            raise UserError(
+                f"latent cache {cfg.out} was made {differences(was, now)}, and the preset `encode` would complete it: "
+                "set encode= to train on it unchanged (configs/dit/own.yaml does), or give another cache="
+            )
+
+
+def complete_text(text: UMT5TextEncoder, cache: str, prompts: Sequence[str], device: torch.device, stop: StopSignal) -> None:
+    """Encode the captions of a cache, the empty prompt and `prompts` with umT5, before a transformer is loaded on the device.
+
+    kling-encode has encoded the captions already if it was given the model.
+    """
+    known = () if is_read(cache, text) else captions_of(cache)
+    for done, new in text.learn(sorted({"", *known, *prompts}), device):
+        print(f"text embeddings {text_folder(cache)}: {done}/{new}", file=sys.stderr)
+        if stop and done < new:
+            raise SystemExit(EXIT_STOPPED)
+
+
 def text_folder(cache: str | Path) -> Path:
     """The folder of umT5's embeddings in a cache."""
     return Path(cache) / "text"
@@ -190,7 +237,8 @@ def grow(folder: str | Path, model: Mapping[str, Any], dtype: torch.dtype = torc
             continue
         if key not in EXTRAS:
             raise UserError(f"init_from {folder} has model.{key} = {had[key]!r}, not {value!r}: only {', '.join(EXTRAS)} can be added")
-        if {"num_kinds": had["num_kinds"], "in_channels": had["in_channels"] > had["out_channels"]}.get(key, had["camera_channels"]):
+        there = {"num_kinds": had["num_kinds"], "in_channels": had["in_channels"] > had["out_channels"], "gate_value": had["gate_value"]}
+        if there.get(key, had["camera_channels"]):
             raise UserError(f"init_from {folder} was trained with model.{key} = {had[key]!r}: leave it unchanged")
         changed[key] = value
     in_channels = changed.pop("in_channels", had["in_channels"])

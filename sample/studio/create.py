@@ -17,9 +17,9 @@ from kling.shapes import clip_frames
 
 EXAMPLES = [
     "a red ball rolls left on grass",
-    "a yellow cube stays still on grey tiles, the camera pans right",
+    "a yellow ball stays still on grey tiles",
     "一个绿色的球在沙地上绕圈移动",
-    "一个红色的方块在雪地上上下弹跳",
+    "一个红色的方块在雪地上静止不动",
 ]
 
 
@@ -162,7 +162,8 @@ class Form:
     def _go(self) -> None:
         self.plan = gr.HTML(elem_id="plan", padding=False)
         with gr.Row(elem_classes="seed-row"):
-            self.fields["mode"] = gr.Radio([(t(m), m) for m in MODES], value="std", label=t("mode"), min_width=140, scale=2)
+            modes = [(t(mode), mode) for mode in MODES if mode != "fast" or self.studio.pipe.transformer_fast is not None]
+            self.fields["mode"] = gr.Radio(modes, value="std", label=t("mode"), min_width=140, scale=2)
             self.fields["seed"] = gr.Number(-1, label=t("seed"), precision=0, min_width=110, elem_id="seed")
             with gr.Column(min_width=90, scale=1, elem_classes="seed-tools"):
                 self.dice = gr.Button(t("dice"), size="sm", min_width=50, elem_id="dice")

@@ -19,7 +19,7 @@ from kling_programs.sample.generate import precision_of
 from kling.data.image import write_png
 from kling.data.video import frame_rate, read_video, write_gif, write_video
 from kling.errors import UserError
-from kling.runtime.files import written
+from kling.runtime.files import writing, written
 from kling.sampling import record as records
 from kling.sampling.pipeline import KlingPipeline
 from kling.sampling.plan import Plan
@@ -57,7 +57,8 @@ class Shelf:
     def __init__(self, folder: Path, model: dict[str, Any], keep: int = 200) -> None:
         self.folder, self.model, self.keep = folder.resolve(), model, keep
         self.inputs = self.folder / "inputs"
-        self.inputs.mkdir(parents=True, exist_ok=True)
+        with writing(self.folder):
+            self.inputs.mkdir(parents=True, exist_ok=True)
         self._converting = threading.Lock()
         self._owners: dict[str, str] = {}  # result -> visitor; those of an earlier start count as one visitor's
 

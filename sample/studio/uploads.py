@@ -40,7 +40,7 @@ MAX_DECODED = 4_000_000_000  # pixels that are decoded of one video: a minute of
 MAX_POSES = 1_000_000  # bytes of a camera file
 NEARLY_LOSSLESS = 10  # H.264's crf of a reduced copy
 REMEMBERED = 1000  # number of uploads whose outcome is remembered
-ENDINGS = {"mov": ".mp4", "matroska": ".mkv", "PNG": ".png", "JPEG": ".jpg", "WEBP": ".webp"}
+ENDINGS = {"mov": ".mp4", "matroska": ".webm", "PNG": ".png", "JPEG": ".jpg", "WEBP": ".webp"}
 
 
 @dataclass(frozen=True)
@@ -159,8 +159,8 @@ class Uploads:
         info = probe(path)
         size = covering(info, self.sizes)
         seconds = min(info.duration, MAX_SECONDS, MAX_DECODED / (info.width * info.height * info.fps))
-        if demuxer != "gif" and size[0] * size[1] * 2 > info.width * info.height and seconds == info.duration:
-            return ENDINGS.get(demuxer, f".{demuxer}")
+        if info.plays_in_browsers and size[0] * size[1] * 2 > info.width * info.height and seconds == info.duration:
+            return ENDINGS[demuxer]
         frames = min(info.count(self.fps), max(1, round(seconds * self.fps)))
         kept = self.store / f"{input_hash(path)[:24]}-{size[1]}x{size[0]}-{self.fps:g}-{frames}.mp4"
         with self._decoding:

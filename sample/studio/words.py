@@ -73,6 +73,7 @@ WORDS: dict[str, tuple[str, str]] = {
     "mode": ("Mode", "模式"),
     "std": ("std", "标准"),
     "pro": ("pro", "高品质"),
+    "fast": ("fast", "快速"),
     "advanced": ("Advanced", "高级"),
     "own": ("0 = the model's own", "0 为模型默认值"),
     "num_inference_steps": ("Steps", "步数"),
