@@ -196,7 +196,7 @@ def _with_keyframes(request: Request, inputs: Inputs, hops: list[Hop]) -> list[H
             line = f"keyframe at frame {t} lies beyond the clip's last frame {end - 1}: give a smaller frame or a longer duration"
             raise UserError(line, code="keyframe_beyond", frame=t, last=end - 1)
         if t < there:
-            line = f"keyframe at frame {t} lies in the given video: the first frame that is made is {there}"
+            line = f"keyframe at frame {t} lies in the given video: the first generated frame is {there}"
             raise UserError(line, code="keyframe_in_video", frame=t, first=there)
         if t in taken:
             line = f"{taken[t]} and {names[i]} both fall on frame {t}: leave one out, or give a longer duration"
