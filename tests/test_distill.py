@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import workers
 from kling_programs.train import distill, encode
 from test_generate import save_tiny
 from torch import Tensor
@@ -100,11 +101,28 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(teacher: Path, out: Path, *settings: str) -> list[dict]:
+def arguments(teacher: Path, out: Path, *settings: str) -> list[str]:
     given = [f"out={out}", f"teacher={teacher / 'model'}", f"cache={teacher / 'cache'}", "encode=", "long_captions=cut", "sample_every=0"]
     tasks = ["tasks.text=1", "tasks.image=1", *(f"tasks.{name}=0" for name in OTHERS)]
-    distill.main(["configs/distill/debug.yaml", *given, *tasks, "batch=4", "mixed_precision=fp32", "workers=0", "log_every=1", *settings])
+    return ["configs/distill/debug.yaml", *given, *tasks, "batch=4", "mixed_precision=fp32", "workers=0", "log_every=1", *settings]
+
+
+def run(teacher: Path, out: Path, *settings: str) -> list[dict]:
+    distill.main(arguments(teacher, out, *settings))
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(("config", "sizes"), [("ddp", {}), ("fsdp2", {"dp_shard": 2})])
+def test_two_processes_are_one_with_twice_the_micro_steps(teacher: Path, tmp_path: Path, config: str, sizes: dict[str, int]) -> None:
+    """Real ones, over gloo; in shards too."""
+    settings = ("steps=3", "guidance_scale=3", "camera_guidance_scale=2", "batch=2", "group=2", "threads=1")
+    alone = run(teacher, tmp_path / "one", *settings, "gradient_accumulation=2")
+    words = arguments(teacher, tmp_path / "two", *settings)
+    assert workers.run(words, workers.environment(config, 2, **sizes)) == [0, 0]
+    both = [json.loads(line) for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["loss"] for line in both] == pytest.approx([line["loss"] for line in alone], rel=1e-4)
+    assert [line["grad_norm"] for line in both] == pytest.approx([line["grad_norm"] for line in alone], rel=1e-3)
+    assert KlingPipeline.from_pretrained(tmp_path / "two" / "export").transformer.config.gate_value == 0.25
 
 
 def weights(folder: Path, part: str = "transformer") -> bytes:

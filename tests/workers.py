@@ -22,6 +22,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "train")]
 
+import distill  # noqa: E402
 import torch  # noqa: E402
 import train_dit  # noqa: E402
 import train_vae  # noqa: E402
@@ -72,7 +73,7 @@ def environment(config: str, ranks: int, fsdp: dict[str, Any] | None = None, **s
 
 
 def start(words: list[str], env: dict[str, str] | None = None, rank: int = 0, first: Callable[[int], None] | None = None) -> Any:
-    """A process that runs `kling-train` (or `kling-train-vae` for a preset of configs/vae) with these words, after `first(rank)`."""
+    """A process that runs the training of a preset's folder (`kling-train` for configs/dit) with these words, after `first(rank)`."""
     process = PROCESSES.Process(target=_train, args=(words, (env or {}) | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, rank, first))
     process.start()
     return process
@@ -105,7 +106,7 @@ def _train(words: list[str], env: dict[str, str], rank: int, first: Callable[[in
     try:
         if first is not None:
             first(rank)
-        (train_vae if words[0].startswith("configs/vae") else train_dit).main(words)
+        {"vae": train_vae, "dit": train_dit, "distill": distill}[words[0].split("/")[1]].main(words)
     except SystemExit:
         raise
     except BaseException:

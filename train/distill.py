@@ -40,6 +40,8 @@ from kling.runtime.random import generator, noise_like
 from kling.sampling.pipeline import KlingPipeline, load_vae
 from kling.sampling.request import Request
 from kling.shapes import latent_frames
+from kling.text import ByteTextEncoder
+from kling.text.umt5 import UMT5TextEncoder
 from kling.training.ema import EMA, load_average
 from kling.training.examples import Drawing, Example, draw_example
 from kling.training.export import save_pipeline
@@ -180,17 +182,19 @@ def train(cfg: DistillConfig, loop: Loop) -> None:
     if keyframe_share(cfg.tasks):
         cache.check_lengths(cfg.frames)
     data = LatentSteps(cache, cfg.batch, cfg.frames, cfg.seed, cfg.group)
-    guide = Guide(cfg, start)
+    guide, text = Guide(cfg, start), start.text({}, cfg.cache)
     asked = [Request(**fields) for fields in cfg.samples] if cfg.sample_every else []
     if start.published and accelerator.is_main_process:
-        complete_text(start.text({}, cfg.cache), cfg.cache, [guide.negative, *(request.prompt for request in asked)], device, loop.stop)
+        complete_text(text, cfg.cache, [guide.negative, *(request.prompt for request in asked)], device, loop.stop)
     accelerator.wait_for_everyone()
 
     torch.manual_seed(cfg.seed)  # of low-rank weights; every later draw is counter-based
     model = build(cfg, start)
     transformer = model.transformer
-    teacher = Trained(start.transformer({}), model.text_encoder).to(device).eval().requires_grad_(False)
-    max_bytes = check_captions(model.text_encoder, cache, [request.prompt for request in asked], cfg.long_captions)
+    teacher = Trained(start.transformer({}), None).to(device).eval().requires_grad_(False)
+    if isinstance(text, ByteTextEncoder):
+        text = text.to(device).eval().requires_grad_(False)
+    max_bytes = check_captions(text, cache, [request.prompt for request in asked], cfg.long_captions)
     drawing = Drawing(cfg.seed, cfg.tasks, cfg.text_drop, cfg.camera_drop, cfg.group, max_bytes)
     check_fit(vae, transformer, cfg.tasks, cache)
     scheduler = start.settings["scheduler"]
@@ -218,7 +222,7 @@ def train(cfg: DistillConfig, loop: Loop) -> None:
         z = state.noised(t, noise)  # (b, c, G, h, w)
         meter.lap("data")
         with torch.no_grad():
-            words, nothing = model.embedded(example.prompts), model.embedded([guide.negative] * b)
+            words, nothing = (text.encode(prompts).to(device).float() for prompts in (example.prompts, [guide.negative] * b))  # (b, l, e)
             with accelerator.autocast():
                 if cfg.velocity == "teacher":
                     v = guide(partial(teacher, z=z, level=t), example, words, nothing)
@@ -226,13 +230,13 @@ def train(cfg: DistillConfig, loop: Loop) -> None:
                     v = guide(partial(net, z=z, level=t), example, words, nothing, velocity(state.clean, noise))
             target = v.clone()
             if still < b:
-                moving, heard = example.rows(still), tuple(x[still:] for x in words)
-                mean = lambda z, t, r: net(moving, z, t, heard, r, exact=True)  # noqa: E731, B023
+                moving, heard = example.rows(still), words[still:]
+                mean = lambda z, t, r: net(moving, z, t, (heard,), r, exact=True)  # noqa: E731, B023
                 target[still:] = flow_map_target(mean, z[still:], v[still:], t[still:], r[still:], moving.state.mask, cfg.delta)
         meter.lap("target")
         with accelerator.accumulate(net):
             with accelerator.autocast():
-                u = net(example, z, t, words, r)
+                u = net(example, z, t, (words,), r)
             losses = flow_loss(u, target, state.mask)  # (b,)
             if cfg.velocity == "data" and 0 < still < b:  # the noise of the data is in steps of length 0 alone: bring both to one size
                 size = losses[:still].mean() / losses[still:].clamp(min=1e-6)
@@ -241,7 +245,7 @@ def train(cfg: DistillConfig, loop: Loop) -> None:
             accelerator.backward(losses.mean())
             meter.lap("backward")
         passes = 3 + guide.passes + 2 * (b - still) / b
-        meter.add(t, losses, b * state.tokens, b * passes * forward_flops(transformer.config, state.tokens, model.text_encoder.num_tokens))
+        meter.add(t, losses, b * state.tokens, b * passes * forward_flops(transformer.config, state.tokens, words.shape[1]))
         if not accelerator.sync_gradients:
             continue
 
@@ -260,11 +264,11 @@ def train(cfg: DistillConfig, loop: Loop) -> None:
             if accelerator.is_main_process or layout.sharded:  # sharded weights need all processes
                 picture = loop.out / "samples" / f"{loop.done:08d}.png" if accelerator.is_main_process else None
                 with ema.swap(model), same_rng(device), accelerator.autocast():
-                    draw_samples(pipeline(cfg, model, vae, start), asked, picture)
+                    draw_samples(pipeline(cfg, model, vae, text, start), asked, picture)
             meter.lap("samples")
 
     if accelerator.is_main_process:
-        publish(cfg, vae, loop.out, start)
+        publish(cfg, vae, text, loop.out, start)
     loop.finish(loop.out / "export")
 
 
@@ -279,16 +283,14 @@ class Guide:
         self.negative = pipe.setting("negative_prompt")
         self.passes = 1 + (self.scale != 1) + (self.camera_scale != 1)
 
-    def __call__(
-        self, net: Callable[..., Tensor], example: Example, words: tuple[Tensor], nothing: tuple[Tensor], v: Tensor | None = None
-    ) -> Tensor:
+    def __call__(self, net: Callable[..., Tensor], example: Example, words: Tensor, nothing: Tensor, v: Tensor | None = None) -> Tensor:
         """The guided velocity (b, c, G, h, w) of `net`, or `v` guided by it."""
 
         def predict(which: str, camera: bool) -> Tensor:
             if v is not None and which == "prompt" and camera == (example.cameras is not None):
                 return v
             shown = example if camera else replace(example, has_camera=torch.zeros_like(example.has_camera))
-            return net(shown, words=words if which == "prompt" else nothing).float()
+            return net(shown, words=(words if which == "prompt" else nothing,)).float()
 
         share = given_share(*example.state.host, self.reach)
         share = None if share is None else upload(share, example.state.mask.device)
@@ -303,17 +305,15 @@ def log_line(guard: DeviceGuard, lr: float, speed: Callable[[], dict[str, float]
 
 
 def build(cfg: DistillConfig, start: Start) -> Trained:
-    """The student: the teacher's weights, with an embedding of where a step ends. Its text encoder stays the teacher's."""
-    model = Trained(start.transformer({"gate_value": cfg.gate}), start.text({}, cfg.cache))
+    """The student: the teacher's weights, with an embedding of where a step ends."""
+    model = Trained(start.transformer({"gate_value": cfg.gate}), None)
     if cfg.lora.rank:
         add_lora(model, cfg.lora)
         model.transformer.condition_embedder.delta_embedder.requires_grad_(True)
-    if isinstance(model.text_encoder, nn.Module):
-        model.text_encoder.requires_grad_(False)
     return model.train()
 
 
-def pipeline(cfg: DistillConfig, model: Trained, vae: nn.Module, start: Start) -> KlingPipeline:
+def pipeline(cfg: DistillConfig, model: Trained, vae: nn.Module, text: ByteTextEncoder | UMT5TextEncoder, start: Start) -> KlingPipeline:
     """The student as a user gets it; or with `beside` the teacher, and the student for mode fast."""
     settings, own = dict(start.settings), start.settings["scheduler"]
     shift, extra = own.config[shift_key(own)], {}
@@ -325,10 +325,10 @@ def pipeline(cfg: DistillConfig, model: Trained, vae: nn.Module, start: Start) -
         models = start.other_models(model.transformer)
         settings["scheduler"] = KlingFlowScheduler(shift, "flow_map", cfg.num_inference_steps, guidance_scale=1.0)
         settings.pop("defaults", None)
-    return KlingPipeline(vae, text_encoder=model.text_encoder, **models, **settings, **extra)
+    return KlingPipeline(vae, text_encoder=text, **models, **settings, **extra)
 
 
-def publish(cfg: DistillConfig, vae: nn.Module, out: Path, start: Start) -> None:
+def publish(cfg: DistillConfig, vae: nn.Module, text: ByteTextEncoder | UMT5TextEncoder, out: Path, start: Start) -> None:
     """Export the averaged weights of the last checkpoint."""
     saved = checkpoint.load_latest(out)
     model = build(cfg, start)
@@ -337,7 +337,7 @@ def publish(cfg: DistillConfig, vae: nn.Module, out: Path, start: Start) -> None
     if cfg.lora.rank:
         model.transformer.fuse_lora()
         model.transformer.unload_lora()
-    save_pipeline(pipeline(cfg, model, vae, start), out / "export")
+    save_pipeline(pipeline(cfg, model, vae, text, start), out / "export")
 
 
 if __name__ == "__main__":

@@ -25,9 +25,9 @@ CHECKPOINTING = ("none", "selective", "full")
 
 class Trained(nn.Module):
     """The transformer and our text encoder as one module, so that one wrapper serves both on several processes. umT5 is not part of it:
-    its embeddings come from the cache."""
+    its embeddings come from the cache. Without a text encoder `forward` takes embeddings."""
 
-    def __init__(self, transformer: KlingTransformer3DModel, text_encoder: ByteTextEncoder | UMT5TextEncoder) -> None:
+    def __init__(self, transformer: KlingTransformer3DModel, text_encoder: ByteTextEncoder | UMT5TextEncoder | None) -> None:
         super().__init__()
         self.transformer, self.text_encoder = transformer, text_encoder
 
@@ -36,11 +36,6 @@ class Trained(nn.Module):
         if isinstance(self.text_encoder, UMT5TextEncoder):
             return (self.text_encoder.encode(prompts, self.transformer.device).float(),)
         return self.text_encoder.tokenize(prompts)
-
-    def embedded(self, prompts: Sequence[str]) -> tuple[Tensor]:
-        """The same read by the text encoder: (b, l, e)."""
-        words = self.words(prompts)
-        return words if len(words) == 1 else (self.text_encoder(*words),)
 
     def forward(
         self,
