@@ -1,4 +1,4 @@
-"""An extension for mkdocstrings: `>>>` lines of a docstring, and their answers up to the next blank line, are shown as code."""
+"""An extension for mkdocstrings: `>>>` lines of a docstring, and their results up to the next blank line, are shown as code."""
 
 from __future__ import annotations
 

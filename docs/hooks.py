@@ -1,7 +1,7 @@
-"""What mkdocs is given beside the pages of docs/: the home page, the file tree and the API reference, made from the repository itself.
+"""Generates the pages of the site that are not in docs/: the home page, the file tree and the API reference.
 
-The README is the home page, so that there is one. The file tree is the first paragraph of every module's docstring. The API reference
-asks mkdocstrings for every module of a room. `generated()` is all of it by path, so that tests read it without building the site.
+The README is the home page. The file tree shows the first paragraph of every module's docstring. The API reference lets mkdocstrings
+document every module of a room. `generated()` returns all of it by path, so that tests can check it without building the site.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 PROGRAMS = {
     "train": "Training and data: one file, one program.",
     "sample": "Sampling, and the studio.",
-    "eval": "Evaluation (a file a suite), and benches.",
+    "eval": "Evaluation (one file per suite), and benches.",
 }
 TREE = """# The file tree
 
@@ -32,7 +32,7 @@ COPIED = {
 
 
 def rooms() -> list[str]:
-    """The rooms of kling/ from the ground up, as tests/test_layout.py orders them."""
+    """The rooms of kling/ from the lowest up, in the order of tests/test_layout.py."""
     tree = ast.parse((ROOT / "tests" / "test_layout.py").read_text(encoding="utf-8"))
     (floors,) = (
         ast.literal_eval(node.value)
@@ -43,14 +43,14 @@ def rooms() -> list[str]:
 
 
 def modules(room: str) -> list[Path]:
-    """The files of a room, its own first: kling/errors.py, or all of kling/runtime/."""
+    """The files of a room: kling/errors.py, or all of kling/runtime/."""
     if (file := ROOT / "kling" / f"{room}.py").is_file():
         return [file]
     return sorted((ROOT / "kling" / room).rglob("*.py"), key=lambda path: (path.parent, path.name))
 
 
 def summary(path: Path) -> str:
-    """The first paragraph of a module's docstring as one line; empty where there is none."""
+    """The first paragraph of a module's docstring as one line; empty if there is none."""
     text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
     return " ".join(text.split("\n\n")[0].split())
 
@@ -61,21 +61,21 @@ def dotted(path: Path) -> str:
 
 
 def copied(name: str) -> str:
-    """A file of the repository as a page: links into docs/ lose that folder, links to its sisters go to their pages."""
+    """A file of the repository as a page: links into docs/ lose that folder, links to other copied files go to their pages."""
     return re.sub(r'(\]\(|src=")docs/', r"\1", to_pages((ROOT / name).read_text(encoding="utf-8")))
 
 
 def to_pages(text: str, up: str = "") -> str:
-    """The same text with links to files that are copied leading to their pages. up: how the text leads to the repository's root."""
+    """The same text with links to copied files replaced by links to their pages. up: the text's path to the repository's root."""
     for source, page in (COPIED | {"LICENSE": "LICENSE.txt"}).items():
         text = text.replace(f"]({up}{source}", f"]({page}")
     return text
 
 
 def tree() -> str:
-    """Every file and what it is for."""
+    """The page of the file tree: every file with its purpose."""
     single = [path for room in rooms() for path in modules(room) if path.parent.name == "kling"]
-    lines = [TREE, "## kling/", "", "The ground that all rooms stand on.", "", *table(single)]
+    lines = [TREE, "## kling/", "", "Modules that all rooms may import.", "", *table(single)]
     for room in rooms():
         files = modules(room)
         if files[0] not in single:
@@ -87,11 +87,11 @@ def tree() -> str:
 
 
 def table(files: list[Path]) -> list[str]:
-    """A row for each file: its path in its room, which leads to the API reference where it has a page, and what it is for."""
-    lines = ["| file | what it is for |", "|---|---|"]
+    """A row for each file: its path in its room, linked to the API reference if that has a page for it, and its purpose."""
+    lines = ["| file | purpose |", "|---|---|"]
     for path in files:
         top, *inside = path.relative_to(ROOT).parts
-        name = "/".join(inside[1:] if top == "kling" and len(inside) > 1 else inside)  # what the heading does not say
+        name = "/".join(inside[1:] if top == "kling" and len(inside) > 1 else inside)  # without the part in the heading
         page = f"reference/{Path(inside[0]).stem}.md#{dotted(path)}"
         shown = f"[`{name}`]({page})" if top == "kling" else " ".join(f"`{x}`" for x in (name, command(path)) if x)
         if path.name != "__init__.py":
@@ -100,7 +100,7 @@ def table(files: list[Path]) -> list[str]:
 
 
 def command(path: Path) -> str:
-    """The command that a program's docstring shows; empty where it shows none."""
+    """The command in a program's docstring; empty if there is none."""
     text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
     shown = dict.fromkeys(re.findall(r"^\s*(kling-eval [a-z-]+|kling-[a-z-]+)", text, re.M))
     return next(iter(shown)) if len(shown) == 1 else next(iter(shown), "").split(" ")[0]

@@ -28,7 +28,7 @@ def main(options: list[str]) -> None:
         command = [sys.executable, "-m", "kling_programs.sample.demo", "--port", str(port), "--out", out, *options]
         server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         try:
-            server.stdout.readline()  # "kling studio: http://…", once it is there
+            server.stdout.readline()  # "kling studio: http://…", once it is up
             browser = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
             shots(browser, f"http://127.0.0.1:{port}", "--run" in options)
             browser.close()
@@ -46,7 +46,7 @@ def shots(browser: Browser, url: str, run: bool) -> None:
     page.wait_for_selector("#plan b:has-text('pan=6 dolly=4')")
     make(page, "一个绿色的球在沙地上绕圈移动", 3)
     save(page, "studio")
-    seen = page.context.storage_state()  # what this visitor made
+    seen = page.context.storage_state()  # the results of this visitor
 
     save(visit(browser, url, 390, 844, storage_state=seen), "studio-phone", whole=True)
     dark = visit(browser, url, 1440, 1120, storage_state=seen, locale="zh-CN", color_scheme="dark")
@@ -71,7 +71,7 @@ def shots(browser: Browser, url: str, run: bool) -> None:
 
 
 def visit(browser: Browser, url: str, width: int, height: int, **context: object) -> Page:
-    """A new visitor's page, once it is drawn."""
+    """A new visitor's page, after it is drawn."""
     visitor = browser.new_context(viewport={"width": width, "height": height}, **{"locale": "en-US", **context})
     visitor.set_default_timeout(PATIENCE)
     page = visitor.new_page()
@@ -81,7 +81,7 @@ def visit(browser: Browser, url: str, width: int, height: int, **context: object
 
 
 def make(page: Page, prompt: str, seed: int) -> None:
-    """A video with a known seed, so that the pictures come out the same again."""
+    """A video with a known seed, so that the pictures are reproducible."""
     before = page.locator(".card").count()
     page.fill("#seed input", str(seed))
     page.fill("#prompt textarea", prompt)
@@ -100,7 +100,7 @@ def tab(page: Page, name: str) -> None:
 
 
 def save(page: Page, name: str, whole: bool = False) -> None:
-    page.wait_for_timeout(2000)  # fonts, films and plots settle
+    page.wait_for_timeout(2000)  # until fonts, videos and plots are drawn
     page.screenshot(path=HERE / f"{name}.png", full_page=whole)
     print(HERE / f"{name}.png", flush=True)
 

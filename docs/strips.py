@@ -1,8 +1,8 @@
 """The strips of the README and of docs/controls.md: rows of frames for every control, made by the shipped model.
 
 python docs/strips.py                        # writes docs/strips/<control>.png, minutes on two cores
-python docs/strips.py runs/dit/export        # by another model
-python docs/strips.py "" text camera-pan     # these alone
+python docs/strips.py runs/dit/export        # with another model
+python docs/strips.py "" text camera-pan     # only these
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ STILL = "a yellow ball stays still on grey tiles"
 
 
 def requests() -> dict[str, list[Request]]:
-    """By name the rows of a strip. What is given comes from the rendering of a scene that no training has seen."""
+    """The rows of a strip, by name. Given pictures and videos are rendered from a held-out scene."""
     clip = World(seed=1, frames=41, aspect="16:9", split="heldout", max_things=1).clip(3)
     video, prompt = clip.video, clip.captions["en"][0]
     hole = torch.zeros(64, 112)

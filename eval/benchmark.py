@@ -16,6 +16,7 @@ import argparse
 import ast
 import csv
 import json
+import math
 import shlex
 import sys
 from pathlib import Path
@@ -23,20 +24,17 @@ from typing import Any
 
 import numpy as np
 from kling_programs.eval.common import protocol_hash, write_json, write_text
-from kling_programs.sample.command import Parser
+from kling_programs.eval.options import benchmark as parse
 from torch import Tensor
 
 from kling.data.image import read_image, write_png
 from kling.data.transforms import fit
 from kling.data.video import probe, write_video
-from kling.errors import UserError, unknown
+from kling.errors import UserError
 from kling.metrics.benchmarks import BOARDS, Job, board_scores, physics_iq, physics_iq_jobs, vbench_jobs
 from kling.metrics.worldscore import Instance, camera_data, image_data, worldscore, worldscore_aspects, worldscore_instances
 from kling.runtime.files import head
 from kling.runtime.random import derive_seed
-
-ACTIONS = ("sample", "check", "import")
-NAMES = (*BOARDS, "physics-iq", "worldscore")
 
 
 def main(argv: list[str]) -> None:
@@ -228,8 +226,8 @@ def parsed(path: Path, key: str, value: str) -> Any:
 
 
 def number(path: Path, key: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise UserError(f"{path}: {key} is {value!r}, not a number: give the file that the benchmark wrote")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise UserError(f"{path}: {key} is {value!r}, not a finite number: give the file that the benchmark wrote")
     return float(value)
 
 
@@ -239,32 +237,3 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path} is not JSON ({error}): give the benchmark's own file") from None
-
-
-def parse(argv: list[str]) -> argparse.Namespace:
-    parser = Parser("kling-eval benchmark", __doc__)
-    parser.add_argument("action", metavar="ACTION", help=", ".join(ACTIONS))
-    parser.add_argument("name", metavar="NAME", help=", ".join(NAMES))
-    parser.add_argument("--info", metavar="FILE", help="the benchmark's list of prompts (sample, check)")
-    parser.add_argument("--videos", metavar="FOLDER", help="where the videos are or go (sample, check)")
-    parser.add_argument("--images", metavar="FOLDER", help="the benchmark's pictures (sample)")
-    parser.add_argument("--still", metavar="TEXT", help="of worldscore: the sentence that ends the prompts of static scenes (sample)")
-    parser.add_argument("--model", metavar="FOLDER", help="default: the shipped one (sample)")
-    parser.add_argument("--results", metavar="PATH", help="the benchmark's results (import)")
-    parser.add_argument("--out", metavar="FOLDER", help="where the scores go (import)")
-    args = parser.parse_args(argv)
-    if args.action not in ACTIONS:
-        raise unknown("action", args.action, ACTIONS)
-    if args.name not in NAMES:
-        raise unknown("benchmark", args.name, NAMES)
-    still = ("still",) if args.name == "worldscore" else ()
-    needed = ("results", "out") if args.action == "import" else ("info", "videos")
-    sampled = ("info", "videos", "images", "model", *still)
-    allowed = {"sample": sampled, "check": ("info", "videos"), "import": ("results", "out")}[args.action]
-    for option in ("info", "videos", "images", "still", "model", "results", "out"):
-        value = getattr(args, option)
-        if value is None and option in needed:
-            raise UserError(f"{args.action} needs --{option}")
-        if value is not None and option not in allowed:
-            raise UserError(f"{args.action} does not use --{option}: leave it out")
-    return args

@@ -8,18 +8,17 @@ The card keeps its text: only the parts between its marks `<!-- scores -->` and 
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
 
 from kling_programs.eval.cases import TABLE
-from kling_programs.eval.common import write_text
-from kling_programs.sample.command import Parser
+from kling_programs.eval.common import found_only, write_text
+from kling_programs.eval.options import card as parse
 
 from kling.data.world.captions import vocabulary_table
 from kling.errors import UserError
-from kling.metrics.report import markdown
+from kling.metrics.report import Summary, markdown, summarise
 from kling.runtime.files import head
 
 
@@ -43,7 +42,13 @@ def main(argv: list[str]) -> None:
 def score_lines(report: dict[str, Any]) -> str:
     """The table without the controls' columns, which scores.md has, after a line about how it was measured."""
     facts = [f"protocol {report['protocol']}", f"n = {report['n']}", f"`{report.get('command', 'kling-eval world')}`"]
-    return " · ".join(facts) + "; bold = reached\n\n" + markdown(TABLE, report["scores"], {})
+    return " · ".join(facts) + "; bold = reached\n\n" + markdown(TABLE, report["scores"] | cameras(report), {})
+
+
+def cameras(report: dict[str, Any]) -> dict[str, Summary]:
+    """The scores of the tasks that look at a camera, by task, over the clips in which it was found."""
+    rows = report.get("rows", {}).get("model", {})
+    return {task: summarise([found_only(row) for row in rows[task]]) for task in ("camera", "words") if task in rows}
 
 
 def between(text: str, mark: str, lines: str, card: Path) -> str:
@@ -54,12 +59,3 @@ def between(text: str, mark: str, lines: str, card: Path) -> str:
     if not found or not ended:
         raise UserError(f"{card} has no marks for the {mark}: put {start} and {end} where it belongs")
     return f"{before}{start}\n{lines}\n{end}{after}"
-
-
-def parse(argv: list[str]) -> argparse.Namespace:
-    from kling.sampling.pipeline import ASSETS
-
-    parser = Parser("kling-eval card", __doc__)
-    parser.add_argument("run", metavar="RUN", help="a folder that kling-eval world wrote")
-    parser.add_argument("--into", metavar="FILE.md", default=str(ASSETS / "README.md"), help="the card; default: the shipped model's")
-    return parser.parse_args(argv)

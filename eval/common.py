@@ -11,7 +11,7 @@ from typing import Any
 
 from kling.errors import UserError
 from kling.metrics.controls import Order, violations
-from kling.metrics.report import Summary
+from kling.metrics.report import Row, Summary
 from kling.runtime.files import written
 
 EXIT_WRONG_ORDER = 3
@@ -44,6 +44,11 @@ def files(folder: str | Path, endings: Sequence[str], what: str) -> dict[str, Pa
     return found
 
 
+def found_only(row: Row) -> Row:
+    """A row as it is measured now: before, a camera that was not found counted 180° and 2, which no mean should hold."""
+    return {**row, "rotation": None, "translation": None} if row.get("registered") is False else row
+
+
 def protocol_hash(protocol: Mapping[str, Any]) -> str:
     """Twelve digits that two runs share only if they measured in the same way."""
     return hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:12]
@@ -52,7 +57,7 @@ def protocol_hash(protocol: Mapping[str, Any]) -> str:
 def check_order(orders: Sequence[Order], columns: Mapping[str, Mapping[str, Summary]]) -> None:
     """Exit with code 3 if a metric ranks its controls wrongly. columns: by control, then task; measures are "task measure"."""
     values = {
-        control: {f"{task} {name}": x["value"] for task, summary in by_task.items() for name, x in summary.items()}
+        control: {f"{task} {name}": x["value"] for task, summary in by_task.items() for name, x in summary.items() if x["n"]}
         for control, by_task in columns.items()
     }
     if lines := violations(orders, values):

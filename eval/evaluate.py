@@ -19,6 +19,8 @@ import importlib
 import os
 import sys
 
+from kling_programs.eval import options
+
 from kling.errors import UserError, program, unknown
 
 SUITES = {
@@ -44,6 +46,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"no suite was given: start with one of {', '.join(SUITES)} (kling-eval --help says what each does)")
     if argv[0] not in SUITES:
         raise unknown("suite", argv[0], SUITES)
+    getattr(options, SUITES[argv[0]])(argv[1:])  # --help and mistakes are answered before torch is imported, which takes seconds
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy is imported: on small matrices its threads only wait
     importlib.import_module(f"kling_programs.eval.{SUITES[argv[0]]}").main(argv[1:])
 

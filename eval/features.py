@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from kling_programs.eval.common import VIDEOS, check_order, files, protocol_hash, write_json, write_text
-from kling_programs.sample.command import Parser
+from kling_programs.eval.options import features as parse
 from torch import Tensor
 
 from kling.data.transforms import fit
@@ -27,8 +27,6 @@ from kling.errors import UserError
 from kling.metrics.controls import Order, frozen, noise
 from kling.metrics.distances import frechet, mmd_polynomial
 from kling.metrics.features import (
-    FVD_FRAMES,
-    SOURCES,
     Weights,
     clip_network,
     clip_score,
@@ -143,24 +141,3 @@ def clip(path: Path, args: argparse.Namespace) -> Tensor:
             f"{path} has {len(video)} frames at stride {args.stride}: give videos of at least {args.frames}, or a smaller --frames"
         )
     return video[: args.frames]
-
-
-def parse(argv: list[str]) -> argparse.Namespace:
-    parser = Parser("kling-eval features", __doc__)
-    parser.add_argument("folder", metavar="FOLDER", help="the videos")
-    parser.add_argument("--out", metavar="FOLDER", required=True)
-    parser.add_argument("--with", dest="weights", metavar="NAME=PATH[#SHA256]", action="append", required=True, help=", ".join(SOURCES))
-    parser.add_argument("--reference", metavar="FOLDER", help="real videos; for lpips and clipscore by the same names")
-    parser.add_argument("--prompts", metavar="FOLDER", help="NAME.txt for each video")
-    parser.add_argument("--frames", metavar="N", type=int, default=FVD_FRAMES, help=f"of each video ({FVD_FRAMES})")
-    parser.add_argument("--stride", metavar="N", type=int, default=1, help="use every Nth frame (1)")
-    args = parser.parse_args(argv)
-    names = [text.partition("=")[0] for text in args.weights]
-    args.paired = "lpips" in names or "clipscore" in names
-    if min(args.frames, args.stride) < 1:
-        raise UserError(f"--frames {args.frames} --stride {args.stride}: give at least 1")
-    if (sets := [name for name in names if name in ("fvd", "jedi", "fid", "lpips")]) and not args.reference:
-        raise UserError(f"{sets[0]} compares with real videos: give --reference FOLDER")
-    if "clipscore" in names and not args.prompts:
-        raise UserError("clipscore compares with words: give --prompts FOLDER, NAME.txt for each video")
-    return args

@@ -8,7 +8,6 @@ only videos are links. Runs with different protocols are marked, because their n
 
 from __future__ import annotations
 
-import argparse
 import base64
 import html
 import json
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from kling_programs.eval.common import write_text
-from kling_programs.sample.command import Parser
+from kling_programs.eval.options import report as parse
 
 from kling.errors import UserError
 from kling.runtime.files import head
@@ -156,10 +155,3 @@ def plot(name: str, points: list[tuple[int, float]]) -> str:
 
 def inlined(path: Path) -> str:
     return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
-
-
-def parse(argv: list[str]) -> argparse.Namespace:
-    parser = Parser("kling-eval report", __doc__)
-    parser.add_argument("runs", metavar="RUN", nargs="+", help="folders with scores.json or metrics.jsonl")
-    parser.add_argument("--out", metavar="FILE.html", required=True)
-    return parser.parse_args(argv)

@@ -9,7 +9,6 @@ the folder (videos are copied to meaningless names). Ties count half for each. V
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import random
 import shutil
@@ -22,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from kling_programs.eval.common import VIDEOS, files
-from kling_programs.sample.command import Parser
+from kling_programs.eval.options import side_by_side as parse
 
+from kling.data.video import probe, read_video, write_video
 from kling.errors import UserError
 from kling.metrics.stats import wilson
 
@@ -92,7 +92,7 @@ def page(both: dict[str, dict[str, Path]], votes: Votes) -> Any:
     copies = {}
     for name, sides in both.items():
         for side, path in sides.items():
-            copies[name, side] = str(shutil.copy(path, blind / f"{uuid.uuid4().hex}{path.suffix}"))
+            copies[name, side] = str(playable(path, blind))
 
     def show(voter: str) -> list[Any]:
         seen = votes.seen(voter)
@@ -124,6 +124,17 @@ def page(both: dict[str, dict[str, Path]], votes: Votes) -> Any:
     return blocks
 
 
+def playable(path: Path, folder: Path) -> Path:
+    """A copy of a video without its name, as an mp4 where browsers would not play it (GIF, AVI, …)."""
+    target = folder / uuid.uuid4().hex
+    if probe(path).plays_in_browsers:
+        return Path(shutil.copy(path, target.with_suffix(path.suffix)))
+    clip = read_video(path)
+    H, W = clip.frames.shape[1:3]
+    write_video(target.with_suffix(".mp4"), clip.frames[:, : H - H % 2, : W - W % 2], clip.fps)
+    return target.with_suffix(".mp4")
+
+
 def chosen(choice: str, left: str) -> str:
     """The folder of the chosen side."""
     if choice == "tie":
@@ -136,21 +147,14 @@ def main(argv: list[str]) -> None:
     both = pairs(args.a, args.b)
     votes = Votes(Path(args.votes), args.a, args.b)
     if not args.result:
-        page(both, votes).launch(server_port=args.port, share=args.share)
+        shown = page(both, votes)
+        try:
+            shown.launch(server_port=args.port, share=args.share)
+        except OSError as error:
+            raise UserError(f"the page cannot be opened ({error}): choose another --port") from None
     counts = votes.counts()
     rate, low, high = win_rate(counts)
     if not sum(counts.values()):
         print(f"no votes yet on {args.a} against {args.b}")
         return
     print(f"{args.a} wins {100 * rate:.1f} % ({100 * low:.1f} to {100 * high:.1f}): {counts['a']} to {counts['b']}, {counts['tie']} ties")
-
-
-def parse(argv: list[str]) -> argparse.Namespace:
-    parser = Parser("kling-eval side-by-side", __doc__)
-    parser.add_argument("a", metavar="A", help="a folder of videos")
-    parser.add_argument("b", metavar="B", help="another with the same names")
-    parser.add_argument("--votes", metavar="FILE", required=True, help="SQLite file, made if it does not exist")
-    parser.add_argument("--result", action="store_true", help="print the win rate and open nothing")
-    parser.add_argument("--port", metavar="N", type=int, help="of the page")
-    parser.add_argument("--share", action="store_true", help="give the page a public address")
-    return parser.parse_args(argv)

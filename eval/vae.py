@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from kling_programs.eval.common import VIDEOS, check_order, files, protocol_hash, write_json, write_text
-from kling_programs.sample.command import Parser
+from kling_programs.eval.options import vae as parse
 from torch import Tensor
 
 from kling.data.transforms import to_tensor
@@ -30,7 +30,6 @@ from kling.errors import UserError
 from kling.metrics.controls import Order, frozen, noise, shuffled
 from kling.metrics.pixel import flicker, psnr, ssim, temporal_psnr
 from kling.metrics.report import Line, Row, markdown, paired, summarise
-from kling.shapes import latent_frames, parse_size
 
 QUALITY = (("psnr", "PSNR", "dB"), ("ssim", "SSIM", ""), ("temporal", "temporal PSNR", "dB"), ("flicker", "flicker added", "levels"))
 COST = (("encode", "encode", "ms a frame"), ("decode", "decode", "ms a frame"), ("memory", "peak memory", "MiB"))
@@ -158,26 +157,3 @@ def controls(clips: dict[int, list[Tensor]], args: argparse.Namespace) -> dict[s
             rows = [quality(to_tensor(make(video))[None], to_tensor(video)[None]) for video in videos[:2]]
             columns.setdefault(name, {}).update({task(folder, T): summarise(rows) for folder in args.folders})
     return columns
-
-
-def parse(argv: list[str]) -> argparse.Namespace:
-    parser = Parser("kling-eval vae", __doc__)
-    parser.add_argument("folders", metavar="FOLDER", nargs="+", help="of a VAE: config.json and safetensors")
-    parser.add_argument("--out", metavar="FOLDER", required=True)
-    parser.add_argument("--videos", metavar="FOLDER", help="clips; default: held-out scenes of the small world")
-    parser.add_argument("--frames", metavar="T,T", default="17,41", help="lengths, each 1 + 4k (17,41)")
-    parser.add_argument("--size", metavar="WIDTHxHEIGHT", help="default: 112x64, or each video's own")
-    parser.add_argument("--n", metavar="N", type=int, default=8, help="clips (8)")
-    args = parser.parse_args(argv)
-    try:
-        args.frames = [int(x) for x in args.frames.split(",")]
-    except ValueError:
-        raise UserError(f"--frames {args.frames}: give whole numbers, like 17,41") from None
-    args.size = parse_size(args.size) if args.size else None
-    for T in args.frames:
-        latent_frames(T)
-    if len(set(args.folders)) < len(args.folders):
-        raise UserError("one folder is given twice: give each VAE once")
-    if args.n < 1:
-        raise UserError(f"--n {args.n}: give at least 1")
-    return args

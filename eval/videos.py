@@ -20,13 +20,12 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from kling_programs.eval.common import VIDEOS, check_order, files, protocol_hash, write_json, write_text
-from kling_programs.sample.command import Parser
+from kling_programs.eval.options import videos as parse
 
 from kling.cameras.files import load_trajectory
 from kling.data.image import read_image, write_png
@@ -46,12 +45,16 @@ STRIPS = 4  # best and worst clips shown
 
 def main(argv: list[str]) -> None:
     args = parse(argv)
+    if args.seams:
+        seams(args.seams, 2)  # a mistake is told before the first video is read
     report = evaluate(args)
     report["command"] = shlex.join(["kling-eval", "videos", *argv])
     write_json(Path(args.out) / "scores.json", report)
     print(report["head"], report["table"], sep="\n\n")
     for name, reason in report["failures"].items():
         print(f"failed, in no mean: {name}: {reason}", file=sys.stderr)
+    if report["camera_not_found"]:
+        print(lost_in_words(report["camera_not_found"]), file=sys.stderr)
     check_order([Order(f"{m.task} {m.name}", m.controls, m.higher) for m in METRICS if m.controls], report["columns"])
 
 
@@ -228,7 +231,7 @@ def report(
     scores = {task: summarise([rows[name][task] for name in names if task in rows[name]]) for task in tasks}
     columns = {name: {task: summarise(found) for task, found in by_task.items()} for name, by_task in controls.items()}
     lines = [Line(m.task, m.name, m.title, m.unit) for m in METRICS]
-    protocol = {"suite": "videos", "version": 3, "measures": [(m.task, m.name, m.title) for m in METRICS], "seams": args.seams}
+    protocol = {"suite": "videos", "version": 4, "measures": [(m.task, m.name, m.title) for m in METRICS], "seams": args.seams}
     protocol["colmap"] = args.colmap
     table = markdown(lines, scores, columns)
     counts = {task: sum(task in troubles for troubles in failed.values()) for task in tasks}
@@ -237,6 +240,8 @@ def report(
     notes = "; ".join(f"{task} {s:.2f} s" for task, s in seconds.items())
     failures = {name: reason_of(troubles) for name, troubles in failed.items()}
     said = "".join(f"\n- failed: {name}: {reason}" for name, reason in failures.items())
+    lost = [name for name in names if rows[name].get("camera", {}).get("registered") is False]
+    said += f"\n- {lost_in_words(lost)}" if lost else ""
     write_text(Path(args.out) / "scores.md", f"{head}\n\n{table}\n\nseconds for 17 frames: {notes}\n{said}\n")
     ranked = show(args, names, rows)
     return {
@@ -246,6 +251,7 @@ def report(
         "n": len(names),
         "failures": failures,
         "failed": counts,
+        "camera_not_found": lost,
         "scores": scores,
         "columns": columns,
         "seconds_per_17_frames": seconds,
@@ -254,6 +260,10 @@ def report(
         "head": head,
         "table": table,
     }
+
+
+def lost_in_words(names: Sequence[str]) -> str:
+    return f"camera not found, so in no mean of camera errors ({len(names)}): {', '.join(names)}"
 
 
 def reason_of(troubles: dict[str, str]) -> str:
@@ -275,25 +285,3 @@ def show(args: argparse.Namespace, names: list[str], rows: dict[str, dict[str, R
         H, W = clips[0].shape[1:3]
         write_png(Path(args.out) / "strips" / f"{key.task}-{key.name}.png", strip([fit(clip, H, W) for clip in clips]))
     return ranked
-
-
-def parse(argv: list[str]) -> argparse.Namespace:
-    parser = Parser("kling-eval videos", __doc__)
-    parser.add_argument("folder", metavar="FOLDER", help="the videos")
-    parser.add_argument("--out", metavar="FOLDER", required=True)
-    parser.add_argument("--reference", metavar="FOLDER", help="the true videos, with the same names")
-    parser.add_argument("--cameras", metavar="FOLDER", help="requested paths, RealEstate10K text or JSON")
-    parser.add_argument("--colmap", action="store_true", help="also use pycolmap if it explains a clip better; slow")
-    parser.add_argument("--keyframes", metavar="FOLDER", help="pictures NAME@FRAME.png")
-    parser.add_argument("--seams", metavar="FRAMES", help="first frames of hops: 41,73 or 41:32")
-    parser.add_argument("--n", metavar="N", type=int, help="only the first N names")
-    args = parser.parse_args(argv)
-    if args.n is not None and args.n < 1:
-        raise UserError(f"--n {args.n}: give at least 1")
-    if args.seams:
-        seams(args.seams, 2)
-    if args.colmap and not args.cameras:
-        raise UserError("--colmap estimates cameras: give --cameras, the requested paths")
-    if args.colmap and find_spec("pycolmap") is None:
-        raise UserError("--colmap needs pycolmap: pip install 'kling[colmap]'")
-    return args

@@ -1,22 +1,21 @@
-"""Score a model on the small world, whose truth is known: does it obey the words, the camera, and the pictures it is given?
+"""Score a model on the small world with its known truth: how well does it follow the text, the camera, and the given pictures?
 
 kling-eval world --model runs/dit/export --out out/eval --n 256 --workers 2
-kling-eval world --out /tmp/eval --tasks text,camera,image --n 64 --steps 12 --workers 2     # ten minutes, for checkpoints on the way
-kling-eval world --out /tmp/eval --quick                             # minutes: a look, not a score
+kling-eval world --out /tmp/eval --tasks text,camera,image --n 64 --steps 12 --workers 2     # ten minutes, for checkpoints during training
+kling-eval world --out /tmp/eval --quick                             # minutes: a quick look, not a score
 
 OUT gets scores.json, scores.md, strips/<task>.png, clips/<task>/<k>.npz, and cases.jsonl with a line for every case as soon as it is
-measured: the same command again goes on where it stopped. Beside every score stand the same measurement on rendered truth (how far the
-ruler itself can be trusted), on truth through the VAE, on a truth that does what the task forbids (broken: a thing vanishes half way, the
-camera goes another way …), on three clips that obey nothing (frozen, shuffled, noise), and chance.
+measured: run again, the same command continues where it stopped. Every score is given with the same measurement on rendered truth (the
+accuracy of the metric itself), on truth through the VAE, on a truth that does what the task forbids (broken: an object vanishes half way,
+the camera moves another way …), on three clips that follow nothing (frozen, shuffled, noise), and with chance.
 
-What is right or wrong is asked N times. What is measured in dB varies little, and some clips are dear: these are asked in the first 64
-cases, and all that stands in for the model is measured in the first 32 (the truth of the words in all). The table gives the n of each.
-With --tasks it is a look on the way: half as many of the former, a quarter of the latter.
+Right-or-wrong measures use N cases. Measures in dB vary little, and some clips are expensive: these use the first 64 cases, and the
+controls use the first 32 (the truth of the text tasks uses all). The table gives the n of each. With --tasks, for a quick look during
+training, it is half as many of the former and a quarter of the latter.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import multiprocessing
@@ -53,8 +52,9 @@ from kling_programs.eval.cases import (
     spoiled,
     with_camera,
 )
-from kling_programs.eval.common import check_order, protocol_hash, write_json
-from kling_programs.sample.command import Parser
+from kling_programs.eval.common import check_order, found_only, protocol_hash, write_json
+from kling_programs.eval.options import QUICK
+from kling_programs.eval.options import world as parse
 from torch import Tensor
 
 from kling.data.image import write_png
@@ -74,20 +74,20 @@ from kling.runtime.precision import bf16_is_fast, default_device, describe
 from kling.runtime.random import derive_seed
 from kling.sampling.record import model_hashes
 
-PROTOCOL = 3  # raised whenever a case is asked or measured in another way: what was measured before does not mix with it
-EXAMPLES = 400  # rendered clips that the detectors learn from
-PICTURES = 64  # cases of a task of which few are enough
-CONTROLS = 32  # cases in which other clips are measured in the model's place, and the VAE alone
+PROTOCOL = 4  # raised when a case is asked or measured in another way: older measurements are then not mixed with new ones
+READ = (3, PROTOCOL)  # protocols that a folder may hold: cases of 3 counted a camera that was not found, which is left out on reading
+EXAMPLES = 400  # rendered clips to which the detectors are fitted
+PICTURES = 64  # number of cases for tasks that need few
+CONTROLS = 32  # number of cases in which controls, and the VAE alone, are measured
 STRIP_ROWS = 4
-QUICK = {"n": 8, "examples": 120}
 
 Measured = dict[str, dict[str, list[Row]]]  # by who answered (the model or a stand-in), then by task
-Record = dict[str, Any]  # of one case: "k", "seconds" of each clip that was made, "rows" by who answered, then by task
+Record = dict[str, Any]  # of one case: "k", "seconds" of each generated clip, "rows" by who answered, then by task
 
 
 @dataclass(frozen=True)
 class Options:
-    """What decides a score, beside the model. A folder holds one set of options; `n`, the workers and the limit may change."""
+    """The settings that determine a score, apart from the model. A folder has one set; `n`, the workers and the limit may change."""
 
     out: str
     n: int = 256
@@ -95,18 +95,18 @@ class Options:
     steps: int | None = None
     examples: int = EXAMPLES
     tasks: tuple[str, ...] = ()  # of `TASKS`; none: all, and the VAE alone
-    bf16: bool = False  # transformer, words and VAE in bfloat16
+    bf16: bool = False  # transformer, text encoder and VAE in bfloat16
     workers: int = 1
     limit_minutes: float | None = None
 
     @property
     def pictures(self) -> int:
-        """Cases of a task of which few are enough."""
+        """Number of cases for tasks that need few."""
         return max(1, PICTURES // 2) if self.tasks else PICTURES
 
     @property
     def controls(self) -> int:
-        """Cases in which other clips are measured in the model's place."""
+        """Number of cases in which controls are measured."""
         return max(1, CONTROLS // 4) if self.tasks else CONTROLS
 
     def cases(self, task: str) -> int:
@@ -137,9 +137,9 @@ def load(folder: Path, options: Options) -> Any:
 
 
 def evaluate(pipe: Any, options: Options, model: dict[str, Any], folder: Path | None = None) -> dict[str, Any]:
-    """Ask, measure, report. Of `KlingPipeline`, `pipe` needs `__call__`, `encode`, `decode`, `device` and `config.capabilities`.
+    """Generate, measure, report. Of `KlingPipeline`, `pipe` needs `__call__`, `encode`, `decode`, `device` and `config.capabilities`.
 
-    folder: where other workers load it from.
+    folder: from which other workers load the model.
     """
     out, started = Path(options.out), time.monotonic()
     claim(out, options, model)
@@ -163,11 +163,11 @@ def evaluate(pipe: Any, options: Options, model: dict[str, Any], folder: Path | 
 
 
 def estimate(examiner: Examiner, todo: list[int]) -> str:
-    """How many clips there are to make and measure, and about how long that takes: as long as the first one, which is kept."""
+    """The number of clips to make and measure, and the approximate time, from that of the first one, which is kept."""
     counts = examiner.missing(todo)
     task = next((task for task, count in counts.items() if count), None)
     if task is None:
-        return "every clip is there: they are measured"
+        return "all clips exist: they are measured"
     case = TASKS[task].make(examiner.world, todo[0])
     truth, started = render_scene(case.scene), time.monotonic()
     video, took = examiner.answer(case, truth)
@@ -182,7 +182,7 @@ def estimate(examiner: Examiner, todo: list[int]) -> str:
 
 
 def examined(examiner: Examiner, todo: list[int], folder: Path | None) -> Iterator[Record]:
-    """Cases as they are done: here, or by `options.workers` processes that each load the model from `folder`."""
+    """Cases as they are finished: here, or by `options.workers` processes that each load the model from `folder`."""
     options = examiner.options
     if not todo or options.workers == 1:
         yield from map(examiner, todo)
@@ -204,7 +204,7 @@ def start_worker(folder: Path, ruler: Ruler, options: Options) -> None:
 
 
 def leave_with_parent() -> None:
-    """A worker whose parent was killed would wait for its next case for ever."""
+    """End this worker with its parent; otherwise, if the parent is killed, it would wait for its next case forever."""
     wait([multiprocessing.parent_process().sentinel])
     os._exit(1)
 
@@ -214,7 +214,7 @@ def work(k: int) -> Record:
 
 
 class Examiner:
-    """Asks one case in all its forms, and measures the answers."""
+    """Generates the clips of one case for all tasks, and measures them."""
 
     def __init__(self, pipe: Any, ruler: Ruler | None, options: Options) -> None:
         self.pipe, self.ruler, self.options = pipe, ruler, options
@@ -247,7 +247,7 @@ class Examiner:
         }
 
     def answer(self, case: Case, truth: Tensor) -> tuple[Tensor, float]:
-        """The model's clip (T, H, W, 3) uint8 at the truth's size, made now or kept from before, and the seconds it took (0 if kept)."""
+        """The model's clip (T, H, W, 3) uint8 at the truth's size, new or from an earlier run, and the seconds it took (0 if not new)."""
         path = clip_path(self.options.out, case.task, case.k)
         if path.is_file():
             return fit(np.load(path, allow_pickle=False)["frames"], *truth.shape[1:3]), 0.0
@@ -260,7 +260,7 @@ class Examiner:
         return fit(frames, *truth.shape[1:3]), took
 
     def fields(self, case: Case, truth: Tensor) -> dict[str, Any]:
-        """Of the `Request` that asks a case."""
+        """The fields of the `Request` for a case."""
         fields = dict(case.request)
         frames = truth if case.given is case.scene else render_scene(case.given)
         for name in ("image", "last_image", "video"):
@@ -276,7 +276,7 @@ class Examiner:
 
 
 class Passed:
-    """Clips through the VAE, each once: several tasks of a case have one truth."""
+    """Clips through the VAE, each computed once: several tasks of a case have the same truth."""
 
     def __init__(self, pipe: Any) -> None:
         self.pipe, self.known = pipe, []
@@ -291,7 +291,7 @@ class Passed:
 
 
 def stand_ins(passed: Passed, case: Case, truth: Tensor, few: int) -> Iterator[tuple[str, Tensor]]:
-    """Clips measured in the model's place: in `few` cases, but what a score is relative to in all, and the truth of the words in all."""
+    """Control clips: in `few` cases, except the reference of a relative score and the truth of the text tasks, which are in all."""
     task, seed = TASKS[case.task], derive_seed(0, "controls", case.k)
     answers = {
         "truth": lambda: truth,
@@ -308,9 +308,9 @@ def stand_ins(passed: Passed, case: Case, truth: Tensor, few: int) -> Iterator[t
 
 
 def broken(case: Case) -> Tensor:
-    """A clip (T, H, W, 3) uint8 that does what its task forbids: another truth, whose things are spoiled half way.
+    """A clip (T, H, W, 3) uint8 that does what its task forbids: another truth, whose objects are spoiled half way.
 
-    The camera goes another way, things have each other's colours, the ground changes half way, the video to restyle is left as it was.
+    The camera moves another way, objects exchange colours, the ground changes half way, or the video to restyle is unchanged.
     """
     scene, family = case.scene, case.task.split("-")[0]
     if family == "restyle":
@@ -325,7 +325,7 @@ def broken(case: Case) -> Tensor:
 
 
 def make_ruler(options: Options) -> Ruler:
-    """Detectors taught on rendered clips of the training split, under a seed that no case has."""
+    """Detectors fitted to rendered clips of the training split, with a seed that no case has."""
     stage = Stage(start_pose(), FOCAL, float(HAZE.mean()), HAZE_DISTANCE, COLOUR_RGB)
     world = World(derive_seed(options.seed, "ruler"), FRAMES, ASPECT, split="train", max_things=1)
     scenes = (with_camera(world, world.scene(i), {}, "static") for i in range(options.examples))
@@ -333,7 +333,7 @@ def make_ruler(options: Options) -> Ruler:
 
 
 def measure(ruler: Ruler, case: Case, video: Tensor, truth: Tensor) -> Row:
-    """What one clip (T, H, W, 3) uint8 scores as an answer to a case; None where a measure does not apply."""
+    """The scores of one clip (T, H, W, 3) uint8 for a case; None if a measure does not apply."""
     scene, family = case.scene, case.task.split("-")[0]
     named = scene.axes if len(scene.axes) < 2 or scene.move else None
     if case.task == "image":
@@ -367,7 +367,7 @@ def batch(frames: Tensor) -> Tensor:
 
 
 def vae_row(passed: Passed, truth: Tensor) -> Row:
-    """The VAE alone on a clip (T, H, W, 3) uint8: how near, and does it hold over time?"""
+    """The VAE alone on a clip (T, H, W, 3) uint8: its accuracy, and whether that is constant over time."""
     a, b, T = batch(passed(truth)), batch(truth), len(truth)
     per_frame = psnr(a, b)[0].double()  # (T,)
     t = torch.arange(T, dtype=torch.float64) - (T - 1) / 2
@@ -379,7 +379,7 @@ def vae_row(passed: Passed, truth: Tensor) -> Row:
 
 
 def report(options: Options, model: dict[str, Any], records: list[Record], left_out: list[str]) -> dict[str, Any]:
-    """Everything measured as plain values; writes scores.md. records: by rising k."""
+    """All measurements as plain values; writes scores.md. records: by ascending k."""
     measured, seconds, n = by_answer(records), [x for record in records for x in record["seconds"]], len(records)
     own, vae = measured["model"], measured["truth through the VAE"]
     scores = {task: summarise(rows) for task, rows in own.items()}
@@ -432,7 +432,7 @@ def by_answer(records: list[Record]) -> Measured:
 
 
 def show(out: Path, task: str, world: World, cases: list[int]) -> None:
-    """The strip of a task: truth above what was made."""
+    """The strip of a task: truth above the model's clip."""
     rows = []
     for k in cases:
         truth = render_scene(TASKS[task].make(world, k).scene)
@@ -453,18 +453,21 @@ def progress(records: dict[int, Record], before: int, options: Options, started:
 
 
 def recorded(path: Path) -> dict[int, Record]:
-    """The cases of a file that were measured before, by k. A line that a killed run left unfinished is cut off."""
+    """The measured cases in a file, by k. A line that was cut off by a kill is removed."""
     if not path.is_file():
         return {}
     whole, newline, torn = path.read_bytes().rpartition(b"\n")
     if torn:
         with written(path) as temporary:
             temporary.write_bytes(whole + newline)
-    return {record["k"]: record for record in map(json.loads, whole.splitlines())}
+    records = [json.loads(line) for line in whole.splitlines()]
+    for rows in (by_task for record in records for by_task in record["rows"].values()):
+        rows |= {task: found_only(row) for task, row in rows.items()}
+    return {record["k"]: record for record in records}
 
 
 def claim(out: Path, options: Options, model: dict[str, Any]) -> None:
-    """Make the folder, or see that what it holds was made with the same model and options, and measured in the same way."""
+    """Make the folder, or check that its contents come from the same model and options, and were measured in the same way."""
     mine = {
         "seed": options.seed,
         "steps": options.steps,
@@ -478,6 +481,7 @@ def claim(out: Path, options: Options, model: dict[str, Any]) -> None:
     if path.is_file():
         head(path)
         before = json.loads(path.read_text(encoding="utf-8"))
+        before |= {"protocol": PROTOCOL} if before.get("protocol") in READ else {}
         if changed := [name for name in mine if before.get(name) != mine[name]]:
             raise UserError(f"{out} holds clips made with other {' and '.join(changed)}: give another --out")
     out.mkdir(parents=True, exist_ok=True)
@@ -486,22 +490,3 @@ def claim(out: Path, options: Options, model: dict[str, Any]) -> None:
 
 def clip_path(out: str | Path, task: str, k: int) -> Path:
     return Path(out) / "clips" / task / f"{k:04d}.npz"
-
-
-def parse(argv: list[str]) -> argparse.Namespace:
-    parser = Parser("kling-eval world", __doc__)
-    parser.add_argument("--model", metavar="FOLDER", help="default: the shipped one")
-    parser.add_argument("--out", metavar="FOLDER", required=True)
-    parser.add_argument("--n", metavar="N", type=int, help="cases a task (256)")
-    parser.add_argument("--seed", metavar="N", type=int, help="of the scenes and the clips (0)")
-    parser.add_argument("--steps", metavar="N", type=int, help="sampling steps; default: the checkpoint's own")
-    parser.add_argument("--workers", metavar="N", type=int, help="processes that share the cases and the processor (1)")
-    names = ", ".join(TASKS)
-    parser.add_argument("--tasks", metavar="A,B", help=f"only these: {names}; a first word names all that begin with it")
-    parser.add_argument("--quick", action="store_true", help=f"{QUICK['n']} cases and less certain detectors")
-    parser.add_argument("--limit-minutes", metavar="M", type=float, help="stop asking after this long, and say what n was reached")
-    args = parser.parse_args(argv)
-    for name in ("n", "workers"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)}: give at least 1")
-    return args

@@ -14,6 +14,7 @@ KLING_ALLOW_ENV=1 allows it for files too.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import re
 import types
@@ -82,6 +83,17 @@ MEANT = {
     "node": ("gpus_per_node", "nproc_per_node", "num_gpus_per_node"),
 }  # fmt: skip
 
+# What settings of these names can be, in whatever program: outside, a run fails at some later step, or trains without a word for nothing.
+RANGES = (
+    ("steps batch save_every log_every eval_every eval_clips gradient_accumulation group", 1, math.inf),
+    ("shard threads max_frames clips quantiles", 1, math.inf),
+    ("warmup sample_every keep_every keep_last every rank workers weight_decay watchdog perceptual", 0, math.inf),
+    ("text_drop camera_drop floor", 0, 1),
+    ("ema", 0, math.nextafter(1, 0)),  # of 1 the average never leaves the first weights, which the export would hold
+    ("lr clip_grad temperature fps", math.ulp(0), math.inf),
+)
+RANGE = {name: (least, most) for names, least, most in RANGES for name in names.split()}
+
 # Presets lie next to the package: in the repository, and in an installed wheel.
 PRESETS = (Path(__file__).parents[1] / "configs", Path(__file__).parents[1] / "kling_programs" / "configs")
 
@@ -107,6 +119,7 @@ def load_config(cls: type[T], path: str | Path | None = None, overrides: Sequenc
                 OmegaConf.update(cfg, key, value, merge=True)
             except OmegaConfBaseException as error:
                 raise UserError(f"{key} = {value!r} in {where}: expected {_spell(hint)} ({_first_line(error)})") from None
+            _check_range(key, OmegaConf.select(cfg, key, throw_on_missing=False), where)
 
     try:
         if missing := sorted(OmegaConf.missing_keys(cfg)):
@@ -114,6 +127,17 @@ def load_config(cls: type[T], path: str | Path | None = None, overrides: Sequenc
         return typing.cast(T, OmegaConf.to_object(cfg))
     except OmegaConfBaseException as error:  # an interpolation ${...} that names nothing
         raise UserError(f"config of {cls.__name__}: {_first_line(error)}") from None
+
+
+def _check_range(key: str, value: Any, where: str) -> None:
+    """Refuse a number that is none, and one that no setting of this name can be."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return
+    least, most = RANGE.get(key.rpartition(".")[2], (-math.inf, math.inf))
+    if math.isnan(value) or not least <= value <= most or (math.isinf(value) and math.isinf(most) and least > -math.inf):
+        upper = f" to {'below 1' if 0 < 1 - most < 1e-9 else most}" if most < math.inf else " or more"
+        wanted = "a number" if least == -math.inf else "a number above 0" if 0 < least < 1 else f"{least}{upper}"
+        raise UserError(f"{key} = {value} in {where}: give {wanted}")
 
 
 def read_preset(path: str | Path) -> dict[str, Any]:

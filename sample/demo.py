@@ -1,9 +1,9 @@
-"""The studio: a page on which a person sees what the model does.
+"""The studio: a web page for the model.
 
 kling-demo                                   # http://127.0.0.1:7860, the shipped model
 kling-demo --model runs/dit/export --run runs/dit
 kling-demo --listen --auth accounts.txt      # for others on the network; lines of USER:PASSWORD, or KLING_DEMO_AUTH in the environment
-kling-demo --models models --loras loras     # folders of which visitors choose
+kling-demo --models models --loras loras     # folders from which visitors choose
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ def main(argv: list[str] | None = None) -> None:
     chosen_folders(args.models), chosen_files(args.loras)
     tls = check_tls(args)
     check_port(host, args.port)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl+C: closes the server, and the arrivals go
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl+C: closes the server and deletes uploads
     arrivals = Path(tempfile.mkdtemp(prefix="kling-demo-"))
-    os.environ["GRADIO_TEMP_DIR"] = str(arrivals)  # before gradio is imported, as is the next one
+    os.environ["GRADIO_TEMP_DIR"] = str(arrivals)  # must be set before gradio is imported, like the next one
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     try:
         _, page, settings = prepare(args, arrivals)
@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def prepare(args: argparse.Namespace, arrivals: Path) -> tuple:
-    """The studio, its page, and the settings of the launch."""
+    """The studio, its page, and the launch settings."""
     try:
         from kling_programs.sample.studio.page import build, launch_settings
     except ModuleNotFoundError as error:
@@ -87,7 +87,7 @@ def prepare(args: argparse.Namespace, arrivals: Path) -> tuple:
 
 
 def chosen_folders(folder: str | None) -> dict[str, Path]:
-    """name -> model folder, of those in the operator's folder."""
+    """name -> model folder, for those in the operator's folder."""
     found = {path.parent.name: path.parent.absolute() for path in sorted(Path(folder).glob("*/model_index.json"))} if folder else {}
     if folder and not found:
         raise UserError(f"--models {folder}: no folder in it holds a model_index.json; give the folder that holds model folders")
@@ -95,7 +95,7 @@ def chosen_folders(folder: str | None) -> dict[str, Path]:
 
 
 def chosen_files(folder: str | None) -> dict[str, Path]:
-    """name -> LoRA file, of those in the operator's folder."""
+    """name -> LoRA file, for those in the operator's folder."""
     found = {path.stem: path.absolute() for path in sorted(Path(folder).glob("*.safetensors"))} if folder else {}
     if folder and not found:
         raise UserError(f"--loras {folder}: it holds no .safetensors file; give the folder that holds LoRA files")
@@ -105,28 +105,26 @@ def chosen_files(folder: str | None) -> dict[str, Path]:
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = Parser("kling-demo", __doc__)
     parser.add_argument("--model", metavar="FOLDER", help="default: the shipped one")
-    parser.add_argument("--models", metavar="FOLDER", help="a folder of model folders, of which visitors may choose one")
-    parser.add_argument("--loras", metavar="FOLDER", help="a folder of LoRA files (.safetensors), of which visitors may choose one")
+    parser.add_argument("--models", metavar="FOLDER", help="a folder of model folders, from which visitors may choose one")
+    parser.add_argument("--loras", metavar="FOLDER", help="a folder of LoRA files (.safetensors), from which visitors may choose one")
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, …; default: cuda if there is one")
     parser.add_argument("--run", metavar="RUNDIR", help="a training run: compare its checkpoints, see its curves")
-    parser.add_argument("--out", metavar="FOLDER", default="out/studio", help="where videos and what they were made from go (out/studio)")
+    parser.add_argument("--out", metavar="FOLDER", default="out/studio", help="folder for videos and their inputs (out/studio)")
     parser.add_argument(
-        "--keep", metavar="N", type=int, default=200, help="videos that stay; whoever has most loses the oldest first (200)"
+        "--keep", metavar="N", type=int, default=200, help="videos to keep; the visitor with most loses the oldest first (200)"
     )
     add = parser.add_argument_group("for others on the network").add_argument
     parser.add_argument("--port", metavar="N", type=int, default=7860)
-    add("--listen", action="store_true", help="let other machines in; needs --auth or KLING_DEMO_AUTH")
+    add("--listen", action="store_true", help="allow other machines; needs --auth or KLING_DEMO_AUTH")
     add("--auth", metavar="FILE", help="who may open the page: lines of USER:PASSWORD; or give them in KLING_DEMO_AUTH")
-    add(
-        "--host", metavar="NAME", action="append", help="a name under which the page is reached, beside this machine's own; repeat for more"
-    )
+    add("--host", metavar="NAME", action="append", help="a host name for the page, in addition to this machine's own; repeat for more")
     add("--tls-cert", metavar="FILE", help="certificate (PEM), for https")
     add("--tls-key", metavar="FILE", help="its private key (PEM)")
     add(
         "--places",
         metavar="N",
         type=int,
-        help="videos that one visitor may have in the making (3 with --listen, else as many as there are)",
+        help="videos that one visitor may have queued or running (3 with --listen, else no limit)",
     )
     add("--minutes", metavar="N", type=float, help="of the model's time that one visitor may use in an hour (30 with --listen, else all)")
     args = parser.parse_args(argv)
@@ -142,7 +140,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def check_auth(args: argparse.Namespace) -> list[tuple[str, str]] | None:
-    """(user, password) of all, which a page that other machines reach must have."""
+    """All (user, password) pairs; required for a page that other machines can reach."""
     from kling_programs.sample.studio.guard import read_accounts
 
     accounts = read_accounts(args.auth)
@@ -152,7 +150,7 @@ def check_auth(args: argparse.Namespace) -> list[tuple[str, str]] | None:
 
 
 def check_tls(args: argparse.Namespace) -> dict:
-    """The settings of the launch for https; none without a certificate."""
+    """The launch settings for https; empty without a certificate."""
     if args.tls_cert is None and args.tls_key is None:
         return {}
     given = {"--tls-cert": args.tls_cert, "--tls-key": args.tls_key}
@@ -166,7 +164,7 @@ def check_tls(args: argparse.Namespace) -> dict:
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(args.tls_cert, args.tls_key, password="")
     except (ssl.SSLError, OSError) as error:
         raise UserError(f"--tls-cert {args.tls_cert} with --tls-key {args.tls_key} cannot be used ({error}): give a PEM pair") from None
-    return {"ssl_certfile": args.tls_cert, "ssl_keyfile": args.tls_key, "ssl_verify": False}  # Gradio asks itself whether it answers
+    return {"ssl_certfile": args.tls_cert, "ssl_keyfile": args.tls_key, "ssl_verify": False}  # Gradio checks its own server with a request
 
 
 def check_port(host: str, port: int) -> None:

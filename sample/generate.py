@@ -61,18 +61,27 @@ def main(argv: list[str] | None = None) -> None:
     import torch
 
     from kling.data.video import frame_rate
+    from kling.hub.files import weight_files
     from kling.sampling import record as records
 
     before = records.read_record(args.replay) if args.replay else None
     request = records.request_of(before, args.replay) if before else asked_request(args)
     kind = chosen_format(args, before)
-    inputs = records.input_hashes(request)
+    inputs = {os.path.realpath(file) for file in (*records.input_hashes(request), args.replay, *beside(args)) if file}
     jobs = [request.replace(seed=request.seed + i, num_videos=1) for i in range(request.num_videos)]
     paths = [output_path(args, kind, job, several=len(jobs) > 1) for job in jobs]
     for path in paths:
-        check_place(path, kind, {*inputs, str(Path(args.replay or "").absolute())}, args.save_latents, args.overwrite)
-    if cold:  # importing takes seconds in a new process
+        check_place(path, kind, inputs, args.save_latents, args.overwrite)
+    for file in beside(args):
+        weight_files(file)  # a mistake is told before anything is loaded, in a dry run too
+    if (args.cache or "").startswith("calibrate="):
+        check_place(Path(args.cache.partition("=")[2]), "json", inputs, overwrite=args.overwrite)
+    if cold:  # this takes seconds in a process of its own
         print("loading diffusers and the model …", file=sys.stderr, flush=True)
+
+    from kling.sampling.machine import Machine, pick_device, set_up, write_ratios
+
+    machine = Machine(**given(args, MACHINE))
     folder, pipe = load_pipeline(args.model or (before and before["model"]["path"]), args.device, loading(args, before))
     if before:
         records.check_same_model(before, model_hashes(folder, args), args.replay)
@@ -84,10 +93,9 @@ def main(argv: list[str] | None = None) -> None:
     fps = float(frame_rate(own_rate if args.fps is None else args.fps))
 
     from kling.runtime.precision import describe as describe_precision
-    from kling.sampling.machine import Machine, pick_device, set_up, write_ratios
 
-    machine, device = Machine(**given(args, MACHINE)), pick_device(args.device)
-    if rank := int(os.environ.get("RANK", "0")):  # of the processes that share a clip, only the first one prints and writes
+    device = pick_device(args.device)
+    if rank := int(os.environ.get("RANK", "0")):  # of processes that share a clip, the first one speaks and writes
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the end
     precision = precision_of(pipe)
     if not rank:
@@ -192,8 +200,13 @@ def model_hashes(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     from kling.hub.files import weight_files
     from kling.sampling import record as records
 
-    beside = [args.transformer, args.transformer_2, args.vae, *(path for path, _ in [*(args.lora or []), *(args.lora_2 or [])])]
-    return records.model_hashes(folder, [file for path in beside if path is not None for file in weight_files(path)])
+    return records.model_hashes(folder, [file for path in beside(args) for file in weight_files(path)])
+
+
+def beside(args: argparse.Namespace) -> list[str]:
+    """Weights that are given beside a model's folder."""
+    paths = [args.transformer, args.transformer_2, args.vae, *(path for path, _ in [*(args.lora or []), *(args.lora_2 or [])])]
+    return [path for path in paths if path is not None]
 
 
 # ------------------------------------------------------------------------------------------------------------ the command line
@@ -289,13 +302,16 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if rest:
         parser.refuse(rest)
     for name, value in vars(args).items():
+        several = [file for file, *_ in value] if isinstance(value, list) and name in ("lora", "lora_2", "keyframes") else [value]
+        if "" in several and name not in ("prompt", "negative_prompt"):  # as of a shell's variable that is not set
+            raise UserError(f"--{name.replace('_', '-')} is empty: give a value, or leave it out")
         if args.replay and name not in REPLAY_TAKES and value not in (None, False):
             raise UserError(f"--replay repeats the record {args.replay}: leave out {'the prompt' if name == 'prompt' else name}")
     return args
 
 
 def a_path(text: str) -> str:
-    return str(Path(text).absolute())
+    return str(Path(text).absolute()) if text else text
 
 
 def a_lora(text: str) -> tuple[str, float]:
@@ -366,7 +382,10 @@ def chosen_format(args: argparse.Namespace, before: Record | None) -> str:
         raise unknown("format", args.format, ["mp4", "gif", "png-frames"])
     ending = Path(args.output or "").suffix.lower()
     by_name = next((kind for kind in ("mp4", "gif") if ending in FORMATS[kind]), None)
-    return "png" if args.image_only else args.format or by_name or (before["output"]["format"] if before else "mp4")
+    kind = "png" if args.image_only else args.format or by_name or (before["output"]["format"] if before else "mp4")
+    if kind not in FORMATS:
+        raise UserError(f"{args.replay} was written as {kind!r}, which is none of {', '.join(FORMATS)}: give --format")
+    return kind
 
 
 def output_path(args: argparse.Namespace, kind: str, request: Request, several: bool) -> Path:
@@ -403,7 +422,7 @@ def check_place(path: Path, kind: str, inputs: set[str], latents: bool = False, 
     from kling.sampling import record as records
 
     for file in (path, records.record_path(path), *([path.with_suffix(".safetensors")] if latents else [])):
-        if str(file.absolute()) in inputs:
+        if os.path.realpath(file) in inputs:
             raise UserError(f"{file} is an input and would be overwritten: choose another --output")
         if os.path.lexists(file) and not overwrite:
             raise UserError(f"{file} exists already: choose another --output or seed, or add --overwrite")

@@ -18,7 +18,7 @@ from kling_programs.eval.side_by_side import Votes, arrangement, chosen, win_rat
 
 from kling.data.image import read_image, write_png
 from kling.data.transforms import fit
-from kling.data.video import write_video
+from kling.data.video import probe, write_gif, write_video
 from kling.errors import UserError
 from kling.metrics.benchmarks import BOARDS, VIEWS, Job, board_scores, physics_iq, physics_iq_jobs, vbench_jobs
 from kling.metrics.worldscore import camera_data, worldscore, worldscore_instances
@@ -156,7 +156,11 @@ def test_import_reads_vbench_results(tmp_path: Path, capsys: pytest.CaptureFixtu
     (tmp_path / "color_eval_results.json").write_text('{"color": ["much", []]}')
     with pytest.raises(SystemExit):
         main(["benchmark", "import", "vbench", "--results", str(tmp_path), "--out", str(tmp_path / "out")])
-    assert "color is 'much', not a number" in capsys.readouterr().err
+    assert "color is 'much', not a finite number" in capsys.readouterr().err
+    (tmp_path / "color_eval_results.json").write_text('{"color": [NaN, []]}')
+    with pytest.raises(SystemExit):
+        main(["benchmark", "import", "vbench", "--results", str(tmp_path), "--out", str(tmp_path / "out")])
+    assert "color is nan, not a finite number" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -312,6 +316,18 @@ def test_the_page_is_blind() -> None:
         "a",
         "tie",
     ]
+
+
+def test_what_is_shown_side_by_side_plays_in_browsers(tmp_path: Path) -> None:
+    frames = torch.arange(5, dtype=torch.uint8)[:, None, None, None].expand(5, 15, 17, 3) * 40
+    write_gif(tmp_path / "a.gif", frames, 10)
+    write_video(tmp_path / "b.mp4", frames[:, :14, :16], 10)
+    made = side_by_side.playable(tmp_path / "a.gif", tmp_path)
+    assert made.suffix == ".mp4" and probe(made).plays_in_browsers and (probe(made).frames, probe(made).width) == (5, 16)
+    assert side_by_side.playable(tmp_path / "b.mp4", tmp_path).read_bytes() == (tmp_path / "b.mp4").read_bytes()
+    (tmp_path / "c.mp4").write_bytes(b"words")
+    with pytest.raises(UserError, match="is not a video"):
+        side_by_side.playable(tmp_path / "c.mp4", tmp_path)
 
 
 @pytest.mark.slow

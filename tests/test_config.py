@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import re
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+from kling_programs.train.train_dit import TrainDiTConfig
+from kling_programs.train.train_vae import TrainVAEConfig
 
 from kling import config
 from kling.config import flatten, load_config, save_config, to_dict
@@ -182,3 +185,29 @@ def test_round_trip_and_flatten(tmp_path: Path) -> None:
     assert load_config(Settings, tmp_path / "a" / "c.yaml") == cfg
     assert to_dict(cfg)["optim"]["betas"] == [0.9, 0.95]
     assert flatten({"a": {"b": 1, "c": {}}, "d": [1]}) == {"a.b": 1, "a.c": {}, "d": [1]}
+
+
+WRONG = {
+    "save_every=0": "give 1 or more", "log_every=-2": "give 1 or more", "batch=0": "give 1 or more", "steps=0": "give 1 or more",
+    "ema=1": "give 0 to below 1", "ema=-0.1": "give 0 to below 1", "text_drop=1.5": "give 0 to 1", "warmup=-1": "give 0 or more",
+    "lr=0": "give a number above 0", "lr=-1e-3": "give a number above 0", "lr=.nan": "give a number above 0",
+    "lr=.inf": "give a number above 0",
+    "validation.every=-5": "give 0 or more", "workers=-1": "give 0 or more", "threads=0": "give 1 or more",
+    "lora.alpha=.nan": "give a number",
+    "clip_grad=0": "give a number above 0",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("word", WRONG)
+def test_a_number_that_no_run_can_use_is_refused_by_name(word):
+    """save_every=0 divides by zero after the first step, ema=1 exports the first weights, lr=-1e-3 climbs."""
+    key, _, _ = word.partition("=")
+    with pytest.raises(UserError, match=rf"^{re.escape(key)} = \S+ in override .*: {WRONG[word]}$"):
+        load_config(TrainDiTConfig, None, [word])
+
+
+def test_what_a_run_can_use_is_taken():
+    load_config(
+        TrainDiTConfig, None, ["ema=0", "ema=0.9999", "warmup=0", "workers=0", "threads=null", "text_drop=1", "lr=1e-7", "keep_last=0"]
+    )
+    load_config(TrainVAEConfig, None, ["eval_every=1", "watchdog=0", "weight_decay=0", "floor=0"])

@@ -12,6 +12,8 @@ import cv2
 import numpy as np
 import pytest
 
+from kling.cameras.axes import axes_trajectory
+from kling.cameras.files import save_trajectory
 from kling.data.manifest import read_manifest
 from kling.data.scan.captioner import PROMPTS
 from kling.data.scan.listing import COLUMNS
@@ -28,6 +30,26 @@ def test_help_needs_no_torch_and_lists_the_library_s_choices():
     said = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True, timeout=60).stdout
     assert "--allow-bad" in said and said.endswith("False\n")
     assert set(COLUMNS) == set(program.FIELDS) and set(PROMPTS) == set(program.LANGUAGES) and METHODS == program.METHODS
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["report", "m.jsonl", "--out", "m.jsonl"], "end the page's name in .html"),
+        (["report", "m.jsonl", "--sheet", "-1"], "--sheet -1"),
+        (["scan", ".", "--seconds-per-minute", "nan"], "must be positive"),
+        (["camera", "path.txt", "--png", "path.txt"], "end the picture's name in .png"),
+    ],
+)
+def test_an_output_that_would_be_an_input_and_numbers_that_are_none(words, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "m.jsonl").write_text(before := "precious\n")
+    save_trajectory(tmp_path / "path.txt", axes_trajectory({"pan": 5.0}, 5, 64, 112))
+    with pytest.raises(SystemExit) as stop:
+        program.main(words)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and says in error and error.count("\n") == 1
+    assert (tmp_path / "m.jsonl").read_text() == before and (tmp_path / "path.txt").stat().st_size > 100
 
 
 @pytest.fixture

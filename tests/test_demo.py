@@ -30,12 +30,13 @@ from kling_programs.sample.studio.shelf import Shelf
 from kling_programs.sample.studio.studio import Step, sample
 from kling_programs.sample.studio.uploads import Uploads
 from test_generate import save_tiny
+from test_video import make
 
 from kling import KlingPipeline, Request
 from kling.cameras.axes import axes_trajectory
 from kling.cameras.files import save_trajectory
 from kling.condition.tasks import TASKS
-from kling.data.video import VideoWriter, probe, read_video, write_video
+from kling.data.video import VideoWriter, probe, read_video, write_gif, write_video
 from kling.errors import UserError
 
 H, W = 64, 112
@@ -401,6 +402,21 @@ def test_a_large_video_is_reduced_and_the_page_says_so(uploads):
     assert np.allclose(read_video(kept).frames.float().mean((1, 2, 3)), [4 * round(i * 30 / 8 - 0.01) for i in range(16)], atol=3)
     small = clip(uploads.arrivals / "own.mp4")
     assert uploads.note({"path": str(small)}) is None and Path(uploads.accept(str(small), "video")).read_bytes() == small.read_bytes()
+
+
+def test_what_no_browser_plays_is_shown_as_a_copy(uploads):
+    frames = np.stack([np.full((64, 112, 3), 20 * i, np.uint8) for i in range(9)])
+    write_gif(uploads.arrivals / "a.gif", frames, 8)
+    make(uploads.arrivals / "a.avi", codec="mpeg4")
+    make(uploads.arrivals / "h264.mkv")
+    for name in ("a.gif", "a.avi", "h264.mkv"):
+        path = str(uploads.arrivals / name)
+        kept = uploads.accept({"path": path}, "video")
+        info = probe(kept)
+        assert kept.endswith(".mp4") and info.codec == "h264" and info.pix_fmt == "yuv420p" and uploads.note({"path": path})
+    make(uploads.arrivals / "a.webm", codec="libvpx-vp9", deadline="realtime")
+    path = str(uploads.arrivals / "a.webm")
+    assert uploads.note({"path": path}) is None and uploads.accept({"path": path}, "video").endswith(".webm")
 
 
 def test_a_refused_file_keeps_its_reason_for_every_request_of_the_page(uploads):

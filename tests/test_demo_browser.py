@@ -15,6 +15,7 @@ import pytest
 import torch
 from test_demo import Gate, clip, png
 from test_demo_page import Site, site  # noqa: F401 - a fixture
+from test_video import make
 
 from kling import KlingPipeline
 from kling.cameras.axes import axes_trajectory
@@ -398,6 +399,25 @@ def test_typed_values_are_used_unchanged(page, site, tmp_path):
     write_gif(tmp_path / "a.gif", np.stack([np.full((64, 112, 3), 30 * i, np.uint8) for i in range(9)]), 8)
     upload(page, "#clip", tmp_path / "a.gif")
     understood(page, "continuation of a video")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ending", ["gif", "avi"])
+def test_a_clip_that_no_browser_plays_is_played_all_the_same(page, site, tmp_path, ending):
+    """Its copy is, and nothing says in between that it cannot be."""
+    page.evaluate(
+        "new MutationObserver(() => { if (document.body.innerText.includes('not playable')) window.complained = true })"
+        ".observe(document.body, {childList: true, subtree: true})"
+    )
+    file = tmp_path / f"a.{ending}"
+    if ending == "gif":
+        write_gif(file, np.stack([np.full((64, 112, 3), 30 * i, np.uint8) for i in range(9)]), 8)
+    else:
+        make(file, codec="mpeg4")
+    tab(page, "Video")
+    upload(page, "#clip", file)
+    page.wait_for_function("document.querySelector('#clip video')?.videoWidth > 0")
+    assert ".mp4" in page.evaluate("document.querySelector('#clip video').currentSrc") and not page.evaluate("window.complained")
 
 
 @pytest.mark.slow

@@ -23,6 +23,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from test_pipeline import H, W, movie, picture, tiny_pipeline
 
 from kling import KlingFlowScheduler, KlingPipeline, KlingTransformer3DModel
+from kling.runtime.accelerator import StopSignal
 from kling.runtime.device import multiply_in_tf32
 from kling.sampling.machine import pick_device
 
@@ -126,7 +127,7 @@ def test_training_steps_wait_only_for_the_log(monkeypatch: pytest.MonkeyPatch, t
     with pretend.device(monkeypatch) as device:
         monkeypatch.setattr(train_dit, "publish", lambda *_: None)
         monkeypatch.setattr(train_dit, "matmul_ceiling", lambda *_: 1e12)
-        monkeypatch.setattr(train_dit.StopSignal, "seen", lambda *_: marks.append(len(device.waits)))
+        monkeypatch.setattr(StopSignal, "seen", lambda *_: marks.append(len(device.waits)))
         train_dit.main([*words, f"out={tmp_path / 'run'}"])
     waited = [device.waits[a:b] for a, b in pairwise(marks)]  # from the end of a step to that of the next
     assert [len(what) for what in waited[:-1]] == [0, 1, 0, 0, 1, 0, 0], waited

@@ -227,7 +227,7 @@ def test_all_forms_of_one_level_are_equivalent() -> None:
     ],
 )
 def test_levels_are_embedded_once_each(sigma: Tensor, levels: int, runs: int) -> None:
-    distinct, index = noise_levels(sigma, (G, 2, 3))
+    distinct, index, _ = noise_levels(sigma, (G, 2, 3))
     assert distinct.shape == (levels,) and index.shape == (B, runs)
     spelled = distinct[index].repeat_interleave(TOKENS // runs, 1)
     expected = sigma[:, None].expand(B, TOKENS) if sigma.ndim == 1 else sigma.reshape(B, TOKENS)

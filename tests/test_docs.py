@@ -29,6 +29,7 @@ CONFIGS = {  # program -> (its module, the dataclass of its keys)
     "kling-train": ("train.train_dit", "TrainDiTConfig"),
     "kling-train-vae": ("train.train_vae", "TrainVAEConfig"),
     "kling-train-text": ("train.train_text", "TrainTextConfig"),
+    "kling-distill": ("train.distill", "DistillConfig"),
     "kling-train-all": ("train.train_all", "TrainAllConfig"),
     "kling-encode": ("train.encode", "CacheConfig"),
 }

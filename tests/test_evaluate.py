@@ -100,7 +100,8 @@ def test_the_truth_gets_full_scores_and_broken_clips_none(tmp_path: Path) -> Non
     assert broken["continuation-none"]["ground"]["value"] == 0
     assert scores["camera"]["class"]["value"] == 1 and scores["camera"]["rotation"]["value"] < 0.6
     assert scores["image below VAE"]["first"]["value"] == 0 and scores["first_last below VAE"]["last"]["value"] == 0
-    assert report["columns"]["noise"]["camera"]["rotation"]["value"] == 180
+    assert report["columns"]["noise"]["camera"]["rotation"] == {"value": None, "low": None, "high": None, "n": 0}, "nothing to measure"
+    assert report["columns"]["noise"]["camera"]["registered"]["value"] == 0
     assert report["columns"]["frozen"]["camera"]["registered"]["value"] == 1
     assert report["reached"]["camera class"] is True
     assert "colour, Chinese" in (tmp_path / "out/scores.md").read_text() and "RotErr" in report["table"]
@@ -109,7 +110,7 @@ def test_the_truth_gets_full_scores_and_broken_clips_none(tmp_path: Path) -> Non
 
     n = {task: max(x["n"] for x in summary.values()) for task, summary in scores.items()}
     assert n["text-en"] == n["camera"] == N and n["image"] == n["image below VAE"] == n["continuation"] == n["vae-17"] == 1
-    assert report["columns"]["truth"]["text-en"]["colour"]["n"] == N and report["columns"]["noise"]["camera"]["rotation"]["n"] == 1
+    assert report["columns"]["truth"]["text-en"]["colour"]["n"] == N and report["columns"]["noise"]["camera"]["class"]["n"] == 1
     assert pipe.calls == sum(1 if task.few else N for task in TASKS.values())
 
 
@@ -148,6 +149,51 @@ def test_selected_tasks_and_the_time_estimate(tmp_path: Path, capsys: pytest.Cap
         evaluate(pipe, options, {"sha256": {"a": "2"}})
 
 
+def test_a_camera_that_was_not_found_is_counted_and_in_no_mean_also_in_files_from_before(tmp_path: Path) -> None:
+    """Two clips of four degrees, and one that counted 180 when protocol 3 wrote it: in the table, in a run that goes on, on the card."""
+    right = {"class": True, "rotation": 4.0, "translation": 0.5, "registered": True}
+    lost = {"class": False, "rotation": 180.0, "translation": 2.0, "registered": False}
+    rows = [right, lost, right]
+    measured = [{"k": k, "seconds": [], "rows": {"model": {"camera": row}, "noise": {"camera": lost}}} for k, row in enumerate(rows)]
+    (tmp_path / "cases.jsonl").write_text("".join(json.dumps(case) + "\n" for case in measured))
+    options = Options(str(tmp_path), n=3, tasks=("camera",))
+    mine = {"seed": 0, "steps": None, "tasks": ["camera"], "bf16": False, "weights": {}, "examples": 400, "protocol": 3}
+    (tmp_path / "run.json").write_text(json.dumps(mine))
+    report = evaluate(Oracle(), options, {"sha256": {}})
+    score = report["scores"]["camera"]
+    assert (score["rotation"]["value"], score["rotation"]["n"]) == (4, 2) and score["registered"]["value"] == pytest.approx(2 / 3)
+    assert score["translation"]["value"] == 0.5 and score["class"]["n"] == 3
+    cells = {line.split(" | ")[0].strip("| "): line for line in report["table"].splitlines()}
+    assert "| 4.00 ° | 4.00 to 4.00 ° | 2 |" in cells["RotErr, where found"] and "| – |" in cells["RotErr, where found"]
+    json.dumps(report, allow_nan=False)
+
+    before = report | {
+        "scores": {"camera": {"rotation": {"value": 62.7, "low": 4, "high": 180, "n": 3}}},
+        "rows": {"model": {"camera": rows}},
+    }
+    (tmp_path / "scores.json").write_text(json.dumps(before))
+    (tmp_path / "card.md").write_text("<!-- scores --><!-- /scores --><!-- vocabulary --><!-- /vocabulary -->")
+    main(["card", str(tmp_path), "--into", str(tmp_path / "card.md")])
+    card = (tmp_path / "card.md").read_text()
+    assert "| RotErr, where found | 4.00 ° | 4.00 to 4.00 ° | 2 |" in card and "| camera found | 66.7 % |" in card and "62.7" not in card
+
+
+def test_certify_counts_a_camera_that_its_ruler_does_not_find(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(video: Tensor, *known: object) -> SimpleNamespace:
+        found = torch.arange(len(video)) < len(video) - 1
+        return SimpleNamespace(trajectory=axes_trajectory({}, len(video), 32, 32), found=found, registered=found)
+
+    for name, value in (("CLASSED", ()), ("speeds", lambda H, W: {}), ("estimate_trajectory", lost), ("estimate_structure", lost)):
+        monkeypatch.setattr(certify, name, value)
+    certify.main(["--out", str(tmp_path), "--sizes", "32x32"])
+    report = json.loads((tmp_path / "scores.json").read_text())
+    score = report["scores"]["any 32x32"]
+    assert score["registered"] == report["scores"]["world 32x32"]["registered"] and score["registered"]["value"] == 0
+    assert score["rotation"]["n"] == 0 and "any 32x32 rotation" not in report["reached"]
+    assert report["reached"]["any 32x32 registered"] is False
+    assert "| any, 32x32, RotErr | – |  | 0 |" in report["table"]
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -155,6 +201,10 @@ def test_selected_tasks_and_the_time_estimate(tmp_path: Path, capsys: pytest.Cap
         (["world"], "--out"),
         (["world", "--out", "x", "--n", "0"], "--n 0"),
         (["world", "--out", "x", "--workers", "0"], "--workers 0"),
+        (["world", "--out", "x", "--steps", "0"], "--steps 0"),
+        (["world", "--out", "x", "--limit-minutes", "nan"], "--limit-minutes nan"),
+        (["world", "--out", "x", "--seed", "-1"], "--seed -1"),
+        (["report", "run", "--out", "run/scores.json"], "end the page's name in .html"),
         (["world", "--out", "x", "--tasks", "text,camra"], "unknown task 'camra' (did you mean 'camera'?)"),
     ],
 )
@@ -195,7 +245,7 @@ def test_certify_reports_missed_bounds(tmp_path: Path, monkeypatch: pytest.Monke
     for ruler in ("any", "any, still"):
         assert report["scores"][f"{ruler} 32x32"]["rotation"]["value"] > 5 and report["reached"][f"{ruler} 32x32 rotation"] is False
     assert report["scores"]["any 32x32"]["translation"]["n"] == 4 and report["scores"]["class 32x32"]["class"]["n"] == 7
-    assert "mixture 0" in capsys.readouterr().err
+    assert "made clips: not measured" in report["table"] and "mixture 0" in capsys.readouterr().err
     pairs = [(seen[i][0], seen[i + 1][0]) for i in range(0, 14, 2)]
     assert all(torch.equal(move[0], stand[0]) for move, stand in pairs) and not all(torch.equal(*pair) for pair in pairs)
 
@@ -212,7 +262,11 @@ def test_certify_compares_the_rulers_on_generated_clips(tmp_path: Path, monkeypa
     assert report["rows"]["made turning"]["any"] and report["rows"]["made noise"] == {"world": False, "any": False, "rotation": None}
     found = report["scores"]["made"]
     assert found["any"]["value"] == 0.5 and found["rotation"]["n"] == 1 and found["rotation"]["value"] < 0.5
-    assert "any against world" in report["table"] and report["reached"] == {"made rotation": True}
+    assert (
+        "`any` refuses 1 of 2" in report["table"]
+        and "any against world" in report["table"]
+        and report["reached"] == {"made rotation": True}
+    )
 
 
 @pytest.mark.slow

@@ -68,7 +68,7 @@ def test_renoising_is_the_stochastic_sampling_of_diffusers() -> None:
     for t in theirs.timesteps:
         z = theirs.step(velocity(z), t, z, return_dict=False)[0]
         expected.append(z)
-    steps = list(walk(state, ours, lambda z, tokens, level: velocity(z), noise, lambda i: fresh[i]))
+    steps = list(walk(state, ours, lambda z, level, end, highest: velocity(z), noise, lambda i: fresh[i]))
     assert len(steps) == 4
     for step, z in zip(steps, expected, strict=True):
         torch.testing.assert_close(step.z, z, atol=1e-5, rtol=1e-5)
@@ -135,7 +135,7 @@ def test_delayed_frames_all_reach_their_targets(solver: str, delay: int) -> None
     scheduler = KlingFlowScheduler(solver=solver, num_inference_steps=4)
     levels: list[Tensor] = []
 
-    def velocity(z: Tensor, level: Tensor, highest: float) -> Tensor:
+    def velocity(z: Tensor, level: Tensor, end: Tensor, highest: float) -> Tensor:
         levels.append(state.sigma(level)[0, 0, :, 0, 0])
         return noise - target
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import re
 import shutil
 import time
@@ -69,6 +70,62 @@ def run(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
         return code, text.out.splitlines(), text.err
 
     return run
+
+
+@pytest.mark.parametrize("option", ["--camera", "--model", "--image", "--output", "--solver", "--size", "--lora", "--device"])
+def test_an_option_that_a_shell_left_empty_is_refused(run, option) -> None:
+    """--camera "$CAM" without a CAM would be no camera, --model "$MODEL" the shipped one."""
+    code, _, error = run("ball", *QUICK, option, "")
+    assert (code, error.count("\n")) == (2, 1) and (f"{option} is empty" in error)
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["--fps 1e-9", "--lora pipe.safetensors", "--transformer pipe.safetensors", "--lora none.safetensors", "--shift 0", "--tiles 7",
+     "--context-parallel 0", "--cache first-block=nan", "--cache calibrate=precious.json", "--cache calibrate=a.txt/b.json"],
+)  # fmt: skip
+def test_what_cannot_work_is_said_before_anything_is_made_in_a_dry_run_too(run, words: str) -> None:
+    os.mkfifo("pipe.safetensors")
+    Path("precious.json").write_text("1")
+    Path("a.txt").write_text("1")
+    for dry in ((), ("--dry-run",)):
+        code, out, error = run("ball", *QUICK, *words.split(), *dry)
+        assert code == 2 and error.splitlines()[-1].startswith("error: ") and not out and not Path("out").exists()
+    assert Path("precious.json").read_text() == "1"
+
+
+BENT = {
+    "a list": [], "deep": "[" * 100_000, "threads": {"machine": {"threads": -1}}, "threads in words": {"machine": {"threads": "two"}},
+    "a model's path": {"model": {"path": ["m"]}}, "hashes": {"frames": {"each": 3}}, "format": {"output": {"format": "zip"}},
+    "rate": {"output": {"fps": "fast"}}, "keyframes": {"request": {"keyframes": "mid.png"}}, "prompt": {"request": {"prompt": 3}},
+    "dtype": {"machine": {"dtype": ["bf16"]}}, "inputs": {"inputs": {"nowhere.png": "0"}},
+}  # fmt: skip
+
+
+def test_a_record_that_somebody_bent_is_refused_in_one_line(run) -> None:
+    """Before anything is made: a video whose record cannot be compared at the end is lost work."""
+    assert run("ball", *QUICK, "--seed", "1", "--output", "a.mp4")[0] == 0
+    whole = json.loads(Path("a.mp4.json").read_text())
+    for name, change in BENT.items():
+        text = change if isinstance(change, str) else json.dumps(change)
+        if isinstance(change, dict):
+            text = json.dumps(whole | {part: whole[part] | fields for part, fields in change.items()})
+        Path("bent.json").write_text(text)
+        code, out, error = run("--replay", "bent.json")
+        assert (code, error.count("\n")) == (2, 1) and not list(Path().glob("bent-*")), (name, error)
+
+
+def test_no_other_way_to_write_a_path_destroys_an_input(run) -> None:
+    """By .., by a link, and weights beside the output's latents."""
+    Path("sub").mkdir()
+    write_video("in.mp4", np.zeros((9, 40, 40, 3), np.uint8), 8)
+    Path("link").symlink_to(".")
+    Path("b.safetensors").write_bytes(b"a LoRA of somebody's")
+    for words in (("sub/../in.mp4",), ("link/in.mp4",), ("b.mp4", "--lora", "b.safetensors", "--save-latents")):
+        before = {path: path.read_bytes() for path in (Path("in.mp4"), Path("b.safetensors"))}
+        code, _, error = run("ball", "--video", "in.mp4", *QUICK[:2], "--overwrite", "--output", *words)
+        assert code == 2 and "is an input and would be overwritten" in error
+        assert before == {path: path.read_bytes() for path in before}
 
 
 def sha(path: str | Path) -> str:

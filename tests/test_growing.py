@@ -61,7 +61,7 @@ def test_lora_trains_few_weights_is_saved_for_diffusers_and_merges(words: list[s
     torch.testing.assert_close(make(plain), with_lora, atol=1e-4, rtol=1e-4)
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "pytorch_lora_weights.bin").write_bytes(b"a pickle")
-    with pytest.raises(Exception, match="pytorch_lora_weights.safetensors"):
+    with pytest.raises(UserError, match="pytorch_lora_weights.bin, a pickle"):
         KlingPipeline.from_pretrained(base).load_lora_weights(tmp_path / "bad")
 
 

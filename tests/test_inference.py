@@ -129,6 +129,10 @@ def test_every_block_is_compiled(folder: Path, monkeypatch: pytest.MonkeyPatch) 
         ({"cache": "first-block=x"}, "write a number after the =, as in first-block=0.1"),
         ({"cache": "mag=0.1"}, "needs the ratios of these weights.*--cache calibrate=ratios.json"),
         ({"cache": "calibrate"}, "say where to write the ratios"),
+        ({"cache": "first-block=nan"}, "give at least 0"),
+        ({"cache": "taylorseer=0"}, "give at least 1"),
+        ({"tiles": 7}, "--tiles 7: give at least 32"),
+        ({"context_parallel": 0}, "--context-parallel 0: give at least 1"),
         ({"context_parallel": 2}, "needs 2 processes and this is one of 1: start it with torchrun"),
     ],
 )

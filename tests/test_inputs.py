@@ -139,7 +139,7 @@ def test_a_continuation_takes_either_an_added_or_a_total_length():
         ({"loop": True, "num_frames": 1}, "loop .* single picture"),
         ({"camera": "pan=5", "num_frames": 1}, "camera .* single picture"),
         ({"video": movie(9), "num_frames": 1}, "1 frame adds nothing"),
-        ({"video": movie(9), "keyframes": [(picture(), 8, 1.0)]}, "frame 8 lies in the given video: the first frame that is made is 9"),
+        ({"video": movie(9), "keyframes": [(picture(), 8, 1.0)]}, "frame 8 lies in the given video: the first generated frame is 9"),
         ({"outpaint": "1:1", "aspect": "1:1", "video": movie(5)}, "both outpaint and aspect"),
         ({"outpaint": "16:9", "video": movie(5)}, "has that aspect already"),
         ({"mask": 0 * HOLE, "video": movie(5)}, "no white area"),

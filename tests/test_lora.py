@@ -13,7 +13,7 @@ import torch
 from diffusers import WanPipeline
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from kling import KlingPipeline
 from kling.errors import UserError
@@ -117,6 +117,25 @@ def matrices() -> dict[tuple[str, str], tuple[torch.Tensor, torch.Tensor]]:
     }
 
 
+def load_from_python(pipe: KlingPipeline, file: Path, scale: float) -> None:
+    """diffusers' way, which is the same reader."""
+    pipe.load_lora_weights(file, adapter_name="mine")
+    pipe.transformer.set_adapters(["mine"], [scale])
+
+
+def load_tensors(pipe: KlingPipeline, file: Path, scale: float) -> None:
+    pipe.load_lora_weights(load_file(file), adapter_name="mine")
+    pipe.transformer.set_adapters(["mine"], [scale])
+
+
+def load_from_words(pipe: KlingPipeline, file: Path, scale: float) -> None:
+    add_loras(pipe, [(str(file), scale)])
+
+
+DOORS = {"command line": load_from_words, "Python": load_from_python, "Python, tensors": load_tensors}
+Door = Callable[[KlingPipeline, Path, float], None]
+
+
 def written(path: Path, naming: str, alpha: float | None = None, **more: torch.Tensor) -> Path:
     state = dict(more)
     for (block, layer), (down, up) in matrices().items():
@@ -124,6 +143,7 @@ def written(path: Path, naming: str, alpha: float | None = None, **more: torch.T
         state |= {names[0]: down.clone(), names[1]: up.clone()}
         if alpha is not None:
             state[names[0].rpartition(".lora")[0] + ".alpha"] = torch.tensor(alpha)
+    path.parent.mkdir(exist_ok=True)
     save_file(state, path)
     return path
 
@@ -145,10 +165,10 @@ def same(expected: torch.nn.Module, found: torch.nn.Module) -> None:
 
 
 @pytest.mark.parametrize("naming", NAMINGS)
-@pytest.mark.parametrize("alpha", [None, 2.0])
-def test_every_naming_is_read_with_the_same_effect(naming: str, alpha: float | None, folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("alpha", "door"), [(None, "command line"), (2.0, "command line"), (None, "Python"), (2.0, "Python, tensors")])
+def test_every_naming_is_read_with_the_same_effect(naming: str, alpha: float | None, door: str, folder: Path, tmp_path: Path) -> None:
     pipe, file = ours(folder), written(tmp_path / "x.safetensors", naming, alpha)
-    add_loras(pipe, [(str(file), 0.7)])
+    DOORS[door](pipe, file, 0.7)
     expected = by_hand(folder, 0.7 * (1.0 if alpha is None else alpha / 4))
     same(expected.transformer, pipe.transformer)
     assert all(not p.is_meta for p in pipe.transformer.parameters())
@@ -193,7 +213,8 @@ def test_alpha_of_peft_s_settings_is_applied(folder: Path, tmp_path: Path) -> No
     same(by_hand(folder, 2.0).transformer, pipe.transformer)
 
 
-def test_unused_tensors_are_named_in_one_line(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("door", DOORS)
+def test_unused_tensors_are_named_in_one_line(door: str, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Image layers of an image-to-video LoRA, the text encoder's, a bias where there is none, and an unknown name."""
     odd = {
         "diffusion_model.blocks.0.cross_attn.k_img.lora_down.weight": torch.ones(4, 128),
@@ -204,7 +225,7 @@ def test_unused_tensors_are_named_in_one_line(folder: Path, tmp_path: Path, capl
     }
     pipe = ours(folder)
     with caplog.at_level(logging.WARNING, "kling"):
-        add_loras(pipe, [(str(written(tmp_path / "x.safetensors", "ComfyUI", **odd)), 1.0)])
+        DOORS[door](pipe, written(tmp_path / "x.safetensors", "ComfyUI", **odd), 1.0)
     (said,) = (record.getMessage() for record in caplog.records)
     assert "5 of its 15 tensors are not used" in said and "k_img" in said and "\n" not in said
     same(by_hand(folder, 1.0).transformer, pipe.transformer)
@@ -232,14 +253,15 @@ TROUBLES = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("door", DOORS)
 @pytest.mark.parametrize("trouble", TROUBLES)
-def test_a_damaged_or_unsupported_file_is_refused_in_one_line(trouble: str, folder: Path, tmp_path: Path) -> None:
+def test_a_damaged_or_unsupported_file_is_refused_in_one_line(trouble: str, door: str, folder: Path, tmp_path: Path) -> None:
     odd, says = TROUBLES[trouble]
     file = written(tmp_path / "x.safetensors", "musubi", **odd)
     pipe = ours(folder)
     with pytest.raises(UserError, match=says) as error:
-        add_loras(pipe, [(str(file), 1.0)])
-    assert "\n" not in str(error.value) and str(file) in str(error.value)
+        DOORS[door](pipe, file, 1.0)
+    assert "\n" not in str(error.value) and ("the LoRA given" if door == "Python, tensors" else str(file)) in str(error.value)
     assert not hasattr(pipe.transformer, "peft_config"), "nothing is applied of it"
 
 
@@ -253,6 +275,28 @@ def test_a_file_for_both_experts_gives_each_its_part(folder: Path, tmp_path: Pat
     pipe = ours(folder)
     add_loras(pipe, [(str(tmp_path / "x.safetensors"), 1.0)])
     same(by_hand(folder, 1.0).transformer, pipe.transformer)
+
+
+def test_from_python_it_is_found_in_folders_and_adapters_have_names(folder: Path, tmp_path: Path) -> None:
+    pipe, expected = ours(folder), by_hand(folder, 1.0)
+    written(tmp_path / "a" / "x.safetensors", "musubi")
+    pipe.load_lora_weights(tmp_path / "a")
+    same(expected.transformer, pipe.transformer)
+    pipe.unload_lora_weights()
+    pipe.load_lora_weights(str(tmp_path / "a"), weight_name="x.safetensors", adapter_name="style", load_into_transformer_2=True)
+    other = ours(folder)
+    add_loras(other, [(str(tmp_path / "a" / "x.safetensors"), 1.0)], second=True)
+    same(other.transformer_2, pipe.transformer_2)
+    with pytest.raises(UserError, match="there is an adapter 'style' already"):
+        pipe.load_lora_weights(tmp_path / "a", adapter_name="style", load_into_transformer_2=True)
+    for given, says in (
+        ({"lora": tmp_path / "a", "weight_name": "y.safetensors"}, "holds no y.safetensors"), ({"lora": tmp_path / "none"}, "do not exist"),
+        ({"lora": tmp_path / "a", "revision": "main"}, "revision is for what comes from the hub"),
+        ({"lora": "nobody/nothing", "weight_name": "x.safetensors"}, "cannot be had from the hub"), ({"lora": "a/x.pt"}, "pickle"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=says) as error:
+            pipe.load_lora_weights(**given)
+        assert "\n" not in str(error.value)
 
 
 def test_a_file_that_is_no_lora_is_refused(folder: Path, tmp_path: Path) -> None:

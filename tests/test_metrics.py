@@ -136,8 +136,7 @@ def test_errors_of_known_paths() -> None:
     assert translation_error(still, truck, found) == pytest.approx(mean_s, abs=1e-4)
     assert translation_error(back, truck, found) == pytest.approx(2 * mean_s, abs=1e-4)
     lost = torch.arange(41) < 21  # half of the frames after the first
-    assert rotation_error(pan, pan, lost) == pytest.approx(90, abs=1e-3)
-    assert translation_error(truck, truck, lost) > 1
+    assert rotation_error(pan, pan, lost) is None and translation_error(truck, truck, lost) is None
 
 
 @pytest.mark.parametrize("axes", [{"pan": -9.0}, {"horizontal": 6.0, "zoom": -4.0}], ids=str)
@@ -152,7 +151,7 @@ def test_the_camera_of_a_rendered_clip(axes: dict[str, float]) -> None:
 def test_noise_is_not_registered() -> None:
     noise = torch.randint(0, 256, (5, 64, 112, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     row = Ruler(STAGE, None).camera(noise, axes_trajectory({"pan": 5.0}, 5, 64, 112), {"pan": 5.0})
-    assert row == {"class": False, "rotation": 180.0, "translation": None, "registered": False}
+    assert row == {"class": False, "rotation": None, "translation": None, "registered": False}
 
 
 # --------------------------------------------------------------------------------------------------------------------- control

@@ -18,7 +18,7 @@ from kling.metrics.camera.structure import estimate_structure
 from kling.metrics.camera.tracks import follow_points
 from kling.metrics.continuation import drift, seam_rows
 from kling.metrics.controls import Order, frozen, noise, stepped, turned, violations
-from kling.metrics.motion import Flow, camera_classes, dynamic_degree, optical_flow, visible, warp_error
+from kling.metrics.motion import Flow, camera_classes, dynamic_degree, matched, optical_flow, visible, warp_error
 from kling.metrics.pixel import temporal_psnr
 
 cv2.setNumThreads(1)
@@ -69,10 +69,13 @@ def test_pixels_that_leave_the_picture_are_not_visible() -> None:
     assert not visible(there, there).any()  # does not come back
 
 
-def test_a_pair_without_anything_in_common_counts_as_the_worst() -> None:
+def test_a_pair_without_anything_in_common_is_counted_and_in_no_mean() -> None:
     video = noise(torch.zeros(3, 32, 48, 3, dtype=torch.uint8), 0)
-    lost = Flow(uniform(5, 0).forward, uniform(5, 0).forward)
-    assert warp_error(video, lost) == 1.0
+    lost, rests = uniform(5, 0).forward, uniform(0, 0).forward
+    assert warp_error(video, Flow(lost, lost)) is None and matched(Flow(lost, lost)) == 0
+    cut = Flow(np.concatenate([rests[:1], lost[1:]]), np.concatenate([rests[:1], lost[1:]]))
+    assert warp_error(video, cut) == warp_error(video[:2], uniform(0, 0, T=2)) and matched(cut) == 0.5
+    assert matched(uniform(0, 0, T=1)) is None and warp_error(video[:1], uniform(0, 0, T=1)) is None
 
 
 def test_dynamic_degree_has_vbench_threshold() -> None:
@@ -178,14 +181,11 @@ def test_pycolmap_is_one_of_the_methods() -> None:
 
 def test_sums_match_cami2v() -> None:
     still, pan, truck = (axes_trajectory(axes, 17, 64, 112) for axes in ({}, {"pan": 10.0}, {"horizontal": 10.0}))
-    known = torch.ones(17, dtype=torch.bool)
-    turn = summed_errors(still, pan, known)
+    turn = summed_errors(still, pan)
     assert turn["rotation"] == pytest.approx(math.radians(45) * sum(t / 16 for t in range(1, 17)), abs=1e-3)
-    travel = summed_errors(still, truck, known)
+    travel = summed_errors(still, truck)
     assert travel["translation"] == pytest.approx(travel["cammc"], abs=1e-6) and travel["translation"] == pytest.approx(8.5, abs=1e-4)
-    assert summed_errors(truck.scaled(0.2), truck, known)["translation"] == pytest.approx(0, abs=1e-4)
-    lost = summed_errors(pan, pan, known & False)
-    assert lost == pytest.approx({"rotation": 16 * math.pi, "translation": 32, "cammc": 16 * math.sqrt(12)})
+    assert summed_errors(truck.scaled(0.2), truck)["translation"] == pytest.approx(0, abs=1e-4)
 
 
 # --------------------------------------------------------------------------------------------- joins, drift, order of controls

@@ -115,6 +115,11 @@ def test_decord_agrees_with_pyav_in_colours_where_allowed(tmp_path, matrix):
     assert (got - want).abs().float().mean() <= 2
 
 
+def test_decord_refuses_primaries_that_it_does_not_know(tmp_path):
+    with pytest.raises(UserError, match="its colours are not those of BT.709"):
+        open_reader(make(tmp_path / "a.mp4", n=2, primaries=12), "decord")
+
+
 @pytest.mark.parametrize("name", ["vfr.mkv", "rotated.mov", "wide pixels.mp4", "av1.mp4", "10bit.mp4", "moving.gif", "444.mp4"])
 def test_decord_refuses_what_it_reads_wrongly(corpus, name):
     with pytest.raises(UserError, match="needs reader pyav"):

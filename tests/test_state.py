@@ -50,7 +50,7 @@ def test_spatial_masks_are_whole_tokens():
 
 def told(state: State, level: torch.Tensor) -> torch.Tensor:
     """The level of every token (b, G, h', w'), expanded from the distinct ones."""
-    values, index = state.levels(level)
+    values, index, _ = state.levels(level)
     G, h, w = state.mask.shape[2], HH // 2, WW // 2
     return values[index].repeat_interleave(G * h * w // index.shape[1], dim=1).unflatten(1, (G, h, w))
 

@@ -32,6 +32,8 @@ def make(
     picture: np.ndarray | None = None,
     matrix: int = Colorspace.ITU709,
     colour_range: int = ColorRange.MPEG,
+    primaries: int = 2,
+    transfer: int = 2,
     rotate: float | None = None,
     pixel_aspect: Fraction | None = None,
     **options: str,
@@ -43,6 +45,7 @@ def make(
         stream.width, stream.height, stream.pix_fmt = W, H, "rgb8" if codec == "gif" else "yuv420p"
         context = stream.codec_context
         context.colorspace, context.color_range = matrix, colour_range
+        context.color_primaries, context.color_trc = primaries, transfer
         if times:
             context.time_base = Fraction(1, 120)
         if rotate is not None:
@@ -198,6 +201,54 @@ def test_colours_are_read_as_tagged(tmp_path, matrix, colour_range):
     path = make(tmp_path / "a.mp4", n=2, picture=colour + np.zeros((H, W, 3), np.uint8), matrix=tag, colour_range=colour_range, crf="5")
     error = read_video(path).frames[0].numpy().astype(float) - colour
     assert np.abs(error).max() <= 2
+
+
+XY = {  # red, green, blue (ITU-R BT.709-6, BT.2020-2; SMPTE EG 432-1), all with white D65
+    1: ((0.640, 0.330), (0.300, 0.600), (0.150, 0.060)),
+    9: ((0.708, 0.292), (0.170, 0.797), (0.131, 0.046)),
+    12: ((0.680, 0.320), (0.265, 0.690), (0.150, 0.060)),
+}
+
+
+def seen_as(colour: tuple[int, ...], primaries: int) -> np.ndarray:
+    """A colour in sRGB, by way of XYZ from the chromaticities."""
+
+    def to_xyz(primaries: int) -> np.ndarray:
+        columns = np.array([(x / y, 1, (1 - x - y) / y) for x, y in XY[primaries]]).T
+        white = np.array([0.3127 / 0.3290, 1, (1 - 0.3127 - 0.3290) / 0.3290])
+        return columns * np.linalg.solve(columns, white)
+
+    c = np.array(colour) / 255
+    light = np.linalg.solve(to_xyz(1), to_xyz(primaries) @ np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4)).clip(0, 1)
+    return 255 * np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
+
+
+@pytest.mark.parametrize("primaries", [1, 9, 12])
+@pytest.mark.parametrize("colour", [(60, 200, 90), (200, 60, 30), (128, 128, 128), (250, 240, 5), (20, 30, 140)])
+def test_primaries_become_srgb(tmp_path, primaries, colour, caplog):
+    """As for a picture with a profile, where P3's (60, 200, 90) is (0, 205, 72). Whole, shrunk, and from the second frame on."""
+    picture = np.uint8(colour) + np.zeros((H, W, 3), np.uint8)
+    path = make(tmp_path / "a.mp4", n=3, picture=picture, primaries=primaries, transfer=1, crf="1")
+    want = seen_as(colour, primaries)
+    if (primaries, colour) == (12, (60, 200, 90)):
+        assert want == pytest.approx([0, 205, 72], abs=2)  # of the profile, in whole levels
+    for frames in (read_video(path).frames, read_video(path, size=(16, 24)).frames):
+        assert np.abs(frames.numpy() - want).max() <= 5  # two levels of 8-bit 4:2:0, which the matrix and the curve stretch
+    assert not caplog.records
+
+
+def test_colours_that_are_not_brought_to_srgb_are_named(tmp_path, caplog):
+    """HDR and rare primaries, in one line each, once a file."""
+    for name, tags, says in (
+        ("pq.mp4", {"primaries": 9, "transfer": 16, "matrix": Colorspace.BT2020}, "HDR (PQ)"),
+        ("cinema.mp4", {"primaries": 11, "transfer": 1}, "of the primaries DCI-P3"),
+    ):
+        caplog.clear()
+        path = make(tmp_path / name, n=2, picture=np.full((H, W, 3), 128, np.uint8), **tags)
+        for _ in range(2):
+            probe(path)
+        (record,) = caplog.records
+        assert says in record.getMessage() and str(path) in record.getMessage() and "\n" not in record.getMessage()
 
 
 def test_size_and_limits(tmp_path, monkeypatch):

@@ -30,6 +30,7 @@ class Program:
 
 PROGRAMS = {
     "kling-train": Program("train_dit", "TrainDiTConfig", "dit"),
+    "kling-distill": Program("distill", "DistillConfig", "distill"),
     "kling-train-vae": Program("train_vae", "TrainVAEConfig", "vae"),
     "kling-train-text": Program("train_text", "TrainTextConfig", "text"),
     "kling-encode": Program("encode", "CacheConfig", "cache"),
@@ -41,6 +42,10 @@ KLING = Path(kling.__file__).parent
 
 def train(argv: list[str] | None = None) -> None:
     run("kling-train", argv)
+
+
+def distill(argv: list[str] | None = None) -> None:
+    run("kling-distill", argv)
 
 
 def train_vae(argv: list[str] | None = None) -> None:

@@ -10,6 +10,7 @@ kling-train-vae configs/vae/world.yaml data.source=cats/manifest.jsonl out=runs/
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from dataclasses import replace
@@ -90,7 +91,7 @@ def run_scan(args: argparse.Namespace) -> None:
     from kling.data.scan.listing import Listing
     from kling.data.scan.scan import Summary, scan
 
-    if args.workers < 1 or args.seconds_per_minute <= 0 or not 0 <= args.allow_bad <= 1:
+    if args.workers < 1 or not 0 < args.seconds_per_minute < math.inf or not 0 <= args.allow_bad <= 1:
         raise UserError("--workers and --seconds-per-minute must be positive, --allow-bad between 0 and 1: change them")
     out = Path(args.out)
     if out.suffix != ".jsonl":
@@ -127,6 +128,10 @@ def run_report(args: argparse.Namespace) -> None:
 
     path = Path(args.manifest)
     out = Path(args.out) if args.out else path.with_suffix(".html")
+    if out.suffix.lower() not in (".html", ".htm"):
+        raise UserError(f"--out {out}: end the page's name in .html")
+    if args.sheet < 0:
+        raise UserError(f"--sheet {args.sheet}: give 0 or more")
     write_report(out, read_manifest(path), read_quarantine(quarantine_of(path)), args.sheet)
     print(out)
 
@@ -165,7 +170,10 @@ def run_camera(args: argparse.Namespace) -> None:
     path = Path(args.path)
     if path.suffix != ".jsonl":
         times, trajectory = read_path(path)
-        write_png(picture := Path(args.png or path.with_suffix(".png")), draw_path(trajectory.relative(), path.name))
+        picture = Path(args.png or path.with_suffix(".png"))
+        if picture.suffix.lower() != ".png":
+            raise UserError(f"--png {picture}: end the picture's name in .png")
+        write_png(picture, draw_path(trajectory.relative(), path.name))
         error = check_file(path, Path(args.video)) if args.video else None
         print(
             f"{path}: {len(times)} poses"

@@ -1,6 +1,6 @@
 """Train the transformer and its small text encoder on cached latents, for every task at once.
 
-kling-train configs/dit/world.yaml out=runs/dit            # the same command again goes on where it stopped
+kling-train configs/dit/world.yaml out=runs/dit            # run again, the same command continues where it stopped
 kling-train configs/dit/debug.yaml out=/tmp/dit steps=20   # under a minute, data and cache included
 accelerate launch --config_file configs/accelerate/fsdp2.yaml train/train_dit.py configs/dit/1.3b.yaml out=runs/1.3b
 """
@@ -20,7 +20,7 @@ from kling_programs.train.command import helped
 from torch import Tensor, nn
 
 from kling.cache.batches import LatentSteps
-from kling.cache.store import INDEX, CacheConfig, LatentBatch, LatentCache, differences, fill_cache, read_index, settings_of
+from kling.cache.store import LatentCache
 from kling.condition.tasks import TASKS, keyframe_share
 from kling.config import load_config
 from kling.data.clips import ClipSample
@@ -33,9 +33,8 @@ from kling.flow.levels import draw_sigma
 from kling.flow.losses import flow_loss
 from kling.flow.path import velocity
 from kling.runtime import checkpoint
-from kling.runtime.accelerator import EXIT_STOPPED, Accelerator, StopSignal, keep_in_fp32, wrap_what_is_there
+from kling.runtime.accelerator import keep_in_fp32, wrap_what_is_there
 from kling.runtime.device import upload
-from kling.runtime.lock import locked
 from kling.runtime.log import Later
 from kling.runtime.parallel import same_rng, split_sequence, total, trained, whole
 from kling.runtime.random import generator, noise_like
@@ -51,57 +50,56 @@ from kling.training.loop import Loop
 from kling.training.lora import Lora, add_lora, export_lora
 from kling.training.meter import Meter, matmul_ceiling
 from kling.training.model import Trained, set_checkpointing
-from kling.training.optim import make_optimizer, set_lr
+from kling.training.optim import check_names, make_optimizer, set_lr
 from kling.training.start import (
     LONG_CAPTIONS,
     SHIPPED,
     Start,
-    captions_of,
     check_captions,
     check_fit,
-    is_read,
+    complete_cache,
+    complete_text,
     new_scheduler,
     open_start,
     taught_text,
-    text_folder,
 )
 from kling.training.validation import Validation, draw_samples, encode, held_out, level_quantiles, task_requests, validation_loss
 
 
 @dataclass
 class TrainDiTConfig:
-    """Everything a run depends on.
+    """All settings of a run.
 
     out: folder of the run: checkpoints, metrics.jsonl, samples, and the model in export/. steps: updates of the weights, in all.
-    seed: of the initial weights and of everything drawn. batch: clips of the longest length in a batch of each process and micro-step;
-    of a shorter one there are as many as make the same tokens.
-    group: batches in a row of one shape. Where the number of processes divides it, all of them have equal work in every step.
-    optimizer: adamw or muon, with the same lr. lr: learning rate at its highest. betas: of the optimizer's moments.
-    warmup: updates in which lr rises from 0. schedule: constant or cosine, after the warmup. floor: part of lr that cosine ends at.
-    weight_decay: of matrices, a part of lr. clip_grad: largest norm of the gradients. ema: decay of the averaged weights, for an update.
+    seed: of the initial weights and of all random draws. batch: clips of the longest length in a batch of each process and micro-step;
+    of a shorter one there are more, for the same number of tokens.
+    group: consecutive batches of one shape. If the number of processes divides it, all of them have equal work in every step.
+    optimizer: adamw or muon, with the same lr. lr: highest learning rate. betas: of the optimizer's moments.
+    warmup: updates in which lr rises from 0. schedule: constant or cosine, after the warmup. floor: fraction of lr at the end of cosine.
+    weight_decay: of matrices, relative to lr. clip_grad: largest norm of the gradients. ema: decay of the averaged weights, per update.
     model: keys of KlingTransformer3DModel. text: keys of ByteTextEncoder. scheduler: settings stored with the weights, such as shift.
-    vae: a VAE folder, or empty for that of `init_from`, or the shipped one.
-    cache: a latent cache; completed by the preset `encode` (empty: it is one's own, as kling-encode left it).
+    vae: a VAE folder; empty for the one of `init_from`, or the shipped one.
+    cache: a latent cache; filled by the preset `encode` (if that is empty, the cache is used as kling-encode left it).
     encode: preset of kling-encode that fills the cache. frames: lengths to draw from in pixel frames, each 1 + 4k, at most the cache's; one
-    named twice is drawn twice as often. max_frames: longest clip in pixel frames that the export makes at once.
+    listed twice is drawn twice as often. max_frames: longest clip in pixel frames that the exported model generates at once.
     tasks: how often each is drawn, as shares.
-    long_captions: what to do with a caption that is longer than our text encoder reads: refuse (before the first step), or cut it.
+    long_captions: what to do with a caption that is too long for our text encoder: refuse (before the first step), or cut it.
     text_drop, camera_drop: share of clips, 0 to 1, whose text or camera is left out, for guidance.
     init_from: a model folder to start from, ours, published or shipped; conditions that `model` adds to it start at zero. checkpoint: the
-    registry's name of it, where its files do not tell. expert: of two, the one to train, high or low.
+    registry's name of it, if its files do not tell. expert: of two, the one to train, high or low.
     lora: train low-rank weights on top of it.
-    text_from: a text encoder from kling-train-text, under a new transformer.
+    text_from: a text encoder from kling-train-text, for a new transformer.
     samples: what is drawn every `sample_every` updates, as fields of `Request`. sample_every: updates between samples, 0 draws none.
-    sample_tasks: and a held-out clip for each task of `tasks`. save_every: updates between checkpoints. save_in_background: train on while
-    a checkpoint is written. keep_last: checkpoints that stay. keep_every: checkpoints of these steps stay for good, 0 is none.
+    sample_tasks: also draw a held-out clip for each task of `tasks`. save_every: updates between checkpoints. save_in_background: go on
+    training while a checkpoint is written. keep_last: checkpoints to keep. keep_every: checkpoints of these steps are kept, 0 is none.
     log_every: updates between lines of the log. mixed_precision: auto (measured), bf16, fp16 or fp32.
     gradient_accumulation: micro-steps of an update.
     activation_checkpointing: none, selective or full. compile: regional `torch.compile`, each kind of block once.
-    bf16_reduction: processes exchange gradients in bf16, half the bytes.
-    context_parallel: ulysses or ring, how the processes of a group cut attention (configs/accelerate/fsdp2_cp.yaml says how many).
-    watchdog: seconds without a step after which every process writes where it stands; 0 is off.
-    trackers: tensorboard, wandb or both, beside metrics.jsonl. workers: processes that read clips, for each training process.
-    threads: CPU threads inside an operation, null is OMP_NUM_THREADS or all cores.
+    bf16_reduction: processes exchange gradients in bf16, which halves the bytes.
+    context_parallel: ulysses or ring, how the processes of a group split attention (configs/accelerate/fsdp2_cp.yaml says how many).
+    watchdog: seconds without a step after which every process writes its stack; 0 is off.
+    trackers: tensorboard, wandb or both, in addition to metrics.jsonl. workers: processes that read clips, for each training process.
+    threads: CPU threads per operation, null is OMP_NUM_THREADS or all cores.
     """
 
     out: str = "runs/dit"
@@ -162,6 +160,7 @@ def main(argv: list[str] | None = None) -> None:
     if helped("kling-train", argv):
         return
     cfg = load_config(TrainDiTConfig, argv[0], argv[1:])
+    check_names(cfg.optimizer, cfg.schedule)
     for name in cfg.tasks:
         if name not in TASKS:
             raise unknown("task", name, TASKS)
@@ -179,8 +178,6 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("sample_every is set, and samples need both experts: leave it at 0, and sample from the export")
     if cfg.long_captions not in LONG_CAPTIONS:
         raise unknown("long_captions", cfg.long_captions, LONG_CAPTIONS)
-    if cfg.group < 1:
-        raise UserError(f"group {cfg.group}: give 1 or more")
     if cfg.sample_tasks and not cfg.sample_every:
         raise UserError("sample_tasks is set but not sample_every: say every how many steps")
     cfg.vae = cfg.vae or ("" if cfg.init_from == SHIPPED else cfg.init_from) or ""
@@ -189,7 +186,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def train(cfg: TrainDiTConfig, loop: Loop) -> None:
-    """The training in a folder that is this run's alone."""
+    """The training, with the run's folder locked."""
     out, accelerator, layout, stop = loop.out, loop.accelerator, loop.layout, loop.stop
     device = accelerator.device
     if cfg.lora.half and accelerator.mixed_precision != "bf16":
@@ -197,7 +194,7 @@ def train(cfg: TrainDiTConfig, loop: Loop) -> None:
     start = open_start(cfg.init_from, cfg.checkpoint, cfg.expert) if cfg.init_from else None
     within = start.within if start else (0.0, 1.0)
     vae = load_vae(cfg.vae).to(device)
-    complete_cache(cfg, vae, stop, accelerator)
+    complete_cache(cfg.cache, cfg.encode, vae, stop, accelerator)
     cache = LatentCache(cfg.cache)
     cache.check_vae(vae)
     if keyframe_share(cfg.tasks):
@@ -210,7 +207,10 @@ def train(cfg: TrainDiTConfig, loop: Loop) -> None:
     held = encode(clips, vae) if cfg.validation.every else []
     asked = requests(cfg, clips) if cfg.sample_every else []
     if start and start.published and accelerator.is_main_process:
-        complete_text(cfg, start, asked, held, device, stop)
+        prompts = [request.prompt for request in asked] + [request.negative_prompt or "" for request in asked]
+        prompts += [start.settings["defaults"]["negative_prompt"]] if asked else []
+        prompts += [clip.captions[0][0] for clip in held]
+        complete_text(start.text(cfg.text, cfg.cache), cfg.cache, prompts, device, stop)
     accelerator.wait_for_everyone()
 
     torch.manual_seed(cfg.seed)  # the initial weights; every later draw is counter-based
@@ -228,7 +228,7 @@ def train(cfg: TrainDiTConfig, loop: Loop) -> None:
         for batch in held:
             pipe.check_divides(*batch.latents.shape[2:])
         for request in asked:
-            pipe.plan(request)  # refuses what does not divide
+            pipe.plan(request)  # raises for shapes that do not divide
     set_checkpointing(transformer, cfg.activation_checkpointing)
     keep_in_fp32(accelerator, transformer.condition_embedder.time_embedder)
     exact = accelerator.mixed_precision == "no"
@@ -245,9 +245,9 @@ def train(cfg: TrainDiTConfig, loop: Loop) -> None:
             return net(example, example.state.noised(level, noise), level, words)
 
     def validate() -> dict[str, float]:
-        """Loss of the averaged weights on held-out clips at fixed levels; weights and generators are as before after it."""
+        """Loss of the averaged weights on held-out clips at fixed levels; restores weights and random generators."""
         levels = level_quantiles(cfg.validation.quantiles, density, shift, within)
-        with ema.swap(model), same_rng(device), torch.compiler.set_stance("force_eager"):  # of few shapes, each a graph of its own
+        with ema.swap(model), same_rng(device), torch.compiler.set_stance("force_eager"):  # few clips, but each shape would be a new graph
             sums, counts = total(accelerator, validation_loss(predict, held, levels, layout, model, vae, device))
         losses = (sums / counts).tolist()
         by_level = {f"validation/sigma_{sigma:.2f}": loss for sigma, loss in zip(levels, losses, strict=True)}
@@ -263,7 +263,7 @@ def train(cfg: TrainDiTConfig, loop: Loop) -> None:
 
     for place, batch in loop.batches(data, guard, meter):
         example = draw_example(drawing, batch, place, transformer, vae).to(device)
-        b = len(batch.ids)  # clips of one shape, as many as make the tokens of `cfg.batch` of the largest
+        b = len(batch.ids)  # clips of one shape, with as many tokens as `cfg.batch` clips of the largest
         level = upload(draw_sigma((b,), generator(cfg.seed, "sigma", place), density, shift, within), device)  # (b,)
         noise = noise_like(example.state.clean, cfg.seed, "noise", place, range(b))  # (b, c, G, h, w)
         meter.lap("data")
@@ -306,44 +306,14 @@ def train(cfg: TrainDiTConfig, loop: Loop) -> None:
 
 
 def log_line(guard: DeviceGuard, lr: float, speed: Callable[[], dict[str, float]], numbers: list[float]) -> dict[str, float]:
-    """A step's line in the log, of its numbers, which the host has read now; the guard sees them too."""
+    """A step's line in the log, from its numbers, which are on the host now; the guard gets them too."""
     *sums, norm, row, skipped = numbers
     guard.look(row, skipped)
     return {**Meter.means(sums), "lr": lr, "grad_norm": norm, "skipped": guard.skipped, **speed()}
 
 
-def complete_cache(cfg: TrainDiTConfig, vae: nn.Module, stop: StopSignal, accelerator: Accelerator) -> None:
-    """Fill the latent cache if it is missing or unfinished, each process its share; without a preset it is taken as kling-encode left it.
-
-    Shards that are done stay, so a signal may end it after any.
-    """
-    if not cfg.encode:
-        return
-    settings = load_config(CacheConfig, cfg.encode, [f"out={cfg.cache}"])
-    check_is_made_so(settings)
-    rank, ranks, wait = accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone
-    precision = "bf16" if accelerator.mixed_precision == "bf16" else "fp32"
-    hold = partial(locked, cfg.cache, "cache", accelerator)
-    for done, total_clips in fill_cache(settings, vae, rank, ranks, wait, precision=precision, hold=hold):
-        if accelerator.is_main_process:
-            print(f"latent cache {cfg.cache}: {done}/{total_clips} clips", file=sys.stderr)
-        if stop and done < total_clips:
-            raise SystemExit(EXIT_STOPPED)
-
-
-def check_is_made_so(cfg: CacheConfig) -> None:
-    """Raises `UserError` if the cache is finished and was made with other settings than these: it is one's own."""
-    if (Path(cfg.out) / INDEX).is_file():
-        was, now = read_index(Path(cfg.out) / INDEX)["settings"], settings_of(cfg)
-        if was != now:
-            raise UserError(
-                f"latent cache {cfg.out} was made {differences(was, now)}, and the preset `encode` would complete it: "
-                "set encode= to train on it as it is (configs/dit/own.yaml does), or give another cache="
-            )
-
-
 def requests(cfg: TrainDiTConfig, clips: list[ClipSample]) -> list[Request]:
-    """What is drawn while training. Raises `UserError` for a field that no request has."""
+    """The samples to draw during training. Raises `UserError` for a field that requests do not have."""
     try:
         asked = [Request(**fields) for fields in cfg.samples]
     except TypeError as error:
@@ -351,29 +321,8 @@ def requests(cfg: TrainDiTConfig, clips: list[ClipSample]) -> list[Request]:
     return asked + (task_requests(clips[0], [name for name, weight in cfg.tasks.items() if weight]) if cfg.sample_tasks else [])
 
 
-def complete_text(
-    cfg: TrainDiTConfig, start: Start, asked: list[Request], held: list[LatentBatch], device: torch.device, stop: StopSignal
-) -> None:
-    """Have umT5 read every prompt that training will meet, before the transformer takes its place on the device.
-
-    kling-encode has read the captions already, if it was given the model.
-    """
-    prompts = {start.settings["defaults"]["negative_prompt"], *(request.negative_prompt or "" for request in asked)} if asked else set()
-    text = start.text(cfg.text, cfg.cache)
-    prompts |= {
-        "",
-        *(() if is_read(cfg.cache, text) else captions_of(cfg.cache)),
-        *(clip.captions[0][0] for clip in held),
-        *(request.prompt for request in asked),
-    }
-    for done, new in text.learn(sorted(prompts), device):
-        print(f"text embeddings {text_folder(cfg.cache)}: {done}/{new}", file=sys.stderr)
-        if stop and done < new:
-            raise SystemExit(EXIT_STOPPED)
-
-
 def build(cfg: TrainDiTConfig, start: Start | None) -> Trained:
-    """The models to train: new, or those to start from, grown by the conditions that `model` adds, or with low-rank weights."""
+    """The models to train: new ones, or those to start from, with the conditions that `model` adds, or with low-rank weights."""
     if start:
         frozen = torch.bfloat16 if cfg.lora.rank and cfg.lora.half else torch.float32
         model = Trained(start.transformer(cfg.model, frozen), start.text(cfg.text, cfg.cache))
@@ -386,12 +335,12 @@ def build(cfg: TrainDiTConfig, start: Start | None) -> Trained:
 
 
 def scheduler_of(cfg: TrainDiTConfig, start: Start | None) -> SchedulerMixin:
-    """What is stored with the weights, and says at which levels they are trained."""
+    """The scheduler stored with the weights; it also determines the levels of training."""
     return start.scheduler(cfg.scheduler) if start else new_scheduler(cfg.scheduler)
 
 
 def pipeline(cfg: TrainDiTConfig, model: Trained, vae: nn.Module, start: Start | None) -> KlingPipeline:
-    """The models as a user gets them. What they could do before, they can do still."""
+    """The models as a user gets them, with the capabilities that they had before and those trained now."""
     kept = start.settings if start else {}
     able = [name for name, weight in cfg.tasks.items() if weight > 0]
     able += ["camera"] if model.transformer.config.camera_channels and cfg.camera_drop < 1 else []
@@ -404,7 +353,7 @@ def pipeline(cfg: TrainDiTConfig, model: Trained, vae: nn.Module, start: Start |
 
 
 def publish(cfg: TrainDiTConfig, vae: nn.Module, out: Path, start: Start | None) -> None:
-    """Export the averaged weights of the last checkpoint: what is published is what was saved and checked, however it was sharded."""
+    """Export the averaged weights of the last checkpoint, so that the export is what was saved and verified, however it was sharded."""
     saved = checkpoint.load_latest(out)
     model = build(cfg, start)
     checkpoint.restore(saved.tensors["model"], trained(model))

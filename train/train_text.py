@@ -1,9 +1,9 @@
-"""Teach the small text encoder what captions of the same clip have in common, across phrasings and languages.
+"""Train the small text encoder to give captions of the same clip similar features, across phrasings and languages.
 
-kling-train-text configs/text/world.yaml out=runs/text            # the same command again goes on where it stopped
+kling-train-text configs/text/world.yaml out=runs/text            # run again, the same command continues where it stopped
 
-A transformer that learns to paint while its text encoder learns to read learns neither: words are noise to it, and it turns them off.
-Minutes of this first give it features that tell prompts apart. Nothing here sees a picture, so it runs on captions alone.
+If transformer and text encoder start to learn together, the text is noise to the transformer, which learns to ignore it. Minutes of this
+training give the text encoder features that distinguish prompts. It uses captions only, no pictures.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ from kling.text.encoder import cut_prompt
 from kling.training.ema import EMA
 from kling.training.health import Guard
 from kling.training.loop import Loop
-from kling.training.optim import make_optimizer, set_lr
+from kling.training.optim import check_names, make_optimizer, set_lr
 from kling.training.start import LONG_CAPTIONS, refuse_long
 
 
 @dataclass
 class TrainTextConfig:
-    """Everything a run depends on.
+    """All settings of a run.
 
     out: folder of the run: checkpoints, metrics.jsonl, and the encoder in export/. steps: updates of the weights, in all.
-    seed: of the initial weights and of everything drawn. batch: clips, two captions of each. optimizer: adamw or muon, with the same lr.
-    lr: learning rate at its highest. warmup: updates in which lr rises from 0. schedule: constant or cosine, after the warmup.
-    floor: part of lr that cosine ends at. weight_decay: of matrices, a part of lr. clip_grad: largest norm of the gradients.
-    ema: decay of the averaged weights, for an update. temperature: of the softmax over the batch, lower tells near captions apart.
-    text: keys of ByteTextEncoder. save_every: updates between checkpoints. keep_last: checkpoints that stay.
-    long_captions: what to do with a caption that is longer than the encoder reads: refuse (before the first step), or cut it.
+    seed: of the initial weights and of all random draws. batch: clips, two captions of each. optimizer: adamw or muon, with the same lr.
+    lr: highest learning rate. warmup: updates in which lr rises from 0. schedule: constant or cosine, after the warmup.
+    floor: fraction of lr at the end of cosine. weight_decay: of matrices, relative to lr. clip_grad: largest norm of the gradients.
+    ema: decay of the averaged weights, per update. temperature: of the softmax over the batch; lower values separate similar captions more.
+    text: keys of ByteTextEncoder. save_every: updates between checkpoints. keep_last: checkpoints to keep.
+    long_captions: what to do with a caption that is too long for the encoder: refuse (before the first step), or cut it.
     log_every: updates between lines of the log. mixed_precision: auto (measured), bf16, fp16 or fp32.
-    trackers: tensorboard, wandb or both, beside metrics.jsonl. workers: processes that read captions.
-    threads: CPU threads inside an operation, null is all cores.
+    trackers: tensorboard, wandb or both, in addition to metrics.jsonl. workers: processes that read captions.
+    threads: CPU threads per operation, null is all cores.
     """
 
     out: str = "runs/text"
@@ -72,7 +72,7 @@ class TrainTextConfig:
 
 
 class CaptionPairs(torch.utils.data.Dataset):
-    """Batch of a step: two captions of each of `batch` clips, in two lists. A function of (seed, step) alone. max_bytes: cut to it."""
+    """The batch of a step: two captions of each of `batch` clips, in two lists; a function of (seed, step) only. max_bytes: cut to it."""
 
     def __init__(self, source: ClipSource, batch: int, max_bytes: int | None = None) -> None:
         self.source, self.batch, self.max_bytes = source, batch, max_bytes
@@ -96,6 +96,7 @@ def main(argv: list[str] | None = None) -> None:
     if helped("kling-train-text", argv):
         return
     cfg = load_config(TrainTextConfig, argv[0], argv[1:])
+    check_names(cfg.optimizer, cfg.schedule)
     check_data(cfg.data)
     if cfg.long_captions not in LONG_CAPTIONS:
         raise unknown("long_captions", cfg.long_captions, LONG_CAPTIONS)
@@ -104,7 +105,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def train(cfg: TrainTextConfig, loop: Loop) -> None:
-    """The training in a folder that is this run's alone."""
+    """The training, with the run's folder locked."""
     accelerator = loop.accelerator
     if accelerator.num_processes > 1:
         raise UserError(f"kling-train-text on {accelerator.num_processes} processes: it takes minutes on one; start one")

@@ -1,6 +1,6 @@
 """Train the causal 3-D VAE, from scratch or from a checkpoint.
 
-kling-train-vae configs/vae/world.yaml out=runs/vae            # the same command again goes on where it stopped
+kling-train-vae configs/vae/world.yaml out=runs/vae            # run again, the same command continues where it stopped
 kling-train-vae configs/vae/debug.yaml out=/tmp/vae steps=20   # seconds
 accelerate launch --config_file configs/accelerate/ddp.yaml train/train_vae.py configs/vae/16x8x8.yaml out=runs/vae
 """
@@ -34,7 +34,7 @@ from kling.training.ema import EMA
 from kling.training.health import Guard
 from kling.training.loop import Loop
 from kling.training.meter import StepClock, peak_memory
-from kling.training.optim import adamw, make_optimizer, set_lr
+from kling.training.optim import adamw, check_names, make_optimizer, set_lr
 from kling.vae import AutoencoderKLKling, LossWeights, vae_loss
 from kling.vae.discriminator import Adversary, PatchDiscriminator3d, Perceptual, frozen, generator_loss, hinge
 from kling.vae.paths import PATHS, Autoencoding, half
@@ -44,25 +44,25 @@ FREEZABLE = ("encoder", "quant_conv", "post_quant_conv", "decoder")
 
 @dataclass
 class TrainVAEConfig:
-    """Everything a run depends on. `model` holds the keys of `AutoencoderKLKling`.
+    """All settings of a run. `model` has the keys of `AutoencoderKLKling`.
 
     out: folder of the run: checkpoints, metrics.jsonl, strips, and the VAE in export/. steps: updates of the weights, in all.
-    seed: of the initial weights and of everything drawn. batch: clips in each process and micro-step.
-    optimizer: adamw or muon, with the same lr. lr: learning rate at its highest. warmup: updates in which lr rises from 0.
-    schedule: constant or cosine, after the warmup. floor: part of lr that cosine ends at. weight_decay: of matrices, a part of lr.
-    clip_grad: largest norm of the gradients. ema: decay of the averaged weights, for an update. model: keys of AutoencoderKLKling.
-    init_from: a VAE folder to start from, in place of `model`. freeze: parts that stay as
-    they are; with [encoder, quant_conv] a decoder gets better under a transformer that is already trained, since the latents do not move.
-    draw: the decoder sees a draw from the posterior in place of its mean; without it nothing trains the posterior's width but `loss.kl`,
-    and a draw costs decibels. loss.halved: scale equivariance (see `Autoencoding`).
-    group: batches in a row of one shape. Where the number of processes divides it, all of them have equal work in every step.
-    paths: how often clips go through whole, streamed in chunks, or in blended tiles, so that the loss sees what sampling does.
+    seed: of the initial weights and of all random draws. batch: clips in each process and micro-step.
+    optimizer: adamw or muon, with the same lr. lr: highest learning rate. warmup: updates in which lr rises from 0.
+    schedule: constant or cosine, after the warmup. floor: fraction of lr at the end of cosine. weight_decay: of matrices, relative to lr.
+    clip_grad: largest norm of the gradients. ema: decay of the averaged weights, per update. model: keys of AutoencoderKLKling.
+    init_from: a VAE folder to start from, instead of `model`. freeze: parts that are not trained; with [encoder, quant_conv] the decoder
+    improves while the latents stay the same, so that a transformer trained on them stays valid.
+    draw: the decoder gets a sample of the posterior instead of its mean; without it only `loss.kl` trains the posterior's width, and a
+    sample costs decibels. loss.halved: scale equivariance (see `Autoencoding`).
+    group: consecutive batches of one shape. If the number of processes divides it, all of them have equal work in every step.
+    paths: how often clips are processed whole, streamed in chunks, or in blended tiles, so that training covers the ways of sampling.
     perceptual: weight of VGG-16's features. perceptual_weights: a local safetensors file of VGG-16.
-    save_every: updates between checkpoints. keep_last: checkpoints that stay. eval_every: updates between evaluations.
+    save_every: updates between checkpoints. keep_last: checkpoints to keep. eval_every: updates between evaluations.
     eval_clips: clips of each. log_every: updates between lines of the log. mixed_precision: auto (measured), bf16, fp16 or fp32.
-    gradient_accumulation: micro-steps of an update. trackers: tensorboard, wandb or both, beside metrics.jsonl.
-    workers: processes that read clips, for each training process. threads: CPU threads inside an operation, null is all cores.
-    watchdog: seconds without a step after which every process writes where it stands; 0 is off.
+    gradient_accumulation: micro-steps of an update. trackers: tensorboard, wandb or both, in addition to metrics.jsonl.
+    workers: processes that read clips, for each training process. threads: CPU threads per operation, null is all cores.
+    watchdog: seconds without a step after which every process writes its stack; 0 is off.
     """
 
     out: str = "runs/vae"
@@ -107,23 +107,22 @@ def main(argv: list[str] | None = None) -> None:
     if helped("kling-train-vae", argv):
         return
     cfg = load_config(TrainVAEConfig, argv[0], argv[1:])
+    check_names(cfg.optimizer, cfg.schedule)
     check_data(cfg.data)
     for name in cfg.paths:
         if name not in PATHS:
             raise unknown("path", name, PATHS)
-    if cfg.group < 1:
-        raise UserError(f"group {cfg.group}: give 1 or more")
     if bool(cfg.perceptual) != bool(cfg.perceptual_weights):
         raise UserError(
             "perceptual and perceptual_weights belong together: give both, a weight and a safetensors file of VGG-16, or neither"
         )
-    lone = 1 in cfg.data.frames  # convolutions over time that halve or double it see no lone frame
+    lone = 1 in cfg.data.frames  # single frames do not use the convolutions that halve or double time
     with Loop(cfg, some_unused=lone) as loop:
         train(cfg, loop)
 
 
 def train(cfg: TrainVAEConfig, loop: Loop) -> None:
-    """The training in a folder that is this run's alone."""
+    """The training, with the run's folder locked."""
     out, accelerator, device = loop.out, loop.accelerator, loop.accelerator.device
     if accelerator.is_fsdp2:
         raise UserError("a VAE is trained whole on every GPU: use configs/accelerate/ddp.yaml")
@@ -207,13 +206,13 @@ def train(cfg: TrainVAEConfig, loop: Loop) -> None:
 
 
 def draw_path(cfg: TrainVAEConfig, place: int) -> str:
-    """How the clips of one batch go through."""
+    """The path of the clips of one batch through the VAE."""
     return random.Random(f"path/{cfg.seed}/{place}").choices(list(cfg.paths), weights=list(cfg.paths.values()))[0]
 
 
 @torch.no_grad()
 def evaluate(model: AutoencoderKLKling, cfg: TrainVAEConfig, accelerator: Accelerator, picture: Path) -> dict[str, float]:
-    """PSNR of held-out clips of the longest length, shared out over the processes, and a picture of some: truth above reconstruction."""
+    """PSNR of held-out clips of the longest length, divided over the processes, and a picture of some: truth above reconstruction."""
     source, rows = ClipSource(cfg.data, cfg.seed, split="heldout"), []
     score = torch.zeros((), device=model.device)
     for i in range(accelerator.process_index, cfg.eval_clips, accelerator.num_processes):
@@ -229,7 +228,7 @@ def evaluate(model: AutoencoderKLKling, cfg: TrainVAEConfig, accelerator: Accele
 
 @torch.no_grad()
 def save_vae(model: AutoencoderKLKling, cfg: TrainVAEConfig, folder: Path) -> None:
-    """Write the folder that `from_pretrained` reads; latents that may have moved are measured anew."""
+    """Write the folder that `from_pretrained` reads; the statistics of the latents are measured again if they may have changed."""
     if "encoder" not in cfg.freeze:
         mean, std = latent_statistics(model, cfg)
         model.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())

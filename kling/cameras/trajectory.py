@@ -96,6 +96,10 @@ class Cameras:
         """On another device, without waiting for it."""
         return replace(self, **{name: upload(getattr(self, name), device) for name in ("c2w", "intrinsics", "appended")})
 
+    def rows(self, start: int) -> Cameras:
+        """The samples from `start` on."""
+        return replace(self, **{name: getattr(self, name)[start:] for name in ("c2w", "intrinsics", "appended")})
+
     def rays(self, start: int = 0, end: int | None = None) -> Tensor:
         """The packed rays P of latent frames start … end - 1, on the device of the poses: (b, 24, end - start, H, W).
 

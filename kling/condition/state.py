@@ -102,21 +102,25 @@ class State:
         sigma = self.sigma(level)  # (b, 1, G, h, w)
         return (1 - sigma) * self.clean + sigma * noise
 
-    def levels(self, level: Tensor) -> Levels:
+    def levels(self, level: Tensor, end: Tensor | None = None) -> Levels:
         """The network's noise input: the distinct levels of the tokens, and the level of each, for a schedule level (b,) or (b, 1 or G).
 
+        end: for a flow map, the schedule level where the step ends, of the same shape.
         The table has a row for each distinct m of every sample (of every frame, where frames have their own level), given ones included.
         """
         values, index = self._runs  # (b, k), (b, g)
         b, k = values.shape
-        level = level.view(len(level), -1)  # (b | 1, 1 or G)
-        frames = level.shape[1]
-        sigma = torch.where(values[:, None] > 0, values[:, None].to(level.dtype) * level[:, :, None], self.sigma_c)  # (b, 1 or G, k)
+        frames = level.view(len(level), -1).shape[1]  # 1 or G
+
+        def of_tokens(level: Tensor) -> Tensor:  # (b | 1, 1 or G) -> (b · frames · k)
+            level = level.view(len(level), -1)[:, :, None]
+            return torch.where(values[:, None] > 0, values[:, None].to(level.dtype) * level, self.sigma_c).flatten()
+
         first = torch.arange(b * frames, device=values.device).view(b, frames) * k  # row of each sample's, or frame's, smallest m
         if frames > 1:
             index = index if index.shape[1] > 1 else index.expand(b, frames)  # runs no longer than a frame
             first = first[:, :, None].expand(b, frames, index.shape[1] // frames).flatten(1)  # (b, g)
-        return Levels(sigma.flatten(), first + index)
+        return Levels(of_tokens(level), first + index, None if end is None else of_tokens(end))
 
     def finish(self, z: Tensor) -> Tensor:
         """The clip: given elements restored exactly, appended frames cut off. (b, c, F, h, w)"""
@@ -148,6 +152,13 @@ class State:
         cut = {name: getattr(self, name)[:, :, start:end] for name in ("clean", "mask")}
         cut |= {name: getattr(self, name)[:, start:end] for name in ("position", "kind")}
         return replace(self, **cut, frames=end - start, host=(self.host[0][:, :, start:end], self.host[1][:, start:end]))
+
+    def rows(self, start: int) -> State:
+        """The samples from `start` on."""
+        cut = {name: getattr(self, name)[start:] for name in ("clean", "mask", "position", "kind")}
+        part = replace(self, **cut, host=(self.host[0][start:], self.host[1][start:]))
+        part.__dict__["_runs"] = tuple(t[start:] for t in self._runs)
+        return part
 
     def to(self, device: torch.device | str) -> State:
         """Copy to another device without waiting for it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,17 +18,19 @@ import torch
 from av.video.reformatter import ColorPrimaries, Colorspace, ColorTrc, Interpolation, VideoReformatter
 from torch import Tensor
 
+from kling.data.colour import HDR, remark, to_srgb
 from kling.data.info import EPS, UNTAGGED, VideoInfo
 from kling.data.transforms import cover_size, crop, fit
 from kling.errors import UserError
 from kling.runtime.files import Member, Source, as_source, head, sniff, stamp, url
+
+log = logging.getLogger(__name__)
 
 # Chroma at full resolution and accurate rounding, together: without either, swscale darkens each pass by 1 to 2 levels of 255.
 TO_RGB = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.BITEXACT
 TO_SMALL_RGB = Interpolation.AREA | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.BITEXACT
 MAX_GAP = 600  # seconds that one frame may be shown; a longer gap is a wrong time stamp, and would be filled with copies
 JUMP = 1.0  # seconds: if a key frame is at least so far ahead of the last picked frame, opening the file again saves decoding
-HDR = (ColorTrc.SMPTE2084, ColorTrc.ARIB_STD_B67)  # PQ and HLG (phones): mapped to BT.709 by swscale
 COUNTED = ("avi", "mpeg", "h264", "hevc")  # containers with few or no presentation times: frame i is shown at i / rate
 
 
@@ -99,7 +102,7 @@ def picture(
     source: Source,
     size: tuple[int, int] | None = None,
 ) -> np.ndarray:
-    """uint8 (H, W, 3) as a player shows it: colour matrix and range as tagged, transparency on white, square pixels, upright.
+    """uint8 (H, W, 3) as a player shows it: matrix, range and primaries as tagged, transparency on white, square pixels, upright.
 
     The picture covers size (H, W); None keeps its own size. If that makes it smaller, the decoder's scaler shrinks it while converting to
     RGB, a third of the work of converting every pixel first.
@@ -129,6 +132,8 @@ def picture(
         threads=1,
         **tone_map,
     ).to_ndarray()
+    if not tone_map:
+        pixels = np.concatenate([to_srgb(pixels[..., :3], frame.color_primaries), pixels[..., 3:]], axis=-1)
     if alpha:
         opacity = pixels[..., 3:].astype(np.uint16)
         pixels = ((pixels[..., :3] * opacity + 255 * (255 - opacity) + 127) // 255).astype(np.uint8)
@@ -181,6 +186,8 @@ def _probe(source: Source, mtime_ns: int, size: int) -> VideoInfo:
         if first is None:
             raise UserError(f"{source} holds no frame that can be decoded: export it again")
         H, W = picture(first, stream.sample_aspect_ratio, VideoReformatter(), source).shape[:2]
+        if said := remark(first.color_primaries, first.color_trc):
+            log.warning("%s is %s", source, said)
         codec, aspect = stream.codec_context.name, float(stream.sample_aspect_ratio or 1)
     return VideoInfo(
         W,
@@ -196,6 +203,7 @@ def _probe(source: Source, mtime_ns: int, size: int) -> VideoInfo:
         vfr=max(steps) - min(steps) > 0.1 / fps + 2e-3,  # Matroska rounds to milliseconds
         pixel_aspect=aspect,
         matrix=first.colorspace,
+        primaries=first.color_primaries,
         container=demuxer,
         keyframes=_thinned(keys),
     )

@@ -17,6 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from kling.data.colour import TO_709
 from kling.data.info import EPS, UNTAGGED, VideoInfo
 from kling.data.transforms import fit
 from kling.errors import UserError, unknown
@@ -131,4 +132,6 @@ def not_plain(info: VideoInfo) -> str | None:
         return "it is rotated, or its pixels are not square"
     if info.matrix not in KNOWN and not (info.matrix == UNTAGGED and info.height < 720):
         return "its colour matrix is not one that every decoder reads alike"
+    if info.primaries in TO_709:
+        return "its colours are not those of BT.709"
     return None

@@ -45,7 +45,7 @@ class KlingTransformerBlock(nn.Module):
         history: LayerHistory | None = None,
         kept: Kept | None = None,  # keys and values of the text, from an earlier step
     ) -> Tensor:
-        # what may be compiled is a call inside `forward`, so that hooks on `forward` (shards, offload, caches) stay around it
+        # `torch.compile` is applied to a call inside `forward`, so that hooks on `forward` (shards, offload, caches) stay outside it
         return self.layer(hidden_states, encoder_hidden_states, temb, rotary_emb, encoder_hidden_states_image, history, kept)
 
     def layer(

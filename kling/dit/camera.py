@@ -42,7 +42,7 @@ class CameraAdapter(nn.Module):
         self.residual_blocks = nn.Sequential(*(ResidualBlock(dim) for _ in range(blocks)))
 
     def zero_init(self) -> None:
-        """Make the output exactly 0, with gradients that are not."""
+        """Set the output to exactly 0, in a way that leaves gradients non-zero."""
         for conv in (self.conv, *(block.conv2 for block in self.residual_blocks)):
             nn.init.zeros_(conv.weight)
             nn.init.zeros_(conv.bias)

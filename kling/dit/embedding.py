@@ -34,7 +34,11 @@ class KindEmbedding(nn.Embedding):
 
 
 class ConditionEmbedder(nn.Module):
-    """Noise levels (u,) -> embedding (u, d) and the six vectors of each block (u, 6, d); text (b, l, e) -> (b, l, d). Names are Wan's."""
+    """Noise levels (u,) -> embedding (u, d) and the six vectors of each block (u, 6, d); text (b, l, e) -> (b, l, d). Names are Wan's.
+
+    gate_value: for a flow map, the share that a second level, where the step ends, has in the embedding (AnyFlow, arXiv 2605.13724).
+    deltatime_type: whether it is given as that level ("r") or as the length of the step ("t-r").
+    """
 
     def __init__(
         self,
@@ -44,21 +48,35 @@ class ConditionEmbedder(nn.Module):
         timestep_scale: float,
         image_dim: int | None = None,
         pos_embed_seq_len: int | None = None,
+        gate_value: float | None = None,
+        deltatime_type: str = "r",
     ) -> None:
         super().__init__()
-        self.timestep_scale = timestep_scale
+        self.timestep_scale, self.gate_value, self.deltatime_type = timestep_scale, gate_value, deltatime_type
         self.timesteps_proj = Timesteps(freq_dim, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embedder = TimestepEmbedding(freq_dim, dim)
+        self.delta_embedder = None if gate_value is None else TimestepEmbedding(freq_dim, dim)
         self.act_fn = nn.SiLU()
         self.time_proj = nn.Linear(dim, 6 * dim)
         self.text_embedder = PixArtAlphaTextProjection(text_dim, dim, act_fn="gelu_tanh")
         self.image_embedder = None if image_dim is None else ImageEmbedding(image_dim, dim, pos_embed_seq_len)
 
-    def forward(self, sigma: Tensor, text: Tensor, image: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        # a float64 sigma keeps 1000σ exact to the last bit of a published timestep; bf16 would destroy it
-        timestep = sigma.to(torch.promote_types(sigma.dtype, torch.float32)) * self.timestep_scale
-        frequencies = self.timesteps_proj(timestep).to(self.time_embedder.linear_1.weight.dtype)  # (u, freq_dim)
-        with torch.autocast(sigma.device.type, enabled=False):  # bf16 would round levels together, and sampling does not autocast
-            temb = self.time_embedder(frequencies).type_as(text)  # (u, d)
+    def forward(
+        self, sigma: Tensor, text: Tensor, image: Tensor | None = None, end: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        temb = self._embed(self.time_embedder, sigma)  # (u, d)
+        if self.delta_embedder is not None:
+            end = sigma if end is None else end
+            delta = self._embed(self.delta_embedder, end if self.deltatime_type == "r" else sigma - end)
+            temb = torch.lerp(temb, delta, self.gate_value)
+        temb = temb.type_as(text)
         vectors = self.time_proj(self.act_fn(temb)).unflatten(1, (6, -1))  # (u, 6, d)
         return temb, vectors, self.text_embedder(text), None if image is None else self.image_embedder(image)
+
+    def _embed(self, embedder: TimestepEmbedding, level: Tensor) -> Tensor:
+        """Levels (u,) -> (u, d)."""
+        # a float64 level keeps 1000σ exact to the last bit of a published timestep; bf16 would destroy it
+        timestep = level.to(torch.promote_types(level.dtype, torch.float32)) * self.timestep_scale
+        frequencies = self.timesteps_proj(timestep).to(embedder.linear_1.weight.dtype)  # (u, freq_dim)
+        with torch.autocast(level.device.type, enabled=False):  # bf16 would round levels together, and sampling does not autocast
+            return embedder(frequencies)

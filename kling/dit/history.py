@@ -1,4 +1,4 @@
-"""What a block-causal model remembers of the frames before: the keys and values of their tokens, layer by layer."""
+"""The memory of a block-causal model: the keys and values of earlier frames' tokens, for each layer."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from torch import Tensor
 
 
 class LayerHistory:
-    """Keys and values (b, n, heads, head_dim) of one layer, rotated to their places in time."""
+    """Keys and values (b, n, heads, head_dim) of one layer, rotated to their positions in time."""
 
     def __init__(self) -> None:
         self.past: tuple[Tensor, Tensor] | None = None
         self.keep = False
 
     def join(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Past and present, one after the other along the tokens. While `keep` is set, the present becomes past."""
+        """Past and present, concatenated along the tokens. If `keep` is set, the present is added to the past."""
         if self.past is not None:
             key, value = torch.cat([self.past[0], key], dim=1), torch.cat([self.past[1], value], dim=1)
         if self.keep:
@@ -23,14 +23,14 @@ class LayerHistory:
 
 
 class History:
-    """One entry a layer: read in every forward pass that is given it, and added to in those given it with `keep`."""
+    """One entry per layer: read in every forward pass that gets it, and extended in passes with `keep`."""
 
     def __init__(self, layers: int) -> None:
         self.layers = [LayerHistory() for _ in range(layers)]
 
     @property
     def tokens(self) -> int:
-        """How many are remembered."""
+        """Number of remembered tokens."""
         past = self.layers[0].past
         return 0 if past is None else past[0].shape[1]
 

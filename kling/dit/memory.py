@@ -1,7 +1,7 @@
-"""How much memory a training step takes, found by running it without data: on fake tensors, which have shapes and no bytes.
+"""The memory of a training step, found by running it without data: on fake tensors, which have shapes and no bytes.
 
-Nothing is guessed from a formula of the architecture: what autograd keeps is counted where it keeps it, so a change of the model changes
-the estimate. Depth is extrapolated from two shallow copies, since every block costs the same; so a 14B model takes seconds on a laptop.
+No formula of the architecture is used: the tensors that autograd keeps are counted, so a change of the model changes the estimate. Depth is
+extrapolated from two shallow copies, since every block costs the same; so a 14B model takes seconds on a laptop.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from kling.nn.modulation import Levels
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of the tensors that were made inside and are still alive, and the most there have been: in all, and without gradients."""
+    """Bytes of the tensors that were created inside and are still alive, and their peak: in total, and without gradients."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class LiveBytes(TorchDispatchMode):
         weakref.finalize(storage, self._free, key, size)
 
     def note_gradient(self, parameter: Tensor) -> None:
-        """A parameter's gradient is complete (a hook)."""
+        """Hook: a parameter's gradient is complete."""
         self.gradients += parameter.grad.untyped_storage().nbytes()
 
     def _free(self, key: int, size: int) -> None:
@@ -58,8 +58,8 @@ class LiveBytes(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Numbers in the model and in one of its blocks; and what a forward and backward pass of a batch holds at most beyond the weights, in
-    bytes: in all, and of it activations, which are largest before the gradients are there."""
+    """Numbers in the model and in one of its blocks; and the peak of a batch's forward and backward pass beyond the weights, in bytes: in
+    total, and the activations in it, which peak before the gradients exist."""
 
     parameters: int
     block: int
@@ -80,9 +80,9 @@ def step_memory(
     bf16: bool = True,
     runs: int = 1,
 ) -> StepMemory:
-    """A step of a transformer on clips of latents (b, c, f, h, w) with `text_tokens` of text, fp32 weights, bf16 by autocast if asked.
+    """A step of a transformer on clips of latents (b, c, f, h, w) with `text_tokens` of text, fp32 weights, bf16 by autocast if requested.
 
-    runs: of equal noise levels in a clip: 1, f where frames are given, all tokens where parts of frames are; each has gates of its own.
+    runs: of equal noise levels in a clip: 1, f if frames are given, all tokens if parts of frames are; each has its own gates.
     """
     layers = int(config["num_layers"])
     if layers <= 4:
@@ -107,7 +107,7 @@ def _trace(
         scale = model.config.camera_downscale
         camera = torch.zeros(b, model.config.camera_channels, f, h * scale, w * scale) if model.config.camera_channels else None
         z, mask = torch.zeros(latents), torch.ones(b, 1, f, h, w)
-        # of every clip a level that is drawn, and one of what is given
+        # for every clip a random level, and the level of given content
         sigma = Levels(torch.zeros(2 * b), torch.zeros(b, runs, dtype=torch.long)) if runs > 1 else torch.zeros(b)
         counter = LiveBytes()
         for p in model.parameters():

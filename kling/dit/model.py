@@ -21,7 +21,7 @@ from diffusers.models.attention import AttentionMixin
 from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.utils import apply_lora_scale
+from diffusers.utils import apply_lora_scale, logging
 from torch import Tensor, nn
 
 from kling.cameras.trajectory import RAY_CHANNELS, Cameras
@@ -37,26 +37,30 @@ from kling.nn.rope import RotaryPosEmbed
 from kling.runtime.diffusers_internals import ContextParallelInput, ContextParallelOutput
 from kling.shapes import token_grid
 
-RAYS_PER_PASS = 2**23  # numbers of rays that are made at once while sampling
-OUTPUT = "thwc"  # of the numbers that a token becomes: Wan's order, in which the channel is the fastest axis
+RAYS_PER_PASS = 2**23  # numbers in the rays that are made at once while sampling
+DELTATIME_TYPES = ("r", "t-r")
+ANYFLOW_KEYS = {"init_far_model", "init_flowmap_model", "chunk_partition", "compressed_patch_size", "full_chunk_limit"}  # of its training
+OUTPUT = "thwc"  # order of the numbers that a token becomes: Wan's, in which the channel is the fastest axis
 
 
 class KlingTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, AttentionMixin):
     """Velocity of noisy latents.
 
-    Args, beyond those of `WanTransformer3DModel` (of which `rope_max_seq_len` bounds nothing here: positions are real numbers):
+    Args, in addition to those of `WanTransformer3DModel` (of which `rope_max_seq_len` limits nothing here: positions are real numbers):
         timestep_scale: the time embedder sees `timestep_scale · σ`.
         num_kinds: size of the embedding of frame kinds; 0 is none.
         camera_channels: channels of the packed Plücker rays (24); 0 is no camera input.
         camera_fold: "unshuffle" (as the published Wan-Fun Camera weights) or "pool" (small models).
         camera_downscale: pixels of a ray map along each side of a latent cell (the spatial factor of the VAE).
         camera_residual_blocks: residual blocks after the fold.
+        gate_value, deltatime_type: of a flow map, as in diffusers' `AnyFlowTransformer3DModel`: the share of a step's end in the embedded
+            level, and whether the end is given as a level ("r") or as a length ("t-r"). None: no flow map.
     """
 
     _supports_gradient_checkpointing = True
     _skip_layerwise_casting_patterns = ["patch_embedding", "condition_embedder", "kind_embedding", "norm"]
     _no_split_modules = ["KlingTransformerBlock"]
-    _keep_in_fp32_modules = ["time_embedder", "scale_shift_table", "norm1", "norm2", "norm3"]
+    _keep_in_fp32_modules = ["time_embedder", "delta_embedder", "scale_shift_table", "norm1", "norm2", "norm3"]
     _keys_to_ignore_on_load_unexpected = ["norm_added_q"]
     _repeated_blocks = ["KlingTransformerBlock"]
     _cp_plan = {
@@ -91,8 +95,12 @@ class KlingTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
         camera_fold: str = "unshuffle",
         camera_downscale: int = 8,
         camera_residual_blocks: int = 1,
+        gate_value: float | None = None,
+        deltatime_type: str = "r",
     ) -> None:
         super().__init__()
+        if deltatime_type not in DELTATIME_TYPES:
+            raise unknown("deltatime_type", deltatime_type, DELTATIME_TYPES)
         if qk_norm not in (None, "rms_norm_across_heads"):
             raise unknown("qk_norm", qk_norm, ["rms_norm_across_heads"])
         dim = num_attention_heads * attention_head_dim
@@ -101,7 +109,9 @@ class KlingTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
         self.patch_embedding = PatchEmbed(in_channels, dim, patch_size)
         self.rope = RotaryPosEmbed(attention_head_dim)
         self.token_index = TokenIndex()
-        self.condition_embedder = ConditionEmbedder(dim, freq_dim, text_dim, timestep_scale, image_dim, pos_embed_seq_len)
+        self.condition_embedder = ConditionEmbedder(
+            dim, freq_dim, text_dim, timestep_scale, image_dim, pos_embed_seq_len, gate_value, deltatime_type
+        )
         self.kind_embedding = KindEmbedding(num_kinds, dim) if num_kinds else None
         self.control_adapter = None
         if camera_channels:
@@ -121,28 +131,35 @@ class KlingTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
         self.initialize_weights()
 
     def initialize_weights(self) -> None:
-        """For training from scratch: every block starts near the identity and the velocity at 0."""
+        """For training from scratch: every block starts near the identity, and the velocity at 0."""
         for module in self.modules():
             if isinstance(module, nn.Linear | PatchEmbed):
                 nn.init.xavier_uniform_(module.weight.flatten(1))  # a view
                 nn.init.zeros_(module.bias)
         embedder = self.condition_embedder
         for layer in (embedder.time_embedder.linear_1, embedder.time_embedder.linear_2):
-            nn.init.normal_(layer.weight, std=0.02)  # the text keeps its size: at 0.02 a small model learned to ignore it
-        for block in self.blocks:  # while text is noise to the model, a branch that speaks teaches the text encoder to be silent
+            nn.init.normal_(layer.weight, std=0.02)  # not the text's layers: with this std a small model learned to ignore the text
+        for block in self.blocks:  # at 0: a random cross-attention is noise at first, and training would shrink the text's features
             nn.init.zeros_(block.attn2.to_out[0].weight)
         nn.init.zeros_(embedder.time_proj.weight)
         nn.init.zeros_(self.proj_out.weight)
         for extra in self._extras.values():
             extra.zero_init()
+        self._copy_level_embedder()
+
+    def _copy_level_embedder(self) -> None:
+        """Start the embedding of a step's end as a copy of that of its level, so that a step of length 0 has the velocity of the weights
+        it began with."""
+        if (delta := self.condition_embedder.delta_embedder) is not None:
+            delta.load_state_dict(self.condition_embedder.time_embedder.state_dict())
 
     def compile_repeated_blocks(self, fullgraph: bool = True, dynamic: bool | None = None, **kwargs: Any) -> None:
         """Compile the blocks, once for all of them; arguments are those of `torch.compile`. dynamic: one graph for many shapes, as
-        training needs; by default each shape has its own until there are two.
+        training needs; by default each shape has its own graph until there are two.
 
-        As diffusers' method, but only the computation of a block is compiled and not the hooks on it, so that nothing breaks its graph.
+        Unlike diffusers' method, it compiles only the computation of a block and not the hooks on it, so that nothing breaks its graph.
         """
-        if dynamic:  # else two lengths that are alike in the first batch, such as samples and levels, must be so in every one
+        if dynamic:  # otherwise two lengths that are equal in the first batch, such as samples and levels, must be equal in every batch
             torch.fx.experimental._config.use_duck_shape = False
         for block in self.blocks:
             block.layer = torch.compile(block.layer, fullgraph=fullgraph, dynamic=dynamic, **kwargs)
@@ -161,6 +178,7 @@ class KlingTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
         sigma: Tensor | Levels,
         encoder_hidden_states: Tensor,
         *,
+        sigma_next: Tensor | None = None,
         positions: Tensor | None = None,
         kinds: Tensor | None = None,
         camera: Tensor | Cameras | None = None,
@@ -171,26 +189,27 @@ class KlingTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
         attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = True,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
-        """Velocity ε - x₀ of noisy latents, for every frame.
+        """Velocity ε - x₀ of noisy latents, for every frame; of a flow map its mean over a step.
 
         Args:
             hidden_states: (b, c, G, h, w) noisy latents, any conditioning channels of older checkpoints concatenated.
             sigma: noise level in [0, 1], one per sample (b,), per frame (b, G) or per token (b, G, h/ph, w/pw) or (b, n). Give float64 to
-                reach a published integer timestep exactly; or the distinct `Levels`, which on a GPU saves the wait for finding them.
+                reach a published integer timestep exactly; or give the distinct `Levels`, which saves a GPU from waiting to find them.
             encoder_hidden_states: (b, l, e) text.
-            positions: (b, G) place of each frame in time, in latent frames, any real number. Default 0 … G - 1.
+            sigma_next: of a flow map, the level at which the step ends, of the same shape as `sigma`. Default: `sigma`, a step of length 0.
+            positions: (b, G) position of each frame in time, in latent frames, any real number. Default 0 … G - 1.
             kinds: (b, G) integers below `num_kinds`. Default 0, a frame to generate.
-            camera: (b, camera_channels, G, H, W) packed Plücker rays, or the poses that they are made from here.
-            camera_mask: (b,) True where the sample has a camera. Default: all have.
+            camera: (b, camera_channels, G, H, W) packed Plücker rays, or the poses from which they are computed here.
+            camera_mask: (b,) True if the sample has a camera. Default: all have.
             encoder_hidden_states_image: (b, i, image_dim) image-encoder tokens of the older Wan I2V weights.
-            history: frames before these, which block-causal weights attend to as well.
-            walk_cache: what earlier steps of the same walk have found and this one may use again.
+            history: earlier frames, which block-causal weights attend to as well.
+            walk_cache: results of earlier steps with the same inputs, to be reused.
 
         Returns:
             `.sample` (b, out_channels, G, h, w).
 
         Raises:
-            UserError: an input that this model has no use for, or of a shape that does not fit the latents.
+            UserError: an input that this model cannot use, or of a shape that does not fit the latents.
         """
         if encoder_hidden_states_image is not None and self.config.image_dim is None:
             raise UserError("image tokens were given but this model has no image branch (image_dim is None): leave them out")
@@ -198,19 +217,22 @@ class KlingTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
             raise UserError("block-causal sampling cannot share its tokens between devices: leave context parallelism off")
         patch = tuple(self.config.patch_size)
         grid = token_grid(*hidden_states.shape[2:], patch)
+        levels = noise_levels(sigma, grid, sigma_next)
+        if levels.ends is not None and self.config.gate_value is None:
+            raise UserError("the end of a step was given but this model is no flow map (gate_value is None): leave it out")
         still = {} if walk_cache is None else walk_cache.still
         if "rotation" not in still:
             still["rotation"] = self.rope(self._positions(positions, grid[0], hidden_states), *grid[1:])
         rotation = still["rotation"]  # (b | 1, n, 1, head_dim / 2, 2)
 
         x = self._embed(hidden_states, grid, kinds, camera, camera_mask, still)  # (b, n, d)
-        levels, index = noise_levels(sigma, grid)  # (u,), (b, g)
         if self.many_shapes:
-            levels, index = spell_alike(levels, index, grid)
-            rotation = rotation.clone()  # a view brings the lengths of what it views into every graph
+            levels = spell_alike(levels, grid)
+            rotation = rotation.clone()  # a view would bring the lengths of its base into every graph
+        sigmas, index, ends = levels  # (u,), (b, g), (u,)
         if self._parallel_config is not None and index.shape[1] > 1:
             index = self.token_index(index, x.shape[1])
-        temb, vectors, text, image = self.condition_embedder(levels, encoder_hidden_states, encoder_hidden_states_image)
+        temb, vectors, text, image = self.condition_embedder(sigmas, encoder_hidden_states, encoder_hidden_states_image, ends)
         modulation = Modulation(vectors, index)  # (u, 6, d)
 
         for i, block in enumerate(self.blocks):
@@ -224,7 +246,7 @@ class KlingTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
         self, z: Tensor, grid: tuple[int, int, int], kinds: Tensor | None, camera: Tensor | Cameras | None, mask: Tensor | None,
         still: dict[str, Tensor],
     ) -> Tensor:  # fmt: skip
-        """Latents (b, c, G, h, w) -> tokens (b, n, d), with what is added to them."""
+        """Latents (b, c, G, h, w) -> tokens (b, n, d), with kinds and camera added."""
         x = self._add_kinds(self.patch_embedding(z), kinds, grid)
         if camera is None:
             return x
@@ -233,7 +255,7 @@ class KlingTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
         return x + still["camera"]
 
     def _run(self, block: KlingTransformerBlock, *args: Any) -> Tensor:
-        """One block, its activations kept or computed again in the backward pass."""
+        """Run one block; its activations are kept, or recomputed in the backward pass."""
         again = torch.is_grad_enabled() and self.gradient_checkpointing
         return self._gradient_checkpointing_func(block, *args) if again else block(*args)
 
@@ -253,8 +275,8 @@ class KlingTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
         b, frames = x.shape[0], grid[0]
         if kinds is not None and kinds.shape != (b, frames):
             raise UserError(f"kinds of shape {tuple(kinds.shape)}: give ({b}, {frames}), one per frame")
-        known = max(self.config.num_kinds, 1)  # kind 0, a frame to generate, is what every model knows
-        on_host = kinds is not None and kinds.device.type == "cpu"  # a GPU would have to be waited for, and its embedding checks as well
+        known = max(self.config.num_kinds, 1)  # every model knows kind 0, a frame to generate
+        on_host = kinds is not None and kinds.device.type == "cpu"  # checking on a GPU would wait for it, and its embedding checks too
         if on_host and not torch.compiler.is_compiling() and not 0 <= int(kinds.min()) <= int(kinds.max()) < known:
             raise UserError(f"kinds up to {int(kinds.max())}, but this model knows {known} (num_kinds): use 0 … {known - 1}")
         if self.kind_embedding is None:
@@ -264,7 +286,7 @@ class KlingTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
         return (x.unflatten(1, (frames, -1)) + self.kind_embedding(kinds)[:, :, None]).flatten(1, 2)
 
     def _camera(self, camera: Tensor | Cameras, x: Tensor, mask: Tensor | None) -> Tensor:
-        """What the camera adds to tokens like x (b, n, d)."""
+        """The camera's contribution to tokens like x (b, n, d)."""
         if self.control_adapter is None:
             raise UserError("a camera was given but this model has no camera input (camera_channels is 0): leave the camera out")
         channels = RAY_CHANNELS if isinstance(camera, Cameras) else camera.shape[1]
@@ -281,13 +303,18 @@ class KlingTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Self | tuple[Self, dict[str, Any]]:
-        """As diffusers', and extras that the checkpoint lacks start at zero instead of on the meta device.
+        """As in diffusers, but extras that the checkpoint lacks start at zero instead of on the meta device.
 
         Raises `UserError` if anything else is missing from the checkpoint.
         """
         return_info = kwargs.pop("output_loading_info", False)
         kwargs.setdefault("use_safetensors", True)  # diffusers falls back to a pickle
-        model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        said = logging.get_verbosity()
+        logging.set_verbosity_error()  # it would warn of weights that are missing; here they begin at zero, or are refused
+        try:
+            model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        finally:
+            logging.set_verbosity(said)
         missing = set(info["missing_keys"])
         for name, module in model._extras.items():
             keys = {f"{name}.{key}" for key in module.state_dict()}
@@ -296,6 +323,11 @@ class KlingTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
                 module.to_empty(device=model.scale_shift_table.device)
                 module.apply(lambda m: m.reset_parameters() if hasattr(m, "reset_parameters") else None)
                 module.zero_init()
+        delta = {name for name in missing if name.startswith("condition_embedder.delta_embedder.")}
+        if delta and missing == delta:
+            model.condition_embedder.delta_embedder.to_empty(device=model.scale_shift_table.device)
+            model._copy_level_embedder()
+            missing = set()
         if missing:
             raise UserError(
                 f"checkpoint '{pretrained_model_name_or_path}' lacks {len(missing)} weights of its config, "
@@ -305,8 +337,11 @@ class KlingTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:
-        """As diffusers', but a key that is not an argument is refused instead of ignored."""
+        """As in diffusers, but an unknown key is refused instead of ignored."""
         known = cls._get_init_keys(cls) - {"self"}
+        if config_dict.get("init_far_model"):
+            raise UserError("this transformer is a causal AnyFlow (init_far_model), which is not supported: take the one for plain Wan")
+        config_dict = {key: value for key, value in config_dict.items() if key not in ANYFLOW_KEYS}
         for key in (*config_dict, *kwargs):
             if key not in known and not key.startswith("_") and key != "quantization_config":
                 raise unknown("config key", key, sorted(known))
@@ -314,7 +349,7 @@ class KlingTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
 
 
 def _ray_parts(camera: Tensor | Cameras) -> Iterator[Tensor]:
-    """Rays (b, camera_channels, ·, H, W) in the order of their frames: all at once, or while sampling so many that memory stays flat."""
+    """Rays (b, camera_channels, ·, H, W) in frame order: all at once, or, in sampling, in parts, so that memory does not grow."""
     if isinstance(camera, Tensor):
         yield camera
         return

@@ -26,7 +26,8 @@ def adams(v: Tensor, previous: Tensor, step: Tensor, previous_step: Tensor) -> T
     return torch.lerp(previous, v, 1 + ahead.to(v.dtype))  # v + ahead (v - previous)
 
 
-SOLVERS = {"euler": euler, "adams": adams, "renoise": euler}  # renoise: see `KlingFlowScheduler.step`
+# renoise: see `KlingFlowScheduler.step`. flow_map: the network is told where a step ends, and gives the mean velocity until there.
+SOLVERS = {"euler": euler, "adams": adams, "renoise": euler, "flow_map": euler}
 
 
 class KlingFlowScheduler(SchedulerMixin, ConfigMixin):

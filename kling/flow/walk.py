@@ -37,8 +37,8 @@ class Scheduler(Protocol):
     ) -> tuple[Tensor, Callable[[], Tensor]]: ...
 
 
-# predict(z, level (b, 1 or G) on the device, the highest of these levels) -> guided velocity; fresh(step) -> noise of z's shape
-Predict = Callable[[Tensor, Tensor, float], Tensor]
+# predict(z, level and next level (b, 1 or G) on the device, the highest level) -> guided velocity; fresh(step) -> noise of z's shape
+Predict = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 Fresh = Callable[[int], Tensor]
 
 
@@ -53,7 +53,7 @@ def walk(state: State, scheduler: Scheduler, predict: Predict, noise: Tensor, fr
     highest, mask = grid.amax(1).tolist(), state.mask if state.gives else None
     z = state.noised(torch.ones(1, device=noise.device), noise)
     for i, (level, next_level) in enumerate(pairwise(upload(grid, noise.device)[:, None])):  # (1, 1 or G) each
-        v = predict(z, level, highest[i])
+        v = predict(z, level, next_level, highest[i])
         again = {"noise": fresh(i)} if getattr(scheduler, "renoises", False) else {}
         z, x0 = scheduler.step(v, state.spread_sigma(level), state.spread_sigma(next_level), z, mask, state.clean, **again)
         z = z.to(noise.dtype)

@@ -95,6 +95,8 @@ def _read_config(shapes: Shapes) -> dict[str, Any]:
             "camera_downscale": RAY_PIXELS,
             "camera_residual_blocks": len(blocks),
         }
+    if "condition_embedder.delta_embedder.linear_1.weight" in shapes:  # the gate is in no tensor; every published flow map has this one
+        config |= {"gate_value": 0.25, "deltatime_type": "r"}
     if "kind_embedding.weight" in shapes:
         config["num_kinds"] = shapes["kind_embedding.weight"][0]
     return config
@@ -111,4 +113,5 @@ def build_of(config: dict[str, Any]) -> Build:
         image=config.get("image_dim") is not None,
         ends=config.get("pos_embed_seq_len") is not None,
         camera=bool(config.get("camera_channels")),
+        flow_map=config.get("gate_value") is not None,
     )

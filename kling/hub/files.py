@@ -14,17 +14,20 @@ from kling.errors import UserError
 Shapes = dict[str, tuple[int, ...]]
 
 
+PICKLES = (".pth", ".pt", ".bin", ".ckpt")
+
+
 def weight_files(path: str | Path) -> list[Path]:
     """The safetensors files of a checkpoint: the file itself, the shards that an index names, or the model in a folder.
 
     Raises `UserError` for pickles, missing shards, and folders with no file, or with several and no index.
     """
     path = Path(path)
-    if path.is_file() or not path.exists():
-        if path.suffix in (".pth", ".pt", ".bin", ".ckpt"):
+    if not path.is_dir():  # a file, nothing, or a pipe, which would be waited for
+        if path.suffix in PICKLES:
             raise UserError(f"{path.name} is a pickle, which can run code when it is opened: get the safetensors of the same weights")
         if not path.is_file():
-            raise UserError(f"weights '{path}' do not exist: check the path")
+            raise UserError(f"weights '{path}' {'are no file' if path.exists() else 'do not exist'}: check the path")
         return [path]
     if indices := sorted(path.glob("*.safetensors.index.json")):
         try:
@@ -36,7 +39,7 @@ def weight_files(path: str | Path) -> list[Path]:
         return [path / name for name in names]
     files = sorted(path.glob("diffusion_pytorch_model*.safetensors")) or sorted(path.glob("*.safetensors"))
     if len(files) != 1:
-        pickles = [file.name for file in path.iterdir() if file.suffix in (".pth", ".pt", ".bin", ".ckpt")]
+        pickles = [file.name for file in path.iterdir() if file.suffix in PICKLES]
         hint = f" (there is {pickles[0]}, a pickle: get the safetensors of the same weights)" if pickles and not files else ""
         raise UserError(f"{path} holds {len(files)} safetensors files and no index for them: give one file{hint}")
     return files

@@ -17,7 +17,7 @@ from kling.flow.diffusers_scheduler import shift_key
 from kling.flow.solvers import KlingFlowScheduler
 from kling.hub.clip import load_image_encoder
 from kling.hub.detect import build_of, transformer_config, transformer_names
-from kling.hub.files import read_shapes, read_tensors
+from kling.hub.files import PICKLES, read_shapes, read_tensors
 from kling.hub.keys import strip_prefix, vae_name
 from kling.hub.registry import CHECKPOINTS, PublishedCheckpoint, by_build, by_name
 from kling.runtime.precision import bf16_is_fast
@@ -27,7 +27,8 @@ from kling.vae import AutoencoderKLKling
 
 OURS = "KlingPipeline"
 SETTINGS = ("capabilities", "fps", "max_frames", "sizes", "boundary_ratio", "block_frames", "defaults", "licence", "vocabulary")
-WAN_PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
+WAN_PIPELINES = ("WanPipeline", "WanImageToVideoPipeline", "AnyFlowPipeline", "WanAnyFlowPipeline")  # the last: as published
+FLOW_MAPS = ("FlowMapEulerDiscreteScheduler", "FlowMapDiscreteScheduler")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 PUBLISHED = ["*.json", "*.safetensors", "*.txt", "*.model"]  # no pickles
 
@@ -48,6 +49,30 @@ def find_folder(path: str | Path, weights: bool = True) -> Path:
     except Exception as error:  # many classes, of several packages
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"model '{path}' is no folder here and cannot be had from the hub ({reason}): check name and network") from None
+
+
+def find_file(path: str | Path, name: str | None, usual: str, **hub: Any) -> Path:
+    """A file, one of a folder, or one of a repository of the hub, downloaded if need be. Raises `UserError` if there is none.
+
+    name: which of several. Without it, the `usual` one, or the folder itself where that is absent. hub: keywords of `hf_hub_download`.
+    """
+    place = Path(path)
+    if not place.exists() and place.suffix not in (".safetensors", *PICKLES) and HUB_ID.fullmatch(str(path)):
+        from huggingface_hub import hf_hub_download
+
+        try:
+            return Path(hf_hub_download(str(path), name or usual, **hub))
+        except Exception as error:  # many classes, of several packages
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"'{path}' is no file here and cannot be had from the hub ({reason}): check name and network") from None
+    if hub:
+        raise UserError(f"{next(iter(hub))} is for what comes from the hub, and '{path}' does not: leave it out")
+    if not place.is_dir():
+        return place
+    file = place / (name or usual)
+    if name and not file.is_file():
+        raise UserError(f"'{path}' holds no {name}: check weight_name")
+    return file if file.is_file() else place
 
 
 def read_index(folder: Path) -> dict[str, Any]:
@@ -93,6 +118,8 @@ def load(
             parts[name] = load_transformer(given, dtype, weights)
         elif name == "transformer" or (has(index, name) and transformer is None):
             parts[name] = loaded(folder, name, KlingTransformer3DModel, weights, torch_dtype=dtype)
+    if not wan and has(index, "transformer_fast") and transformer is None:
+        parts["transformer_fast"] = loaded(folder, "transformer_fast", KlingTransformer3DModel, weights, torch_dtype=dtype)
     precise = torch.float32 if wan else dtype
     if vae is None or not weights:
         parts["vae"] = loaded(folder, "vae", AutoencoderKLKling, weights, torch_dtype=precise)
@@ -112,7 +139,7 @@ def load(
         )
     parts["scheduler"] = load_scheduler(folder)
     if not wan and checkpoint is None and transformer is None:
-        return parts | {key: index[key] for key in (*SETTINGS, "sampling_dtype") if key in index}
+        return parts | {key: index[key] for key in (*SETTINGS, "sampling_dtype", "fast") if key in index}
 
     experts = "transformer_2" in parts
     boundary = index.get("boundary_ratio") if experts else None
@@ -241,6 +268,8 @@ def load_scheduler(folder: Path) -> SchedulerMixin:
     name = config.get("_class_name")
     if name == KlingFlowScheduler.__name__:
         return loaded(folder, "scheduler", KlingFlowScheduler)
+    if name in FLOW_MAPS:
+        return KlingFlowScheduler(shift=config.get("shift", 1.0), solver="flow_map", num_inference_steps=4, guidance_scale=1.0)
     kind = getattr(diffusers, str(name), None)
     flow = name == "FlowMatchEulerDiscreteScheduler" or config.get("use_flow_sigmas")
     if kind is None or not flow:

@@ -43,6 +43,7 @@ SUFFIX = re.compile(
     r"|(?P<up_bias>lora_B|lora_up)(?:\.(?P<c>\w+))?\.bias|(?P<alpha>alpha)|(?P<weight>diff|w_norm)|(?P<bias>diff_b|b_norm))$"
 )
 METHODS = {"dora": "DoRA", "lora_magnitude": "DoRA", "hada_": "LoHa", "lokr_": "LoKr", "oft_": "OFT", "lora_mid": "LoCon with a core"}
+Given = str | Path | Mapping[str, Tensor]
 SHOWN = 3  # keys that a message names
 
 
@@ -64,33 +65,50 @@ def add_loras(pipe: Any, loras: Sequence[tuple[str, float]], second: bool = Fals
 
     Raises `UserError` if peft is missing, or if a file is damaged, of another method, or no LoRA of this model.
     """
-    if not loras:
-        return
+    names = {}
+    for number, (path, scale) in enumerate(loras):
+        name = f"{'low' if second else 'high'}{number}"
+        if add_lora(pipe, path, second, name, scale):
+            names[name] = scale
+    if names:
+        _expert(pipe, second).set_adapters(list(names), list(names.values()))
+
+
+def add_lora(pipe: Any, lora: Given, second: bool = False, name: str | None = None, scale: float = 1.0) -> bool:
+    """Load one LoRA, a file or its tensors, and return whether there is an adapter of it now, which has no scale yet.
+
+    name: of the adapter; diffusers finds one without. scale: of the whole differences, which go into the weights at once.
+    Raises `UserError` as `add_loras` does, and for a name that is taken.
+    """
+    model = _expert(pipe, second)
+    if find_spec("peft") is None:
+        raise UserError("a LoRA needs peft: pip install 'kling[lora]'")
+    if name in getattr(model, "peft_config", {}):
+        raise UserError(f"there is an adapter '{name}' already: give another adapter_name, or delete_adapters('{name}') first")
+    layers = read_lora(lora, model, second)
+    low = {k: v for k, layer in layers.items() for k, v in _low_rank(k, layer).items()}
+    if low:
+        pipe.load_lora_into_transformer(low, transformer=model, adapter_name=name, _pipeline=pipe)
+    for layer_name, layer in layers.items():
+        _add_whole(model, layer_name, layer, scale)
+    return bool(low)
+
+
+def _expert(pipe: Any, second: bool) -> nn.Module:
     model = pipe.transformer_2 if second else pipe.transformer
     if model is None:
         raise UserError("a LoRA was given for the second expert, and this model has one only: leave it out")
-    if find_spec("peft") is None:
-        raise UserError("a LoRA needs peft: pip install 'kling[lora]'")
-    names = []
-    for number, (path, scale) in enumerate(loras):
-        name = f"{'low' if second else 'high'}{number}"
-        layers = read_lora(path, model, second)
-        if low := {k: v for k, layer in layers.items() for k, v in _low_rank(k, layer).items()}:
-            pipe.load_lora_into_transformer(low, transformer=model, adapter_name=name, _pipeline=pipe)
-            names.append((name, scale))
-        for layer_name, layer in layers.items():
-            _add_whole(model, layer_name, layer, scale)
-    if names:
-        model.set_adapters([name for name, _ in names], [scale for _, scale in names])
+    return model
 
 
-def read_lora(path: str | Path, model: nn.Module, second: bool = False) -> dict[str, Layer]:
+def read_lora(path: Given, model: nn.Module, second: bool = False) -> dict[str, Layer]:
     """Layers of a LoRA by our names, `up` already times alpha / r. second: of a file for both experts, the second's part.
 
-    Layers that `model` has not are left out, and named in one line of the log. Raises `UserError` for what is not whole, fits nowhere, or
-    is another method's.
+    path: of the file, or its tensors by their keys. Layers that `model` has not are left out, and named in one line of the log. Raises
+    `UserError` for what is not whole, fits nowhere, or is another method's.
     """
-    tensors = read_tensors(path)
+    tensors, settings = (path, {}) if isinstance(path, Mapping) else (read_tensors(path), _settings(weight_files(path)[0]))
+    path = "the LoRA given" if isinstance(path, Mapping) else path
     if both := [key for key in tensors if key.startswith("transformer_2.")]:
         tensors = {key: tensors[key] for key in (both if second else tensors.keys() - set(both))}
     layers, unknown = _parts(path, tensors)
@@ -108,7 +126,6 @@ def read_lora(path: str | Path, model: nn.Module, second: bool = False) -> dict[
         raise UserError(f"{path} is no LoRA that fits this model: it holds {_listed(unknown)}, and the model has no such layer")
     if unknown:
         log.warning("%s: %d of its %d tensors are not used, the model has no such layer: %s", path, *_share(unknown, tensors))
-    settings = _settings(weight_files(path)[0])
     for name, layer in found.items():
         _check(path, model, name, layer)
         if layer.up is not None:

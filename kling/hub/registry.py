@@ -38,7 +38,7 @@ class Build:
     """What the shapes of the tensors reveal: two checkpoints with the same build cannot be told apart by their files.
 
     dim, layers: width and depth. z: channels of a latent. extra: input channels in addition to these. image: image-encoder branch;
-    ends: its tokens are those of the first and the last frame. camera: a camera adapter.
+    ends: its tokens are those of the first and the last frame. camera: a camera adapter. flow_map: a second level, where a step ends.
     """
 
     dim: int
@@ -48,13 +48,14 @@ class Build:
     image: bool = False
     ends: bool = False
     camera: bool = False
+    flow_map: bool = False
 
 
 @dataclass(frozen=True)
 class PublishedCheckpoint:
     """A row. guidance: (high noise, low noise) if there are two experts. boundary: the level below which the second one is used.
 
-    sampler: "unipc", or "renoise" for few-step weights. block: latent frames per step of block-causal weights, 0 for all at once.
+    sampler: "unipc", or "renoise" or "flow_map" for few-step weights. block: latent frames per step of block-causal weights; 0: all.
     """
 
     name: str
@@ -128,6 +129,14 @@ CHECKPOINTS = (
         "causal-forcing-1.3b-framewise", "zhuhz22/Causal-Forcing/framewise", Build(*SMALL), ("text", "image"), 5.0, 4, ONE,
         sampler="renoise", block=1,
     ),
+    PublishedCheckpoint(
+        "anyflow-1.3b", "nvidia/AnyFlow-Wan2.1-T2V-1.3B-Diffusers", Build(*SMALL, flow_map=True), ("text", "text_to_image"), 5.0, 4, ONE,
+        sampler="flow_map", licence="NVIDIA non-commercial",
+    ),
+    PublishedCheckpoint(
+        "anyflow-14b", "nvidia/AnyFlow-Wan2.1-T2V-14B-Diffusers", Build(*LARGE, flow_map=True), ("text", "text_to_image"), 5.0, 4, ONE,
+        sampler="flow_map", licence="NVIDIA non-commercial",
+    ),
 )  # fmt: skip
 
 
@@ -145,7 +154,7 @@ def by_build(build: Build, experts: bool, plain: bool = False) -> PublishedCheck
     plain: leave out few-step weights, which are published as single files.
     """
     rows = [row for row in CHECKPOINTS if row.build == build and (row.boundary is not None) == experts]
-    rows = [row for row in rows if not plain or row.sampler == "unipc"]
+    rows = [row for row in rows if not plain or row.sampler != "renoise"]
     if len(rows) == 1:
         return rows[0]
     what = f"{build.layers} layers of width {build.dim}, {build.z} + {build.extra} input channels"

@@ -19,7 +19,7 @@ from kling.data.transforms import to_tensor
 from kling.metrics.camera.errors import axes_of, rotation_error, summed_errors, translation_error
 from kling.metrics.camera.structure import Structure, estimate_structure
 from kling.metrics.continuation import drift, seam_rows
-from kling.metrics.motion import Flow, camera_classes, dynamic_degree, optical_flow, warp_error
+from kling.metrics.motion import Flow, camera_classes, dynamic_degree, matched, optical_flow, warp_error
 from kling.metrics.pixel import flicker, psnr, ssim, temporal_psnr
 from kling.metrics.vmaf import vmaf
 
@@ -62,12 +62,12 @@ class Clip:
 
     @cached_property
     def placed(self) -> bool:
-        """Whether every frame's pose was found. An error over some of the frames, or with a worst value for others, would mean nothing."""
+        """Whether every frame's pose was found."""
         return bool(self.estimate.found.all())
 
     @cached_property
     def sums(self) -> dict[str, float]:
-        return summed_errors(self.estimate.trajectory, self.camera, self.estimate.found)
+        return summed_errors(self.estimate.trajectory, self.camera)
 
     @cached_property
     def travels(self) -> float | None:
@@ -141,12 +141,18 @@ def reference_vmaf(clip: Clip) -> Value:
 
 @metric("motion", "flicker", "levels", controls=("frozen", "noise"), higher=False)
 def motion_flicker(clip: Clip) -> Value:
-    return float(flicker(clip.batch)) if len(clip.video) > 2 else 0.0
+    return float(flicker(clip.batch)) if len(clip.video) > 2 else None
 
 
-@metric("motion", "warp error, mean square", controls=("frozen", "noise"), higher=False)
+@metric("motion", "warp error, mean square", controls=("frozen", "turned"), higher=False)
 def motion_warp(clip: Clip) -> Value:
+    """None where no frame can be matched with the next."""
     return warp_error(clip.video, clip.flow)
+
+
+@metric("motion", "frames that can be matched with the next", "%", controls=("frozen", "noise"))
+def motion_matched(clip: Clip) -> Value:
+    return matched(clip.flow)
 
 
 @metric("motion", "dynamic degree", "%", controls=("turned", "frozen"))
@@ -165,7 +171,7 @@ def camera_class(clip: Clip) -> Value:
 
 @metric("camera", "RotErr", "°", controls=("turned", "frozen"), higher=False)
 def camera_rotation(clip: Clip) -> Value:
-    return rotation_error(clip.estimate.trajectory, clip.camera, clip.estimate.found) if clip.placed else None
+    return rotation_error(clip.estimate.trajectory, clip.camera, clip.estimate.found)
 
 
 @metric("camera", "RotErr, CamI2V's sum", "rad", controls=("turned", "frozen"), higher=False)
@@ -175,12 +181,12 @@ def camera_rotation_sum(clip: Clip) -> Value:
 
 @metric("camera", "TransErr, relative", higher=False)
 def camera_translation(clip: Clip) -> Value:
-    return clip.travels if clip.placed else None
+    return clip.travels
 
 
 @metric("camera", "TransErr, CamI2V's sum", higher=False)
 def camera_translation_sum(clip: Clip) -> Value:
-    return clip.sums["translation"] if clip.placed and clip.travels is not None else None
+    return clip.sums["translation"] if clip.travels is not None else None
 
 
 @metric("camera", "CamMC, CamI2V's sum", controls=("turned", "frozen"), higher=False)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 SHORT_SIDE = 256  # pixels; smaller pictures are enlarged for the flow, which uses patches of 8 pixels
 GRID = 10  # tracked points along each side
-MIN_VISIBLE = 0.1  # of the pixels; if fewer can be matched, there is no flow and the error has its worst value
+MIN_VISIBLE = 0.1  # of the pixels; if fewer can be matched, there is no flow, and no error
 VBENCH_CLASSES = ("pan_left", "pan_right", "tilt_up", "tilt_down", "zoom_in", "zoom_out", "static")
 STILL = 0.005  # of the short side over the whole clip: VBench's bound below which a point is static
 
@@ -62,20 +62,26 @@ def visible(there: np.ndarray, back: np.ndarray) -> np.ndarray:
     return inside & (gap < 0.01 * (np.square(there).sum(-1) + np.square(returned).sum(-1)) + 0.5)
 
 
-def warp_error(video: Tensor, flow: Flow) -> float:
-    """Mean squared difference between each frame (T, H, W, 3) uint8 and the next one warped by the flow, over visible pixels; 0 to 1.
+def matched(flow: Flow) -> float | None:
+    """Share of the pairs of frames that have enough pixels in common; None without a pair."""
+    seen = [visible(there, back).mean() >= MIN_VISIBLE for there, back in zip(flow.forward, flow.backward, strict=True)]
+    return float(np.mean(seen)) if seen else None
 
-    Lai et al., "Learning blind video temporal consistency", 2018, equation 8. A pair with hardly any common pixel counts as 1.
+
+def warp_error(video: Tensor, flow: Flow) -> float | None:
+    """Mean squared difference of each frame (T, H, W, 3) uint8 from the next one fetched along the flow, over visible pixels; 0 to 1.
+
+    Lai et al., "Learning blind video temporal consistency", 2018, equation 8. A pair with hardly a pixel in common is in no mean
+    (`matched` counts them); None if no pair is left.
     """
     errors = []
     for t, (there, back) in enumerate(zip(flow.forward, flow.backward, strict=True)):
         seen = visible(there, back)
         if seen.mean() < MIN_VISIBLE:
-            errors.append(1.0)
             continue
         fetched, _ = _at(video[t + 1].numpy().astype(np.float32), there)
         errors.append(float(np.square((fetched - video[t].numpy()) / 255)[seen].mean()))
-    return float(np.mean(errors)) if errors else 0.0
+    return float(np.mean(errors)) if errors else None
 
 
 def dynamic_degree(flow: Flow, fps: float) -> bool:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from kling.metrics.stats import mean, rate
 
-Row = Mapping[str, bool | float | None]  # measurements of one clip; None if one does not apply
-Summary = dict[str, dict[str, float]]  # by measure: value, low, high, n
+Row = Mapping[str, bool | float | None]  # what one clip measured; None where a question does not apply
+Summary = dict[str, dict[str, float | None]]  # by measure: value, low, high, n; None where n is 0
 
 
 @dataclass(frozen=True)
@@ -23,21 +23,25 @@ class Line:
     chance: float | None = None
     target: str = ""
 
-    def reached(self, value: float) -> bool | None:
-        """Whether a value meets the target; None if there is no target."""
-        if not self.target or math.isnan(value):
+    def reached(self, value: float | None) -> bool | None:
+        """Whether a value meets the target; None without one."""
+        if not self.target or value is None or math.isnan(value):
             return None
         sign, bound = self.target.split()
         return value >= float(bound) if sign == ">=" else value <= float(bound)
 
 
 def summarise(rows: Sequence[Row]) -> Summary:
-    """Means with intervals: shares for bools (Wilson), means for floats (bootstrap). None is left out, and not counted in n."""
+    """Means with intervals: shares for bools (Wilson), means for floats (bootstrap). None is left out and not counted in n,
+    which may come to 0: then there is no value, and the table says so.
+    """
     result: Summary = {}
     for name in dict.fromkeys(key for row in rows for key in row):
         values = [row[name] for row in rows if row.get(name) is not None]
         if values:
             result[name] = rate(values) if isinstance(values[0], bool) else mean(values)
+        else:
+            result[name] = {"value": None, "low": None, "high": None, "n": 0}
     return result
 
 
@@ -66,7 +70,7 @@ def markdown(lines: Sequence[Line], scores: Mapping[str, Summary], columns: Mapp
         cells = [
             line.title,
             f"{mark}{_number(score['value'], line.unit)}{mark}",
-            f"{_number(score['low'], line.unit).split()[0]} to {_number(score['high'], line.unit)}",
+            f"{_number(score['low'], line.unit).split()[0]} to {_number(score['high'], line.unit)}" if score["n"] else "",
             str(score["n"]),
         ]
         cells += [_target(line)] * aims + ["" if line.chance is None else _number(line.chance, line.unit)] * guesses
@@ -86,8 +90,8 @@ def reached(lines: Sequence[Line], scores: Mapping[str, Summary]) -> dict[str, b
     return {name: verdict for name, verdict in verdicts.items() if verdict is not None}
 
 
-def _number(value: float, unit: str) -> str:
-    if math.isnan(value):
+def _number(value: float | None, unit: str) -> str:
+    if value is None or math.isnan(value):
         return "–"
     return f"{100 * value:.1f} %" if unit == "%" else f"{value:.{2 if unit in ('dB', '°', 'levels') else 3}f} {unit}".strip()
 

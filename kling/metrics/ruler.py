@@ -41,8 +41,8 @@ class Ruler:
     def camera(self, video: Tensor, asked: Trajectory, axes: Mapping[str, float] | None) -> Row:
         """Errors of the camera's path. axes: of a single axis, a master shot or a static camera; None for combinations.
 
-        class: whether the path has the same name. rotation: degrees. translation: see `translation_error`. registered: whether every
-        frame's pose was found; a frame without one counts as the worst error.
+        class: whether the path would be called the same. rotation: degrees. translation: see `translation_error`. registered: whether every
+        frame's pose was found. A camera that was not found has no rotation and no translation, and is of no class but a wrong one.
         """
         estimate = estimate_trajectory(video, self.stage)
         found = estimate.registered

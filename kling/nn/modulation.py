@@ -64,39 +64,50 @@ def gate(x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
 
 
 class Levels(NamedTuple):
-    """Noise levels of a batch: `values` (u,), and `index` (b, g), the level of each of g equal runs of tokens (g = 1, G or n)."""
+    """Noise levels of a batch: `values` (u,), and `index` (b, g), the level of each of g equal runs of tokens (g = 1, G or n).
+
+    `ends` (u,): for a flow map, the level that a step from each value leads to.
+    """
 
     values: Tensor
     index: Tensor
+    ends: Tensor | None = None
 
 
-def noise_levels(sigma: Tensor | Levels, grid: tuple[int, int, int]) -> Levels:
+def noise_levels(sigma: Tensor | Levels, grid: tuple[int, int, int], end: Tensor | None = None) -> Levels:
     """σ (b,) | (b, G) | (b, n) | (b, G, h, w) on the token grid -> distinct levels (u,) and index (b, g) with the fewest runs g.
+
+    end: the level where each step ends, of σ's shape.
 
     Finding equal levels makes the host wait for the device, so training and sampling pass `Levels` (from `State.levels`), which are
     returned unchanged. Raises `UserError` if the shape of σ does not fit the grid.
     """
     if isinstance(sigma, Levels):
         return sigma
+    if end is not None and end.shape != sigma.shape:
+        raise UserError(f"steps that end at levels of shape {tuple(end.shape)} and begin at {tuple(sigma.shape)}: give both alike")
     if sigma.ndim == 1:
-        return Levels(sigma, torch.arange(len(sigma), device=sigma.device)[:, None])
+        return Levels(sigma, torch.arange(len(sigma), device=sigma.device)[:, None], end)
     G, h, w = grid
     if sigma.shape[1:] not in {(G,), (G * h * w,), (G, h, w)}:
         raise UserError(f"sigma of shape {tuple(sigma.shape)} for a token grid of {G}x{h}x{w}: give one per sample, frame or token")
-    levels, index = torch.unique(sigma, return_inverse=True)
-    index = index.flatten(1)  # (b, G) or (b, n)
+    pairs = torch.stack([sigma, sigma if end is None else end], dim=-1)
+    distinct, index = torch.unique(pairs.flatten(0, -2), dim=0, return_inverse=True)  # (u, 2)
+    index = index.view(len(sigma), -1)  # (b, G) or (b, n)
     for g in (1, G):
         runs = index.unflatten(1, (g, -1))
         if (runs == runs[..., :1]).all():
-            return Levels(levels, runs[..., 0])
-    return Levels(levels, index)
+            index = runs[..., 0]
+            break
+    return Levels(distinct[:, 0], index, None if end is None else distinct[:, 1])
 
 
-def spell_alike(levels: Tensor, index: Tensor, grid: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+def spell_alike(levels: Levels, grid: tuple[int, int, int]) -> Levels:
     """The result of `noise_levels` in a form with fewer distinct shapes, for compiled blocks: at least two levels, and an index for each
     row of tokens (b, G·h) or each token (b, n). `torch.compile` would make a graph of its own for a length of 1."""
     rows = grid[0] * grid[1]
-    return levels.expand(max(2, len(levels))), index.repeat_interleave(max(1, rows // index.shape[1]), dim=1).clone()  # no view
+    values, ends = (None if x is None else x.expand(max(2, len(x))) for x in (levels.values, levels.ends))
+    return Levels(values, levels.index.repeat_interleave(max(1, rows // levels.index.shape[1]), dim=1).clone(), ends)  # no view
 
 
 class TokenIndex(nn.Module):

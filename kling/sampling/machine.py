@@ -7,6 +7,7 @@ the VAE's tiles see less than the whole picture.
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,9 @@ ATTENTIONS = {  # our name -> diffusers' name, and whether it runs on a CPU
 }
 BRANCHES = [r"blocks\.\d+\.(attn1|attn2|ffn)"]  # the modules that TaylorSeer predicts; diffusers' patterns match nothing in a Wan block
 CACHES = ("first-block", "mag", "taylorseer", "calibrate")
-HEAD_HOOK = "mag_cache_leader_block_hook"  # the hook in which diffusers keeps MagCache's measurements
+LEAST_VALUE = {"first-block": (float, 0.0), "taylorseer": (int, 1)}  # what stands behind the =
+LEAST_TILE = 32  # pixels: the VAE's tiles overlap by a quarter, which must be a latent at least
+HEAD_HOOK = "mag_cache_leader_block_hook"  # where diffusers keeps what MagCache measures
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,20 @@ class Machine:
             raise unknown("attention", self.attention, ATTENTIONS)
         if self.cache is not None and self.cache.split("=")[0] not in CACHES:
             raise unknown("cache", self.cache, [f"{name}=…" for name in CACHES])
+        if self.context_parallel < 1:
+            raise UserError(f"--context-parallel {self.context_parallel}: give at least 1")
+        if self.tiles is not None and self.tiles < LEAST_TILE:
+            raise UserError(f"--tiles {self.tiles}: give at least {LEAST_TILE} pixels")
+        name, _, value = (self.cache or "").partition("=")
+        if name in LEAST_VALUE and value:
+            parse, least = LEAST_VALUE[name]
+            try:
+                if not least <= parse(value) < math.inf:
+                    raise UserError(f"--cache {self.cache}: give at least {least:g}")
+            except ValueError as error:
+                if isinstance(error, UserError):
+                    raise
+                raise _no_number(self.cache) from None
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -77,9 +94,9 @@ def pick_device(name: str | None) -> torch.device:
 def set_up(pipe: Any, machine: Machine, device: torch.device, steps: int) -> None:
     """Apply the settings to a pipeline. steps: of one sampling run, for MagCache. Raises `UserError` if a setting cannot be used here."""
     if machine.attention is not None:
-        set_attention(pipe.experts, machine.attention, device)
+        set_attention(pipe.transformers, machine.attention, device)
     if machine.fp8:
-        for model in pipe.experts:
+        for model in pipe.transformers:
             model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=model.dtype)
     if machine.cache is not None:
         set_cache(pipe, machine.cache, steps)
@@ -90,9 +107,9 @@ def set_up(pipe: Any, machine: Machine, device: torch.device, steps: int) -> Non
         device = join_processes(machine.context_parallel, device)
     place(pipe, machine.offload, device)
     if machine.context_parallel > 1:
-        share_tokens(pipe.experts, machine.context_parallel)
+        share_tokens(pipe.transformers, machine.context_parallel)
     if machine.compile:
-        for model in pipe.experts:
+        for model in pipe.transformers:
             model.compile_repeated_blocks()
 
 
@@ -104,7 +121,7 @@ def place(pipe: Any, offload: str | None, device: torch.device) -> None:
         pipe.enable_model_cpu_offload(device=device)
     elif offload == "group":
         stream = device.type == "cuda"
-        for model in pipe.experts:
+        for model in pipe.transformers:
             model.enable_group_offload(device, offload_type="block_level", num_blocks_per_group=1, use_stream=stream)
         for part in (pipe.vae, pipe.image_encoder):
             if part is not None:
@@ -156,7 +173,12 @@ def cache_config(text: str, steps: int, model: Any, number: int, experts: int) -
     except ValueError as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"--cache {text}: write a number after the =, as in {name}={'5' if name == 'taylorseer' else '0.1'}") from None
+        raise _no_number(text) from None
+
+
+def _no_number(text: str) -> UserError:
+    name = text.partition("=")[0]
+    return UserError(f"--cache {text}: write a number after the =, as in {name}={'5' if name == 'taylorseer' else '0.1'}")
 
 
 def read_ratios(path: str, experts: int) -> list[list[float]]:

@@ -52,7 +52,7 @@ class Memory:
 
 def estimate(pipe: Any, plan: Plan, machine: Machine) -> Memory:
     """Estimate one request; `pipe` may be on the meta device."""
-    experts, config = pipe.experts, pipe.transformer.config
+    experts, config = pipe.transformers, pipe.transformer.config
     number = torch.finfo(pipe.transformer.dtype).bits // 8
     dim = config.num_attention_heads * config.attention_head_dim
     tokens = -(-plan.tokens // machine.context_parallel)

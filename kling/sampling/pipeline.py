@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -30,13 +29,13 @@ from kling.errors import UserError
 from kling.flow.diffusers_scheduler import shift_key
 from kling.flow.solvers import KlingFlowScheduler
 from kling.hub.clip import clip_tokens
-from kling.hub.load import find_folder, load
-from kling.hub.lora import add_loras
+from kling.hub.load import find_file, find_folder, load
+from kling.hub.lora import add_lora, add_loras
 from kling.runtime.device import upload
 from kling.runtime.files import as_umask
 from kling.runtime.random import generator
 from kling.sampling.inputs import Inputs, asked_frames, paste, read_inputs
-from kling.sampling.plan import PRO_STEPS, Hop, Plan, plan_camera, plan_hops, plan_solver, plan_task
+from kling.sampling.plan import PRO_STEPS, Hop, Plan, check_flow_map, plan_camera, plan_hops, plan_solver, plan_task
 from kling.sampling.request import Fields, Request
 from kling.sampling.sampler import Sampler, Signals
 from kling.shapes import ASPECTS, latent_frames, latent_size, token_grid
@@ -59,7 +58,8 @@ class KlingOutput(BaseOutput):
 class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
     """VAE, transformer, text encoder and scheduler, and what the checkpoint can do.
 
-    transformer_2, boundary_ratio: a second expert, for levels below the ratio. image_encoder, image_processor: CLIP, for the Wan 2.1
+    transformer_2, boundary_ratio: a second expert, for levels below the ratio. transformer_fast: a few-step flow map, distilled from the
+    transformer, for mode "fast"; `fast` are its `num_inference_steps` and `shift`. image_encoder, image_processor: CLIP, for the Wan 2.1
     image models. scheduler: ours, or any flow scheduler of diffusers.
 
     capabilities: names of the tasks (and "camera", "control") that the weights were trained for; others are refused by name.
@@ -72,7 +72,7 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
     """
 
     model_cpu_offload_seq = "text_encoder->image_encoder->transformer->transformer_2->vae"
-    _optional_components = ["transformer_2", "image_encoder", "image_processor"]
+    _optional_components = ["transformer_2", "transformer_fast", "image_encoder", "image_processor"]
 
     def __init__(
         self,
@@ -93,19 +93,22 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         licence: str | None = None,
         sampling_dtype: str | None = None,
         vocabulary: str | None = None,
+        transformer_fast: KlingTransformer3DModel | None = None,
+        fast: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(
             vae=vae, transformer=transformer, text_encoder=text_encoder, scheduler=scheduler, transformer_2=transformer_2,
-            image_encoder=image_encoder, image_processor=image_processor,
+            transformer_fast=transformer_fast, image_encoder=image_encoder, image_processor=image_processor,
         )  # fmt: skip
-        ours = {name: getattr(self, name) for name in ("vae", "transformer", "transformer_2", "text_encoder", "scheduler")}
+        parts = ("vae", "transformer", "transformer_2", "transformer_fast", "text_encoder", "scheduler")
+        ours = {name: getattr(self, name) for name in parts}
         self.register_to_config(  # where diffusers looks for the classes
             **{name: ("kling", type(part).__name__) for name, part in ours.items() if type(part).__module__.startswith("kling.")}
         )
         self.register_to_config(capabilities=list(capabilities), fps=fps, max_frames=max_frames)
         extra = {"sizes": sizes, "boundary_ratio": boundary_ratio, "block_frames": block_frames or None, "defaults": defaults}
-        extra |= {"licence": licence, "vocabulary": vocabulary, "sampling_dtype": sampling_dtype}
+        extra |= {"licence": licence, "vocabulary": vocabulary, "sampling_dtype": sampling_dtype, "fast": fast}
         self.register_to_config(**{key: value for key, value in extra.items() if value is not None})
         self.groups = concat_groups(transformer.config.in_channels, vae.config.z_dim)
 
@@ -152,6 +155,11 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         """The transformer, and the second expert if there is one."""
         return [model for model in (self.transformer, self.transformer_2) if model is not None]
 
+    @property
+    def transformers(self) -> list[KlingTransformer3DModel]:
+        """The experts, and the few-step weights if there are any."""
+        return [*self.experts, *([] if self.transformer_fast is None else [self.transformer_fast])]
+
     def setting(self, name: str, asked: Any = None) -> Any:
         """`asked`, or the checkpoint's own value if that is None: `num_inference_steps`, `guidance_scale` (two: high and low noise),
         `camera_guidance_scale`, `guidance_reach`, `negative_prompt`, `shift` or `solver`."""
@@ -163,18 +171,22 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         value = own[name] if asked is None else asked
         return [value, value] if name == "guidance_scale" and not isinstance(value, list | tuple) else value
 
-    def load_lora_weights(self, lora: str | Path | dict[str, Any], **kwargs: Any) -> None:
-        """As in diffusers, but a folder without a `weight_name` is the `lora` folder of kling-train.
+    def load_lora_weights(
+        self,
+        lora: str | Path | Mapping[str, Tensor],
+        adapter_name: str | None = None,
+        weight_name: str | None = None,
+        load_into_transformer_2: bool = False,
+        **hub: Any,
+    ) -> None:
+        """As diffusers', but read by what reads `lora=` of `from_pretrained` (see `kling.hub.lora`), which knows every naming.
 
-        Raises `UserError` if it has no `pytorch_lora_weights.safetensors`, or peft is not installed.
+        lora: a file, a folder with one (or `weight_name`), the same on the hub, or tensors by their keys. hub: revision, token and what
+        else huggingface_hub's download takes. Whole differences of distilled LoRAs go into the weights: `unload_lora_weights` leaves them.
+        Raises `UserError` for a file that is missing, damaged, of another method, or no LoRA of this model, and if peft is not installed.
         """
-        if find_spec("peft") is None:
-            raise UserError("low-rank weights need peft: pip install 'kling[lora]'")
-        if not isinstance(lora, dict) and "weight_name" not in kwargs:
-            if not (Path(lora) / LORA_FILE).is_file():
-                raise UserError(f"low-rank weights '{lora}': no {LORA_FILE} there; give the `lora` folder of kling-train")
-            kwargs["weight_name"] = LORA_FILE
-        super().load_lora_weights(lora if isinstance(lora, dict) else str(lora), **kwargs)
+        file = lora if isinstance(lora, Mapping) else find_file(lora, weight_name, LORA_FILE, **hub)
+        add_lora(self, file, load_into_transformer_2, adapter_name)
 
     def fuse_lora(self, lora_scale: float = 1.0) -> None:
         """Add the loaded low-rank weights, times `lora_scale`, to the weights themselves, so that they cost nothing in sampling."""
@@ -198,36 +210,52 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         camera = plan_camera(request, hops, H, W)
         task = plan_task(request, hops)
         self._check_capable(task, request, camera, hops)
-        pro = request.mode == "pro"
-        solver, why = plan_solver(request, hops, self.setting("solver"), bool(self.groups))
+        fast = self._fast(request)
+        solver, why = plan_solver(request, hops, "flow_map" if fast else self.setting("solver"), bool(self.groups))
+        if few := solver == "flow_map":
+            check_flow_map(request)
+        steps = request.num_inference_steps or (fast or {}).get("num_inference_steps")
+        if steps is None:
+            steps = self.setting("num_inference_steps") * (PRO_STEPS if request.mode == "pro" and not few else 1)
 
         def appended(hop: Hop) -> int:
             return 0 if self.groups else len(hop.given.keyframes)
 
         for hop in hops:
             self.check_divides(latent_frames(hop.frames) + appended(hop), h, w)
-        high, low = self.setting("guidance_scale", request.guidance_scale)
+        high, low = (1.0, 1.0) if few else self.setting("guidance_scale", request.guidance_scale)
         plan = Plan(
             task=task,
             hops=hops,
             height=H,
             width=W,
             fps=fps,
-            num_inference_steps=request.num_inference_steps or self.setting("num_inference_steps") * (PRO_STEPS if pro else 1),
+            num_inference_steps=steps,
             solver=solver,
             guidance_scale=high,
             guidance_scale_2=low,
-            camera_guidance_scale=self.setting("camera_guidance_scale", request.camera_guidance_scale),
-            shift=self.setting("shift", request.shift),
+            camera_guidance_scale=1.0 if few else self.setting("camera_guidance_scale", request.camera_guidance_scale),
+            shift=self.setting("shift", (fast or {}).get("shift") if request.shift is None else request.shift),
+            fast=fast is not None,
             tokens=max(latent_frames(hop.frames) + appended(hop) for hop in hops) * (h // patch[1]) * (w // patch[2]),
             block_frames=self.config.get("block_frames") or 0,
             frame_delay=request.frame_delay,
             guidance_interval=request.guidance_interval or (0.0, 1.0),
             guidance_every=request.guidance_every,
-            guidance_reach=self.setting("guidance_reach", request.guidance_reach),
+            guidance_reach=0.0 if few else self.setting("guidance_reach", request.guidance_reach),
             notes=(*inputs.notes, *([why] if why else [])),
         )
         return plan, inputs, camera
+
+    def _fast(self, request: Request) -> dict[str, Any] | None:
+        """Settings of the few-step weights if mode "fast" asks for them, else None. Raises `UserError` if there are none."""
+        if request.mode != "fast":
+            return None
+        if self.transformer_fast is None:
+            few = self.setting("solver") == "flow_map"
+            why = "its own weights take few steps already: leave mode out" if few else "distil it with kling-distill, or use mode std"
+            raise UserError(f"mode fast: this model has no few-step weights beside its own; {why}", code="no_fast")
+        return self.config.get("fast") or {"num_inference_steps": 4}
 
     def check_divides(self, f: int, h: int, w: int) -> None:
         """Raises `UserError` unless the tokens of latents (f, h, w), appended frames included, divide over the processes of a clip."""
@@ -329,7 +357,8 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         image = self._image_tokens(inputs)
         continued = inputs.video is not None and plan.hops[0].overlap
         done = inputs.video if continued else torch.empty(0, plan.height, plan.width, 3, dtype=torch.uint8)
-        sampler = Sampler(self.experts, self.config.get("boundary_ratio"), self.scheduler, plan)
+        experts = [self.transformer_fast] if plan.fast else self.experts
+        sampler = Sampler(experts, self.config.get("boundary_ratio"), self.scheduler, plan)
         steps = 0
         for number, hop in enumerate(plan.hops):
             state = self._state(request, hop, inputs, done if hop.overlap else None)

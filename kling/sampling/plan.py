@@ -15,6 +15,7 @@ from kling.sampling.request import Request
 from kling.shapes import TEMPORAL, clip_frames, latent_frames, nearest_frames
 
 PRO_STEPS = 2  # "pro" uses this many times the steps of "std", and a second-order solver
+FAST_STEPS = 8  # most steps of flow maps: beyond it the weights that they were distilled from are better
 CONTEXT = 9  # pixel frames of the clip so far from which a continuation starts (1 + 4j)
 
 TASK_TITLES = {
@@ -61,6 +62,7 @@ class Plan:
     camera_guidance_scale: float
     shift: float
     tokens: int  # of the longest hop
+    fast: bool = False  # whether the few-step weights beside the transformer make it
     block_frames: int = 0  # latent frames generated at a time; 0: all
     frame_delay: int = 0  # steps by which each latent frame is behind the previous one
     guidance_interval: tuple[float, float] = (0.0, 1.0)  # noise levels between which guidance is used
@@ -131,9 +133,13 @@ def plan_solver(request: Request, hops: list[Hop], own: str, extra_channels: boo
     A diffusers scheduler has one level for the whole clip; if levels differ, ours is used, of second order like the published ones.
     extra_channels: given content enters as extra channels. Raises `UserError` for an unknown solver.
     """
+    if request.solver is not None and request.solver not in SOLVERS:
+        raise unknown("solver", request.solver, SOLVERS)
+    if "flow_map" in (own, request.solver) and own != (request.solver or own):
+        if own == "flow_map":
+            raise UserError(f"solver {request.solver}: few-step weights were distilled for flow_map; leave it out")
+        raise UserError("solver flow_map: these weights were not distilled for it; use mode fast, or leave solver out")
     if request.solver is not None:
-        if request.solver not in SOLVERS:
-            raise unknown("solver", request.solver, SOLVERS)
         return request.solver, ""
     if own in SOLVERS:
         return ("adams" if request.mode == "pro" and own == "euler" else own), ""
@@ -144,6 +150,25 @@ def plan_solver(request: Request, hops: list[Hop], own: str, extra_channels: boo
     }
     why = next((reason for reason, holds in reasons.items() if holds), None)
     return (own, "") if why is None else ("adams", f"solver adams instead of {own}, which has one noise level for all frames: {why}")
+
+
+def check_flow_map(request: Request) -> None:
+    """Raises `UserError` for what a flow map has no use for: guidance is in its weights, and its steps are few."""
+    used = {
+        "negative_prompt": request.negative_prompt,
+        "guidance_scale": request.guidance_scale not in (None, 1) or None,
+        "camera_guidance_scale": request.camera_guidance_scale not in (None, 1) or None,
+        "guidance_interval": request.guidance_interval,
+        "guidance_every": request.guidance_every != 1 or None,
+        "guidance_reach": request.guidance_reach,
+    }
+    for name, value in used.items():
+        if value is not None:
+            line = f"{name}: few-step weights have guidance built in, so nothing of it can be set: leave it out, or use mode std"
+            raise UserError(line, code="fast_guidance", field=name)
+    if (request.num_inference_steps or 1) > FAST_STEPS:
+        line = f"num_inference_steps {request.num_inference_steps}: few-step weights take 1 to {FAST_STEPS}; for more use mode std"
+        raise UserError(line, code="fast_steps", value=request.num_inference_steps, most=FAST_STEPS)
 
 
 def plan_camera(request: Request, hops: list[Hop], H: int, W: int) -> Trajectory | None:
@@ -171,7 +196,7 @@ def _with_keyframes(request: Request, inputs: Inputs, hops: list[Hop]) -> list[H
             line = f"keyframe at frame {t} lies beyond the clip's last frame {end - 1}: give a smaller frame or a longer duration"
             raise UserError(line, code="keyframe_beyond", frame=t, last=end - 1)
         if t < there:
-            line = f"keyframe at frame {t} lies in the given video: the first frame that is made is {there}"
+            line = f"keyframe at frame {t} lies in the given video: the first generated frame is {there}"
             raise UserError(line, code="keyframe_in_video", frame=t, first=there)
         if t in taken:
             line = f"{taken[t]} and {names[i]} both fall on frame {t}: leave one out, or give a longer duration"

@@ -25,20 +25,21 @@ import torch
 
 from kling import __version__
 from kling.errors import UserError
-from kling.runtime.files import head, sha256, written
+from kling.runtime.files import head, parse_json, sha256, written
 from kling.sampling.request import Request
 
 Record = dict[str, Any]
-RECIPE = 2  # raised when the same request and settings give other frames. 1 (not recorded): frames outside a mask were not pasted back
-NEEDED = {
-    "request": ("keyframes",),
-    "settings": (),
-    "model": ("path", "sha256"),
-    "inputs": (),
-    "machine": ("threads",),
-    "output": ("format", "fps"),
-    "frames": ("sha256", "each"),
+RECIPE = 2  # goes up when the same request and settings give other frames. 1 (not written down): nothing pasted back around a mask
+NEEDED = {  # part -> what of it is read, and what that is
+    "request": {"keyframes": list},
+    "settings": {},
+    "model": {"path": str, "sha256": dict},
+    "inputs": {},
+    "machine": {"threads": int},
+    "output": {"format": str, "fps": int | float},
+    "frames": {"sha256": str, "each": str},
 }
+THREADS = 4096  # more than any machine gives a process
 
 
 def make_record(request: Request, plan: Any, model: Record, device: torch.device, frames: np.ndarray, dtype: str, **more: Any) -> Record:
@@ -84,8 +85,10 @@ def read_record(path: str | Path) -> Record:
     """Read a record from its file. Raises `UserError` if it is none."""
     head(Path(path))
     try:
-        record = json.loads(Path(path).read_text(encoding="utf-8"))
-        if all(isinstance(record[part], dict) and record[part].keys() >= set(names) for part, names in NEEDED.items()):
+        record = parse_json(Path(path).read_text(encoding="utf-8"))
+        parts = all(isinstance(record[part], dict) for part in NEEDED)
+        fields = all(isinstance(record[part][name], kind) for part, names in NEEDED.items() for name, kind in names.items())
+        if parts and fields and 1 <= record["machine"]["threads"] <= THREADS and isinstance(record["machine"].get("dtype", ""), str):
             return record
     except (ValueError, KeyError, TypeError):
         pass

@@ -21,7 +21,7 @@ from kling.shapes import ASPECTS, latent_frames, parse_size
 Picture = str | Path | np.ndarray | None  # a file, or uint8 (H, W, 3)
 Movie = str | Path | np.ndarray | None  # a file, or uint8 (T, H, W, 3) at the model's fps
 T = TypeVar("T")
-MODES = ("std", "pro")
+MODES = ("std", "pro", "fast")
 MAX_SECONDS = 180.0
 
 
@@ -100,7 +100,8 @@ class Request:
     aspect, duration (seconds) or num_frames (1 + 4k): defaults follow from the pictures and the model.
     extend_to: seconds; the clip is continued in hops until it is that long.
     solver: "euler", "adams" or "renoise" instead of the checkpoint's own.
-    mode: "std" or "pro". Steps, guidance and shift default to the checkpoint's settings for the mode.
+    mode: "std", "pro" or "fast" (few-step weights, where the checkpoint has some). Steps, guidance and shift default to the checkpoint's
+    settings for the mode.
     guidance_interval: noise levels (low, high) between which guidance is used; guidance_every: number of steps that share one computation
     of it; guidance_reach: distance in latent frames from a given frame at which guidance is full (0: everywhere).
     sigma_c: conditioning noise of given frames. frame_delay: steps by which each latent frame is behind the previous (diffusion forcing).
@@ -162,7 +163,9 @@ class Request:
             raise UserError(f"strength {self.strength:g}: give a number from 0 (forget the video) to 1 (keep it)")
         if not 0 <= self.sigma_c < 1:
             raise UserError(f"sigma_c {self.sigma_c:g}: give a noise level from 0 to less than 1")
-        for name in ("guidance_scale", "camera_guidance_scale", "guidance_reach", "shift", "camera_scale"):
+        if self.shift is not None and not (math.isfinite(self.shift) and self.shift > 0):  # 0 puts every step where there is no noise
+            raise UserError(f"shift {self.shift:g}: give a number above 0")
+        for name in ("guidance_scale", "camera_guidance_scale", "guidance_reach", "camera_scale"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= 0):
                 raise UserError(f"{name} {value}: give a number of 0 or more")

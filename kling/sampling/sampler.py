@@ -108,12 +108,12 @@ class Sampler:
                 walk_caches[second, which] = WalkCache(len(self.experts[second].blocks), keep_text, beside)
             return walk_caches[second, which]
 
-        def predict(z: Tensor, level: Tensor, highest: float) -> Tensor:
+        def predict(z: Tensor, level: Tensor, next_level: Tensor, highest: float) -> Tensor:
             second = len(self.experts) > 1 and highest < self.boundary
             expert, guidance = self.experts[second], plan.guidance_scale_2 if second else plan.guidance_scale
             if second and (False, "prompt") in walk_caches:  # the first expert is not used any more, nor what was cached for it
                 walk_caches.clear()
-            sigma = state.levels(level)
+            sigma = state.levels(level, next_level if plan.solver == "flow_map" else None)
 
             def velocity(which: str, camera: bool) -> Tensor:
                 past = None if history is None else history[which]

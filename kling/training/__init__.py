@@ -1,1 +1,1 @@
-"""What the training programs are made of: examples, optimizers, average, health, validation, export."""
+"""The parts of the training programs: examples, loop, optimizers, average, health, validation, export."""

@@ -1,4 +1,4 @@
-"""Exponential moving average of the weights that train, kept in fp32 beside the model, and cut over processes as the model is."""
+"""Exponential moving average of the trained weights, in fp32, sharded over processes like the model."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from kling.runtime.parallel import local, reshard
 
 
 class EMA:
-    """θ̄ ← d θ̄ + (1 - d) θ over the floating-point parameters of a model that train. Make it after the model was sharded.
+    """θ̄ ← d θ̄ + (1 - d) θ over the trained floating-point parameters of a model. Create it after the model is sharded.
 
     The decay warms up with the step, d(s) = min(decay, (1 + s) / (10 + s)), so that the first weights are forgotten quickly. It is a
-    closed form: a resumed run needs the averages and the step only.
+    closed form: a resumed run needs only the averages and the step.
     """
 
     def __init__(self, model: nn.Module, decay: float = 0.999) -> None:
@@ -31,7 +31,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int, left_out: Tensor | None = None) -> None:
-        """Take in the weights after update number `step` (0-based). left_out: () 1 on the device if that was not made, else 0."""
+        """Include the weights after update number `step` (0-based). left_out: () on the device, 1 if that update was skipped, else 0."""
         params = dict(_params(model))
         averages = [local(average) for average in self.average.values()]
         weight: float | list[Tensor] = 1 - self.decay_at(step)
@@ -41,7 +41,7 @@ class EMA:
 
     @contextmanager
     def swap(self, model: nn.Module) -> Iterator[nn.Module]:
-        """The model carries the averages inside the `with`, and its own weights, bit for bit, after it (errors included)."""
+        """Inside the `with` the model has the averages; afterwards its own weights again, bit for bit, even after an error."""
         reshard(model)
         params = [(local(p), local(self.average[name])) for name, p in _params(model)]
         own = [p.clone() for p, _ in params]
@@ -61,12 +61,12 @@ class EMA:
         return dict(self.average)
 
     def load_state_dict(self, saved: Rows) -> None:
-        """Raises `UserError` if a name is missing, not known, or of another shape."""
+        """Load averages. Raises `UserError` if a name is missing, unknown, or of another shape."""
         restore(saved, self.average, "EMA weight")
 
 
 def load_average(saved: Rows, model: nn.Module) -> None:
-    """Give a model the averages of a checkpoint for good, without a copy of its own weights. Raises `UserError` as `load_state_dict`."""
+    """Replace a model's weights by the averages of a checkpoint, without keeping a copy. Raises `UserError` as `load_state_dict` does."""
     restore(saved, dict(_params(model)), "EMA weight")
 
 

@@ -1,4 +1,4 @@
-"""What a training of the transformer is shown: of every clip of a batch, what is given, its words and its camera."""
+"""The training examples of the transformer: for every clip of a batch, the given content, the prompt and the camera."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from kling.shapes import pixel_frames, token_grid
 from kling.text.encoder import cut_prompt
 from kling.vae import AutoencoderKLKling
 
-SAY_CAMERA = 0.9  # of clips whose moving camera is not given as a signal, those whose prompt says it where a caption does
+SAY_CAMERA = 0.9  # share of clips with a moving camera but no camera signal whose prompt mentions it, if a caption does
 
 
 def check_divides(data: LatentSteps, tasks: Mapping[str, float], transformer: KlingTransformer3DModel, split: int) -> None:
-    """Raises `UserError` if a batch could come whose tokens do not divide over the `split` processes that share it."""
+    """Raises `UserError` if the tokens of any possible batch do not divide over the `split` processes that share it."""
     for bucket in data.cache.clips:
         for frames in sorted({T for T in data.frames if bucket.frames >= T}):
             _, _, f, h, w = data.cache.batch(bucket, [0], frames).latents.shape
@@ -44,7 +44,7 @@ def check_divides(data: LatentSteps, tasks: Mapping[str, float], transformer: Kl
 
 @dataclass(frozen=True)
 class Drawing:
-    """How examples are drawn: weights of the tasks, and how often text or camera are left out. group: places in a row that share a shape.
+    """How examples are drawn: weights of the tasks, and how often text or camera are left out. group: consecutive places of one shape.
     max_bytes: longer captions are cut to it."""
 
     seed: int
@@ -55,30 +55,36 @@ class Drawing:
     max_bytes: int | None = None
 
     def appends_keyframe(self, place: int) -> bool:
-        """Whether the batch of a place has the shape of tasks that append a frame: alike in a group, since that is work too."""
+        """Whether the batch of a place is for tasks that append a frame; the same within a group, since it changes the amount of work."""
         return random.Random(f"keyframe/{self.seed}/{place // self.group}").random() < keyframe_share(self.tasks)
 
 
 @dataclass(frozen=True)
 class Example:
-    """A batch as the network gets it."""
+    """A batch in the form that the network takes."""
 
     state: State
     prompts: list[str]
-    cameras: Cameras | None  # standing still where a clip has none; None for a model without a camera input
+    cameras: Cameras | None  # static for clips without a known camera; None for a model without a camera input
     has_camera: Tensor  # (b,)
-    concat: Tensor | None = None  # (b, ·, F, h, w) what is given, for weights that take it beside the noise
-    seen: Tensor | None = None  # (b, i, e) what CLIP sees of the first frame, for weights that take that, zeros where none is given
+    concat: Tensor | None = None  # (b, ·, F, h, w) given content, for weights that take it as extra channels
+    seen: Tensor | None = None  # (b, i, e) CLIP tokens of the first frame, for weights that take them; zeros if it is not given
+
+    def rows(self, start: int) -> Example:
+        """The samples from `start` on."""
+        cut = {name: t[start:] for name in ("has_camera", "concat", "seen") if (t := getattr(self, name)) is not None}
+        cameras = None if self.cameras is None else self.cameras.rows(start)
+        return replace(self, state=self.state.rows(start), prompts=self.prompts[start:], cameras=cameras, **cut)
 
     def to(self, device: torch.device) -> Example:
-        """On the device, without waiting for it."""
+        """Copy to the device without waiting for it."""
         moved = {name: upload(t, device) for name in ("has_camera", "concat", "seen") if (t := getattr(self, name)) is not None}
         cameras = None if self.cameras is None else self.cameras.to(device)
         return replace(self, state=self.state.to(device), cameras=cameras, **moved)
 
 
 def draw_example(how: Drawing, batch: LatentBatch, place: int, transformer: KlingTransformer3DModel, vae: AutoencoderKLKling) -> Example:
-    """What is given of every clip of a batch, its prompt and its camera. Draws depend on (seed, place) alone."""
+    """The given content of every clip of a batch, its prompt and its camera. Draws depend only on (seed, place)."""
     rng = random.Random(f"condition/{how.seed}/{place}")
     b, _, f, h, w = batch.latents.shape
     K = int(f > 1 and how.appends_keyframe(place))  # the same for all clips of a batch, which share a shape
@@ -105,8 +111,8 @@ def draw_words(
 ) -> tuple[str, bool]:
     """The prompt of a clip, and whether its camera signal is given.
 
-    A signal that is left out is said in words instead where a caption does so, nine times in ten: words learn to move the camera, and a
-    prompt without any camera comes from clips whose camera stands still, or nearly all of them.
+    If the signal is left out and a caption mentions the camera, that caption is used nine times in ten. So words learn to move the camera,
+    and prompts that do not mention it come almost only from clips with a static camera.
     """
     prompt = rng.choices(captions, weights)[0]
     shown = camera is not None and rng.random() >= how.camera_drop
@@ -119,12 +125,12 @@ def draw_words(
 
 
 def is_static(camera: Trajectory) -> bool:
-    """Whether a camera neither moves nor zooms."""
+    """Whether a camera neither moves, rotates nor zooms."""
     return bool((camera.c2w == camera.c2w[:1]).all() and (camera.intrinsics == camera.intrinsics[:1]).all())
 
 
 def as_extra_channels(example: Example, batch: LatentBatch, given: list[Given], transformer: KlingTransformer3DModel) -> Example:
-    """The same example for weights that take what is given beside the noise: nothing of the clip itself is given any more."""
+    """The same example for weights that take given content as extra channels: in the clip itself nothing is given any more."""
     config, state, b = transformer.config, example.state, len(given)
     if config.image_dim is not None:
         seen = torch.zeros(b, 1, config.image_dim) if batch.seen is None else batch.seen
@@ -137,9 +143,9 @@ def as_extra_channels(example: Example, batch: LatentBatch, given: list[Given], 
 
 
 def batch_cameras(batch: LatentBatch, given: list[Given], transformer: KlingTransformer3DModel, vae: AutoencoderKLKling) -> Cameras | None:
-    """The camera of every clip, standing still where it is not known (`Example.has_camera` then keeps it out).
+    """The camera of every clip, static if it is not known (`Example.has_camera` then masks it).
 
-    Also when no clip of the batch has one: every process must use every parameter at every step.
+    Also if no clip of the batch has one, because every process must use every parameter in every step.
     """
     if not transformer.config.camera_channels:
         return None
@@ -153,7 +159,7 @@ def batch_cameras(batch: LatentBatch, given: list[Given], transformer: KlingTran
 
 
 def choose_keyframe(what: Given, times: list[int], f: int, rng: random.Random) -> tuple[Given, int]:
-    """The task's keyframe, tied to a lone frame of the cache: the end where the task says so, an inner one where it leaves it open (-1)."""
+    """The task's keyframe, assigned to a single frame in the cache: the last one if the task says so, an inner one if not (-1)."""
     (t, strength), end = what.keyframes[0], 4 * (f - 1)
     inner = [j for j, time in enumerate(times) if 0 < time < end]
     j = times.index(end) if t == end or not inner else rng.choice(inner)

@@ -1,4 +1,4 @@
-"""The model folder that a training leaves behind."""
+"""Exports the model folder at the end of a training."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from kling.text.umt5 import UMT5TextEncoder
 
 
 def save_pipeline(pipe: KlingPipeline, folder: Path) -> None:
-    """The folder that `KlingPipeline.from_pretrained` reads, what was trained in bf16 but for what must stay fp32; whole or absent.
+    """Write a folder for `KlingPipeline.from_pretrained`, atomically: trained weights in bf16, except those that must stay fp32.
 
-    Of published weights the encoders are copied, and the VAE keeps its precision: no training has touched them.
+    For published weights the encoders are copied, and the VAE keeps its precision, because they were not trained.
     """
     with written_folder(folder) as temporary:
         _write(pipe, temporary)
@@ -27,7 +27,7 @@ def _write(pipe: KlingPipeline, temporary: Path) -> None:
     for name in ("text_encoder", "image_encoder", "image_processor") if published else ():
         if (part := getattr(pipe, name)) is not None:
             part.save_pretrained(temporary if name == "text_encoder" else temporary / name)
-    for name in ("vae", "transformer", "transformer_2") if published else ("vae", "transformer", "text_encoder"):
+    for name in ("vae", "transformer", *(("transformer_2",) if published else ("transformer_fast", "text_encoder"))):
         if (part := getattr(pipe, name)) is None:
             continue
         part.save_config(temporary / name)
@@ -44,7 +44,7 @@ def _write(pipe: KlingPipeline, temporary: Path) -> None:
 
 
 def _forget_origin(config: Path) -> None:
-    """Takes out where the weights that training began from lay: a folder that nobody else has."""
+    """Remove the path of the weights that training started from: others do not have that folder."""
     settings = json.loads(config.read_text())
     settings.pop("_name_or_path", None)
     config.write_text(json.dumps(settings, indent=2) + "\n")

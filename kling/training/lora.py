@@ -1,4 +1,4 @@
-"""Low-rank training: settings, the layers, and the small file."""
+"""Low-rank training: settings, layers, and export of the low-rank weights."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from kling.training.model import Trained
 
 @dataclass
 class Lora:
-    """Low-rank training: the weights of `init_from` stay, and W becomes W + alpha / rank · B A in the layers whose names end in `targets`.
+    """Low-rank training: `init_from`'s weights are frozen, and W becomes W + alpha / rank · B A in layers whose names end in `targets`.
 
-    rank: of A and B; 0 trains the model itself. alpha: the layers' change is times alpha / rank. targets: ends of the names of layers.
-    merge: export the whole model with B A added in, besides the small file of A and B alone.
-    half: hold the weights that stay in bf16, which takes mixed_precision=bf16.
+    rank: of A and B; 0 trains the model itself. alpha: the change is multiplied by alpha / rank. targets: ends of layer names.
+    merge: export the whole model with B A added, in addition to the small file of A and B.
+    half: hold the frozen weights in bf16, which requires mixed_precision=bf16.
     """
 
     rank: int = 0
@@ -35,16 +35,16 @@ def add_lora(model: Trained, lora: Lora) -> None:
         raise UserError("lora.rank needs peft: pip install 'kling[lora]'") from None
     for target in lora.targets:
         if not any(name.endswith(target) for name, _ in model.transformer.named_modules()):
-            raise UserError(f"lora.targets '{target}' is the end of no layer's name: try to_q, to_k, to_v, to_out.0, ffn.net.2")
+            raise UserError(f"lora.targets '{target}' matches no layer's name: try to_q, to_k, to_v, to_out.0, ffn.net.2")
     model.requires_grad_(False)
     model.transformer.add_adapter(LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=lora.targets))
     for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.data = parameter.data.float()  # peft makes them as the weights beside them are
+            parameter.data = parameter.data.float()  # peft creates them in the dtype of the layer's weights
 
 
 def export_lora(transformer: KlingTransformer3DModel, folder: Path) -> None:
-    """The low-rank weights alone, as `pytorch_lora_weights.safetensors` in diffusers' format."""
+    """Write the low-rank weights only, as `pytorch_lora_weights.safetensors` in diffusers' format."""
     from diffusers.loaders import WanLoraLoaderMixin
     from peft import get_peft_model_state_dict
 

@@ -1,4 +1,4 @@
-"""What a step took and what it gave: the loss over all processes, where the seconds went, and how much of the machine was used."""
+"""Measures a step: the loss over all processes, the time of its parts, and the utilisation of the machine."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ SIGMA_BINS = 4
 
 
 class StepClock:
-    """Where the seconds of a step go: `lap(name)` after each part of it, `take()` once a step.
+    """Measures the parts of a step: `lap(name)` after each part, `take()` once per step.
 
-    On a GPU laps are events in its queue. `take` waits for them; `close` does not, and what it returns is for when they have happened.
+    On a GPU laps are events in its queue. `take` waits for them; `close` does not, and its result may be called once they have happened.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -35,11 +35,11 @@ class StepClock:
         return event
 
     def lap(self, name: str) -> None:
-        """What was done since the last lap was `name`."""
+        """The time since the last lap was spent on `name`."""
         self._laps.append((name, self._now()))
 
     def close(self) -> Callable[[], dict[str, float]]:
-        """End a step. Called when the device has come to it, what is returned gives the same as `take`."""
+        """End a step. The returned function gives the same as `take`, if called when the device has reached this point."""
         laps, since = self._laps, self._since
         self._laps, self._since = [], laps[-1][1] if laps else since
 
@@ -63,10 +63,10 @@ class StepClock:
 
 
 class Meter(StepClock):
-    """A clock that also adds up, over the micro-steps of an update, losses by σ, tokens and operations.
+    """A clock that also sums, over the micro-steps of an update, losses by σ, tokens and operations.
 
-    ceiling: FLOP/s that the device reaches on matrix products (`matmul_ceiling`): `mfu` is the part of it that the model's own
-    operations use, recomputed activations not counted.
+    ceiling: FLOP/s that the device reaches on matrix products (`matmul_ceiling`): `mfu` is the share of it used by the model's own
+    operations, recomputed activations not counted.
     """
 
     def __init__(self, device: torch.device, ceiling: float) -> None:
@@ -76,21 +76,21 @@ class Meter(StepClock):
         self._work = torch.zeros(2)  # tokens, operations
 
     def add(self, sigma: Tensor, losses: Tensor, tokens: float, flops: float) -> None:
-        """Note one micro-step: levels and losses (b,) of its samples, and the whole batch's tokens and operations."""
+        """Add one micro-step: levels and losses (b,) of its samples, and the whole batch's tokens and operations."""
         index = (sigma.detach().float() * SIGMA_BINS).long().clamp(0, SIGMA_BINS - 1)
         self._losses.index_add_(1, index, torch.stack([losses.detach().float(), torch.ones_like(losses, dtype=torch.float32)]))
         self._work += torch.tensor([tokens, flops])
 
     def sums(self, accelerator: Accelerator) -> Tensor:
-        """Losses of the update over all its samples, and how many they are, by σ: (2, bins), the same on every process, on the device; and
-        forget them."""
+        """Losses of the update over all its samples, and their number, by σ: (2, bins) on the device, the same on every process. Resets
+        the sums."""
         sums = total(accelerator, self._losses.clone())
         self._losses.zero_()
         return sums
 
     @staticmethod
     def means(numbers: list[float]) -> dict[str, float]:
-        """Mean loss in all and by σ, of `sums`, read."""
+        """Mean loss in total and by σ, from the values of `sums`."""
         sums, counts = numbers[:SIGMA_BINS], numbers[SIGMA_BINS:]
         found = {"loss": sum(sums) / sum(counts)}
         for i in range(SIGMA_BINS):
@@ -101,7 +101,7 @@ class Meter(StepClock):
     def close(self, batches: int = 1, processes: int = 1) -> Callable[[], dict[str, float]]:
         """End a step: its times, and with them tokens/s of all processes, MFU and peak memory.
 
-        batches: how many different ones the processes worked on; this process's tokens and operations stand for each.
+        batches: number of different batches on all processes; this process's tokens and operations are taken for each.
         """
         spent, (tokens, flops), memory = super().close(), (self._work * batches).tolist(), peak_memory(self.device)
         self._work.zero_()
@@ -116,7 +116,7 @@ class Meter(StepClock):
 
 
 def peak_memory(device: torch.device) -> float:
-    """The most memory that this process has held, in GiB: on the GPU if it works on one, else in all."""
+    """The peak memory of this process in GiB: on the GPU if it uses one, else in total."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     import resource
@@ -125,7 +125,7 @@ def peak_memory(device: torch.device) -> float:
 
 
 def matmul_ceiling(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
-    """FLOP/s of the best of some large matrix products: what 100 % of the machine is for a model made of them."""
+    """FLOP/s of the fastest of some large matrix products, which counts as 100 % of the machine."""
     n = 8192 if device.type == "cuda" else 1024
     a, b = (torch.ones(n, n, device=device, dtype=dtype) for _ in range(2))
     best, end = math.inf, time.monotonic() + seconds

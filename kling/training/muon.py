@@ -1,15 +1,15 @@
-"""Muon: momentum whose directions all count alike, for matrices and kernels; AdamW for the rest.
+"""Muon: momentum with equalised directions for matrices and kernels; AdamW for the rest.
 
-Jordan et al., "Muon: an optimizer for hidden layers in neural networks" (2024). A step of a matrix is the orthogonal matrix nearest to
-its momentum, so that rare directions (one object on much ground) move as far as loud ones. The step has the size of AdamW's, so that `lr`
-and `weight_decay` mean the same (Liu et al., "Muon is scalable for LLM training", 2025, eq. 4).
+Jordan et al., "Muon: an optimizer for hidden layers in neural networks" (2024). The step of a matrix is the orthogonal matrix nearest to
+its momentum, so that rare directions (one object on a large ground) change as much as dominant ones. The step has the size of AdamW's, so
+that `lr` and `weight_decay` mean the same (Liu et al., "Muon is scalable for LLM training", 2025, eq. 4).
 
-`torch.optim.Muon` takes matrices that lie whole on one device, one at a time, and multiplies in bf16. Here there are kernels too, rows cut
-by FSDP2, and processors without bf16; matrices of one shape are turned together.
+`torch.optim.Muon` takes whole matrices on one device, one at a time, and multiplies in bf16. This one also takes kernels, rows sharded by
+FSDP2, and processors without bf16; matrices of one shape are orthogonalised together.
 
-Where rows are cut (FSDP2, HSDP) the momentum is cut with them, so a group of shards holds it once, and every matrix has one process that
-gathers and turns it and sends the rows back (as in Dion, Ahn et al. 2025, and nanochat): a share of the work and of the memory each. Where
-weights are whole on every process (DDP) nothing is shared: each holds the momentum of all matrices and turns all of them.
+With sharded rows (FSDP2, HSDP) the momentum is sharded with them, so a group of shards holds it once, and every matrix has one process that
+gathers and orthogonalises it and sends the rows back (as in Dion, Ahn et al. 2025, and nanochat): each has a share of work and memory. With
+whole weights on every process (DDP) nothing is shared: each holds the momentum of all matrices and orthogonalises all of them.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from torch.distributed.tensor import DTensor
 from kling.runtime.parallel import local
 from kling.runtime.precision import bf16_is_fast
 
-MOST = 2**26  # numbers of matrices that a process turns together: 256 MB in fp32, and a few times that inside a round
-SMALLEST = 8  # a matrix with fewer rows or columns is a bundle of vectors, and has no directions to even out
+MOST = 2**26  # numbers in matrices that a process handles together: 256 MB in fp32, and a few times that inside a round
+SMALLEST = 8  # a matrix with fewer rows or columns is a set of vectors, without directions to equalise
 ROUNDS = ((3.4445, -4.7750, 2.0315),) * 5  # Jordan's quintic: singular values in (0, 1] end in about [0.7, 1.2]
 
 
 class Muon(torch.optim.AdamW):
-    """AdamW, but for its groups with `momentum`: those hold matrices (rows, columns) or kernels (out, in, …), and step as above.
+    """AdamW, except for groups with `momentum`: those hold matrices (rows, columns) or kernels (out, in, …), and step as described above.
 
-    exact: the rounds are in fp32 even where bf16 is faster.
+    exact: the rounds are in fp32 even if bf16 is faster.
     """
 
     def __init__(self, *args: Any, exact: bool = False, **kwargs: Any) -> None:
@@ -42,15 +42,15 @@ class Muon(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One update. The gradients of matrices are used up by it."""
+        """One update. It consumes the gradients of matrices."""
         for group in self.param_groups:
             if "momentum" in group:
                 self._turn([p for p in group["params"] if p.grad is not None], group)
         return super().step(closure)
 
     def _turn(self, params: list[nn.Parameter], group: dict[str, Any]) -> None:
-        """Matrices of one shape are made orthogonal together."""
-        bad: Tensor | None = getattr(self, "found_inf", None)  # () 1 on the device: leave the update out, as PyTorch's fused AdamW does
+        """Orthogonalise matrices of one shape together."""
+        bad: Tensor | None = getattr(self, "found_inf", None)  # () 1 on the device: skip the update, as PyTorch's fused AdamW does
         keep: float | Tensor = 1 - group["lr"] * group["weight_decay"]
         if bad is not None:
             keep = torch.where(bad > 0, 1.0, keep)
@@ -60,14 +60,14 @@ class Muon(torch.optim.AdamW):
             if "momentum" not in state:
                 state["momentum"] = torch.zeros_like(p)
             average = state["momentum"]
-            if bad is not None:  # what is not finite must not come into the momentum, which then stays as it is
+            if bad is not None:  # values that are not finite must not enter the momentum, which stays unchanged
                 local(p.grad).copy_(torch.where(bad > 0, local(average), local(p.grad)))
             average.lerp_(p.grad, 1 - group["momentum"])
             ahead = p.grad.lerp(average, group["momentum"])  # Nesterov's
-            p.grad = None  # AdamW passes it by
+            p.grad = None  # so that AdamW skips it
             dtype = rounds_in(p.device.type, self.exact)
             alike.setdefault((p.shape[0], p.shape[1:].numel()), []).append((p, local(ahead).flatten(1).to(dtype)))
-        turned_before = 0  # matrices of other shapes: their owners are not the first ones again
+        turned_before = 0  # matrices of other shapes so far: continue with the next owner, instead of the first one again
         for (rows, columns), found in alike.items():
             scale, owners = 0.2 * max(rows, columns) ** 0.5, Owners(found[0][0])
             together = max(1, MOST // (rows * columns)) * owners.count
@@ -82,13 +82,13 @@ class Muon(torch.optim.AdamW):
 
 
 class Owners:
-    """Which process turns which matrix of parameters that are cut by rows over `shards` processes, in `copies` copies: of the matrices of a
-    step, number i is that of process i modulo their number. Those that are whole every process turns by itself, all of them."""
+    """Assigns matrices of parameters sharded by rows over `shards` processes, in `copies` copies, to processes: matrix i of a step belongs
+    to process i modulo their number. Whole matrices are orthogonalised by every process itself."""
 
     def __init__(self, p: Tensor) -> None:
         self.shards = self.copies = 1
         self.place = (0, 0)  # (copy, shard) of this process
-        if isinstance(p, DTensor):  # FSDP2 cuts over the last dimension of its mesh, and HSDP copies over the first
+        if isinstance(p, DTensor):  # FSDP2 shards over the last dimension of its mesh, HSDP copies over the first
             mesh = p.device_mesh
             self.shards, self.copies = mesh.size(-1), mesh.size() // mesh.size(-1)
             self.place = (mesh.get_coordinate()[0] if mesh.ndim > 1 else 0, mesh.get_coordinate()[-1])
@@ -100,7 +100,7 @@ class Owners:
         if self.count == 1:
             return list(orthogonal(torch.stack(parts)))
         owner = [divmod((first + i) % self.count, self.shards) for i in range(len(parts))]
-        mine = [[i for i, at in enumerate(owner) if at == (self.place[0], s)] for s in range(self.shards)]  # of this copy, shard by shard
+        mine = [[i for i, at in enumerate(owner) if at == (self.place[0], s)] for s in range(self.shards)]  # in this copy, by shard
         turned = self._turn_those_of(mine, parts, rows)
         for copy in range(self.copies if self.copies > 1 else 0):
             theirs = [i for i, at in enumerate(owner) if at[0] == copy]
@@ -110,9 +110,9 @@ class Owners:
         return [turned[i] for i in range(len(parts))]
 
     def _turn_those_of(self, owned: list[list[int]], parts: list[Tensor], rows: int) -> dict[int, Tensor]:
-        """Of each shard's process, the numbers of its matrices -> {number: this process's rows of it, turned}."""
+        """For each shard's process, the numbers of its matrices -> {number: this process's rows of it, orthogonalised}."""
         columns, cut = parts[0].shape[1], -(-rows // self.shards)
-        heights = [min(cut, max(0, rows - k * cut)) for k in range(self.shards)]  # rows that each process holds, as torch.chunk has it
+        heights = [min(cut, max(0, rows - k * cut)) for k in range(self.shards)]  # rows that each process holds, as in torch.chunk
         order, height, mine = [i for numbers in owned for i in numbers], heights[self.place[1]], len(owned[self.place[1]])
         out = [len(numbers) * height * columns for numbers in owned]
         back = [mine * h * columns for h in heights]
@@ -128,14 +128,14 @@ class Owners:
 
 
 def rounds_in(device_type: str, exact: bool = False) -> torch.dtype:
-    """The number type of the rounds: bf16 where that is the faster one and `exact` does not forbid it."""
+    """The dtype of the rounds: bf16 if it is faster and `exact` is not set."""
     return torch.bfloat16 if not exact and bf16_is_fast(device_type) else torch.float32
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
     """About U Vᵀ of matrices (k, r, c) = U Σ Vᵀ, by Newton-Schulz: X ← a X + (b A + c A²) X with A = X Xᵀ. In their own dtype."""
     tall = matrices.shape[1] > matrices.shape[2]
-    x = matrices.mT if tall else matrices  # the smaller square
+    x = matrices.mT if tall else matrices  # gives the smaller square
     x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=1e-12)
     for a, b, c in ROUNDS:
         square = x @ x.mT  # (k, r, r)
@@ -144,5 +144,5 @@ def orthogonal(matrices: Tensor) -> Tensor:
 
 
 def is_matrix(p: Tensor) -> bool:
-    """Whether a parameter is a matrix, or a kernel that is one when its trailing dimensions are columns."""
+    """Whether a parameter is a matrix, or a kernel that becomes one by flattening its trailing dimensions."""
     return p.ndim >= 2 and p.shape[0] >= SMALLEST and p.shape[1:].numel() >= SMALLEST

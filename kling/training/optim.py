@@ -22,7 +22,7 @@ SCHEDULES = ("constant", "cosine")
 
 
 def adamw(model: nn.Module, lr: float, betas: tuple[float, float] = (0.9, 0.95), weight_decay: float = 0.01, eps: float = 1e-8) -> AdamW:
-    """AdamW over the parameters that train. Those of `layer_weights` decay, and no others."""
+    """AdamW over the trained parameters. Only those of `layer_weights` decay."""
     groups = _groups(model, layer_weights(model), weight_decay=weight_decay)
     return AdamW(groups, lr=lr, betas=tuple(betas), eps=eps, fused=True)
 
@@ -35,24 +35,24 @@ def muon(
     momentum: float = 0.95,
     exact: bool = False,
 ) -> Muon:
-    """Muon over those of `layer_weights` that `is_matrix`, which decay, and AdamW without decay over the rest. `lr` is of AdamW's size for
-    both. exact: in fp32 even where bf16 is faster, as a run in fp32 is."""
+    """Muon over those of `layer_weights` that are matrices (`is_matrix`), with decay, and AdamW without decay over the rest. `lr` has the
+    scale of AdamW's for both. exact: in fp32 even if bf16 is faster, for a run in fp32."""
     groups = _groups(model, filter(is_matrix, layer_weights(model)), weight_decay=weight_decay, momentum=momentum)
     return Muon(groups, lr=lr, betas=tuple(betas), fused=True, exact=exact)
 
 
 def layer_weights(model: nn.Module) -> list[Tensor]:
-    """The matrices and kernels that inputs are multiplied by: `weight` of linear layers and convolutions.
+    """The matrices and kernels that multiply inputs: `weight` of linear layers and convolutions.
 
-    Embeddings, learned tables (modulation, positions), gains of norms and biases are not among them. Rows of an embedding that a batch
-    does not use have no gradient, and decay alone would pull them to 0.
+    Embeddings, learned tables (modulation, positions), gains of norms and biases are not included. Rows of an embedding that a batch does
+    not use have no gradient, and decay alone would pull them to 0.
     """
     layers = [m for m in model.modules() if not isinstance(m, nn.Embedding)]
     return [p for m in layers for name, p in m.named_parameters(recurse=False) if name == "weight" and p.ndim >= 2]
 
 
 def _groups(model: nn.Module, first: Iterable[Tensor], **settings: float) -> list[dict[str, Any]]:
-    """The parameters that train as groups of an optimizer, none empty: `first` with these settings, and the others without decay."""
+    """The trained parameters as non-empty groups of an optimizer: `first` with these settings, and the others without decay."""
     inside, params = {id(p) for p in first}, trainable(model)
     groups = [
         {"params": [p for p in params if id(p) in inside], **settings},
@@ -64,7 +64,7 @@ def _groups(model: nn.Module, first: Iterable[Tensor], **settings: float) -> lis
 def make_optimizer(
     name: str, model: nn.Module, lr: float, betas: Iterable[float] = (0.9, 0.95), weight_decay: float = 0.01, exact: bool = False
 ) -> AdamW:
-    """The optimizer of a config's `optimizer:`. exact: see `muon`. Raises `UserError` for a name that is none."""
+    """The optimizer of a config's `optimizer:`. exact: see `muon`. Raises `UserError` for an unknown name."""
     if name not in OPTIMIZERS:
         raise unknown("optimizer", name, OPTIMIZERS)
     extra = {"exact": exact} if name == "muon" else {}
@@ -72,11 +72,18 @@ def make_optimizer(
 
 
 OPTIMIZERS = {"adamw": adamw, "muon": muon}
-MOMENTS = {"adamw": 2, "muon": 1}  # tensors that each keeps for a parameter; Muon's vectors and embeddings, which have two, are few
+MOMENTS = {"adamw": 2, "muon": 1}  # tensors of state per parameter; Muon's vectors and embeddings, which have two, are few
+
+
+def check_names(optimizer: str, schedule: str) -> None:
+    """Refuse what `make_optimizer` and `lr_at` would refuse, before hours go into a cache."""
+    for thing, name, known in (("optimizer", optimizer, OPTIMIZERS), ("schedule", schedule, SCHEDULES)):
+        if name not in known:
+            raise unknown(thing, name, known)
 
 
 def trainable(model: nn.Module) -> list[Tensor]:
-    """The parameters that train. Raises `UserError` if there are none."""
+    """The trained parameters. Raises `UserError` if there are none."""
     params = [p for p in model.parameters() if p.requires_grad]
     if not params:
         raise UserError("nothing to train: no parameter has requires_grad")
@@ -108,14 +115,14 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
-    """The optimizer's state as {"<parameter name>/<exp_avg | exp_avg_sq | step | momentum>": tensor}; learning rates are the loop's."""
+    """The optimizer's state as {"<parameter name>/<exp_avg | exp_avg_sq | step | momentum>": tensor}; learning rates are not included."""
     names = {id(p): name for name, p in model.named_parameters()}
     return {f"{names[id(p)]}/{key}": value for p, state in optimizer.state.items() for key, value in state.items()}
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, saved: Rows) -> None:
-    """Put back what `optimizer_tensors` gave, each process its own rows. A parameter that had no gradient yet, as a VAE's over time on lone
-    frames, has no state. Raises `UserError` if a state belongs to no parameter, or has another shape."""
+    """Restore the result of `optimizer_tensors`, each process its own rows. A parameter that has had no gradient, such as a VAE's over
+    time on single frames, has no state. Raises `UserError` if a state belongs to no parameter, or has another shape."""
     names = {id(p): name for name, p in model.named_parameters()}
     params = {names[id(p)]: p for group in optimizer.param_groups for p in group["params"]}
     state: dict[Tensor, dict[str, Tensor]] = {}

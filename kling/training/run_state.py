@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint that belong to a model in training, and how they are put back."""
+"""Saves and restores the tensors of a checkpoint that belong to a model in training."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from kling.training.optim import load_optimizer_tensors, optimizer_tensors
 
 
 def run_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA | None = None, prefix: str = "") -> dict[str, Any]:
-    """The groups of a checkpoint that hold a model in training: what of it trains, its optimizer, and its average."""
+    """The groups of a checkpoint for a model in training: its trained weights, its optimizer, and its average."""
     groups: dict[str, Any] = {f"{prefix}model": trained(model), f"{prefix}optimizer": optimizer_tensors(optimizer, model)}
     return groups if ema is None else groups | {f"{prefix}ema": ema.state_dict()}
 
@@ -25,7 +25,7 @@ def run_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA | N
 def load_run_tensors(
     saved: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA | None = None, prefix: str = ""
 ) -> None:
-    """Put back what `run_tensors` gave; on another number of processes too. Raises `UserError` if it does not fit."""
+    """Restore the result of `run_tensors`, also on another number of processes. Raises `UserError` if it does not fit."""
     restore(saved.tensors[f"{prefix}model"], trained(model))
     load_optimizer_tensors(optimizer, model, saved.tensors[f"{prefix}optimizer"])
     if ema is not None:

@@ -1,27 +1,32 @@
-"""Where a training starts: a text encoder that was taught, or a model folder, ours or published ("Start from Wan").
+"""The start of a training: a pre-trained text encoder, or a model folder, ours or published ("Start from Wan").
 
-What a folder says beside its weights (scheduler, sizes, guidance, licence) stays with what comes out of the training.
+A folder's settings beside its weights (scheduler, sizes, guidance, licence) are kept in the trained model.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import SchedulerMixin
 
-from kling.cache.store import INDEX, NAMED, LatentCache
+from kling.cache.store import INDEX, NAMED, CacheConfig, LatentCache, differences, fill_cache, read_index, settings_of
 from kling.condition.concat import concat_groups
+from kling.config import load_config
 from kling.dit import KlingTransformer3DModel
 from kling.errors import UserError, unknown
 from kling.flow.diffusers_scheduler import shift_key
 from kling.flow.solvers import KlingFlowScheduler
 from kling.hub.clip import load_image_encoder
 from kling.hub.load import SETTINGS, find_folder, has_umt5, load, loaded
+from kling.runtime.accelerator import EXIT_STOPPED, Accelerator, StopSignal
 from kling.runtime.files import sha256, write_atomic
+from kling.runtime.lock import locked
 from kling.sampling.pipeline import ASSETS
 from kling.text import ByteTextEncoder
 from kling.text.encoder import prompt_bytes
@@ -29,9 +34,9 @@ from kling.text.umt5 import UMT5TextEncoder
 from kling.vae import AutoencoderKLKling
 
 # keys of the transformer's config that a training may add to a model: inputs that start at zero
-EXTRAS = ("in_channels", "num_kinds", "camera_channels", "camera_fold", "camera_downscale", "camera_residual_blocks")
-READ = "read"  # in a cache's text folder: which captions umT5 has read, all of them
-SHIPPED = "shipped"  # what a preset calls the model that comes with the package, wherever that lies
+EXTRAS = ("in_channels", "num_kinds", "camera_channels", "camera_fold", "camera_downscale", "camera_residual_blocks", "gate_value")
+READ = "read"  # file in a cache's text folder that records that umT5 has encoded all captions
+SHIPPED = "shipped"  # name in presets for the model that comes with the package, wherever it is installed
 LONG_CAPTIONS = ("refuse", "cut")
 EXPERT_FOLDERS = {"": "transformer", "high": "transformer", "low": "transformer_2"}  # expert -> its folder
 
@@ -40,8 +45,8 @@ EXPERT_FOLDERS = {"": "transformer", "high": "transformer", "low": "transformer_
 class Start:
     """A model folder that training starts from.
 
-    settings: arguments of `KlingPipeline` beside the models; of them stays what the training does not change.
-    expert: of two, the one that is trained, "high" or "low"; empty where there is one.
+    settings: arguments of `KlingPipeline` other than the models; those that the training does not change are kept.
+    expert: of two, the one to train, "high" or "low"; empty if there is only one.
     """
 
     folder: Path
@@ -50,21 +55,21 @@ class Start:
 
     @property
     def published(self) -> bool:
-        """Whether its prompts are umT5's, which is not trained."""
+        """Whether its prompts are encoded by umT5, which is not trained."""
         return has_umt5(self.folder)
 
     @property
     def within(self) -> tuple[float, float]:
-        """The noise levels that are trained: those at which sampling asks this expert."""
+        """The noise levels to train: those at which sampling uses this expert."""
         boundary = self.settings.get("boundary_ratio")
         return {"": (0.0, 1.0), "high": (boundary, 1.0), "low": (0.0, boundary)}[self.expert]
 
     def transformer(self, model: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> KlingTransformer3DModel:
-        """What is trained, with the conditions of `model` added; see `grow`."""
+        """The transformer to train, with the conditions of `model` added; see `grow`."""
         return grow(self.folder / EXPERT_FOLDERS[self.expert], model, dtype)
 
     def other_models(self, trained: KlingTransformer3DModel) -> dict[str, Any]:
-        """The models of a pipeline around a trained transformer, but VAE and text encoder: the other expert, and CLIP."""
+        """The other models of a pipeline with a trained transformer, except VAE and text encoder: the other expert, and CLIP."""
         parts = {EXPERT_FOLDERS[self.expert]: trained}
         if self.expert:
             other = next(name for name in EXPERT_FOLDERS.values() if name != EXPERT_FOLDERS[self.expert])
@@ -75,17 +80,17 @@ class Start:
         return parts
 
     def text(self, settings: Mapping[str, Any], cache: str | Path) -> ByteTextEncoder | UMT5TextEncoder:
-        """Its text encoder. settings: what is asked of it; `UserError` if it is another one. cache: the latent cache."""
+        """Its text encoder. settings: the requested ones; `UserError` if they differ. cache: the latent cache."""
         if not self.published:
             text = loaded(self.folder, "text_encoder", ByteTextEncoder, torch_dtype=torch.float32)
             _check_text(text, settings, f"init_from {self.folder}")
             return text
         if settings:
-            raise UserError(f"init_from {self.folder} reads prompts with umT5, which is not trained: leave text.{min(settings)} out")
+            raise UserError(f"init_from {self.folder} encodes prompts with umT5, which is not trained: leave text.{min(settings)} out")
         return UMT5TextEncoder(self.folder, cache=text_folder(cache), cut=True)
 
     def scheduler(self, given: Mapping[str, Any]) -> SchedulerMixin:
-        """Its own scheduler with the settings `given`; a published one takes a shift, and `density` is for training alone."""
+        """Its own scheduler with the settings `given`; a published one takes a shift, and `density` is for training only."""
         own = self.settings["scheduler"]
         if isinstance(own, KlingFlowScheduler):
             return new_scheduler({key: value for key, value in own.config.items() if not key.startswith("_")} | dict(given))
@@ -96,40 +101,82 @@ class Start:
 
 
 def open_start(path: str | Path, checkpoint: str | None = None, expert: str = "") -> Start:
-    """The start that a model folder or hub id is, or the shipped model (`SHIPPED`).
+    """The start from a model folder, a hub id, or the shipped model (`SHIPPED`).
 
-    checkpoint: the registry's name of it, where the files do not tell.
+    checkpoint: its name in the registry, if the files do not tell.
 
-    Raises `UserError` if it is none, or if it has two experts and `expert` does not say which, or says so without need.
+    Raises `UserError` if it is none of these, if it has two experts and `expert` is not set, or if `expert` is set without need.
     """
     folder = ASSETS if path == SHIPPED else find_folder(path)
     parts = load(folder, checkpoint=checkpoint, weights=False)
     two, choices = "transformer_2" in parts, [name for name in EXPERT_FOLDERS if name]
     if two and expert not in choices:
         boundary = parts["boundary_ratio"]
-        raise UserError(f"init_from {folder} has two experts: say expert=high to train levels above {boundary}, or expert=low")
+        raise UserError(f"init_from {folder} has two experts: give expert=high to train levels above {boundary}, or expert=low")
     if expert and not two:
         raise UserError(f"expert={expert} is set, and init_from {folder} has one transformer: leave it out")
     return Start(folder, {key: parts[key] for key in (*SETTINGS, "scheduler") if key in parts}, expert)
 
 
+def complete_cache(cache: str, preset: str, vae: AutoencoderKLKling, stop: StopSignal, accelerator: Accelerator) -> None:
+    """Fill the latent cache if it is missing or unfinished, each process its share; without a preset it is used as kling-encode left it.
+
+    Finished shards are kept, so a signal may stop it after any of them.
+    """
+    if not preset:
+        return
+    settings = load_config(CacheConfig, preset, [f"out={cache}"])
+    check_is_made_so(settings)
+    rank, ranks, wait = accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone
+    precision = "bf16" if accelerator.mixed_precision == "bf16" else "fp32"
+    hold = partial(locked, cache, "cache", accelerator)
+    for done, total_clips in fill_cache(settings, vae, rank, ranks, wait, precision=precision, hold=hold):
+        if accelerator.is_main_process:
+            print(f"latent cache {cache}: {done}/{total_clips} clips", file=sys.stderr)
+        if stop and done < total_clips:
+            raise SystemExit(EXIT_STOPPED)
+
+
+def check_is_made_so(cfg: CacheConfig) -> None:
+    """Raises `UserError` if the cache is complete and was made with other settings than these, for example by the user."""
+    if (Path(cfg.out) / INDEX).is_file():
+        was, now = read_index(Path(cfg.out) / INDEX)["settings"], settings_of(cfg)
+        if was != now:
+            raise UserError(
+                f"latent cache {cfg.out} was made {differences(was, now)}, and the preset `encode` would complete it: "
+                "set encode= to train on it unchanged (configs/dit/own.yaml does), or give another cache="
+            )
+
+
+def complete_text(text: UMT5TextEncoder, cache: str, prompts: Sequence[str], device: torch.device, stop: StopSignal) -> None:
+    """Encode the captions of a cache, the empty prompt and `prompts` with umT5, before a transformer is loaded on the device.
+
+    kling-encode has encoded the captions already if it was given the model.
+    """
+    known = () if is_read(cache, text) else captions_of(cache)
+    for done, new in text.learn(sorted({"", *known, *prompts}), device):
+        print(f"text embeddings {text_folder(cache)}: {done}/{new}", file=sys.stderr)
+        if stop and done < new:
+            raise SystemExit(EXIT_STOPPED)
+
+
 def text_folder(cache: str | Path) -> Path:
-    """Where a cache keeps umT5's embeddings."""
+    """The folder of umT5's embeddings in a cache."""
     return Path(cache) / "text"
 
 
 def captions_of(folder: str | Path) -> list[str]:
-    """Every caption of a finished cache once, sorted, and the empty one, which stands for a prompt that is left out."""
+    """All different captions of a finished cache, sorted, and the empty one, which replaces a prompt that is left out."""
     return sorted({"", *LatentCache(folder).captions()})
 
 
 def mark_read(cache: str | Path, text: UMT5TextEncoder) -> None:
-    """Note that umT5 has read all captions that the cache has now, so that a training need not look for each of them."""
+    """Record that umT5 has encoded all captions now in the cache, so that a training need not check each of them."""
     write_atomic(text_folder(cache) / READ, _read_by(cache, text))
 
 
 def is_read(cache: str | Path, text: UMT5TextEncoder) -> bool:
-    """Whether that was noted, of this cache as it is and of this umT5."""
+    """Whether that was recorded for the present contents of this cache and for this umT5."""
     path = text_folder(cache) / READ
     return path.is_file() and path.read_text(encoding="utf-8") == _read_by(cache, text)
 
@@ -141,9 +188,9 @@ def _read_by(cache: str | Path, text: UMT5TextEncoder) -> str:
 def check_captions(
     encoder: ByteTextEncoder | UMT5TextEncoder, cache: LatentCache, prompts: Sequence[str] = (), long_captions: str = "refuse"
 ) -> int | None:
-    """The bytes to cut captions to; None where nothing is cut. umT5 cuts by itself, as in Wan's own pipelines, and says so in the log.
+    """The number of bytes to cut captions to; None if nothing is cut. umT5 cuts by itself, as in Wan's own pipelines, and logs it.
 
-    Raises `UserError` that names the clips with captions longer than our encoder reads, unless they are to be cut, and for long `prompts`.
+    Raises `UserError` that names the clips with captions too long for our encoder, unless they are to be cut, and for long `prompts`.
     """
     if not isinstance(encoder, ByteTextEncoder):
         return None
@@ -169,7 +216,7 @@ def refuse_long(clips: Iterable[tuple[str, Sequence[str]]], most: int, where: st
 
 
 def new_scheduler(settings: Mapping[str, Any]) -> KlingFlowScheduler:
-    """Ours. Raises `UserError` for a setting that it does not have."""
+    """Our scheduler. Raises `UserError` for an unknown setting."""
     known = KlingFlowScheduler._get_init_keys(KlingFlowScheduler) - {"self"}
     for key in settings:
         if key not in known:
@@ -178,8 +225,8 @@ def new_scheduler(settings: Mapping[str, Any]) -> KlingFlowScheduler:
 
 
 def grow(folder: str | Path, model: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> KlingTransformer3DModel:
-    """The transformer of a folder with the conditions of `model` added to those it has: new inputs start at zero, so its output is
-    unchanged. Raises `UserError` for a key that differs and is no condition, or that changes one which is trained already."""
+    """The transformer of a folder with the conditions of `model` added: new inputs start at zero, so its output is unchanged. Raises
+    `UserError` for a key that differs and is no condition, or that changes a condition which is trained already."""
     with torch.device("meta"):
         had = KlingTransformer3DModel.from_config(KlingTransformer3DModel.load_config(folder)).config
     changed = {}
@@ -190,8 +237,9 @@ def grow(folder: str | Path, model: Mapping[str, Any], dtype: torch.dtype = torc
             continue
         if key not in EXTRAS:
             raise UserError(f"init_from {folder} has model.{key} = {had[key]!r}, not {value!r}: only {', '.join(EXTRAS)} can be added")
-        if {"num_kinds": had["num_kinds"], "in_channels": had["in_channels"] > had["out_channels"]}.get(key, had["camera_channels"]):
-            raise UserError(f"init_from {folder} was trained with model.{key} = {had[key]!r}: leave it as it is")
+        there = {"num_kinds": had["num_kinds"], "in_channels": had["in_channels"] > had["out_channels"], "gate_value": had["gate_value"]}
+        if there.get(key, had["camera_channels"]):
+            raise UserError(f"init_from {folder} was trained with model.{key} = {had[key]!r}: leave it unchanged")
         changed[key] = value
     in_channels = changed.pop("in_channels", had["in_channels"])
     grown = loaded(Path(folder).parent, Path(folder).name, KlingTransformer3DModel, torch_dtype=dtype, **changed)
@@ -199,8 +247,8 @@ def grow(folder: str | Path, model: Mapping[str, Any], dtype: torch.dtype = torc
 
 
 def widen_inputs(model: KlingTransformer3DModel, in_channels: int) -> KlingTransformer3DModel:
-    """The same transformer with more input channels, whose weights are 0: where the training of a new channel group starts."""
-    concat_groups(in_channels, model.config.out_channels)  # refuses what is no layout
+    """The same transformer with more input channels, whose weights are 0: the start for training a new channel group."""
+    concat_groups(in_channels, model.config.out_channels)  # raises for an unknown layout
     config = {key: value for key, value in model.config.items() if not key.startswith("_")} | {"in_channels": in_channels}
     with torch.device("meta"):
         wide = KlingTransformer3DModel(**config)
@@ -213,7 +261,7 @@ def widen_inputs(model: KlingTransformer3DModel, in_channels: int) -> KlingTrans
 
 
 def check_fit(vae: AutoencoderKLKling, transformer: KlingTransformer3DModel, tasks: Mapping[str, float], cache: LatentCache) -> None:
-    """Raises `UserError` if the transformer does not make what the VAE decodes, or cannot be shown what the tasks give."""
+    """Raises `UserError` if the transformer and the VAE have different latents, or the tasks need inputs that the transformer lacks."""
     config, z = transformer.config, vae.config.z_dim
     if z != config.out_channels:
         raise UserError(f"the VAE has latents of {z} channels and the transformer makes {config.out_channels}: give vae= its own VAE")
@@ -232,7 +280,7 @@ def check_fit(vae: AutoencoderKLKling, transformer: KlingTransformer3DModel, tas
 
 
 def taught_text(folder: str, settings: Mapping[str, Any]) -> ByteTextEncoder:
-    """The text encoder that kling-train-text exported. Raises `UserError` if there is none, or `settings` ask for another one."""
+    """The text encoder exported by kling-train-text. Raises `UserError` if there is none, or if `settings` differ."""
     if not (Path(folder) / "config.json").is_file():
         raise UserError(f"text_from '{folder}' holds no text encoder: give the `export` folder of kling-train-text")
     text = ByteTextEncoder.from_pretrained(folder, torch_dtype=torch.float32)
@@ -245,4 +293,4 @@ def _check_text(text: ByteTextEncoder, settings: Mapping[str, Any], where: str) 
         if key not in text.config:
             raise unknown("key of text", key, [name for name in text.config if not name.startswith("_")])
         if text.config[key] != value:
-            raise UserError(f"{where} has text.{key} = {text.config[key]!r}, not {value!r}: leave it as it is")
+            raise UserError(f"{where} has text.{key} = {text.config[key]!r}, not {value!r}: leave it unchanged")

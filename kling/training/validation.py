@@ -1,4 +1,4 @@
-"""What a training of the transformer shows on clips that it does not train on: a loss at fixed levels, and a video of every task."""
+"""Validation of a transformer on held-out clips: a loss at fixed levels, and a video of every task."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ from kling.vae import AutoencoderKLKling
 
 @dataclass
 class Validation:
-    """The loss on clips that no training sees, every `every` updates (0: never): the same clips, noise and levels each time.
+    """The loss on held-out clips, every `every` updates (0: never): the same clips, noise and levels each time.
 
     every: updates between measurements, 0 is never. clips: how many.
     source: a folder of held-out videos; empty for the held-out scenes of the small world. quantiles: levels, as quantiles of the
-    training density, so that each stands for an equal share of training.
+    training density, so that each represents an equal share of training.
     """
 
     every: int = 0
@@ -47,9 +47,9 @@ class Validation:
 
 
 def held_out(cfg: Validation, data: DataConfig, frames: int) -> list[ClipSample]:
-    """`cfg.clips` clips of `frames` pixel frames that are not trained on, over the aspects of the training data `data`.
+    """`cfg.clips` clips of `frames` pixel frames that are not used for training, over the aspects of the training data `data`.
 
-    Raises `UserError` if that is a folder or a manifest, of which nothing is held out, and `source` is empty.
+    Raises `UserError` if the data is a folder or a manifest without held-out clips, and `source` is empty.
     """
     if data.source != "world" and not cfg.source and not data.holdout:
         raise UserError("nothing is held out: set validation.source to videos that are not trained on, or keep some with data.holdout")
@@ -59,7 +59,7 @@ def held_out(cfg: Validation, data: DataConfig, frames: int) -> list[ClipSample]
 
 @torch.no_grad()
 def encode(clips: list[ClipSample], vae: AutoencoderKLKling) -> list[LatentBatch]:
-    """The same clips as the transformer sees them, one to a batch."""
+    """The same clips as input of the transformer, one per batch."""
     batches = []
     for i, clip in enumerate(clips):
         z = vae.normalize(vae.encode(to_tensor(clip.video)[None].to(vae.device)).latent_dist.mode()).cpu()  # (1, c, f, h, w)
@@ -82,9 +82,9 @@ def validation_loss(
     vae: AutoencoderKLKling,
     device: torch.device,
 ) -> Tensor:
-    """Sum of the losses at each level and how many clips it is of, (2, levels), of the clips that fall to this process.
+    """Sum of the losses at each level and the number of clips, (2, levels), for the clips of this process.
 
-    run(example, level, noise) -> velocity. All processes make the same number of passes, as sharded weights need.
+    run(example, level, noise) -> velocity. All processes make the same number of passes, as sharded weights require.
     """
     sums = torch.zeros(2, len(levels), device=device)
     for i in range(-(-len(clips) // layout.ranks)):
@@ -104,7 +104,7 @@ def validation_loss(
 
 
 def task_requests(clip: ClipSample, tasks: Iterable[str]) -> list[Request]:
-    """One request for each task, as a person would make it, who has a clip's caption and the frames that the task gives."""
+    """One request per task, as a user would make it with the clip's caption and the frames that the task gives."""
     T, H, W, _ = clip.video.shape
     video = torch.as_tensor(clip.video).numpy()
     return [
@@ -114,7 +114,7 @@ def task_requests(clip: ClipSample, tasks: Iterable[str]) -> list[Request]:
 
 
 def draw_samples(pipe: KlingPipeline, requests: list[Request], picture: Path | None) -> None:
-    """Make every request, and a picture with a row of six frames for each. picture: None on a process that only helps."""
+    """Run every request, and write a picture with a row of six frames for each. picture: None on a process that only takes part."""
     rows = []
     pipe.transformer.eval()
     for request in requests:

@@ -1,4 +1,4 @@
-"""Where the camera goes, drawn before anything is made: its path seen from outside, and how the first frame's points will move.
+"""Drawings of the camera before sampling: its path seen from outside, and how points of the first frame will move.
 
 Drawings are SVG in the page's own colours.
 """
@@ -10,16 +10,16 @@ from torch import Tensor
 
 from kling.cameras.trajectory import Trajectory, pixel_rays
 
-DEPTH = 4.0  # metres at which the points of the first frame are taken to lie
+DEPTH = 4.0  # assumed distance in metres of the points of the first frame
 AHEAD = 8  # frames (1 s of the small world) over which their motion is drawn
 SHOWN = 6  # cameras along the path
-FAR = 0.55  # metres from a camera's eye to the picture drawn before it
+FAR = 0.55  # metres from a camera's centre to the picture drawn in front of it
 VIEW = torch.tensor([[0.866, 0.0, 0.5], [-0.25, 0.866, 0.433]])  # seen from behind, to the left and above: x right, y down, z forward
 MARGIN = 14
 
 
 def corners(trajectory: Trajectory) -> Tensor:
-    """(T, 5, 3) in the world: the eye of every camera, then the corners of a picture `FAR` in front of it, clockwise."""
+    """(T, 5, 3) in the world: the centre of every camera, then the corners of a picture `FAR` in front of it, clockwise."""
     fx, fy, cx, cy = trajectory.intrinsics.unbind(-1)  # (T,) each
     u = torch.tensor([0.0, 1.0, 1.0, 0.0])
     v = torch.tensor([0.0, 0.0, 1.0, 1.0])
@@ -31,7 +31,7 @@ def corners(trajectory: Trajectory) -> Tensor:
 
 
 def motion_field(trajectory: Trajectory, H: int, W: int, t: int, depth: float = DEPTH) -> tuple[Tensor, Tensor]:
-    """Where points of frame 0 lie in frame t: (start (H·W, 2), end (H·W, 2)) in parts of width and height, NaN behind the camera.
+    """Where points of frame 0 are in frame t: (start (H·W, 2), end (H·W, 2)) as fractions of width and height, NaN behind the camera.
 
     X = depth K₀⁻¹ [u, v, 1]ᵀ,  [u', v', 1]ᵀ ~ Kₜ Rₜᵀ (X - oₜ)
     """
@@ -47,7 +47,7 @@ def motion_field(trajectory: Trajectory, H: int, W: int, t: int, depth: float = 
 
 
 def path_svg(trajectory: Trajectory, label: str, width: int = 320, height: int = 220) -> str:
-    """The camera's path from outside, first camera pale, last one strong."""
+    """The camera's path from outside; the first camera is pale, the last one strong."""
     T = len(trajectory)
     picks = torch.linspace(0, T - 1, min(SHOWN, T)).round().long()
     frusta = corners(trajectory)  # (T, 5, 3)
@@ -72,7 +72,7 @@ def path_svg(trajectory: Trajectory, label: str, width: int = 320, height: int =
 
 
 def motion_svg(trajectory: Trajectory, H: int, W: int, label: str, rows: int = 5, width: int = 320) -> str:
-    """Arrows on the first frame: where its points will be `AHEAD` frames later, if they lie `DEPTH` metres away."""
+    """Arrows on the first frame: where its points will be `AHEAD` frames later, if they are `DEPTH` metres away."""
     height = round(width * H / W)
     start, end = motion_field(trajectory, rows, round(rows * W / H), min(AHEAD, len(trajectory) - 1))
     size = torch.tensor([width, height])
@@ -86,7 +86,7 @@ def motion_svg(trajectory: Trajectory, H: int, W: int, label: str, rows: int = 5
 
 
 def _ground(frusta: Tensor, reach: int = 3) -> Tensor:
-    """Lines of a metre grid below all cameras, (lines, 2, 3)."""
+    """Lines of a one-metre grid below all cameras, (lines, 2, 3)."""
     y = float(frusta[..., 1].max()) + 0.4
     middle = frusta[:, 0].mean(0).round()
     x0, z0 = float(middle[0]), float(middle[2])

@@ -1,4 +1,4 @@
-"""The Create tab: the fields of one request on the left; the stage, where it is made and shown, on the right."""
+"""The Create tab: the fields of a request on the left; on the right the stage, which shows progress and results."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ EXAMPLES = [
 
 
 class Form:
-    """The fields. `inputs` are their components in the order of `FIELDS`; the other attributes are what events of the page touch."""
+    """The fields. `inputs` are their components in the order of `FIELDS`; the other attributes are used by the page's events."""
 
     def __init__(self, studio: Studio) -> None:
         self.studio = studio
         self.fields: dict[str, Any] = {}
         self._text()
         self._go()
-        self.checked = gr.Button("", elem_id="checked", elem_classes="unseen")  # page.js presses it when the mask was painted on
+        self.checked = gr.Button("", elem_id="checked", elem_classes="unseen")  # page.js presses it after painting on the mask
         with gr.Tabs(elem_id="inputs", overflow_behavior="wrap") as self.tabs:
             with gr.Tab(t("pictures"), id="pictures"):
                 self._pictures()
@@ -49,16 +49,16 @@ class Form:
 
     @property
     def first_seconds(self) -> float:
-        """What the clip's length stands at."""
+        """The initial length of the clip."""
         config = self.studio.pipe.config
         return min(5.0, (config.max_frames - 1) / config.fps)
 
     def last_frame(self, seconds: float) -> int:
-        """Of a clip of so many seconds: where keyframes end."""
+        """The last frame of a clip of so many seconds: the limit for keyframes."""
         return max(1, clip_frames(seconds, self.studio.pipe.config.fps) - 1)
 
     def _able(self, name: str, info: Any = None) -> dict[str, Any]:
-        """Greyed out, with the reason, where the model was not trained for it."""
+        """Grey a component out, with the reason, if the model was not trained for it."""
         if need := missing(self.studio.pipe, name):
             return {"interactive": False, "info": t(f"unable_{need}")}
         return {"interactive": True} | ({"info": info} if info is not None else {})
@@ -111,7 +111,7 @@ class Form:
         self.fields["strength"] = gr.Slider(0, 1, 0.4, step=0.05, label=t("strength"), visible=False)
         with gr.Column(visible=False) as self.painting:
             gr.Markdown(t("paint"))
-            self.painted = gr.JSON({}, visible=False)  # {"video", "mask"}: what was painted on which clip, when it comes back
+            self.painted = gr.JSON({}, visible=False)  # {"video", "mask"}: a mask and its clip, to restore it
             self.fields["mask"] = gr.HTML(padding=False, elem_id="mask", html_template="${value}")
         aspects = list(self.studio.sizes)
         self.fields["outpaint"] = gr.Radio(aspects, value=aspects[-1], label=t("outpaint_to"), visible=False)
@@ -161,7 +161,8 @@ class Form:
     def _go(self) -> None:
         self.plan = gr.HTML(elem_id="plan", padding=False)
         with gr.Row(elem_classes="seed-row"):
-            self.fields["mode"] = gr.Radio([(t(m), m) for m in MODES], value="std", label=t("mode"), min_width=140, scale=2)
+            modes = [(t(mode), mode) for mode in MODES if mode != "fast" or self.studio.pipe.transformer_fast is not None]
+            self.fields["mode"] = gr.Radio(modes, value="std", label=t("mode"), min_width=140, scale=2)
             self.fields["seed"] = gr.Number(-1, label=t("seed"), precision=0, min_width=110, elem_id="seed")
             with gr.Column(min_width=90, scale=1, elem_classes="seed-tools"):
                 self.dice = gr.Button(t("dice"), size="sm", min_width=50, elem_id="dice")
@@ -173,7 +174,7 @@ class Form:
 
 
 class Stage:
-    """Where a video is made, shown and gone on with; below it everything this browser has made."""
+    """Shows progress and the result, with its actions; below it all results of this browser."""
 
     def __init__(self) -> None:
         self.screen = gr.HTML(views.empty(0), padding=False, elem_id="stage")
@@ -184,11 +185,11 @@ class Stage:
             self.compare = gr.Button(t("compare"), size="sm", min_width=70, elem_id="compare")
             self.remove = gr.Button(t("remove"), size="sm", min_width=70, elem_id="remove")
         gr.Markdown(t("results"))
-        self.refresh = gr.Button("", elem_id="refresh", elem_classes="unseen")  # page.js presses it when another tab has made something
+        self.refresh = gr.Button("", elem_id="refresh", elem_classes="unseen")  # page.js presses it when another tab has a new result
         choose = """element.addEventListener('click', (event) => {
             const card = event.target.closest('[data-id]');
             if (card) trigger('select', { value: card.dataset.id });
         })"""
         self.cards = gr.HTML(padding=False, elem_id="cards", js_on_load=choose)
         self.mine = gr.JSON({}, visible=False)  # {"chosen", "comparing"}; page.js adds the browser's list, "ids", and its "tab"
-        self.saved = gr.JSON({}, visible=False)  # what page.js kept of the form
+        self.saved = gr.JSON({}, visible=False)  # the form's values saved by page.js

@@ -1,4 +1,4 @@
-"""What happens on the Create tab. Values arrive raw (`preprocess=False`): every file passes `Uploads`, every number passes the form."""
+"""Events of the Create tab. Values arrive raw (`preprocess=False`): files are checked by `Uploads`, other values by the form."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ QUICK = RAW | {"queue": False, "trigger_mode": "always_last"}
 NOTHING = {"chosen": None, "comparing": False}
 CAMERA = (*UNITS, "camera_file", "camera_scale", "aspect", "duration")
 MASK = FIELDS.index("mask")
-# What lives in the browser: the drawn mask, the list of what it has made (all tabs share it), and the tab's own name. See page.js.
+# State in the browser: the drawn mask, the list of its results (shared by all tabs), and the tab's own name. See page.js.
 WITH_MASK = f"(...v) => window.studio.withMask(v, {MASK})"
 KEEPING = f"(...v) => window.studio.keep(window.studio.withMask(v, {MASK}))"
 WITH_LIST = "(...v) => window.studio.withList(v)"
@@ -47,7 +47,7 @@ AWAKE = "() => window.studio.awake()"
 
 
 class Events:
-    """Functions behind the buttons, and their wiring."""
+    """The functions behind the buttons, and their connections."""
 
     def __init__(self, studio: Studio, form: Form, stage: Stage) -> None:
         self.studio, self.form, self.stage = studio, form, stage
@@ -73,7 +73,7 @@ class Events:
         fields["video"].change(self.paint_on, [fields["video"], fields["aspect"], form.painted], fields["mask"], **RAW)
 
         form.shot.input(self.master_shot, form.shot, [fields[name] for name in UNITS], **QUICK)
-        moved = [fields[name] for name in CAMERA]  # one event for all: answers to several would overtake each other
+        moved = [fields[name] for name in CAMERA]  # one event for all: responses to several could arrive out of order
         gr.on([c.change for c in moved], self.draw_camera, moved, form.drawing, **QUICK)
 
         form.dice.click(lambda: -1, None, fields["seed"], **QUICK)
@@ -95,13 +95,13 @@ class Events:
                 return None
             if note:
                 gr.Info(say(language(request), "brought", **note), duration=12, title="")
-                return self.studio.uploads.accept(payload, kind)  # shown as it is used
+                return self.studio.uploads.accept(payload, kind)  # shows the file as it will be used
             return gr.skip()
 
         return check
 
     def explain(self, request: gr.Request, *values: Any) -> str:
-        """One line that says which task was understood, what it will need, or what is wrong."""
+        """One line with the recognised task and its cost, or the error."""
         lang = language(request)
         try:
             fields = dict(zip(FIELDS, values, strict=True))
@@ -116,11 +116,11 @@ class Events:
         return [gr.update(visible=use == u) for u in ("restyle", "fill", "outpaint")]
 
     def last_seed(self, mine: Any) -> int:
-        """Of the video that is chosen."""
+        """The seed of the selected video."""
         return self._chosen(mine, 0).record["request"]["seed"]
 
     def restore(self, request: gr.Request, payload: Any) -> list[Any]:
-        """The form as it was for a replay JSON, or for a video that carries one or still lies here."""
+        """Fill the form from a replay JSON, or from a video that contains one or is still on the shelf."""
         lang = language(request)
         try:
             file = self.studio.uploads.place(payload)
@@ -140,13 +140,13 @@ class Events:
         return self._fill(fields)
 
     def resume(self, request: gr.Request, saved: Any) -> list[Any]:
-        """The form as this tab left it, when it is loaded anew."""
+        """Restore this tab's form after reloading it."""
         if not isinstance(saved, list) or len(saved) != len(FIELDS):
             return [gr.skip()] * len(self.filled)
         return self._fill(dict(zip(FIELDS, saved, strict=True)))
 
     def _fill(self, fields: dict[str, Any]) -> list[Any]:
-        """What the form's components show for these fields; what no request could hold is left as it is."""
+        """Updates of the form's components for these fields; invalid values leave a component unchanged."""
         shown: list[Any] = []
         for name in FIELDS:
             value = fields.get(name)
@@ -186,7 +186,7 @@ class Events:
         yield rows, self._timeline(rows, seconds), None
 
     def measure(self, rows: Any, seconds: Any, frame: Any) -> tuple[str, Any]:
-        """The timeline, and the keyframes' slider, for a clip of another length."""
+        """Update the timeline and the keyframes' slider for a new length of the clip."""
         last = self.form.last_frame(check_number("duration", seconds, 0.1, 180, 5.0))
         frame = check_number("keyframe's frame", frame, 0, 10_000, 0)
         return self._timeline(rows, seconds), gr.update(maximum=last, value=min(last, int(frame)))
@@ -201,7 +201,7 @@ class Events:
 
     @guarded
     def paint_on(self, request: gr.Request, payload: Any, aspect: Any, painted: Any) -> Generator:
-        """The first frame of the clip, at the size that will be made, to paint the mask on; with what was painted on it before."""
+        """Show the first frame of the clip, at the size of the result, to paint the mask on; with an earlier mask, if any."""
         video = self.studio.uploads.accept(payload, "video")
         if video is None:
             yield ""
@@ -220,7 +220,7 @@ class Events:
         return [axes.get(name, 0) for name in UNITS]
 
     def trajectory(self, *values: Any) -> tuple[Any, int, int]:
-        """The path that the camera fields ask for, over the clip, and the clip's (H, W)."""
+        """The camera path from the camera fields, over the clip, and the clip's (H, W)."""
         given = Fields(dict(zip(CAMERA, values, strict=True)))
         H, W = clip_size(Request(aspect=given.choice("aspect", ASPECTS)), self.studio.sizes)
         T = asked_frames(Request(duration=given.number("duration", 0.1, 180)), self.studio.pipe.config.fps)
@@ -257,7 +257,7 @@ class Events:
         stage.extend.click(self.extend, stage.mine, [fields["video"], fields["use"], form.tabs], js=WITH_LIST, **RAW)
 
     def wire_load(self, page: gr.Blocks) -> None:
-        """What happens when a tab is opened, or loaded anew."""
+        """Connect the events of opening or reloading a tab."""
         form, stage = self.form, self.stage
         page.load(self.resume, stage.saved, self.filled, js=SAVED, **RAW).then(None, form.painted, None, js=HOLD, **QUICK).then(
             self.explain, form.inputs, form.plan, js=WITH_MASK, **QUICK
@@ -266,7 +266,7 @@ class Events:
         page.load(self.draw_camera, [form.fields[name] for name in CAMERA], form.drawing, **QUICK)
 
     def welcome(self, request: gr.Request, mine: Any) -> Generator:
-        """What a visitor sees first: the job of this tab if there is one, else the last video of the browser, or nothing yet."""
+        """The first view: the job of this tab if there is one, else the last video of the browser, or nothing yet."""
         lang, results = language(request), self._results(mine)
         job = self.studio.queue.job(owner(request, mine))
         if job is not None:
@@ -276,7 +276,7 @@ class Events:
         yield screen, gr.skip(), views.cards(lang, results, results[0].id if results else None), gr.skip(), gr.skip()
 
     def refresh(self, request: gr.Request, mine: Any) -> str:
-        """The list again, after another tab has changed it."""
+        """Update the list after another tab has changed it."""
         return views.cards(language(request), self._results(mine), mine.get("chosen") if isinstance(mine, dict) else None)
 
     def generate(self, request: gr.Request, *values: Any) -> Generator:
@@ -291,7 +291,7 @@ class Events:
         yield from self._make(request, lang, asked, mine, weights)
 
     def vary(self, request: gr.Request, mine: Any) -> Generator:
-        """The chosen video's request again, with another seed."""
+        """Run the selected video's request again with another seed."""
         lang = language(request)
         try:
             one = self._chosen(mine, lang)
@@ -307,13 +307,13 @@ class Events:
         return None if door is None else lambda: door.heard(request.session_hash)
 
     def _make(self, request: gr.Request, lang: int, asked: Request, mine: Any, weights: Any) -> Generator:
-        """Run a request on the stage."""
+        """Run a request and show it on the stage."""
         yield views.waiting(lang, 0), gr.skip(), gr.skip(), gr.update(interactive=False), gr.update(interactive=True)
         kept = {"keep": True, "listening": self._heard(request)}
         yield from self._watch(request, lang, self.studio.make(visitor(request), apart(asked), owner(request, mine), weights, **kept), mine)
 
     def _watch(self, request: gr.Request, lang: int, work: Generator, mine: Any, came_back: bool = False) -> Generator:
-        """A job on the stage: waiting, steps with previews, the videos."""
+        """Show a job on the stage: waiting, steps with previews, the videos."""
         preview, began, first, added = "", 0.0, 0, []
         if came_back:
             yield views.waiting(lang, 0), gr.skip(), gr.skip(), gr.update(interactive=False), gr.update(interactive=True)
@@ -335,9 +335,9 @@ class Events:
                     mine = {**self._list(mine), "ids": [event.id, *self._ids(mine)], "chosen": event.id, "add": added}
                     yield gr.skip(), gr.skip(), views.cards(lang, self._results(mine), event.id), gr.skip(), gr.skip()
                 else:
-                    yield [gr.skip()] * 5  # a sign of life, by which Gradio notices a closed tab
+                    yield [gr.skip()] * 5  # lets Gradio notice a closed tab
         except StopIteration as done:
-            if done.value is None:  # the tab was loaded anew, or doubled, and follows there
+            if done.value is None:  # the tab was reloaded or duplicated, and the job is followed there
                 yield self._end(views.ended(lang, "watched_elsewhere"))
                 return
             made = done.value
@@ -364,7 +364,7 @@ class Events:
 
     @guarded
     def choose(self, request: gr.Request, event: gr.EventData, mine: Any) -> Generator:
-        """A click on a card: shown alone, or, after Compare, beside the one shown before."""
+        """Show a clicked card alone, or, after Compare, next to the previous one."""
         clicked = event._data.get("value") if isinstance(event._data, dict) else None
         lang, one = language(request), self.studio.shelf.get(clicked)
         state = {**self._list(mine), "chosen": one.id}
@@ -384,7 +384,7 @@ class Events:
 
     @guarded
     def remove(self, request: gr.Request, mine: Any) -> Generator:
-        """Take the chosen video off this browser's list; the file goes when the shelf is tidied."""
+        """Remove the selected video from this browser's list; the file is deleted when the shelf is cleaned up."""
         lang, gone = language(request), self._chosen(mine, language(request))
         state = {**self._list(mine), "ids": [name for name in self._ids(mine) if name != gone.id], "drop": [gone.id]}
         yield views.empty(lang), state, views.cards(lang, self._results(state), None)
@@ -411,7 +411,7 @@ class Events:
         return [name for name in ids if isinstance(name, str)][:100] if isinstance(ids, list) else []
 
     def _results(self, mine: Any) -> list[Result]:
-        """What of this browser's list is still on the shelf."""
+        """The results in this browser's list that are still on the shelf."""
         found = []
         for name in self._ids(mine):
             try:
@@ -430,6 +430,6 @@ class Events:
 
 
 def owner(request: gr.Request, mine: Any) -> str:
-    """Whose job it is on this page: the tab's, by a name that nobody can guess and that lasts when it is loaded anew."""
+    """The owner of a job on this page: the tab, by a name that cannot be guessed and survives reloading."""
     tab = mine.get("tab") if isinstance(mine, dict) else None
     return tab if isinstance(tab, str) and re.fullmatch(r"[0-9a-f]{32}", tab) else request.session_hash or ""

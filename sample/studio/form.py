@@ -1,6 +1,6 @@
-"""From what a page or a client sends to a `Request`, and what this model can do with it.
+"""Converts the values from the page or a client to a `Request`, and checks what this model can do with it.
 
-Values come as JSON: nothing is believed. Every refusal is one line that names the field.
+Values come as JSON and are all validated. Every error is one line that names the field.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from kling.sampling.pipeline import KlingPipeline
 from kling.sampling.request import MODES, Request
 from kling.shapes import ASPECTS
 
-LARGEST = 10**15  # of a number that is worth comparing
-MAX_VIDEOS = 8  # of one request, one after another
+LARGEST = 10**15  # larger numbers are not printed in messages
+MAX_VIDEOS = 8  # per request, made one after another
 MAX_PROMPT = 2000  # characters
 MAX_STEPS = 100
 MAX_SECONDS = 60.0
 MAX_KEYFRAMES = 8
-USES = ("continue", "restyle", "fill", "outpaint")  # of a given video
+USES = ("continue", "restyle", "fill", "outpaint")  # ways to use a given video
 
 # The fields of the page, in the order in which they are sent.
 FIELDS = (
@@ -49,7 +49,7 @@ def request_of(fields: dict[str, Any], uploads: Any) -> Request:
         line = f"both a trajectory file and {field} were given: remove the file or set the sliders to 0"
         raise UserError(line, code="file_and_sliders", field=field)
     still = given.flag("still")
-    goes_on = not video or use == "continue"  # else the clip is as long as the video
+    goes_on = not video or use == "continue"  # otherwise the clip is as long as the video
     extend_to = (given.number("extend_to", 0, MAX_SECONDS) or None) if goes_on else None
     camera = camera_file or ",".join(f"{name}={value:g}" for name, value in axes.items()) or None
     return Request(
@@ -81,7 +81,7 @@ def request_of(fields: dict[str, Any], uploads: Any) -> Request:
 
 
 def seed_of(asked: int | None) -> int:
-    """The seed that was asked for; -1 draws one."""
+    """The requested seed; -1 draws a random one."""
     return secrets.randbelow(2**31) if asked == -1 else asked or 0
 
 
@@ -91,7 +91,7 @@ def apart(request: Request) -> list[Request]:
 
 
 def checked(name: str, value: Any) -> Any:
-    """The value of a field that is no file, as the page may show it. Raises `UserError` for one that no request could hold."""
+    """The value of a field other than a file, in a form that the page can show. Raises `UserError` for an invalid value."""
     given = Fields({name: value})
     if name in TEXTS:
         return given.text(name)
@@ -109,7 +109,7 @@ CHOICES = {"use": USES, "outpaint": ASPECTS, "aspect": ASPECTS, "mode": MODES}
 
 
 class Fields:
-    """Reading values of a stated type: absent, None and "" are the default, anything else of another type is refused."""
+    """Reads values of a given type: absent, None and "" give the default; values of another type are refused."""
 
     def __init__(self, values: dict[str, Any]) -> None:
         self.values = values
@@ -161,7 +161,7 @@ class Fields:
 
 
 def check_number(name: str, value: Any, low: float, high: float, default: float | None = None) -> float | None:
-    """A finite number in [low, high]; text and booleans are none."""
+    """A finite number in [low, high]; text and booleans are not accepted."""
     if value is None or value == "":
         return default
     told = {"field": name, "low": f"{low:.10g}", "high": f"{high:.10g}"}
@@ -174,7 +174,7 @@ def check_number(name: str, value: Any, low: float, high: float, default: float 
 
 
 def mask_of(value: Any, uploads: Any) -> str | None:
-    """The kept file of a drawing or an upload."""
+    """The stored file of a drawing or an upload."""
     return uploads.accept_drawing(value) if isinstance(value, str) and value.startswith("data:") else uploads.accept(value, "image")
 
 
@@ -182,11 +182,11 @@ def _mask(value: Any, uploads: Any) -> str:
     """A drawing of the page (a data URL), or an uploaded picture."""
     mask = mask_of(value, uploads)
     if mask is None:
-        raise UserError("nothing is marked: paint over what is to be made anew", code="nothing_marked")
+        raise UserError("nothing is marked: paint over the area to regenerate", code="nothing_marked")
     return mask
 
 
-# What of the page depends on which capability of the checkpoint.
+# The parts of the page that depend on a capability of the checkpoint.
 NEEDS = {
     "image": "image",
     "last_image": "last",
@@ -203,6 +203,6 @@ NEEDS = {
 
 
 def missing(pipe: KlingPipeline, name: str) -> str | None:
-    """The capability that field or use `name` needs and this model was not trained for; None if it can."""
+    """The capability that field or use `name` needs and this model lacks; None if it has it."""
     need = NEEDS.get(name)
     return None if need is None or need in pipe.config.capabilities else need

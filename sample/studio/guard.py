@@ -1,4 +1,4 @@
-"""The door of the page: who may come in, how much they may bring, and who is still there. One layer around Gradio's own server.
+"""Access control for the page: authentication, upload limits, and listeners. An ASGI layer around Gradio's own server.
 
 Every refusal is one line with its status: 403 for another site's request, 413 for too much, 408 for too slow, 429 for too often.
 """
@@ -22,19 +22,19 @@ from urllib.parse import parse_qs, urlsplit
 from kling.errors import UserError
 
 MIB = 2**20
-BODY = 2 * MIB  # bytes of a request that is no upload: a form with a drawn mask, with room to spare
-ENVELOPE = 64 * 1024  # bytes that a multipart upload may have around its file
+BODY = 2 * MIB  # bytes of a request other than an upload: enough for a form with a drawn mask
+ENVELOPE = 64 * 1024  # bytes allowed in a multipart upload in addition to its file
 HOUR = 3600.0
-WRONG = 5  # wrong passwords in a row before an address has to wait
-WAIT = 300.0  # seconds that it then waits, doubled with every further row, up to an hour
-DELAY = 0.5  # seconds that the first wrong password costs, doubled with each
+WRONG = 5  # wrong passwords in a row after which an address has to wait
+WAIT = 300.0  # seconds of waiting, doubled every further time, up to an hour
+DELAY = 0.5  # seconds of delay after the first wrong password, doubled with each
 REMEMBERED = 10_000  # addresses
 
 Send = Callable[[dict], Any]
 
 
 class TooMuch(Exception):
-    """status, line: what the sender is told."""
+    """status, line: the response to the sender."""
 
     def __init__(self, status: int, line: str) -> None:
         super().__init__(line)
@@ -43,9 +43,9 @@ class TooMuch(Exception):
 
 @dataclass
 class Limits:
-    """file: bytes of one upload. hourly: bytes that one address may upload in an hour. stored: bytes that may lie here in all.
+    """file: bytes of one upload. hourly: bytes that one address may upload in an hour. stored: bytes of all stored uploads.
 
-    uploads: at a time and address. seconds: that one request may take to arrive.
+    uploads: simultaneous ones per address. seconds: in which a request must arrive.
     """
 
     file: int = 64 * MIB
@@ -57,28 +57,28 @@ class Limits:
 
 @dataclass
 class Door:
-    """What the layer knows, shared with the studio. hosts: names under which the page may be asked for; addresses always may."""
+    """The state of the layer, shared with the studio. hosts: accepted host names; IP addresses are always accepted."""
 
     arrivals: Path
     hosts: set[str] = field(default_factory=set)
     limits: Limits = field(default_factory=Limits)
     listening: Counter[str] = field(default_factory=Counter)  # open streams of events, by session
     session_of: Callable[[str], str] = staticmethod(lambda event: event)  # Gradio's session of an event
-    kept: tuple[Path, ...] = ()  # where accepted uploads lie, beside `arrivals`
-    tidy: Callable[[], None] | None = None  # gives back what nothing needs any more
-    convert: Callable[[str], None] | None = None  # makes a file of the shelf that is asked for under this name
+    kept: tuple[Path, ...] = ()  # folders of accepted uploads, in addition to `arrivals`
+    tidy: Callable[[], None] | None = None  # frees space that is not needed any more
+    convert: Callable[[str], None] | None = None  # makes a file of the shelf that is requested by this name
     _brought: dict[str, deque[tuple[float, int]]] = field(default_factory=dict)  # address -> (when, bytes)
     _bringing: Counter[str] = field(default_factory=Counter)
     _wrong: OrderedDict[str, list[float]] = field(default_factory=OrderedDict)  # address or user -> [times wrong, closed until]
 
     def heard(self, session: str | None) -> bool:
-        """Whether a browser or a program listens to the events of a session."""
+        """Whether a browser or a program receives the events of a session."""
         return bool(session) and self.listening[session] > 0
 
     # ---- names ----
 
     def knows(self, host: str) -> bool:
-        """An address, or one of our names. Any other name is a site of somebody else's that was pointed at this machine (DNS rebinding)."""
+        """Whether this is an IP address or one of our names. Another name is a foreign site pointed at this machine (DNS rebinding)."""
         name = urlsplit(f"//{host}").hostname or ""
         try:
             ipaddress.ip_address(name)
@@ -93,7 +93,7 @@ class Door:
         return max(self._wrong.get(key, [0, 0.0])[1] - time.monotonic() for key in keys)
 
     def tried(self, right: bool, *keys: str) -> float:
-        """Note a try; returns the seconds for which its answer is held back."""
+        """Record an attempt; returns the seconds by which its response is delayed."""
         delay = 0.0
         for key in keys:
             if right:
@@ -108,17 +108,17 @@ class Door:
             self._wrong.popitem(last=False)
         return delay
 
-    # ---- what is brought ----
+    # ---- uploads ----
 
     def check_upload(self, address: str, size: int) -> None:
-        """Raises `TooMuch` if an upload of `size` bytes has no place."""
+        """Raises `TooMuch` if an upload of `size` bytes exceeds a limit."""
         limits, brought, now = self.limits, self._brought.setdefault(address, deque()), time.monotonic()
         while brought and brought[0][0] < now - HOUR:
             brought.popleft()
         if size > limits.file + ENVELOPE:
             raise TooMuch(413, f"the file exceeds the maximum allowed size of {limits.file // MIB} MiB")
         if self._bringing[address] >= limits.uploads:
-            raise TooMuch(429, f"{limits.uploads} uploads are under way already: wait for one")
+            raise TooMuch(429, f"{limits.uploads} uploads are running already: wait for one")
         if sum(count for _, count in brought) + size > limits.hourly:
             raise TooMuch(429, f"more than {limits.hourly // MIB} MiB uploaded in an hour: try again later")
         if self._stored() + size > limits.stored and self.tidy:
@@ -127,7 +127,7 @@ class Door:
             raise TooMuch(507, "the server has no room for uploads: try again in an hour")
 
     def _stored(self) -> int:
-        """Bytes of everything that visitors brought and that lies here still."""
+        """Bytes of all uploads still stored."""
         return sum(_size(path) for folder in (self.arrivals, *self.kept) for path in folder.rglob("*"))
 
     def brought(self, address: str, count: int) -> None:
@@ -137,7 +137,7 @@ class Door:
 
 
 class Guard:
-    """The layer, as ASGI has them."""
+    """The ASGI layer."""
 
     def __init__(self, app: Any, door: Door) -> None:
         self.app, self.door = app, door
@@ -158,10 +158,10 @@ class Guard:
                 return await self.app(scope, receive, send)
             finally:
                 self.door.listening[session] -= 1
-                self.door.listening += Counter()  # those at zero go
+                self.door.listening += Counter()  # removes those at zero
         if scope["method"] not in ("POST", "PUT", "PATCH"):
             if self.door.convert and path.endswith((".gif", ".webm")):
-                await asyncio.to_thread(self.door.convert, path.rsplit("/", 1)[-1])  # Gradio then serves it, to whom it serves the folder
+                await asyncio.to_thread(self.door.convert, path.rsplit("/", 1)[-1])  # Gradio serves it like its folder
             return await self.app(scope, receive, send)
         try:
             if path.rstrip("/").endswith("/upload"):
@@ -174,7 +174,7 @@ class Guard:
         return await self.app(scope, _again(body, receive), send)
 
     def _session(self, path: str, scope: dict) -> str | None:
-        """Whose events are asked for."""
+        """The session whose events are requested."""
         if scope["method"] != "GET":
             return None
         if path.endswith("/queue/data"):
@@ -183,7 +183,7 @@ class Guard:
         return self.door.session_of(found[1]) if found else None
 
     async def _upload(self, scope: dict, receive: Callable, send: Send, headers: dict, address: str) -> None:
-        """Passed on as it comes, and cut off where it becomes too much or too slow."""
+        """Pass the body on as it arrives; cut it off when it is too large or too slow."""
         door, limits, began, count = self.door, self.door.limits, time.monotonic(), 0
         door.check_upload(address, _length(headers))
         door._bringing[address] += 1
@@ -222,14 +222,14 @@ class Guard:
             raise refusal
 
     async def _login(self, scope: dict, receive: Callable, send: Send, headers: dict, address: str) -> None:
-        """A wrong password is answered late, and many close the door for a while: to the address, and to the name that was tried."""
+        """Delay the response to a wrong password; after several, refuse attempts for a while, by address and by user name."""
         body = await _read(receive, headers, BODY, self.door.limits.seconds)
         user = re.search(rb'(?:username=|name="username"\s*\r\n\r\n)([^&\r\n]{0,100})', body)
         keys = (f"from {address}", f"for {user[1].decode('latin-1') if user else ''} from {address}")
         if (wait := self.door.closed(*keys)) > 0:
             raise TooMuch(429, f"too many wrong passwords: try again in {wait / 60:.0f} minutes")
 
-        delay = self.door.tried(False, *keys)  # before it is looked at, or many tries at once would all be the first
+        delay = self.door.tried(False, *keys)  # recorded before checking, otherwise many simultaneous attempts would all be the first
 
         async def noted(message: dict) -> None:
             if message["type"] == "http.response.start":
@@ -263,7 +263,7 @@ async def _read(receive: Callable, headers: dict, most: int, seconds: float) -> 
 
 
 def _again(body: bytes, receive: Callable) -> Callable:
-    """A body that was read, to be read by the app; then whatever the connection tells."""
+    """Replay a body that was read, for the app; then pass on the connection's messages."""
     rest = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def again() -> dict:
@@ -292,15 +292,15 @@ def _size(path: Path) -> int:
 
 
 def own_names(more: list[str] | None = None) -> set[str]:
-    """Names of this machine, and those that the operator adds."""
+    """Host names of this machine, and those that the operator adds."""
     names = {"localhost", socket.gethostname(), socket.getfqdn(), f"{socket.gethostname()}.local", *(more or [])}
     return {name.lower().rstrip(".") for name in names}
 
 
 def read_accounts(file: str | None) -> list[tuple[str, str]] | None:
-    """(user, password) of everybody who may come in, from a file of USER:PASSWORD lines or from KLING_DEMO_AUTH; None if neither is there.
+    """All (user, password) pairs, from a file of USER:PASSWORD lines or from KLING_DEMO_AUTH; None if neither is given.
 
-    Never from the command line, which every user of the machine can read. Raises `UserError` for lines that are something else.
+    Never from the command line, which every user of the machine can read. Raises `UserError` for other lines.
     """
     source = f"--auth {file}" if file else "KLING_DEMO_AUTH"
     if file:

@@ -1,12 +1,12 @@
-"""One job on the model at a time. At most so many wait, visitors take turns, and a job stops within a step once nobody waits for it.
+"""Runs one job at a time on the model. The queue is limited, visitors take turns, and a job without a listener stops within a step.
 
-    for event in queue.run(visitor, work):     # Waiting(place) while others are served, then whatever `work(tell)` tells
+    for event in queue.run(visitor, work):     # Waiting(place) while others run, then the events of `work(tell)`
         ...                                    # leaving the loop, or closing the generator, stops the work
 
-    for event in queue.run(visitor, work, tab, keep=True):  # of a page: a tab that is loaded anew finds its job again
-    for event in queue.follow(tab):                         # within `ALONE` seconds; and what it made, for `KEPT` seconds
+    for event in queue.run(visitor, work, tab, keep=True):  # for a page: a reloaded tab finds its job again
+    for event in queue.follow(tab):                         # within `ALONE` seconds; and its result, for `KEPT` seconds
 
-All work runs on one thread of its own: kernels keep one pool of threads, whoever asks.
+All work runs on one dedicated thread, so that kernels use one pool of threads.
 """
 
 from __future__ import annotations
@@ -29,34 +29,34 @@ log = logging.getLogger(__name__)
 
 Tell = Callable[[Any], None]
 Work = Callable[[Tell], Any]
-HEARTBEAT = 1.0  # seconds after which a silent job hands over a sign of life, so that a closed tab is noticed
-ALONE = 60.0  # seconds for which a job of a page goes on though nobody watches it: while a tab is loaded anew
-UNHEARD = 15.0  # seconds for which a job of a program goes on though nobody listens to it
-KEPT = 3600.0  # seconds for which a tab that comes back is told how its job ended
+HEARTBEAT = 1.0  # seconds after which a job without events yields anyway, so that a closed tab is noticed
+ALONE = 60.0  # seconds that a job of a page continues without a listener, while a tab is reloaded
+UNHEARD = 15.0  # seconds that a job of a program continues without a listener
+KEPT = 3600.0  # seconds for which the result of a job is kept for its tab
 HOUR = 3600.0
-REMEMBERED = 1000  # visitors whose last turn is remembered, and tabs whose last job is
+REMEMBERED = 1000  # number of visitors whose last turn, and of tabs whose last job, is remembered
 
 
 class Busy(UserError):
-    """The queue is full, or the visitor has had their share of it."""
+    """The queue is full, or the visitor has used their share."""
 
 
 class Stopped(Exception):
-    """Nobody waits for this job any more."""
+    """This job has no listener any more."""
 
 
 @dataclass(frozen=True)
 class Waiting:
-    """place: jobs that come before this one, the running one included; 0 is running."""
+    """place: number of jobs before this one, including the running one; 0 is running."""
 
     place: int
 
 
 @dataclass(eq=False)
 class Job:
-    """visitor: whose turn it takes. owner: who may stop it, a tab or a client. keep: it outlives its listener for a while.
+    """visitor: whose turn it uses. owner: who may stop it, a tab or a client. keep: it continues without a listener for a while.
 
-    label: what was asked, for who comes later; told: what was told last, likewise.
+    label: a description of the request, and told: the last events, both for a later listener.
     """
 
     visitor: str
@@ -64,15 +64,15 @@ class Job:
     owner: str = ""
     keep: bool = False
     label: Any = None
-    events: queue.SimpleQueue = field(default_factory=queue.SimpleQueue)  # what it tells, then (result, error)
+    events: queue.SimpleQueue = field(default_factory=queue.SimpleQueue)  # its events, then (result, error)
     stopped: threading.Event = field(default_factory=threading.Event)
-    seen: float = field(default_factory=time.monotonic)  # when somebody last listened
+    seen: float = field(default_factory=time.monotonic)  # when there was last a listener
     told: dict[type, Any] = field(default_factory=dict)  # the last event of each type
     end: _End | None = None
     _switch: threading.Lock = field(default_factory=threading.Lock)
 
     def tell(self, event: Any) -> None:
-        """Hand over an event. Raises `Stopped` if nobody listens: this is where work ends early."""
+        """Emit an event. Raises `Stopped` if there is no listener: this ends the work early."""
         if self.stopped.is_set() or self.alone:
             raise Stopped
         with self._switch:
@@ -87,7 +87,7 @@ class Job:
                 self.events.put(end)
 
     def listen(self) -> queue.SimpleQueue:
-        """The events from now on, and before them the last of each kind; whoever listened before hears no more."""
+        """The events from now on, preceded by the last of each kind; an earlier listener gets no more."""
         with self._switch:
             self.events, self.seen = queue.SimpleQueue(), time.monotonic()
             for event in [*self.told.values(), *([self.end] if self.end else [])]:
@@ -96,7 +96,7 @@ class Job:
 
     @property
     def alone(self) -> bool:
-        """Nobody has listened for so long that nobody will."""
+        """Whether there has been no listener for so long that none is expected."""
         return time.monotonic() - self.seen > (ALONE if self.keep else UNHEARD)
 
 
@@ -107,9 +107,9 @@ class _End:
 
 
 class ModelQueue:
-    """The model's door. size: how many jobs may wait while one runs.
+    """The queue for the model. size: number of jobs that may wait while one runs.
 
-    places: how many jobs one visitor may have here, waiting or running; seconds: of the model's time within an hour; None: no limit.
+    places: number of jobs per visitor, waiting or running; seconds: of the model's time per visitor and hour; None: no limit.
     """
 
     def __init__(self, size: int = 8, places: int | None = None, seconds: float | None = None) -> None:
@@ -118,7 +118,7 @@ class ModelQueue:
         self._running: Job | None = None
         self._served: dict[str, int] = {}  # visitor -> number of their last turn
         self._spent: dict[str, deque[tuple[float, float]]] = {}  # visitor -> (when, seconds) of the model's time
-        self._kept: OrderedDict[str, Job] = OrderedDict()  # owner -> its last job that is kept
+        self._kept: OrderedDict[str, Job] = OrderedDict()  # owner -> its last kept job
         self._turns = 0
         self._changed = threading.Condition()
         threading.Thread(target=self._serve, name="model", daemon=True).start()
@@ -133,10 +133,10 @@ class ModelQueue:
         listening: Callable[[], bool] | None = None,
         label: Any = None,
     ) -> Generator[Any, None, Any]:
-        """Yield what the job tells and return its result. Raises `Busy` if there is no place for it, `Stopped` if `stop` was called.
+        """Yield the job's events and return its result. Raises `Busy` if the queue or the share is full, `Stopped` if `stop` was called.
 
-        owner: who may stop it, by default the visitor. keep: `follow` finds it again by its owner, and is handed `label` with it.
-        listening: whether anybody hears what is yielded; a generator may be drawn from though nobody does.
+        owner: who may stop it, by default the visitor. keep: `follow` finds it again by its owner, and yields `label` with it.
+        listening: whether anybody receives what is yielded; a generator may be read although nobody does.
         """
         job = Job(visitor, work, owner or visitor, keep, label)
         with self._changed:
@@ -152,17 +152,17 @@ class ModelQueue:
         return (yield from self._events(job, job.events, listening))
 
     def follow(self, owner: str, listening: Callable[[], bool] | None = None) -> Generator[Any, None, Any]:
-        """As `run`, of the job that an owner has here already; whoever followed it before hears no more, and gets None."""
+        """As `run`, for an existing job of an owner; an earlier follower gets no more events, and returns None."""
         job = self.job(owner)
         return (yield from self._events(job, job.listen(), listening)) if job else None
 
     def job(self, owner: str) -> Job | None:
-        """The last job that is kept for an owner, while it matters."""
+        """The last kept job of an owner, until it expires."""
         job = self._kept.get(owner)
         return None if job is None or (job.end and time.monotonic() - job.seen > KEPT) else job
 
     def forget(self, owner: str) -> None:
-        """The owner has seen how its job ended."""
+        """Drop the job: its owner has seen the result."""
         if (job := self._kept.get(owner)) and job.end:
             self._kept.pop(owner, None)
 
@@ -183,11 +183,11 @@ class ModelQueue:
                     return event.result
                 yield event
         finally:
-            if not job.keep and job.events is events:  # a page's job waits for its tab to come back
+            if not job.keep and job.events is events:  # a page's job waits for its tab to reconnect
                 self._stop(job)
 
     def stop(self, owner: str) -> None:
-        """Stop everything that an owner has running or waiting."""
+        """Stop all running and waiting jobs of an owner."""
         with self._changed:
             jobs = [job for job in [self._running, *self._waiting] if job is not None and job.owner == owner]
         for job in jobs:
@@ -200,7 +200,7 @@ class ModelQueue:
 
     @property
     def waiting(self) -> int:
-        """Jobs that wait for their turn."""
+        """Number of waiting jobs."""
         return len(self._waiting)
 
     @property
@@ -208,12 +208,12 @@ class ModelQueue:
         return self._running is not None
 
     def _check_share(self, visitor: str) -> None:
-        """Raises `Busy` if one more job of this visitor has no place."""
+        """Raises `Busy` if this visitor cannot have another job."""
         if len(self._waiting) >= self.size:
             raise Busy(f"the queue is full ({self.size} are waiting): try again in a minute", code="queue_full", n=self.size)
         here = sum(job is not None and job.visitor == visitor for job in [self._running, *self._waiting])
         if self.places is not None and here >= self.places:
-            raise Busy(f"you have {here} videos in the making already: wait for one, or stop it", code="no_place", n=here)
+            raise Busy(f"you have {here} videos queued or running already: wait for one, or stop it", code="no_place", n=here)
         used, now = self._spent.get(visitor, deque()), time.monotonic()
         while used and used[0][0] < now - HOUR:
             used.popleft()
@@ -222,13 +222,13 @@ class ModelQueue:
             raise Busy(f"you have used your {most} minutes of this hour: try again in {wait} minutes", code="no_time", n=most, wait=wait)
 
     def _forget_the_left(self, but: Job | None = None) -> None:
-        """Take what nobody waits for any more out of the queue."""
+        """Remove waiting jobs without a listener from the queue."""
         for job in [job for job in self._waiting if job.alone and job is not but]:
             self._waiting.remove(job)
             job.finish(_End(error=Stopped()))
 
     def _turn(self, job: Job) -> int:
-        """Who was served longest ago comes first; `min` and `sorted` keep the order of arrival among equals."""
+        """Sort key: the visitor served longest ago comes first; `min` and `sorted` keep the order of arrival among equals."""
         return self._served.get(job.visitor, 0)
 
     def _stop(self, job: Job) -> None:
@@ -263,19 +263,19 @@ class ModelQueue:
                 end = _End(result=job.work(job.tell))
             except torch.OutOfMemoryError:
                 end = _End(error=UserError("the device has no room for this: ask for fewer seconds", code="no_memory"))
-            except BaseException as error:  # handed to whoever waits; the thread must live
+            except BaseException as error:  # passed to the listener; the thread must survive
                 end = _End(error=error.with_traceback(None) if isinstance(error, Stopped) else error)
             now = time.monotonic()
             self._spent.setdefault(job.visitor, deque()).append((now, now - began))
             self._running = None
             cut_off = end.error is not None
-            job.work = None  # what it holds on to
-            if job.keep and cut_off and not isinstance(end.error, UserError | Stopped):  # it may lie here for an hour
+            job.work = None  # frees its references
+            if job.keep and cut_off and not isinstance(end.error, UserError | Stopped):  # it may be kept for an hour
                 log.error("a request failed", exc_info=end.error)
                 end = _End(error=end.error.with_traceback(None))
             job.finish(end)
             job = end = None
-            if cut_off:  # its tensors may hang on a traceback
+            if cut_off:  # a traceback may hold its tensors
                 gc.collect()
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""What goes on inside: the walk from noise to clip, attention, guidance, the VAE. Tensors in, tensors and numbers out."""
+"""Views inside the model: the steps from noise to clip, attention, guidance, the VAE. Tensors in, tensors and numbers out."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from kling.shapes import ASPECTS, latent_frames, latent_size, nearest_frames, to
 
 ROWS = 6  # steps of which x̂₀ is shown
 COLUMNS = 5  # frames of each
-ERROR_GAIN = 4  # by which an error map is brightened
+ERROR_GAIN = 4  # brightness factor of an error map
 CELL = 6  # screen pixels along a latent point
 GAP = 12  # between blocks of channels
 
@@ -45,7 +45,7 @@ class Walk:
 
 @torch.no_grad()
 def walk(pipe: KlingPipeline, request: Request, tell: Tell) -> Walk:
-    """Sample the first clip of a request and keep what is seen on the way."""
+    """Sample the first clip of a request and keep intermediate results."""
     plan = pipe.plan(request)
     f = latent_frames(plan.hops[0].frames)
     shown = {round(s) for s in np.linspace(1, plan.num_inference_steps, min(ROWS, plan.num_inference_steps))}
@@ -69,9 +69,9 @@ def walk(pipe: KlingPipeline, request: Request, tell: Tell) -> Walk:
 
 
 def channel_map(latents: Tensor) -> np.ndarray:
-    """(c, f, h, w) -> a picture with a row for every channel and a column for every latent frame, each row from its least to its most.
+    """(c, f, h, w) -> a picture with a row for every channel and a column for every latent frame; each row is scaled to its own range.
 
-    Many channels of few frames stand in several blocks side by side, so that the picture is about as wide as it is high.
+    Many channels of few frames are arranged in several blocks side by side, so that the picture is about square.
     """
     c, f, h, w = latents.shape
     blocks = min((k for k in range(1, c + 1) if c % k == 0), key=lambda k: abs(math.log(k * f * w / (c // k * h))))
@@ -93,10 +93,10 @@ def _coloured(level: np.ndarray) -> np.ndarray:
 
 @torch.no_grad()
 def attention_of(pipe: KlingPipeline, seen: Walk, layer: int, sigma: float, token: tuple[int, int, int], seed: int = 0) -> Tensor:
-    """How one token divides its self-attention over all others, mean over the heads: (f, h', w'), sums to 1.
+    """The self-attention of one token to all others, mean over the heads: (f, h', w'), sums to 1.
 
-    The clip that was made is noised to `sigma` and given to the transformer once, with its prompt, as text to video.
-    token: (frame, row, column) on the token grid. Raises `UserError` for weights that are given more than the latents.
+    Noise of level `sigma` is added to the generated clip, which passes through the transformer once, with its prompt, as text to video.
+    token: (frame, row, column) on the token grid. Raises `UserError` for weights that take more than the latents.
     """
     if pipe.groups:
         raise UserError("attention cannot be shown for weights that take the given frames as extra channels: choose another model")
@@ -127,7 +127,7 @@ def attention_of(pipe: KlingPipeline, seen: Walk, layer: int, sigma: float, toke
 
 
 def heat(frame: np.ndarray, weight: Tensor, most: float) -> np.ndarray:
-    """A frame (H, W, 3) under the attention (h', w') that falls on it; `most` is full heat."""
+    """A frame (H, W, 3) with its attention (h', w') as a heat map; `most` is the maximum of the scale."""
     H, W = frame.shape[:2]
     level = cv2.resize((weight / most).clamp(0, 1).numpy(), (W, H), interpolation=cv2.INTER_CUBIC).clip(0, 1)[..., None]
     hot = cv2.cvtColor(cv2.applyColorMap((level * 255).astype(np.uint8), cv2.COLORMAP_INFERNO), cv2.COLOR_BGR2RGB)
@@ -147,7 +147,7 @@ class Cell:
 
 
 def sweep(pipe: KlingPipeline, request: Request, scales: list[float], tell: Tell) -> None:
-    """The same seed at each guidance scale; tells a `Cell` as each is done."""
+    """The same seed at each guidance scale; emits a `Cell` when each is done."""
     for scale in scales:
         frames, _ = sample(pipe, request.replace(guidance_scale=scale), tell, previews=False)
         tell(Cell(f"g = {scale:g}", frames))

@@ -1,4 +1,4 @@
-"""What a visitor is told of a mistake: in the page's words and language, found by its code. Any other line stays as it is."""
+"""Error messages in the page's words and language, looked up by the error's code. Errors without a code keep their message."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from kling_programs.sample.studio.words import CHINESE_TASKS, LABELS, WORDS
 
 from kling.errors import UserError
 
-# code -> (English, Chinese). An empty English one is the library's own, where that names no field of the command line's.
+# code -> (English, Chinese). An empty English text means the library's own, if that names no option of the command line.
 LINES: dict[str, tuple[str, str]] = {
-    # what is asked for
+    # the request
     "text_too_long": ("{field} has {n} characters: give at most {most}", "{field}有 {n} 个字符：最多 {most} 个"),
     "not_whole": ("{field} {value}: give a whole number", "{field} {value}：请填整数"),
     "not_a_number": ("{field} is not a number: give one from {low} to {high}", "{field}不是数字：请填 {low} 到 {high} 之间的数"),
@@ -24,7 +24,7 @@ LINES: dict[str, tuple[str, str]] = {
         "Both a loop and a last frame were given: a loop ends where it starts; leave one out",
         "同时选了循环和尾帧：循环会回到起点，请去掉其中一个",
     ),
-    "nothing_marked": ("Nothing is marked: paint over what is to be made anew", "还没有涂抹：请涂抹需要重做的部分"),
+    "nothing_marked": ("Nothing is marked: paint over the area to regenerate", "还没有涂抹：请涂抹需要重做的部分"),
     "nothing_to_fill": (
         "The clip has the aspect {value} already, so nothing is left to fill: choose another",
         "视频已是 {value} 画幅，没有可扩展的部分：请选其他画幅",
@@ -37,7 +37,7 @@ LINES: dict[str, tuple[str, str]] = {
         "第 {frame} 帧的关键帧超出了片段的最后一帧 {last}：请选更小的帧号，或加长时长",
     ),
     "keyframe_in_video": (
-        "Keyframe at frame {frame} lies in the given video: the first frame that is made is {first}",
+        "Keyframe at frame {frame} lies in the given video: the first generated frame is {first}",
         "第 {frame} 帧的关键帧落在所给的视频里：新生成的第一帧是 {first}",
     ),
     "same_frame": (
@@ -54,7 +54,7 @@ LINES: dict[str, tuple[str, str]] = {
     ),
     "checkpoints": ("Checkpoints: choose one to eight of them", "检查点：请选择一到八个"),
     "no_clip": ("Upload a clip first", "请先上传视频"),
-    # what is handed in
+    # uploads
     "not_uploaded": ("That file is no longer here: upload it again", "文件不在服务器上：请重新上传"),
     "file_too_large": ("", "{file} 有 {size} MiB：最多 {most} MiB"),
     "image_too_large": ("", "{file} 有 {size} 像素：最多 {most} 百万像素"),
@@ -74,10 +74,10 @@ LINES: dict[str, tuple[str, str]] = {
         "{file} says nothing about how it was made: give a replay JSON, or a video that this page or kling-sample made",
         "{file} 没有生成信息：请给复现 JSON，或本页面、kling-sample 生成的视频",
     ),
-    # the model's door, and what was made
+    # the queue, and results
     "queue_full": ("The queue is full ({n} are waiting): try again in a minute", "排队已满（{n} 人在等）：请过一分钟再试"),
     "no_place": (
-        "You have {n} videos in the making already: wait for one, or stop it",
+        "You have {n} videos queued or running already: wait for one, or stop it",
         "你已有 {n} 个作品在生成或排队：请等其中一个完成，或停止它",
     ),
     "no_time": (
@@ -95,12 +95,12 @@ def told_to(lang: int, error: UserError) -> str:
     values = {name: label(lang, name, value) for name, value in error.values.items()}
     try:
         return line.format(**values) if line else without_folders(str(error))
-    except (KeyError, IndexError):  # raised without a value that the line names
+    except (KeyError, IndexError):  # raised without a value that the text needs
         return without_folders(str(error))
 
 
 def label(lang: int, name: str, value: Any) -> str:
-    """A value as the page calls it: fields and tasks by their words, files by their last name."""
+    """A value in the page's words: fields and tasks by their labels, files by their name without folders."""
     text = str(value)
     if name in ("field", "other"):
         return WORDS.get(LABELS.get(text, text), (text, text))[lang]
@@ -116,7 +116,7 @@ def _task(lang: int, name: str) -> str:
 
 
 def without_folders(message: str) -> str:
-    """Absolute paths cut down to their last name.
+    """Replace absolute paths by their last part.
 
     >>> without_folders("/tmp/gradio/ab12/clip.mp4 is damaged (use 16:9 or 4/3)")
     'clip.mp4 is damaged (use 16:9 or 4/3)'

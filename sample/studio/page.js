@@ -161,6 +161,10 @@
       if (event.type === "pause" && !other.paused) other.pause();
     }
   };
+  // What a browser cannot play is replaced by the server's copy, or refused with a reason: "not playable" would only flash up before.
+  document.addEventListener("error", (event) => {
+    if (event.target.matches?.("#clip video, #vae-clip video")) event.stopImmediatePropagation();
+  }, true);
   for (const name of ["play", "pause", "seeked", "timeupdate"]) document.addEventListener(name, follow, true);
   document.addEventListener("mouseover", (event) => event.target.closest?.(".card")?.querySelector("video")?.play());
   document.addEventListener("mouseout", (event) => event.target.closest?.(".card")?.querySelector("video")?.pause());

@@ -1,4 +1,4 @@
-"""The page as a whole: its tabs, its look, its API."""
+"""The whole page: its tabs, its appearance, its API."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from kling.sampling.pipeline import ASSETS
 
 HERE = Path(__file__).parent
 FONTS = ["system-ui", "-apple-system", "Segoe UI", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "Noto Sans SC", "sans-serif"]
-MANY = 64  # requests that Gradio itself holds, small ones included; the model's own queue is `ModelQueue`
-SESSIONS = 32  # visitors of whom Gradio keeps a copy of the page, 0.35 MB each; it would keep 10 000, and every call of the API is one
+MANY = 64  # requests in Gradio's own queue, including small ones; jobs wait in `ModelQueue`
+SESSIONS = 32  # visitors for whom Gradio keeps a copy of the page, 0.35 MB each; its default is 10 000, and every API call counts
 
 
 def build(studio: Studio) -> gr.Blocks:
     """The page of a studio."""
-    gr.set_static_paths([studio.shelf.folder])  # served where it lies: Gradio would keep a copy of every result it names
+    gr.set_static_paths([studio.shelf.folder])  # served in place: otherwise Gradio would copy every result
     with gr.Blocks(title=WORDS["title"][0], fill_width=True, analytics_enabled=False, delete_cache=(600, 3600)) as page:
-        gr.api(api_of(studio), api_name="generate", concurrency_limit=None)  # first: an event of that name would take it
+        gr.api(api_of(studio), api_name="generate", concurrency_limit=None)  # first: otherwise an event could take this name
         gr.HTML(
             views.header(studio.pipe, "shipped" if Path(studio.model["path"]) == ASSETS else Path(studio.model["path"]).name), padding=False
         )
@@ -57,7 +57,7 @@ def build(studio: Studio) -> gr.Blocks:
 
 
 def launch_settings(studio: Studio) -> dict[str, Any]:
-    """What `launch` needs beside the address."""
+    """The arguments of `launch` other than the address."""
     mono = ["ui-monospace", "SFMono-Regular", "DejaVu Sans Mono", "monospace"]
     sizes = {"radius_size": "md", "spacing_size": "sm", "text_size": "sm"}
     theme = gr.themes.Base(primary_hue="indigo", neutral_hue="slate", font=FONTS, font_mono=mono, **sizes).set(
@@ -122,9 +122,9 @@ def api_of(studio: Studio) -> Any:
         lora: str | None = None,
         lora_scale: float = 1.0,
     ) -> Iterator[dict]:
-        """Make videos. Files are given with `handle_file`; the fields are those of the page, `camera` holds its axes. Seed -1 is random.
+        """Make videos. Files are given with `handle_file`; the fields are those of the page, `camera` has its axes. Seed -1 is random.
 
-        Yields {"note": …} if a clip was brought down, {"waiting": place}, {"step", "of"}; the last is {"video": file, "record": file}, the
+        Yields {"note": …} if a clip was reduced, {"waiting": place}, {"step", "of"}; the last is {"video": file, "record": file}, the
         mp4 and its replay JSON, and {"videos": [the same for each]}. A mistake has its code as the error's title.
         """
         fields = {name: value for name, value in locals().items() if name not in ("request", "camera", "studio")}
@@ -158,7 +158,7 @@ def _read(name: str) -> str:
 
 
 def _session_of(page: gr.Blocks, event: str) -> str:
-    """Whose event it is, as Gradio's own route for its stream finds it."""
+    """The session of an event, found as in Gradio's own route for its stream."""
     queue = page._queue
     if (found := queue.event_ids_to_events.get(event)) is not None:
         return found.session_hash
@@ -166,5 +166,5 @@ def _session_of(page: gr.Blocks, event: str) -> str:
 
 
 def _file(path: Path) -> dict[str, Any]:
-    """A file as a client downloads it."""
+    """A file in the form that a client downloads."""
     return {"path": str(path), "url": views.url(path), "meta": {"_type": "gradio.FileData"}}

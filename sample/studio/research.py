@@ -1,4 +1,4 @@
-"""The Inspect tab, and with --run the Training tab. Everything computes in turn with the videos, on the model's one thread."""
+"""The Inspect tab, and with --run the Training tab. All computation goes through the queue, like the videos."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from kling.sampling.request import Request
 from kling.shapes import latent_of_frame, pixel_frames
 
 CLICKED = 672  # width of the picture to click on, about
-WALKS = 4  # visitors whose last look inside is kept, for clicks on its tokens
+WALKS = 4  # visitors whose last inspection is kept, for clicks on its tokens
 OWN = {"api_visibility": "private", "show_progress": "hidden"}
 
 
 class Research:
-    """Jobs that look inside, each told on its own line."""
+    """Inspection jobs, each with its own status line."""
 
     def __init__(self, studio: Studio, form: Form) -> None:
         self.studio, self.form = studio, form
@@ -40,7 +40,7 @@ class Research:
         return request_of(dict(zip(FIELDS, values, strict=True)), self.studio.uploads)
 
     def _run(self, request: gr.Request, work: Work, outputs: int) -> Generator[Any, None, Any]:
-        """Yield (status, nothing …) while a job waits and runs, and what else it tells as it is; return its result."""
+        """Yield (status, nothing …) while a job waits and runs, and its other events unchanged; return its result."""
         lang, began = language(request), time.perf_counter()
         yield views.working(say(lang, "starting")), *[gr.skip()] * outputs
         try:
@@ -104,12 +104,12 @@ class Research:
         again.click(self.reconstruct, clip, [self.status, shown, quality], **RAW)
 
     def _go(self, word: str, name: str | None = None, hint: bool = True) -> gr.Button:
-        """The button that starts something, beside one that stops it. hint: says that nothing is there yet, until something is."""
+        """A button that starts something, next to one that stops it. hint: a text that is shown until there is a result."""
         with gr.Row():
             go = gr.Button(t(word), variant="primary", scale=4, elem_id=name or word)
             gr.Button(t("stop"), variant="stop", scale=1, min_width=80).click(self.stop, None, None, **QUICK)
         if hint:
-            gr.Markdown(t("nothing_inside"), elem_classes="nothing")  # page.css takes it away
+            gr.Markdown(t("nothing_inside"), elem_classes="nothing")  # page.css hides it
         return go
 
     def stop(self, request: gr.Request) -> None:
@@ -134,7 +134,7 @@ class Research:
             for step, frames in walk.x0
         ]
         channels = views.grid([(views.still(look.channel_map(walk.latents)), f"{say(lang, 'channels')} × {say(lang, 'frame_axis')}")])
-        token_frame = gr.update(value=0, maximum=max(1, len(walk.frames) - 1))  # of the picture that is shown
+        token_frame = gr.update(value=0, maximum=max(1, len(walk.frames) - 1))  # frame of the displayed picture
         yield "", schedule, channels, views.grid(rows), _enlarged(walk.frames[0]), "", token_frame
 
     def show_frame(self, request: gr.Request, frame: float) -> Any:
@@ -143,7 +143,7 @@ class Research:
 
     @guarded
     def attend(self, request: gr.Request, event: gr.SelectData, layer: float, sigma: float, frame: float) -> Generator:
-        """Where the token under the click looks."""
+        """The attention of the clicked token."""
         walk = self._walks.get(request.session_hash)
         if walk is None:
             raise UserError(say(language(request), "look_again"))
@@ -172,7 +172,7 @@ class Research:
         yield from self._cells(request, lambda tell: look.sweep(self.studio.pipe, asked, wanted, tell))
 
     def _cells(self, request: gr.Request, work: Work) -> Generator:
-        """Moving pictures that appear in a grid one by one, as the work tells them."""
+        """Animated pictures that appear in a grid one by one, as the job emits them."""
         cells: list[tuple[str, str]] = []
         try:
             for event in self._run(request, work, 1):
@@ -239,7 +239,7 @@ class Research:
 
 
 def _zoom(W: int) -> int:
-    """Screen pixels along one of a picture W wide."""
+    """Screen pixels per pixel of a picture W wide."""
     return max(1, round(CLICKED / W))
 
 

@@ -1,4 +1,4 @@
-"""From what made a video back to the form: a replay JSON, or a video that carries one or still lies on the shelf."""
+"""Restores the form from a replay JSON, or from a video that contains one or is still on the shelf."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from kling_programs.sample.studio.studio import Studio
 
 MAX_JSON = 4 * 2**20  # bytes
-SAME = (  # fields of the page that are called as the request's
+SAME = (  # fields of the page with the same names as the request's
     *("prompt", "negative_prompt", "loop", "strength", "outpaint", "camera_scale", "camera_guidance_scale", "aspect", "extend_to", "mode"),
     *("num_inference_steps", "guidance_scale", "shift", "sigma_c", "seed"),
 )
@@ -30,7 +30,7 @@ Remarks = list[tuple[str, dict[str, Any]]]  # words of the page, and their value
 
 
 def record_at(path: Path, name: str, shelf: Shelf) -> dict[str, Any]:
-    """The record that a file is, carries, or lies on the shelf with. Raises `UserError` if there is none."""
+    """The record in a file, inside a video, or of a video on the shelf. Raises `UserError` if there is none."""
     refusal = UserError(f"{name} says nothing about how it was made", code="not_a_record", file=name)
     demuxer, _ = sniff(head(path))
     if demuxer is None and path.suffix.lower() not in (".png", ".gif"):
@@ -50,7 +50,7 @@ def record_at(path: Path, name: str, shelf: Shelf) -> dict[str, Any]:
     except (av.FFmpegError, OSError):
         pass
     digest = input_hash(path)
-    for one in shelf.results():  # downloaded from here, whatever it was called since
+    for one in shelf.results():  # downloaded from here, and possibly renamed
         if one.path.stat().st_size == path.stat().st_size and input_hash(one.path) == digest:
             return one.record
     raise refusal
@@ -66,7 +66,7 @@ def _parsed(text: str) -> dict[str, Any] | None:
 
 
 def fields_of(record: dict[str, Any], studio: Studio) -> tuple[dict[str, Any], Remarks]:
-    """(fields of the page, what it has to remark). Files are found in the store; a record may name others, which are asked for again."""
+    """(fields of the page, remarks). Files are looked up in the store; others that the record names must be uploaded again."""
     asked = record["request"]
     defaults = {field.name: field.default for field in dataclasses.fields(Request)}
     fields: dict[str, Any] = {name: asked.get(name, defaults[name]) for name in SAME}
@@ -120,7 +120,7 @@ def fields_of(record: dict[str, Any], studio: Studio) -> tuple[dict[str, Any], R
 
 
 def _camera(camera: Any, file: Any) -> dict[str, Any]:
-    """Axes as the page's sliders, or the trajectory file."""
+    """The camera as values of the page's sliders, or as the trajectory file."""
     if isinstance(camera, dict):
         return {name: value for name, value in camera.items() if isinstance(value, int | float)}
     if not isinstance(camera, str):

@@ -1,4 +1,4 @@
-"""A training run as the page sees it: its checkpoints, a pipeline of each, its curves."""
+"""A training run for the page: its checkpoints, a pipeline for each, its curves."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def checkpoints(run: Path) -> list[str]:
 
 
 def choice(names: Any) -> list[str]:
-    """The checkpoints that a visitor ticked. Raises `UserError` for none, or more than `MOST`."""
+    """The checkpoints that a visitor selected. Raises `UserError` for none, or more than `MOST`."""
     if not isinstance(names, list) or not 1 <= len(names) <= MOST:
         raise UserError("checkpoints: choose one to eight of them", code="checkpoints")
     return names
 
 
 def pipeline_of(run: Path, name: str, device: Any) -> KlingPipeline:
-    """A checkpoint's averaged weights as a user would get them. Raises `UserError` for a name that is not there, or damaged files."""
+    """A pipeline with a checkpoint's averaged weights. Raises `UserError` for an unknown name, or damaged files."""
     if name not in checkpoints(run):
         raise unknown("checkpoint", name, checkpoints(run))
     cfg = load_config(TrainDiTConfig, run / "config.yaml")

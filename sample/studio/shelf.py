@@ -1,4 +1,4 @@
-"""What was made: a video and its replay JSON under a name that nobody can guess, and only so many of them."""
+"""The results: videos with their replay JSON, under names that cannot be guessed, up to a limit."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from kling_programs.sample.generate import precision_of
 from kling.data.image import write_png
 from kling.data.video import frame_rate, read_video, write_gif, write_video
 from kling.errors import UserError
-from kling.runtime.files import written
+from kling.runtime.files import writing, written
 from kling.sampling import record as records
 from kling.sampling.pipeline import KlingPipeline
 from kling.sampling.plan import Plan
 from kling.sampling.request import Request
 
-OTHER_KINDS = ("gif", "webm")  # in which a video can be had; made when it is first asked for
+OTHER_KINDS = ("gif", "webm")  # other formats of a video, made at the first request
 UNUSED_SECONDS = 3600  # an input that no result refers to is kept this long
 
 
@@ -49,23 +49,24 @@ class Result:
 
 
 class Shelf:
-    """folder: where results go; `folder/inputs` holds what they were made from. keep: how many results stay.
+    """folder: for results; `folder/inputs` has their inputs. keep: number of results to keep.
 
-    Where there are more, whoever has most loses their oldest: nobody pushes out what others made.
+    If there are more, the visitor with most loses their oldest, so that nobody displaces the results of others.
     """
 
     def __init__(self, folder: Path, model: dict[str, Any], keep: int = 200) -> None:
         self.folder, self.model, self.keep = folder.resolve(), model, keep
         self.inputs = self.folder / "inputs"
-        self.inputs.mkdir(parents=True, exist_ok=True)
+        with writing(self.folder):
+            self.inputs.mkdir(parents=True, exist_ok=True)
         self._converting = threading.Lock()
-        self._owners: dict[str, str] = {}  # result -> whose it is; those of an earlier start are all one visitor's
+        self._owners: dict[str, str] = {}  # result -> visitor; those of an earlier start count as one visitor's
 
     def put(
         self, frames: np.ndarray, request: Request, plan: Plan, pipe: KlingPipeline, seconds: float, visitor: str = "",
         model: dict[str, Any] | None = None,
     ) -> Result:  # fmt: skip
-        """frames: uint8 (T, H, W, 3). visitor: whose it is. model: the weights, where they are not the shelf's own."""
+        """Add a result. frames: uint8 (T, H, W, 3). visitor: its owner. model: the weights, if they are not the default ones."""
         kind = "mp4" if len(frames) > 1 else "png"
         result = Result(self.folder / f"{secrets.token_hex(8)}.{kind}")
         if kind == "mp4":
@@ -84,7 +85,7 @@ class Shelf:
         return result
 
     def get(self, name: Any) -> Result:
-        """Raises `UserError` for a name that is not, or no longer, on the shelf."""
+        """The result of a name. Raises `UserError` for a name that is not, or no longer, on the shelf."""
         if isinstance(name, str) and re.fullmatch(r"[0-9a-f]{16}", name):
             for kind in ("mp4", "png"):
                 result = Result(self.folder / f"{name}.{kind}")
@@ -93,7 +94,7 @@ class Shelf:
         raise UserError("that video is no longer here: make it again", code="gone")
 
     def convert(self, name: str) -> None:
-        """Make `ID.gif` or `ID.webm` beside a result, unless it is there or there is no such result."""
+        """Make `ID.gif` or `ID.webm` beside a result, unless it exists or there is no such result."""
         one, _, kind = name.partition(".")
         target = self.folder / name
         if kind not in OTHER_KINDS or not re.fullmatch(r"[0-9a-f]{16}", one):
@@ -109,13 +110,13 @@ class Shelf:
                 write_webm(target, clip.frames.numpy(), clip.fps)
 
     def results(self) -> list[Result]:
-        """The newest first."""
+        """All results, the newest first."""
         found = [Result(path) for kind in ("mp4", "png") for path in self.folder.glob(f"*.{kind}")]
         ages = {one: one.record_path.stat().st_mtime_ns for one in found if one.record_path.is_file()}
         return sorted(ages, key=ages.__getitem__, reverse=True)
 
     def _tidy(self) -> None:
-        """Drop the oldest results beyond `keep` of whoever has most, and inputs that nothing needs."""
+        """Delete the oldest results beyond `keep`, from the visitor with most, and inputs that no result needs."""
         stay = self.results()
         while len(stay) > self.keep:
             most = Counter(self._owners.get(one.id, "") for one in stay).most_common(1)[0][0]
@@ -127,7 +128,7 @@ class Shelf:
         self.tidy_inputs()
 
     def tidy_inputs(self) -> None:
-        """Drop inputs that no result was made from and that nobody has touched for a while."""
+        """Delete inputs that no result was made from and that were not used for a while."""
         used = {name for one in self.results() for name in one.record["inputs"]}
         old = time.time() - UNUSED_SECONDS
         for path in self.inputs.iterdir():
@@ -136,7 +137,7 @@ class Shelf:
 
 
 def write_webm(path: Path, frames: np.ndarray, fps: float) -> None:
-    """uint8 (T, H, W, 3) as VP9, which every browser plays."""
+    """Write uint8 (T, H, W, 3) as VP9, which every browser plays."""
     with written(path) as temporary, av.open(f"file:{temporary}", "w", format="webm", options={"fflags": "+bitexact"}) as container:
         stream = container.add_stream(
             "libvpx-vp9", rate=frame_rate(fps), options={"crf": "24", "b": "0", "deadline": "good", "cpu-used": "4"}

@@ -1,4 +1,4 @@
-"""The model, its queue and its shelf: everything behind the page that is not the page."""
+"""The model, its queue and its shelf: everything behind the page."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from kling.sampling.request import Request
 from kling.shapes import ASPECTS, TEMPORAL, latent_frames
 
 log = logging.getLogger(__name__)
-PREVIEW_SHARE = 0.2  # previews take at most this part of the time
+PREVIEW_SHARE = 0.2  # previews take at most this share of the time
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Weights:
-    """What a video is made with: names in the operator's folders; "" is the model that the page was started with, and no LoRA."""
+    """The weights for a video: names in the operator's folders; "" is the model that the page was started with, and no LoRA."""
 
     model: str = ""
     lora: str = ""
@@ -54,9 +54,9 @@ class Weights:
 
 @dataclass
 class Studio:
-    """model: folder and hashes of the weights, as a record has them. run: a training run to look at, or None. door: who is there.
+    """model: folder and hashes of the weights, as in a record. run: a training run to inspect, or None. door: the access control.
 
-    models, loras: what visitors may choose, name -> folder or file. One choice beside `pipe` is kept loaded.
+    models, loras: the choices for visitors, name -> folder or file. One choice is kept loaded in addition to `pipe`.
     """
 
     pipe: KlingPipeline
@@ -84,7 +84,7 @@ class Studio:
         requests, weights = requests if isinstance(requests, list) else [requests], weights or Weights()
         planner = self._planner(weights.model)
         for request in requests:
-            planner.plan(request)  # refused now rather than after the wait
+            planner.plan(request)  # refuses invalid requests before the wait
 
         def work(tell: Tell) -> list[Result]:
             made: list[Result] = []
@@ -104,13 +104,13 @@ class Studio:
     # ---- what visitors choose ----
 
     def weights_of(self, fields: dict[str, Any]) -> Weights:
-        """The weights that the fields ask for. Raises `UserError` for names that are not the operator's."""
+        """The weights that the fields name. Raises `UserError` for names that the operator does not offer."""
         given = Fields(fields)
         model, lora = given.choice("model", self.models) or "", given.choice("lora", self.loras) or ""
         return Weights(model, lora, given.number("lora_scale", -2, 2, 1.0) if lora else 1.0)
 
     def weights_from(self, record: dict[str, Any]) -> Weights | None:
-        """Those of a record, if they are here."""
+        """The weights of a record, if they are offered here."""
         there = record.get("studio") or {}
         try:
             weights = self.weights_of({name: there.get(name) for name in ("model", "lora", "lora_scale")})
@@ -121,7 +121,7 @@ class Studio:
         return None if not weights.model and theirs not in (None, ours) else weights
 
     def planner(self, fields: dict[str, Any]) -> KlingPipeline:
-        """A pipeline that plans for the weights asked for; it need not hold any."""
+        """A pipeline that plans for the requested weights, possibly without loading them."""
         return self._planner(self.weights_of(fields).model)
 
     def _planner(self, model: str) -> KlingPipeline:
@@ -132,7 +132,7 @@ class Studio:
         return self._planners[model]
 
     def _load(self, weights: Weights) -> tuple[KlingPipeline, dict[str, Any]]:
-        """The pipeline and its record; on the model's thread. What was chosen before makes room."""
+        """The pipeline and its record; on the model's thread. Frees the previous choice."""
         if weights == Weights():
             return self.pipe, self.model
         if self._other is None or self._other[0] != weights:
@@ -148,22 +148,22 @@ class Studio:
     # ---- what it will take ----
 
     def clip_seconds(self, request: Request, plan: Plan) -> float | None:
-        """Seconds of a given clip of which only the beginning is used; None if all is."""
+        """Length in seconds of a given clip if only its beginning is used; None if all of it is."""
         if not isinstance(request.video, str) or plan.hops[0].overlap:
             return None
         info = probe(request.video)
         return info.duration if info.count(plan.fps) >= plan.frames + TEMPORAL else None
 
     def needs(self, pipe: KlingPipeline, plan: Plan, request: Request) -> tuple[float | None, int]:
-        """(seconds, bytes) that a request will take, about. Seconds are known once something was made here."""
+        """Approximate (seconds, bytes) that a request will take. Seconds are known after the first result."""
         seconds = None if self._rate is None else request.num_videos * operations(pipe, plan) / self._rate
         return seconds, estimate(pipe, plan, Machine()).peak
 
 
 def operations(pipe: KlingPipeline, plan: Plan) -> float:
-    """Of all passes through the transformer: 2 for each weight and token, 4 for each pair of tokens, channel and layer.
+    """Operations of all passes through the transformer: 2 for each weight and token, 4 for each pair of tokens, channel and layer.
 
-    The rest is small beside that, or grows with it; it is in the measured rate.
+    The rest is small, or proportional to it, and is included in the measured rate.
     """
     config = pipe.transformer.config
     weights = sum(p.numel() for p in pipe.transformer.parameters())
@@ -176,7 +176,7 @@ def operations(pipe: KlingPipeline, plan: Plan) -> float:
 def sample(
     pipe: KlingPipeline, request: Request, tell: Tell, previews: bool = True, video: tuple[int, int] = (0, 1)
 ) -> tuple[np.ndarray, Plan]:
-    """uint8 (T, H, W, 3) of one video, telling every `Step`. video: (its number, of how many); steps count over all."""
+    """uint8 (T, H, W, 3) of one video; emits every `Step`. video: (its number, of how many); steps count over all."""
     plan = pipe.plan(request)
     before, total = video[0] * plan.total_steps, video[1] * plan.total_steps
     spent, began = 0.0, time.perf_counter()  # on previews, and in all
@@ -198,7 +198,7 @@ def sample(
 
 
 def guarded(fn: Callable) -> Callable:
-    """A generator of an event, whose mistakes are one line for the visitor; what nobody foresaw goes to the server's log."""
+    """Wrap an event's generator: a mistake becomes one line for the visitor; unexpected errors go to the server's log."""
 
     @wraps(fn)
     def run(*args: Any) -> Generator:
@@ -211,7 +211,7 @@ def guarded(fn: Callable) -> Callable:
 
 
 def lenient(fn: Callable) -> Callable:
-    """A function of an event that only draws: what it cannot draw stays as it was, and no page sees an error for it."""
+    """Wrap an event that only draws: on an error the drawing stays unchanged, and the page shows no error."""
 
     @wraps(fn)
     def run(*args: Any) -> Any:
@@ -224,7 +224,7 @@ def lenient(fn: Callable) -> Callable:
 
 
 def public(error: BaseException, request: gr.Request | None = None, coded: bool = False) -> gr.Error:
-    """What a visitor is told: never a trace, never a path of the server. coded: with the mistake's code as the title, for programs."""
+    """The error shown to a visitor, without traces and server paths. coded: with the error's code as the title, for programs."""
     lang = language(request)
     if isinstance(error, gr.Error):
         return error
@@ -239,7 +239,7 @@ def public(error: BaseException, request: gr.Request | None = None, coded: bool 
 
 
 def visitor(request: gr.Request | None) -> str:
-    """Whose share is used: of a user who signed in, else of an address."""
+    """The visitor whose share is used: the signed-in user, else the address."""
     if request is None:
         return ""
     client = getattr(request, "client", None)

@@ -1,8 +1,8 @@
-"""What visitors hand in. A file is looked at from outside first: where it lies, how large it is, what its bytes and its header say.
-Only then a decoder sees it. What is refused is deleted, and its reason remembered. A video that is larger or longer than the model takes is
-brought down once, as it is read; what every later request opens is the small copy.
+"""Checks the visitors' uploads. First come path, size, first bytes and header of a file;
+only then it is decoded. Refused files are deleted, and the reason is remembered. A video that is larger or longer than the model takes is
+reduced once, while it is read; later requests open the small copy.
 
-Browsers and clients upload to a folder of Gradio's and then name the file in their request; any other place is refused, and so are links.
+Browsers and clients upload to Gradio's folder and then name the file in their request; other paths and links are refused.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ MAX_BYTES = 64 * 2**20
 MAX_PIXELS = 25_000_000  # of an image
 MAX_FRAME = 4096 * 2304  # pixels of a video frame
 MAX_FRAMES = 50_000  # stored in a video; its packets are counted, not decoded
-MAX_SECONDS = 60.0  # of a video; more is cut off
+MAX_SECONDS = 60.0  # of a video; the rest is cut off
 MAX_DECODED = 4_000_000_000  # pixels that are decoded of one video: a minute of 1080p30; more is cut off
 MAX_POSES = 1_000_000  # bytes of a camera file
-NEARLY_LOSSLESS = 10  # H.264's crf of a copy that was brought down
-REMEMBERED = 1000  # uploads whose fate is remembered
-ENDINGS = {"mov": ".mp4", "matroska": ".mkv", "PNG": ".png", "JPEG": ".jpg", "WEBP": ".webp"}
+NEARLY_LOSSLESS = 10  # H.264's crf of a reduced copy
+REMEMBERED = 1000  # number of uploads whose outcome is remembered
+ENDINGS = {"mov": ".mp4", "matroska": ".webm", "PNG": ".png", "JPEG": ".jpg", "WEBP": ".webp"}
 
 
 @dataclass(frozen=True)
 class Fate:
-    """What became of an upload: its kept copy, and what was done to it; or why it was refused. stamp: of the file, None once it is gone."""
+    """The outcome of an upload: its stored copy and how it was changed, or why it was refused. stamp: of the file, None once deleted."""
 
     stamp: tuple[int, int] | None
     kept: str = ""
@@ -60,7 +60,7 @@ class Fate:
 
 
 class Uploads:
-    """arrivals: where Gradio puts uploads. store: where the accepted ones are kept, named by their contents.
+    """arrivals: Gradio's upload folder. store: the folder of accepted files, named by their contents.
 
     fps, sizes (aspect -> (H, W)): the model's; videos are brought down to what it takes.
     """
@@ -70,8 +70,8 @@ class Uploads:
         self.store.mkdir(parents=True, exist_ok=True)
         self.fps, self.sizes = fps, sizes
         self._fate: OrderedDict[str, Fate] = OrderedDict()  # by kind and path
-        self._looking = [threading.Lock() for _ in range(16)]  # a page names one upload in several requests at once: one of them looks
-        self._decoding = threading.Lock()  # one video is brought down at a time
+        self._looking = [threading.Lock() for _ in range(16)]  # a page names one upload in several requests at once: only one checks it
+        self._decoding = threading.Lock()  # one video is reduced at a time
 
     def accept(self, payload: Any, kind: str) -> str | None:
         """The kept copy of an upload: kind "image", "video" or "camera"; None for nothing. Raises `UserError`, and deletes it, if refused.
@@ -94,7 +94,7 @@ class Uploads:
         with self._looking[hash(path) % len(self._looking)]:
             known = self._fate.get(f"{kind} {path}")
             if known is not None and _stamp(path) in (None, known.stamp) and (known.refusal or Path(known.kept).is_file()):
-                return known.told()  # looked at before, by another request of the page
+                return known.told()  # checked before, by another request of the page
             path = self._place(path)
             if path.parent == self.store:
                 return str(path), None
@@ -113,7 +113,7 @@ class Uploads:
         return fate.told()
 
     def place(self, payload: Any) -> Path:
-        """Where a file lies that is only looked at. Raises `UserError` for nothing, and for any other place than an upload's."""
+        """The path of an upload that is only read. Raises `UserError` for no file, and for any path other than an upload's."""
         named = _named(payload)
         if named is None:
             raise _not_here()
@@ -126,7 +126,7 @@ class Uploads:
         return str(self._keep(result, result.suffix))
 
     def accept_drawing(self, url: Any) -> str | None:
-        """A mask that was painted in the page, as the PNG of a `data:` URL: painted is white. None if nothing was painted."""
+        """A mask painted in the page, as the PNG of a `data:` URL: painted is white. None if nothing was painted."""
         if not url:
             return None
         prefix = "data:image/png;base64,"
@@ -147,20 +147,20 @@ class Uploads:
             temporary.unlink(missing_ok=True)
 
     def _place(self, path: Path) -> Path:
-        """The path, if it is that of a file that was uploaded here."""
+        """Check that a path is that of an uploaded file, and return it."""
         inside = path.is_relative_to(self.arrivals) or path.parent == self.store
         if not inside or path.is_symlink() or path.resolve() != path or not path.is_file():
             raise _not_here()
         return path
 
     def _check_video(self, path: Path) -> str | tuple[str, dict[str, Any]]:
-        """The ending of a video that is kept as it is; of one that is brought down, or that no browser plays, its copy and a note."""
+        """The suffix of a video that is kept unchanged; for one that is reduced, or that no browser plays, its copy and a note."""
         demuxer = _measure_video(path)
         info = probe(path)
         size = covering(info, self.sizes)
         seconds = min(info.duration, MAX_SECONDS, MAX_DECODED / (info.width * info.height * info.fps))
-        if demuxer != "gif" and size[0] * size[1] * 2 > info.width * info.height and seconds == info.duration:
-            return ENDINGS.get(demuxer, f".{demuxer}")
+        if info.plays_in_browsers and size[0] * size[1] * 2 > info.width * info.height and seconds == info.duration:
+            return ENDINGS[demuxer]
         frames = min(info.count(self.fps), max(1, round(seconds * self.fps)))
         kept = self.store / f"{input_hash(path)[:24]}-{size[1]}x{size[0]}-{self.fps:g}-{frames}.mp4"
         with self._decoding:
@@ -182,14 +182,14 @@ class Uploads:
 
 
 def covering(info: VideoInfo, sizes: dict[str, tuple[int, int]]) -> tuple[int, int]:
-    """(H, W), even, of a video brought down so that it still covers every size of the model; its own where that is smaller."""
+    """(H, W), even, of a video reduced to the smallest size that covers every size of the model; its own size if that is smaller."""
     scale = min(1.0, max(max(H / info.height, W / info.width) for H, W in sizes.values()))
     H, W = (max(2, 2 * round(side * scale / 2)) for side in (info.height, info.width))
     return H, W
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:
-    """What tells one file from another under the same name; None if there is none."""
+    """A value that distinguishes files with the same name; None if there is no file."""
     try:
         found = path.lstat()
     except (OSError, ValueError):
@@ -202,7 +202,7 @@ def _not_here() -> UserError:
 
 
 def _named(payload: Any) -> str | None:
-    """The path that a request names, which may be anything."""
+    """The path in a request's payload, which may have any form."""
     if isinstance(payload, dict) and isinstance(payload.get("video"), dict):
         payload = payload["video"]
     if payload in (None, "", {}):
@@ -233,7 +233,7 @@ def _check_image(path: Path) -> str:
         raise UserError(
             f"{path} has {w}x{h} pixels: give at most {most} megapixels", code="image_too_large", file=path, size=f"{w}x{h}", most=most
         )
-    read_image(path)  # says what is wrong
+    read_image(path)  # raises the precise error
     return ENDINGS.get(kind or "", ".img")
 
 

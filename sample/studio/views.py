@@ -1,4 +1,4 @@
-"""HTML of what changes on the page. Everything that a visitor wrote is escaped."""
+"""HTML of the changing parts of the page. All text from visitors is escaped."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from kling.sampling.request import Request
 
 
 def moving(frames: np.ndarray, fps: float, width: int = 0) -> str:
-    """uint8 (T, H, W, 3) as an `<img>` that plays for ever, small enough to live inside the page."""
+    """uint8 (T, H, W, 3) as an endlessly playing `<img>`, small enough to be inside the page."""
     pictures = [Image.fromarray(frame) for frame in np.asarray(frames)]
     data = io.BytesIO()
     pictures[0].save(data, "WEBP", save_all=True, append_images=pictures[1:], duration=round(1000 / fps), loop=0, quality=80, method=0)
@@ -40,8 +40,8 @@ def _img(data: bytes, kind: str, width: int) -> str:
 
 
 def header(pipe: KlingPipeline, name: str) -> str:
-    """The model in one line: what it is called, how large it is, what it makes."""
-    parts = [part for part in (pipe.vae, *pipe.experts, pipe.text_encoder) if hasattr(part, "parameters")]  # umT5 comes and goes
+    """The model in one line: name, size, and length of its clips."""
+    parts = [part for part in (pipe.vae, *pipe.experts, pipe.text_encoder) if hasattr(part, "parameters")]  # without umT5
     size = sum(p.numel() for part in parts for p in part.parameters())
     seconds = pipe.config.max_frames / pipe.config.fps
     facts = [name, f"{size / 1e6:.1f} M", f"{pipe.config.max_frames} × {pipe.config.fps:g} fps ≈ {seconds:.1f} s", str(pipe.device)]
@@ -77,7 +77,7 @@ def progress(lang: int, step: int, total: int, left: float | None, preview: str)
 
 
 def steps_told(lang: int, step: int, total: int, left: float | None) -> str:
-    """How far a walk is, and how long it takes yet (left: seconds, if that is known)."""
+    """The progress of sampling, and the remaining time (left: seconds, if known)."""
     if step == total:
         return say(lang, "finishing")
     text = say(lang, "step", step=step, total=total)
@@ -93,7 +93,7 @@ def failed(message: str) -> str:
 
 
 def result(lang: int, one: Result, other: Result | None = None) -> str:
-    """A finished video with its settings; with `other`, both side by side, playing as one."""
+    """A finished video with its settings; with `other`, both side by side, playing in step."""
     if other is not None:
         sides = "".join(f"<figure>{_player(r)}{_caption(r)}</figure>" for r in (one, other))
         return f'<div class="stage done compare">{sides}</div>'
@@ -112,7 +112,7 @@ def result(lang: int, one: Result, other: Result | None = None) -> str:
 
 
 def cards(lang: int, results: list[Result], chosen: str | None) -> str:
-    """Everything this browser has made, the newest first."""
+    """All results of this browser, the newest first."""
     if not results:
         return f'<p class="hint">{say(lang, "no_results")}</p>'
 
@@ -137,7 +137,7 @@ def _caption(one: Result) -> str:
 
 
 def _short(value: Any) -> str:
-    """A setting as text; of a file only its name."""
+    """A setting as text; for a file only its name."""
     text = f"{value:.6g}" if isinstance(value, float) else str(value)
     return text.rsplit("/", 1)[1] if text.startswith("/") else text
 
@@ -150,7 +150,7 @@ def url(path: Any) -> str:
 
 
 def working(text: str, step: int | None = None, total: int = 1) -> str:
-    """One line for a job that is under way."""
+    """One line for a running job."""
     bar = "<progress></progress>" if step is None else f'<progress max="{total}" value="{step}"></progress>'
     return f'<div class="working"><span>{escape(text)}</span>{bar}</div>'
 
@@ -175,7 +175,7 @@ def timeline(frames: int, rows: list[dict[str, Any]]) -> str:
 
 
 def drawings(lang: int, path: str, motion: str, file: str) -> str:
-    """Both drawings of a camera, and its trajectory as a JSON file to download, which the link itself holds."""
+    """Both drawings of a camera, and its trajectory as a JSON file to download, contained in the link."""
     href = f"data:application/json;base64,{base64.b64encode(file.encode()).decode()}"
     save = f'<a download="camera-path.json" href="{href}">{say(lang, "save_trajectory")}</a>'
     figures = [(path, f"{say(lang, 'path')} · {save}"), (motion, say(lang, "motion"))]
@@ -183,7 +183,7 @@ def drawings(lang: int, path: str, motion: str, file: str) -> str:
 
 
 def painter(lang: int, picture: np.ndarray, before: str | None = None) -> str:
-    """A picture to paint on, and the tools; page.js does the painting. before: a mask that was painted already, a file of the store."""
+    """A picture to paint on, and the tools; page.js does the painting. before: an earlier mask, a file of the store."""
     H, W = picture.shape[:2]
     tools = (
         f'<label>{say(lang, "brush_size")} <input type="range" name="brush-size" min="2" max="40" value="11"></label>'
@@ -197,7 +197,7 @@ def painter(lang: int, picture: np.ndarray, before: str | None = None) -> str:
 
 
 def understood(lang: int, plan: Plan, request: Request, clip: float | None = None, needs: tuple[float | None, int] | None = None) -> str:
-    """The task as it was understood, and what will be made, in one line.
+    """The recognised task and the result to expect, in one line.
 
     clip: seconds of a given clip of which only the beginning is used. needs: (seconds, bytes) that it will take.
     """

@@ -1,4 +1,4 @@
-"""Every word of the page, in English and Chinese. Fixed ones are chosen by the browser, changing ones by what it says it reads."""
+"""All texts of the page in English and Chinese. Fixed ones are chosen in the browser, others by the language that it requests."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ WORDS: dict[str, tuple[str, str]] = {
     "inspect": ("Inspect", "研究"),
     "training": ("Training", "训练"),
     "prompt": ("Prompt", "提示词"),
-    "prompt_hint": ("What should be seen, in English or Chinese", "想看到什么？中文、英文都可以"),
+    "prompt_hint": ("What the video should show, in English or Chinese", "想看到什么？中文、英文都可以"),
     "negative_prompt": ("Negative prompt", "反向提示词"),
-    "negative_hint": ("What to steer away from", "不希望出现的内容"),
+    "negative_hint": ("What to avoid", "不希望出现的内容"),
     "examples": ("Examples", "示例"),
     "understands": ("What this small model understands", "这个小模型认识的词"),
     "pictures": ("Pictures", "图片"),
@@ -33,8 +33,8 @@ WORDS: dict[str, tuple[str, str]] = {
     "restyle": ("restyle", "重绘风格"),
     "fill": ("repaint a part", "局部重绘"),
     "outpaint": ("show more around it", "扩展画面"),
-    "strength": ("Hold on to the clip (1 keeps it, 0 forgets it)", "保留原视频的程度（1 完全保留，0 完全重做）"),
-    "paint": ("Paint over what is to be made anew", "涂抹需要重做的部分"),
+    "strength": ("How much of the clip to keep (1 keeps it, 0 ignores it)", "保留原视频的程度（1 完全保留，0 完全重做）"),
+    "paint": ("Paint over the area to regenerate", "涂抹需要重做的部分"),
     "outpaint_to": ("New aspect", "新画幅"),
     "camera": ("Camera", "镜头"),
     "shot": ("Master shot", "大师运镜"),
@@ -67,19 +67,20 @@ WORDS: dict[str, tuple[str, str]] = {
     "aspect": ("Aspect", "画幅"),
     "auto": ("auto", "自动"),
     "duration": ("Seconds", "时长（秒）"),
-    "duration_is": ("longer than one clip is made in hops", "超过单段长度时分段生成"),
+    "duration_is": ("longer than one clip: made in hops", "超过单段长度时分段生成"),
     "extend_to": ("Extend to (seconds in all, 0 = off)", "延长至（总秒数，0 为关闭）"),
     "still": ("A picture instead of a video", "只生成一张图片"),
     "mode": ("Mode", "模式"),
     "std": ("std", "标准"),
     "pro": ("pro", "高品质"),
+    "fast": ("fast", "快速"),
     "advanced": ("Advanced", "高级"),
     "own": ("0 = the model's own", "0 为模型默认值"),
     "num_inference_steps": ("Steps", "步数"),
     "guidance_scale": ("Guidance", "提示词引导强度"),
     "shift": ("Shift", "噪声偏移"),
     "sigma_c": ("σ_c", "σ_c"),
-    "sigma_c_is": ("noise on what is given", "加在给定内容上的噪声"),
+    "sigma_c_is": ("noise added to given frames", "加在给定内容上的噪声"),
     "seed": ("Seed", "种子"),
     "dice": ("⚄ random", "⚄ 随机"),
     "seed_is": ("-1 draws one", "-1 为随机"),
@@ -92,7 +93,7 @@ WORDS: dict[str, tuple[str, str]] = {
     "own_model": ("the one it was started with", "默认模型"),
     "restore": ("Settings from a file…", "从文件读取参数…"),
     "restored": ("Settings of {name} are in the form", "已载入 {name} 的参数"),
-    "again": ("give these files again: {names}", "以下文件需重新上传：{names}"),
+    "again": ("upload these files again: {names}", "以下文件需重新上传：{names}"),
     "elsewhere": ("not on this page: {names}", "本页没有的参数：{names}"),
     "other_model": ("it was made with another model", "原作品使用了其他模型"),
     "brought": (
@@ -103,10 +104,10 @@ WORDS: dict[str, tuple[str, str]] = {
     "needs": ("about {seconds}, {memory} of memory", "约需 {seconds}，内存 {memory}"),
     "needs_memory": ("about {memory} of memory", "约需内存 {memory}"),
     "came_back": (
-        "Nobody was watching any more, so this video was stopped; its settings are in the form",
+        "The page was closed, so this video was stopped; its settings are in the form",
         "页面已离开太久，任务已停止；参数已恢复",
     ),
-    "watched_elsewhere": ("This video goes on in the tab that was opened last", "该任务已在最后打开的标签页中继续"),
+    "watched_elsewhere": ("This video continues in the tab that was opened last", "该任务已在最后打开的标签页中继续"),
     "brush": ("Brush", "画笔"),
     "eraser": ("Eraser", "橡皮"),
     "undo": ("Undo", "撤销"),
@@ -115,7 +116,7 @@ WORDS: dict[str, tuple[str, str]] = {
     "gif": ("gif", "gif"),
     "webm": ("webm", "webm"),
     "nothing_inside": (
-        "Nothing yet. Press the button above: what is found appears here.",
+        "Nothing yet. Press the button above: results appear here.",
         "还没有内容。按上面的按钮，结果会显示在这里。",
     ),
     "generate": ("Generate", "生成"),
@@ -191,7 +192,7 @@ CHINESE_TASKS = {
 }
 WORDS |= {f"task_{name}": (TASK_TITLES[name], chinese) for name, chinese in CHINESE_TASKS.items()} | {"task_camera": ("camera", "镜头")}
 
-# Gradio translates one word of a label, so what is put together is put together here: why a control is greyed out.
+# Gradio translates a label as a whole, so combined texts are combined here: why a control is greyed out.
 NOT_TRAINED = ("not trained into this model", "该模型未训练此功能")
 WORDS |= {f"unable_{name}": (f"{NOT_TRAINED[0]}: {WORDS[f'task_{name}'][0]}", NOT_TRAINED[1]) for name in (*CHINESE_TASKS, "camera")}
 WORDS |= {
@@ -201,22 +202,22 @@ WORDS |= {
 
 
 def t(key: str) -> gr.I18n:
-    """A fixed word of the page: the browser shows its own language."""
+    """A fixed text of the page, which the browser shows in its language."""
     return I18N(OURS + key)
 
 
 def language(request: gr.Request | None) -> int:
-    """0 English, 1 Chinese: the first of the two that the browser reads."""
+    """0 English, 1 Chinese: the first of the two in the browser's languages."""
     read = (request.headers.get("accept-language", "") if request is not None else "").lower()
     return int(read.startswith("zh"))
 
 
 def say(lang: int, key: str, **values: object) -> str:
-    """A changing word, in a language chosen by `language`."""
+    """A text with values, in a language chosen by `language`."""
     return WORDS[key][lang].format(**values)
 
 
-# What a mistake calls a field -> its label.
+# A field's name in an error -> its label.
 LABELS = {
     "image": "first",
     "last_image": "last",
@@ -229,5 +230,5 @@ LABELS = {
     "the loop's first frame": "loop",
 }
 
-OURS = "studio_"  # beside Gradio's own words
+OURS = "studio_"  # prefix that separates our texts from Gradio's own
 I18N = gr.I18n(en={OURS + k: v[0] for k, v in WORDS.items()}, zh={OURS + k: v[1] for k, v in WORDS.items()})

@@ -13,52 +13,53 @@ from kling.cameras.trajectory import Trajectory
 
 STATIC = 1.5  # axis units (10 is the full range): a camera that moves less in total is static; training requests at least 3
 TRAVELS = 0.1  # metres: a path that stays closer to its start has no direction to compare
-WORST_ROTATION, WORST_TRANSLATION = 180.0, 2.0  # error of a frame whose pose was not found; such frames are never left out
 
 SINGLE = {f"{name}{sign}": {name: LIMIT if sign == "+" else -LIMIT} for name in UNITS for sign in "+-"}
 CLASSES = (*SINGLE, *MOVES, "static")
 
 
-def rotation_error(estimate: Trajectory, asked: Trajectory, found: Tensor) -> float:
+def rotation_error(estimate: Trajectory, asked: Trajectory, found: Tensor) -> float | None:
     """Mean angle in degrees between the estimated and the asked rotations, both relative to frame 0 (which is left out).
 
-    found: (T,) bool, frames whose pose is known; the others count as `WORST_ROTATION`.
+    found: (T,) bool, frames whose pose is known. None unless all are: a mean over some frames, or with a worst value for the others,
+    would be no angle. Whoever takes means says in how many clips there was one.
     """
+    if not found.all():
+        return None
     turn = estimate.relative().c2w[1:, :, :3].double().mT @ asked.relative().c2w[1:, :, :3].double()
     sine = (turn - turn.mT).flatten(1).norm(dim=1) / math.sqrt(8)  # the trace alone is insensitive to small angles
     cosine = (turn.diagonal(dim1=1, dim2=2).sum(dim=1) - 1) / 2
     angle = torch.rad2deg(torch.atan2(sine, cosine))
-    return float(torch.where(found[1:], angle, WORST_ROTATION).mean())
+    return float(angle.mean())
 
 
 def translation_error(estimate: Trajectory, asked: Trajectory, found: Tensor) -> float | None:
     """Mean distance between the two paths, each in units of its largest distance from the start; 0 is perfect, 2 is the worst.
 
-    None if the requested path does not travel. An estimate that hardly moves is not scaled up: its unit is at least a tenth of the other's.
+    None where the asked path does not travel, or not every frame is found (see `rotation_error`). An estimate that hardly moves is not
+    blown up: its unit is at least a tenth of the asked one.
     """
     a, b = estimate.relative().c2w[1:, :, 3].double(), asked.relative().c2w[1:, :, 3].double()
     far = float(b.norm(dim=1).max())
-    if far < TRAVELS:
+    if far < TRAVELS or not found.all():
         return None
-    a_far = max(float(torch.where(found[1:], a.norm(dim=1), 0.0).max()), far / 10)
-    return float(torch.where(found[1:], (a / a_far - b / far).norm(dim=1), WORST_TRANSLATION).mean())
+    a_far = max(float(a.norm(dim=1).max()), far / 10)
+    return float((a / a_far - b / far).norm(dim=1).mean())
 
 
-def summed_errors(estimate: Trajectory, asked: Trajectory, found: Tensor) -> dict[str, float]:
-    """RotErr in radians, relative TransErr and CamMC, summed over the frames after the first as in CamI2V (He et al. 2024).
+def summed_errors(estimate: Trajectory, asked: Trajectory) -> dict[str, float]:
+    """RotErr in radians, relative TransErr and CamMC as CamI2V (He et al. 2024) sums them over the frames after the first.
 
-    Both paths are relative to frame 0 and divided by their own largest distance from it. CamMC is the norm of the difference of the
-    3x4 poses. A frame without a pose gets the worst values: π, 2, and the norm of both together.
+    Both paths are relative to frame 0 and divided by their own furthest distance from it. CamMC is the norm of the difference of the
+    3x4 poses. For a path of which every frame was found.
     """
     a, b = estimate.relative().c2w[1:].double(), asked.relative().c2w[1:].double()
     a, b = (torch.cat([x[..., :3], x[..., 3:] / (x[..., 3].norm(dim=1).max() + 1e-9)], dim=-1) for x in (a, b))
     cosine = ((a[..., :3].mT @ b[..., :3]).diagonal(dim1=1, dim2=2).sum(dim=1) - 1) / 2
-    known = found[1:]
-    worst = math.sqrt(8 + WORST_TRANSLATION**2)  # |R₁ - R₂| is √8 for a rotation by 180 degrees
     return {
-        "rotation": float(torch.where(known, cosine.clamp(-1, 1).acos(), math.pi).sum()),
-        "translation": float(torch.where(known, (a - b)[..., 3].norm(dim=1), WORST_TRANSLATION).sum()),
-        "cammc": float(torch.where(known, (a - b).flatten(1).norm(dim=1), worst).sum()),
+        "rotation": float(cosine.clamp(-1, 1).acos().sum()),
+        "translation": float((a - b)[..., 3].norm(dim=1).sum()),
+        "cammc": float((a - b).flatten(1).norm(dim=1).sum()),
     }
 
 

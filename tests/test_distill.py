@@ -1,0 +1,179 @@
+"""Distillation into a flow map: its target in closed form, what the program keeps, and what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from kling_programs.train import distill, encode
+from test_generate import save_tiny
+from torch import Tensor
+
+from kling import KlingPipeline, Request
+from kling.cache.batches import LatentSteps
+from kling.cache.store import LatentCache
+from kling.condition.state import Given, build_state
+from kling.condition.tasks import TASKS
+from kling.flow.flow_map import draw_steps, flow_map_target
+from kling.hub.load import dtype_of
+from kling.runtime.random import generator, noise_like
+from kling.sampling.pipeline import load_vae
+from kling.training.examples import Drawing, draw_example
+from kling.training.loop import Loop
+from kling.training.model import Trained
+from kling.training.start import open_start
+
+OTHERS = [name for name in TASKS if name not in ("text", "image")]
+
+S = 0.5  # deviation of the data of the toy, x0 ~ N(0, S²), whose flow and flow map are known
+
+
+def size(t: Tensor) -> Tensor:
+    """Standard deviation of x_t = (1 - t) x0 + t eps."""
+    return ((1 - t) ** 2 * S**2 + t**2).sqrt()
+
+
+def velocity(z: Tensor, t: Tensor) -> Tensor:
+    return z * (t - (1 - t) * S**2) / size(t) ** 2
+
+
+def mean_velocity(z: Tensor, t: Tensor, r: Tensor) -> Tensor:
+    """(x_t - x_r) / (t - r), where x_r = x_t size(r) / size(t)."""
+    far = (t - r).abs() > 1e-6
+    return torch.where(far, z * (1 - size(r) / size(t)) / torch.where(far, t - r, 1.0), velocity(z, t))
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_the_true_flow_map_is_where_the_target_leads(soft: bool) -> None:
+    """Also for tokens that are at a part m of the level: they move along the same paths, m times as slowly."""
+    torch.manual_seed(0)
+    t = torch.tensor([1.0, 0.999, 0.8, 0.5, 0.3, 0.3], dtype=torch.float64)
+    r = torch.tensor([0.0, 0.5, 0.2, 0.499, 0.0, 0.3], dtype=torch.float64)
+    state = build_state([Given(hold=0.4 if soft else 0.0)] * 6, torch.randn(6, 4, 3, 4, 4, dtype=torch.float64), None)
+    m, z = state.mask, torch.randn_like(state.clean)
+    wide = lambda x: x.double().view(-1, 1, 1, 1, 1) * m  # noqa: E731
+    u = lambda z, t, r: mean_velocity(z, wide(t), wide(r))  # noqa: E731
+    target = flow_map_target(u, z, velocity(z, wide(t)), t, r, m, delta=1e-4)
+    torch.testing.assert_close(target.double(), u(z, t, r), atol=2e-4, rtol=2e-3)
+
+
+def test_steps_are_drawn_in_the_asked_shares() -> None:
+    t, r = draw_steps(400, 200, torch.Generator().manual_seed(0), "uniform", 5.0, to_clean=0.5)
+    assert torch.equal(t[:200], r[:200]) and bool((r[200:300] == 0).all())
+    free = (t[300:] > r[300:]) & (r[300:] > 0)
+    assert bool(free.all()) and bool((t <= 1).all())
+    assert t[200:].mean() > t[:200].mean(), "the larger of two draws"
+
+
+@pytest.fixture(autouse=True)
+def in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(__file__).parents[1])
+
+
+@contextmanager
+def stopped_after(steps: int) -> Iterator[None]:
+    """SIGTERM to this process after an update, as a cluster sends it."""
+    update = Loop.update
+
+    def then_stop(self: Loop, *args: object, **kwargs: object) -> None:
+        if self.done + 1 == steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+        update(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Loop, "update", then_stop)
+        yield
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model, and a cache of its latents."""
+    folder = tmp_path_factory.mktemp("teacher")
+    save_tiny(folder / "model", ["text", "image", "camera"])
+    encode.main(["configs/cache/debug.yaml", f"vae={folder / 'model' / 'vae'}", f"out={folder / 'cache'}", "clips=6", "workers=0"])
+    return folder
+
+
+def run(teacher: Path, out: Path, *settings: str) -> list[dict]:
+    given = [f"out={out}", f"teacher={teacher / 'model'}", f"cache={teacher / 'cache'}", "encode=", "long_captions=cut", "sample_every=0"]
+    tasks = ["tasks.text=1", "tasks.image=1", *(f"tasks.{name}=0" for name in OTHERS)]
+    distill.main(["configs/distill/debug.yaml", *given, *tasks, "batch=4", "mixed_precision=fp32", "workers=0", "log_every=1", *settings])
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(folder: Path, part: str = "transformer") -> bytes:
+    return (folder / "export" / part / "diffusion_pytorch_model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("velocity", ["teacher", "data"])
+def test_a_distillation_resumes_to_the_bit_and_its_export_takes_one_pass_a_step(teacher: Path, tmp_path: Path, velocity: str) -> None:
+    settings = ("save_every=2", f"velocity={velocity}", "guidance_scale=3", "camera_guidance_scale=2")
+    straight = run(teacher, tmp_path / "a", "steps=4", *settings)
+    with pytest.raises(SystemExit), stopped_after(2):
+        run(teacher, tmp_path / "b", "steps=4", *settings)
+    again = run(teacher, tmp_path / "b", "steps=4", *settings)
+    assert [line["loss"] for line in again] == [line["loss"] for line in straight]
+    assert weights(tmp_path / "a") == weights(tmp_path / "b")
+
+    pipe = KlingPipeline.from_pretrained(tmp_path / "a" / "export")
+    passes: list[int] = []
+    pipe.transformer.register_forward_hook(lambda *_: passes.append(1))
+    request = Request("a red ball", num_frames=5, camera="pan=5", size="32x32")
+    plan = pipe.plan(request)
+    assert (plan.solver, plan.num_inference_steps, plan.guidance_scale, plan.camera_guidance_scale) == ("flow_map", 4, 1.0, 1.0)
+    pipe(request)
+    assert len(passes) == 4
+
+
+def test_beside_exports_the_teacher_unchanged_with_the_student(teacher: Path, tmp_path: Path) -> None:
+    run(teacher, tmp_path, "steps=1", "beside=true")
+    made, own = KlingPipeline.from_pretrained(tmp_path / "export"), KlingPipeline.from_pretrained(teacher / "model")
+    assert made.transformer_fast.config.gate_value == 0.25
+    assert made.plan(Request("a ball", mode="fast", num_frames=5)).num_inference_steps == 4
+    exported, theirs = made.transformer.state_dict(), own.transformer.state_dict()
+    assert exported.keys() == theirs.keys()
+    stored = {name: t.to(dtype_of(name, own.transformer, torch.bfloat16)).float() for name, t in theirs.items()}
+    assert all(torch.equal(exported[name], stored[name]) for name in theirs)
+
+
+def test_the_student_begins_as_the_teacher(teacher: Path, tmp_path: Path) -> None:
+    """Without guidance and with steps of length 0 alone there is nothing to learn; with guidance there is."""
+    alone = run(teacher, tmp_path / "a", "steps=1", "plain=1", "guidance_scale=1", "camera_guidance_scale=1")
+    guided = run(teacher, tmp_path / "b", "steps=1", "plain=1", "guidance_scale=3", "camera_guidance_scale=1")
+    assert alone[0]["loss"] < 1e-8 < 1e-5 < guided[0]["loss"]
+
+
+def test_data_with_steps_of_length_0_is_plain_training(teacher: Path, tmp_path: Path) -> None:
+    """The loss of the first step, against kling-train's formula computed here from the teacher."""
+    line = run(teacher, tmp_path, "steps=1", "plain=1", "velocity=data", "guidance_scale=1", "camera_guidance_scale=1", "group=1")[0]
+    start = open_start(teacher / "model")
+    model, vae = Trained(start.transformer({}), start.text({}, "")), load_vae(str(teacher / "model"))
+    data = LatentSteps(LatentCache(teacher / "cache"), 4, [17], 0, 1)
+    batch = data[0]
+    example = draw_example(Drawing(0, {"text": 1, "image": 1}, 0.05, 0.4, 1, 63), batch, 0, model.transformer, vae)
+    scheduler = start.settings["scheduler"].config
+    t, _ = draw_steps(len(batch.ids), len(batch.ids), generator(0, "sigma", 0), scheduler["density"], scheduler["shift"])
+    noise = noise_like(example.state.clean, 0, "noise", 0, range(len(batch.ids)))
+    with torch.no_grad():
+        v = model(example, example.state.noised(t, noise), t, model.words(example.prompts))
+    error = ((v - (noise - example.state.clean)) ** 2).mean(1, keepdim=True) * example.state.mask
+    losses = error.flatten(1).sum(1) / example.state.mask.flatten(1).sum(1)
+    assert line["loss"] == pytest.approx(float(losses.mean()), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [("velocity=flow", "velocity"), ("plain=2", "plain 2: give a share"), ("delta=0", "delta 0"), ("tasks.walk=1", "task"),
+     ("teacher=nowhere", "nowhere")],
+)  # fmt: skip
+def test_mistakes_get_one_line(tmp_path: Path, setting: str, said: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as end:
+        distill.main(["configs/distill/debug.yaml", f"out={tmp_path}", setting])
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert end.value.code == 2 and line.startswith("error: ") and said in line
