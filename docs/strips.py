@@ -31,7 +31,7 @@ def requests() -> dict[str, list[Request]]:
     wanted = {
         "seeds": [Request("a red ball rolls left on grass", seed=seed) for seed in (1, 2, 3)],
         "text": Request("a red cube moves right on grass", seed=1),
-        "chinese": Request("一个蓝色的球在雪地上向右滚动", seed=2),
+        "chinese": Request("一个绿色的球在沙地上绕圈移动", seed=2),
         "camera": Request(STILL, camera="pan=7", seed=3),
         "image": Request(prompt, image=video[0].numpy(), seed=4),
         "first_last": Request(prompt, image=video[0].numpy(), last_image=video[-1].numpy(), seed=5),

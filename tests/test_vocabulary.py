@@ -30,7 +30,8 @@ PAGES = [
 QUOTED = re.compile(r"""("|^PROMPT \?= )((?:an?|on|in) [^"\n]+|[\u3400-\u9fff，]{6,})(?:"|$)([^\n]*)""", re.MULTILINE)
 ELSEWHERE = ("--model", "--image ", "--video", "--last-image", "image=", "video=")  # asks another model, or about something given
 
-REACHED, MARGIN = 0.5, 0.1  # share of the examples' clips that show all that is asked, 2026-11-27; other machines round otherwise
+# Share of clips that show all that is asked: 14 of the 27 that were judged on 2026-11-27 (nine sentences; the whole set was not run).
+REACHED, MARGIN = 0.52, 0.1
 
 # What tells a name from a sentence, where it is not the name itself.
 SIGNS = {

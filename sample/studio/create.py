@@ -17,9 +17,8 @@ from kling.shapes import clip_frames
 
 EXAMPLES = [
     "a red ball rolls left on grass",
-    "a yellow ball stays still on grey tiles",
+    "a red cube moves right on grass",
     "一个绿色的球在沙地上绕圈移动",
-    "一个红色的方块在雪地上静止不动",
 ]
 
 
