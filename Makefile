@@ -1,6 +1,6 @@
 # make sample PROMPT="..."   a video from the shipped model      make test   the fast tests      make docs   the site
-# make model                 the shipped model again, from nothing; SCALE=0.01 to see every stage run in five minutes
-# Both make their own .venv on the first call (PYTHON=... picks the interpreter) and need no network after it.
+# make model                 trains the shipped model from scratch; SCALE=0.01 runs every stage in five minutes
+# Both create .venv on the first call (PYTHON=... chooses the interpreter) and need no network afterwards.
 
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && command -v $$p && break; done)
@@ -10,7 +10,7 @@ RUN ?= runs/shipped
 SCALE ?= 1
 BIN := .venv/bin
 
-# $(value ...) and the environment carry quotes, dollars and 中文 to the program untouched by make and the shell.
+# $(value ...) and the environment pass quotes, dollars and 中文 to the program unchanged by make and the shell.
 export KLING_PROMPT := $(value PROMPT)
 export PYTHONUTF8 := 1
 
@@ -22,14 +22,14 @@ sample: .venv/.installed
 model: .venv/.installed
 	@$(BIN)/kling-train-all configs/shipped.yaml out="$(RUN)" scale=$(SCALE)
 
-# A hang in C code, which no Python timeout can end, prints every thread's stack and ends the run.
+# A hang in C code, which Python's timeout cannot end, prints every thread's stack and ends the run.
 test: .venv/.installed-dev
 	$(BIN)/python -m pytest -q -m "not slow and not gpu" -o faulthandler_timeout=420 -o faulthandler_exit_on_timeout=true
 
 test-all: .venv/.installed-dev
 	$(BIN)/python -m pytest -q
 
-# The site of docs/, into site/. A broken link, or a page that is in no menu, is an error (with -q mkdocs would not count them).
+# Builds the site of docs/ into site/. A broken link, or a page missing from the menu, is an error (with -q mkdocs would not count them).
 docs: .venv/.installed-dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 	@echo "site/index.html"

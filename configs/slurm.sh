@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # sbatch --nodes 4 configs/slurm.sh fsdp2 configs/dit/14b.yaml out=runs/14b vae=VAE cache=CACHE
-# One task a node; `accelerate launch` starts a process for each of its GPUs. Before the time is up SLURM sends SIGUSR1: the run saves, exits with
-# 143, and is queued again; the same command goes on where it stopped. Set account and partition on sbatch's command line.
+# One task per node; `accelerate launch` starts a process for each of its GPUs. Before the time limit SLURM sends SIGUSR1: the run saves, exits with
+# 143, and is queued again; the same command continues where it stopped. Set account and partition on sbatch's command line.
 #SBATCH --job-name=kling
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
@@ -35,7 +35,7 @@ exit $code'
 srun --kill-on-bad-exit=1 bash -c "$launch" kling --config_file "configs/accelerate/$layout.yaml" --num_machines "$SLURM_NNODES" \
     --num_processes "$processes" --main_process_ip "$host" --main_process_port "${MASTER_PORT:-29500}" $sizes
 code=$?
-# a run that was asked to leave exits with 143, of which its launcher makes 1: a checkpoint of the last minutes tells it from one that failed
+# a stopped run exits with 143, but its launcher with 1: a checkpoint of the last minutes distinguishes it from a failed run
 out=$(printf '%s\n' "$@" | sed -n 's/^out=//p' | tail -n 1)
 if [ $code -ne 0 ] && [ -n "$(find "${out:-runs/dit}/latest" -mmin -10 2>/dev/null)" ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 100 ]; then
     scontrol requeue "$SLURM_JOB_ID"

@@ -1,4 +1,4 @@
-"""What the suites of kling-eval take: one function each, words to settings, that needs nothing of torch, so that --help comes at once."""
+"""The command lines of kling-eval's suites, one function each, without torch, so that --help is fast."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kling.errors import UserError, unknown
 from kling.metrics.benchmarks import BOARDS
 from kling.shapes import latent_frames, parse_size
 
-# What the help names, as the suites have it (tests/test_command.py): they import torch, which takes seconds.
+# Values for the help texts, copied from the suites (tests/test_command.py), which import torch.
 TASKS = (
     *("text-en", "text-zh", "plain", "things-2", "things-3", "long", "camera", "words", "image", "image-motion", "first_last", "keyframes"),
     *("restyle-0.3", "restyle-0.7", "continuation", "continuation-same", "continuation-other", "continuation-none"),
@@ -45,7 +45,7 @@ def world(argv: list[str]) -> argparse.Namespace:
     names = ", ".join(TASKS)
     parser.add_argument("--tasks", metavar="A,B", help=f"only these: {names}; a first word names all that begin with it")
     parser.add_argument("--quick", action="store_true", help=f"{QUICK['n']} cases and less certain detectors")
-    parser.add_argument("--limit-minutes", metavar="M", type=float, help="stop asking after this long, and say what n was reached")
+    parser.add_argument("--limit-minutes", metavar="M", type=float, help="stop after this time, and report the n that was reached")
     args = parser.parse_args(argv)
     for name in ("n", "workers", "steps"):
         if getattr(args, name) is not None and getattr(args, name) < 1:

@@ -1,6 +1,6 @@
 """Distil a model into a flow map: the same clips in a few steps of one pass each, with its guidance built in.
 
-kling-distill configs/distill/world.yaml out=runs/fast        # of the shipped model; the same command again continues an interrupted run
+kling-distill configs/distill/world.yaml out=runs/fast        # the shipped model; run again, the same command continues
 kling-distill configs/distill/debug.yaml out=/tmp/fast        # under a minute, data and cache included
 
 The student starts as the teacher and learns the mean velocity between any two noise levels (kling/flow/flow_map.py).
@@ -68,34 +68,34 @@ VELOCITIES = ("teacher", "data")
 
 @dataclass
 class DistillConfig:
-    """Everything a distillation depends on.
+    """All settings of a distillation.
 
     out: folder of the run: checkpoints, metrics.jsonl, samples, and the model in export/.
     teacher: a model folder, ours, published or shipped.
     checkpoint: the registry's name of it, if its files do not tell. vae: a VAE folder; empty for the teacher's.
-    velocity: what the student follows: teacher, its guided velocity, which has no noise; or data, as a training does.
-    guidance_scale, camera_guidance_scale, guidance_reach: guidance to build in; null is what the teacher is sampled with.
-    gate: part of the embedded noise level that says where a step ends, as in AnyFlow.
-    num_inference_steps: steps that the export takes by default. beside: export the teacher with the student beside it, for mode fast.
-    plain: share of the clips, 0 to 1, with steps of length 0, which keep the student at its velocity.
+    velocity: the target: teacher, its guided velocity, which has no noise; or data, as in a training.
+    guidance_scale, camera_guidance_scale, guidance_reach: guidance to build in; null is the teacher's own.
+    gate: share of the embedded noise level that encodes the end of the step, as in AnyFlow.
+    num_inference_steps: default steps of the export. beside: export the teacher together with the student, for mode fast.
+    plain: share of the clips, 0 to 1, with steps of length 0, which keep the student's velocity correct.
     to_clean: share of the other clips, 0 to 1, whose steps end at level 0. delta: half the interval of the difference in time.
-    steps: updates of the weights, in all. seed: of everything drawn. batch: clips of the longest length in a batch of each process and
-    micro-step; of a shorter one there are as many as make the same tokens. group: batches in a row of one shape.
-    optimizer: adamw or muon, with the same lr. lr: learning rate at its highest. betas: of the optimizer's moments.
-    warmup: updates in which lr rises from 0. schedule: constant or cosine, after the warmup. floor: part of lr that cosine ends at.
-    weight_decay: of matrices, a part of lr. clip_grad: largest norm of the gradients. ema: decay of the averaged weights, for an update.
+    steps: updates of the weights, in all. seed: of all random draws. batch: clips of the longest length in a batch of each process and
+    micro-step; of a shorter one there are more, for the same number of tokens. group: consecutive batches of one shape.
+    optimizer: adamw or muon, with the same lr. lr: highest learning rate. betas: of the optimizer's moments.
+    warmup: updates in which lr rises from 0. schedule: constant or cosine, after the warmup. floor: fraction of lr at the end of cosine.
+    weight_decay: of matrices, relative to lr. clip_grad: largest norm of the gradients. ema: decay of the averaged weights, per update.
     lora: train low-rank weights and the embedding of a step's end; they are merged in the export.
-    cache: a latent cache; completed by the preset `encode` (empty: it is one's own, as kling-encode left it).
+    cache: a latent cache; filled by the preset `encode` (if that is empty, the cache is used as kling-encode left it).
     encode: preset of kling-encode that fills the cache. frames: lengths to draw from in pixel frames, each 1 + 4k, at most the cache's; one
-    named twice is drawn twice as often.
+    listed twice is drawn twice as often.
     tasks: how often each is drawn, as shares. text_drop, camera_drop: share of clips, 0 to 1, whose text or camera is left out.
-    long_captions: what to do with a caption that is longer than our text encoder reads: refuse (before the first step), or cut it.
+    long_captions: what to do with a caption that is too long for our text encoder: refuse (before the first step), or cut it.
     samples: what is drawn every `sample_every` updates, as fields of `Request`. sample_every: updates between samples, 0 draws none.
-    save_every: updates between checkpoints. keep_last: checkpoints that stay. log_every: updates between lines of the log.
+    save_every: updates between checkpoints. keep_last: checkpoints to keep. log_every: updates between lines of the log.
     mixed_precision: auto (measured), bf16 or fp32. gradient_accumulation: micro-steps of an update.
     activation_checkpointing: none, selective or full.
-    trackers: tensorboard, wandb or both, beside metrics.jsonl. workers: processes that read clips, for each training process.
-    threads: CPU threads inside an operation, null is OMP_NUM_THREADS or all cores.
+    trackers: tensorboard, wandb or both, in addition to metrics.jsonl. workers: processes that read clips, for each training process.
+    threads: CPU threads per operation, null is OMP_NUM_THREADS or all cores.
     """
 
     out: str = "runs/distill"
@@ -171,7 +171,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def train(cfg: DistillConfig, loop: Loop) -> None:
-    """The distillation in a folder that is this run's alone."""
+    """The distillation, with the run's folder locked."""
     accelerator, layout = loop.accelerator, loop.layout
     device = accelerator.device
     start = open_start(cfg.teacher, cfg.checkpoint)
@@ -238,7 +238,7 @@ def train(cfg: DistillConfig, loop: Loop) -> None:
             with accelerator.autocast():
                 u = net(example, z, t, (words,), r)
             losses = flow_loss(u, target, state.mask)  # (b,)
-            if cfg.velocity == "data" and 0 < still < b:  # the noise of the data is in steps of length 0 alone: bring both to one size
+            if cfg.velocity == "data" and 0 < still < b:  # only steps of length 0 have the data's noise: scale both parts to the same size
                 size = losses[:still].mean() / losses[still:].clamp(min=1e-6)
                 losses = torch.cat([losses[:still], losses[still:] * size.detach()])
             meter.lap("forward")
@@ -273,7 +273,7 @@ def train(cfg: DistillConfig, loop: Loop) -> None:
 
 
 class Guide:
-    """The guidance that is built in: what the teacher is sampled with, or what the run asks for."""
+    """The guidance to build in: the teacher's own, or the one in the run's settings."""
 
     def __init__(self, cfg: DistillConfig, start: Start) -> None:
         pipe = KlingPipeline.from_pretrained(start.folder, weights=False, checkpoint=cfg.checkpoint)
@@ -298,14 +298,14 @@ class Guide:
 
 
 def log_line(guard: DeviceGuard, lr: float, speed: Callable[[], dict[str, float]], numbers: list[float]) -> dict[str, float]:
-    """A step's line in the log, of its numbers, which the host has read now; the guard sees them too."""
+    """A step's line in the log, from its numbers, which are on the host now; the guard gets them too."""
     *sums, norm, row, skipped = numbers
     guard.look(row, skipped)
     return {**Meter.means(sums), "lr": lr, "grad_norm": norm, "skipped": guard.skipped, **speed()}
 
 
 def build(cfg: DistillConfig, start: Start) -> Trained:
-    """The student: the teacher's weights, with an embedding of where a step ends."""
+    """The student: the teacher's weights, with an embedding of the end of the step."""
     model = Trained(start.transformer({"gate_value": cfg.gate}), None)
     if cfg.lora.rank:
         add_lora(model, cfg.lora)
@@ -314,7 +314,7 @@ def build(cfg: DistillConfig, start: Start) -> Trained:
 
 
 def pipeline(cfg: DistillConfig, model: Trained, vae: nn.Module, text: ByteTextEncoder | UMT5TextEncoder, start: Start) -> KlingPipeline:
-    """The student as a user gets it; or with `beside` the teacher, and the student for mode fast."""
+    """The student as a user gets it; or, with `beside`, the teacher with the student for mode fast."""
     settings, own = dict(start.settings), start.settings["scheduler"]
     shift, extra = own.config[shift_key(own)], {}
     if cfg.beside:

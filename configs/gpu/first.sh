@@ -2,9 +2,9 @@
 # configs/gpu/first.sh [MINUTES] [--more | --rehearse]      a first run on a machine with one GPU and no network; ends within 9 minutes
 #
 # The tests for a GPU; kling-bench in its short form; the shipped model trained from the small world, which is rendered by the CPU's cores and
-# encoded on the GPU, for MINUTES (default 3), compiled and in bf16; its scores. Every stage leaves its result in OUT (default out/gpu, at most
-# 8 files of 15 MB) as soon as it has one, and a line in OUT/stages.jsonl. --more: what is left of it, in 3 minutes. --rehearse: the same stages
-# in miniature on a CPU. WHEELS: where wheels.sh has put site.tar.xz (default runs/wheels); WORK: where caches and checkpoints lie.
+# encoded on the GPU, for MINUTES (default 3), compiled and in bf16; its scores. Every stage writes its result to OUT (default out/gpu, at most
+# 8 files of 15 MB) as soon as it has one, and a line in OUT/stages.jsonl. --more: the remaining parts, in 3 minutes. --rehearse: the same stages
+# at a small size on a CPU. WHEELS: the folder of wheels.sh's site.tar.xz (default runs/wheels); WORK: the folder of caches and checkpoints.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 minutes=3 seconds=530 device=cuda patience=1
@@ -60,7 +60,7 @@ stage machine 20 "$python" -c "import torch, platform; print(platform.platform()
 stage tests 100 "$python" -m pytest -q -p no:cacheprovider -m gpu "${tests[@]}"
 stage bench 75 "$python" -m kling_programs.eval.bench "${suites[@]}" --device $device --quick --json "$out/bench.json"
 stage encode 110 "$python" -m kling_programs.train.encode "$encode" "out=$work/cache"
-# A few steps tell the pace, and so how many fit: the learning rate falls to its end with the last of them.
+# A few steps show the speed, and so how many fit: the learning rate reaches its end with the last of them.
 stage pace 150 "${train[@]}" "steps=$probe"
 if [ ! -e "$work/steps" ] && [ -e "$run/metrics.jsonl" ]; then
   "$python" - "$run/metrics.jsonl" "$minutes" >"$work/steps" <<'PY'

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# configs/gpu/wheels.sh [FOLDER]      what first.sh needs on a machine with a GPU and no network, as FOLDER/site.tar.xz (default runs/wheels)
-# For x86-64 and Python 3.12, beside the torch, transformers, accelerate, einops, safetensors and numpy that are there. Wheels are deflated,
-# and OpenCV's alone has 55 MB: unpacked and compressed together by xz they and the tree stay under 60 MB (a minute or more).
+# configs/gpu/wheels.sh [FOLDER]      packs the needs of first.sh for a machine with a GPU and no network: FOLDER/site.tar.xz (default runs/wheels)
+# For x86-64 and Python 3.12, in addition to installed torch, transformers, accelerate, einops, safetensors and numpy. Wheels are deflated,
+# and OpenCV's alone has 55 MB: unpacked and compressed together with xz, they and the sources stay below 60 MB (takes a minute or more).
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 folder=${1:-runs/wheels}

@@ -1,13 +1,13 @@
-"""LoRAs in the namings that trainers write, on the transformer or on the second expert.
+"""Loads LoRAs in the namings of many trainers, for the transformer or the second expert.
 
 A key is PREFIX + LAYER + SUFFIX. The layer has our name or the original repository's, with dots or (kohya, musubi) with underscores:
 
     lora_A.weight, lora_B.weight; lora_down, lora_up; lora.down, lora.up; lora_A.ADAPTER.weight (peft, DiffSynth)    ΔW = alpha / r · B A
-    alpha                            a number; without one it is r, unless peft's settings tell
-    diff, diff_b; w_norm, b_norm     of distilled LoRAs: ΔW and Δb of a layer or a norm, whole
+    alpha                            a number; without one it is r, or the value in peft's settings
+    diff, diff_b; w_norm, b_norm     of distilled LoRAs: the full ΔW and Δb of a layer or a norm
     lora_B.bias                      of peft's lora_bias: Δb = alpha / r · bias
 
-Low-rank parts go through peft, whole differences are added to the weights. Prefixes: those of peft, DiffSynth, ComfyUI, diffusers, musubi.
+peft loads low-rank parts, full differences are added to the weights. Prefixes: those of peft, DiffSynth, ComfyUI, diffusers, musubi.
 """
 
 from __future__ import annotations
@@ -49,21 +49,21 @@ SHOWN = 3  # keys that a message names
 
 @dataclass
 class Layer:
-    """What a file holds of one layer."""
+    """The tensors of one layer in a file."""
 
-    down: Tensor | None = None  # (r, in) or a convolution's
+    down: Tensor | None = None  # (r, in), or of a convolution
     up: Tensor | None = None  # (out, r)
     up_bias: Tensor | None = None  # (out,)
     alpha: Tensor | None = None  # ()
-    weight: Tensor | None = None  # whole differences, of the weight's shape
+    weight: Tensor | None = None  # full difference, of the weight's shape
     bias: Tensor | None = None
     keys: list[str] = field(default_factory=list)
 
 
 def add_loras(pipe: Any, loras: Sequence[tuple[str, float]], second: bool = False) -> None:
-    """Load (file, scale) pairs on top of each other. second: into the low-noise expert. What the model has no layer for is named.
+    """Load (file, scale) pairs, which add up. second: into the low-noise expert. Tensors without a layer in the model are logged.
 
-    Raises `UserError` if peft is missing, or if a file is damaged, of another method, or no LoRA of this model.
+    Raises `UserError` if peft is missing, or if a file is damaged, for another method, or not for this model.
     """
     names = {}
     for number, (path, scale) in enumerate(loras):
@@ -75,10 +75,10 @@ def add_loras(pipe: Any, loras: Sequence[tuple[str, float]], second: bool = Fals
 
 
 def add_lora(pipe: Any, lora: Given, second: bool = False, name: str | None = None, scale: float = 1.0) -> bool:
-    """Load one LoRA, a file or its tensors, and return whether there is an adapter of it now, which has no scale yet.
+    """Load one LoRA, a file or its tensors, and return whether this made an adapter, which has no scale yet.
 
-    name: of the adapter; diffusers finds one without. scale: of the whole differences, which go into the weights at once.
-    Raises `UserError` as `add_loras` does, and for a name that is taken.
+    name: of the adapter; by default diffusers chooses one. scale: of the full differences, which are added to the weights at once.
+    Raises `UserError` as `add_loras` does, and for a name in use.
     """
     model = _expert(pipe, second)
     if find_spec("peft") is None:
@@ -102,10 +102,10 @@ def _expert(pipe: Any, second: bool) -> nn.Module:
 
 
 def read_lora(path: Given, model: nn.Module, second: bool = False) -> dict[str, Layer]:
-    """Layers of a LoRA by our names, `up` already times alpha / r. second: of a file for both experts, the second's part.
+    """Layers of a LoRA by our names, with `up` multiplied by alpha / r. second: the second expert's part of a file for both.
 
-    path: of the file, or its tensors by their keys. Layers that `model` has not are left out, and named in one line of the log. Raises
-    `UserError` for what is not whole, fits nowhere, or is another method's.
+    path: of the file, or its tensors by their keys. Layers that `model` lacks are left out, and named in one line of the log. Raises
+    `UserError` for a file that is incomplete, fits nowhere, or is for another method.
     """
     tensors, settings = (path, {}) if isinstance(path, Mapping) else (read_tensors(path), _settings(weight_files(path)[0]))
     path = "the LoRA given" if isinstance(path, Mapping) else path
@@ -139,12 +139,12 @@ def read_lora(path: Given, model: nn.Module, second: bool = False) -> dict[str, 
 
 
 def _parts(path: str | Path, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Layer], list[str]]:
-    """(what there is of each layer, under the file's name without prefixes; keys that belong to none)."""
+    """(the tensors of each layer, by the file's name without prefixes; keys that belong to no layer)."""
     layers: dict[str, Layer] = defaultdict(Layer)
     unknown = []
     for key, tensor in sorted(tensors.items()):
         if method := next((name for mark, name in METHODS.items() if mark in key), None):
-            raise UserError(f"{path} is a {method} ({key}), which is not read: get a LoRA, or merge it into the model and give that")
+            raise UserError(f"{path} is a {method} ({key}), which is not supported: get a LoRA, or merge it into the model and give that")
         suffix = SUFFIX.search(key)
         if suffix is None:
             unknown.append(key)
@@ -165,9 +165,9 @@ def _without_prefix(name: str) -> str:
 
 
 def _names(model: nn.Module) -> dict[str, str]:
-    """Every way to call a layer or a loose parameter of the model -> our name."""
+    """All names of a layer, or of a parameter outside layers, in other namings -> our name."""
     ours = dict.fromkeys(_plain(name).rpartition(".")[0] for name, _ in model.named_parameters())  # layers
-    ours |= dict.fromkeys(_plain(name) for name, _ in model.named_parameters())  # and tables that no layer of torch holds
+    ours |= dict.fromkeys(_plain(name) for name, _ in model.named_parameters())  # and tables outside torch's layers
     known: dict[str, str] = {}
     for dotted in filter(None, ours):
         for name in (dotted, original_transformer_name(f"{dotted}.").removesuffix("."), original_transformer_name(dotted)):
@@ -177,7 +177,7 @@ def _names(model: nn.Module) -> dict[str, str]:
 
 
 def _plain(name: str) -> str:
-    """A parameter's name without what an adapter that is already there has put in."""
+    """A parameter's name without the parts added by an adapter."""
     return name.replace(".base_layer.", ".")
 
 
@@ -192,7 +192,7 @@ def _parameter(model: nn.Module, name: str) -> nn.Parameter | None:
 
 
 def _targets(model: nn.Module, name: str) -> tuple[nn.Parameter | None, nn.Parameter | None]:
-    """The weight (or the loose parameter itself) and the bias that a layer's differences go to."""
+    """The weight (or the parameter itself) and the bias to which a layer's differences are added."""
     weight = _parameter(model, f"{name}.weight")
     return (weight if weight is not None else _parameter(model, name)), _parameter(model, f"{name}.bias")
 
@@ -209,12 +209,12 @@ def _has(model: nn.Module, name: str, layer: Layer) -> bool:
 
 
 def _check(path: str | Path, model: nn.Module, name: str, layer: Layer) -> None:
-    """Refuse half a layer, shapes that do not fit, and weights that are no numbers."""
+    """Raise `UserError` for an incomplete layer, a wrong shape, or values that are not finite."""
     if (layer.down is None) != (layer.up is None):
         has, lacks = ("first", "second") if layer.up is None else ("second", "first")
-        raise UserError(f"{path} is not whole: of {name} it holds the {has} matrix ({layer.keys[0]}) and not the {lacks}: get it again")
+        raise UserError(f"{path} is incomplete: of {name} it has the {has} matrix ({layer.keys[0]}) and not the {lacks}: get it again")
     if layer.down is None and (layer.alpha is not None or layer.up_bias is not None):
-        raise UserError(f"{path} is not whole: of {name} it holds {layer.keys[0]} and no matrices: get it again")
+        raise UserError(f"{path} is incomplete: of {name} it has {layer.keys[0]} and no matrices: get it again")
     for key, tensor in vars(layer).items():
         if isinstance(tensor, Tensor) and not (tensor.is_floating_point() and tensor.float().isfinite().all()):
             kind = "NaN or infinity" if tensor.is_floating_point() else f"{tensor.dtype} numbers".removeprefix("torch.")
@@ -231,7 +231,7 @@ def _check(path: str | Path, model: nn.Module, name: str, layer: Layer) -> None:
 
 
 def _settings(file: Path) -> dict[str, Any]:
-    """peft's settings, as diffusers keeps them in the file's header and peft in a JSON beside it; {} where there are none."""
+    """peft's settings, from the file's header (diffusers) or a JSON beside it (peft); {} if there are none."""
     try:
         with safe_open(file, framework="pt") as opened:
             text = (opened.metadata() or {}).get("lora_adapter_metadata")
@@ -244,9 +244,9 @@ def _settings(file: Path) -> dict[str, Any]:
 
 
 def _scale(name: str, layer: Layer, settings: Mapping[str, Any]) -> float:
-    """alpha / r (or √r, as the settings have it)."""
+    """alpha / r, or alpha / √r if the settings say so."""
     if settings.get("use_dora"):
-        raise UserError(f"{name} is DoRA's by its settings, which is not read: get a LoRA")
+        raise UserError(f"{name} is a DoRA by its settings, which is not supported: get a LoRA")
     rank = layer.down.shape[0]
     patterns = settings.get("alpha_pattern") or {}
     fits = (value for key, value in patterns.items() if f".{name}".endswith("." + key.strip("^$")))
@@ -258,7 +258,7 @@ def _scale(name: str, layer: Layer, settings: Mapping[str, Any]) -> float:
 
 
 def _low_rank(name: str, layer: Layer) -> dict[str, Tensor]:
-    """A layer's matrices as diffusers names them."""
+    """A layer's matrices with diffusers' names."""
     if layer.down is None:
         return {}
     return {f"transformer.{name}.lora_A.weight": layer.down.to(layer.up.dtype), f"transformer.{name}.lora_B.weight": layer.up}
@@ -266,7 +266,7 @@ def _low_rank(name: str, layer: Layer) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _add_whole(model: nn.Module, name: str, layer: Layer, scale: float) -> None:
-    """Add what is no product of two matrices to the weights themselves."""
+    """Add full differences, which are no product of two matrices, to the weights."""
     weight, bias = _targets(model, name)
     for difference, target in ((layer.weight, weight), (layer.bias, bias), (layer.up_bias, bias)):
         if difference is not None:

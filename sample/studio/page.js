@@ -1,16 +1,16 @@
-// What lives in the browser: the mask that is painted, the list of what was made, the form as it stands, and two videos that play as one.
-// Listens on the document: Gradio replaces the elements as it pleases.
+// State in the browser: the painted mask, the list of results, the form's values, and two videos that play in step.
+// Listens on the document, because Gradio may replace elements at any time.
 (() => {
   const LIST = "kling-studio-list", TAB = "kling-studio-tab", FORM = "kling-studio-form", MOST = 100;
   const read = (store, key, other) => { try { return JSON.parse(store.getItem(key)) ?? other; } catch { return other; } };
-  const write = (store, key, value) => { try { store.setItem(key, JSON.stringify(value)); } catch { /* full, or forbidden */ } };
+  const write = (store, key, value) => { try { store.setItem(key, JSON.stringify(value)); } catch { /* storage full or forbidden */ } };
   const random = () => [...crypto.getRandomValues(new Uint8Array(16))].map((b) => b.toString(16).padStart(2, "0")).join("");
   let tab = read(sessionStorage, TAB, null);
   if (!tab) write(sessionStorage, TAB, (tab = random()));
   let awake = false, pending = null;
 
   window.studio = {
-    // The list is the browser's, not the tab's: it is read anew for every event, and only what changed is written.
+    // The list belongs to the browser, not to the tab: it is read for every event, and only changes are written.
     withList: (v) => [...v.slice(0, -1), { ...(v.at(-1) ?? {}), ids: read(localStorage, LIST, []), tab, add: undefined, drop: undefined }],
     apply: (mine) => {
       const { add, drop, ...rest } = mine ?? {};
@@ -20,17 +20,17 @@
       }
       return [rest];
     },
-    // Gradio draws a tab when it is first opened: until then there is no canvas, and what came back stands for it.
+    // Gradio draws a tab when it is first opened: until then there is no canvas, and the restored mask is used instead.
     withMask: (v, place) => { v[place] = canvasOf() ? mask() : pending; return v; },
     hold: (painted) => { pending = painted?.mask ?? null; return []; },
-    // The form is the tab's; it is kept once it has been filled again with what was kept before.
+    // The form belongs to the tab; it is saved only after the earlier values have been restored.
     keep: (v) => { if (awake) write(sessionStorage, FORM, v); return v; },
     saved: () => read(sessionStorage, FORM, null),
     awake: () => { awake = true; return []; },
   };
   window.addEventListener("storage", (event) => { if (event.key === LIST) document.querySelector("#refresh")?.click(); });
 
-  // ---- the mask: strokes on a canvas, white where something is to be made ----
+  // ---- the mask: strokes on a canvas, white where to generate ----
 
   let strokes = [], current = null, painted = null; // of the canvas `painted`
   const canvasOf = () => document.querySelector(".painter canvas");
@@ -82,7 +82,7 @@
     changed();
   });
 
-  // What was painted before comes back as the first stroke: its white, without its black.
+  // An earlier mask becomes the first stroke: its white part, without the black.
   async function begin(canvas) {
     const picture = new Image();
     picture.src = canvas.dataset.before;
@@ -99,7 +99,7 @@
     changed();
   }
 
-  // The mask as a PNG: white is painted, black is kept. null if nothing is.
+  // The mask as a PNG: white is painted, black is kept. null if nothing is painted.
   function mask() {
     const canvas = canvasOf();
     if (!canvas || canvas !== painted || !strokes.length) return null;
@@ -111,7 +111,7 @@
     return pen.getImageData(0, 0, out.width, out.height).data.some((value, i) => i % 4 === 0 && value > 127) ? out.toDataURL("image/png") : null;
   }
 
-  // ---- files dropped anywhere but on a field: their settings ----
+  // ---- files dropped outside a field: load their settings ----
 
   const elsewhere = (event) => event.dataTransfer?.types.includes("Files") && !event.target.closest?.("#inputs, #vae-clip, .upload-container");
   document.addEventListener("dragover", (event) => { if (elsewhere(event)) event.preventDefault(); });
@@ -123,7 +123,7 @@
     input.dispatchEvent(new Event("change", { bubbles: true }));
   });
 
-  // A GIF is a video here, and the page says so; Gradio's own filter lets through what calls itself one.
+  // A GIF counts as a video here; Gradio's own filter accepts files by their declared type.
   const CLIPS = "#clip, #vae-clip";
   const renamed = (files) => {
     const all = new DataTransfer();
@@ -149,7 +149,7 @@
   };
   new MutationObserver(drawn).observe(document.documentElement, { childList: true, subtree: true });
 
-  // ---- what one of two compared videos does, the other does ----
+  // ---- two compared videos play in step ----
 
   const others = (video) => [...(video.closest(".compare")?.querySelectorAll("video") ?? [])].filter((other) => other !== video);
   const follow = (event) => {
@@ -161,7 +161,7 @@
       if (event.type === "pause" && !other.paused) other.pause();
     }
   };
-  // What a browser cannot play is replaced by the server's copy, or refused with a reason: "not playable" would only flash up before.
+  // A video that the browser cannot play is replaced by the server's copy, or refused with a reason; hide "not playable" until then.
   document.addEventListener("error", (event) => {
     if (event.target.matches?.("#clip video, #vae-clip video")) event.stopImmediatePropagation();
   }, true);
