@@ -48,7 +48,7 @@ from kling.training.export import save_pipeline
 from kling.training.health import DeviceGuard
 from kling.training.loop import Loop
 from kling.training.lora import Lora, add_lora
-from kling.training.meter import Meter, matmul_ceiling
+from kling.training.meter import Meter, log_line, matmul_ceiling
 from kling.training.model import Trained, set_checkpointing
 from kling.training.optim import make_optimizer, set_lr
 from kling.training.start import (
@@ -295,13 +295,6 @@ class Guide:
         share = given_share(*example.state.host, self.reach)
         share = None if share is None else upload(share, example.state.mask.device)
         return guided_velocity(predict, self.scale, self.camera_scale, example.cameras is not None, share)
-
-
-def log_line(guard: DeviceGuard, lr: float, speed: Callable[[], dict[str, float]], numbers: list[float]) -> dict[str, float]:
-    """A step's line in the log, from its numbers, which are on the host now; the guard gets them too."""
-    *sums, norm, row, skipped = numbers
-    guard.look(row, skipped)
-    return {**Meter.means(sums), "lr": lr, "grad_norm": norm, "skipped": guard.skipped, **speed()}
 
 
 def build(cfg: DistillConfig, start: Start) -> Trained:

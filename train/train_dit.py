@@ -8,7 +8,6 @@ accelerate launch --config_file configs/accelerate/fsdp2.yaml train/train_dit.py
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -48,7 +47,7 @@ from kling.training.export import save_pipeline
 from kling.training.health import DeviceGuard
 from kling.training.loop import Loop
 from kling.training.lora import Lora, add_lora, export_lora
-from kling.training.meter import Meter, matmul_ceiling
+from kling.training.meter import Meter, log_line, matmul_ceiling
 from kling.training.model import Trained, set_checkpointing
 from kling.training.optim import check_names, make_optimizer, set_lr
 from kling.training.start import (
@@ -303,13 +302,6 @@ def train(cfg: TrainDiTConfig, loop: Loop) -> None:
     if accelerator.is_main_process:
         publish(cfg, vae, out, start)
     loop.finish(out / ("lora" if cfg.lora.rank and not cfg.lora.merge else "export"))
-
-
-def log_line(guard: DeviceGuard, lr: float, speed: Callable[[], dict[str, float]], numbers: list[float]) -> dict[str, float]:
-    """A step's line in the log, from its numbers, which are on the host now; the guard gets them too."""
-    *sums, norm, row, skipped = numbers
-    guard.look(row, skipped)
-    return {**Meter.means(sums), "lr": lr, "grad_norm": norm, "skipped": guard.skipped, **speed()}
 
 
 def requests(cfg: TrainDiTConfig, clips: list[ClipSample]) -> list[Request]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kling.runtime.accelerator import Accelerator
 from kling.runtime.parallel import total
+from kling.training.health import DeviceGuard
 
 SIGMA_BINS = 4
 
@@ -113,6 +114,13 @@ class Meter(StepClock):
             return times | speed
 
         return used
+
+
+def log_line(guard: DeviceGuard, lr: float, speed: Callable[[], dict[str, float]], numbers: list[float]) -> dict[str, float]:
+    """A step's line in the log, from its numbers, which are on the host now; the guard gets them too."""
+    *sums, norm, row, skipped = numbers
+    guard.look(row, skipped)
+    return {**Meter.means(sums), "lr": lr, "grad_norm": norm, "skipped": guard.skipped, **speed()}
 
 
 def peak_memory(device: torch.device) -> float:
