@@ -233,8 +233,8 @@ def test_unused_tensors_are_named_in_one_line(door: str, folder: Path, tmp_path:
 
 Q = "diffusion_model.blocks.0.cross_attn.q"
 TROUBLES = {
-    "half a layer": ({f"{Q}.lora_down.weight": torch.ones(4, 128)}, "not whole: of blocks.0.attn2.to_q"),
-    "the other half": ({f"{Q}.lora_up.weight": torch.ones(128, 4)}, "not whole: of blocks.0.attn2.to_q"),
+    "half a layer": ({f"{Q}.lora_down.weight": torch.ones(4, 128)}, "incomplete: of blocks.0.attn2.to_q"),
+    "the other half": ({f"{Q}.lora_up.weight": torch.ones(128, 4)}, "incomplete: of blocks.0.attn2.to_q"),
     "an alpha alone": ({f"{Q}.alpha": torch.tensor(4.0)}, "no matrices"),
     "NaN": ({f"{Q}.lora_down.weight": torch.full((4, 128), torch.nan), f"{Q}.lora_up.weight": torch.ones(128, 4)}, "holds NaN"),
     "integers": ({f"{Q}.lora_down.weight": torch.ones(4, 128).int(), f"{Q}.lora_up.weight": torch.ones(128, 4).int()}, "int32 numbers"),
