@@ -1,6 +1,6 @@
 """The pictures of docs/studio.md: the studio in a real browser, with the shipped model, or another one.
 
-python docs/shots.py                                # minutes on two cores; needs chromium (apt install chromium)
+python docs/shots.py                                # minutes on two cores; needs: apt install chromium fonts-noto-cjk
 python docs/shots.py --model runs/dit/export --run runs/dit    # any options of kling-demo; with a run, its Training tab too
 """
 
