@@ -119,7 +119,11 @@ def load_config(cls: type[T], path: str | Path | None = None, overrides: Sequenc
                 OmegaConf.update(cfg, key, value, merge=True)
             except OmegaConfBaseException as error:
                 raise UserError(f"{key} = {value!r} in {where}: expected {_spell(hint)} ({_first_line(error)})") from None
-            _check_range(key, OmegaConf.select(cfg, key, throw_on_missing=False), where)
+            try:
+                set_to = OmegaConf.select(cfg, key, throw_on_missing=False)
+            except OmegaConfBaseException:  # an interpolation; what it names may come with a later layer
+                continue
+            _check_range(key, set_to, where)
 
     try:
         if missing := sorted(OmegaConf.missing_keys(cfg)):

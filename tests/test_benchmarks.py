@@ -169,9 +169,9 @@ def test_import_reads_vbench_results(tmp_path: Path, capsys: pytest.CaptureFixtu
         (["grade", "vbench"], "unknown action 'grade'"),
         (["check", "vbenhc"], "did you mean 'vbench'"),
         (["import", "vbench", "--results", "x"], "import needs --out"),
-        (["check", "vbench", "--info", "x", "--videos", "y", "--model", "z"], "check has no use for --model"),
+        (["check", "vbench", "--info", "x", "--videos", "y", "--model", "z"], "check does not use --model"),
         (["sample", "worldscore"], "sample needs --info"),
-        (["sample", "vbench", "--info", "x", "--videos", "y", "--still", "z"], "sample has no use for --still"),
+        (["sample", "vbench", "--info", "x", "--videos", "y", "--still", "z"], "sample does not use --still"),
     ],
 )
 def test_bad_benchmark_commands(argv: list[str], message: str, capsys: pytest.CaptureFixture) -> None:

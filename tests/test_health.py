@@ -22,6 +22,7 @@ from kling.data.image import read_image
 from kling.data.source import DataConfig
 from kling.errors import UserError
 from kling.flow.levels import draw_sigma
+from kling.runtime.accelerator import StopSignal
 from kling.runtime.checkpoint import load_latest
 from kling.runtime.watchdog import Watchdog
 from kling.training.ema import EMA
@@ -180,7 +181,7 @@ def test_a_run_in_parts_equals_the_whole_run(words: list[str], tmp_path: Path, m
     for stop, count in ((2, 1), (4, 2), (6, 0)):
         saved = load_latest(tmp_path / "run")
         assert saved is None or saved.step == stop - 2
-        monkeypatch.setattr(train_dit.StopSignal, "seen", lambda *_, at=stop: at < 6 and len(metrics(tmp_path / "run")) >= at)
+        monkeypatch.setattr(StopSignal, "seen", lambda *_, at=stop: at < 6 and len(metrics(tmp_path / "run")) >= at)
         try:
             train_dit.main([*words, "steps=6", f"workers={count}", f"out={tmp_path / 'run'}"])
         except SystemExit as end:

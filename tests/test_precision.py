@@ -81,7 +81,7 @@ def test_the_precision_is_printed_recorded_and_replayed(model: Path, tmp_path: P
     record["machine"] |= {"device": "cpu AVX9", "torch": "1.0"}
     Path(f"{output}.json").write_text(json.dumps(record))
     _, _, said = run(capsys, "--replay", f"{output}.json", "--dtype", "fp32", "--overwrite")
-    assert "may not come out to the bit here: torch 1.0 -> " in said[1]
+    assert "may not come out identical here: torch 1.0 -> " in said[1]
     assert "device cpu AVX9 -> " in said[1] and "dtype bf16 -> fp32" in said[1]
 
 
