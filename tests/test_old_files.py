@@ -20,7 +20,7 @@ RECORD = Path(__file__).parent / "data" / "record.json"
 def test_an_old_record_gives_the_same_request() -> None:
     record = read_record(RECORD)
     pipe = KlingPipeline.from_pretrained(weights=False)
-    pipe.scheduler.register_to_config(camera_guidance_scale=4.0)  # a setting of the weights at that time
+    pipe.scheduler.register_to_config(guidance_scale=5.0, camera_guidance_scale=4.0)  # settings of the weights at that time
     check_same_settings(record, pipe.plan(request_of(record, str(RECORD))), str(RECORD))
 
 
