@@ -29,8 +29,9 @@ launch='trap "" USR1
 accelerate launch "$@" --machine_rank "$SLURM_NODEID" '"train/train_dit.py $(printf '%q ' "$@")"' &
 child=$!
 trap "pkill -USR1 -P $child" USR1
-while wait $child; code=$?; [ $code -gt 128 ] && kill -0 $child 2>/dev/null; do :; done
-exit $code'
+while wait $child; [ $? -gt 128 ] && kill -0 $child 2>/dev/null; do :; done # a signal ends a wait
+wait $child # its own exit code, also if it ended while a signal was handled
+exit $?'
 # shellcheck disable=SC2086 - $sizes is several words
 srun --kill-on-bad-exit=1 bash -c "$launch" kling --config_file "configs/accelerate/$layout.yaml" --num_machines "$SLURM_NNODES" \
     --num_processes "$processes" --main_process_ip "$host" --main_process_port "${MASTER_PORT:-29500}" $sizes
