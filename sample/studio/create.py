@@ -22,6 +22,11 @@ EXAMPLES = [
 ]
 
 
+def _example(index: Any) -> Any:
+    """The prompt of a clicked example; nothing happens for what is no index of one, which a page never sends."""
+    return EXAMPLES[index] if isinstance(index, int) and 0 <= index < len(EXAMPLES) else gr.skip()
+
+
 class Form:
     """The fields. `inputs` are their components in the order of `FIELDS`; the other attributes are used by the page's events."""
 
@@ -72,12 +77,12 @@ class Form:
     def _text(self) -> None:
         self.fields["prompt"] = prompt = gr.Textbox(label=t("prompt"), placeholder=t("prompt_hint"), lines=3, elem_id="prompt")
         examples = gr.Dataset(
-            label=t("examples"), components=[gr.Textbox(visible=False)], samples=[[e] for e in EXAMPLES], type="values", elem_id="examples"
+            label=t("examples"), components=[gr.Textbox(visible=False)], samples=[[e] for e in EXAMPLES], type="index", elem_id="examples"
         )
         if self.studio.pipe.config.get("vocabulary") == "world":
             with gr.Accordion(t("understands"), open=False, elem_id="understands"):
                 gr.Markdown(vocabulary_summary())
-        examples.click(lambda row: row[0], examples, prompt, queue=False, api_visibility="private", show_progress="hidden")
+        examples.click(_example, examples, prompt, queue=False, api_visibility="private", show_progress="hidden")
         own = self.studio.pipe.setting("negative_prompt") or t("negative_hint")
         self.fields["negative_prompt"] = gr.Textbox(label=t("negative_prompt"), placeholder=own)
         self.restore = gr.UploadButton(
