@@ -86,6 +86,8 @@ def main(argv: list[str] | None = None) -> None:
     if before:
         records.check_same_model(before, model_hashes(folder, args), args.replay)
         torch.set_num_threads(before["machine"]["threads"])
+    if request.mode == "fast" and (unused := [f"--{name}" for name in ("lora", "cache") if getattr(args, name)]):
+        raise UserError(f"{unused[0]} works on the transformer, and mode fast uses the few-step weights beside it: leave one of them out")
     plan = pipe.plan(request)
     if before:
         records.check_same_settings(before, plan, args.replay)
@@ -248,11 +250,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--num-frames", metavar="N", type=int, help="instead of --duration: 1 + 4k frames")
     add("--extend-to", metavar="SECONDS", type=float, help="continue in hops until the whole video is this long")
     add("--image-only", action="store_true", help="one picture, as png")
-    add("--mode", metavar="std|pro", help="pro takes more steps with a better solver (std)")
+    add("--mode", metavar="std|pro|fast", help="pro takes more steps with a better solver, fast 4 with few-step weights (std)")
 
     add = parser.add_argument_group("sampling; defaults are the checkpoint's own").add_argument
     add("--num-inference-steps", metavar="N", type=int)
-    add("--solver", metavar="NAME", help="euler, adams (second order) or renoise (few-step weights); default: the checkpoint's, see --mode")
+    add("--solver", metavar="NAME", help="euler, adams (second order), renoise or flow_map (few-step weights); default: the checkpoint's")
     add("--guidance-scale", metavar="X", type=float, help="how strongly to follow the prompt; 1: no guidance")
     add("--guidance-interval", metavar=("LOW", "HIGH"), nargs=2, type=float, help="noise levels with guidance, as in 0.2 0.9; faster")
     add("--guidance-every", metavar="N", type=int, help="compute guidance only at every N-th step; faster (1)")

@@ -9,6 +9,8 @@ import pytest
 import tiny_wan
 import torch
 from diffusers import AnyFlowPipeline, AnyFlowTransformer3DModel, FlowMapEulerDiscreteScheduler
+from kling_programs.sample import generate
+from peft import LoraConfig
 from test_dit import B, G, H, W, inputs, kling, wan
 from torch import Tensor
 
@@ -203,6 +205,23 @@ def test_what_a_flow_map_has_no_use_for_is_refused_by_name(with_fast: Path, fiel
     pipe = KlingPipeline.from_pretrained(with_fast, weights=False)
     with pytest.raises(UserError, match=rf"{field}.*(leave it out|mode std)"):
         pipe.plan(Request("a ball", num_frames=5, mode="fast", **{field: value}))
+
+
+@pytest.mark.parametrize("given", [["--lora", "a.safetensors"], ["--cache", "first-block=0.1"]])
+def test_what_would_change_other_weights_is_refused_beside_fast(with_fast: Path, given: list[str], tmp_path: Path, capsys) -> None:
+    words = ["a ball", "--mode", "fast", "--num-frames", "5", "--model", str(with_fast), "--output", str(tmp_path / "a.mp4")]
+    (tmp_path / "a.safetensors").write_bytes(b"")
+    given = [str(tmp_path / word) if word.endswith(".safetensors") else word for word in given]
+    with pytest.raises(SystemExit) as end:
+        generate.main([*words, *given, "--dry-run"])
+    assert end.value.code == 2 and f"{given[0]} works on the transformer" in capsys.readouterr().err
+
+
+def test_a_lora_from_python_is_refused_beside_fast(with_fast: Path) -> None:
+    pipe = KlingPipeline.from_pretrained(with_fast)
+    pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    with pytest.raises(UserError, match="mode fast: the LoRA changes the transformer"):
+        pipe.plan(Request("a ball", num_frames=5, mode="fast"))
 
 
 def test_fast_needs_few_step_weights_and_its_solver_too() -> None:

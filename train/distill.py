@@ -174,6 +174,8 @@ def train(cfg: DistillConfig, loop: Loop) -> None:
     """The distillation, with the run's folder locked."""
     accelerator, layout = loop.accelerator, loop.layout
     device = accelerator.device
+    if layout.split > 1:
+        raise UserError("kling-distill does not share a clip between processes: take a layout without context parallelism, such as fsdp2")
     start = open_start(cfg.teacher, cfg.checkpoint)
     vae = load_vae(cfg.vae).to(device)
     complete_cache(cfg.cache, cfg.encode, vae, loop.stop, accelerator)
@@ -195,6 +197,8 @@ def train(cfg: DistillConfig, loop: Loop) -> None:
     if isinstance(text, ByteTextEncoder):
         text = text.to(device).eval().requires_grad_(False)
     max_bytes = check_captions(text, cache, [request.prompt for request in asked], cfg.long_captions)
+    with torch.no_grad():
+        negative = text.encode([guide.negative]).to(device).float()  # (1, l, e)
     drawing = Drawing(cfg.seed, cfg.tasks, cfg.text_drop, cfg.camera_drop, cfg.group, max_bytes)
     check_fit(vae, transformer, cfg.tasks, cache)
     scheduler = start.settings["scheduler"]
@@ -222,7 +226,7 @@ def train(cfg: DistillConfig, loop: Loop) -> None:
         z = state.noised(t, noise)  # (b, c, G, h, w)
         meter.lap("data")
         with torch.no_grad():
-            words, nothing = (text.encode(prompts).to(device).float() for prompts in (example.prompts, [guide.negative] * b))  # (b, l, e)
+            words, nothing = text.encode(example.prompts).to(device).float(), negative.expand(b, -1, -1)  # (b, l, e)
             with accelerator.autocast():
                 if cfg.velocity == "teacher":
                     v = guide(partial(teacher, z=z, level=t), example, words, nothing)

@@ -255,6 +255,8 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             few = self.setting("solver") == "flow_map"
             why = "its own weights take few steps already: leave mode out" if few else "distil it with kling-distill, or use mode std"
             raise UserError(f"mode fast: this model has no few-step weights beside its own; {why}", code="no_fast")
+        if getattr(self.transformer, "peft_config", None):
+            raise UserError("mode fast: the LoRA changes the transformer, not the few-step weights beside it; unload it, or use mode std")
         return self.config.get("fast") or {"num_inference_steps": 4}
 
     def check_divides(self, f: int, h: int, w: int) -> None:
