@@ -21,7 +21,8 @@ from kling.cache.batches import LatentSteps
 from kling.cache.store import LatentCache
 from kling.condition.state import Given, build_state
 from kling.condition.tasks import TASKS
-from kling.flow.flow_map import draw_steps, flow_map_target
+from kling.flow.flow_map import composed_target, draw_steps, flow_map_target
+from kling.flow.levels import shift_sigma
 from kling.hub.load import dtype_of
 from kling.runtime.random import generator, noise_like
 from kling.sampling.pipeline import load_vae
@@ -62,6 +63,34 @@ def test_the_true_flow_map_is_where_the_target_leads(soft: bool) -> None:
     u = lambda z, t, r: mean_velocity(z, wide(t), wide(r))  # noqa: E731
     target = flow_map_target(u, z, velocity(z, wide(t)), t, r, m, delta=1e-4)
     torch.testing.assert_close(target.double(), u(z, t, r), atol=2e-4, rtol=2e-3)
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_a_composed_step_leads_to_the_true_flow_map(soft: bool) -> None:
+    """Its error falls with the square of the stride, since what follows the stride is exact; a stride over all of the step is Euler's."""
+    torch.manual_seed(0)
+    t = torch.tensor([1.0, 0.999, 0.8, 0.5, 0.3, 0.3], dtype=torch.float64)
+    r = torch.tensor([0.0, 0.5, 0.2, 0.499, 0.0, 0.3], dtype=torch.float64)
+    state = build_state([Given(hold=0.4 if soft else 0.0)] * 6, torch.randn(6, 4, 3, 4, 4, dtype=torch.float64), None)
+    m, z = state.mask, torch.randn_like(state.clean)
+    wide = lambda x: x.double().view(-1, 1, 1, 1, 1) * m  # noqa: E731
+    u = lambda z, t, r: mean_velocity(z, wide(t), wide(r))  # noqa: E731
+    v, want = velocity(z, wide(t)), u(z, t, r)
+    errors = [(composed_target(u, z, v, t, r, m, 3.0, stride) - want).abs().amax() for stride in (0.04, 0.02, 0.01)]
+    assert errors[0] < 0.2 and all(0.2 < small / large < 0.32 for large, small in zip(errors, errors[1:], strict=False)), errors
+    torch.testing.assert_close(composed_target(u, z, v, t, r, m, 3.0, 1.0), v)
+
+
+def test_steps_of_a_grid_are_drawn_within_it() -> None:
+    t, r = draw_steps(3000, 600, torch.Generator().manual_seed(0), "uniform", 5.0, counts=[4])
+    grid = shift_sigma(torch.tensor([0, 0.25, 0.5, 0.75, 1.0]), 5.0)
+    assert torch.equal(t[:600], r[:600])
+    t, r = t[600:], r[600:]
+    end = (r[:, None] - grid).abs().min(dim=1)
+    assert bool((end.values < 1e-6).all()) and set(end.indices.tolist()) == {0, 1, 2, 3}
+    start = grid[end.indices + 1]
+    assert bool(((t > r) & (t <= start + 1e-6)).all())
+    assert 0.28 < ((start - t).abs() < 1e-6).float().mean() < 0.39
 
 
 def test_steps_are_drawn_in_the_asked_shares() -> None:

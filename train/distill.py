@@ -26,7 +26,7 @@ from kling.config import load_config
 from kling.dit.cost import forward_flops
 from kling.errors import UserError, program, unknown
 from kling.flow.diffusers_scheduler import shift_key
-from kling.flow.flow_map import draw_steps, flow_map_target
+from kling.flow.flow_map import composed_target, draw_steps, flow_map_target
 from kling.flow.guidance import given_share, guided_velocity
 from kling.flow.losses import flow_loss
 from kling.flow.path import velocity
@@ -78,7 +78,10 @@ class DistillConfig:
     gate: share of the embedded noise level that encodes the end of the step, as in AnyFlow.
     num_inference_steps: default steps of the export. beside: export the teacher together with the student, for mode fast.
     plain: share of the clips, 0 to 1, with steps of length 0, which keep the student's velocity correct.
-    to_clean: share of the other clips, 0 to 1, whose steps end at level 0. delta: half the interval of the difference in time.
+    counts: numbers of steps whose sampling grids the other clips' steps are drawn from; one listed twice is drawn twice as often. Empty
+    draws both ends freely, as AnyFlow does, but a share `to_clean`, 0 to 1, ends at level 0.
+    stride: the target goes this share of the schedule along the velocity, and on with the student's own step. 0 takes AnyFlow's
+    target, with a derivative in time instead. delta: half the interval of that derivative.
     steps: updates of the weights, in all. seed: of all random draws. batch: clips of the longest length in a batch of each process and
     micro-step; of a shorter one there are more, for the same number of tokens. group: consecutive batches of one shape.
     optimizer: adamw or muon, with the same lr. lr: highest learning rate. betas: of the optimizer's moments.
@@ -109,8 +112,10 @@ class DistillConfig:
     gate: float = 0.25
     num_inference_steps: int = 4
     beside: bool = False
-    plain: float = 0.5
+    plain: float = 0.25
+    counts: list[int] = field(default_factory=lambda: [1, 2, 4, 4, 4, 8])
     to_clean: float = 0.5
+    stride: float = 0.05
     delta: float = 0.005
     steps: int = 1000
     seed: int = 0
@@ -163,6 +168,11 @@ def main(argv: list[str] | None = None) -> None:
     for name in ("plain", "to_clean", "gate"):
         if not 0 <= getattr(cfg, name) <= 1:
             raise UserError(f"{name} {getattr(cfg, name):g}: give a share from 0 to 1")
+    for count in cfg.counts:
+        if count < 1:
+            raise UserError(f"counts {count}: give numbers of steps, each at least 1")
+    if not 0 <= cfg.stride <= 1:
+        raise UserError(f"stride {cfg.stride:g}: give a share of the schedule, from 0 to 1")
     if not 0 < cfg.delta <= 0.1:
         raise UserError(f"delta {cfg.delta:g}: give more than 0 and at most 0.1")
     cfg.vae = cfg.vae or ("" if cfg.teacher == SHIPPED else cfg.teacher)
@@ -221,7 +231,8 @@ def train(cfg: DistillConfig, loop: Loop) -> None:
         example = draw_example(drawing, batch, place, transformer, vae).to(device)
         state, b = example.state, len(batch.ids)
         still = int(cfg.plain * b + (place % 2) / 2)  # samples with steps of length 0
-        t, r = (upload(x, device) for x in draw_steps(b, still, generator(cfg.seed, "sigma", place), density, shift, cfg.to_clean))
+        steps = draw_steps(b, still, generator(cfg.seed, "sigma", place), density, shift, cfg.to_clean, cfg.counts)
+        t, r = (upload(x, device) for x in steps)
         noise = noise_like(state.clean, cfg.seed, "noise", place, range(b))
         z = state.noised(t, noise)  # (b, c, G, h, w)
         meter.lap("data")
@@ -235,8 +246,13 @@ def train(cfg: DistillConfig, loop: Loop) -> None:
             target = v.clone()
             if still < b:
                 moving, heard = example.rows(still), words[still:]
-                mean = lambda z, t, r: net(moving, z, t, (heard,), r, exact=True)  # noqa: E731, B023
-                target[still:] = flow_map_target(mean, z[still:], v[still:], t[still:], r[still:], moving.state.mask, cfg.delta)
+                mean = lambda z, t, r: net(moving, z, t, (heard,), r, exact=not cfg.stride)  # noqa: E731, B023
+                there = z[still:], v[still:], t[still:], r[still:], moving.state.mask
+                with accelerator.autocast():
+                    if cfg.stride:
+                        target[still:] = composed_target(mean, *there, shift, cfg.stride)
+                    else:
+                        target[still:] = flow_map_target(mean, *there, cfg.delta)
         meter.lap("target")
         with accelerator.accumulate(net):
             with accelerator.autocast():
@@ -248,7 +264,7 @@ def train(cfg: DistillConfig, loop: Loop) -> None:
             meter.lap("forward")
             accelerator.backward(losses.mean())
             meter.lap("backward")
-        passes = 3 + guide.passes + 2 * (b - still) / b
+        passes = 3 + guide.passes + (1 if cfg.stride else 2) * (b - still) / b
         meter.add(t, losses, b * state.tokens, b * passes * forward_flops(transformer.config, state.tokens, words.shape[1]))
         if not accelerator.sync_gradients:
             continue
