@@ -37,6 +37,17 @@ class Flow:
 
 def optical_flow(video: Tensor) -> Flow:
     """The flow of a clip (T, H, W, 3) uint8 in both directions."""
+    return Flow(*_flows(video, back=True))
+
+
+def magnitude(video: Tensor) -> float:
+    """Mean length of the motion of a clip (T, H, W, 3) uint8 over its pixels and frames, in pixels per frame."""
+    (forward,) = _flows(video, back=False)
+    return float(np.linalg.norm(forward, axis=-1).mean()) if len(forward) else 0.0
+
+
+def _flows(video: Tensor, back: bool) -> list[np.ndarray]:
+    """(T-1, H, W, 2) from each frame to the next, and with `back` also from the next to it."""
     H, W = video.shape[1:3]
     scale = max(1, round(SHORT_SIDE / min(H, W)))
     greys = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in video.numpy()]
@@ -49,7 +60,8 @@ def optical_flow(video: Tensor) -> Flow:
 
     pairs = list(zip(greys[:-1], greys[1:], strict=True))
     none = [np.zeros((0, H, W, 2), np.float32)]
-    return Flow(*(np.concatenate([between(*pair)[None] for pair in way] or none) for way in (pairs, [(b, a) for a, b in pairs])))
+    ways = (pairs, [(b, a) for a, b in pairs]) if back else (pairs,)
+    return [np.concatenate([between(*pair)[None] for pair in way] or none) for way in ways]
 
 
 def visible(there: np.ndarray, back: np.ndarray) -> np.ndarray:
