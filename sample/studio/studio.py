@@ -14,7 +14,7 @@ import gradio as gr
 import numpy as np
 from kling_programs.sample.studio.form import Fields
 from kling_programs.sample.studio.guard import Door
-from kling_programs.sample.studio.jobs import ModelQueue, Stopped, Tell
+from kling_programs.sample.studio.jobs import Busy, ModelQueue, Stopped, Tell
 from kling_programs.sample.studio.mistakes import told_to
 from kling_programs.sample.studio.shelf import Result, Shelf
 from kling_programs.sample.studio.uploads import Uploads
@@ -32,6 +32,8 @@ from kling.shapes import ASPECTS, TEMPORAL, latent_frames
 
 log = logging.getLogger(__name__)
 PREVIEW_SHARE = 0.2  # previews take at most this share of the time
+ROUGH_AFTER = 0.6  # seconds after the last change of the form until a rough clip is made
+ROUGH_STEPS = 2
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ class Studio:
     _rate: float | None = None  # operations a second, as measured
     _other: tuple[Weights, KlingPipeline, dict[str, Any]] | None = None
     _planners: dict[str, KlingPipeline] = field(default_factory=dict)
+    _roughs: dict[str, object] = field(default_factory=dict)  # visitor -> its last request for a rough clip
 
     @property
     def sizes(self) -> dict[str, tuple[int, int]]:
@@ -100,6 +103,28 @@ class Studio:
             return made
 
         return (yield from self.queue.run(visitor, work, owner, **kept))
+
+    def rough(self, visitor: str, request: Request) -> np.ndarray | None:
+        """A rough clip (T, H, W, 3) uint8 by the few-step weights, once nothing else waits and no newer one was asked for; else None."""
+        self._roughs[visitor] = mine = object()
+        time.sleep(ROUGH_AFTER)
+        if self._roughs.get(visitor) is not mine:
+            return None
+        own = {"negative_prompt": None, "guidance_scale": None, "camera_guidance_scale": None, "shift": None}  # guidance is built in
+        request = request.replace(**own, mode="fast", num_inference_steps=ROUGH_STEPS, num_videos=1)
+        if len(self.pipe.plan(request).hops) > 1:
+            request = request.replace(duration=None, num_frames=self.pipe.config.max_frames)
+        work = self.queue.run(visitor, lambda tell: sample(self.pipe, request, tell, previews=False)[0], f"rough {visitor}", rough=True)
+        try:
+            while True:
+                next(work)
+        except StopIteration as done:
+            return done.value
+        except (Stopped, Busy):
+            return None
+        finally:
+            if self._roughs.get(visitor) is mine:
+                del self._roughs[visitor]
 
     # ---- what visitors choose ----
 
