@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from kling_programs.train.students import DistillConfig, adapted, prepare, publish, sample
+from kling_programs.train.students import DistillConfig, adapted, frozen_dtype, prepare, publish, sample
 from torch import Tensor, nn
 
 from kling.dit.cost import forward_flops
@@ -43,7 +43,7 @@ def train(cfg: DistillConfig, loop: Loop) -> None:
     accelerator, layout, device = loop.accelerator, loop.layout, loop.accelerator.device
     parts = prepare(cfg, loop)
     teacher, guide, data, one = parts.teacher, parts.guide, parts.data, None if layout.sharded else parts.teacher
-    student, critic = parts.student, adapted(cfg, Trained(parts.start.transformer({}), None), one)
+    student, critic = parts.student, adapted(cfg, Trained(parts.start.transformer({}, frozen_dtype(cfg)), None), one)
     exact = accelerator.mixed_precision == "no"
     nets, optimizers = {}, {}
     wrap_what_is_there(accelerator, student)  # the critic has the same parts

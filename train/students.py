@@ -20,6 +20,7 @@ from kling.flow.guidance import given_share, guided_velocity
 from kling.flow.solvers import KlingFlowScheduler
 from kling.hub.load import loaded
 from kling.runtime import checkpoint
+from kling.runtime.accelerator import shard_frozen
 from kling.runtime.device import upload
 from kling.runtime.parallel import same_rng, trained
 from kling.sampling.pipeline import KlingPipeline, load_vae
@@ -193,9 +194,8 @@ class DistillConfig:
         for name, value, known in (("method", self.method, METHODS), ("long_captions", self.long_captions, LONG_CAPTIONS)):
             if value not in known:
                 raise unknown(name, value, known)
-        for name in ("merge", "half"):
-            if getattr(self.lora, name):
-                raise UserError(f"lora.{name}: kling-distill exports whole weights and shares frozen ones: leave it out")
+        if self.lora.merge:
+            raise UserError("lora.merge: kling-distill always merges low-rank weights in its export: leave it out")
         getattr(self, self.method).check()
         for name, settings in METHODS.items():
             if name != self.method and (given := getattr(self, name)) != settings():
@@ -270,7 +270,11 @@ def prepare(cfg: DistillConfig, loop: Loop) -> Parts:
     accelerator.wait_for_everyone()
 
     torch.manual_seed(cfg.seed)  # of low-rank weights; every later draw is counter-based
-    teacher = Trained(start.transformer({}), None).to(device).eval().requires_grad_(False)
+    if cfg.lora.half and accelerator.mixed_precision != "bf16":
+        raise UserError("lora.half holds weights in bf16, and this run does not compute in it: set mixed_precision=bf16, or leave it out")
+    half = accelerator.mixed_precision == "bf16" and (cfg.lora.half or not cfg.lora.rank)  # else low-rank networks share fp32 weights
+    teacher = Trained(start.transformer({}, torch.bfloat16 if half else torch.float32), None).to(device).eval().requires_grad_(False)
+    shard_frozen(accelerator, teacher.transformer, teacher.transformer.blocks)
     student = build(cfg, start, None if loop.layout.sharded else teacher)
     if isinstance(text, ByteTextEncoder):
         text = text.to(device).eval().requires_grad_(False)
@@ -297,10 +301,15 @@ def build(cfg: DistillConfig, start: Start, teacher: Trained | None = None) -> T
         part = next((part for part in ("transformer_fast", "transformer") if (folder / part / "config.json").is_file()), None)
         if part is None:
             raise UserError(f"dmd.student {folder} holds no transformer: give the export of a kling-distill run")
-        transformer = loaded(folder, part, KlingTransformer3DModel, torch_dtype=torch.float32)
+        transformer = loaded(folder, part, KlingTransformer3DModel, torch_dtype=frozen_dtype(cfg))
     else:
-        transformer = start.transformer({"gate_value": cfg.flow_map.gate} if cfg.method == "flow_map" else {})
+        transformer = start.transformer({"gate_value": cfg.flow_map.gate} if cfg.method == "flow_map" else {}, frozen_dtype(cfg))
     return adapted(cfg, Trained(transformer, None), teacher)
+
+
+def frozen_dtype(cfg: DistillConfig) -> torch.dtype:
+    """The dtype of a student's or critic's weights: low-rank training may hold the frozen ones in bf16."""
+    return torch.bfloat16 if cfg.lora.rank and cfg.lora.half else torch.float32
 
 
 def adapted(cfg: DistillConfig, model: Trained, teacher: Trained | None) -> Trained:
@@ -308,12 +317,17 @@ def adapted(cfg: DistillConfig, model: Trained, teacher: Trained | None) -> Trai
     if cfg.lora.rank:
         theirs = {} if teacher is None else dict(teacher.named_parameters())
         for name, parameter in model.named_parameters():
-            if name in theirs and torch.equal(parameter.to(theirs[name].device), theirs[name]):
+            if name in theirs and same(parameter, theirs[name]):
                 parameter.data = theirs[name].data
         add_lora(model, cfg.lora)
         if model.transformer.config.gate_value is not None:
-            model.transformer.condition_embedder.delta_embedder.requires_grad_(True)
+            model.transformer.condition_embedder.delta_embedder.float().requires_grad_(True)
     return model.train()
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Whether two weights are equal, values and dtype."""
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.to(b.device), b)
 
 
 def sample(cfg: DistillConfig, loop: Loop, parts: Parts, ema: EMA) -> None:
