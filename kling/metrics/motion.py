@@ -15,6 +15,7 @@ SHORT_SIDE = 256  # pixels; smaller pictures are enlarged for the flow, which us
 GRID = 10  # tracked points along each side
 MIN_VISIBLE = 0.1  # of the pixels; if fewer can be matched, there is no flow, and no error
 VBENCH_CLASSES = ("pan_left", "pan_right", "tilt_up", "tilt_down", "zoom_in", "zoom_out", "static")
+SHIMMER = 1.0  # pixels per frame
 STILL = 0.005  # of the short side over the whole clip: VBench's bound below which a point is static
 
 # VBench-I2V: the camera class for each pair of directions of two opposite picture edges. The picture moves against the camera.
@@ -41,9 +42,11 @@ def optical_flow(video: Tensor) -> Flow:
 
 
 def magnitude(video: Tensor) -> float:
-    """Mean length of the motion of a clip (T, H, W, 3) uint8 over its pixels and frames, in pixels per frame."""
+    """How much moves in a clip (T, H, W, 3) uint8: the length of the motion over all pixels and frames, in pixels per frame, where it is
+    more than `SHIMMER`; a VAE moves still textures by less."""
     (forward,) = _flows(video, back=False)
-    return float(np.linalg.norm(forward, axis=-1).mean()) if len(forward) else 0.0
+    length = np.linalg.norm(forward, axis=-1)  # (T-1, H, W)
+    return float(np.where(length > SHIMMER, length, 0).mean()) if len(length) else 0.0
 
 
 def _flows(video: Tensor, back: bool) -> list[np.ndarray]:

@@ -76,6 +76,7 @@ class Form:
 
     def _text(self) -> None:
         self.fields["prompt"] = prompt = gr.Textbox(label=t("prompt"), placeholder=t("prompt_hint"), lines=3, elem_id="prompt")
+        self.enhance = gr.Button(t("enhance"), size="sm", visible=self.studio.enhancer is not None, elem_id="enhance")
         examples = gr.Dataset(
             label=t("examples"), components=[gr.Textbox(visible=False)], samples=[[e] for e in EXAMPLES], type="index", elem_id="examples"
         )

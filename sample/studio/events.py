@@ -81,6 +81,7 @@ class Events:
             sent = [*form.inputs, form.live]
             gr.on([c.change for c in drafted], self.draft, sent, form.rough, js=WITH_MASK, **QUICK | {"trigger_mode": "multiple"})
 
+        form.enhance.click(self.enhance, form.inputs, fields["prompt"], js=WITH_MASK, **RAW)
         form.dice.click(lambda: -1, None, fields["seed"], **QUICK)
         form.reuse.click(lenient(self.last_seed), self.stage.mine, fields["seed"], js=WITH_LIST, **QUICK)
         planned = [c for name, c in fields.items() if name != "mask" and hasattr(c, "change")]
@@ -116,6 +117,23 @@ class Events:
             return views.understood(lang, plan, asked, self.studio.clip_seconds(asked, plan), self.studio.needs(pipe, plan, asked))
         except Exception as error:
             return views.mistake(public(error, request).message)
+
+    @guarded
+    def enhance(self, request: gr.Request, *values: Any) -> Generator:
+        """The prompt as the chat model writes it out; it is changed or sent like one that a visitor wrote."""
+        fields = dict(zip(FIELDS, values, strict=True))
+        asked, pipe = request_of(fields, self.studio.uploads), self.studio.planner(fields)
+        if not asked.prompt:
+            raise gr.Error(say(language(request), "nothing_to_enhance"), print_exception=False, title="")
+        work = self.studio.queue.run(
+            visitor(request), lambda tell: self.studio.enhancer(asked.prompt, pipe, asked.image is not None), request.session_hash or ""
+        )
+        try:
+            while True:
+                next(work)
+                yield gr.skip()
+        except StopIteration as done:
+            yield done.value
 
     def draft(self, request: gr.Request, *values: Any) -> Any:
         """A rough clip of the form as it is now; unchanged while a newer one is on its way, nothing where no clip can be made."""

@@ -22,6 +22,7 @@ from kling_programs.sample.studio.words import language, say
 
 from kling.data.video import probe
 from kling.errors import UserError
+from kling.sampling.enhance import Enhancer
 from kling.sampling.machine import Machine
 from kling.sampling.memory import estimate
 from kling.sampling.pipeline import KlingPipeline
@@ -58,7 +59,8 @@ class Weights:
 class Studio:
     """model: folder and hashes of the weights, as in a record. run: a training run to inspect, or None. door: the access control.
 
-    models, loras: the choices for visitors, name -> folder or file. One choice is kept loaded in addition to `pipe`.
+    models, loras: the choices for visitors, name -> folder or file. One choice is kept loaded in addition to `pipe`. enhancer: writes
+    prompts out, if the operator gave a chat model.
     """
 
     pipe: KlingPipeline
@@ -70,6 +72,7 @@ class Studio:
     door: Door | None = None
     models: dict[str, Path] = field(default_factory=dict)
     loras: dict[str, Path] = field(default_factory=dict)
+    enhancer: Enhancer | None = None
     _rate: float | None = None  # operations a second, as measured
     _other: tuple[Weights, KlingPipeline, dict[str, Any]] | None = None
     _planners: dict[str, KlingPipeline] = field(default_factory=dict)

@@ -15,6 +15,8 @@ WORDS: dict[str, tuple[str, str]] = {
     "prompt_hint": ("What the video should show, in English or Chinese", "想看到什么？中文、英文都可以"),
     "negative_prompt": ("Negative prompt", "反向提示词"),
     "negative_hint": ("What to avoid", "不希望出现的内容"),
+    "enhance": ("Write it out", "扩写提示词"),
+    "nothing_to_enhance": ("write a few words first, which the chat model then writes out", "请先写几个字，再由聊天模型扩写"),
     "live": ("Live preview", "实时预览"),
     "live_is": ("a rough clip in 2 steps, soon after the prompt or the camera changes", "提示词或镜头改变后，用 2 步生成草稿"),
     "examples": ("Examples", "示例"),
