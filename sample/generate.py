@@ -6,6 +6,7 @@
     kling-sample "the ball rolls on" --video in.mp4 --extend-to 30
     kling-sample "a red ball rolls left" --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --offload model
     kling-sample --replay out/a-red-ball-1.mp4.json
+    kling-sample --prompts many.jsonl --output out/many          # resumable; under accelerate launch, shared over its processes
 
 Beside each output is FILE.json, which records how it was made; --replay makes the same frames from it.
 """
@@ -57,6 +58,10 @@ def main(argv: list[str] | None = None) -> None:
     started, cold = time.perf_counter(), "torch" not in sys.modules
     argv = sys.argv[1:] if argv is None else argv
     args = parse(argv)
+    if args.prompts is not None:
+        from kling_programs.sample.batch import many
+
+        return many(args)
 
     import torch
 
@@ -219,6 +224,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = Parser("kling-sample", __doc__, usage='kling-sample "PROMPT" [options]')
     parser.add_argument("prompt", nargs="?", help="what to show, in English or Chinese")
     parser.add_argument("--negative-prompt", metavar="TEXT", help="what to avoid")
+    parser.add_argument("--prompts", metavar="FILE.jsonl", help="many requests, an object of options a line; goes on where it was stopped")
 
     add = parser.add_argument_group("pictures and videos").add_argument
     add("--image", metavar="FILE", type=a_path, help="the first frame: png, jpg or webp; cropped to the clip's aspect")

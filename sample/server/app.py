@@ -92,17 +92,23 @@ class Door:
         except (WireError, ValueError) as error:
             error = error if isinstance(error, WireError) else WireError(BAD_REQUEST, "Content-Length is no number")
             return await answer(error, path)(scope, receive, send)
-        left = LARGEST
+        left, refused = LARGEST, False
 
         async def counted() -> dict:
             nonlocal left
             message = await receive()
             left -= len(message.get("body", b""))
-            if left < 0:
-                raise too_large()
-            return message
+            return message if left >= 0 else {"type": "http.disconnect"}
 
-        await self.app(scope, counted, send)
+        async def sent(message: dict) -> None:
+            nonlocal refused
+            if left >= 0:
+                return await send(message)
+            if not refused:  # whatever the app makes of half a body
+                refused = True
+                await answer(too_large(), path)(scope, receive, send)
+
+        await self.app(scope, counted, sent)
 
     def _check_host(self, host: str, origin: str | None) -> None:
         """A page of another site must not use a server that needs no key, neither by its address nor by a name that leads here."""
@@ -207,8 +213,6 @@ def add_errors(app: FastAPI, figures: Figures) -> None:
     async def count(request: Request, call_next: Callable) -> Response:
         try:
             response = await call_next(request)
-        except WireError as error:  # of `Door`, while the body is read
-            response = answer(error, request.url.path)
         except Exception:
             log.exception("%s %s", request.method, request.url.path)
             response = answer(WireError(BROKEN, "the server failed: its log has the reason; try again"), request.url.path)
