@@ -23,7 +23,7 @@ from kling_programs.sample.command import Parser
 
 from kling.errors import UserError, program, unknown
 
-HOUSEKEEPING = 60.0  # seconds between looks for results whose time is over
+HOUSEKEEPING = 600.0  # seconds between looks for results and pictures that are not needed any more
 
 
 @program
@@ -100,10 +100,11 @@ def workers_of(args: argparse.Namespace, store):
 
 
 def keep_house(store, over: threading.Event) -> None:
-    """Delete results whose time is over, until the server ends."""
+    """Delete what is not needed any more, until the server ends."""
     while not over.wait(HOUSEKEEPING):
         try:
             store.expire()
+            store.tidy()
         except Exception:
             logging.exception("housekeeping")
 

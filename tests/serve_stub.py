@@ -23,7 +23,7 @@ from kling.runtime.lock import locked
 
 
 class Stub:
-    """Writes bytes that follow from the seed, in some steps. Prompts "kill" and "error" do what they say."""
+    """Writes bytes that follow from the seed, in some steps. Prompts "kill", "error" and "long" do what they say."""
 
     device = "none"
 
@@ -36,7 +36,7 @@ class Stub:
         if fields["prompt"] == "error":
             raise UserError("there are no balls")
         with output.open("wb") as file:
-            for i in range(5):
+            for i in range(5 if fields["prompt"] != "long" else 5000):
                 file.write(hashlib.sha256(f"{fields['seed']} {i}".encode()).digest())
                 file.flush()
                 time.sleep(0.02)

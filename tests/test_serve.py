@@ -80,7 +80,7 @@ class Here:
         while self.held is not None and self.held.is_set():
             time.sleep(0.01)
             yield {"step": 0, "of": 1}
-        name = f"made/{task.id}-{task.lease}.mp4"
+        name = f"made/{task.claim}.mp4"
         job = {"request": located(self.store, task.request), "output": str(self.store.folder / name)}
         line = outcome(self.maker, job, lambda step, of: None)
         yield line | ({"file": name} if "made" in line else {})
@@ -647,7 +647,7 @@ def test_results_go_when_their_time_is_over(start) -> None:
     assert list(client.store.made.iterdir()) == []
     (picture,) = client.store.inputs.iterdir()
     os.utime(picture)
-    client.store._tidy_inputs()
+    client.store.tidy()
     assert picture.exists(), "new ones may belong to a task that is being added"
 
 
@@ -913,6 +913,25 @@ def test_a_worker_that_dies_is_replaced(tmp_path: Path) -> None:
     assert told["a"].status == FAILED and "died 3 times" in told["a"].message
     assert told["b"].status == FAILED and "no balls" in told["b"].message
     assert told["c"].status == DONE
+
+
+def test_a_cancelled_task_stops_and_the_next_does_not(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    first, _ = store.add(New("anna", "text2video", {}, {"prompt": "long", "seed": 1}, "a", external="a"))
+    program = (sys.executable, str(HERE / "serve_stub.py"), "worker")
+    crew = Pool(store, 1, lambda: ProcessWorker(store, Setup(), program=program), lambda what, seconds: None)
+    crew.start()
+    while not store.get("anna", "a").step:
+        time.sleep(0.01)
+    began = time.monotonic()
+    assert store.cancel(first, "cancelled by the client")
+    store.add(New("anna", "text2video", {}, {"prompt": "x", "seed": 2}, "b", external="b"))
+    while store.counts()[DONE] == 0:
+        assert time.monotonic() - began < 20, "a long task goes on after it was cancelled"
+        time.sleep(0.01)
+    crew.stop(5)
+    assert store.get("anna", "a").message == "cancelled by the client" and len(list(store.made.glob("*.mp4"))) == 2
+    assert store.recover() == 0 and [path.stem for path in store.made.glob("*.mp4")] == [store.get("anna", "b").claim]
 
 
 @pytest.mark.slow

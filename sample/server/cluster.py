@@ -15,10 +15,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from kling.errors import UserError
 from kling_programs.sample.server.pool import FILES, LEASE, START
 from kling_programs.sample.server.store import Store, Task
 from kling_programs.sample.server.worker import Maker, Setup, Stopped, outcome
+
+from kling.errors import UserError
 
 LOOK = 0.5  # seconds between looks at how far a task is
 
@@ -49,18 +50,18 @@ class Actor:
 
         return f"{self.maker.device} of {socket.gethostname()}"
 
-    def make(self, lease: int, request: dict[str, Any], files: dict[str, tuple[str, bytes]]) -> dict[str, Any]:
+    def make(self, name: str, request: dict[str, Any], files: dict[str, tuple[str, bytes]]) -> dict[str, Any]:
         """A line of `worker.py`; one of success has the video and its record too. files: field -> (name, content)."""
         self.at = (0, 0)
 
         def tell(step: int, of: int) -> None:
             self.at = (step, of)
-            if lease in self.stopped:
+            if name in self.stopped:
                 raise Stopped
 
         with tempfile.TemporaryDirectory(prefix="kling-serve-") as folder:
-            for field, (name, data) in files.items():
-                request[field] = str(Path(folder) / Path(name).name)
+            for field, (kept, data) in files.items():
+                request[field] = str(Path(folder) / Path(kept).name)
                 Path(request[field]).write_bytes(data)
             output = Path(folder) / "video.mp4"
             line = outcome(self.maker, {"request": request, "output": str(output)}, tell)
@@ -71,8 +72,8 @@ class Actor:
     def progress(self) -> tuple[int, int]:
         return self.at
 
-    def stop(self, lease: int) -> None:
-        self.stopped.add(lease)
+    def stop(self, name: str) -> None:
+        self.stopped.add(name)
 
 
 class RayWorker:
@@ -96,11 +97,11 @@ class RayWorker:
         named = {field: task.request[field] for field in FILES if task.request.get(field) is not None}
         files = {field: (name, (self.store.folder / name).read_bytes()) for field, name in named.items()}
         try:
-            result = self.actor.make.remote(task.lease, task.request, files)
+            result = self.actor.make.remote(task.claim, task.request, files)
             seen, at = time.monotonic(), (0, 0)
             while not self.ray.wait([result], timeout=LOOK)[0]:
-                if at != (at := self.ray.get(self.actor.progress.remote(), timeout=self.lease)):
-                    seen = time.monotonic()
+                now = self.ray.get(self.actor.progress.remote(), timeout=self.lease)
+                seen, at = (seen if now == at else time.monotonic()), now
                 if time.monotonic() - seen > self.lease:
                     raise self.ray.exceptions.GetTimeoutError("no step")
                 yield {"step": at[0], "of": at[1]}
@@ -112,7 +113,7 @@ class RayWorker:
 
     def _keep(self, task: Task, line: dict[str, Any], named: dict[str, str]) -> dict[str, Any]:
         """Write what an actor gave back, its record in the names of this host."""
-        name = f"made/{task.id}-{task.lease}.mp4"
+        name = f"made/{task.claim}.mp4"
         path, record = self.store.folder / name, json.loads(line["record"])
         for field, kept in named.items():
             there, here = record["request"][field], str((self.store.folder / kept).absolute())
@@ -125,7 +126,7 @@ class RayWorker:
         return {"made": line["made"], "file": name}
 
     def stop(self, task: Task) -> None:
-        self.actor.stop.remote(task.lease)
+        self.actor.stop.remote(task.claim)
 
     def alive(self) -> bool:
         return not self.dead

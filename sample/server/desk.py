@@ -29,6 +29,7 @@ MIB = 2**20
 FORMATS = {"PNG": ".png", "JPEG": ".jpg"}
 SEEDS = 2**31  # drawn ones
 FETCHES = 8  # pictures that are fetched at once
+READS = 4  # requests whose pictures are decoded at once: one can take 150 MB
 DEFAULTS = ("num_inference_steps", "guidance_scale", "negative_prompt", "shift", "solver")
 # Fields of a `Request` that the wires take as they are, beside Kling's own.
 EXTENSIONS = ("seed", "num_inference_steps", "guidance_scale", "solver", "shift", "size", "loop", "num_frames", "camera_scale", "sigma_c")
@@ -73,7 +74,7 @@ class Desk:
         self.store, self.rules = store, rules
         self.pipe = KlingPipeline.from_pretrained(model, weights=False)
         self.name = ASSETS.parent.name if model is None else Path(model).resolve().name
-        self._fetching = threading.BoundedSemaphore(FETCHES)
+        self._fetching, self._reading = threading.BoundedSemaphore(FETCHES), threading.Semaphore(READS)
 
     @property
     def able(self) -> list[str]:
@@ -98,6 +99,7 @@ class Desk:
                 raise UserError(f"external_task_id '{ask.external[:40]}': give 1 to 256 printable characters")
             if (first := self.store.get(key, ask.external)) and first.digest == marks:
                 return first, False
+        self.store.check_share(key)  # before anything is fetched or read
         if ask.callback is not None:
             check_url(ask.callback, "callback_url")
         fields = {"seed": secrets.randbelow(SEEDS)} | ask.fields
@@ -106,9 +108,11 @@ class Desk:
             parent = self._result(key, ask.video)
             fields["video"] = self.store.link_input(self.store.folder / parent.file)
             fields["prompt"] = fields.get("prompt") or parent.request.get("prompt", "")
-        for name, picture in ask.pictures.items():
-            fields[name] = self._picture(picture, ask.names.get(name, name))
-        self.plan(fields)
+        given = {name: self._bytes(picture, ask.names.get(name, name)) for name, picture in ask.pictures.items()}
+        with self._reading:
+            for name, data in given.items():
+                fields[name] = self._picture(data, ask.names.get(name, name))
+            self.plan(fields)
         shown = {name: value if len(str(value)) < 4096 else f"{str(value)[:64]}…" for name, value in ask.body.items()}
         new = New(key, ask.kind, shown, fields, marks, ask.base, ask.external, parent and parent.id, ask.callback)
         return self.store.add(new)
@@ -128,9 +132,14 @@ class Desk:
             raise WireError(NO_THING, f"video_id '{video[:64]}' is gone ({task.gone}): make it again, with seed {task.seed}")
         return task
 
-    def _picture(self, given: str | bytes, name: str) -> str:
-        """Keep a picture that was given as URL, base64 or bytes; its name in the store."""
-        data = given if isinstance(given, bytes) else self._url(given, name) if re.match("https?://", given) else self._base64(given, name)
+    def _bytes(self, given: str | bytes, name: str) -> bytes:
+        """The file of a picture that was given as URL, base64 or bytes."""
+        if isinstance(given, bytes):
+            return given
+        return self._url(given, name) if re.match("https?://", given) else self._base64(given, name)
+
+    def _picture(self, data: bytes, name: str) -> str:
+        """Check and keep a picture; its name in the store."""
         if len(data) > self.rules.picture:
             raise UserError(f"{name}: the picture has {len(data) / MIB:.1f} MiB: give at most {self.rules.picture / MIB:g} MiB")
         try:

@@ -80,8 +80,8 @@ class ProcessWorker:
         return line["ready"]
 
     def make(self, task: Task) -> Iterator[dict[str, Any]]:
-        name = f"made/{task.id}-{task.lease}.mp4"
-        self._say({"make": task.lease, "request": located(self.store, task.request), "output": str(self.store.folder / name)})
+        name = f"made/{task.claim}.mp4"
+        self._say({"make": task.claim, "request": located(self.store, task.request), "output": str(self.store.folder / name)})
         while line := self._next(self.lease):
             if "made" in line:
                 line |= {"file": name}
@@ -91,7 +91,7 @@ class ProcessWorker:
         self.close()  # dead, or silent for too long
 
     def stop(self, task: Task) -> None:
-        self._say({"stop": task.lease})
+        self._say({"stop": task.claim})
 
     def _next(self, seconds: float) -> dict[str, Any] | None:
         try:

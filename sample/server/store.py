@@ -106,6 +106,11 @@ class Task:
     def seed(self) -> int:
         return self.request.get("seed", 0)
 
+    @property
+    def claim(self) -> str:
+        """A name for this lease of this task."""
+        return f"{self.id}-{self.lease}"
+
 
 @dataclass(frozen=True)
 class New:
@@ -190,7 +195,7 @@ class Store:
                     line = f"external_task_id '{new.external}' is the name of task {first.id}, which asks for other things: choose another"
                     raise Refused(line, code="other_content")
                 return first, False
-            self._check_share(new.key, now)
+            self.check_share(new.key)
             row = {
                 "id": secrets.token_hex(16), "key": new.key, "external": new.external, "digest": new.digest, "kind": new.kind,
                 "asked": json.dumps(new.asked, ensure_ascii=False), "request": json.dumps(new.request, ensure_ascii=False),
@@ -203,13 +208,16 @@ class Store:
             self.changed.notify_all()
         return task, True
 
-    def _check_share(self, key: str, now: float) -> None:
+    def check_share(self, key: str) -> None:
+        """Raises `Refused` if a key may add no task now."""
+        now = time.time()
         recent = self._recent[key] = [t for t in self._recent.get(key, []) if t > now - 60]
         if len(recent) >= self.limits.rate:
             wait = 60 - (now - recent[0])
             line = f"{len(recent)} tasks were added in this minute and {self.limits.rate} are allowed: try again in {wait:.0f} s"
             raise Refused(line, code="too_fast", wait=wait)
-        (live,) = self._db.execute("SELECT COUNT(*) FROM tasks WHERE key = ? AND status IN (?, ?)", (key, *LIVE)).fetchone()
+        with self._lock:
+            (live,) = self._db.execute("SELECT COUNT(*) FROM tasks WHERE key = ? AND status IN (?, ?)", (key, *LIVE)).fetchone()
         if live >= self.limits.places:
             line = f"{live} tasks of this key are unfinished and {self.limits.places} are allowed: wait for one, or cancel it"
             raise Refused(line, code="too_many")
@@ -325,7 +333,7 @@ class Store:
         for path in self.made.iterdir():
             if f"made/{path.name}" not in named:
                 path.unlink()
-        self._tidy_inputs()
+        self.tidy()
         return done.rowcount
 
     def _end(self, task_id: str, lease: int | None, status: str, message: str, **more: Any) -> bool:
@@ -382,7 +390,7 @@ class Store:
         name = f"inputs/{hashlib.sha256(data).hexdigest()}{suffix}"
         path = self.folder / name
         if path.exists():
-            os.utime(path)  # `_tidy_inputs` leaves new ones alone
+            os.utime(path)  # `tidy` leaves new ones alone
         else:
             temporary = self.folder / f"{name}.{secrets.token_hex(8)}.part"
             with writing(temporary):
@@ -404,11 +412,9 @@ class Store:
             tasks = self._many("gone IS NULL AND finished < ? LIMIT 1000", old)
         for task in tasks:
             self.remove(task, f"results are kept for {self.limits.days:g} days")
-        if tasks:
-            self._tidy_inputs()
         return len(tasks)
 
-    def _tidy_inputs(self) -> None:
+    def tidy(self) -> None:
         """Delete inputs that no task with a result, and no unfinished one, needs. New ones may belong to a task that is being added."""
         with self._lock:
             rows = self._db.execute("SELECT request FROM tasks WHERE gone IS NULL").fetchall()

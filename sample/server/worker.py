@@ -1,6 +1,6 @@
 """A worker: a process that holds the pipeline and makes one task after another. It talks to its server in lines of JSON.
 
-    server -> worker   {"make": LEASE, "request": {...}, "output": PATH}      {"stop": LEASE}
+    server -> worker   {"make": NAME, "request": {...}, "output": PATH}      {"stop": NAME}
     worker -> server   {"ready": DEVICE}   {"step": i, "of": n}   {"made": {...}}   {"failed": LINE}   {"stopped": true}
 
 It ends when its server does, at once: the pipe from it closes, however the server died.
@@ -118,7 +118,7 @@ def main(maker: Callable[[Setup], Any] = Maker) -> None:
     lines = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
     os.dup2(2, 1)  # whatever a library prints must not mix with the lines
     jobs: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
-    stopped: set[int] = set()
+    stopped: set[str] = set()
 
     def listen() -> None:
         for line in sys.stdin:
@@ -139,8 +139,8 @@ def main(maker: Callable[[Setup], Any] = Maker) -> None:
     while True:
         job = jobs.get()
 
-        def tell(step: int, of: int, lease: int = job["make"]) -> None:
-            if lease in stopped:
+        def tell(step: int, of: int, name: str = job["make"]) -> None:
+            if name in stopped:
                 raise Stopped
             say({"step": step, "of": of})
 
