@@ -25,7 +25,7 @@ from kling.runtime.files import parse_json
 
 RESULTS = "results.jsonl"  # a line for each result, beside the outputs
 FILES = ("image", "last_image", "video", "mask", "control")
-NOT_WITH = ("prompt", "image_only", "num_videos", "save_latents", "context_parallel", "replay")  # options of one request
+NOT_WITH = ("prompt", "image_only", "num_videos", "save_latents", "context_parallel", "replay", "enhance")  # options of one request
 EXIT_SOME_FAILED = 1
 
 
@@ -65,6 +65,7 @@ def many(args: argparse.Namespace) -> None:
         args.device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     device = pick_device(args.device)
     model_folder, pipe = generate.load_pipeline(args.model, args.device, generate.loading(args))
+    generate.check_fast([line.request for line in mine], args)
     plans = [planned(pipe, line, args.prompts) for line in mine]  # every mistake is told before anything is made
     if args.dry_run:
         for line, plan in zip(mine, plans, strict=True):

@@ -25,7 +25,7 @@ import tempfile
 import time
 import unicodedata
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -91,8 +91,11 @@ def main(argv: list[str] | None = None) -> None:
     if before:
         records.check_same_model(before, model_hashes(folder, args), args.replay)
         torch.set_num_threads(before["machine"]["threads"])
-    if request.mode == "fast" and (unused := [f"--{name}" for name in ("lora", "cache") if getattr(args, name)]):
-        raise UserError(f"{unused[0]} works on the transformer, and mode fast uses the few-step weights beside it: leave one of them out")
+    check_fast([request], args)
+    asked = {}
+    if args.enhance:
+        request, asked = enhanced(args.enhance, request, pipe, pick_device(args.device))
+        jobs = [job.replace(prompt=request.prompt) for job in jobs]
     plan = pipe.plan(request)
     if before:
         records.check_same_settings(before, plan, args.replay)
@@ -133,7 +136,7 @@ def main(argv: list[str] | None = None) -> None:
         seconds, loading_seconds = time.perf_counter() - began, began - started
         output = {"path": str(path.absolute()), "format": kind, "fps": fps, "seconds": round(seconds, 2)}
         command = shlex.join(["kling-sample", *argv])
-        record = records.make_record(job, plan, model, device, frames, precision, output=output, command=command)
+        record = records.make_record(job, plan, model, device, frames, precision, output=output, command=command, **asked)
         records.write_record(records.record_path(path), record)
         taken = f"{seconds + loading_seconds:.1f} s" + (f" ({loading_seconds:.1f} s to load)" if loading_seconds > 0.1 else "")
         print(f"{path} · seed {job.seed} · {taken} · {records.record_path(path)}", flush=True)
@@ -225,6 +228,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("prompt", nargs="?", help="what to show, in English or Chinese")
     parser.add_argument("--negative-prompt", metavar="TEXT", help="what to avoid")
     parser.add_argument("--prompts", metavar="FILE.jsonl", help="many requests, an object of options a line; goes on where it was stopped")
+    writes = "a chat model in a local folder writes the prompt out first, and knows what the checkpoint can do; the record keeps both"
+    parser.add_argument("--enhance", metavar="FOLDER", type=a_path, help=writes)
 
     add = parser.add_argument_group("pictures and videos").add_argument
     add("--image", metavar="FILE", type=a_path, help="the first frame: png, jpg or webp; cropped to the clip's aspect")
@@ -367,6 +372,24 @@ def asked_request(args: argparse.Namespace) -> Request:
         request = request.replace(prompt=found)
         print(f"prompt: {found} (what {args.video} was made from; give another to change it)", file=sys.stderr)
     return request
+
+
+def check_fast(requests: Sequence[Request], args: argparse.Namespace) -> None:
+    """Raises `UserError` for options that would have no effect in mode fast."""
+    unused = [f"--{name}" for name in ("lora", "cache") if getattr(args, name)]
+    if unused and any(request.mode == "fast" for request in requests):
+        raise UserError(f"{unused[0]} works on the transformer, and mode fast uses the few-step weights beside it: leave one of them out")
+
+
+def enhanced(model: str, request: Request, pipe: KlingPipeline, device: torch.device) -> tuple[Request, dict[str, Any]]:
+    """The request with its prompt written out by a chat model, and what the record says about that; prints the prompt."""
+    from kling.sampling.enhance import Enhancer
+
+    if not request.prompt:
+        raise UserError("--enhance writes a prompt out, and there is none: give a few words")
+    written_out = Enhancer(model, device)(request.prompt, pipe, picture=request.image is not None)
+    print(f"prompt: {written_out}", flush=True)
+    return request.replace(prompt=written_out), {"enhanced": {"prompt": request.prompt, "by": model}}
 
 
 def prompt_of(video: Path) -> str:
