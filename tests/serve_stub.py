@@ -35,6 +35,7 @@ class Stub:
             os._exit(9)
         if fields["prompt"] == "error":
             raise UserError("there are no balls")
+        output = output.with_name(f"{output.name}.mp4")
         with output.open("wb") as file:
             for i in range(5 if fields["prompt"] != "long" else 5000):
                 file.write(hashlib.sha256(f"{fields['seed']} {i}".encode()).digest())
@@ -42,7 +43,7 @@ class Stub:
                 time.sleep(0.02)
                 tell(i + 1, 5)
         output.with_name(f"{output.name}.json").write_text("{}")
-        return {"seconds": 1, "seed": fields["seed"]}
+        return {"kind": "mp4", "seconds": 1, "seed": fields["seed"]}
 
 
 def main(folder: str) -> None:

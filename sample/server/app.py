@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse
-from kling_programs.sample.server import classic, newer, openai
+from kling_programs.sample.server import classic, newer, openai, own
 from kling_programs.sample.server.desk import MIB, Desk
 from kling_programs.sample.server.keys import Keys
 from kling_programs.sample.server.pool import Pool
@@ -44,6 +44,7 @@ log = logging.getLogger(__name__)
 OPEN = ("/healthz", "/docs", "/openapi.json", "/files/")  # need no key
 LARGEST = 32 * MIB  # bytes of a request: two pictures as base64
 BUCKETS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)  # seconds
+KINDS = {".mp4": "video/mp4", ".png": "image/png", ".json": "application/json"}
 LIST, LIST_MOST, PAGES = 30, 500, 1000
 
 
@@ -201,6 +202,7 @@ def build(server: Server, hosts: set[str] | None, lifespan: Callable[[], Any]) -
     app.include_router(v1, prefix="/kling", include_in_schema=False)
     app.include_router(newer_routes(server))
     app.include_router(newer_routes(server), prefix="/kling", include_in_schema=False)
+    app.include_router(own_routes(server))
     app.include_router(operator_routes(server))
     app.include_router(openai_routes(server))
     return app
@@ -328,6 +330,26 @@ def newer_routes(server: Server) -> APIRouter:
     return router
 
 
+def own_routes(server: Server) -> APIRouter:
+    router = APIRouter(prefix="/v1/requests", tags=["Own"])
+
+    @router.post("")
+    def create(body: own.Body, request: Request) -> dict[str, Any]:
+        """A task from every field of a request, pictures and videos included; `kling-demo --server` uses it."""
+        task, _ = server.desk.take(request.state.key, own.read(body, server.base(request)))
+        return envelope(own.task_data(task, server.base(request)))
+
+    @router.get("/{name}")
+    def query(name: str, request: Request) -> dict[str, Any]:
+        return envelope(own.task_data(server.found(request, name), server.base(request)))
+
+    @router.delete("/{name}")
+    def end(name: str, request: Request) -> dict[str, Any]:
+        return envelope(own.task_data(server.end(server.found(request, name)), server.base(request)))
+
+    return router
+
+
 def openai_routes(server: Server) -> APIRouter:
     router = APIRouter(prefix="/v1/videos", tags=["OpenAI"])
     kinds = ("application/json", "multipart/form-data")
@@ -419,17 +441,16 @@ def operator_routes(server: Server) -> APIRouter:
     def files(name: str) -> Response:
         """A result, or its record, by its unguessable name."""
         token, _, kind = name.partition(".")
-        task = server.store.by_token(token) if kind in ("mp4", "json") else None
+        task = server.store.by_token(token) if kind in ("mp4", "png", "json") else None
         if task is None:
             raise WireError(NO_THING, "there is no such file: take the url of a task's result")
         if task.gone is not None:
             raise WireError(NO_THING, f"this file is gone: {task.gone}")
         path = server.store.folder / task.file
-        return send(path if kind == "mp4" else path.with_name(f"{path.name}.json"))
+        return send(path.with_name(f"{path.name}.json") if kind == "json" else path)
 
     return router
 
 
 def send(path: Path) -> FileResponse:
-    kind = "video/mp4" if path.suffix == ".mp4" else "application/json"
-    return FileResponse(path, media_type=kind, headers={"X-Content-Type-Options": "nosniff", "Cache-Control": "private"})
+    return FileResponse(path, media_type=KINDS[path.suffix], headers={"X-Content-Type-Options": "nosniff", "Cache-Control": "private"})

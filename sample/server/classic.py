@@ -184,7 +184,7 @@ def video_data(task: Task, url: str) -> dict[str, Any]:
     """The result of a task. `seed` and `record` are ours."""
     return {
         "id": task.video,
-        "url": f"{url}/files/{task.token}.mp4",
+        "url": f"{url}/files/{task.token}.{task.made['kind']}",
         "duration": f"{task.made['seconds']:g}",
         "seed": task.seed,
         "record": f"{url}/files/{task.token}.json",

@@ -7,7 +7,6 @@ wherever Ray has room, and the task waits again. If the server dies, Ray ends it
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
 from collections.abc import Iterator
@@ -15,8 +14,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from kling_programs.sample.server.pool import FILES, LEASE, START
-from kling_programs.sample.server.store import Store, Task
+from kling_programs.sample.server.pool import LEASE, START
+from kling_programs.sample.server.store import Store, Task, located, names_of
 from kling_programs.sample.server.worker import Maker, Setup, Stopped, outcome
 
 from kling.errors import UserError
@@ -50,8 +49,8 @@ class Actor:
 
         return f"{self.maker.device} of {socket.gethostname()}"
 
-    def make(self, name: str, request: dict[str, Any], files: dict[str, tuple[str, bytes]]) -> dict[str, Any]:
-        """A line of `worker.py`; one of success has the video and its record too. files: field -> (name, content)."""
+    def make(self, name: str, request: dict[str, Any], files: dict[str, bytes]) -> dict[str, Any]:
+        """A line of `worker.py`; one of success has the video, its record, and the folder that this speaks of. files: by their names."""
         self.at = (0, 0)
 
         def tell(step: int, of: int) -> None:
@@ -59,14 +58,17 @@ class Actor:
             if name in self.stopped:
                 raise Stopped
 
-        with tempfile.TemporaryDirectory(prefix="kling-serve-") as folder:
-            for field, (kept, data) in files.items():
-                request[field] = str(Path(folder) / Path(kept).name)
-                Path(request[field]).write_bytes(data)
-            output = Path(folder) / "video.mp4"
-            line = outcome(self.maker, {"request": request, "output": str(output)}, tell)
+        with tempfile.TemporaryDirectory(prefix="kling-serve-") as temporary:
+            folder = Path(temporary)
+            for part in ("inputs", "made"):
+                (folder / part).mkdir()
+            for kept, data in files.items():
+                (folder / kept).write_bytes(data)
+            line = outcome(self.maker, {"request": located(folder, request), "output": str(folder / "made" / name)}, tell)
             if "made" in line:
-                line |= {"video": output.read_bytes(), "record": output.with_name("video.mp4.json").read_text(encoding="utf-8")}
+                video = folder / "made" / f"{name}.{line['made']['kind']}"
+                record = video.with_name(f"{video.name}.json").read_text(encoding="utf-8")
+                line |= {"video": video.read_bytes(), "record": record, "folder": temporary}
             return line
 
     def progress(self) -> tuple[int, int]:
@@ -94,8 +96,7 @@ class RayWorker:
             raise UserError(f"a worker could not start in the cluster: {str(error).strip().splitlines()[-1][:300]}") from None
 
     def make(self, task: Task) -> Iterator[dict[str, Any]]:
-        named = {field: task.request[field] for field in FILES if task.request.get(field) is not None}
-        files = {field: (name, (self.store.folder / name).read_bytes()) for field, name in named.items()}
+        files = {name: (self.store.folder / name).read_bytes() for name in names_of(task.request)}
         try:
             result = self.actor.make.remote(task.claim, task.request, files)
             seen, at = time.monotonic(), (0, 0)
@@ -109,21 +110,15 @@ class RayWorker:
         except self.ray.exceptions.RayError:
             self.close()
             return
-        yield self._keep(task, line, named) if "made" in line else line
+        yield self._keep(task, line) if "made" in line else line
 
-    def _keep(self, task: Task, line: dict[str, Any], named: dict[str, str]) -> dict[str, Any]:
+    def _keep(self, task: Task, line: dict[str, Any]) -> dict[str, Any]:
         """Write what an actor gave back, its record in the names of this host."""
-        name = f"made/{task.claim}.mp4"
-        path, record = self.store.folder / name, json.loads(line["record"])
-        for field, kept in named.items():
-            there, here = record["request"][field], str((self.store.folder / kept).absolute())
-            record["request"][field] = here
-            record["inputs"][here] = record["inputs"].pop(there)
-        record["output"]["path"] = str(path.absolute())
-        record["command"] = f"kling-sample --replay {path}.json"
+        path = self.store.folder / "made" / f"{task.claim}.{line['made']['kind']}"
         path.write_bytes(line["video"])
-        path.with_name(f"{path.name}.json").write_text(json.dumps(record, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-        return {"made": line["made"], "file": name}
+        record = line["record"].replace(line["folder"], str(self.store.folder.absolute()))
+        path.with_name(f"{path.name}.json").write_text(record, encoding="utf-8")
+        return {"made": line["made"]}
 
     def stop(self, task: Task) -> None:
         self.actor.stop.remote(task.claim)

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kling_programs.sample.server.fetch import Reach, check_url, fetch
-from kling_programs.sample.server.pool import located
-from kling_programs.sample.server.store import DONE, New, Store, Task, digest
+from kling_programs.sample.server.store import DONE, New, Store, Task, digest, located
 from kling_programs.sample.server.wire import NO_THING, TOO_MANY, WireError, refusal
 from PIL import Image
 
@@ -53,12 +52,17 @@ class Rules:
 
 @dataclass
 class Ask:
-    """A request as a wire understood it. fields: of a `Request`, without files. pictures: field -> URL, base64 or bytes. video: the id of a
-    result to continue. body: what was sent. names: what the wire calls our fields."""
+    """A request as a wire understood it.
+
+    fields: of a `Request`, without files. pictures: field -> URL, base64 or bytes. movies: field -> the bytes of a video. keyframes:
+    (picture, frame, strength). video: the id of a result to continue. body: what was sent. names: what the wire calls our fields.
+    """
 
     kind: str
     fields: dict[str, Any]
     pictures: dict[str, str | bytes] = field(default_factory=dict)
+    movies: dict[str, bytes] = field(default_factory=dict)
+    keyframes: list[tuple[bytes, Any, Any]] = field(default_factory=list)
     video: str | None = None
     external: str | None = None
     callback: str | None = None
@@ -112,6 +116,10 @@ class Desk:
         with self._reading:
             for name, data in given.items():
                 fields[name] = self._picture(data, ask.names.get(name, name))
+            for name, data in ask.movies.items():
+                fields[name] = self.store.put_input(data, ".mp4")  # whatever it is: files are known by their content
+            if ask.keyframes:
+                fields["keyframes"] = [[self._picture(data, "keyframes"), *rest] for data, *rest in ask.keyframes]
             self.plan(fields)
         shown = {name: value if len(str(value)) < 4096 else f"{str(value)[:64]}…" for name, value in ask.body.items()}
         new = New(key, ask.kind, shown, fields, marks, ask.base, ask.external, parent and parent.id, ask.callback)
@@ -119,7 +127,7 @@ class Desk:
 
     def plan(self, fields: dict[str, Any]) -> Plan:
         """What the model would do. Raises `UserError` if it cannot."""
-        plan = self.pipe.plan(Request(**located(self.store, fields)))
+        plan = self.pipe.plan(Request(**located(self.store.folder, fields)))
         if plan.frames > MAX_SECONDS * plan.fps + 1:
             raise UserError(f"the video would last {plan.frames / plan.fps:.0f} s: {MAX_SECONDS:g} s are the most")
         return plan

@@ -101,9 +101,9 @@ def _once(url: str, reach: Reach, what: str, body: bytes | None, headers: dict[s
 
     def cut() -> None:  # time limits of sockets are for each read: an answer that drips would never end
         late.set()
-        if connection.sock is not None:
+        if connection.wire is not None:
             with suppress(OSError):
-                connection.sock.shutdown(socket.SHUT_RDWR)
+                connection.wire.shutdown(socket.SHUT_RDWR)
 
     timer = threading.Timer(reach.seconds, cut)
     timer.daemon = True
@@ -139,15 +139,16 @@ class _Pinned(http.client.HTTPConnection):
     def __init__(self, host: str, port: int | None, scheme: str, addresses: list[str], seconds: float) -> None:
         self.secure, self.addresses = scheme == "https", addresses[:3]
         self.default_port = 443 if self.secure else 80
+        self.wire: socket.socket | None = None  # `sock`, which the library forgets once an answer has it
         super().__init__(host, port or self.default_port, timeout=seconds)
 
     def connect(self) -> None:
         for i, address in enumerate(self.addresses):
             try:
-                self.sock = socket.create_connection((address, self.port), self.timeout)
+                self.sock = self.wire = socket.create_connection((address, self.port), self.timeout)
                 break
             except OSError:
                 if i == len(self.addresses) - 1:
                     raise
         if self.secure:
-            self.sock = ssl.create_default_context().wrap_socket(self.sock, server_hostname=self.host)
+            self.sock = self.wire = ssl.create_default_context().wrap_socket(self.sock, server_hostname=self.host)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any, Protocol
 
-from kling_programs.sample.server.store import Store, Task
+from kling_programs.sample.server.store import Store, Task, located
 from kling_programs.sample.server.worker import Setup
 
 from kling.errors import UserError
@@ -27,7 +27,6 @@ LEASE = 900.0  # seconds without a sign of life after which a worker counts as d
 START = 1800.0  # seconds to load a model
 POLL = 1.0
 PROGRAM = (sys.executable, "-m", "kling_programs.sample.server.worker")
-FILES = ("image", "last_image", "video")  # fields of a request that name a file of the store
 
 
 class Worker(Protocol):
@@ -80,11 +79,9 @@ class ProcessWorker:
         return line["ready"]
 
     def make(self, task: Task) -> Iterator[dict[str, Any]]:
-        name = f"made/{task.claim}.mp4"
-        self._say({"make": task.claim, "request": located(self.store, task.request), "output": str(self.store.folder / name)})
+        folder = self.store.folder
+        self._say({"make": task.claim, "request": located(folder, task.request), "output": str(folder / "made" / task.claim)})
         while line := self._next(self.lease):
-            if "made" in line:
-                line |= {"file": name}
             yield line
             if "step" not in line:
                 return
@@ -105,11 +102,6 @@ class ProcessWorker:
     def close(self) -> None:
         self.process.kill()
         self.process.wait()
-
-
-def located(store: Store, request: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a request with the store's files by their absolute paths."""
-    return {k: str((store.folder / v).absolute()) if k in FILES and v is not None else v for k, v in request.items()}
 
 
 class Pool:
@@ -183,7 +175,7 @@ class Pool:
                         worker.stop(task)
                 elif "made" not in line:
                     self.store.fail(task, line.get("failed") or "cancelled")
-                elif self.store.finish(task, line["file"], line["made"]):
+                elif self.store.finish(task, f"made/{task.claim}.{line['made']['kind']}", line["made"]):
                     self.told("made", time.time() - task.started)
         finally:
             if not ended:

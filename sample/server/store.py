@@ -30,6 +30,7 @@ LIVE = (WAITING, RUNNING)
 VERSION = 1  # of the tables
 ATTEMPTS = 3  # claims of a task whose worker died before it is given up: it may be what kills them
 DAY = 86400.0
+FILES = ("image", "last_image", "video", "mask", "control")  # fields of a request that name a file; keyframes have more
 TABLES = """
 CREATE TABLE IF NOT EXISTS tasks (
     seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT UNIQUE NOT NULL, key TEXT NOT NULL, external TEXT, digest TEXT NOT NULL,
@@ -418,7 +419,7 @@ class Store:
         """Delete inputs that no task with a result, and no unfinished one, needs. New ones may belong to a task that is being added."""
         with self._lock:
             rows = self._db.execute("SELECT request FROM tasks WHERE gone IS NULL").fetchall()
-        used = {value for (request,) in rows for value in json.loads(request).values() if isinstance(value, str)}
+        used = {name for (request,) in rows for name in names_of(json.loads(request))}
         for path in self.inputs.iterdir():
             if f"inputs/{path.name}" not in used and path.stat().st_ctime < time.time() - 600:
                 path.unlink(missing_ok=True)
@@ -450,6 +451,19 @@ class Store:
 def _task(row: sqlite3.Row) -> Task:
     columns = dict(row)
     return Task(**columns | {name: json.loads(columns[name] or "{}") for name in ("asked", "request", "made")})
+
+
+def names_of(request: dict[str, Any]) -> list[str]:
+    """The files of the store that the fields of a request name."""
+    return [name for field in FILES if (name := request.get(field)) is not None] + [row[0] for row in request.get("keyframes") or []]
+
+
+def located(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a request with files of the store in `folder` by their absolute paths."""
+    fields = {name: str((folder / value).absolute()) if name in FILES and value is not None else value for name, value in request.items()}
+    if fields.get("keyframes"):
+        fields["keyframes"] = [[str((folder / name).absolute()), *rest] for name, *rest in fields["keyframes"]]
+    return fields
 
 
 def digest(content: Any) -> str:

@@ -58,13 +58,14 @@ class Maker:
         self.model, self.precision = model_hashes(folder), precision_of(self.pipe)
 
     def make(self, fields: dict[str, Any], output: Path, tell: Callable[[int, int], None]) -> dict[str, Any]:
-        """Make the video of a request and write it to `output`, and beside it its record, from which it can be made again.
+        """Make the video of a request and write it to `output`.mp4 (a single frame: .png), and beside it its record.
 
         tell(step, of) is called after every step and may raise `Stopped`. Returns what the task's result says.
         Raises `UserError` for what cannot be made.
         """
         import torch
 
+        from kling.data.image import write_png
         from kling.data.video import write_video
         from kling.sampling.record import make_record, record_path, write_record
         from kling.sampling.request import Request
@@ -80,9 +81,14 @@ class Maker:
             frames = self.pipe(request, callback_on_step_end=step, output_type="np").frames[0]  # (T, H, W, 3) uint8
         except torch.OutOfMemoryError:
             raise UserError("the device has no room for this: ask for fewer seconds or a smaller size") from None
-        write_video(output, frames, plan.fps)
+        kind = "mp4" if len(frames) > 1 else "png"
+        output = output.with_name(f"{output.name}.{kind}")
+        if kind == "mp4":
+            write_video(output, frames, plan.fps)
+        else:
+            write_png(output, frames[0])
         seconds = round(time.perf_counter() - began, 2)
-        told = {"path": str(output.absolute()), "format": "mp4", "fps": plan.fps, "seconds": seconds}
+        told = {"path": str(output.absolute()), "format": kind, "fps": plan.fps, "seconds": seconds}
         record = make_record(
             request,
             plan,
@@ -95,8 +101,8 @@ class Maker:
         )
         write_record(record_path(output), record)
         return {
-            "seconds": len(frames) / plan.fps, "frames": len(frames), "width": plan.width, "height": plan.height, "fps": plan.fps,
-            "seed": request.seed, "task": plan.task, "took": seconds, "sha256": record["frames"]["sha256"],
+            "kind": kind, "seconds": len(frames) / plan.fps, "frames": len(frames), "width": plan.width, "height": plan.height,
+            "fps": plan.fps, "seed": request.seed, "task": plan.task, "took": seconds, "sha256": record["frames"]["sha256"],
         }  # fmt: skip
 
 
