@@ -1013,3 +1013,37 @@ def test_a_client_from_npm(start, tmp_path: Path) -> None:
     said = subprocess.run(words, capture_output=True, text=True, timeout=120, cwd=folder)
     assert said.returncode == 0, said.stderr
     assert json.loads(said.stdout.splitlines()[-1])["task_status"] == "succeed"
+
+
+def test_our_own_wire_takes_every_field_and_the_studio_speaks_it(start, tmp_path: Path) -> None:
+    pytest.importorskip("gradio")
+    from kling_programs.sample.studio.remote import Remote, body_of
+    from kling_programs.sample.studio.shelf import Shelf
+
+    from kling import Request
+
+    client = start()
+    remote = Remote(client.url, KEYS["anna"])
+    remote.check(client.server.desk.pipe)
+    first = tmp_path / "first.png"
+    first.write_bytes(base64.b64decode(png()))
+    request = Request("a red ball", image=str(first), camera="pan=5", num_frames=5, seed=3, num_inference_steps=1)
+    told: list[tuple[int, int]] = []
+    kind, video, record = remote.make(request, told.append)
+    assert kind == "mp4" and told and record["request"]["image"] != str(first)
+    shelf = Shelf(tmp_path / "shelf", {})
+    result = shelf.keep_made(kind, video, record, request)
+    assert result.record["inputs"].keys() == {str(first)} and result.record["frames"]["shape"] == [5, 80, 80, 3]
+    with pytest.raises(UserError, match="not trained for 'restyle'"):
+        remote.make(Request("x", video=str(result.path), strength=0.5), told.append)
+    with pytest.raises(UserError, match="unknown"):
+        Remote(client.url, "wrong").check(client.server.desk.pipe)
+    with pytest.raises(UserError, match="does not answer"):
+        Remote("http://127.0.0.1:1").check(client.server.desk.pipe)
+    status, said = client("POST", "/v1/requests", {"request": {"prompt": "x", "image": "/etc/passwd"}})
+    assert status == 400 and "/etc/passwd" in said["message"] and "not in files" in said["message"]
+    status, said = client("POST", "/v1/requests", {"request": {"prompt": "x", "camera": "/etc/passwd"}})
+    assert status == 400 and "camera" in said["message"]
+    body = body_of(request)
+    status, said = client("POST", "/v1/requests", body | {"files": body["files"] | {"more.png": png()}})
+    assert status == 400 and "more.png" in said["message"]

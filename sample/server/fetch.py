@@ -151,4 +151,6 @@ class _Pinned(http.client.HTTPConnection):
                 if i == len(self.addresses) - 1:
                     raise
         if self.secure:
-            self.sock = self.wire = ssl.create_default_context().wrap_socket(self.sock, server_hostname=self.host)
+            context = ssl.create_default_context()
+            self.sock = self.wire = context.wrap_socket(self.sock, server_hostname=self.host, do_handshake_on_connect=False)
+            self.sock.do_handshake()
