@@ -115,7 +115,10 @@ def read(desk: Desk, kind: str, body: Body, base: str) -> Ask:
         video = _named(body)
     elif not body.prompt:
         raise UserError("prompt is empty: say what the video shows")
-    return Ask(kind, fields, pictures, video, body.external_task_id or None, body.callback_url or None, base, sent, NAMES)
+    return Ask(
+        kind, fields, pictures, video=video, external=body.external_task_id or None, callback=body.callback_url or None, base=base,
+        body=sent, names=NAMES,
+    )  # fmt: skip
 
 
 def _check_known(desk: Desk, body: Body) -> None:

@@ -107,7 +107,10 @@ def read(desk: Desk, path: str, model: str, body: Body, base: str) -> Ask:
     if path == "text-to-video" and not fields["prompt"]:
         raise UserError("prompt is empty: say what the video shows")
     sent = body.model_dump(exclude_unset=True)
-    return Ask(KINDS[path], fields, pictures, None, options.external_task_id or None, options.callback_url or None, base, sent, NAMES)
+    return Ask(
+        KINDS[path], fields, pictures, external=options.external_task_id or None, callback=options.callback_url or None, base=base,
+        body=sent, names=NAMES,
+    )  # fmt: skip
 
 
 def task_data(task: Task, url: str) -> dict[str, Any]:
