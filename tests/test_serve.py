@@ -1002,17 +1002,59 @@ def test_mistakes_on_the_command_line(argv: list[str], words: str, capsys: pytes
 
 @pytest.mark.slow
 def test_a_client_from_npm(start, tmp_path: Path) -> None:
-    """`kling-api` of the npm registry, in a folder that KLING_NODE_CLIENT names (npm i kling-api)."""
+    """`kling-api` of the npm registry, through TLS, on which it insists. KLING_NODE_CLIENT names the folder of `npm i kling-api`."""
     folder = os.environ.get("KLING_NODE_CLIENT")
-    if shutil.which("node") is None or folder is None:
-        pytest.skip("no node, or KLING_NODE_CLIENT names no folder with kling-api")
+    if shutil.which("node") is None or shutil.which("openssl") is None or folder is None:
+        pytest.skip("no node, no openssl, or KLING_NODE_CLIENT names no folder with kling-api")
     client = start()
+    port = tls_before(int(client.url.rsplit(":", 1)[1]), tmp_path)
+    client.server.url = f"https://localhost:{port}"
     script = Path(folder) / "kling-serve-test.mjs"
-    script.write_text((HERE / "data" / "kling_api.mjs").read_text())
-    words = ["node", str(script), client.url, "anna", KEYS["anna"]]
-    said = subprocess.run(words, capture_output=True, text=True, timeout=120, cwd=folder)
-    assert said.returncode == 0, said.stderr
-    assert json.loads(said.stdout.splitlines()[-1])["task_status"] == "succeed"
+    shutil.copy(HERE / "data" / "kling_api.mjs", script)
+    words = ["node", str(script), client.server.url, "anna", KEYS["anna"], png(), str(tmp_path)]
+    env = os.environ | {"NODE_EXTRA_CA_CERTS": str(tmp_path / "cert.pem")}
+    said = subprocess.run(words, capture_output=True, text=True, timeout=250, cwd=folder, env=env)
+    assert said.returncode == 0, said.stdout + said.stderr
+    told = json.loads(said.stdout.splitlines()[-1])
+    assert told["done"]["data"]["task_status"] == told["moved"]["data"]["task_status"] == "succeed"
+    assert told["done"]["data"]["task_info"]["external_task_id"] == "npm" and told["longer"]["data"]["task_status"] == "submitted"
+    assert told["refused"]["code"] == 1201 and "reference" in told["refused"]["message"]
+    assert read_video(told["saved"][0]).frames.shape == (41, 80, 80, 3)
+
+
+def tls_before(port: int, folder: Path) -> int:
+    """The port of a TLS end before a server on `port`, with the certificate folder/cert.pem."""
+    import ssl
+
+    names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
+    files = ["-keyout", str(folder / "key.pem"), "-out", str(folder / "cert.pem")]
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", *names, *files], check=True, capture_output=True
+    )
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(folder / "cert.pem", folder / "key.pem")
+    outside = context.wrap_socket(socket.create_server(("127.0.0.1", 0)), server_side=True)
+
+    def pump(source: socket.socket, target: socket.socket) -> None:
+        try:
+            while data := source.recv(65536):
+                target.sendall(data)
+            target.shutdown(socket.SHUT_WR)
+        except OSError:
+            pass
+
+    def serve_all() -> None:
+        while True:
+            try:
+                one = outside.accept()[0]
+            except OSError:
+                continue
+            other = socket.create_connection(("127.0.0.1", port))
+            for pair in ((one, other), (other, one)):
+                threading.Thread(target=pump, args=pair, daemon=True).start()
+
+    threading.Thread(target=serve_all, daemon=True).start()
+    return outside.getsockname()[1]
 
 
 def test_our_own_wire_takes_every_field_and_the_studio_speaks_it(start, tmp_path: Path) -> None:
