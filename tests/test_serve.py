@@ -254,6 +254,7 @@ def test_one_seed_is_one_video_and_a_drawn_seed_is_told(start) -> None:
         ("text2video", {"prompt": "x", "cfg_scale": 2}, ["cfg_scale", "2", "1"]),
         ("text2video", {"prompt": "x", "seed": -1}, ["seed", "-1"]),
         ("text2video", {"prompt": "x", "seeed": 1}, ["seeed", "seed"]),
+        ("text2video", {"prompt": "x", "static_mask": "x"}, ["unknown field 'static_mask'", "prompt"]),
         ("text2video", {"prompt": "x", "model_name": "gpt"}, ["model_name", "gpt", "kling-v1"]),
         ("text2video", {"prompt": "x", "sound": "on"}, ["sound", "not trained"]),
         ("text2video", {"prompt": "x", "multi_shot": True}, ["multi_shot", "not trained"]),
@@ -414,7 +415,7 @@ def test_the_newer_wire_tells_the_same_task(start) -> None:
         ("/text-to-video/kling-3.0", {"prompt": "x", "settings": {"audio": "native"}}, "settings.audio"),
         ("/text-to-video/kling-3.0", {"prompt": "x", "settings": {"aspect_ratio": "5:4"}}, "settings.aspect_ratio"),
         ("/text-to-video/other", {"prompt": "x"}, "model 'other'"),
-        ("/text-to-video/kling-3.0", {"prompt": "x", "settings": {"durations": 5}}, "duration"),
+        ("/text-to-video/kling-3.0", {"prompt": "x", "settings": {"durations": 5}}, "did you mean 'duration'?"),
     ):
         status, said = client("POST", path, wrong)
         assert (status, said["code"]) == (400, 1201) and words in said["message"], said

@@ -232,7 +232,7 @@ def add_errors(app: FastAPI, figures: Figures) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def shape(request: Request, error: RequestValidationError) -> Response:
-        return answer(WireError(BAD_FIELD, first_mistake(error)), request.url.path)
+        return answer(WireError(BAD_FIELD, first_mistake(error, request.url.path)), request.url.path)
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
@@ -242,7 +242,7 @@ def add_errors(app: FastAPI, figures: Figures) -> None:
         return answer(WireError(NO_METHOD, line, error.status_code), request.url.path)
 
 
-def first_mistake(error: RequestValidationError) -> str:
+def first_mistake(error: RequestValidationError, path: str) -> str:
     """The first mistake in a body: the field, the value and the remedy."""
     found = error.errors()[0]
     place = [str(part) for part in found["loc"] if part not in ("body", "query", "path", "str", "int", "float")]
@@ -250,8 +250,10 @@ def first_mistake(error: RequestValidationError) -> str:
     if found["type"] == "json_invalid":
         return f"the body is no JSON ({found['ctx']['error']}): send an object as application/json"
     if found["type"] == "extra_forbidden":
-        known = sorted({field for kind in (*classic.BODIES.values(), newer.Settings, newer.Options) for field in kind.model_fields})
-        return str(unknown("field", place[-1], known))
+        body = classic.BODIES.get(path.rsplit("/", 1)[-1]) or (own.Body if "requests" in path else newer.Body)
+        for part in place[:-1]:  # of an object in the body
+            body = {"settings": newer.Settings, "options": newer.Options, "contents": newer.Content}.get(part, body)
+        return str(unknown("field", place[-1], body.model_fields))
     if found["type"] == "missing":
         return f"{name} is missing: give it"
     shown = repr(found.get("input"))
