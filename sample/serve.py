@@ -81,8 +81,6 @@ def main(argv: list[str] | None = None) -> None:
 
 def workers_of(args: argparse.Namespace, store):
     """How a worker is made: a process of this machine, each with its GPU or its share of the cores, or an actor of a Ray cluster."""
-    from itertools import count
-
     from kling_programs.sample.server.pool import ProcessWorker
     from kling_programs.sample.server.worker import Setup
 
@@ -90,13 +88,12 @@ def workers_of(args: argparse.Namespace, store):
         from kling_programs.sample.server.cluster import RayWorker, connect
 
         connect(args.ray)
-        return lambda: RayWorker(store, Setup(args.model, args.device, args.threads), args.gpus_per_worker)
+        return lambda slot: RayWorker(store, Setup(args.model, args.device, args.threads), args.gpus_per_worker)
     import torch
 
     cards = torch.cuda.device_count() if args.device in (None, "cuda") else 0
-    threads = args.threads or max(1, len(os.sched_getaffinity(0)) // args.workers)
-    number = count()
-    return lambda: ProcessWorker(store, Setup(args.model, f"cuda:{next(number) % cards}" if cards else args.device, threads))
+    threads = args.threads or max(1, torch.get_num_threads() // args.workers)
+    return lambda slot: ProcessWorker(store, Setup(args.model, f"cuda:{slot % cards}" if cards else args.device, threads))
 
 
 def keep_house(store, over: threading.Event) -> None:

@@ -52,7 +52,7 @@ def main(folder: str) -> None:
         store.recover()
         processes: list[ProcessWorker] = []
 
-        def start() -> ProcessWorker:
+        def start(slot: int) -> ProcessWorker:
             processes.append(ProcessWorker(store, worker.Setup(), program=(sys.executable, __file__, "worker")))
             return processes[-1]
 

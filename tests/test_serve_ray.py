@@ -59,7 +59,7 @@ def test_actors_on_two_nodes_make_what_one_process_makes_and_a_lost_node_costs_n
     for i in range(6):
         more = {"image": kept} if i == 3 else {}
         store.add(New("anna", "text2video", {}, {"prompt": "a ball", "seed": i} | base | more, str(i), external=str(i)))
-    crew = Pool(store, 2, lambda: RayWorker(store, setup), lambda what, seconds: None)
+    crew = Pool(store, 2, lambda slot: RayWorker(store, setup), lambda what, seconds: None)
     crew.start()
     wait_for(store)
     tasks = [store.get("anna", str(i)) for i in range(6)]

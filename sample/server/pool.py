@@ -105,10 +105,10 @@ class ProcessWorker:
 
 
 class Pool:
-    """Keeps `count` workers at work. start: makes one. told(what, seconds): for the figures."""
+    """Keeps `count` workers at work. start: makes that of a slot. told(what, seconds): for the figures."""
 
     def __init__(
-        self, store: Store, count: int, start: Callable[[], Worker], told: Callable[[str, float], None], lease: float = LEASE
+        self, store: Store, count: int, start: Callable[[int], Worker], told: Callable[[str, float], None], lease: float = LEASE
     ) -> None:
         self.store, self.start_worker, self.told, self.lease = store, start, told, lease
         self.ready: set[int] = set()  # slots with a loaded worker
@@ -138,7 +138,7 @@ class Pool:
         wait = 1.0
         while not self._stopping.is_set():
             try:
-                worker = self._workers[slot] = self.start_worker()
+                worker = self._workers[slot] = self.start_worker(slot)
                 self.devices[slot] = worker.ready()
                 self.ready.add(slot)
                 wait = 1.0
