@@ -15,13 +15,18 @@ import secrets
 import socket
 import sys
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kling_programs.sample.command import Parser
 
 from kling.errors import UserError, program, unknown
+
+if TYPE_CHECKING:
+    from kling_programs.sample.server.pool import Worker
+    from kling_programs.sample.server.store import Store
 
 HOUSEKEEPING = 600.0  # seconds between looks for results and pictures that are not needed any more
 
@@ -79,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
         store.close()
 
 
-def workers_of(args: argparse.Namespace, store):
+def workers_of(args: argparse.Namespace, store: Store) -> Callable[[int], Worker]:
     """How a worker is made: a process of this machine, each with its GPU or its share of the cores, or an actor of a Ray cluster."""
     from kling_programs.sample.server.pool import ProcessWorker
     from kling_programs.sample.server.worker import Setup
@@ -96,7 +101,7 @@ def workers_of(args: argparse.Namespace, store):
     return lambda slot: ProcessWorker(store, Setup(args.model, f"cuda:{slot % cards}" if cards else args.device, threads))
 
 
-def keep_house(store, over: threading.Event) -> None:
+def keep_house(store: Store, over: threading.Event) -> None:
     """Delete what is not needed any more, until the server ends."""
     while not over.wait(HOUSEKEEPING):
         try:

@@ -106,7 +106,7 @@ class Client:
 
 @pytest.fixture
 def start(tiny: Path, maker: Maker, tmp_path: Path) -> Iterator[Callable[..., Any]]:
-    """start(keys, rules, limits, workers, held, by) -> a running server's `Client`, with its parts as attributes."""
+    """start(keys, rules, limits, workers, held, by) -> the `Client` of a running server, with its parts."""
     running = []
 
     def run(
