@@ -124,12 +124,14 @@ def test_shares_over_the_wire(start) -> None:
 
 def test_results_go_when_their_time_is_over(start) -> None:
     client = start(limits=Limits(days=1))
-    made = client.wait("image2video", client.make("image2video", SHORT | {"image": png()})["task_id"])
+    made = client.wait("image2video", client.make("image2video", SHORT | {"image": png(), "external_task_id": "old"})["task_id"])
     client.store._db.execute("UPDATE tasks SET finished = finished - 90000")
     assert client.store.expire() == 1 and client.store.expire() == 0
     status, said = client("GET", f"/v1/videos/image2video/{made['task_id']}")
     assert (status, said["code"]) == (404, 1203) and "kept for 1 days" in said["message"]
     assert list(client.store.made.iterdir()) == []
+    status, said = client("POST", "/v1/videos/image2video", SHORT | {"image": png(), "external_task_id": "old"})
+    assert (status, said["code"]) == (404, 1203) and "'old' is the name of a task whose result is gone" in said["message"]
     (picture,) = client.store.inputs.iterdir()
     os.utime(picture)
     client.store.tidy()

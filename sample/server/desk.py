@@ -102,6 +102,9 @@ class Desk:
             if not 0 < len(ask.external) <= 256 or not ask.external.isprintable():
                 raise UserError(f"external_task_id '{ask.external[:40]}': give 1 to 256 printable characters")
             if (first := self.store.get(key, ask.external)) and first.digest == marks:
+                if first.gone is not None:
+                    line = f"external_task_id '{ask.external}' is the name of a task whose result is gone ({first.gone}): choose another"
+                    raise WireError(NO_THING, line)
                 return first, False
         self.store.check_share(key)  # before anything is fetched or read
         if ask.callback is not None:
