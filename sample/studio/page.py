@@ -43,7 +43,7 @@ def build(studio: Studio) -> gr.Blocks:
                 with gr.Column(scale=6, min_width=320, elem_classes="right"):
                     stage = Stage()
             research = Research(studio, form)
-            with gr.Tab(t("inspect"), id="inspect"):
+            with gr.Tab(t("inspect"), id="inspect", visible=studio.remote is None):  # needs the weights here
                 research.tab()
             if studio.run is not None:
                 with gr.Tab(t("training"), id="training"):
