@@ -54,6 +54,7 @@ from kling.training.start import (
     LONG_CAPTIONS,
     SHIPPED,
     Start,
+    check_brush,
     check_captions,
     check_fit,
     complete_cache,
@@ -84,6 +85,7 @@ class TrainDiTConfig:
     tasks: how often each is drawn, as shares.
     long_captions: what to do with a caption that is too long for our text encoder: refuse (before the first step), or cut it.
     text_drop, camera_drop: share of clips, 0 to 1, whose text or camera is left out, for guidance.
+    brush: share of clips, 0 to 1, with tracks of things or of the ground (motion brush), for a model with `track_channels`.
     init_from: a model folder to start from, ours, published or shipped; conditions that `model` adds to it start at zero. checkpoint: the
     registry's name of it, if its files do not tell. expert: of two, the one to train, high or low.
     lora: train low-rank weights on top of it.
@@ -132,6 +134,7 @@ class TrainDiTConfig:
     tasks: dict[str, float] = field(default_factory=lambda: {"text": 1.0})
     text_drop: float = 0.1
     camera_drop: float = 0.4
+    brush: float = 0.0
     validation: Validation = field(default_factory=Validation)
     samples: list[dict[str, Any]] = field(default_factory=list)
     sample_every: int = 0
@@ -216,8 +219,9 @@ def train(cfg: TrainDiTConfig, loop: Loop) -> None:
     model = build(cfg, start)
     transformer, text_encoder = model.transformer, model.text_encoder
     max_bytes = check_captions(text_encoder, cache, [request.prompt for request in asked], cfg.long_captions)
-    drawing = Drawing(cfg.seed, cfg.tasks, cfg.text_drop, cfg.camera_drop, cfg.group, max_bytes)
+    drawing = Drawing(cfg.seed, cfg.tasks, cfg.text_drop, cfg.camera_drop, cfg.group, max_bytes, cfg.brush)
     check_fit(vae, transformer, cfg.tasks, cache)
+    check_brush(cfg.brush, transformer, cache)
     if cfg.compile:
         transformer.compile_repeated_blocks(dynamic=True)
     split_sequence(transformer, layout, accelerator, cfg.context_parallel)
@@ -336,6 +340,7 @@ def pipeline(cfg: TrainDiTConfig, model: Trained, vae: nn.Module, start: Start |
     kept = start.settings if start else {}
     able = [name for name, weight in cfg.tasks.items() if weight > 0]
     able += ["camera"] if model.transformer.config.camera_channels and cfg.camera_drop < 1 else []
+    able += ["brush"] if model.transformer.config.track_channels and cfg.brush > 0 else []
     able += ["text_to_image"] if 1 in cfg.frames else []
     settings = {"scheduler": scheduler_of(cfg, start), "max_frames": cfg.max_frames}
     settings["capabilities"] = list(dict.fromkeys([*kept.get("capabilities", ()), *able]))

@@ -339,6 +339,7 @@ class LatentBatch:
     shown: Tensor | None = None  # (b, c, f, h, w)
     seen: Tensor | None = None  # (b, i, e)
     names: list[str] = field(default_factory=list)
+    whole: int = 0  # pixel frames of the clips before they were cut
 
 
 class Places(Sequence[tuple[str, int]]):
@@ -446,7 +447,7 @@ class LatentCache:
         first = {name: stacked[name].float() for name in ("shown", "seen") if name in stacked}
         captions, names = [row["captions"] for row in rows], [row["name"] for row in rows]
         weights = [row.get("weights", [1.0] * len(row["captions"])) for row in rows]
-        return LatentBatch(ids, stacked["latents"].float(), *lone, captions, weights, cameras, **first, names=names)
+        return LatentBatch(ids, stacked["latents"].float(), *lone, captions, weights, cameras, **first, names=names, whole=bucket.frames)
 
     def _shard(self, name: str) -> _Shard:
         if name in self._open:

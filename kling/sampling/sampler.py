@@ -140,6 +140,7 @@ class Sampler:
                 positions=state.position,
                 kinds=state.kind,
                 camera=signals.camera if camera else None,
+                tracks=state.tracks,
                 encoder_hidden_states_image=None if signals.image is None else signals.image.to(dtype),
                 history=history,
                 walk_cache=walk_cache,
