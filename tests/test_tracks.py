@@ -4,8 +4,8 @@ world against its pixels."""
 from __future__ import annotations
 
 import dataclasses
-import math
 import random
+from itertools import pairwise
 
 import pytest
 import torch
@@ -15,14 +15,19 @@ from kling.cameras.axes import axes_trajectory
 from kling.cameras.trajectory import pixel_rays
 from kling.condition.state import Given, build_state
 from kling.condition.tracks import Tracks, codes, joined, track_map
+from kling.data.transforms import to_tensor, to_uint8
 from kling.data.world.captions import MOTIONS, speaks_of_camera
 from kling.data.world.scene import COLOUR_RGB, FOCAL, World, render_scene
 from kling.data.world.tracks import brushed_caption, draw_tracks, ground_tracks, places_of, scene_of, thing_tracks, world_poses
 from kling.dit import KlingTransformer3DModel
 from kling.errors import UserError
+from kling.flow.losses import flow_loss
+from kling.flow.path import velocity
 from kling.metrics.segment import segment
+from kling.sampling.pipeline import load_vae
 from kling.shapes import aspect_size, pixel_frames
 from kling.training.examples import Drawing, draw_example
+from kling.training.optim import lr_at, make_optimizer, set_lr
 from kling.training.start import grow
 from kling.vae import AutoencoderKLKling
 
@@ -159,7 +164,7 @@ def test_the_places_of_things_are_those_of_their_pixels(axes: dict[str, float]) 
     """Of a ball, whose outline's centre is nearly its centre's place: within a pixel and a half, in every frame that shows it whole."""
     H, W = aspect_size("16:9")
     world, errors, sizes = World(3, 17, "16:9", max_things=1), [], []
-    for index in range(40):
+    for index in range(20):
         scene = world.scene(index)
         if scene.things[0].solid != "ball":
             continue
@@ -174,7 +179,7 @@ def test_the_places_of_things_are_those_of_their_pixels(axes: dict[str, float]) 
             box = torch.stack([(columns[0] + columns[-1] + 1) / 2 / W, (rows[0] + rows[-1] + 1) / 2 / H])
             errors.append(((box - places.centre[0, t]) * torch.tensor([W, H])).norm())
             sizes.append((rows[-1] + 1 - rows[0]) / 2 / (places.half[0, t, 1] * H))
-    assert len(errors) > 80 and torch.stack(errors).median() < 0.8 and torch.stack(errors).quantile(0.95) < 1.5
+    assert len(errors) > 40 and torch.stack(errors).median() < 0.8 and torch.stack(errors).quantile(0.95) < 1.5
     assert 0.9 < torch.stack(sizes).median() < 1.1
 
 
@@ -189,10 +194,10 @@ def test_points_of_ground_and_sky_stay_on_them() -> None:
     tracks = ground_tracks(scene, pixels, start=4)
     torch.testing.assert_close(tracks.points[:, 4], pixels, atol=1e-4, rtol=0)
     R, o = world_poses(scene.trajectory)
-    rays = pixel_rays(scene.trajectory.intrinsics, 1000, 1000)  # (T, 3, 1000, 1000)
-    for t in (0, 9, 16):
+    rays = pixel_rays(scene.trajectory.intrinsics[::8], 1000, 1000)  # (3, 3, 1000, 1000)
+    for t in (0, 8, 16):
         x, y = (tracks.points[:2, t] * 1000 - 0.5).round().long().unbind(1)
-        met = [R[t] @ rays[t, :, j, i] for i, j in zip(x, y, strict=True)]
+        met = [R[t] @ rays[t // 8, :, j, i] for i, j in zip(x, y, strict=True)]
         feet = [o[t] - o[t, 1] / d[1] * d for d in met]
         start = [
             R[4] @ torch.tensor([*((p - scene.trajectory.intrinsics[4, 2:]) / scene.trajectory.intrinsics[4, :2]), 1.0]) for p in pixels[:2]
@@ -270,4 +275,66 @@ def test_training_draws_tracks_for_its_share_and_nothing_else_changes() -> None:
     batch.names[0] = "world/9/train/16:9/3"
     with pytest.raises(UserError, match="make the cache again"):
         draw_example(Drawing(0, {"text": 1.0}, 0.0, 0.0, brush=1.0), batch, 0, model, vae)
-    assert math.isfinite(float(model.track_embedding.weight.sum()))
+
+
+# ------------------------------------------------------------------------------------------------------------ it can be learned
+
+ENDS = (-1.6, -0.8, 0.8, 1.6)  # metres to the right, where the ball goes
+
+
+@pytest.mark.slow
+def test_a_tiny_transformer_learns_to_move_the_brushed_thing() -> None:
+    """Four clips that differ only in where the ball goes: after a few hundred steps its track alone says it, in all four, and without it
+    they come out alike."""
+    torch.manual_seed(0)
+    frames, (H, W) = 9, aspect_size("16:9")
+    scene = World(0, frames, "16:9", max_things=1).scene(1)
+    trajectory = axes_trajectory({}, frames, H, W, FOCAL)
+    thing = dataclasses.replace(scene.things[0], solid="ball", colour="red", size=0.6)
+    way = torch.linspace(0, 1, frames)[:, None] * torch.tensor([1.0, 0, 0]) + torch.tensor([0, -0.6, 5.0])
+    scenes = [
+        dataclasses.replace(
+            scene, ground="snow", axes={}, trajectory=trajectory,
+            things=(dataclasses.replace(thing, centre=way * torch.tensor([end, 1.0, 1.0])),),
+        )
+        for end in ENDS
+    ]  # fmt: skip
+    vae = load_vae()
+    with torch.no_grad():
+        clean = torch.cat([vae.normalize(vae.encode(to_tensor(render_scene(s))[None]).latent_dist.mode()) for s in scenes]).float()
+    tracks = [thing_tracks(s, 0, torch.zeros(1, 2)) for s in scenes]
+    state = build_state([Given(known=1)] * 4, clean, None, tracks=tracks)
+    z_dim = clean.shape[1]
+    size = {"num_attention_heads": 4, "attention_head_dim": 32, "num_layers": 3, "ffn_dim": 256, "text_dim": 8, "freq_dim": 64}
+    model = KlingTransformer3DModel(**size, in_channels=z_dim, out_channels=z_dim, track_channels=z_dim + 1)
+    optimizer = make_optimizer("muon", model, 4e-3)
+    text = torch.zeros(4, 1, 8)
+    draw = torch.Generator().manual_seed(0)
+    for step in range(300):
+        set_lr(optimizer, lr_at(step, lr=4e-3, warmup=10, steps=300, schedule="cosine"))
+        sigma, noise = torch.rand(4, generator=draw) ** 0.5, torch.randn(clean.shape, generator=draw)
+        v = model(state.noised(sigma, noise), state.levels(sigma), text, tracks=state.tracks).sample
+        flow_loss(v, velocity(clean, noise), state.mask).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    @torch.no_grad()
+    def ends(maps: torch.Tensor | None) -> torch.Tensor:
+        """Where the ball is in the last frame, in pixels from the left, (4,)."""
+        levels = [1.0, 0.95, 0.9, 0.8, 0.7, 0.5, 0.3, 0.15, 0.0]
+        z = state.noised(torch.ones(4), torch.randn(1, *clean.shape[1:], generator=torch.Generator().manual_seed(1)).expand_as(clean))
+        for level, after in pairwise(levels):
+            v = model(z, state.levels(torch.full((4,), level)), text, tracks=maps).sample
+            z = torch.where(state.mask > 0, z - (level - after) * v, clean)
+        found = []
+        for video in vae.decode(vae.denormalize(z)).sample:
+            colours, near = segment(to_uint8(video)[-1:], COLOUR_RGB)
+            columns = ((near > 0) & (colours == list(COLOUR_RGB).index("red")))[0].nonzero()[:, 1].float()
+            found.append(columns.mean() if len(columns) else torch.tensor(torch.nan))
+        return torch.stack(found)
+
+    asked = torch.stack([places_of(s).centre[0, -1, 0] * W for s in scenes])
+    diameter = 2 * places_of(scenes[0]).half[0, -1, 0] * W
+    with_tracks, without = ends(state.tracks), ends(None)
+    assert (with_tracks - asked).abs().max() < diameter / 4, (asked, with_tracks)
+    assert without.nan_to_num(asked.mean()).std() < 1 and (without - asked).abs().nan_to_num(99).max() > diameter / 2
