@@ -85,7 +85,8 @@ class TrainDiTConfig:
     tasks: how often each is drawn, as shares.
     long_captions: what to do with a caption that is too long for our text encoder: refuse (before the first step), or cut it.
     text_drop, camera_drop: share of clips, 0 to 1, whose text or camera is left out, for guidance.
-    brush: share of clips, 0 to 1, with tracks of things or of the ground (motion brush), for a model with `track_channels`.
+    brush: share of clips, 0 to 1, with tracks of things or of the ground (motion brush), for a model with `track_channels`; clips of the
+    cache's `paths` always have some, unless it is 0.
     init_from: a model folder to start from, ours, published or shipped; conditions that `model` adds to it start at zero. checkpoint: the
     registry's name of it, if its files do not tell. expert: of two, the one to train, high or low.
     lora: train low-rank weights on top of it.

@@ -74,6 +74,7 @@ class CacheConfig:
     of image-to-video weights. clips: number of clips of the endless world, divided over `data.aspects` by `shares`; a manifest is encoded
     whole. data.frames: the lengths that training will use; for the world the longest is encoded, for a manifest's shot the longest that it
     fills. shorter: number of additional world clips of each shorter length, such as {1: 9000} for pictures, which are cheap and show much.
+    paths: number of additional world clips of each length whose things follow paths that no word describes, for the motion brush.
     shard: clips per file. mixed_precision: of the VAE: auto (measured), bf16 or fp32; recorded with each shard.
     skip_missing: leave out clips whose files are gone, and count them. verify: compare every shard's hash, and remake those that differ.
     """
@@ -84,6 +85,7 @@ class CacheConfig:
     image: bool = False
     clips: int | None = None
     shorter: dict[int, int] = field(default_factory=dict)
+    paths: dict[int, int] = field(default_factory=dict)
     shares: list[float] | None = None  # one for each of data.aspects; null divides evenly
     shard: int = 50
     seed: int = 0  # of the world's scenes and of random draws from a manifest
@@ -103,6 +105,7 @@ class Shard:
     bucket: Bucket
     numbers: list[int]
     digest: str  # of everything that determines which clips these are
+    split: str = ""  # of the world, if not the training's
 
 
 def fill_cache(
@@ -156,8 +159,9 @@ def settings_of(cfg: CacheConfig) -> dict[str, Any]:
     data = {name: value for name, value in asdict(cfg.data).items() if name in always or value != plain[name]}
     data.pop("reader", None)  # all readers return the same frames
     of_world = {"clips": cfg.clips, "shares": _shares(cfg)} if cfg.data.source == "world" else {}
-    if cfg.data.source == "world" and cfg.shorter:
-        of_world["shorter"] = {str(frames): clips for frames, clips in cfg.shorter.items()}  # JSON turns keys into strings
+    for name in ("shorter", "paths"):
+        if cfg.data.source == "world" and (more := getattr(cfg, name)):
+            of_world[name] = {str(frames): clips for frames, clips in more.items()}  # JSON turns keys into strings
     of_image = {"image": True} if cfg.image else {}
     return {"data": data, "seed": cfg.seed, "shard": cfg.shard, **of_world, **of_image}
 
@@ -168,32 +172,40 @@ def _shares(cfg: CacheConfig) -> list[float]:
 
 def _plan(cfg: CacheConfig, source: ClipSource) -> Iterator[Shard]:
     """The shards of a cache, in order. Raises `UserError` for settings that do not fit the source."""
-    buckets: list[tuple[Bucket, range]] = []
+    buckets: list[tuple[Bucket, range, str]] = []
     if source.manifest:
-        if cfg.clips is not None or cfg.shares is not None or cfg.shorter:
-            raise UserError("clips, shorter and shares are for the world, and a manifest is encoded whole: leave them out")
-        buckets = [(bucket, range(len(pieces))) for bucket, pieces in source.manifest.buckets.items()]
+        if cfg.clips is not None or cfg.shares is not None or cfg.shorter or cfg.paths:
+            raise UserError("clips, shorter, paths and shares are for the world, and a manifest is encoded whole: leave them out")
+        buckets = [(bucket, range(len(pieces)), "") for bucket, pieces in source.manifest.buckets.items()]
     else:
         if cfg.clips is None or len(_shares(cfg)) != len(cfg.data.aspects):
             raise UserError(
                 f"clips {cfg.clips}, shares {_shares(cfg)} for aspects {cfg.data.aspects}: give the first, and a share for each aspect"
             )
-        longest, used = max(cfg.data.frames), dict.fromkeys(cfg.data.aspects, 0)
+        longest = max(cfg.data.frames)
         if odd := [T for T in cfg.shorter if T not in cfg.data.frames or longest == T]:
             raise UserError(f"shorter has clips of {odd[0]} frames, data.frames is {cfg.data.frames}: name shorter ones of these")
-        for frames, clips in {longest: cfg.clips, **cfg.shorter}.items():
-            shares = _shares(cfg)
+        if odd := [T for T in cfg.paths if T not in cfg.data.frames or T == 1]:
+            raise UserError(f"paths has clips of {odd[0]} frames, data.frames is {cfg.data.frames}: name some of these, longer than 1")
+        shares, used = _shares(cfg), {split: dict.fromkeys(cfg.data.aspects, 0) for split in ("", "paths")}
+        counts = [
+            (longest, cfg.clips, ""),
+            *((*more, "") for more in cfg.shorter.items()),
+            *((*more, "paths") for more in cfg.paths.items()),
+        ]
+        for frames, clips, split in counts:
             bounds = [0, *(round(clips * upto / sum(shares)) for upto in accumulate(shares))]  # rounded so that they sum to `clips`
             for aspect, n in zip(cfg.data.aspects, (end - begin for begin, end in pairwise(bounds)), strict=True):
-                buckets.append((Bucket(aspect, frames), range(used[aspect], used[aspect] + n)))  # not the scenes of the longer clips
-                used[aspect] += n
+                first = used[split][aspect]  # not the scenes of the longer clips
+                buckets.append((Bucket(aspect, frames), range(first, first + n), split))
+                used[split][aspect] += n
     place = 0
-    for bucket, all_numbers in buckets:
+    for bucket, all_numbers, split in buckets:
         for first in range(0, len(all_numbers), cfg.shard):
             numbers = list(all_numbers[first : first + cfg.shard])
             what = [source.manifest.identity(bucket, i) for i in numbers] if source.manifest else numbers
-            digest = hashlib.sha256(json.dumps([bucket, what]).encode()).hexdigest()
-            yield Shard(f"{place:05d}.safetensors", bucket, numbers, digest)
+            digest = hashlib.sha256(json.dumps([bucket, what, *([split] if split else [])]).encode()).hexdigest()
+            yield Shard(f"{place:05d}.safetensors", bucket, numbers, digest, split)
             place += 1
 
 
@@ -310,12 +322,12 @@ class _Clips(Dataset):
 
     def __init__(self, source: ClipSource, shards: list[Shard], skip_missing: bool = False) -> None:
         self.source, self.skip_missing = source, skip_missing
-        self.places = [(shard.bucket, number) for shard in shards for number in shard.numbers]
+        self.places = [(shard.bucket, number, shard.split) for shard in shards for number in shard.numbers]
 
     def __getitem__(self, i: int) -> ClipSample | None:
-        bucket, number = self.places[i]
+        bucket, number, split = self.places[i]
         if not self.source.manifest:
-            return self.source.clip(number, bucket.frames, bucket.aspect)
+            return self.source.clip(number, bucket.frames, bucket.aspect, split)
         try:
             return self.source.manifest.clip(bucket, number)
         except MissingClip as error:

@@ -18,7 +18,7 @@ from kling.condition.state import Given, State, build_state
 from kling.condition.tasks import TASKS, draw_task, keyframe_share
 from kling.condition.tracks import Tracks
 from kling.data.world.captions import speaks_of_camera
-from kling.data.world.tracks import brushed_caption, draw_tracks, scene_of
+from kling.data.world.tracks import brushed_caption, draw_tracks, is_unnamed, scene_of
 from kling.dit import KlingTransformer3DModel
 from kling.errors import UserError
 from kling.runtime.device import upload
@@ -122,7 +122,8 @@ def draw_brush(
     """
     f = batch.latents.shape[2]
     rng = random.Random(f"tracks/{how.seed}/{place}/{i}")  # of its own, so that a run without tracks draws what it always did
-    if f == 1 or what.space is not None or what.hold or rng.random() >= how.brush:
+    share = 1 if how.brush and is_unnamed(batch.names[i]) else how.brush
+    if f == 1 or what.space is not None or what.hold or rng.random() >= share:
         return None, prompt
     T = pixel_frames(f)
     scene = scene_of(batch.names[i], batch.whole)

@@ -37,6 +37,11 @@ def scene_of(name: str, frames: int) -> Scene | None:
     return World(int(seed), frames, aspect, split).scene(int(index))
 
 
+def is_unnamed(name: str) -> bool:
+    """Whether a clip, by its name in a cache, shows motion that no word describes."""
+    return name.startswith("world/") and name.split("/")[2] == "paths"
+
+
 def project(points: Tensor, camera: Trajectory) -> tuple[Tensor, Tensor]:
     """Where the camera sees points (…, T, 3) of the world: x and y (…, T, 2), divided by width and height, and the depth (…, T) in metres.
 
@@ -127,8 +132,9 @@ def draw_tracks(scene: Scene, rng: random.Random, start: int = 0) -> Brushed:
     kind = rng.choices(list(KINDS), weights=list(KINDS.values()))[0]
     places, parts, things, ground = places_of(scene), [], (), 0
     seen = [k for k in range(len(scene.things)) if places.visible(k, start)]
-    if seen and kind != "ground":
-        things = tuple(sorted(rng.sample(seen, rng.randint(1, len(seen)))))
+    unnamed = {k for k in seen if not scene.things[k].motion}  # only tracks tell how these move
+    if unnamed or (seen and kind != "ground"):
+        things = tuple(sorted(unnamed | set(rng.sample(seen, rng.randint(1, len(seen))))))
         for k in things:
             offsets = [(rng.uniform(-1, 1), rng.uniform(-1, 1)) for _ in range(rng.choice(THING_POINTS))]
             offsets[0] = (0.0, 0.0) if rng.random() < 0.5 else offsets[0]
@@ -152,7 +158,7 @@ def _shortened(tracks: Tracks, rng: random.Random, start: int) -> Tracks:
 def brushed_caption(scene: Scene, brushed: Brushed, camera_shown: bool, rng: random.Random) -> str:
     """A caption that mostly leaves it to the tracks how their things move, and how the camera does if the tracks show that."""
     unsaid = brushed.things if rng.random() < UNSAID else ()
-    things = [(thing.colour, thing.solid, None if k in unsaid else thing.motion) for k, thing in enumerate(scene.things)]
+    things = [(thing.colour, thing.solid, None if k in unsaid else thing.motion or None) for k, thing in enumerate(scene.things)]
     known = camera_shown or not scene.axes or brushed.ground >= TELLS
     say = rng.random() < (MAY_SAY_CAMERA if known else SAY_CAMERA)
     return caption(things, scene.ground, scene.axes, scene.move, rng.choice(LANGUAGES), rng, camera=say)
