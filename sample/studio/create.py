@@ -43,6 +43,8 @@ class Form:
                 self._video()
             with gr.Tab(t("camera"), id="camera"):
                 self._camera()
+            with gr.Tab(t("tracks"), id="tracks"):
+                self._tracks()
             with gr.Tab(t("size"), id="size"):
                 self._size()
             with gr.Tab(t("advanced"), id="advanced"):
@@ -137,6 +139,11 @@ class Form:
             for name, (low, high, value, step) in {"camera_scale": (0, 3, 1, 0.1), "camera_guidance_scale": (1, 6, own, 0.5)}.items():
                 self.fields[name] = gr.Slider(low, high, value, step=step, label=t(name), min_width=170, buttons=[], interactive=able)
         self.fields["camera_file"] = gr.File(label=t("trajectory"), height=130, interactive=able, elem_id="camera-file")
+
+    def _tracks(self) -> None:
+        need = missing(self.studio.pipe, "tracks")
+        gr.Markdown(t(f"unable_{need}") if need else t("draw_tracks"))
+        self.fields["tracks"] = gr.HTML(padding=False, elem_id="board", html_template="${value}", visible=not need)
 
     def _size(self) -> None:
         aspects = [(t("auto"), "auto"), *((a, a) for a in self.studio.sizes)]
