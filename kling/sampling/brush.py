@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kling.condition.tracks import BACKGROUND, Tracks, joined
@@ -207,8 +208,10 @@ def _points_under(mask: Tensor, cell: int, most: int) -> Tensor:
     places = mask.nonzero().flip(1).float() + 0.5  # (m, 2)
     middle = places[(places - places.mean(0)).square().sum(1).argmin()]
     H, W = mask.shape
+    rim = cell // 4  # pixels; what is nearer to the border may show what is beside it
+    deep = -F.max_pool2d(-mask[None].float(), 2 * rim + 1, stride=1, padding=rim)[0] > 0  # (H, W)
     grid = torch.cartesian_prod(torch.arange(cell // 2, H, cell), torch.arange(cell // 2, W, cell))  # (g, 2) rows and columns
-    inside = grid[mask[grid[:, 0], grid[:, 1]]].flip(1) + 0.5  # (g', 2)
+    inside = grid[deep[grid[:, 0], grid[:, 1]]].flip(1) + 0.5  # (g', 2)
     if len(inside) >= most:
         inside = inside[torch.linspace(0, len(inside) - 1, most - 1).round().long()]
     return torch.cat([middle[None], inside])

@@ -298,6 +298,9 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
                     task=name,
                     able=", ".join(able),
                 )
+        few = self.transformer_fast if request.mode == "fast" else None
+        if request.tracks is not None and few is not None and not few.config.track_channels:
+            raise UserError("mode fast: this model's few-step weights have no input for tracks: use mode std")
         if request.guidance_reach and (self.groups or self.config.get("block_frames")):
             raise UserError(f"guidance_reach {request.guidance_reach:g}: this model has no given frames among those it makes: leave it out")
 

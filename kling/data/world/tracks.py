@@ -20,7 +20,7 @@ from kling.data.world.scene import Scene, World, start_pose
 KINDS = {"things": 65, "ground": 15, "both": 20}  # what is tracked in a training clip, as weights
 THING_POINTS = (1, 1, 2, 4, 8)  # points of a thing, each equally often
 GROUND_POINTS = (1, 2, 4, 8, 16, 24)
-WITHIN = 0.45  # of a thing's size: points nearer than this to its centre are on it, for every solid
+INSIDE = 0.8  # share of a thing's outline, about its centre, in which its points lie
 HIDES = 0.85  # of a thing's size: what is behind it and nearer than this to its centre is hidden
 DROPPED = 0.2  # share of tracks that end early (ATI, arXiv 2505.22944)
 UNSAID = 0.7  # share of captions that do not say how tracked things move, so that the tracks must
@@ -136,15 +136,24 @@ def draw_tracks(scene: Scene, rng: random.Random, start: int = 0) -> Brushed:
     if unnamed or (seen and kind != "ground"):
         things = tuple(sorted(unnamed | set(rng.sample(seen, rng.randint(1, len(seen))))))
         for k in things:
-            offsets = [(rng.uniform(-1, 1), rng.uniform(-1, 1)) for _ in range(rng.choice(THING_POINTS))]
+            offsets = [point_on(scene.things[k].solid, rng) for _ in range(rng.choice(THING_POINTS))]
             offsets[0] = (0.0, 0.0) if rng.random() < 0.5 else offsets[0]
-            parts.append(thing_tracks(scene, k, WITHIN / 2**0.5 * torch.tensor(offsets), places))
+            parts.append(thing_tracks(scene, k, torch.tensor(offsets), places))
     if kind != "things" or not parts:
         pixels = torch.tensor([(rng.random(), rng.random()) for _ in range(rng.choice(GROUND_POINTS))])
         parts.append(ground_tracks(scene, pixels, start, places))
         ground = len(parts[-1])
     parts = [_shortened(part, rng, start) for part in parts]
     return Brushed(joined(parts), things, ground)
+
+
+def point_on(solid: str, rng: random.Random) -> tuple[float, float]:
+    """A random point of a solid's outline, seen from the side: from its centre to the right and down, in its sizes."""
+    while True:
+        x, y = rng.uniform(-INSIDE, INSIDE), rng.uniform(-INSIDE, INSIDE)
+        wide = {"ball": max(0.0, INSIDE**2 - y * y) ** 0.5, "cube": INSIDE, "cone": INSIDE * (1 + y) / 2}[solid]
+        if abs(x) <= wide:
+            return x, y
 
 
 def _shortened(tracks: Tracks, rng: random.Random, start: int) -> Tracks:
