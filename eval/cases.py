@@ -201,7 +201,7 @@ def with_path(world: World, index: int, k: int, moving: bool) -> Scene | None:
     """Scene `index` with its first thing on a path that ends `TRAVELS` of its sizes from its start, in the picture and apart from the
     other thing, which moves as its word says; None if the scene has no room for one."""
     scene = world.scene(index)
-    if len(scene.things) != 2 or (moving and not scene.axes):
+    if len({thing.colour for thing in scene.things}) != 2 or (moving and not scene.axes):
         return None
     H, W = aspect_size(scene.aspect)
     scene = scene if moving else with_camera(world, scene, {}, "static")

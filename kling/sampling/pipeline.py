@@ -24,6 +24,7 @@ from kling.cameras.trajectory import Cameras, Trajectory
 from kling.condition.concat import concat_channels, concat_groups, opened
 from kling.condition.state import Given, State, build_state
 from kling.condition.tracks import Tracks
+from kling.condition.writing import write_tracks
 from kling.data.transforms import to_tensor, to_uint8
 from kling.dit import KlingTransformer3DModel
 from kling.errors import UserError
@@ -81,6 +82,7 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
     licence: of published weights.
     sampling_dtype: "bf16" if measurements allow sampling in it (`kling.sampling.agreement`); used by programs, see `load`.
     vocabulary: "world" if the weights know only the words of the small world's captions.
+    track_writing: how tracks are written into the extra channels of published weights, "copy" or "splat"; see `kling.condition.writing`.
     """
 
     model_cpu_offload_seq = "text_encoder->image_encoder->transformer->transformer_2->vae"
@@ -107,6 +109,7 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         vocabulary: str | None = None,
         transformer_fast: KlingTransformer3DModel | None = None,
         fast: dict[str, Any] | None = None,
+        track_writing: str | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(
@@ -120,7 +123,13 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         )
         self.register_to_config(capabilities=list(capabilities), fps=fps, max_frames=max_frames)
         extra = {"sizes": sizes, "boundary_ratio": boundary_ratio, "block_frames": block_frames or None, "defaults": defaults}
-        extra |= {"licence": licence, "vocabulary": vocabulary, "sampling_dtype": sampling_dtype, "fast": fast}
+        extra |= {
+            "track_writing": track_writing,
+            "licence": licence,
+            "vocabulary": vocabulary,
+            "sampling_dtype": sampling_dtype,
+            "fast": fast,
+        }
         self.register_to_config(**{key: value for key, value in extra.items() if value is not None})
         self.groups = concat_groups(transformer.config.in_channels, vae.config.z_dim)
 
@@ -380,11 +389,12 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         sampler = Sampler(experts, self.config.get("boundary_ratio"), self.scheduler, plan)
         tracks, origin, steps = plan_tracks(inputs, plan.hops), plan.hops[0].start, 0
         for number, hop in enumerate(plan.hops):
-            mine = None if tracks is None else hop_tracks(tracks, hop, origin)
-            state = self._state(request, hop, inputs, done if hop.overlap else None, mine)
+            mine, way = None if tracks is None else hop_tracks(tracks, hop, origin), self.config.get("track_writing")
+            state = self._state(request, hop, inputs, done if hop.overlap else None, None if way else mine)
             concat = None
             if self.groups:
-                concat = upload(concat_channels(state, self.groups, self._control(inputs, hop)), device)
+                concat = concat_channels(state, self.groups, self._control(inputs, hop))
+                concat = upload(write_tracks(concat, mine, way) if way and mine is not None else concat, device)
                 state = opened(state)
             state = state.to(device)
             view = None if camera is None else self._view(camera, hop, plan, origin)
