@@ -9,14 +9,17 @@ from itertools import pairwise
 
 import pytest
 import torch
+import workers
 
-from kling.cache.store import LatentBatch
+from kling.cache.store import CacheConfig, LatentBatch, LatentCache, fill_cache, settings_of
 from kling.cameras.axes import axes_trajectory
 from kling.cameras.trajectory import pixel_rays
 from kling.condition.state import Given, build_state
 from kling.condition.tracks import Tracks, codes, joined, track_map
+from kling.data.buckets import Bucket
+from kling.data.source import DataConfig
 from kling.data.transforms import to_tensor, to_uint8
-from kling.data.world.captions import MOTIONS, speaks_of_camera
+from kling.data.world.captions import COLOURS, MOTIONS, speaks_of_camera
 from kling.data.world.scene import COLOUR_RGB, FOCAL, World, render_scene
 from kling.data.world.tracks import brushed_caption, draw_tracks, ground_tracks, places_of, scene_of, thing_tracks, world_poses
 from kling.dit import KlingTransformer3DModel
@@ -28,7 +31,7 @@ from kling.sampling.pipeline import load_vae
 from kling.shapes import aspect_size, pixel_frames
 from kling.training.examples import Drawing, draw_example
 from kling.training.optim import lr_at, make_optimizer, set_lr
-from kling.training.start import grow
+from kling.training.start import check_brush, grow
 from kling.vae import AutoencoderKLKling
 
 C, F, HH, WW = 4, 3, 4, 6
@@ -275,6 +278,31 @@ def test_training_draws_tracks_for_its_share_and_nothing_else_changes() -> None:
     batch.names[0] = "world/9/train/16:9/3"
     with pytest.raises(UserError, match="make the cache again"):
         draw_example(Drawing(0, {"text": 1.0}, 0.0, 0.0, brush=1.0), batch, 0, model, vae)
+
+
+def test_a_cache_of_free_paths_trains_with_tracks_and_words_that_do_not_say_them(tmp_path) -> None:
+    data = DataConfig(frames=[1, 5], aspects=["16:9"])
+    config = CacheConfig(out=str(tmp_path), clips=2, paths={5: 3}, shares=[1.0], shard=2, workers=0, data=data)
+    assert "paths" not in settings_of(dataclasses.replace(config, paths={})), "older caches keep their key"
+    torch.manual_seed(0)
+    vae = AutoencoderKLKling(**workers.TINY_VAE).eval()
+    list(fill_cache(config, vae))
+    cache = LatentCache(tmp_path)
+    batch = cache.batch(Bucket("16:9", 5), list(range(5)), 5)
+    assert batch.names == [f"world/0/{split}/16:9/{i}" for split, n in (("train", 2), ("paths", 3)) for i in range(n)]
+    z = batch.latents.shape[1]
+    model = KlingTransformer3DModel(**TINY | {"in_channels": z, "out_channels": z}, track_channels=z + 1)
+    check_brush(0.3, model, cache)
+    example = draw_example(Drawing(0, {"image": 1.0}, 0.0, 0.0, brush=1e-9), batch, 0, model, vae)
+    assert example.state.tracks.flatten(1).any(1).tolist() == [False, False, True, True, True]
+    for i in (2, 3, 4):
+        scene = scene_of(batch.names[i], batch.whole)
+        unnamed = [thing for thing in scene.things if not thing.motion]
+        assert all(thing.colour in example.prompts[i] or COLOURS[thing.colour] in example.prompts[i] for thing in unnamed)
+    with pytest.raises(UserError, match="name some of these"):
+        list(fill_cache(dataclasses.replace(config, paths={9: 1}, out=str(tmp_path / "other")), vae))
+    with pytest.raises(UserError, match="set model.track_channels="):
+        check_brush(0.3, KlingTransformer3DModel(**TINY | {"in_channels": z, "out_channels": z}), cache)
 
 
 # ------------------------------------------------------------------------------------------------------------ it can be learned
