@@ -393,6 +393,7 @@ TABLE = (
     Line("continuation", "jump", "seam, colour jump", "levels"),
     Line("continuation", "usual", "colour change of its neighbours", "levels"),
     Line("text-en", "flicker", "flicker", "levels"),
+    Line("text-en", "magnitude", "motion magnitude", "px"),
     *(Line(f"vae-{T}", "psnr", f"VAE, {T} frames, PSNR", "dB", None, ">= 31") for T in (FRAMES, LONG)),
     *(Line(f"vae-{T}", "ssim", f"VAE, {T} frames, SSIM", "", None, ">= 0.93") for T in (FRAMES, LONG)),
     *(Line(f"vae-{T}", "slope", f"VAE, {T} frames, PSNR per 10 frames", "dB") for T in (FRAMES, LONG)),

@@ -67,6 +67,7 @@ from kling.errors import UserError
 from kling.metrics.camera.odometry import Stage
 from kling.metrics.control import QUESTIONS, Detectors
 from kling.metrics.controls import frozen, noise, shuffled, taken_over
+from kling.metrics.motion import magnitude
 from kling.metrics.pixel import flicker, psnr, seam, ssim
 from kling.metrics.report import Row, markdown, paired, reached, summarise
 from kling.metrics.ruler import Ruler
@@ -98,6 +99,7 @@ class Options:
     n: int = 256
     seed: int = 0
     steps: int | None = None
+    mode: str | None = None  # of the requests; None: the default
     examples: int = EXAMPLES
     tasks: tuple[str, ...] = ()  # of `TASKS`; none: all, and the VAE alone
     bf16: bool = False  # transformer, text encoder and VAE in bfloat16
@@ -123,7 +125,7 @@ def main(argv: list[str]) -> None:
     from kling.sampling.pipeline import ASSETS
 
     folder = Path(args.model) if args.model else ASSETS
-    names = ("n", "steps", "seed", "workers", "limit_minutes")
+    names = ("n", "steps", "mode", "seed", "workers", "limit_minutes")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     tasks = chosen(args.tasks) if args.tasks else ()
     options = Options(args.out, tasks=tasks, bf16=bf16_is_fast(default_device()), **((QUICK if args.quick else {}) | given))
@@ -279,6 +281,8 @@ class Examiner:
             fields.pop("camera", None)
         if self.options.steps:
             fields["num_inference_steps"] = self.options.steps
+        if self.options.mode:
+            fields["mode"] = self.options.mode
         return fields
 
 
@@ -368,7 +372,7 @@ def measure(ruler: Ruler, case: Case, video: Tensor, truth: Tensor) -> Row:
         return row | ruler.permanence(video, len(scene.things), leaves=bool(scene.axes))
     row = ruler.words(video, labels(scene)) | ruler.permanence(video, 1)
     if family == "text":
-        row["flicker"] = float(flicker(batch(video)))
+        row |= {"flicker": float(flicker(batch(video))), "magnitude": magnitude(video)}
     if family == "plain":
         row["still"] = ruler.camera(video, scene.trajectory, {})["class"]
     return row
@@ -415,6 +419,7 @@ def report(options: Options, model: dict[str, Any], records: list[Record], left_
         by_task["text-zh"] = by_task.get("text-en", {})
     table = markdown(TABLE, scores, columns)
     notes = [f"n = {n} of {options.n} cases a task", f"of some {min(n, options.pictures)}, stand-ins in {min(n, options.controls)}"]
+    notes += [f"mode {options.mode}"] if options.mode else []
     notes += [f"seed {options.seed}", f"{options.steps or 'default'} steps", "sampled in bf16" if options.bf16 else "sampled in fp32"]
     notes += [f"of all tasks, only {', '.join(options.tasks)}"] if options.tasks else []
     notes += [f"{sum(seconds) / len(seconds):.1f} s a clip"] if seconds else []
@@ -427,6 +432,7 @@ def report(options: Options, model: dict[str, Any], records: list[Record], left_
         temporary.write_text("\n\n".join([" · ".join(notes) + "; bold = reached", table, *strips]) + "\n", encoding="utf-8")
     measured_as = {"suite": "world", "version": PROTOCOL, "frames": FRAMES, "pictures": options.pictures, "controls": options.controls}
     measured_as |= {"examples": options.examples, "seed": options.seed, "steps": options.steps, "bf16": options.bf16}
+    measured_as |= {"mode": options.mode} if options.mode else {}
     return {
         "suite": "world",
         "protocol": protocol_hash(measured_as),
@@ -494,6 +500,7 @@ def claim(out: Path, options: Options, model: dict[str, Any]) -> None:
     mine = {
         "seed": options.seed,
         "steps": options.steps,
+        "mode": options.mode,
         "tasks": list(options.tasks),
         "bf16": options.bf16,
         "weights": model.get("sha256"),

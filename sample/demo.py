@@ -67,6 +67,7 @@ def prepare(args: argparse.Namespace, arrivals: Path) -> tuple:
     from kling_programs.sample.studio.uploads import Uploads
 
     from kling.runtime.precision import describe
+    from kling.sampling.enhance import Enhancer
     from kling.sampling.machine import pick_device
     from kling.sampling.record import model_hashes
     from kling.shapes import ASPECTS
@@ -83,6 +84,7 @@ def prepare(args: argparse.Namespace, arrivals: Path) -> tuple:
     door = Door(arrivals, own_names(args.host), kept=(shelf.inputs,), tidy=shelf.tidy_inputs)
     studio = Studio(pipe, model, shelf, uploads, Path(args.run) if args.run else None, queue, door)
     studio.models, studio.loras = chosen_folders(args.models), chosen_files(args.loras)
+    studio.enhancer = Enhancer(args.enhance, device) if args.enhance else None
     return studio, build(studio), launch_settings(studio)
 
 
@@ -107,6 +109,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--model", metavar="FOLDER", help="default: the shipped one")
     parser.add_argument("--models", metavar="FOLDER", help="a folder of model folders, from which visitors may choose one")
     parser.add_argument("--loras", metavar="FOLDER", help="a folder of LoRA files (.safetensors), from which visitors may choose one")
+    parser.add_argument("--enhance", metavar="FOLDER", help="a chat model that writes prompts out when a visitor presses a button")
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, …; default: cuda if there is one")
     parser.add_argument("--run", metavar="RUNDIR", help="a training run: compare its checkpoints, see its curves")
     parser.add_argument("--out", metavar="FOLDER", default="out/studio", help="folder for videos and their inputs (out/studio)")

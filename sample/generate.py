@@ -88,6 +88,10 @@ def main(argv: list[str] | None = None) -> None:
         torch.set_num_threads(before["machine"]["threads"])
     if request.mode == "fast" and (unused := [f"--{name}" for name in ("lora", "cache") if getattr(args, name)]):
         raise UserError(f"{unused[0]} works on the transformer, and mode fast uses the few-step weights beside it: leave one of them out")
+    asked = {}
+    if args.enhance:
+        request, asked = enhanced(args.enhance, request, pipe, pick_device(args.device))
+        jobs = [job.replace(prompt=request.prompt) for job in jobs]
     plan = pipe.plan(request)
     if before:
         records.check_same_settings(before, plan, args.replay)
@@ -128,7 +132,7 @@ def main(argv: list[str] | None = None) -> None:
         seconds, loading_seconds = time.perf_counter() - began, began - started
         output = {"path": str(path.absolute()), "format": kind, "fps": fps, "seconds": round(seconds, 2)}
         command = shlex.join(["kling-sample", *argv])
-        record = records.make_record(job, plan, model, device, frames, precision, output=output, command=command)
+        record = records.make_record(job, plan, model, device, frames, precision, output=output, command=command, **asked)
         records.write_record(records.record_path(path), record)
         taken = f"{seconds + loading_seconds:.1f} s" + (f" ({loading_seconds:.1f} s to load)" if loading_seconds > 0.1 else "")
         print(f"{path} · seed {job.seed} · {taken} · {records.record_path(path)}", flush=True)
@@ -219,6 +223,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = Parser("kling-sample", __doc__, usage='kling-sample "PROMPT" [options]')
     parser.add_argument("prompt", nargs="?", help="what to show, in English or Chinese")
     parser.add_argument("--negative-prompt", metavar="TEXT", help="what to avoid")
+    writes = "a chat model in a local folder writes the prompt out first, and knows what the checkpoint can do; the record keeps both"
+    parser.add_argument("--enhance", metavar="FOLDER", type=a_path, help=writes)
 
     add = parser.add_argument_group("pictures and videos").add_argument
     add("--image", metavar="FILE", type=a_path, help="the first frame: png, jpg or webp; cropped to the clip's aspect")
@@ -373,6 +379,17 @@ def asked_request(args: argparse.Namespace) -> Request:
         request = request.replace(prompt=found)
         print(f"prompt: {found} (what {args.video} was made from; give another to change it)", file=sys.stderr)
     return request
+
+
+def enhanced(model: str, request: Request, pipe: KlingPipeline, device: torch.device) -> tuple[Request, dict[str, Any]]:
+    """The request with its prompt written out by a chat model, and what the record says about that; prints the prompt."""
+    from kling.sampling.enhance import Enhancer
+
+    if not request.prompt:
+        raise UserError("--enhance writes a prompt out, and there is none: give a few words")
+    written_out = Enhancer(model, device)(request.prompt, pipe, picture=request.image is not None)
+    print(f"prompt: {written_out}", flush=True)
+    return request.replace(prompt=written_out), {"enhanced": {"prompt": request.prompt, "by": model}}
 
 
 def prompt_of(video: Path) -> str:

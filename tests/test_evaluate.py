@@ -194,6 +194,26 @@ def test_certify_counts_a_camera_that_its_ruler_does_not_find(tmp_path: Path, mo
     assert "| any, 32x32, RotErr | – |  | 0 |" in report["table"]
 
 
+def test_two_runs_are_compared_case_by_case(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Four common cases: one gained, none lost, and a number that falls by 2 in each; a fifth case, which only one run has, is left out."""
+    hits = {"a": [False, True, True, False, True], "b": [True, True, True, False]}
+    for name, rows in hits.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").write_text(json.dumps({"seed": 0, "examples": 400, "mode": name}))
+        measured = [{"motion": hit, "flicker": 10.0 + k - 2 * (name == "b")} for k, hit in enumerate(rows)]
+        lines = [json.dumps({"k": k, "seconds": [], "rows": {"model": {"text-en": row}}}) for k, row in enumerate(measured)]
+        (tmp_path / name / "cases.jsonl").write_text("\n".join(reversed(lines)) + "\n")
+    main(["compare", str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path / "difference.md")])
+    table = capsys.readouterr().out
+    assert (tmp_path / "difference.md").read_text() == table
+    assert "| motion, English | 50.0 % | 75.0 % | +25 | +0 to +75 | 4 |" in table
+    assert "| flicker | 11.50 levels | 9.50 levels | -2 | -2 to -2 | 4 |" in table
+    (tmp_path / "b" / "run.json").write_text(json.dumps({"seed": 1, "examples": 400}))
+    with pytest.raises(SystemExit):
+        main(["compare", str(tmp_path / "a"), str(tmp_path / "b")])
+    assert "were made with different seed" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -204,6 +224,8 @@ def test_certify_counts_a_camera_that_its_ruler_does_not_find(tmp_path: Path, mo
         (["world", "--out", "x", "--steps", "0"], "--steps 0"),
         (["world", "--out", "x", "--limit-minutes", "nan"], "--limit-minutes nan"),
         (["world", "--out", "x", "--seed", "-1"], "--seed -1"),
+        (["world", "--out", "x", "--mode", "fats"], "unknown mode 'fats' (did you mean 'fast'?)"),
+        (["compare", "x"], "B"),
         (["report", "run", "--out", "run/scores.json"], "end the page's name in .html"),
         (["world", "--out", "x", "--tasks", "text,camra"], "unknown task 'camra' (did you mean 'camera'?)"),
     ],

@@ -28,7 +28,7 @@ from kling_programs.sample.studio.jobs import Stopped, Waiting
 from kling_programs.sample.studio.mistakes import without_folders
 from kling_programs.sample.studio.restore import fields_of, record_at
 from kling_programs.sample.studio.shelf import Result
-from kling_programs.sample.studio.studio import Step, Studio, guarded, lenient, public, visitor
+from kling_programs.sample.studio.studio import Step, Studio, Weights, guarded, lenient, public, visitor
 from kling_programs.sample.studio.words import language, say
 
 from kling.cameras.axes import LIMIT, MOVES, UNITS, axes_trajectory, parse_axes
@@ -92,6 +92,12 @@ class Events:
         moved = [fields[name] for name in CAMERA]  # one event for all: responses to several could arrive out of order
         gr.on([c.change for c in moved], self.draw_camera, moved, form.drawing, **QUICK)
 
+        drafted = [fields["prompt"], *moved, form.live]
+        if self.studio.pipe.transformer_fast is not None:
+            sent = [*form.inputs, form.live]
+            gr.on([c.change for c in drafted], self.draft, sent, form.rough, js=WITH_MASK, **QUICK | {"trigger_mode": "multiple"})
+
+        form.enhance.click(self.enhance, form.inputs, fields["prompt"], js=WITH_MASK, **RAW)
         form.dice.click(lambda: -1, None, fields["seed"], **QUICK)
         form.reuse.click(lenient(self.last_seed), self.stage.mine, fields["seed"], js=WITH_LIST, **QUICK)
         planned = [c for name, c in fields.items() if name not in ("mask", "tracks") and hasattr(c, "change")]
@@ -127,6 +133,38 @@ class Events:
             return views.understood(lang, plan, asked, self.studio.clip_seconds(asked, plan), self.studio.needs(pipe, plan, asked))
         except Exception as error:
             return views.mistake(public(error, request).message)
+
+    @guarded
+    def enhance(self, request: gr.Request, *values: Any) -> Generator:
+        """The prompt as the chat model writes it out; it is changed or sent like one that a visitor wrote."""
+        fields = dict(zip(FIELDS, values, strict=True))
+        asked, pipe = request_of(fields, self.studio.uploads), self.studio.planner(fields)
+        if not asked.prompt:
+            raise gr.Error(say(language(request), "nothing_to_enhance"), print_exception=False, title="")
+        work = self.studio.queue.run(
+            visitor(request), lambda tell: self.studio.enhancer(asked.prompt, pipe, asked.image is not None), request.session_hash or ""
+        )
+        try:
+            while True:
+                next(work)
+                yield gr.skip()
+        except StopIteration as done:
+            yield done.value
+
+    def draft(self, request: gr.Request, *values: Any) -> Any:
+        """A rough clip of the form as it is now; unchanged while a newer one is on its way, nothing where no clip can be made."""
+        *values, live = values
+        if not live:
+            return ""
+        try:
+            fields = dict(zip(FIELDS, values, strict=True))
+            asked, weights = request_of(fields, self.studio.uploads), self.studio.weights_of(fields)
+            if weights != Weights() or not (asked.prompt or asked.image) or asked.video:
+                return ""
+            frames = self.studio.rough(visitor(request), asked)
+        except UserError:  # the line about the plan says what is wrong
+            return ""
+        return gr.skip() if frames is None else views.moving(frames, self.studio.pipe.config.fps)
 
     def show_use(self, use: Any) -> list[Any]:
         return [gr.update(visible=use == u) for u in ("restyle", "fill", "outpaint")]

@@ -73,7 +73,7 @@ def request_of(fields: dict[str, Any], uploads: Any) -> Request:
         tracks=_tracks(given, uploads, video, image) or None,
         camera=camera,
         camera_scale=given.number("camera_scale", 0, 10, 1.0) if camera else 1.0,
-        camera_guidance_scale=given.number("camera_guidance_scale", 0, 20),
+        camera_guidance_scale=given.number("camera_guidance_scale", 0, 20) or None,
         aspect=given.choice("aspect", ASPECTS) if not video or use != "outpaint" else None,
         duration=None if still or not goes_on or (video and extend_to) else given.number("duration", 0.1, MAX_SECONDS),
         num_frames=1 if still else None,
