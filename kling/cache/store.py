@@ -5,6 +5,7 @@
     cache/stamps.json           the modification time of each shard when it last matched the index
     cache/00000.safetensors     latents (n, c, f, h, w) fp16, normalised; keyframes (n, K, c, h, w); camera; for image-to-video weights also
                                 shown (n, c, f, h, w), the first frame followed by grey, and seen (n, i, e), its CLIP tokens;
+                                tracks (n, 64, T, 3) of a manifest's clips that have some (the world's are computed);
                                 rows, row_ends, row_sums: for each clip a JSON line (name, captions), where it ends, the clip's checksum
     cache/text/                 umT5's embeddings of the captions, one file each, for published weights
 
@@ -124,6 +125,7 @@ def fill_cache(
     check_data(cfg.data)
     source = ClipSource(cfg.data, cfg.seed)
     plan, settings = list(_plan(cfg, source)), settings_of(cfg)
+    tracked = source.manifest is not None and any(shot.tracks for shot in source.manifest.manifest.shots)
     key = cache_key(vae, settings)
 
     writer = CacheWriter(cfg.out, key, settings, rank, cfg.verify, cfg.skip_missing)
@@ -142,7 +144,7 @@ def fill_cache(
             tensors, rows, samples = {}, [], [sample for _, sample in there]
             if samples:
                 ids = [sample.name for sample in samples] if source.manifest else [n for n, _ in there]
-                tensors, rows = encode_clips(vae, samples, ids, ends, cfg.seed, precision)
+                tensors, rows = encode_clips(vae, samples, ids, ends, cfg.seed, precision, tracked)
                 tensors |= first_frames(vae, samples, clip_tokens, precision) if cfg.image else {}
             writer.add(shard, tensors, rows, precision)
             done += len(shard.numbers)
@@ -352,6 +354,7 @@ class LatentBatch:
     seen: Tensor | None = None  # (b, i, e)
     names: list[str] = field(default_factory=list)
     whole: int = 0  # pixel frames of the clips before they were cut
+    tracks: Tensor | None = None  # (b, n, T, 3) x, y and 1 where it is there; None if the cache has none
 
 
 class Places(Sequence[tuple[str, int]]):
@@ -457,6 +460,7 @@ class LatentCache:
         ]
         lone = stacked["keyframes"].float(), stacked["keyframe_times"]
         first = {name: stacked[name].float() for name in ("shown", "seen") if name in stacked}
+        first |= {"tracks": stacked["tracks"][:, :, :frames].float()} if "tracks" in stacked else {}
         captions, names = [row["captions"] for row in rows], [row["name"] for row in rows]
         weights = [row.get("weights", [1.0] * len(row["captions"])) for row in rows]
         return LatentBatch(ids, stacked["latents"].float(), *lone, captions, weights, cameras, **first, names=names, whole=bucket.frames)

@@ -16,9 +16,9 @@ from kling.cameras.trajectory import Cameras, Trajectory
 from kling.condition.concat import concat_channels, concat_groups
 from kling.condition.state import Given, State, build_state
 from kling.condition.tasks import TASKS, draw_task, keyframe_share
-from kling.condition.tracks import Tracks
+from kling.condition.tracks import BACKGROUND, Tracks
 from kling.data.world.captions import speaks_of_camera
-from kling.data.world.tracks import brushed_caption, draw_tracks, is_unnamed, scene_of
+from kling.data.world.tracks import DROPPED, brushed_caption, draw_tracks, is_unnamed, scene_of
 from kling.dit import KlingTransformer3DModel
 from kling.errors import UserError
 from kling.runtime.device import upload
@@ -27,6 +27,7 @@ from kling.shapes import pixel_frames, token_grid
 from kling.text.encoder import cut_prompt
 from kling.vae import AutoencoderKLKling
 
+CHOSEN = (1, 2, 4, 8, 16, 32)  # tracks of a real clip that are given, each number equally often
 SAY_CAMERA = 0.9  # share of clips with a moving camera but no camera signal whose prompt mentions it, if a caption does
 
 
@@ -125,16 +126,30 @@ def draw_brush(
     share = 1 if how.brush and is_unnamed(batch.names[i]) else how.brush
     if f == 1 or what.space is not None or what.hold or rng.random() >= share:
         return None, prompt
-    T = pixel_frames(f)
+    T, start = pixel_frames(f), pixel_frames(what.known) - 1 if what.known else 0
+    if batch.tracks is not None:
+        return choose_tracks(batch.tracks[i], rng, start), prompt
     scene = scene_of(batch.names[i], batch.whole)
     camera = batch.cameras[i]
     if scene is None or camera is None or not torch.allclose(camera.c2w, scene.trajectory.c2w[:T], atol=1e-4):
         raise UserError(f"clip {batch.names[i]} of the latent cache is not what this version of the world shows: make the cache again")
-    brushed = draw_tracks(scene, rng, pixel_frames(what.known) - 1 if what.known else 0)
+    brushed = draw_tracks(scene, rng, start)
     if prompt:
         prompt = brushed_caption(scene, brushed, camera_shown, rng)
         prompt = prompt if how.max_bytes is None else cut_prompt(prompt, how.max_bytes)
     return brushed.tracks.frames(0, T), prompt
+
+
+def choose_tracks(stored: Tensor, rng: random.Random, start: int) -> Tracks | None:
+    """Some of a real clip's tracks (n, T, 3) that are there in frame `start`, from it on; None if none is."""
+    time = torch.arange(stored.shape[1])
+    present = (stored[:, start, 2] > 0).nonzero().flatten().tolist()
+    if not present:
+        return None
+    chosen = stored[rng.sample(present, min(len(present), rng.choice(CHOSEN)))]  # (m, T, 3)
+    end = rng.randint(min(len(time), start + 2), len(time)) if rng.random() < DROPPED else len(time)
+    there = (chosen[..., 2] > 0) & (time >= start) & (time < end)
+    return Tracks(chosen[..., :2], there, torch.full((len(chosen),), BACKGROUND))
 
 
 def draw_words(

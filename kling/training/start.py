@@ -290,8 +290,9 @@ def check_brush(share: float, transformer: KlingTransformer3DModel, cache: Laten
         raise UserError(f"model.track_channels {channels} for latents of {z} channels: give {z + 1}, or 0 for a model without tracks")
     if share and not channels:
         raise UserError(f"brush {share:g} is set, and this model has no input for tracks: set model.track_channels={z + 1}, or brush=0")
-    if share and cache.settings["data"]["source"] != "world":
-        raise UserError(f"brush {share:g} is set, and the clips of latent cache {cache.folder} have no tracks: set brush=0")
+    if share and cache.settings["data"]["source"] != "world" and "tracks" not in cache.holds:
+        remedy = "run kling-data tracks and encode them again, or set brush=0"
+        raise UserError(f"brush {share:g} is set, and the clips of latent cache {cache.folder} have no tracks: {remedy}")
 
 
 def taught_text(folder: str, settings: Mapping[str, Any]) -> ByteTextEncoder:
