@@ -253,6 +253,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--brush", metavar="[MASK.png:]x,y;x,y;…", action="append", help=path)
     add("--static", metavar="MASK.png", action="append", help="what is white in it stays where it is; repeat for more")
     add("--tracks", metavar="FILE.json", type=a_path, help="the same as a file: masks and paths")
+    add("--brush-guidance-scale", metavar="X", type=float, help="1: none; more follows the tracks closer, for one more pass a step")
 
     add = parser.add_argument_group("size and length").add_argument
     add("--control", metavar="FILE", type=a_path, help="a video of edges, depth or poses that the result follows")

@@ -137,6 +137,20 @@ def test_tracks_go_with_everything(pipe: KlingPipeline, given: dict) -> None:
     assert np.array_equal(right, pipe(request, tracks=[{"mask": None, "points": [(40, 30), (90, 30)]}]).frames[0])
 
 
+def test_guidance_on_the_tracks_costs_a_pass_and_changes_the_frames(pipe: KlingPipeline, monkeypatch) -> None:
+    request, calls = Request("a ball", num_inference_steps=1, seed=1, num_frames=5, tracks=RIGHT, image=picture(1, H, W)), []
+    forward = type(pipe.transformer).forward
+    counted = lambda self, *a, tracks=None, **k: calls.append(tracks is not None) or forward(self, *a, tracks=tracks, **k)  # noqa: E731
+    monkeypatch.setattr(type(pipe.transformer), "forward", counted)
+    plain, passes = pipe(request).frames, list(calls)
+    calls.clear()
+    guided = pipe(request, brush_guidance_scale=3.0).frames
+    assert all(passes) and len(calls) == len(passes) + 1 and calls.count(False) == 1 and not np.array_equal(plain, guided)
+    assert pipe.plan(request.replace(tracks=None)).brush_guidance_scale == 1
+    with pytest.raises(UserError, match="without tracks to follow"):
+        request.replace(tracks=None, brush_guidance_scale=2.0)
+
+
 def test_a_hop_takes_its_part_of_the_path(pipe: KlingPipeline) -> None:
     """In frames of the whole video: what each hop makes lies on the one path, and a given video has none."""
     for given, there in (({"image": picture(1, H, W)}, 0), ({"video": movie(9)}, 8)):

@@ -36,7 +36,7 @@ H, W = 64, 112
 
 
 def test_optical_flow_follows_the_world_s_ground() -> None:
-    """Points of the ground with a moving camera, against their exact places: after a second within 2 pixels of 112 in 3 of 4 cases."""
+    """Points of the ground with a moving camera, against their exact places: after a second within 2.5 pixels of 112 in 3 of 4 cases."""
     off = []
     for index, axes in enumerate(({"pan": 4.0}, {"dolly": 5.0}, {"horizontal": 5.0, "tilt": 3.0}, {"zoom": 4.0})):
         scene = World(3, 17, "16:9", max_things=1).scene(index)
@@ -50,7 +50,7 @@ def test_optical_flow_follows_the_world_s_ground() -> None:
                 off.append((found.points[n, 8] - truth.points[0, 8]) * torch.tensor([W, H]))
     errors = torch.stack(off).norm(dim=1)
     print(f"\n{len(errors)} points after 8 frames: median {errors.median():.2f} px, 3 of 4 within {errors.quantile(0.75):.2f} px")
-    assert len(errors) > 20 and errors.median() < 1 and errors.quantile(0.75) < 2
+    assert len(errors) > 20 and errors.median() < 1.5 and errors.quantile(0.75) < 2.5
 
 
 def test_tracks_end_where_their_points_leave_the_picture() -> None:

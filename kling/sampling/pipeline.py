@@ -183,9 +183,10 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
 
     def setting(self, name: str, asked: Any = None) -> Any:
         """`asked`, or the checkpoint's own value if that is None: `num_inference_steps`, `guidance_scale` (two: high and low noise),
-        `camera_guidance_scale`, `guidance_reach`, `negative_prompt`, `shift` or `solver`."""
+        `camera_guidance_scale`, `brush_guidance_scale`, `guidance_reach`, `negative_prompt`, `shift` or `solver`."""
         scheduler = self.scheduler
-        own = {"negative_prompt": "", "camera_guidance_scale": 1.0, "guidance_reach": 0.0, "solver": type(scheduler).__name__}
+        own = {"negative_prompt": "", "camera_guidance_scale": 1.0, "brush_guidance_scale": 1.0}
+        own |= {"guidance_reach": 0.0, "solver": type(scheduler).__name__}
         own |= self.config.get("defaults") or {}
         own |= scheduler.config if isinstance(scheduler, KlingFlowScheduler) else {}
         own["shift"] = scheduler.config[shift_key(scheduler)]
@@ -240,6 +241,8 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         if steps is None:
             steps = self.setting("num_inference_steps") * (PRO_STEPS if request.mode == "pro" and not few else 1)
 
+        unmapped = request.tracks is None or bool(self.groups)  # then there is no map of tracks to leave out
+
         def appended(hop: Hop) -> int:
             return 0 if self.groups else len(hop.given.keyframes)
 
@@ -257,6 +260,7 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             guidance_scale=high,
             guidance_scale_2=low,
             camera_guidance_scale=1.0 if few else self.setting("camera_guidance_scale", request.camera_guidance_scale),
+            brush_guidance_scale=1.0 if few or unmapped else self.setting("brush_guidance_scale", request.brush_guidance_scale),
             shift=self.setting("shift", (fast or {}).get("shift") if request.shift is None else request.shift),
             fast=fast is not None,
             tokens=max(latent_frames(hop.frames) + appended(hop) for hop in hops) * (h // patch[1]) * (w // patch[2]),
@@ -310,6 +314,8 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         few = self.transformer_fast if request.mode == "fast" else None
         if request.tracks is not None and few is not None and not few.config.track_channels:
             raise UserError("mode fast: this model's few-step weights have no input for tracks: use mode std")
+        if request.brush_guidance_scale not in (None, 1) and (self.groups or self.config.get("block_frames")):
+            raise UserError(f"brush_guidance_scale {request.brush_guidance_scale:g}: this model has no pass without tracks: leave it out")
         if request.guidance_reach and (self.groups or self.config.get("block_frames")):
             raise UserError(f"guidance_reach {request.guidance_reach:g}: this model has no given frames among those it makes: leave it out")
 

@@ -64,6 +64,7 @@ class Plan:
     camera_guidance_scale: float
     shift: float
     tokens: int  # of the longest hop
+    brush_guidance_scale: float = 1.0  # 1 without tracks
     fast: bool = False  # whether the few-step weights beside the transformer make it
     block_frames: int = 0  # latent frames generated at a time; 0: all
     frame_delay: int = 0  # steps by which each latent frame is behind the previous one
@@ -160,6 +161,7 @@ def check_flow_map(request: Request) -> None:
         "negative_prompt": request.negative_prompt,
         "guidance_scale": request.guidance_scale not in (None, 1) or None,
         "camera_guidance_scale": request.camera_guidance_scale not in (None, 1) or None,
+        "brush_guidance_scale": request.brush_guidance_scale not in (None, 1) or None,
         "guidance_interval": request.guidance_interval,
         "guidance_every": request.guidance_every != 1 or None,
         "guidance_reach": request.guidance_reach,

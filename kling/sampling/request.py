@@ -52,6 +52,7 @@ class Fields(TypedDict, total=False):
     num_inference_steps: int | None
     guidance_scale: float | None
     camera_guidance_scale: float | None
+    brush_guidance_scale: float | None
     guidance_interval: tuple[float, float] | None
     guidance_every: int
     guidance_reach: float | None
@@ -135,6 +136,7 @@ class Request:
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
     camera_guidance_scale: float | None = None
+    brush_guidance_scale: float | None = None
     guidance_interval: tuple[float, float] | None = None
     guidance_every: int = 1
     guidance_reach: float | None = None
@@ -169,7 +171,7 @@ class Request:
             raise UserError(f"sigma_c {self.sigma_c:g}: give a noise level from 0 to less than 1")
         if self.shift is not None and not (math.isfinite(self.shift) and self.shift > 0):  # 0 puts every step where there is no noise
             raise UserError(f"shift {self.shift:g}: give a number above 0")
-        for name in ("guidance_scale", "camera_guidance_scale", "guidance_reach", "camera_scale"):
+        for name in ("guidance_scale", "camera_guidance_scale", "brush_guidance_scale", "guidance_reach", "camera_scale"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= 0):
                 raise UserError(f"{name} {value}: give a number of 0 or more")
@@ -248,6 +250,8 @@ class Request:
             raise UserError(f"both {length} and extend_to were given: one is what is added, the other the length of the whole; give one")
         if self.edited and self.tracks is not None:
             raise UserError(f"both {self.edited} and tracks were given: a given video moves as it does; leave one out")
+        if self.tracks is None and self.brush_guidance_scale not in (None, 1):
+            raise UserError(f"brush_guidance_scale {self.brush_guidance_scale:g} was given without tracks to follow: give tracks too")
         if self.camera is None and self.camera_scale != 1:
             raise UserError(f"camera_scale {self.camera_scale:g} was given without a camera to scale: give camera too")
 
