@@ -159,6 +159,28 @@ def test_absent_tracks_cost_no_bit_and_old_weights_gain_them(tmp_path) -> None:
         grow(tmp_path / "new", {"track_channels": C + 2})
 
 
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_new_input_may_learn_faster(name: str) -> None:
+    """lr_of: one step moves the named part by its multiple of what it moves otherwise, and everything else as before."""
+
+    def moved(**lr_of: float) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        model = KlingTransformer3DModel(**TINY, track_channels=C + 1)
+        for p in model.parameters():
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+        before = {key: p.detach().clone() for key, p in model.named_parameters()}
+        optimizer = make_optimizer(name, model, 1e-3, weight_decay=0.0, exact=True, lr_of=lr_of)
+        set_lr(optimizer, 2e-3)
+        optimizer.step()
+        return {key: p.detach() - before[key] for key, p in model.named_parameters()}
+
+    plain, fast = moved(), moved(track_embedding=5.0)
+    for key, change in plain.items():
+        torch.testing.assert_close(fast[key], change * (5 if key.startswith("track_embedding") else 1), atol=1e-7, rtol=1e-3)
+    with pytest.raises(UserError, match="name a part of the model"):
+        moved(track_embeding=5.0)
+
+
 # ------------------------------------------------------------------------------------------------------ the truth of the world
 
 

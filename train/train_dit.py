@@ -74,7 +74,8 @@ class TrainDiTConfig:
     seed: of the initial weights and of all random draws. batch: clips of the longest length in a batch of each process and micro-step;
     of a shorter one there are more, for the same number of tokens.
     group: consecutive batches of one shape. If the number of processes divides it, all of them have equal work in every step.
-    optimizer: adamw or muon, with the same lr. lr: highest learning rate. betas: of the optimizer's moments.
+    optimizer: adamw or muon, with the same lr. lr: highest learning rate. lr_of: multiples of it for parts of the model, by name, such as
+    {track_embedding: 5} for an input that starts at zero. betas: of the optimizer's moments.
     warmup: updates in which lr rises from 0. schedule: constant or cosine, after the warmup. floor: fraction of lr at the end of cosine.
     weight_decay: of matrices, relative to lr. clip_grad: largest norm of the gradients. ema: decay of the averaged weights, per update.
     model: keys of KlingTransformer3DModel. text: keys of ByteTextEncoder. scheduler: settings stored with the weights, such as shift.
@@ -110,6 +111,7 @@ class TrainDiTConfig:
     batch: int = 16
     optimizer: str = "adamw"
     lr: float = 1e-3
+    lr_of: dict[str, float] = field(default_factory=dict)
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     warmup: int = 100
     schedule: str = "cosine"
@@ -236,7 +238,7 @@ def train(cfg: TrainDiTConfig, loop: Loop) -> None:
     set_checkpointing(transformer, cfg.activation_checkpointing)
     keep_in_fp32(accelerator, transformer.condition_embedder.time_embedder)
     exact = accelerator.mixed_precision == "no"
-    optimizer = make_optimizer(cfg.optimizer, model, cfg.lr, betas=cfg.betas, weight_decay=cfg.weight_decay, exact=exact)
+    optimizer = make_optimizer(cfg.optimizer, model, cfg.lr, betas=cfg.betas, weight_decay=cfg.weight_decay, exact=exact, lr_of=cfg.lr_of)
     wrap_what_is_there(accelerator, model)
     net, optimizer = accelerator.prepare(model, optimizer)
     ema = EMA(model, cfg.ema)
