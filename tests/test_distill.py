@@ -22,6 +22,7 @@ from kling.cache.store import LatentCache
 from kling.condition.state import Given, build_state
 from kling.condition.tasks import TASKS
 from kling.config import load_config
+from kling.errors import UserError
 from kling.flow.flow_map import composed_target, draw_steps, flow_map_target
 from kling.flow.levels import shift_sigma
 from kling.flow.losses import flow_loss
@@ -292,9 +293,31 @@ def test_matching_resumes_to_the_bit_and_its_export_goes_to_clean_and_back(teach
     assert (plan.solver, plan.num_inference_steps, plan.guidance_scale) == ("renoise", 3, 1.0)
 
 
+def test_a_student_of_an_earlier_teacher_goes_on_with_a_new_one(teacher: Path, tmp_path: Path) -> None:
+    """It keeps its own weights, and takes from the new teacher what it lacks: here a camera."""
+    run(teacher, tmp_path / "old", "steps=2", "beside=true", "lr=1e-2")
+    export = tmp_path / "old" / "export"
+    cfg = load_config(students.DistillConfig, "configs/distill/debug.yaml", [f"student={export}", f"teacher={teacher / 'model'}"])
+    old = KlingPipeline.from_pretrained(export).transformer_fast.state_dict()
+    built = students.build(cfg, open_start(teacher / "model")).transformer.state_dict()
+    assert built.keys() == old.keys() and all(torch.equal(built[name], old[name].float()) for name in old)
+    bare = KlingPipeline.from_pretrained(export)
+    config = {k: v for k, v in bare.transformer_fast.config.items() if not k.startswith("_")}
+    smaller = type(bare.transformer_fast)(**config | {"camera_channels": 0})
+    smaller.save_pretrained(tmp_path / "bare" / "transformer")
+    cfg.student = str(tmp_path / "bare")
+    grown = students.build(cfg, open_start(teacher / "model")).transformer.state_dict()
+    own, theirs = smaller.state_dict(), KlingPipeline.from_pretrained(teacher / "model").transformer.state_dict()
+    assert own.keys() < grown.keys() and all(torch.equal(grown[name], own[name].float()) for name in own)
+    assert all(torch.equal(grown[name], theirs[name].float()) for name in grown.keys() - own.keys())
+    cfg.student = str(teacher / "model")
+    with pytest.raises(UserError, match="has gate_value None"):
+        students.build(cfg, open_start(teacher / "model"))
+
+
 def test_matching_goes_on_from_a_flow_map(teacher: Path, tmp_path: Path) -> None:
     run(teacher, tmp_path / "map", "steps=1", "beside=true")
-    run(teacher, tmp_path / "dmd", "steps=3", f"dmd.student={tmp_path / 'map' / 'export'}", *MATCHING)
+    run(teacher, tmp_path / "dmd", "steps=3", f"student={tmp_path / 'map' / 'export'}", *MATCHING)
     pipe = KlingPipeline.from_pretrained(tmp_path / "dmd" / "export")
     assert pipe.transformer.config.gate_value == 0.25 and pipe.plan(Request("a ball", num_frames=5)).solver == "flow_map"
 

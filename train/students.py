@@ -89,11 +89,9 @@ class FlowMap:
 class Matching:
     """Method dmd: clips that have the teacher's distribution (kling/flow/matching.py).
 
-    student: a model folder to start from instead of the teacher: an export of method flow_map, whose solver the new one then keeps.
     critic_updates: updates of the critic for each of the student. critic_lr: the critic's highest learning rate.
     """
 
-    student: str = ""
     critic_updates: int = 4
     critic_lr: float = 1e-6
 
@@ -114,6 +112,8 @@ class DistillConfig:
     out: folder of the run: checkpoints, metrics.jsonl, samples, and the model in export/.
     teacher: a model folder, ours, published or shipped.
     checkpoint: the registry's name of it, if its files do not tell. vae: a VAE folder; empty for the teacher's.
+    student: a model folder to start from instead of the teacher: an export of this program, perhaps of an earlier teacher. From a flow map
+    dmd makes another flow map.
     method: flow_map, a mean velocity for steps of any length; or dmd, clips with the teacher's distribution after a few fixed steps. Its
     settings are in `flow_map` or `dmd`; those of the other method must be left out.
     guidance_scale, camera_guidance_scale, guidance_reach: guidance to build in; null is the teacher's own.
@@ -145,6 +145,7 @@ class DistillConfig:
     teacher: str = SHIPPED
     checkpoint: str | None = None
     vae: str = ""
+    student: str = ""
     method: str = "flow_map"
     flow_map: FlowMap = field(default_factory=FlowMap)
     dmd: Matching = field(default_factory=Matching)
@@ -296,19 +297,35 @@ def prepare(cfg: DistillConfig, loop: Loop) -> Parts:
 
 
 def build(cfg: DistillConfig, start: Start, teacher: Trained | None = None) -> Trained:
-    """The student: the teacher's weights, of a flow map with an embedding of the end of the step; or those that `dmd.student` names.
+    """The student: the teacher's weights, of a flow map with an embedding of the end of the step; or those of an earlier student, as far as
+    it has them.
 
     teacher: with low-rank training, its storage is used for the weights that both have.
     """
-    if cfg.dmd.student:
-        folder = Path(cfg.dmd.student)
-        part = next((part for part in ("transformer_fast", "transformer") if (folder / part / "config.json").is_file()), None)
-        if part is None:
-            raise UserError(f"dmd.student {folder} holds no transformer: give the export of a kling-distill run")
-        transformer = loaded(folder, part, KlingTransformer3DModel, torch_dtype=frozen_dtype(cfg))
-    else:
-        transformer = start.transformer({"gate_value": cfg.flow_map.gate} if cfg.method == "flow_map" else {}, frozen_dtype(cfg))
+    gate, earlier = cfg.flow_map.gate if cfg.method == "flow_map" else None, None
+    if cfg.student:
+        earlier = earlier_student(Path(cfg.student))
+        if cfg.method == "flow_map" and earlier.config.gate_value != gate:
+            raise UserError(
+                f"student {cfg.student} has gate_value {earlier.config.gate_value}, and flow_map.gate is {gate:g}: give a flow map with it"
+            )
+        gate = earlier.config.gate_value
+    transformer = start.transformer({} if gate is None else {"gate_value": gate}, frozen_dtype(cfg))
+    if earlier is not None:
+        own = transformer.state_dict()
+        for name, tensor in earlier.state_dict().items():
+            if name not in own or own[name].shape != tensor.shape:
+                raise UserError(f"student {cfg.student} was not made from a model like {cfg.teacher}: {name} differs")
+            own[name].copy_(tensor)
     return adapted(cfg, Trained(transformer, None), teacher)
+
+
+def earlier_student(folder: Path) -> KlingTransformer3DModel:
+    """The few-step weights of an export of this program."""
+    part = next((part for part in ("transformer_fast", "transformer") if (folder / part / "config.json").is_file()), None)
+    if part is None:
+        raise UserError(f"student {folder} holds no transformer: give the export of a kling-distill run")
+    return loaded(folder, part, KlingTransformer3DModel, torch_dtype=torch.float32)
 
 
 def frozen_dtype(cfg: DistillConfig) -> torch.dtype:
