@@ -61,7 +61,8 @@ from kling.data.image import write_png
 from kling.data.strip import strip
 from kling.data.transforms import fit, to_tensor
 from kling.data.world.render import HAZE, HAZE_DISTANCE
-from kling.data.world.scene import COLOUR_RGB, FOCAL, World, render_scene, start_pose
+from kling.data.world.scene import COLOUR_RGB, FOCAL, Scene, World, render_scene, start_pose
+from kling.data.world.tracks import places_of
 from kling.errors import UserError
 from kling.metrics.camera.odometry import Stage
 from kling.metrics.control import QUESTIONS, Detectors
@@ -70,9 +71,12 @@ from kling.metrics.motion import magnitude
 from kling.metrics.pixel import flicker, psnr, seam, ssim
 from kling.metrics.report import Row, markdown, paired, reached, summarise
 from kling.metrics.ruler import Ruler
+from kling.metrics.segment import segment
+from kling.metrics.things import find_things
 from kling.runtime.files import head, written
 from kling.runtime.precision import bf16_is_fast, default_device, describe
 from kling.runtime.random import derive_seed
+from kling.sampling.brush import Track
 from kling.sampling.record import model_hashes
 
 PROTOCOL = 4  # raised when a case is asked or measured in another way: older measurements are then not mixed with new ones
@@ -81,6 +85,7 @@ EXAMPLES = 400  # rendered clips to which the detectors are fitted
 PICTURES = 64  # number of cases for tasks that need few
 CONTROLS = 32  # number of cases in which controls, and the VAE alone, are measured
 STRIP_ROWS = 4
+STROKES = 11  # points of a brushed path
 
 Measured = dict[str, dict[str, list[Row]]]  # by who answered (the model or a stand-in), then by task
 Record = dict[str, Any]  # of one case: "k", "seconds" of each generated clip, "rows" by who answered, then by task
@@ -268,6 +273,8 @@ class Examiner:
         for name in ("image", "last_image", "video"):
             if name in fields:
                 fields[name] = frames[fields[name]].numpy()
+        if "tracks" in fields:
+            fields["tracks"] = brush_tracks(case.scene, frames)
         if "keyframes" in fields:
             fields["keyframes"] = [(frames[shown].numpy(), t, strength) for shown, t, strength in fields["keyframes"]]
         if not self.camera:
@@ -357,12 +364,28 @@ def measure(ruler: Ruler, case: Case, video: Tensor, truth: Tensor) -> Row:
         return ruler.things(video, truths) | ruler.permanence(video, len(truths))
     if family in ("camera", "words"):
         return ruler.camera(video, scene.trajectory, named) | ruler.permanence(video, 1, leaves=bool(scene.axes))
+    if family == "brush":
+        places, size = places_of(scene), torch.tensor([video.shape[2], video.shape[1]])
+        asked, height = places.centre[0] * size, 2 * places.half[0, :, 1] * video.shape[1]
+        other = None if scene.axes else labels(scene, 1)
+        row = ruler.brush(video, scene.things[0].colour, asked, height, other)
+        return row | ruler.permanence(video, len(scene.things), leaves=bool(scene.axes))
     row = ruler.words(video, labels(scene)) | ruler.permanence(video, 1)
     if family == "text":
         row |= {"flicker": float(flicker(batch(video))), "magnitude": magnitude(video)}
     if family == "plain":
         row["still"] = ruler.camera(video, scene.trajectory, {})["class"]
     return row
+
+
+def brush_tracks(scene: Scene, frames: Tensor) -> list[Track]:
+    """What a user would give for the first thing of a scene: a mask of it in the first frame, and `STROKES` points of its path."""
+    H, W = frames.shape[1:3]
+    palette = list(COLOUR_RGB)
+    (thing,) = find_things(*(x.numpy() for x in segment(frames[:1], COLOUR_RGB)), [palette.index(scene.things[0].colour)])
+    path = places_of(scene).centre[0] * torch.tensor([W, H]) - 0.5
+    points = path[torch.linspace(0, len(path) - 1, STROKES).round().long()]
+    return [Track(thing.mask[0].astype(np.uint8), [tuple(point) for point in points.tolist()])]
 
 
 def batch(frames: Tensor) -> Tensor:

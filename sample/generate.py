@@ -253,6 +253,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--camera-scale", metavar="X", type=float, help="multiplies how far the camera travels (1)")
     add("--camera-guidance-scale", metavar="X", type=float, help="1: none; more follows the camera closer, for one more pass a step")
 
+    add = parser.add_argument_group("motion brush").add_argument
+    path = "what is white in MASK.png moves along these pixels of the first frame; without MASK.png: what is at the first; repeat for more"
+    add("--brush", metavar="[MASK.png:]x,y;x,y;…", action="append", help=path)
+    add("--static", metavar="MASK.png", action="append", help="what is white in it stays where it is; repeat for more")
+    add("--tracks", metavar="FILE.json", type=a_path, help="the same as a file: masks and paths")
+    add("--brush-guidance-scale", metavar="X", type=float, help="1: none; more follows the tracks closer, for one more pass a step")
+
     add = parser.add_argument_group("size and length").add_argument
     add("--control", metavar="FILE", type=a_path, help="a video of edges, depth or poses that the result follows")
     add("--size", metavar="WIDTHxHEIGHT", help="in pixels, such as 832x480, instead of --aspect")
@@ -357,6 +364,7 @@ def given(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
 
 def asked_request(args: argparse.Namespace) -> Request:
     """The request from the options."""
+    from kling.sampling.brush import Track, parse_brush
     from kling.sampling.request import Request
 
     fields = given(args, (field.name for field in dataclasses.fields(Request)))
@@ -365,6 +373,11 @@ def asked_request(args: argparse.Namespace) -> Request:
             if getattr(args, name) is not None:
                 raise UserError(f"--image-only makes one picture: leave out --{name.replace('_', '-')}")
         fields["num_frames"] = 1
+    if args.brush or args.static:
+        if args.tracks:
+            raise UserError("both --tracks and --brush or --static were given: write all tracks into the file, or leave it out")
+        strokes = [*map(parse_brush, args.brush or []), *map(Track, args.static or [])]
+        fields["tracks"] = [Track(track.mask and a_path(track.mask), track.points) for track in strokes]
     if not fields.keys() & {"prompt", "image", "last_image", "keyframes", "video"}:
         raise UserError('there is nothing to start from: give a prompt, as in  kling-sample "a red ball rolls left on grass"')
     request = Request(**{"seed": secrets.randbelow(2**31)} | fields)
@@ -496,6 +509,7 @@ def write_frames(path: Path, kind: str, frames: np.ndarray, fps: float, overwrit
 def describe(plan: Plan, request: Request) -> str:
     """The task and its settings in one line."""
     extras = [*(["loop"] if request.loop else []), *([f"camera {request.camera}"] if request.camera else [])]
+    extras += ["motion brush"] if request.tracks is not None else []
     seeds = f"seed {request.seed}" if request.num_videos == 1 else f"seeds {request.seed} to {request.seed + request.num_videos - 1}"
     size = f"{plan.frames} frames {plan.width}x{plan.height} at {plan.fps:g} fps"
     return f"task: {', '.join([plan.title, *extras])} · {size} · {plan.num_inference_steps} steps · {seeds}"

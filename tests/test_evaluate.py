@@ -42,7 +42,7 @@ def key(request: dict[str, Any]) -> tuple:
 class Oracle:
     """Answers every case with its truth. Counts what it was asked."""
 
-    config = SimpleNamespace(capabilities=["text", "image", "first_last", "keyframes", "restyle", "continuation", "camera"])
+    config = SimpleNamespace(capabilities=["text", "image", "first_last", "keyframes", "restyle", "continuation", "camera", "brush"])
     device = torch.device("cpu")
 
     def __init__(self) -> None:
@@ -89,12 +89,14 @@ def test_the_truth_gets_full_scores_and_broken_clips_none(tmp_path: Path) -> Non
         assert scores[f"text-{code}"]["colour"]["n"] == N
     assert scores["zh - en"]["colour"]["value"] == 0
     kept = {task: summary["whole"]["value"] for task, summary in scores.items() if task in TASKS and "whole" in summary}
-    assert len(kept) == 14 and set(kept.values()) == {1}
+    assert len(kept) == 18 and set(kept.values()) == {1}
+    assert all(scores[task]["near"]["value"] == 1 and scores[task]["distance"]["value"] < 0.2 for task in kept if "brush" in task)
+    assert report["columns"]["frozen"]["brush"]["near"]["value"] == 0
     assert scores["plain"]["still"]["value"] == 1 and scores["words"]["class"]["value"] == 1
     assert scores["things-2"]["colour"]["value"] == 1 and scores["restyle-0.3"]["colour"]["value"] == 1
     assert all(scores[f"continuation-{words}"]["kept"]["value"] == 1 for words in ("same", "other", "none"))
     broken = report["columns"]["broken"]
-    assert all(broken[task]["whole"]["value"] == 0 for task in kept if task != "text-zh" and "restyle" not in task)
+    assert all(broken[task]["whole"]["value"] == 0 for task in kept if task in broken and "restyle" not in task)
     assert broken["plain"]["still"]["value"] == 0 and broken["words"]["class"]["value"] == 0
     assert broken["things-2"]["right"]["value"] == 0 and broken["restyle-0.7"]["colour"]["value"] == 0
     assert broken["continuation-none"]["ground"]["value"] == 0

@@ -43,6 +43,8 @@ class Form:
                 self._video()
             with gr.Tab(t("camera"), id="camera"):
                 self._camera()
+            with gr.Tab(t("tracks"), id="tracks"):
+                self._tracks()
             with gr.Tab(t("size"), id="size"):
                 self._size()
             with gr.Tab(t("advanced"), id="advanced"):
@@ -140,6 +142,11 @@ class Form:
                 0, label=t("camera_guidance_scale"), info=own, step=0.5, min_width=170, interactive=able, elem_id="camera_guidance_scale"
             )
         self.fields["camera_file"] = gr.File(label=t("trajectory"), height=130, interactive=able, elem_id="camera-file")
+
+    def _tracks(self) -> None:
+        need = missing(self.studio.pipe, "tracks")
+        gr.Markdown(t(f"unable_{need}") if need else t("draw_tracks"))
+        self.fields["tracks"] = gr.HTML(padding=False, elem_id="board", html_template="${value}", visible=not need)
 
     def _size(self) -> None:
         aspects = [(t("auto"), "auto"), *((a, a) for a in self.studio.sizes)]

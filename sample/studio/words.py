@@ -67,6 +67,11 @@ WORDS: dict[str, tuple[str, str]] = {
     "save_trajectory": ("download it", "下载"),
     "camera_scale": ("Travel × ", "位移倍数"),
     "camera_guidance_scale": ("Camera guidance", "镜头引导强度"),
+    "tracks": ("Motion", "运动笔刷"),
+    "draw_tracks": (
+        "Drag from a thing to where it shall go. A click holds it in place. Drag an arrow's ends to change it; × removes it.",
+        "从物体拖到目的地；只点一下则保持不动。拖动箭头两端可修改，按 × 删除。",
+    ),
     "size": ("Size", "尺寸"),
     "aspect": ("Aspect", "画幅"),
     "auto": ("auto", "自动"),
@@ -194,11 +199,16 @@ CHINESE_TASKS = {
     "inpaint": "视频局部重绘",
     "restyle": "视频风格重绘",
 }
-WORDS |= {f"task_{name}": (TASK_TITLES[name], chinese) for name, chinese in CHINESE_TASKS.items()} | {"task_camera": ("camera", "镜头")}
+WORDS |= {f"task_{name}": (TASK_TITLES[name], chinese) for name, chinese in CHINESE_TASKS.items()} | {
+    "task_camera": ("camera", "镜头"),
+    "task_brush": ("motion brush", "运动笔刷"),
+}
 
 # Gradio translates a label as a whole, so combined texts are combined here: why a control is greyed out.
 NOT_TRAINED = ("not trained into this model", "该模型未训练此功能")
-WORDS |= {f"unable_{name}": (f"{NOT_TRAINED[0]}: {WORDS[f'task_{name}'][0]}", NOT_TRAINED[1]) for name in (*CHINESE_TASKS, "camera")}
+WORDS |= {
+    f"unable_{name}": (f"{NOT_TRAINED[0]}: {WORDS[f'task_{name}'][0]}", NOT_TRAINED[1]) for name in (*CHINESE_TASKS, "camera", "brush")
+}
 WORDS |= {
     f"{name}_unable": (f"{WORDS[name][0]} ({NOT_TRAINED[0]})", f"{WORDS[name][1]}（{NOT_TRAINED[1]}）")
     for name in ("first", "last", "keyframe", "continue", "restyle", "fill", "outpaint")
@@ -230,6 +240,7 @@ LABELS = {
     "keyframe's frame": "at",
     "keyframe's strength": "holds",
     "camera_file": "trajectory",
+    "tracks": "tracks",
     "sigma": "noise_level",
     "the loop's first frame": "loop",
 }
