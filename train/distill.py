@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from kling.cache.batches import LatentSteps
 from kling.cache.store import LatentCache
-from kling.condition.tasks import TASKS, keyframe_share
+from kling.condition.tasks import check_tasks, keyframe_share
 from kling.config import load_config
 from kling.dit.cost import forward_flops
 from kling.errors import UserError, program, unknown
@@ -39,7 +39,7 @@ from kling.runtime.parallel import same_rng, trained, whole
 from kling.runtime.random import generator, noise_like
 from kling.sampling.pipeline import KlingPipeline, load_vae
 from kling.sampling.request import Request
-from kling.shapes import latent_frames
+from kling.shapes import check_lengths
 from kling.text import ByteTextEncoder
 from kling.text.umt5 import UMT5TextEncoder
 from kling.training.ema import EMA, load_average
@@ -50,7 +50,7 @@ from kling.training.loop import Loop
 from kling.training.lora import Lora, add_lora
 from kling.training.meter import Meter, log_line, matmul_ceiling
 from kling.training.model import Trained, set_checkpointing
-from kling.training.optim import make_optimizer, set_lr
+from kling.training.optim import check_names, make_optimizer, set_lr
 from kling.training.start import (
     LONG_CAPTIONS,
     SHIPPED,
@@ -152,11 +152,9 @@ def main(argv: list[str] | None = None) -> None:
     if helped("kling-distill", argv):
         return
     cfg = load_config(DistillConfig, argv[0], argv[1:])
-    for name in cfg.tasks:
-        if name not in TASKS:
-            raise unknown("task", name, TASKS)
-    for frames in cfg.frames:
-        latent_frames(frames)
+    check_names(cfg.optimizer, cfg.schedule, cfg.betas)
+    check_tasks(cfg.tasks)
+    check_lengths(cfg.frames)
     for name, value, known in (("velocity", cfg.velocity, VELOCITIES), ("long_captions", cfg.long_captions, LONG_CAPTIONS)):
         if value not in known:
             raise unknown(name, value, known)
@@ -176,7 +174,7 @@ def train(cfg: DistillConfig, loop: Loop) -> None:
     device = accelerator.device
     if layout.split > 1:
         raise UserError("kling-distill does not share a clip between processes: take a layout without context parallelism, such as fsdp2")
-    start = open_start(cfg.teacher, cfg.checkpoint)
+    start = open_start(cfg.teacher, cfg.checkpoint, expert=None)
     vae = load_vae(cfg.vae).to(device)
     complete_cache(cfg.cache, cfg.encode, vae, loop.stop, accelerator)
     cache = LatentCache(cfg.cache)
