@@ -160,6 +160,13 @@ class State:
         part.__dict__["_runs"] = tuple(t[start:] for t in self._runs)
         return part
 
+    def repeated(self, k: int) -> State:
+        """One sample as k equal ones."""
+        wide = {name: getattr(self, name).expand(k, *getattr(self, name).shape[1:]) for name in ("clean", "mask", "position", "kind")}
+        whole = replace(self, **wide, host=tuple(t.expand(k, *t.shape[1:]) for t in self.host))
+        whole.__dict__["_runs"] = tuple(t.expand(k, *t.shape[1:]) for t in self._runs)
+        return whole
+
     def to(self, device: torch.device | str) -> State:
         """Copy to another device without waiting for it."""
         there = replace(self, **{name: upload(getattr(self, name), device) for name in ("clean", "mask", "position", "kind")})

@@ -35,8 +35,14 @@ class Flow:
         return np.median(np.linalg.norm(self.forward, axis=-1), axis=(1, 2))
 
 
-def optical_flow(video: Tensor) -> Flow:
-    """The flow of a clip (T, H, W, 3) uint8 in both directions."""
+def speed(video: Tensor) -> float:
+    """Mean length of the motion of all pixels of a clip (T, H, W, 3) uint8, in short sides per frame; 0 for a single frame."""
+    flow = optical_flow(video, back=False).forward
+    return float(np.linalg.norm(flow, axis=-1).mean()) / min(video.shape[1:3]) if len(flow) else 0.0
+
+
+def optical_flow(video: Tensor, back: bool = True) -> Flow:
+    """The flow of a clip (T, H, W, 3) uint8 in both directions; without `back` the backward one is empty."""
     H, W = video.shape[1:3]
     scale = max(1, round(SHORT_SIDE / min(H, W)))
     greys = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in video.numpy()]
@@ -49,7 +55,9 @@ def optical_flow(video: Tensor) -> Flow:
 
     pairs = list(zip(greys[:-1], greys[1:], strict=True))
     none = [np.zeros((0, H, W, 2), np.float32)]
-    return Flow(*(np.concatenate([between(*pair)[None] for pair in way] or none) for way in (pairs, [(b, a) for a, b in pairs])))
+    return Flow(
+        *(np.concatenate([between(*pair)[None] for pair in way] or none) for way in (pairs, [(b, a) for a, b in pairs] if back else []))
+    )
 
 
 def visible(there: np.ndarray, back: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, NamedTuple, Unpack
 
 import numpy as np
 import torch
@@ -53,6 +53,14 @@ class KlingOutput(BaseOutput):
 
     frames: np.ndarray | Tensor | None
     latents: Tensor
+
+
+class Asked(NamedTuple):
+    """A request for one clip, resolved: what is given of it, and the other inputs of the transformer, for a batch of one, on its device."""
+
+    plan: Plan
+    state: State
+    signals: Signals
 
 
 class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
@@ -363,15 +371,9 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         sampler = Sampler(experts, self.config.get("boundary_ratio"), self.scheduler, plan)
         steps = 0
         for number, hop in enumerate(plan.hops):
-            state = self._state(request, hop, inputs, done if hop.overlap else None)
-            concat = None
-            if self.groups:
-                concat = upload(concat_channels(state, self.groups, self._control(inputs, hop)), device)
-                state = opened(state)
-            state = state.to(device)
+            state, concat = self._conditions(request, hop, inputs, done if hop.overlap else None)
             view = None if camera is None else self._view(camera, hop, plan, plan.hops[0].start)
-            shape = state.clean.shape
-            noise = torch.randn(shape, generator=generator(seed, "noise", number)) if start is None else start.float()
+            noise = torch.randn(state.clean.shape, generator=generator(seed, "noise", number)) if start is None else start.float()
             for step in sampler(state, Signals(text, view, concat, image), upload(noise, device), seed, number):
                 if callback is not None:
                     callback(self, steps, step.timestep, {"latents": step.z, "x0": step.x0})
@@ -383,6 +385,38 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
                     frames = paste(frames, inputs.video, inputs.mask, self.vae.spatial_factor // 4)
                 done = torch.cat([done, frames[hop.overlap :]])
         return done, latents
+
+    @torch.no_grad()
+    def ask(self, request: Request) -> Asked:
+        """Everything that a request's clip is sampled from, except the noise. For `sample_group`, and for training on what it made.
+
+        Raises `UserError` for a request that one clip does not answer: in several hops, block by block, or a loop without a first frame.
+        """
+        plan, inputs, camera = self._prepare(request)
+        if len(plan.hops) > 1 or plan.block_frames or (request.loop and inputs.image is None):
+            raise UserError(f"'{request.prompt[:40]}' takes more than one clip: ask for fewer frames, and no loop without a first frame")
+        state, concat = self._conditions(request, plan.hops[0], inputs, inputs.video if plan.hops[0].overlap else None)
+        view = None if camera is None else self._view(camera, plan.hops[0], plan, plan.hops[0].start)
+        return Asked(plan, state, Signals(self._encode_text(request, plan), view, concat, self._image_tokens(inputs)))
+
+    @torch.no_grad()
+    def sample_group(self, asked: Asked, seeds: Sequence[int]) -> Tensor:
+        """Latents (k, c, F, h, w) of one request with k seeds, sampled as one batch. Each starts from the noise of its seed, as in a call."""
+        plan, state, device = asked.plan, asked.state, self._execution_device
+        noise = torch.cat([torch.randn(state.clean.shape, generator=generator(seed, "noise", 0)) for seed in seeds])
+        many = state.repeated(len(seeds))
+        sampler = Sampler([self.transformer_fast] if plan.fast else self.experts, self.config.get("boundary_ratio"), self.scheduler, plan)
+        for step in sampler(many, asked.signals.repeated(len(seeds)), upload(noise, device), seeds[0]):  # noqa: B007 - the last one counts
+            pass
+        return many.finish(step.z)
+
+    def _conditions(self, request: Request, hop: Hop, inputs: Inputs, before: Tensor | None) -> tuple[State, Tensor | None]:
+        """What is given of one hop, on the device: as a state, and as extra channels for weights that take it so."""
+        state, concat = self._state(request, hop, inputs, before), None
+        if self.groups:
+            concat = upload(concat_channels(state, self.groups, self._control(inputs, hop)), self._execution_device)
+            state = opened(state)
+        return state.to(self._execution_device), concat
 
     def _state(self, request: Request, hop: Hop, inputs: Inputs, before: Tensor | None) -> State:
         """The encoded given content of one hop. `before`: the frames so far, whose last ones are the hop's first ones."""
