@@ -39,18 +39,17 @@ class Judge:
 
     def __init__(self, rewards: Sequence[Reward], weights: Mapping[str, float], beside: Iterable[str] = ()) -> None:
         known = [term for reward in rewards for term in reward.terms]
-        for term in (*weights, *beside):
+        self.weights, self.terms = dict(weights), (*weights, *beside)
+        for term in self.terms:
             if term not in known:
                 raise unknown("reward", term, known)
         for term, weight in weights.items():
             if not 0 < weight < math.inf:
                 raise UserError(f"rewards.{term} = {weight:g}: give a number above 0, or leave it out")
-        if not weights:
+        if not self.terms:
             raise UserError("rewards is empty: give a weight to at least one of " + ", ".join(known))
         if both := sorted(set(weights) & set(beside)):
             raise UserError(f"'{both[0]}' is in rewards and in checker: what checks must not be rewarded; leave it out of one")
-        self.weights = dict(weights)
-        self.terms = (*weights, *beside)
         self._used = [reward for reward in rewards if set(reward.terms) & set(self.terms)]
 
     def __call__(self, videos: Tensor, requests: Sequence[Request], truths: Sequence[Any]) -> Tensor:

@@ -395,13 +395,15 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         plan, inputs, camera = self._prepare(request)
         if len(plan.hops) > 1 or plan.block_frames or (request.loop and inputs.image is None):
             raise UserError(f"'{request.prompt[:40]}' takes more than one clip: ask for fewer frames, and no loop without a first frame")
+        if self.transformer.config.pos_embed_seq_len is not None:
+            raise UserError("these weights look at the first and the last frame together, which no group of clips can share: take others")
         state, concat = self._conditions(request, plan.hops[0], inputs, inputs.video if plan.hops[0].overlap else None)
         view = None if camera is None else self._view(camera, plan.hops[0], plan, plan.hops[0].start)
         return Asked(plan, state, Signals(self._encode_text(request, plan), view, concat, self._image_tokens(inputs)))
 
     @torch.no_grad()
     def sample_group(self, asked: Asked, seeds: Sequence[int]) -> Tensor:
-        """Latents (k, c, F, h, w) of one request with k seeds, sampled as one batch. Each starts from the noise of its seed, as in a call."""
+        """Latents (k, c, F, h, w) of one request with k seeds, sampled as one batch; each starts from the noise of its seed."""
         plan, state, device = asked.plan, asked.state, self._execution_device
         noise = torch.cat([torch.randn(state.clean.shape, generator=generator(seed, "noise", 0)) for seed in seeds])
         many = state.repeated(len(seeds))
