@@ -19,7 +19,7 @@ from kling import KlingPipeline, Request
 from kling.condition.tasks import TASKS
 from kling.data.image import write_png
 from kling.data.video import write_video
-from kling.rewards.motion import MOTION
+from kling.rewards.pixels import REWARDS
 from kling.rewards.reward import Reward
 from kling.rewards.world import TERMS
 from kling.training.rollout import Group, chunk, falls
@@ -200,7 +200,7 @@ def test_checks_are_kept_and_a_hacked_reward_stops_the_run(
 ) -> None:
     count = iter(range(100))
     still = Reward(("model",), lambda videos, requests, truths: torch.full((len(videos), 1), 0.9 - next(count) / 100))
-    monkeypatch.setattr(align, "rewards", lambda cfg: [MOTION, still])
+    monkeypatch.setattr(align, "rewards", lambda cfg: [*REWARDS, still])
     with pytest.raises(SystemExit) as end:
         run(tiny, tmp_path, "checker=[model]", "check_every=1", f"reward_model={tmp_path}", "steps=6", "checks=2")
     said = capsys.readouterr().err
@@ -226,8 +226,10 @@ def test_published_weights_are_aligned_as_a_lora(tmp_path: Path) -> None:
      ("rewards.magnitude=-1", "give 0 or more"), ("batch=3", "do not divide into micro-steps"), ("method=dpo batch=3", "even number"),
      ("clips=1 batch=1", "at least 2"), ("rewards.model=1", "needs reward_model"), ("check_every=1", "not checker"),
      ("checker=[magnitude] check_every=1", "must not be rewarded"), ("pairs=x.jsonl", "pairs are for dpo"), ("b=0", "b 0: give"),
+     ("world.examples=3", "at least 20"),
      ("requests=nowhere.jsonl", "cannot be read"), ("requests=README.md", "line 1"), ("model=nowhere", "nowhere"), ("kl=-1", "kl -1"),
-     ("request.steps=4", "unknown field 'steps'"), ("checks=9 checker=[model] reward_model=x check_every=1", "held out")],
+     ("request.steps=4", "unknown field 'steps'"), ("request.seed=4", "seed is set in a request"),
+     ("checks=9 checker=[model] reward_model=x check_every=1", "held out")],
 )  # fmt: skip
 def test_mistakes_get_one_line(tiny: Path, tmp_path: Path, settings: str, said: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as end:

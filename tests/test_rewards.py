@@ -16,7 +16,7 @@ from kling.metrics.controls import frozen, taken_over
 from kling.metrics.motion import speed
 from kling.metrics.pixel import diversity
 from kling.rewards.local import model_reward
-from kling.rewards.motion import MOTION
+from kling.rewards.pixels import magnitude
 from kling.rewards.reward import Judge, Reward
 from kling.rewards.world import ASKS, TERMS, WorldRequests, world_reward
 from kling.sampling.request import Request
@@ -68,7 +68,7 @@ def moving(pixels: int) -> torch.Tensor:
 
 def test_motion_is_measured_in_pixels() -> None:
     assert speed(moving(2)) == pytest.approx(2 / 64, rel=0.15) and speed(frozen(moving(2))) == pytest.approx(0, abs=1e-3)
-    terms = MOTION.score(torch.stack([frozen(moving(1)), moving(1), moving(4)]), [Request()] * 3, [None] * 3)
+    terms = magnitude(torch.stack([frozen(moving(1)), moving(1), moving(4)]), [Request()] * 3, [None] * 3)
     assert terms.shape == (3, 1) and 0 <= terms[0, 0] < 0.2 < terms[1, 0] < terms[2, 0] < 1
 
 

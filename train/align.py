@@ -33,7 +33,7 @@ from kling.flow.losses import flow_loss
 from kling.flow.path import velocity
 from kling.flow.preferences import advantages, awm_loss, dpo_loss, nft_loss, norm_hinge, norm_ratio, optimality, varies
 from kling.rewards.local import model_reward
-from kling.rewards.motion import MOTION
+from kling.rewards.pixels import REWARDS
 from kling.rewards.reward import Judge, Reward
 from kling.rewards.world import TERMS, WorldRequests, world_reward
 from kling.runtime import checkpoint
@@ -74,7 +74,7 @@ from kling.training.rollout import (
 from kling.training.start import SHIPPED, Start, open_start
 
 METHODS = ("nft", "dpo", "awm")
-KNOWN = (*TERMS, *MOTION.terms, "model")  # terms of rewards
+KNOWN = (*TERMS, *(term for reward in REWARDS for term in reward.terms), "model")  # terms of rewards
 STRIP = 4  # clips of a strip
 
 
@@ -105,8 +105,8 @@ class AlignConfig:
     request: fields that the requests of rounds share, such as fewer steps; those of a line go first.
     check_request: likewise for checks, which otherwise use the model's own steps and guidance.
     world: what is asked, if requests is world.
-    rewards: weight of each term, 0 leaves it out: colour, solid, ground, motion, count, permanence and camera judge the small world by its truth, magnitude
-    is how much moves, model is `reward_model`.
+    rewards: weight of each term, 0 leaves it out. colour, solid, ground, motion, count, permanence and camera judge the small world by its
+    truth, magnitude is how much moves, and model is `reward_model`.
     reward_model: folder of a transformers model that scores clips: a dual encoder such as CLIP, or one that answers questions.
     checker: terms that check the policy on held-out requests, and that no reward may use.
     checks: number of held-out requests. check_every: updates between checks, 0 is never. After three falls of the checker in a row the run
@@ -225,7 +225,9 @@ def check(cfg: AlignConfig) -> None:
     if cfg.checker and not cfg.check_every:
         raise UserError("checker is set but not check_every: say every how many updates")
     if cfg.requests != "world" and (asked := set(TERMS) & used(cfg)):
-        raise UserError(f"the term {min(asked)} needs the small world's truth: set requests=world, or take magnitude and model")
+        raise UserError(f"the term {min(asked)} needs the small world's truth: set requests=world, or take others")
+    if cfg.world.examples < 20:
+        raise UserError(f"world.examples {cfg.world.examples}: the detectors need more to tell solids and motions apart; give at least 20")
     for name, value in (("b", cfg.b), ("beta", cfg.beta), ("clip", cfg.clip)):
         if value <= 0:
             raise UserError(f"{name} {value:g}: give a number above 0")
@@ -246,6 +248,10 @@ def train(cfg: AlignConfig, loop: Loop) -> None:
         raise UserError("lora.half holds weights in bf16, and this run does not compute in it: set mixed_precision=bf16, or leave it out")
     start = open_start(cfg.model, cfg.checkpoint, expert=None)
     asking, held = requests(cfg, start)
+    for fields, base in ((asking(0)[0], cfg.request), (held(0)[0], cfg.check_request)):
+        if taken := {"seed", "num_videos"} & {*fields, *base}:
+            raise UserError(f"{min(taken)} is set in a request: the clips of a group follow from the run's seed and clips; leave it out")
+        Request(**{**base, **fields_of(fields)})  # raises for unknown fields, before anything is loaded
     judge = Judge(rewards(cfg), counted(cfg), cfg.checker) if used(cfg) else None
     vae, text = load_vae(cfg.vae).to(device), start.text({}, out)
     if start.published and cfg.requests != "world" and accelerator.is_main_process:  # before the transformer takes the device's memory
@@ -331,9 +337,11 @@ def train(cfg: AlignConfig, loop: Loop) -> None:
                             f"The run stops at update {step}; take an earlier checkpoint, or change the rewards")  # fmt: skip
 
     number, folder, groups = -1, out, []
+    unseen = cfg.check_every and same_for_all(accelerator, int(loop.done == 0 and not read_checks(out / "checks.json", 0)))
     for place, _ in loop.batches(Places(), guard, meter):
-        if cfg.check_every and loop.done == 0 and 0 not in read_checks(out / "checks.json", 0):
+        if unseen:
             look(0)
+            unseen = 0
         if number != loop.done // cfg.updates:
             number = loop.done // cfg.updates
             folder = round_folder(out, number, loop.places, loop.done % cfg.updates == 0)
@@ -415,8 +423,8 @@ def fields_of(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def rewards(cfg: AlignConfig) -> list[Reward]:
-    """All rewards whose terms can be used. A new one is added here."""
-    found = [MOTION]
+    """All rewards whose terms can be used."""
+    found = list(REWARDS)
     if used(cfg) & set(TERMS):
         found.append(world_reward(cfg.seed, cfg.world.frames, cfg.world.aspect, cfg.world.examples))
     return [*found, model_reward(cfg.reward_model)] if cfg.reward_model else found

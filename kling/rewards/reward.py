@@ -1,10 +1,4 @@
-"""What a reward is, and the sum of several.
-
-def bright(videos, requests, truths):                       # uint8 (b, T, H, W, 3) -> (b, 1)
-    return videos.float().mean(dim=(1, 2, 3, 4))[:, None] / 255
-
-bright = Reward(("brightness",), bright)
-"""
+"""What a reward is, and the sum of several."""
 
 from __future__ import annotations
 

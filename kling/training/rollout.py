@@ -112,7 +112,7 @@ def read_pair(pipe: KlingPipeline, asked: Asked, fields: Mapping[str, Any]) -> d
     """A given pair of clips, encoded as a group of two: the better one has the reward 1."""
     plan = asked.plan
     clips = [read_clip(fields[key], plan.fps, plan.hops[0].frames, (plan.height, plan.width)) for key in ("win", "lose")]
-    latents = torch.cat([pipe.encode(clip) for clip in clips])
+    latents = torch.cat([pipe.encode(clip) for clip in clips]).contiguous()
     speeds = torch.tensor([speed(clip) for clip in clips])
     return {
         "latents": latents,
