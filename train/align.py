@@ -328,9 +328,12 @@ def train(cfg: AlignConfig, loop: Loop) -> None:
         loop.log(values)
         checks = read_checks(out / "checks.json", step) | {step: values}
         if accelerator.is_main_process:
-            write_atomic(out / "checks.json", json.dumps(checks))
+            plain = {
+                s: {name: x if math.isfinite(x) else None for name, x in found.items()} for s, found in checks.items()
+            }  # no NaN in JSON
+            write_atomic(out / "checks.json", json.dumps(plain))
             show(out, step, clips[:STRIP])
-        history = [checks[s]["check/checker"] for s in sorted(checks)]
+        history = [x for s in sorted(checks) if (x := checks[s]["check/checker"]) is not None]
         if same_for_all(accelerator, int(falls(history))):
             path = " -> ".join(f"{value:.3f}" for value in history[-4:])
             raise UserError(f"the checker ({', '.join(cfg.checker)}) fell in three checks in a row, {path}: the policy hacks its rewards. "
