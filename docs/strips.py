@@ -19,6 +19,7 @@ from kling.data.strip import strip
 from kling.data.world.scene import World
 
 HERE = Path(__file__).parent / "strips"
+FAST = ({}, {"mode": "fast"}, {"mode": "fast", "num_inference_steps": 2})
 STILL = "a yellow ball stays still on grey tiles"
 
 
@@ -45,6 +46,8 @@ def requests() -> dict[str, list[Request]]:
         "strength": [Request("a purple ball on snow", video=video.numpy(), strength=s, seed=11) for s in (0.2, 0.5, 0.8)],
         "guidance": [Request("a blue cube stays still on sand", guidance_scale=g, seed=12) for g in (1.0, 3.0, 5.0)],
         "steps": [Request("a blue cube stays still on sand", num_inference_steps=n, seed=12) for n in (4, 10, 20)],
+        "fast": [Request("a red ball rolls left on grass", seed=1, **how) for how in FAST],
+        "fast-4": Request("a red ball rolls left on grass", seed=1, mode="fast"),
         "aspects": [Request("an orange ball bounces up and down on snow", aspect=aspect, seed=13) for aspect in ("9:16", "1:1")],
         **{f"camera-{axis}": [Request(STILL, camera={axis: value}, seed=3) for value in (-8.0, 8.0)] for axis in UNITS},
         "camera-moves": [Request(STILL, camera=move, seed=3) for move in MOVES],

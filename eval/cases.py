@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,15 +11,16 @@ from typing import Any
 import torch
 
 from kling.cameras.axes import axes_trajectory
-from kling.data.world.captions import COLOURS, GROUNDS, MOTIONS, SOLIDS
-from kling.data.world.scene import FOCAL, FPS, PHRASINGS, Scene, Thing, World
+from kling.data.world.captions import COLOURS, GROUNDS, MOTIONS, SOLIDS, caption
+from kling.data.world.scene import FOCAL, FPS, PHRASINGS, Scene, Thing, World, free_path
+from kling.data.world.tracks import places_of
 from kling.errors import unknown
 from kling.metrics.camera.errors import CLASSES
 from kling.metrics.control import QUESTIONS
 from kling.metrics.controls import Order
 from kling.metrics.permanence import FAULTS
 from kling.metrics.report import Line
-from kling.metrics.world import camera_scene, crowded, still
+from kling.metrics.world import SCENES_A_CASE, camera_scene, crowded, still, with_camera
 from kling.runtime.random import derive_seed
 from kling.shapes import aspect_size
 
@@ -26,6 +28,8 @@ ASPECT = "16:9"
 FRAMES, LONG = 41, 81
 GOES_ON = 56  # frames by which a clip of 5 s is continued, to 12 s
 LASTING = ("still", "bounce", "circle")  # motions that stay in the picture
+TRAVELS = 1.5  # of its size: how far from its start a brushed thing ends, at least
+TRACKED = "tracked"  # stands for the tracks of a case, whose mask is that of the first frame, which is rendered only when it is used
 
 
 @dataclass(frozen=True)
@@ -142,6 +146,40 @@ def half(frames: int) -> int:
     return (frames + 1) // 2
 
 
+def brush_case(world: World, k: int, brushed: bool = True, moving: bool = False) -> Case:
+    """A first frame with two things, one of which is brushed along a path that its words do not tell. brushed: give the path; without it
+    the request is the same. moving: the camera moves too, as it is told."""
+    crowd, index = held_out(world.seed, world.frames, max_things=2), k * SCENES_A_CASE[2]
+    while (scene := with_path(crowd, index, k, moving)) is None:
+        index += 1
+    rng = random.Random(f"brush/{world.seed}/{k}")
+    things = [(thing.colour, thing.solid, thing.motion or None) for thing in scene.things]
+    words = caption(things, scene.ground, scene.axes, scene.move, list(LANGUAGES)[k % 2], rng, camera=False)
+    given = {"tracks": TRACKED} if brushed else {}
+    task = "brush" + "-camera" * moving + "-none" * (not brushed)
+    return asked(task, k, crowd, scene, words, camera=scene.axes or "static", image=0, **given)
+
+
+def with_path(world: World, index: int, k: int, moving: bool) -> Scene | None:
+    """Scene `index` with its first thing on a path that ends `TRAVELS` of its sizes from its start, in the picture and apart from the
+    other thing, which moves as its word says; None if the scene has no room for one."""
+    scene = world.scene(index)
+    if len({thing.colour for thing in scene.things}) != 2 or (moving and not scene.axes):
+        return None
+    H, W = aspect_size(scene.aspect)
+    scene = scene if moving else with_camera(world, scene, {}, "static")
+    first, other = scene.things
+    rng = random.Random(f"path/{world.seed}/{index}/{k}")
+    path = free_path(*first.centre[0, [0, 2]].tolist(), first.size, 0.5 * W / (FOCAL * (H * W) ** 0.5), rng, scene.frames)
+    scene = dataclasses.replace(scene, things=(dataclasses.replace(first, motion="", centre=path), other))
+    places, size = places_of(scene), torch.tensor([W, H])
+    centre, half = places.centre[0], places.half[0]
+    whole = bool(((centre - half >= 0) & (centre + half <= 1)).all()) and bool(((places.centre[1] >= 0) & (places.centre[1] <= 1)).all())
+    far = ((centre[-1] - centre[0]) * size).norm() >= TRAVELS * 2 * (half * size).max()
+    apart = ((centre - places.centre[1]) * size).norm(dim=1) > 1.2 * ((half[:, 1] + places.half[1, :, 1]) * H)  # (T,)
+    return scene if whole and far and bool(apart.all()) else None
+
+
 @dataclass(frozen=True)
 class Task:
     """A kind of case.
@@ -178,6 +216,10 @@ TASKS = {
     "keyframes": Task(keyframe_case, "keyframes", few=True, beside=("frozen",), ceiling=True),
     "restyle-0.3": Task(lambda world, k: restyle_case(world, k, 0.3), "restyle", few=True),
     "restyle-0.7": Task(lambda world, k: restyle_case(world, k, 0.7), "restyle", few=True),
+    "brush": Task(brush_case, "brush", beside=("truth", "truth through the VAE", "broken", "frozen", "noise")),
+    "brush-none": Task(lambda world, k: brush_case(world, k, brushed=False), "brush", beside=()),
+    "brush-camera": Task(lambda world, k: brush_case(world, k, moving=True), "brush", beside=("truth", "broken", "frozen")),
+    "brush-camera-none": Task(lambda world, k: brush_case(world, k, brushed=False, moving=True), "brush", few=True, beside=()),
     "continuation": Task(continuation_case, "continuation", few=True, beside=("truth", "truth through the VAE")),
     "continuation-same": Task(lambda world, k: going_on_case(world, k, "same"), "continuation", cost=2),
     "continuation-other": Task(lambda world, k: going_on_case(world, k, "other"), "continuation", few=True, cost=2),
@@ -275,6 +317,16 @@ TABLE = (
     Line("first_last below VAE", "last", "last frame, below the VAE's ceiling", "dB", None, "<= 1.5"),
     Line("keyframes", "middle", "keyframe, PSNR", "dB"),
     Line("keyframes below VAE", "middle", "keyframe, below the VAE's ceiling", "dB"),
+    Line("brush", "near", "brushed thing within half its size at the end", "%", None, ">= 0.85"),
+    Line("brush", "distance", "brushed thing from its path, mean", "sizes", None, "<= 0.35"),
+    Line("brush-none", "near", "the same without the brush", "%", None, "<= 0.35"),
+    Line("brush-none", "distance", "the same without the brush, from the path", "sizes"),
+    Line("brush", "other", "brushed: the other thing's motion", "%", CHANCE["motion"]),
+    Line("brush-none", "other", "the other thing's motion without the brush", "%", CHANCE["motion"]),
+    Line("brush", "whole", "brushed: whole clips", "%"),
+    Line("brush-camera", "near", "brushed with a moving camera: within half its size at the end", "%", None, ">= 0.75"),
+    Line("brush-camera", "distance", "brushed with a moving camera: from its path, mean", "sizes"),
+    Line("brush-camera-none", "near", "the same without the brush", "%", None, "<= 0.35"),
     *(
         Line(f"restyle-{strength}", q, f"restyled at {strength}: {title}", "%")
         for strength in ("0.3", "0.7")
@@ -293,6 +345,7 @@ TABLE = (
     Line("continuation", "jump", "seam, colour jump", "levels"),
     Line("continuation", "usual", "colour change of its neighbours", "levels"),
     Line("text-en", "flicker", "flicker", "levels"),
+    Line("text-en", "magnitude", "motion magnitude", "px"),
     *(Line(f"vae-{T}", "psnr", f"VAE, {T} frames, PSNR", "dB", None, ">= 31") for T in (FRAMES, LONG)),
     *(Line(f"vae-{T}", "ssim", f"VAE, {T} frames, SSIM", "", None, ">= 0.93") for T in (FRAMES, LONG)),
     *(Line(f"vae-{T}", "slope", f"VAE, {T} frames, PSNR per 10 frames", "dB") for T in (FRAMES, LONG)),
@@ -309,6 +362,8 @@ ORDERS = (
     Order("long whole", ("truth", "broken")),
     Order("image-motion motion", ("truth", "frozen")),
     Order("image-motion whole", ("truth", "broken")),
+    *(Order(f"{task} near", ("truth", "frozen")) for task in ("brush", "brush-camera")),
+    Order("brush distance", ("truth", "frozen"), higher=False),
     Order("first_last last", ("truth through the VAE", "frozen")),
     Order("keyframes middle", ("truth through the VAE", "frozen")),
     *(Order(f"restyle-{strength} colour", ("truth", "broken")) for strength in ("0.3", "0.7")),

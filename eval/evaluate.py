@@ -8,6 +8,7 @@ kling-eval certify                  the accuracy of the camera estimators on ren
 kling-eval benchmark ACTION NAME    published benchmarks: file names to sample, a check of them, their results with their own weights
 kling-eval side-by-side A B         a blind page on which people choose, and the win rate
 kling-eval report RUN...            one HTML page about several runs
+kling-eval compare A B              the difference between two runs of world, case by case, with its interval
 kling-eval card RUN                 writes the scores of a run into a model card
 
 `kling-eval SUITE --help` lists its options. Exit codes: 2 a user's mistake, 3 a metric that ranks its own controls wrongly.
@@ -32,6 +33,7 @@ SUITES = {
     "benchmark": "benchmark",
     "side-by-side": "side_by_side",
     "report": "report",
+    "compare": "compare",
     "card": "card",
 }
 

@@ -18,8 +18,10 @@ from kling.shapes import latent_frames, parse_size
 # Values for the help texts, copied from the suites (tests/test_command.py), which import torch.
 TASKS = (
     *("text-en", "text-zh", "plain", "things-2", "things-3", "long", "camera", "words", "image", "image-motion", "first_last", "keyframes"),
-    *("restyle-0.3", "restyle-0.7", "continuation", "continuation-same", "continuation-other", "continuation-none"),
+    *("restyle-0.3", "restyle-0.7", "brush", "brush-none", "brush-camera", "brush-camera-none"),
+    *("continuation", "continuation-same", "continuation-other", "continuation-none"),
 )
+MODES = ("std", "pro", "fast")
 QUICK = {"n": 8, "examples": 120}
 NETWORKS = ("fvd", "jedi", "fid", "lpips", "clipscore", "clip", "dino")
 FVD_FRAMES = 16
@@ -41,6 +43,7 @@ def world(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--n", metavar="N", type=int, help="cases a task (256)")
     parser.add_argument("--seed", metavar="N", type=int, help="of the scenes and the clips (0)")
     parser.add_argument("--steps", metavar="N", type=int, help="sampling steps; default: the checkpoint's own")
+    parser.add_argument("--mode", metavar="MODE", help="of the requests: std, pro or fast; default: std")
     parser.add_argument("--workers", metavar="N", type=int, help="processes that share the cases and the processor (1)")
     names = ", ".join(TASKS)
     parser.add_argument("--tasks", metavar="A,B", help=f"only these: {names}; a first word names all that begin with it")
@@ -52,6 +55,8 @@ def world(argv: list[str]) -> argparse.Namespace:
             raise UserError(f"--{name} {getattr(args, name)}: give at least 1")
     if args.seed is not None and args.seed < 0:
         raise UserError(f"--seed {args.seed}: give 0 or more")
+    if args.mode is not None and args.mode not in MODES:
+        raise unknown("mode", args.mode, MODES)
     if args.limit_minutes is not None and not 0 < args.limit_minutes < math.inf:
         raise UserError(f"--limit-minutes {args.limit_minutes}: give a positive number")
     return args
@@ -186,6 +191,14 @@ def report(argv: list[str]) -> argparse.Namespace:
     if Path(args.out).suffix.lower() not in (".html", ".htm"):
         raise UserError(f"--out {args.out}: end the page's name in .html")
     return args
+
+
+def compare(argv: list[str]) -> argparse.Namespace:
+    parser = Parser("kling-eval compare", described("compare"))
+    parser.add_argument("a", metavar="A", help="a folder that kling-eval world wrote")
+    parser.add_argument("b", metavar="B", nargs="+", help="others with the same cases; each is compared with A")
+    parser.add_argument("--out", metavar="FILE.md", help="also write the table here")
+    return parser.parse_args(argv)
 
 
 def card(argv: list[str]) -> argparse.Namespace:

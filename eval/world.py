@@ -58,17 +58,22 @@ from torch import Tensor
 from kling.data.image import write_png
 from kling.data.strip import strip
 from kling.data.transforms import fit, to_tensor
-from kling.data.world.scene import World, render_scene
+from kling.data.world.scene import COLOUR_RGB, Scene, World, render_scene
+from kling.data.world.tracks import places_of
 from kling.errors import UserError
 from kling.metrics.control import QUESTIONS
 from kling.metrics.controls import frozen, noise, shuffled, taken_over
+from kling.metrics.motion import magnitude
 from kling.metrics.pixel import flicker, psnr, seam, ssim
 from kling.metrics.report import Row, markdown, paired, reached, summarise
 from kling.metrics.ruler import Ruler
+from kling.metrics.segment import segment
+from kling.metrics.things import find_things
 from kling.metrics.world import labels, world_ruler
 from kling.runtime.files import head, written
 from kling.runtime.precision import bf16_is_fast, default_device, describe
 from kling.runtime.random import derive_seed
+from kling.sampling.brush import Track
 from kling.sampling.record import model_hashes
 
 PROTOCOL = 4  # raised when a case is asked or measured in another way: older measurements are then not mixed with new ones
@@ -77,6 +82,7 @@ EXAMPLES = 400  # rendered clips to which the detectors are fitted
 PICTURES = 64  # number of cases for tasks that need few
 CONTROLS = 32  # number of cases in which controls, and the VAE alone, are measured
 STRIP_ROWS = 4
+STROKES = 11  # points of a brushed path
 
 Measured = dict[str, dict[str, list[Row]]]  # by who answered (the model or a stand-in), then by task
 Record = dict[str, Any]  # of one case: "k", "seconds" of each generated clip, "rows" by who answered, then by task
@@ -90,6 +96,7 @@ class Options:
     n: int = 256
     seed: int = 0
     steps: int | None = None
+    mode: str | None = None  # of the requests; None: the default
     examples: int = EXAMPLES
     tasks: tuple[str, ...] = ()  # of `TASKS`; none: all, and the VAE alone
     bf16: bool = False  # transformer, text encoder and VAE in bfloat16
@@ -115,7 +122,7 @@ def main(argv: list[str]) -> None:
     from kling.sampling.pipeline import ASSETS
 
     folder = Path(args.model) if args.model else ASSETS
-    names = ("n", "steps", "seed", "workers", "limit_minutes")
+    names = ("n", "steps", "mode", "seed", "workers", "limit_minutes")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     tasks = chosen(args.tasks) if args.tasks else ()
     options = Options(args.out, tasks=tasks, bf16=bf16_is_fast(default_device()), **((QUICK if args.quick else {}) | given))
@@ -263,12 +270,16 @@ class Examiner:
         for name in ("image", "last_image", "video"):
             if name in fields:
                 fields[name] = frames[fields[name]].numpy()
+        if "tracks" in fields:
+            fields["tracks"] = brush_tracks(case.scene, frames)
         if "keyframes" in fields:
             fields["keyframes"] = [(frames[shown].numpy(), t, strength) for shown, t, strength in fields["keyframes"]]
         if not self.camera:
             fields.pop("camera", None)
         if self.options.steps:
             fields["num_inference_steps"] = self.options.steps
+        if self.options.mode:
+            fields["mode"] = self.options.mode
         return fields
 
 
@@ -347,12 +358,28 @@ def measure(ruler: Ruler, case: Case, video: Tensor, truth: Tensor) -> Row:
         return ruler.things(video, truths) | ruler.permanence(video, len(truths))
     if family in ("camera", "words"):
         return ruler.camera(video, scene.trajectory, named) | ruler.permanence(video, 1, leaves=bool(scene.axes))
+    if family == "brush":
+        places, size = places_of(scene), torch.tensor([video.shape[2], video.shape[1]])
+        asked, height = places.centre[0] * size, 2 * places.half[0, :, 1] * video.shape[1]
+        other = None if scene.axes else labels(scene, 1)
+        row = ruler.brush(video, scene.things[0].colour, asked, height, other)
+        return row | ruler.permanence(video, len(scene.things), leaves=bool(scene.axes))
     row = ruler.words(video, labels(scene)) | ruler.permanence(video, 1)
     if family == "text":
-        row["flicker"] = float(flicker(batch(video)))
+        row |= {"flicker": float(flicker(batch(video))), "magnitude": magnitude(video)}
     if family == "plain":
         row["still"] = ruler.camera(video, scene.trajectory, {})["class"]
     return row
+
+
+def brush_tracks(scene: Scene, frames: Tensor) -> list[Track]:
+    """What a user would give for the first thing of a scene: a mask of it in the first frame, and `STROKES` points of its path."""
+    H, W = frames.shape[1:3]
+    palette = list(COLOUR_RGB)
+    (thing,) = find_things(*(x.numpy() for x in segment(frames[:1], COLOUR_RGB)), [palette.index(scene.things[0].colour)])
+    path = places_of(scene).centre[0] * torch.tensor([W, H]) - 0.5
+    points = path[torch.linspace(0, len(path) - 1, STROKES).round().long()]
+    return [Track(thing.mask[0].astype(np.uint8), [tuple(point) for point in points.tolist()])]
 
 
 def batch(frames: Tensor) -> Tensor:
@@ -386,6 +413,7 @@ def report(options: Options, model: dict[str, Any], records: list[Record], left_
         by_task["text-zh"] = by_task.get("text-en", {})
     table = markdown(TABLE, scores, columns)
     notes = [f"n = {n} of {options.n} cases a task", f"of some {min(n, options.pictures)}, stand-ins in {min(n, options.controls)}"]
+    notes += [f"mode {options.mode}"] if options.mode else []
     notes += [f"seed {options.seed}", f"{options.steps or 'default'} steps", "sampled in bf16" if options.bf16 else "sampled in fp32"]
     notes += [f"of all tasks, only {', '.join(options.tasks)}"] if options.tasks else []
     notes += [f"{sum(seconds) / len(seconds):.1f} s a clip"] if seconds else []
@@ -398,6 +426,7 @@ def report(options: Options, model: dict[str, Any], records: list[Record], left_
         temporary.write_text("\n\n".join([" · ".join(notes) + "; bold = reached", table, *strips]) + "\n", encoding="utf-8")
     measured_as = {"suite": "world", "version": PROTOCOL, "frames": FRAMES, "pictures": options.pictures, "controls": options.controls}
     measured_as |= {"examples": options.examples, "seed": options.seed, "steps": options.steps, "bf16": options.bf16}
+    measured_as |= {"mode": options.mode} if options.mode else {}
     return {
         "suite": "world",
         "protocol": protocol_hash(measured_as),
@@ -465,6 +494,7 @@ def claim(out: Path, options: Options, model: dict[str, Any]) -> None:
     mine = {
         "seed": options.seed,
         "steps": options.steps,
+        "mode": options.mode,
         "tasks": list(options.tasks),
         "bf16": options.bf16,
         "weights": model.get("sha256"),

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kling.dit import KlingTransformer3DModel
     from kling.flow.solvers import KlingFlowScheduler
+    from kling.sampling.brush import Track
     from kling.sampling.pipeline import KlingPipeline
     from kling.sampling.request import Request
     from kling.text import ByteTextEncoder
@@ -20,6 +21,7 @@ __version__ = "0.1.0"
 _WHERE = {
     "KlingPipeline": "kling.sampling.pipeline",
     "Request": "kling.sampling.request",
+    "Track": "kling.sampling.brush",
     "KlingTransformer3DModel": "kling.dit",
     "AutoencoderKLKling": "kling.vae",
     "ByteTextEncoder": "kling.text",
@@ -32,6 +34,7 @@ __all__ = [
     "KlingPipeline",
     "KlingTransformer3DModel",
     "Request",
+    "Track",
 ]
 
 

@@ -34,6 +34,7 @@ NAMES = {
     "strength": "denoise denoising_strength",
     "control": "control_video",
     "camera": "camera_motion camera_control",
+    "tracks": "trajectory trajectories motion_brush dynamic_masks track track_path",
     "seed": "generator base_seed noise_seed random_seed",
     "num_videos": "num_videos_per_prompt num_images_per_prompt batch_count",
     "model": "ckpt_dir ckpt model_path model_id checkpoint_path task",

@@ -6,6 +6,7 @@
     kling-sample "the ball rolls on" --video in.mp4 --extend-to 30
     kling-sample "a red ball rolls left" --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --offload model
     kling-sample --replay out/a-red-ball-1.mp4.json
+    kling-sample --prompts many.jsonl --output out/many          # resumable; under accelerate launch, shared over its processes
 
 Beside each output is FILE.json, which records how it was made; --replay makes the same frames from it.
 """
@@ -24,7 +25,7 @@ import tempfile
 import time
 import unicodedata
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,6 +58,10 @@ def main(argv: list[str] | None = None) -> None:
     started, cold = time.perf_counter(), "torch" not in sys.modules
     argv = sys.argv[1:] if argv is None else argv
     args = parse(argv)
+    if args.prompts is not None:
+        from kling_programs.sample.batch import many
+
+        return many(args)
 
     import torch
 
@@ -86,8 +91,11 @@ def main(argv: list[str] | None = None) -> None:
     if before:
         records.check_same_model(before, model_hashes(folder, args), args.replay)
         torch.set_num_threads(before["machine"]["threads"])
-    if request.mode == "fast" and (unused := [f"--{name}" for name in ("lora", "cache") if getattr(args, name)]):
-        raise UserError(f"{unused[0]} works on the transformer, and mode fast uses the few-step weights beside it: leave one of them out")
+    check_fast([request], args)
+    asked = {}
+    if args.enhance:
+        request, asked = enhanced(args.enhance, request, pipe, pick_device(args.device))
+        jobs = [job.replace(prompt=request.prompt) for job in jobs]
     plan = pipe.plan(request)
     if before:
         records.check_same_settings(before, plan, args.replay)
@@ -128,7 +136,7 @@ def main(argv: list[str] | None = None) -> None:
         seconds, loading_seconds = time.perf_counter() - began, began - started
         output = {"path": str(path.absolute()), "format": kind, "fps": fps, "seconds": round(seconds, 2)}
         command = shlex.join(["kling-sample", *argv])
-        record = records.make_record(job, plan, model, device, frames, precision, output=output, command=command)
+        record = records.make_record(job, plan, model, device, frames, precision, output=output, command=command, **asked)
         records.write_record(records.record_path(path), record)
         taken = f"{seconds + loading_seconds:.1f} s" + (f" ({loading_seconds:.1f} s to load)" if loading_seconds > 0.1 else "")
         print(f"{path} · seed {job.seed} · {taken} · {records.record_path(path)}", flush=True)
@@ -219,6 +227,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = Parser("kling-sample", __doc__, usage='kling-sample "PROMPT" [options]')
     parser.add_argument("prompt", nargs="?", help="what to show, in English or Chinese")
     parser.add_argument("--negative-prompt", metavar="TEXT", help="what to avoid")
+    parser.add_argument("--prompts", metavar="FILE.jsonl", help="many requests, an object of options a line; goes on where it was stopped")
+    writes = "a chat model in a local folder writes the prompt out first, and knows what the checkpoint can do; the record keeps both"
+    parser.add_argument("--enhance", metavar="FOLDER", type=a_path, help=writes)
 
     add = parser.add_argument_group("pictures and videos").add_argument
     add("--image", metavar="FILE", type=a_path, help="the first frame: png, jpg or webp; cropped to the clip's aspect")
@@ -241,6 +252,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--camera", metavar="MOVE", type=a_camera, help=move)
     add("--camera-scale", metavar="X", type=float, help="multiplies how far the camera travels (1)")
     add("--camera-guidance-scale", metavar="X", type=float, help="1: none; more follows the camera closer, for one more pass a step")
+
+    add = parser.add_argument_group("motion brush").add_argument
+    path = "what is white in MASK.png moves along these pixels of the first frame; without MASK.png: what is at the first; repeat for more"
+    add("--brush", metavar="[MASK.png:]x,y;x,y;…", action="append", help=path)
+    add("--static", metavar="MASK.png", action="append", help="what is white in it stays where it is; repeat for more")
+    add("--tracks", metavar="FILE.json", type=a_path, help="the same as a file: masks and paths")
+    add("--brush-guidance-scale", metavar="X", type=float, help="1: none; more follows the tracks closer, for one more pass a step")
 
     add = parser.add_argument_group("size and length").add_argument
     add("--control", metavar="FILE", type=a_path, help="a video of edges, depth or poses that the result follows")
@@ -346,6 +364,7 @@ def given(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
 
 def asked_request(args: argparse.Namespace) -> Request:
     """The request from the options."""
+    from kling.sampling.brush import Track, parse_brush
     from kling.sampling.request import Request
 
     fields = given(args, (field.name for field in dataclasses.fields(Request)))
@@ -354,6 +373,11 @@ def asked_request(args: argparse.Namespace) -> Request:
             if getattr(args, name) is not None:
                 raise UserError(f"--image-only makes one picture: leave out --{name.replace('_', '-')}")
         fields["num_frames"] = 1
+    if args.brush or args.static:
+        if args.tracks:
+            raise UserError("both --tracks and --brush or --static were given: write all tracks into the file, or leave it out")
+        strokes = [*map(parse_brush, args.brush or []), *map(Track, args.static or [])]
+        fields["tracks"] = [Track(track.mask and a_path(track.mask), track.points) for track in strokes]
     if not fields.keys() & {"prompt", "image", "last_image", "keyframes", "video"}:
         raise UserError('there is nothing to start from: give a prompt, as in  kling-sample "a red ball rolls left on grass"')
     request = Request(**{"seed": secrets.randbelow(2**31)} | fields)
@@ -361,6 +385,24 @@ def asked_request(args: argparse.Namespace) -> Request:
         request = request.replace(prompt=found)
         print(f"prompt: {found} (what {args.video} was made from; give another to change it)", file=sys.stderr)
     return request
+
+
+def check_fast(requests: Sequence[Request], args: argparse.Namespace) -> None:
+    """Raises `UserError` for options that would have no effect in mode fast."""
+    unused = [f"--{name}" for name in ("lora", "cache") if getattr(args, name)]
+    if unused and any(request.mode == "fast" for request in requests):
+        raise UserError(f"{unused[0]} works on the transformer, and mode fast uses the few-step weights beside it: leave one of them out")
+
+
+def enhanced(model: str, request: Request, pipe: KlingPipeline, device: torch.device) -> tuple[Request, dict[str, Any]]:
+    """The request with its prompt written out by a chat model, and what the record says about that; prints the prompt."""
+    from kling.sampling.enhance import Enhancer
+
+    if not request.prompt:
+        raise UserError("--enhance writes a prompt out, and there is none: give a few words")
+    written_out = Enhancer(model, device)(request.prompt, pipe, picture=request.image is not None)
+    print(f"prompt: {written_out}", flush=True)
+    return request.replace(prompt=written_out), {"enhanced": {"prompt": request.prompt, "by": model}}
 
 
 def prompt_of(video: Path) -> str:
@@ -467,6 +509,7 @@ def write_frames(path: Path, kind: str, frames: np.ndarray, fps: float, overwrit
 def describe(plan: Plan, request: Request) -> str:
     """The task and its settings in one line."""
     extras = [*(["loop"] if request.loop else []), *([f"camera {request.camera}"] if request.camera else [])]
+    extras += ["motion brush"] if request.tracks is not None else []
     seeds = f"seed {request.seed}" if request.num_videos == 1 else f"seeds {request.seed} to {request.seed + request.num_videos - 1}"
     size = f"{plan.frames} frames {plan.width}x{plan.height} at {plan.fps:g} fps"
     return f"task: {', '.join([plan.title, *extras])} · {size} · {plan.num_inference_steps} steps · {seeds}"

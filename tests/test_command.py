@@ -24,6 +24,7 @@ from kling.data.source import DataConfig
 from kling.errors import NAMES, UserError, unknown
 from kling.metrics import features
 from kling.sampling.pipeline import ASSETS
+from kling.sampling.request import MODES
 
 SLOW = ("torch", "numpy", "diffusers", "transformers", "av", "cv2", "gradio", "omegaconf")
 
@@ -120,5 +121,5 @@ def test_no_command_is_left_out_of_the_test_of_help() -> None:
 
 
 def test_what_the_help_of_a_suite_names_is_what_the_library_has() -> None:
-    assert (tuple(cases.TASKS), tuple(features.SOURCES)) == (options.TASKS, options.NETWORKS)
+    assert (tuple(cases.TASKS), tuple(features.SOURCES), MODES) == (options.TASKS, options.NETWORKS, options.MODES)
     assert (options.FVD_FRAMES, options.MOVES, options.CARD.parent) == (features.FVD_FRAMES, len(certify.MOVES), ASSETS)

@@ -27,12 +27,12 @@ from kling_programs.sample.studio import jobs
 from kling_programs.sample.studio.form import apart, request_of
 from kling_programs.sample.studio.jobs import Busy, ModelQueue, Stopped, Waiting
 from kling_programs.sample.studio.shelf import Shelf
-from kling_programs.sample.studio.studio import Step, sample
+from kling_programs.sample.studio.studio import Step, Studio, sample
 from kling_programs.sample.studio.uploads import Uploads
 from test_generate import save_tiny
 from test_video import make
 
-from kling import KlingPipeline, Request
+from kling import KlingPipeline, KlingTransformer3DModel, Request
 from kling.cameras.axes import axes_trajectory
 from kling.cameras.files import save_trajectory
 from kling.condition.tasks import TASKS
@@ -234,6 +234,99 @@ def test_a_visitor_has_a_share_of_places_and_of_time():
     with pytest.raises(Busy, match="try again in 60 minutes") as error:
         next(queue.run("a", lambda tell: 1))
     assert error.value.code == "no_time" and drain(queue.run("c", lambda tell: 1))[1] == 1
+
+
+def follows(queue: ModelQueue, visitor: str, work, **settings) -> tuple[list, threading.Thread]:
+    """A thread that reads a job to its end: ["done", result] or ["stopped"]."""
+    seen: list = []
+
+    def read() -> None:
+        try:
+            seen.extend(["done", drain(queue.run(visitor, work, **settings))[1]])
+        except Stopped:
+            seen.append("stopped")
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    return seen, thread
+
+
+def until(condition) -> None:
+    end = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def test_a_preview_waits_for_all_other_jobs_and_makes_way_for_the_next():
+    queue, order = ModelQueue(places=2), []
+    gate = Gate(queue, "a")
+    rough, first = follows(queue, "b", lambda tell: order.append("rough"), rough=True)
+    until(lambda: len(queue._waiting) == 1)
+    second = queue.run("a", lambda tell: order.append("real"))  # comes later, and from a visitor who was just served
+    place = next(second).place
+    assert (place, queue.waiting) == (1, 1)
+    gate.open.set()
+    drain(second)
+    first.join(10)
+    assert order == ["real", "rough"] and rough == ["done", None]
+
+    started = threading.Event()
+
+    def steps(tell) -> None:
+        while True:
+            started.set()
+            tell(0)
+            time.sleep(0.01)
+
+    running, third = follows(queue, "b", steps, rough=True)
+    assert started.wait(10)
+    assert drain(queue.run("c", lambda tell: 7))[1] == 7
+    third.join(10)
+    assert running == ["stopped"]
+
+
+def test_a_visitor_has_one_preview_which_uses_no_place():
+    queue = ModelQueue(size=1, places=1)
+    gate = Gate(queue, "a")
+    old, first = follows(queue, "a", lambda tell: "old", rough=True)
+    until(lambda: len(queue._waiting) == 1)
+    new, second = follows(queue, "a", lambda tell: "new", rough=True)
+    first.join(10)
+    assert old == ["stopped"]
+    waiting = queue.run("b", lambda tell: 1)
+    assert isinstance(next(waiting), Waiting)  # the preview does not fill the queue
+    gate.open.set()
+    assert drain(waiting)[1] == 1
+    second.join(10)
+    assert new == ["done", "new"]
+
+
+def test_a_rough_clip_is_made_of_the_last_change_only(pipe, uploads, tmp_path, monkeypatch):
+    """Three changes within the wait: one clip, of the last words, in two steps of one pass of the few-step weights; none on the shelf."""
+    fast = KlingTransformer3DModel(**{k: v for k, v in pipe.transformer.config.items() if not k.startswith("_")} | {"gate_value": 0.25})
+    quick = KlingPipeline(
+        pipe.vae, pipe.transformer, pipe.text_encoder, pipe.scheduler, pipe.config["capabilities"], transformer_fast=fast, max_frames=17
+    )
+    quick.set_progress_bar_config(disable=True)
+    studio = Studio(quick, {"path": "", "sha256": {}}, Shelf(tmp_path / "out", {}), uploads)
+    monkeypatch.setattr("kling_programs.sample.studio.studio.ROUGH_AFTER", 0.2)
+    passes, answers = [], {}
+    fast.register_forward_hook(lambda *_: passes.append("fast"))
+    quick.transformer.register_forward_hook(lambda *_: passes.append("std"))
+
+    def ask(words: str) -> None:
+        answers[words] = studio.rough("a", Request(words, duration=9.0, guidance_scale=4.0, negative_prompt="dark", num_videos=3))
+
+    threads = [threading.Thread(target=ask, args=(words,)) for words in ("a", "a red", "a red ball")]
+    for thread in threads:
+        thread.start()
+        time.sleep(0.03)
+    for thread in threads:
+        thread.join(60)
+    assert answers["a"] is None and answers["a red"] is None
+    assert answers["a red ball"].shape == (17, H, W, 3) and passes == ["fast"] * 2
+    assert not list((tmp_path / "out").rglob("*.mp4")) and not studio._roughs
 
 
 def test_sampling_stops_within_a_step(pipe):

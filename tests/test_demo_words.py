@@ -68,6 +68,7 @@ def test_common_errors_are_translated_to_chinese(pipe, uploads, tmp_path, monkey
         lambda: request_of({"camera_file": _poses(uploads.store), "pan": 3}, uploads),
         lambda: request_of({"video": movie, "use": "fill"}, uploads),
         lambda: request_of({"keyframes": [{}] * 9}, uploads),
+        lambda: request_of({"tracks": [{}] * 17}, uploads),
         lambda: pipe.plan(Request(num_frames=1)),
         lambda: Request(image=image, last_image=image, loop=True),
         lambda: uploads.accept_drawing("data:image/png;base64,!!!"),

@@ -35,7 +35,7 @@ CONFIGS = {  # program -> (its module, the dataclass of its keys)
     "kling-encode": ("train.encode", "CacheConfig"),
 }
 SCRIPTS = {"train/train_dit.py": "kling-train", "train/train_vae.py": "kling-train-vae", "train/encode.py": "kling-encode"}
-DATA = ("scan", "report", "caption", "camera")  # the commands of kling-data
+DATA = ("scan", "report", "caption", "camera", "tracks")  # the commands of kling-data
 THEIRS = {"--num_machines", "--machine_rank", "--main_process_ip", "--quick"}  # options of accelerate, and of kling-bench
 MADE_UP = ("mine", "SIZE")  # placeholder names in examples
 

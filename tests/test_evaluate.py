@@ -42,7 +42,7 @@ def key(request: dict[str, Any]) -> tuple:
 class Oracle:
     """Answers every case with its truth. Counts what it was asked."""
 
-    config = SimpleNamespace(capabilities=["text", "image", "first_last", "keyframes", "restyle", "continuation", "camera"])
+    config = SimpleNamespace(capabilities=["text", "image", "first_last", "keyframes", "restyle", "continuation", "camera", "brush"])
     device = torch.device("cpu")
 
     def __init__(self) -> None:
@@ -89,12 +89,14 @@ def test_the_truth_gets_full_scores_and_broken_clips_none(tmp_path: Path) -> Non
         assert scores[f"text-{code}"]["colour"]["n"] == N
     assert scores["zh - en"]["colour"]["value"] == 0
     kept = {task: summary["whole"]["value"] for task, summary in scores.items() if task in TASKS and "whole" in summary}
-    assert len(kept) == 14 and set(kept.values()) == {1}
+    assert len(kept) == 18 and set(kept.values()) == {1}
+    assert all(scores[task]["near"]["value"] == 1 and scores[task]["distance"]["value"] < 0.2 for task in kept if "brush" in task)
+    assert report["columns"]["frozen"]["brush"]["near"]["value"] == 0
     assert scores["plain"]["still"]["value"] == 1 and scores["words"]["class"]["value"] == 1
     assert scores["things-2"]["colour"]["value"] == 1 and scores["restyle-0.3"]["colour"]["value"] == 1
     assert all(scores[f"continuation-{words}"]["kept"]["value"] == 1 for words in ("same", "other", "none"))
     broken = report["columns"]["broken"]
-    assert all(broken[task]["whole"]["value"] == 0 for task in kept if task != "text-zh" and "restyle" not in task)
+    assert all(broken[task]["whole"]["value"] == 0 for task in kept if task in broken and "restyle" not in task)
     assert broken["plain"]["still"]["value"] == 0 and broken["words"]["class"]["value"] == 0
     assert broken["things-2"]["right"]["value"] == 0 and broken["restyle-0.7"]["colour"]["value"] == 0
     assert broken["continuation-none"]["ground"]["value"] == 0
@@ -194,6 +196,26 @@ def test_certify_counts_a_camera_that_its_ruler_does_not_find(tmp_path: Path, mo
     assert "| any, 32x32, RotErr | – |  | 0 |" in report["table"]
 
 
+def test_two_runs_are_compared_case_by_case(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Four common cases: one gained, none lost, and a number that falls by 2 in each; a fifth case, which only one run has, is left out."""
+    hits = {"a": [False, True, True, False, True], "b": [True, True, True, False]}
+    for name, rows in hits.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").write_text(json.dumps({"seed": 0, "examples": 400, "mode": name}))
+        measured = [{"motion": hit, "flicker": 10.0 + k - 2 * (name == "b")} for k, hit in enumerate(rows)]
+        lines = [json.dumps({"k": k, "seconds": [], "rows": {"model": {"text-en": row}}}) for k, row in enumerate(measured)]
+        (tmp_path / name / "cases.jsonl").write_text("\n".join(reversed(lines)) + "\n")
+    main(["compare", str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path / "difference.md")])
+    table = capsys.readouterr().out
+    assert (tmp_path / "difference.md").read_text() == table
+    assert "| motion, English | 50.0 % | 75.0 % | +25 | +0 to +75 | 4 |" in table
+    assert "| flicker | 11.50 levels | 9.50 levels | -2 | -2 to -2 | 4 |" in table
+    (tmp_path / "b" / "run.json").write_text(json.dumps({"seed": 1, "examples": 400}))
+    with pytest.raises(SystemExit):
+        main(["compare", str(tmp_path / "a"), str(tmp_path / "b")])
+    assert "were made with different seed" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -204,6 +226,8 @@ def test_certify_counts_a_camera_that_its_ruler_does_not_find(tmp_path: Path, mo
         (["world", "--out", "x", "--steps", "0"], "--steps 0"),
         (["world", "--out", "x", "--limit-minutes", "nan"], "--limit-minutes nan"),
         (["world", "--out", "x", "--seed", "-1"], "--seed -1"),
+        (["world", "--out", "x", "--mode", "fats"], "unknown mode 'fats' (did you mean 'fast'?)"),
+        (["compare", "x"], "B"),
         (["report", "run", "--out", "run/scores.json"], "end the page's name in .html"),
         (["world", "--out", "x", "--tasks", "text,camra"], "unknown task 'camra' (did you mean 'camera'?)"),
     ],

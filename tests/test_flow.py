@@ -74,6 +74,8 @@ def test_guidance_follows_its_formula_without_needless_passes():
     assert float(guided_velocity(predict, 3.0, 2.0, True)) == 5 + 2 * (5 - 2) + 1 * (5 - 3)
     calls.clear()
     assert float(guided_velocity(predict, 1.0, 1.0, True)) == 5 and calls == [("prompt", True)]
+    values["no tracks", True] = 4.5
+    assert float(guided_velocity(predict, 3.0, 2.0, True, None, 4.0)) == 5 + 2 * (5 - 2) + 1 * (5 - 3) + 3 * (5 - 4.5)
 
 
 def test_guidance_grows_away_from_frames_that_are_given():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from kling import KlingPipeline, Request
+from kling import KlingPipeline, Request, Track
 from kling.errors import UserError
 from kling.sampling.inputs import paste
 from tests.test_pipeline import picture, tiny_pipeline
@@ -34,6 +34,7 @@ INPUTS = {
     "strength": {"strength": 0.5},
     "loop": {"loop": True},
     "camera": {"camera": {"dolly": 8.0}},
+    "tracks": {"tracks": [Track(None, [(20, 16), (50, 16)])]},
     "extend_to": {"extend_to": 2.5},
     "duration": {"duration": 1.5},
 }
@@ -51,6 +52,9 @@ REFUSED = {
     ("mask", "loop"): "both loop and video",
     ("outpaint", "loop"): "both loop and video",
     ("strength", "loop"): "both loop and video",
+    ("mask", "tracks"): "both mask and tracks",
+    ("outpaint", "tracks"): "both outpaint and tracks",
+    ("strength", "tracks"): "both strength and tracks",
     ("mask", "extend_to"): "both mask and extend_to",
     ("outpaint", "extend_to"): "both outpaint and extend_to",
     ("strength", "extend_to"): "both strength and extend_to",

@@ -18,7 +18,7 @@ from kling.metrics.camera.structure import estimate_structure
 from kling.metrics.camera.tracks import follow_points
 from kling.metrics.continuation import drift, seam_rows
 from kling.metrics.controls import Order, frozen, noise, stepped, turned, violations
-from kling.metrics.motion import Flow, camera_classes, dynamic_degree, matched, optical_flow, visible, warp_error
+from kling.metrics.motion import Flow, camera_classes, dynamic_degree, magnitude, matched, optical_flow, visible, warp_error
 from kling.metrics.pixel import temporal_psnr
 
 cv2.setNumThreads(1)
@@ -59,6 +59,13 @@ def test_flow_and_warp_error_of_a_known_shift() -> None:
     assert flow.speed() == pytest.approx([2, 2, 2], abs=0.1)
     right, blind = warp_error(video, flow), warp_error(video, uniform(0, 0, 4, 64, 96))
     assert right < 1e-4 < 10 * 1e-4 < blind
+
+
+def test_the_magnitude_of_a_known_shift() -> None:
+    big = texture(96, 160)
+    shift = magnitude(window(big, [(20 + 2 * t, 10, 96) for t in range(4)], 64, 96))
+    assert shift == pytest.approx(2, abs=0.15)
+    assert magnitude(window(big, [(20, 10, 96)] * 4, 64, 96)) == magnitude(window(big, [(20, 10, 96)], 64, 96)) == 0
 
 
 def test_pixels_that_leave_the_picture_are_not_visible() -> None:

@@ -13,10 +13,9 @@ from kling_programs.eval.cases import exchanged, other_camera, spoiled
 from kling.data.world.scene import render_scene
 from kling.errors import UserError
 from kling.metrics.controls import frozen, taken_over
-from kling.metrics.motion import speed
 from kling.metrics.pixel import diversity
 from kling.rewards.local import model_reward
-from kling.rewards.pixels import magnitude
+from kling.rewards.pixels import magnitude, speed
 from kling.rewards.reward import Judge, Reward
 from kling.rewards.world import ASKS, TERMS, WorldRequests, world_reward
 from kling.sampling.request import Request

@@ -192,7 +192,7 @@ def _parse(file: Path) -> tuple[ast.Module, list[str]]:
 
 
 def _find(file: Path, name: str) -> tuple[Path, Any]:
-    """The class or assignment of a name, and its file; follows imports from kling."""
+    """The class or assignment of a name, and its file; follows imports from kling and from this folder."""
     for node in _parse(file)[0].body:
         if isinstance(node, ast.ClassDef) and node.name == name:
             return file, node
@@ -200,6 +200,7 @@ def _find(file: Path, name: str) -> tuple[Path, Any]:
         if any(isinstance(target, ast.Name) and target.id == name for target in targets):
             return file, node
         if isinstance(node, ast.ImportFrom) and any((alias.asname or alias.name) == name for alias in node.names):
-            place = KLING.joinpath(*node.module.split(".")[1:])
+            package, *parts = node.module.split(".")
+            place = KLING.joinpath(*parts) if package == "kling" else Path(__file__).parent.joinpath(*parts[1:])
             return _find(place / "__init__.py" if place.is_dir() else place.with_suffix(".py"), name)
     raise LookupError(f"{name} in {file}")

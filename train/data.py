@@ -4,6 +4,7 @@ kling-data scan VIDEOS table.csv shards.tar --out cats/manifest.jsonl      # run
 kling-data report cats/manifest.jsonl                                      # cats/manifest.html: what was kept, what was not, and why
 kling-data caption cats/manifest.jsonl --model MODEL --language en zh      # writes captions for clips without one
 kling-data camera cats/manifest.jsonl                                      # estimates missing camera paths; checks the others
+kling-data tracks cats/manifest.jsonl                                      # follows points through the clips, for the motion brush
 kling-train-vae configs/vae/world.yaml data.source=cats/manifest.jsonl out=runs/cats
 """
 
@@ -79,6 +80,10 @@ def parser() -> Parser:
     cmd.add_argument("--video", help="the video of a camera file, to check the file's convention against it")
     cmd.add_argument("--png", help="where to draw the path of a camera file (default: its name in .png)")
     cmd.set_defaults(run=run_camera)
+
+    cmd = commands.add_parser("tracks", help="follow points through a manifest's clips, for training the motion brush")
+    cmd.add_argument("manifest")
+    cmd.set_defaults(run=run_tracks)
     return top
 
 
@@ -204,6 +209,31 @@ def run_camera(args: argparse.Namespace) -> None:
         + (f" · median error {median(errors):.2f} px at a width of {WIDTH}" if rows else "")
     )
     print(f"frames registered: {100 * sum(placed) / len(placed):.1f} % of {len(placed)} estimated clips" if placed else "none estimated")
+
+
+def run_tracks(args: argparse.Namespace) -> None:
+    """Clips that have tracks keep them, so running the same command again continues where it stopped."""
+    from tqdm import tqdm
+
+    from kling.data.manifest import read_manifest, write_manifest
+    from kling.metrics.tracks import estimated_tracks
+
+    path = Path(args.manifest)
+    manifest, failed = read_manifest(path), 0
+    for i, shot in enumerate(tqdm(manifest.shots, unit="clip")):
+        if shot.is_image or shot.tracks:
+            continue
+        try:
+            manifest.shots[i] = estimated_tracks(manifest, shot)
+            write_manifest(path, manifest.shots)
+        except UserError as error:
+            failed += 1
+            print(f"{shot.name}: {error}", file=sys.stderr)
+    rows = [shot.measures["tracks"] for shot in manifest.shots if shot.tracks]
+    print(
+        f"{len(rows)} clips with tracks, {failed} without"
+        + (f" · {median(r['count'] for r in rows):g} tracks of {median(r['seconds'] for r in rows):.1f} s in a median clip" if rows else "")
+    )
 
 
 if __name__ == "__main__":

@@ -54,6 +54,7 @@ from kling.training.start import (
     LONG_CAPTIONS,
     SHIPPED,
     Start,
+    check_brush,
     check_captions,
     check_fit,
     complete_cache,
@@ -73,7 +74,8 @@ class TrainDiTConfig:
     seed: of the initial weights and of all random draws. batch: clips of the longest length in a batch of each process and micro-step;
     of a shorter one there are more, for the same number of tokens.
     group: consecutive batches of one shape. If the number of processes divides it, all of them have equal work in every step.
-    optimizer: adamw or muon, with the same lr. lr: highest learning rate. betas: of the optimizer's moments.
+    optimizer: adamw or muon, with the same lr. lr: highest learning rate. lr_of: multiples of it for parts of the model, by name, such as
+    {track_embedding: 5} for an input that starts at zero. betas: of the optimizer's moments.
     warmup: updates in which lr rises from 0. schedule: constant or cosine, after the warmup. floor: fraction of lr at the end of cosine.
     weight_decay: of matrices, relative to lr. clip_grad: largest norm of the gradients. ema: decay of the averaged weights, per update.
     model: keys of KlingTransformer3DModel. text: keys of ByteTextEncoder. scheduler: settings stored with the weights, such as shift.
@@ -84,6 +86,8 @@ class TrainDiTConfig:
     tasks: how often each is drawn, as shares.
     long_captions: what to do with a caption that is too long for our text encoder: refuse (before the first step), or cut it.
     text_drop, camera_drop: share of clips, 0 to 1, whose text or camera is left out, for guidance.
+    brush: share of clips, 0 to 1, with tracks of things or of the ground (motion brush), for a model with `track_channels`; clips of the
+    cache's `paths` always have some, unless it is 0.
     init_from: a model folder to start from, ours, published or shipped; conditions that `model` adds to it start at zero. checkpoint: the
     registry's name of it, if its files do not tell. expert: of two, the one to train, high or low.
     lora: train low-rank weights on top of it.
@@ -107,6 +111,7 @@ class TrainDiTConfig:
     batch: int = 16
     optimizer: str = "adamw"
     lr: float = 1e-3
+    lr_of: dict[str, float] = field(default_factory=dict)
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     warmup: int = 100
     schedule: str = "cosine"
@@ -132,6 +137,7 @@ class TrainDiTConfig:
     tasks: dict[str, float] = field(default_factory=lambda: {"text": 1.0})
     text_drop: float = 0.1
     camera_drop: float = 0.4
+    brush: float = 0.0
     validation: Validation = field(default_factory=Validation)
     samples: list[dict[str, Any]] = field(default_factory=list)
     sample_every: int = 0
@@ -213,8 +219,9 @@ def train(cfg: TrainDiTConfig, loop: Loop) -> None:
     model = build(cfg, start)
     transformer, text_encoder = model.transformer, model.text_encoder
     max_bytes = check_captions(text_encoder, cache, [request.prompt for request in asked], cfg.long_captions)
-    drawing = Drawing(cfg.seed, cfg.tasks, cfg.text_drop, cfg.camera_drop, cfg.group, max_bytes)
+    drawing = Drawing(cfg.seed, cfg.tasks, cfg.text_drop, cfg.camera_drop, cfg.group, max_bytes, cfg.brush)
     check_fit(vae, transformer, cfg.tasks, cache)
+    check_brush(cfg.brush, transformer, cache)
     if cfg.compile:
         transformer.compile_repeated_blocks(dynamic=True)
     split_sequence(transformer, layout, accelerator, cfg.context_parallel)
@@ -228,7 +235,7 @@ def train(cfg: TrainDiTConfig, loop: Loop) -> None:
     set_checkpointing(transformer, cfg.activation_checkpointing)
     keep_in_fp32(accelerator, transformer.condition_embedder.time_embedder)
     exact = accelerator.mixed_precision == "no"
-    optimizer = make_optimizer(cfg.optimizer, model, cfg.lr, betas=cfg.betas, weight_decay=cfg.weight_decay, exact=exact)
+    optimizer = make_optimizer(cfg.optimizer, model, cfg.lr, betas=cfg.betas, weight_decay=cfg.weight_decay, exact=exact, lr_of=cfg.lr_of)
     wrap_what_is_there(accelerator, model)
     net, optimizer = accelerator.prepare(model, optimizer)
     ema = EMA(model, cfg.ema)
@@ -333,6 +340,7 @@ def pipeline(cfg: TrainDiTConfig, model: Trained, vae: nn.Module, start: Start |
     kept = start.settings if start else {}
     able = [name for name, weight in cfg.tasks.items() if weight > 0]
     able += ["camera"] if model.transformer.config.camera_channels and cfg.camera_drop < 1 else []
+    able += ["brush"] if model.transformer.config.track_channels and cfg.brush > 0 else []
     able += ["text_to_image"] if 1 in cfg.frames else []
     settings = {"scheduler": scheduler_of(cfg, start), "max_frames": cfg.max_frames}
     settings["capabilities"] = list(dict.fromkeys([*kept.get("capabilities", ()), *able]))

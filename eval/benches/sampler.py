@@ -1,4 +1,4 @@
-"""The cost of a sampling step outside the network, and the time saved and accuracy lost by steps that reuse work.
+"""The cost of a sampling step outside the network, the time saved and accuracy lost by steps that reuse work, and the speed of mode fast.
 
 The network is a stub that returns fixed velocities, so only guidance, the solver and the bookkeeping of levels are timed. The peer is the
 body of `WanPipeline`'s loop: its guidance and its schedulers. Caches are timed on the shipped model, against the full run.
@@ -29,6 +29,7 @@ from kling.sampling.sampler import Sampler, Signals
 STEPS, GUIDANCE, SHIFT = 20, 4.0, 3.0
 LATENTS = {"2k": (1, 8, 4, 8), "344k": (16, 21, 32, 32), "1.2M": (16, 21, 60, 60)}  # (c, f, h, w)
 GOALS = {"euler": 2.5, "unipc": 6.0}  # ms per step at 1.2M latents
+FAST = {"without a camera": ({}, 4.5), "with a camera": ({"camera": "pan=5"}, 6.0)}  # of a 5 s clip: fields, and the speed over std
 UNIPC = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "num_train_timesteps": 1000, "flow_shift": SHIFT}
 CACHES = {
     "first-block=0.1": {"cache": "first-block=0.1"},
@@ -43,6 +44,7 @@ def rows(bench: Bench) -> Iterator[Row]:
     for size, shape in LATENTS.items():
         for solver in GOALS:
             yield from overhead(bench, size, shape, solver)
+    yield from fast(bench)
     if bench.device.type == "cpu":
         yield from caches(bench)
 
@@ -157,6 +159,16 @@ def caches(bench: Bench) -> Iterator[Row]:
         made = to_tensor(torch.from_numpy(run().frames[0]))[None]
         row = bench.compare(f"shipped model, {name}", run, whole, name="the full run")
         yield row | {"PSNR dB": float(psnr(made, frames).mean())}
+
+
+def fast(bench: Bench) -> Iterator[Row]:
+    """Time of a 5 s clip in mode std relative to mode fast, decoding included."""
+    pipe = KlingPipeline.from_pretrained().to(bench.device)
+    pipe.set_progress_bar_config(disable=True)
+    for name, (fields, goal) in FAST.items():
+        request = Request("a red ball rolls left on grass", duration=5.0, seed=1, **fields)
+        quick, std = run_of(pipe, request.replace(mode="fast")), run_of(pipe, request)
+        yield bench.compare(f"shipped model, fast, {name}", quick, std, name="std", goal=goal)
 
 
 def run_of(pipe: KlingPipeline, request: Request) -> Callable[[], object]:

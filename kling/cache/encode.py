@@ -9,10 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kling.condition.tracks import Tracks
 from kling.data.clips import ClipSample
 from kling.data.transforms import to_batch
 from kling.vae import AutoencoderKLKling
 from kling.vae.model import PIXELS_PER_PASS
+
+TRACKS = 64  # of a clip at most
+LASTING = 4  # frames that a track must be there
 
 
 def keyframe_times(clip: int | str, ends: list[int], seed: int) -> list[int]:
@@ -40,9 +44,11 @@ def encode_videos(vae: AutoencoderKLKling, video: Tensor, precision: str = "fp32
 
 
 def encode_clips(
-    vae: AutoencoderKLKling, clips: list[ClipSample], ids: list[Any], ends: list[int], seed: int, precision: str = "fp32"
-) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """The tensors and rows of one shard. ids: of its clips, for random draws. ends: the lengths whose last frame training may append."""
+    vae: AutoencoderKLKling, clips: list[ClipSample], ids: list[Any], ends: list[int], seed: int, precision: str = "fp32",
+    tracked: bool = False,
+) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:  # fmt: skip
+    """The tensors and rows of one shard. ids: of its clips, for random draws. ends: the lengths whose last frame training may append.
+    tracked: store tracks."""
     video = together(clips)
     n, T, H, W, _ = video.shape
     times = torch.tensor([keyframe_times(name, ends, seed) for name in ids], dtype=torch.long)  # (n, K)
@@ -60,8 +66,21 @@ def encode_clips(
         # a focal length of 0 means: camera unknown
         "intrinsics": torch.stack([camera.intrinsics if camera else torch.zeros(T, 4) for camera in cameras]),
     }
+    if tracked:
+        tensors["tracks"] = torch.stack([packed_tracks(clip.tracks, T, name, seed) for clip, name in zip(clips, ids, strict=True)])
     rows = [{"name": c.name, "captions": c.captions, "weights": c.weights or [1.0] * len(c.captions)} for c in clips]
     return {name: t.contiguous() for name, t in tensors.items()}, rows
+
+
+def packed_tracks(tracks: Tracks | None, T: int, clip: int | str, seed: int) -> Tensor:
+    """Up to `TRACKS` of a clip's tracks as (TRACKS, T, 3) fp16: x, y, and 1 where it is there. A random choice of those that last."""
+    packed = torch.zeros(TRACKS, T, 3, dtype=torch.float16)
+    if tracks is not None:
+        lasting = (tracks.there.sum(1) >= min(T, LASTING)).nonzero().flatten().tolist()
+        chosen = sorted(random.Random(f"tracks/{seed}/{clip}").sample(lasting, min(TRACKS, len(lasting))))
+        packed[: len(chosen), :, :2] = tracks.points[chosen].clamp(-1, 2).half()
+        packed[: len(chosen), :, 2] = tracks.there[chosen].half()
+    return packed
 
 
 def together(clips: list[ClipSample]) -> Tensor:

@@ -5,6 +5,7 @@
     cache/stamps.json           the modification time of each shard when it last matched the index
     cache/00000.safetensors     latents (n, c, f, h, w) fp16, normalised; keyframes (n, K, c, h, w); camera; for image-to-video weights also
                                 shown (n, c, f, h, w), the first frame followed by grey, and seen (n, i, e), its CLIP tokens;
+                                tracks (n, 64, T, 3) of a manifest's clips that have some (the world's are computed);
                                 rows, row_ends, row_sums: for each clip a JSON line (name, captions), where it ends, the clip's checksum
     cache/text/                 umT5's embeddings of the captions, one file each, for published weights
 
@@ -74,6 +75,7 @@ class CacheConfig:
     of image-to-video weights. clips: number of clips of the endless world, divided over `data.aspects` by `shares`; a manifest is encoded
     whole. data.frames: the lengths that training will use; for the world the longest is encoded, for a manifest's shot the longest that it
     fills. shorter: number of additional world clips of each shorter length, such as {1: 9000} for pictures, which are cheap and show much.
+    paths: number of additional world clips of each length whose things follow paths that no word describes, for the motion brush.
     shard: clips per file. mixed_precision: of the VAE: auto (measured), bf16 or fp32; recorded with each shard.
     skip_missing: leave out clips whose files are gone, and count them. verify: compare every shard's hash, and remake those that differ.
     """
@@ -84,6 +86,7 @@ class CacheConfig:
     image: bool = False
     clips: int | None = None
     shorter: dict[int, int] = field(default_factory=dict)
+    paths: dict[int, int] = field(default_factory=dict)
     shares: list[float] | None = None  # one for each of data.aspects; null divides evenly
     shard: int = 50
     seed: int = 0  # of the world's scenes and of random draws from a manifest
@@ -103,6 +106,7 @@ class Shard:
     bucket: Bucket
     numbers: list[int]
     digest: str  # of everything that determines which clips these are
+    split: str = ""  # of the world, if not the training's
 
 
 def fill_cache(
@@ -121,6 +125,7 @@ def fill_cache(
     check_data(cfg.data)
     source = ClipSource(cfg.data, cfg.seed)
     plan, settings = list(_plan(cfg, source)), settings_of(cfg)
+    tracked = source.manifest is not None and any(shot.tracks for shot in source.manifest.manifest.shots)
     key = cache_key(vae, settings)
 
     writer = CacheWriter(cfg.out, key, settings, rank, cfg.verify, cfg.skip_missing)
@@ -139,7 +144,7 @@ def fill_cache(
             tensors, rows, samples = {}, [], [sample for _, sample in there]
             if samples:
                 ids = [sample.name for sample in samples] if source.manifest else [n for n, _ in there]
-                tensors, rows = encode_clips(vae, samples, ids, ends, cfg.seed, precision)
+                tensors, rows = encode_clips(vae, samples, ids, ends, cfg.seed, precision, tracked)
                 tensors |= first_frames(vae, samples, clip_tokens, precision) if cfg.image else {}
             writer.add(shard, tensors, rows, precision)
             done += len(shard.numbers)
@@ -156,8 +161,9 @@ def settings_of(cfg: CacheConfig) -> dict[str, Any]:
     data = {name: value for name, value in asdict(cfg.data).items() if name in always or value != plain[name]}
     data.pop("reader", None)  # all readers return the same frames
     of_world = {"clips": cfg.clips, "shares": _shares(cfg)} if cfg.data.source == "world" else {}
-    if cfg.data.source == "world" and cfg.shorter:
-        of_world["shorter"] = {str(frames): clips for frames, clips in cfg.shorter.items()}  # JSON turns keys into strings
+    for name in ("shorter", "paths"):
+        if cfg.data.source == "world" and (more := getattr(cfg, name)):
+            of_world[name] = {str(frames): clips for frames, clips in more.items()}  # JSON turns keys into strings
     of_image = {"image": True} if cfg.image else {}
     return {"data": data, "seed": cfg.seed, "shard": cfg.shard, **of_world, **of_image}
 
@@ -168,32 +174,40 @@ def _shares(cfg: CacheConfig) -> list[float]:
 
 def _plan(cfg: CacheConfig, source: ClipSource) -> Iterator[Shard]:
     """The shards of a cache, in order. Raises `UserError` for settings that do not fit the source."""
-    buckets: list[tuple[Bucket, range]] = []
+    buckets: list[tuple[Bucket, range, str]] = []
     if source.manifest:
-        if cfg.clips is not None or cfg.shares is not None or cfg.shorter:
-            raise UserError("clips, shorter and shares are for the world, and a manifest is encoded whole: leave them out")
-        buckets = [(bucket, range(len(pieces))) for bucket, pieces in source.manifest.buckets.items()]
+        if cfg.clips is not None or cfg.shares is not None or cfg.shorter or cfg.paths:
+            raise UserError("clips, shorter, paths and shares are for the world, and a manifest is encoded whole: leave them out")
+        buckets = [(bucket, range(len(pieces)), "") for bucket, pieces in source.manifest.buckets.items()]
     else:
         if cfg.clips is None or len(_shares(cfg)) != len(cfg.data.aspects) or not sum(_shares(cfg)):
             raise UserError(
                 f"clips {cfg.clips}, shares {_shares(cfg)} for aspects {cfg.data.aspects}: give clips, and all aspects a share, not all 0"
             )
-        longest, used = max(cfg.data.frames), dict.fromkeys(cfg.data.aspects, 0)
+        longest = max(cfg.data.frames)
         if odd := [T for T in cfg.shorter if T not in cfg.data.frames or longest == T]:
             raise UserError(f"shorter has clips of {odd[0]} frames, data.frames is {cfg.data.frames}: name shorter ones of these")
-        for frames, clips in {longest: cfg.clips, **cfg.shorter}.items():
-            shares = _shares(cfg)
+        if odd := [T for T in cfg.paths if T not in cfg.data.frames or T == 1]:
+            raise UserError(f"paths has clips of {odd[0]} frames, data.frames is {cfg.data.frames}: name some of these, longer than 1")
+        shares, used = _shares(cfg), {split: dict.fromkeys(cfg.data.aspects, 0) for split in ("", "paths")}
+        counts = [
+            (longest, cfg.clips, ""),
+            *((*more, "") for more in cfg.shorter.items()),
+            *((*more, "paths") for more in cfg.paths.items()),
+        ]
+        for frames, clips, split in counts:
             bounds = [0, *(round(clips * upto / sum(shares)) for upto in accumulate(shares))]  # rounded so that they sum to `clips`
             for aspect, n in zip(cfg.data.aspects, (end - begin for begin, end in pairwise(bounds)), strict=True):
-                buckets.append((Bucket(aspect, frames), range(used[aspect], used[aspect] + n)))  # not the scenes of the longer clips
-                used[aspect] += n
+                first = used[split][aspect]  # not the scenes of the longer clips
+                buckets.append((Bucket(aspect, frames), range(first, first + n), split))
+                used[split][aspect] += n
     place = 0
-    for bucket, all_numbers in buckets:
+    for bucket, all_numbers, split in buckets:
         for first in range(0, len(all_numbers), cfg.shard):
             numbers = list(all_numbers[first : first + cfg.shard])
             what = [source.manifest.identity(bucket, i) for i in numbers] if source.manifest else numbers
-            digest = hashlib.sha256(json.dumps([bucket, what]).encode()).hexdigest()
-            yield Shard(f"{place:05d}.safetensors", bucket, numbers, digest)
+            digest = hashlib.sha256(json.dumps([bucket, what, *([split] if split else [])]).encode()).hexdigest()
+            yield Shard(f"{place:05d}.safetensors", bucket, numbers, digest, split)
             place += 1
 
 
@@ -310,12 +324,12 @@ class _Clips(Dataset):
 
     def __init__(self, source: ClipSource, shards: list[Shard], skip_missing: bool = False) -> None:
         self.source, self.skip_missing = source, skip_missing
-        self.places = [(shard.bucket, number) for shard in shards for number in shard.numbers]
+        self.places = [(shard.bucket, number, shard.split) for shard in shards for number in shard.numbers]
 
     def __getitem__(self, i: int) -> ClipSample | None:
-        bucket, number = self.places[i]
+        bucket, number, split = self.places[i]
         if not self.source.manifest:
-            return self.source.clip(number, bucket.frames, bucket.aspect)
+            return self.source.clip(number, bucket.frames, bucket.aspect, split)
         try:
             return self.source.manifest.clip(bucket, number)
         except MissingClip as error:
@@ -339,6 +353,8 @@ class LatentBatch:
     shown: Tensor | None = None  # (b, c, f, h, w)
     seen: Tensor | None = None  # (b, i, e)
     names: list[str] = field(default_factory=list)
+    whole: int = 0  # pixel frames of the clips before they were cut
+    tracks: Tensor | None = None  # (b, n, T, 3) x, y and 1 where it is there; None if the cache has none
 
 
 class Places(Sequence[tuple[str, int]]):
@@ -444,9 +460,10 @@ class LatentCache:
         ]
         lone = stacked["keyframes"].float(), stacked["keyframe_times"]
         first = {name: stacked[name].float() for name in ("shown", "seen") if name in stacked}
+        first |= {"tracks": stacked["tracks"][:, :, :frames].float()} if "tracks" in stacked else {}
         captions, names = [row["captions"] for row in rows], [row["name"] for row in rows]
         weights = [row.get("weights", [1.0] * len(row["captions"])) for row in rows]
-        return LatentBatch(ids, stacked["latents"].float(), *lone, captions, weights, cameras, **first, names=names)
+        return LatentBatch(ids, stacked["latents"].float(), *lone, captions, weights, cameras, **first, names=names, whole=bucket.frames)
 
     def _shard(self, name: str) -> _Shard:
         if name in self._open:

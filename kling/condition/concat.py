@@ -75,5 +75,6 @@ def opened(state: State) -> State:
         position=state.position[:, :F],
         kind=torch.full_like(state.kind[:, :F], TARGET),
         sigma_c=0.0,
+        tracks=None if state.tracks is None else state.tracks[:, :, :F],
         host=None,
     )

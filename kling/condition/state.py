@@ -6,12 +6,14 @@
     p        (b, G) float                temporal position in latent frames
     kind     (b, G) int                  0 target, 1 keyframe, 2 reference, 3 source video, 4 history
     P        (b, 24, G, ...) or None     packed camera rays
+    tracks   (b, c + 1, G, h, w) or None map of where points move (`condition.tracks`)
 
 G = F target frames + K appended ones. The noise level of a token is  sigma_tok = m * sigma + [m = 0] * sigma_c.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -19,11 +21,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kling.condition.tracks import Tracks, track_maps
 from kling.nn.modulation import Levels
 from kling.runtime.device import upload
 from kling.shapes import frame_position
 
 TARGET, KEYFRAME, REFERENCE, SOURCE, HISTORY = range(5)
+TENSORS = ("clean", "mask", "position", "kind", "tracks")  # of a State, each with a row for every sample
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,7 @@ class State:
     frames: int  # F, the target frames; the rest are appended
     patch: tuple[int, int, int]
     sigma_c: float = 0.0  # conditioning noise of given tokens
+    tracks: Tensor | None = None  # (b, c + 1, G, h, w)
     host: tuple[Tensor, Tensor] | None = None  # mask and position on the CPU; None: `mask` and `position` themselves
 
     def __post_init__(self) -> None:
@@ -149,27 +154,27 @@ class State:
 
     def part(self, start: int, end: int) -> State:
         """Target frames start … end - 1 only, at the positions that they have in the clip."""
-        cut = {name: getattr(self, name)[:, :, start:end] for name in ("clean", "mask")}
+        cut = {name: t[:, :, start:end] for name in ("clean", "mask", "tracks") if (t := getattr(self, name)) is not None}
         cut |= {name: getattr(self, name)[:, start:end] for name in ("position", "kind")}
         return replace(self, **cut, frames=end - start, host=(self.host[0][:, :, start:end], self.host[1][:, start:end]))
 
     def rows(self, start: int) -> State:
         """The samples from `start` on."""
-        cut = {name: getattr(self, name)[start:] for name in ("clean", "mask", "position", "kind")}
+        cut = {name: t[start:] for name in TENSORS if (t := getattr(self, name)) is not None}
         part = replace(self, **cut, host=(self.host[0][start:], self.host[1][start:]))
         part.__dict__["_runs"] = tuple(t[start:] for t in self._runs)
         return part
 
     def repeated(self, k: int) -> State:
         """One sample as k equal ones."""
-        wide = {name: getattr(self, name).expand(k, *getattr(self, name).shape[1:]) for name in ("clean", "mask", "position", "kind")}
+        wide = {name: t.expand(k, *t.shape[1:]) for name in TENSORS if (t := getattr(self, name)) is not None}
         whole = replace(self, **wide, host=tuple(t.expand(k, *t.shape[1:]) for t in self.host))
         whole.__dict__["_runs"] = tuple(t.expand(k, *t.shape[1:]) for t in self._runs)
         return whole
 
     def to(self, device: torch.device | str) -> State:
         """Copy to another device without waiting for it."""
-        there = replace(self, **{name: upload(getattr(self, name), device) for name in ("clean", "mask", "position", "kind")})
+        there = replace(self, **{name: upload(t, device) for name in TENSORS if (t := getattr(self, name)) is not None})
         there.__dict__["_runs"] = tuple(upload(t, device) for t in self._runs)
         return there
 
@@ -196,14 +201,16 @@ def _over_frames(level: Tensor) -> Tensor:
 
 
 def build_state(
-    given: list[Given], clean: Tensor, keyframes: Tensor | None, patch: tuple[int, int, int] = (1, 2, 2), sigma_c: float = 0.0
-) -> State:
-    """Masks, positions and kinds of the given content. Training and sampling both use this function.
+    given: list[Given], clean: Tensor, keyframes: Tensor | None, patch: tuple[int, int, int] = (1, 2, 2), sigma_c: float = 0.0,
+    tracks: Sequence[Tracks | None] | None = None,
+) -> State:  # fmt: skip
+    """Masks, positions and kinds of the given content, and the map of its tracks. Training and sampling both use this function.
 
     Args:
         given: one per sample; all must have the same number of keyframes.
         clean: (b, c, F, h, w) clean latents: the true clip in training, zeros where unknown in sampling.
         keyframes: (b, c, K, h, w) latents of the single frames, or None when K = 0.
+        tracks: of each sample, over its pixel frames; None for a sample without any, or for all.
     """
     b, _, frames, h, w = clean.shape
     K = 0 if keyframes is None else keyframes.shape[2]
@@ -222,9 +229,12 @@ def build_state(
             mask[i, :, k] = 1 - strength
             position[i, k] = frame_position(t)
             kind[i, k] = KEYFRAME
+    maps: Tensor | None = None
+    if tracks is not None:
+        maps = track_maps(tracks, clean, [g.known for g in given], [[t for t, _ in g.keyframes] for g in given])
     if K:
         clean = torch.cat([clean, keyframes], dim=2)  # (b, c, G, h, w)
-    return State(clean, _whole_tokens(mask, patch), position, kind, frames, patch, sigma_c)
+    return State(clean, _whole_tokens(mask, patch), position, kind, frames, patch, sigma_c, maps)
 
 
 def _whole_tokens(mask: Tensor, patch: tuple[int, int, int]) -> Tensor:

@@ -16,12 +16,14 @@ from torch import Tensor
 
 from kling.cameras.files import load_window
 from kling.cameras.trajectory import Trajectory
+from kling.condition.tracks import Tracks
 from kling.data.buckets import Bucket
 from kling.data.image import read_image
 from kling.data.info import VideoInfo
 from kling.data.manifest import IMAGE, Manifest, MissingClip, Shot, read_manifest, relative
 from kling.data.reader import open_reader
 from kling.data.scan.listing import Listing
+from kling.data.tracks import load_tracks
 from kling.data.transforms import fit
 from kling.errors import UserError
 from kling.runtime.files import Source, file_of, head, member_of, sha256, sniff, stamp
@@ -32,13 +34,14 @@ NAMED = 3  # number of unusable files that an error message names
 
 @dataclass(frozen=True)
 class ClipSample:
-    """One clip: video (T, H, W, 3) uint8, captions with their weights, and the camera where it is known."""
+    """One clip: video (T, H, W, 3) uint8, captions with their weights, and the camera and tracks where they are known."""
 
     video: Tensor
     captions: list[str]
     trajectory: Trajectory | None
     name: str
     weights: list[float] | None = None  # None: all equal
+    tracks: Tracks | None = None
 
 
 @dataclass(frozen=True)
@@ -103,13 +106,17 @@ class ManifestClips:
         return self.cut(piece.shot, (piece.k * bucket.frames + slack) / self.fps, bucket.frames, bucket.aspect)
 
     def identity(self, bucket: Bucket, number: int) -> list[object]:
-        """Everything that determines clip `number`: contents, time range, captions and camera (`missing` if its file is gone)."""
+        """Everything that determines clip `number`: contents, time range, captions, camera and tracks (`missing` if a file is gone)."""
         shot, k = self.buckets[bucket][number].shot, self.buckets[bucket][number].k
+        camera, tracks = (self._hash(file) for file in (shot.camera, shot.tracks))
+        more = [] if tracks is None else [tracks]  # clips without tracks stay what they were to older caches
+        return [shot.sha256, shot.start, shot.end, k, [asdict(caption) for caption in shot.captions], camera, *more]
+
+    def _hash(self, file: str | None) -> str | None:
         try:
-            camera = sha256(self.manifest.folder / shot.camera) if shot.camera else None
+            return sha256(self.manifest.folder / file) if file else None
         except OSError:
-            camera = "missing"  # reading the clip later raises an error that names it
-        return [shot.sha256, shot.start, shot.end, k, [asdict(caption) for caption in shot.captions], camera]
+            return "missing"  # reading the clip later raises an error that names it
 
     def any(self, index: int, frames: int, aspect: str) -> ClipSample:
         """Clip `index` of those that are long enough, fitted to an aspect whatever its own: for evaluation and statistics."""
@@ -129,14 +136,17 @@ class ManifestClips:
             times = [start + i / self.fps for i in range(frames)]
             threads = 1 if torch.utils.data.get_worker_info() else 0
             video = open_reader(source, self.reader, shot.video, threads).at(times, size)
-        camera = None
+        when = torch.arange(frames, dtype=torch.float64) / self.fps + start
+        for kind, file in (("camera", shot.camera), ("tracks", shot.tracks)):
+            if file and not (self.manifest.folder / file).is_file():
+                raise MissingClip(f"{kind} {file} of clip {shot.name} does not exist: restore it, or scan again")
+        camera = tracks = None
+        if shot.tracks:
+            tracks = load_tracks(self.manifest.folder / shot.tracks, when, size)
         if shot.camera:
-            if not (self.manifest.folder / shot.camera).is_file():
-                raise MissingClip(f"camera {shot.camera} of clip {shot.name} does not exist: restore it, or scan again")
-            when = torch.arange(frames, dtype=torch.float64) / self.fps + start
             camera = load_window(self.manifest.folder / shot.camera, when, size, shot.video.duration)
         texts = [c.text for c in shot.captions] or [""]
-        return ClipSample(video, texts, camera, f"{shot.name}+{offset:.3f}", [c.weight for c in shot.captions] or [1.0])
+        return ClipSample(video, texts, camera, f"{shot.name}+{offset:.3f}", [c.weight for c in shot.captions] or [1.0], tracks)
 
     def report(self) -> str:
         """One line: what is used, and what is not and why."""

@@ -51,6 +51,7 @@ class Shot:
     clock: tuple[float, tuple[tuple[float, int], ...]] | None = None  # (time of the first frame, (step, repetitions) …), seconds
     captions: tuple[Caption, ...] = ()
     camera: str | None = None  # a camera file, beside the manifest
+    tracks: str | None = None  # a file of tracks, beside the manifest
     measures: dict[str, Any] = field(default_factory=dict)
 
     @property

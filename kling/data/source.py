@@ -66,13 +66,15 @@ class ClipSource:
                 skip_bad=cfg.skip_bad,
             )
 
-    def clip(self, index: int, frames: int, aspect: str) -> ClipSample:
-        """Clip `index` at a length and an aspect; a manifest is cycled through, without clips that are too short."""
+    def clip(self, index: int, frames: int, aspect: str, split: str = "") -> ClipSample:
+        """Clip `index` at a length and an aspect; a manifest is cycled through, without clips that are too short. split: of the world,
+        instead of the source's."""
         if self.manifest:
             return self.manifest.any(index, frames, aspect)
-        clip = World(self.seed, frames, aspect, self.split).clip(index)
+        split = split or self.split
+        clip = World(self.seed, frames, aspect, split).clip(index)
         captions = [text for texts in clip.captions.values() for text in texts]
-        return ClipSample(clip.video, captions, clip.trajectory, f"world/{self.seed}/{self.split}/{aspect}/{index}")
+        return ClipSample(clip.video, captions, clip.trajectory, f"world/{self.seed}/{split}/{aspect}/{index}")
 
     def captions(self, index: int) -> list[str]:
         """Captions of clip `index`, without rendering or decoding it."""

@@ -1,4 +1,4 @@
-"""What conditions the transformer: noise level, text, kind of frame, and the image tokens of the older Wan I2V weights."""
+"""What conditions the transformer: noise level, text, kind of frame, tracks, and the image tokens of the older Wan I2V weights."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import torch
 from diffusers.models.attention import FeedForward
 from diffusers.models.embeddings import PixArtAlphaTextProjection, TimestepEmbedding, Timesteps
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from kling.nn.norm import LayerNorm
+from kling.nn.patch import patchify
 
 
 class ImageEmbedding(nn.Module):
@@ -31,6 +33,22 @@ class KindEmbedding(nn.Embedding):
 
     def zero_init(self) -> None:
         nn.init.zeros_(self.weight)
+
+
+class TrackEmbedding(nn.Conv3d):
+    """Maps of tracks (b, c, G, h, w) -> what they add to the tokens (b, n, d): one linear map of each patch, 0 until trained.
+
+    Without a bias, so that a clip without tracks, whose map is 0, is computed to the bit as by a model that has none.
+    """
+
+    def __init__(self, channels: int, dim: int, patch_size: tuple[int, int, int]) -> None:
+        super().__init__(channels, dim, kernel_size=patch_size, stride=patch_size, bias=False)
+
+    def zero_init(self) -> None:
+        nn.init.zeros_(self.weight)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        return F.linear(patchify(maps, self.kernel_size, "cthw").flatten(1, 3), self.weight.flatten(1))  # (b, n, d)
 
 
 class ConditionEmbedder(nn.Module):

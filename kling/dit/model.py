@@ -1,6 +1,6 @@
 """The spatiotemporal diffusion transformer: latents, noise levels, text and camera in, velocity out.
 
-    latents --patch--> tokens (+ kind, + camera) --blocks: attention over (frame, row, column), text, feed-forward--> velocity
+    latents --patch--> tokens (+ kind, + camera, + tracks) --blocks: attention over (frame, row, column), text, feed-forward--> velocity
 
 A strict superset of diffusers' `WanTransformer3DModel` (0.42): the same parameters under the same names, the same function when every
 extra is off. The extras are zero at initialisation, so that turning one on changes nothing until it is trained.
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from kling.cameras.trajectory import RAY_CHANNELS, Cameras
 from kling.dit.block import KlingTransformerBlock
 from kling.dit.camera import CameraAdapter
-from kling.dit.embedding import ConditionEmbedder, KindEmbedding
+from kling.dit.embedding import ConditionEmbedder, KindEmbedding, TrackEmbedding
 from kling.dit.history import History
 from kling.dit.walk_cache import WalkCache
 from kling.errors import UserError, unknown
@@ -53,12 +53,13 @@ class KlingTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
         camera_fold: "unshuffle" (as the published Wan-Fun Camera weights) or "pool" (small models).
         camera_downscale: pixels of a ray map along each side of a latent cell (the spatial factor of the VAE).
         camera_residual_blocks: residual blocks after the fold.
+        track_channels: channels of the map of tracks (latent channels + 1); 0 is no input for tracks.
         gate_value, deltatime_type: of a flow map, as in diffusers' `AnyFlowTransformer3DModel`: the share of a step's end in the embedded
             level, and whether the end is given as a level ("r") or as a length ("t-r"). None: no flow map.
     """
 
     _supports_gradient_checkpointing = True
-    _skip_layerwise_casting_patterns = ["patch_embedding", "condition_embedder", "kind_embedding", "norm"]
+    _skip_layerwise_casting_patterns = ["patch_embedding", "condition_embedder", "kind_embedding", "track_embedding", "norm"]
     _no_split_modules = ["KlingTransformerBlock"]
     _keep_in_fp32_modules = ["time_embedder", "delta_embedder", "scale_shift_table", "norm1", "norm2", "norm3"]
     _keys_to_ignore_on_load_unexpected = ["norm_added_q"]
@@ -95,6 +96,7 @@ class KlingTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
         camera_fold: str = "unshuffle",
         camera_downscale: int = 8,
         camera_residual_blocks: int = 1,
+        track_channels: int = 0,
         gate_value: float | None = None,
         deltatime_type: str = "r",
     ) -> None:
@@ -118,6 +120,7 @@ class KlingTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
             self.control_adapter = CameraAdapter(
                 camera_channels, dim, patch_size[1:], camera_fold, camera_downscale, camera_residual_blocks
             )
+        self.track_embedding = TrackEmbedding(track_channels, dim, patch_size) if track_channels else None
         self.blocks = nn.ModuleList(
             KlingTransformerBlock(dim, ffn_dim, num_attention_heads, bool(qk_norm), cross_attn_norm, eps, added_kv_proj_dim)
             for _ in range(num_layers)
@@ -166,9 +169,10 @@ class KlingTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
         self.many_shapes = bool(dynamic)
 
     @property
-    def _extras(self) -> dict[str, KindEmbedding | CameraAdapter]:
+    def _extras(self) -> dict[str, KindEmbedding | CameraAdapter | TrackEmbedding]:
         """The modules that a Wan checkpoint does not have."""
         extras = {"kind_embedding": self.kind_embedding, "control_adapter": self.control_adapter}
+        extras |= {"track_embedding": self.track_embedding}
         return {name: module for name, module in extras.items() if module is not None}
 
     @apply_lora_scale("attention_kwargs")
@@ -183,6 +187,7 @@ class KlingTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
         kinds: Tensor | None = None,
         camera: Tensor | Cameras | None = None,
         camera_mask: Tensor | None = None,
+        tracks: Tensor | None = None,
         encoder_hidden_states_image: Tensor | None = None,
         history: History | None = None,
         walk_cache: WalkCache | None = None,
@@ -201,6 +206,7 @@ class KlingTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
             kinds: (b, G) integers below `num_kinds`. Default 0, a frame to generate.
             camera: (b, camera_channels, G, H, W) packed Plücker rays, or the poses from which they are computed here.
             camera_mask: (b,) True if the sample has a camera. Default: all have.
+            tracks: (b, track_channels, G, h, w) map of where points move; 0 for a sample without any.
             encoder_hidden_states_image: (b, i, image_dim) image-encoder tokens of the older Wan I2V weights.
             history: earlier frames, which block-causal weights attend to as well.
             walk_cache: results of earlier steps with the same inputs, to be reused.
@@ -225,7 +231,7 @@ class KlingTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
             still["rotation"] = self.rope(self._positions(positions, grid[0], hidden_states), *grid[1:])
         rotation = still["rotation"]  # (b | 1, n, 1, head_dim / 2, 2)
 
-        x = self._embed(hidden_states, grid, kinds, camera, camera_mask, still)  # (b, n, d)
+        x = self._embed(hidden_states, grid, kinds, camera, camera_mask, tracks, still)  # (b, n, d)
         if self.many_shapes:
             levels = spell_alike(levels, grid)
             rotation = rotation.clone()  # a view would bring the lengths of its base into every graph
@@ -244,15 +250,19 @@ class KlingTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
 
     def _embed(
         self, z: Tensor, grid: tuple[int, int, int], kinds: Tensor | None, camera: Tensor | Cameras | None, mask: Tensor | None,
-        still: dict[str, Tensor],
+        tracks: Tensor | None, still: dict[str, Tensor],
     ) -> Tensor:  # fmt: skip
-        """Latents (b, c, G, h, w) -> tokens (b, n, d), with kinds and camera added."""
+        """Latents (b, c, G, h, w) -> tokens (b, n, d), with kinds, camera and tracks added."""
         x = self._add_kinds(self.patch_embedding(z), kinds, grid)
-        if camera is None:
-            return x
-        if "camera" not in still:
-            still["camera"] = self._camera(camera, x, mask)
-        return x + still["camera"]
+        if camera is not None:
+            if "camera" not in still:
+                still["camera"] = self._camera(camera, x, mask)
+            x = x + still["camera"]
+        if tracks is not None:
+            if "tracks" not in still:
+                still["tracks"] = self._tracks(tracks, z)
+            x = x + still["tracks"]
+        return x
 
     def _run(self, block: KlingTransformerBlock, *args: Any) -> Tensor:
         """Run one block; its activations are kept, or recomputed in the backward pass."""
@@ -300,6 +310,14 @@ class KlingTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
                 f"render the rays at {self.config.camera_downscale} pixels per latent cell"
             )
         return residual if mask is None else residual * mask.to(residual.dtype)[:, None, None]
+
+    def _tracks(self, tracks: Tensor, z: Tensor) -> Tensor:
+        """What tracks (b, track_channels, G, h, w) add to the tokens of z (b, c, G, h, w): (b, n, d)."""
+        if self.track_embedding is None:
+            raise UserError("tracks were given but this model has no input for them (track_channels is 0): leave them out")
+        if tracks.shape != (shape := (z.shape[0], self.config.track_channels, *z.shape[2:])):
+            raise UserError(f"tracks of shape {tuple(tracks.shape)}: give {shape}, a map of the size of the latents")
+        return self.track_embedding(tracks.to(self.track_embedding.weight.dtype))
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Self | tuple[Self, dict[str, Any]]:

@@ -8,24 +8,54 @@ Levels t and r are the schedule's. A token with mask m is at m t and moves with 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Generator, Tensor
 
-from kling.flow.levels import draw_sigma
+from kling.flow.levels import draw_sigma, shift_sigma
 
 Mean = Callable[[Tensor, Tensor, Tensor], Tensor]  # u(z, t (b,), r (b,)) -> (b, c, G, h, w)
 
 
-def draw_steps(b: int, plain: int, g: Generator, density: str, shift: float, to_clean: float = 0.5) -> tuple[Tensor, Tensor]:
-    """Levels t and r ≤ t (b,) of a batch: the first `plain` samples have r = t; of the others a share `to_clean` has r = 0, and the rest
-    a random r below t: t and r are the larger and the smaller of two draws."""
+def draw_steps(
+    b: int, plain: int, g: Generator, density: str, shift: float, to_clean: float = 0.5, counts: Sequence[int] = ()
+) -> tuple[Tensor, Tensor]:
+    """Levels t and r ≤ t (b,) of a batch: the first `plain` samples have r = t, at random levels.
+
+    With `counts`, each other sample is in a step of a sampling grid: with one of these numbers of steps, r is the end of one of them, and t
+    is its start in a third of the samples, otherwise anywhere in it (Heek et al. 2024, arXiv 2403.06807). Without, a share `to_clean` has
+    r = 0, and the rest a random r below t: t and r are the larger and the smaller of two draws.
+    """
     first, second = draw_sigma((2, b), g, density, shift)
-    t, r = torch.maximum(first, second), torch.minimum(first, second)
-    r[plain : plain + round(to_clean * (b - plain))] = 0
+    if counts:
+        count = torch.tensor(counts)[torch.randint(len(counts), (b,), generator=g)]  # (b,) steps of the grid
+        step = (torch.rand(b, generator=g, dtype=torch.float64) * count).floor()
+        inside = 1 - torch.rand(b, generator=g, dtype=torch.float64)  # in (0, 1]
+        inside[torch.rand(b, generator=g) < 1 / 3] = 1
+        t, r = (shift_sigma(x / count, shift).float() for x in (step + inside, step))
+    else:
+        t, r = torch.maximum(first, second), torch.minimum(first, second)
+        r[plain : plain + round(to_clean * (b - plain))] = 0
     t[:plain] = r[:plain] = first[:plain]
     return t, r
+
+
+def composed_target(u: Mean, z: Tensor, v: Tensor, t: Tensor, r: Tensor, mask: Tensor, shift: float, stride: float = 0.05) -> Tensor:
+    """Regression target of the mean velocity, without gradient: along v to a level s, and from there the step u to r. (b, c, G, h, w)
+
+        ((t - s) v + (s - r) u(x_s, s, r)) / (t - r)        x_s = x_t - (t - s) m v
+
+    It is the target below to first order in t - s, with one pass and without a difference of two of them: bf16 is good enough, and no
+    error is amplified (Kim et al. 2024, arXiv 2310.02279, eq. 9). s is `stride` of the schedule below t, but not below r.
+
+    z, v: state and velocity at t. mask: m (b, 1, G, h, w). Samples with r = t have the target v.
+    """
+    t, r = t.double(), r.double()
+    s = torch.maximum(shift_sigma((shift_sigma(t, 1 / shift) - stride).clamp(min=0), shift), r)  # (b,)
+    rest = u(z - _spread(t - s, z) * mask * v, s.to(z), r.to(z)).to(v)
+    first = (t - s) / (t - r).clamp(min=1e-9)  # (b,) share of the step; where r = t it is not read
+    return torch.where(_spread(t > s, z) > 0, rest.lerp(v, _spread(torch.where(s > r, first, 1.0), z)), v)
 
 
 def flow_map_target(u: Mean, z: Tensor, v: Tensor, t: Tensor, r: Tensor, mask: Tensor, delta: float = 0.005) -> Tensor:

@@ -1,4 +1,4 @@
-"""Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598), on the text and separately on the camera."""
+"""Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598), on the text and separately on the camera and on tracks."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from torch import Tensor
 
 
 def guided_velocity(
-    predict: Callable[[str, bool], Tensor], guidance_scale: float, camera_guidance_scale: float, camera: bool, share: Tensor | None = None
-) -> Tensor:
-    """Combine as few predictions as the two scales require.
+    predict: Callable[[str, bool], Tensor], guidance_scale: float, camera_guidance_scale: float, camera: bool,
+    share: Tensor | None = None, brush_guidance_scale: float = 1.0,
+) -> Tensor:  # fmt: skip
+    """Combine as few predictions as the scales require.
 
-        v = v(text, cam) + (g - 1) (v(text, cam) - v(negative, cam)) + (g_cam - 1) (v(text, cam) - v(text, no cam))
+        v = v(text, cam) + (g - 1) (v(text, cam) - v(negative, cam)) + (g_cam - 1) (v(text, cam) - v(text, no cam)), and the same for tracks
 
-    predict(text, camera): the velocity with text "prompt" or "negative", with the camera or without; each a new tensor, which may be
-    overwritten. A scale of 1 costs no extra pass.
-    share: (b, 1, G, 1, 1) the fraction of g - 1 and g_cam - 1 for each frame; None is all of it. See `given_share`.
+    predict(which, camera): the velocity with text "prompt" or "negative", or with the prompt and "no tracks", with the camera or without;
+    each a new tensor, which may be overwritten. A scale of 1 costs no extra pass; that of the tracks must be 1 without any.
+    share: (b, 1, G, 1, 1) the fraction of every scale - 1 for each frame; None is all of it. See `given_share`.
     """
     v = full = predict("prompt", camera)
     if guidance_scale != 1:
@@ -25,6 +26,9 @@ def guided_velocity(
         v = predict("negative", camera).lerp_(full, scale)  # one pass over memory, in place
     if camera and camera_guidance_scale != 1:
         change = torch.sub(full, predict("prompt", False)).mul_(camera_guidance_scale - 1)
+        v = v + (change if share is None else share.to(v) * change)
+    if brush_guidance_scale != 1:
+        change = torch.sub(full, predict("no tracks", camera)).mul_(brush_guidance_scale - 1)
         v = v + (change if share is None else share.to(v) * change)
     return v
 
@@ -51,12 +55,12 @@ class Guidance:
 
     interval: the levels (low, high) between which guidance is used; it gains nothing at high noise and little at low noise (Kynkäänniemi et
     al. 2024, arXiv 2404.07724). every: it is computed in every `every`-th of these steps; the steps between add the last change again.
-    share: for each frame, as in `guided_velocity`.
+    share, brush: for each frame, and the scale of the tracks, as in `guided_velocity`.
     """
 
-    def __init__(self, interval: tuple[float, float] = (0.0, 1.0), every: int = 1, share: Tensor | None = None) -> None:
+    def __init__(self, interval: tuple[float, float] = (0.0, 1.0), every: int = 1, share: Tensor | None = None, brush: float = 1.0) -> None:
         self.low, self.high = interval
-        self.every, self.share = every, share
+        self.every, self.share, self.brush = every, share, brush
         self.steps = 0
         self.change: Tensor | None = None
 
@@ -71,7 +75,7 @@ class Guidance:
         if not again:
             return predict("prompt", camera) + self.change
         if self.every == 1:
-            return guided_velocity(predict, guidance_scale, camera_guidance_scale, camera, self.share)
+            return guided_velocity(predict, guidance_scale, camera_guidance_scale, camera, self.share, self.brush)
         plain: list[Tensor] = []
 
         def remember(which: str, with_camera: bool) -> Tensor:
@@ -79,6 +83,6 @@ class Guidance:
             plain.append(v)
             return v
 
-        v = guided_velocity(remember, guidance_scale, camera_guidance_scale, camera, self.share)
+        v = guided_velocity(remember, guidance_scale, camera_guidance_scale, camera, self.share, self.brush)
         self.change = v - plain[0]  # the first prediction is the plain one
         return v

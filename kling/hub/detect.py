@@ -99,6 +99,8 @@ def _read_config(shapes: Shapes) -> dict[str, Any]:
         config |= {"gate_value": 0.25, "deltatime_type": "r"}
     if "kind_embedding.weight" in shapes:
         config["num_kinds"] = shapes["kind_embedding.weight"][0]
+    if "track_embedding.weight" in shapes:
+        config["track_channels"] = shapes["track_embedding.weight"][1]
     return config
 
 

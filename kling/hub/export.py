@@ -102,7 +102,9 @@ def _transformer(source: Path, target: Path, naming: str) -> None:
         _write_tensors(tensors, target, original_transformer_name)
         _write_json(target / "config.json", original_config(config))
         return
-    if extra := sorted({name.split(".")[0] for name in tensors if name.startswith(("kind_embedding", "control_adapter"))}):
+    if extra := sorted(
+        {name.split(".")[0] for name in tensors if name.startswith(("kind_embedding", "control_adapter", "track_embedding"))}
+    ):
         raise UserError(f"{source} holds {' and '.join(extra)}, which diffusers' Wan does not have: use it in its own folder format")
     known = WanTransformer3DModel._get_init_keys(WanTransformer3DModel)
     _write_tensors(tensors, target, str)

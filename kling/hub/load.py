@@ -27,6 +27,7 @@ from kling.vae import AutoencoderKLKling
 
 OURS = "KlingPipeline"
 SETTINGS = ("capabilities", "fps", "max_frames", "sizes", "boundary_ratio", "block_frames", "defaults", "licence", "vocabulary")
+SETTINGS += ("track_writing",)
 WAN_PIPELINES = ("WanPipeline", "WanImageToVideoPipeline", "AnyFlowPipeline", "WanAnyFlowPipeline")  # the last: as published
 FLOW_MAPS = ("FlowMapEulerDiscreteScheduler", "FlowMapDiscreteScheduler")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -177,6 +178,7 @@ def settings_of(row: PublishedCheckpoint, boundary: float | None) -> dict[str, A
         "boundary_ratio": boundary,
         "block_frames": row.block,
         "licence": row.licence,
+        "track_writing": row.tracks or None,
         "defaults": {"num_inference_steps": row.steps, "guidance_scale": list(row.guidance), "negative_prompt": row.negative},
     }
 

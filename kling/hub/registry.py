@@ -56,6 +56,7 @@ class PublishedCheckpoint:
     """A row. guidance: (high noise, low noise) if there are two experts. boundary: the level below which the second one is used.
 
     sampler: "unipc", or "renoise" or "flow_map" for few-step weights. block: latent frames per step of block-causal weights; 0: all.
+    tracks: how they are written into the extra channels, see `kling.condition.writing`; empty for weights that take none.
     """
 
     name: str
@@ -68,6 +69,7 @@ class PublishedCheckpoint:
     boundary: float | None = None
     sampler: str = "unipc"
     block: int = 0
+    tracks: str = ""
     fps: float = 16.0
     frames: int = 81
     sizes: Sizes = field(default_factory=lambda: P480)
@@ -84,6 +86,8 @@ CHECKPOINTS = (
     PublishedCheckpoint("wan2.1-t2v-14b", "Wan-AI/Wan2.1-T2V-14B-Diffusers", Build(*LARGE), TEXT, 5.0, 50, sizes=P720),
     PublishedCheckpoint("wan2.1-i2v-14b-480p", "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers", I2V, ("image",), 3.0, 40),
     PublishedCheckpoint("wan2.1-i2v-14b-720p", "Wan-AI/Wan2.1-I2V-14B-720P-Diffusers", I2V, ("image",), 5.0, 40, sizes=P720),
+    PublishedCheckpoint("wan-move-14b-480p", "Ruihang/Wan-Move-14B-480P", I2V, ("image", "brush"), 3.0, 40, tracks="copy"),
+    PublishedCheckpoint("ati-14b-480p", "bytedance-research/ATI", I2V, ("image", "brush"), 3.0, 40, tracks="splat"),
     PublishedCheckpoint(
         "wan2.1-flf2v-14b-720p", "Wan-AI/Wan2.1-FLF2V-14B-720P-diffusers", Build(*LARGE, extra=20, image=True, ends=True),
         ("first_last",), 16.0, 50, sizes=P720,

@@ -15,6 +15,7 @@ SHORT_SIDE = 256  # pixels; smaller pictures are enlarged for the flow, which us
 GRID = 10  # tracked points along each side
 MIN_VISIBLE = 0.1  # of the pixels; if fewer can be matched, there is no flow, and no error
 VBENCH_CLASSES = ("pan_left", "pan_right", "tilt_up", "tilt_down", "zoom_in", "zoom_out", "static")
+SHIMMER = 1.0  # pixels per frame
 STILL = 0.005  # of the short side over the whole clip: VBench's bound below which a point is static
 
 # VBench-I2V: the camera class for each pair of directions of two opposite picture edges. The picture moves against the camera.
@@ -35,14 +36,21 @@ class Flow:
         return np.median(np.linalg.norm(self.forward, axis=-1), axis=(1, 2))
 
 
-def speed(video: Tensor) -> float:
-    """Mean length of the motion of all pixels of a clip (T, H, W, 3) uint8, in short sides per frame; 0 for a single frame."""
-    flow = optical_flow(video, back=False).forward
-    return float(np.linalg.norm(flow, axis=-1).mean()) / min(video.shape[1:3]) if len(flow) else 0.0
+def optical_flow(video: Tensor) -> Flow:
+    """The flow of a clip (T, H, W, 3) uint8 in both directions."""
+    return Flow(*_flows(video, back=True))
 
 
-def optical_flow(video: Tensor, back: bool = True) -> Flow:
-    """The flow of a clip (T, H, W, 3) uint8 in both directions; without `back` the backward one is empty."""
+def magnitude(video: Tensor) -> float:
+    """How much moves in a clip (T, H, W, 3) uint8: the length of the motion over all pixels and frames, in pixels per frame, where it is
+    more than `SHIMMER`; a VAE moves still textures by less."""
+    (forward,) = _flows(video, back=False)
+    length = np.linalg.norm(forward, axis=-1)  # (T-1, H, W)
+    return float(np.where(length > SHIMMER, length, 0).mean()) if len(length) else 0.0
+
+
+def _flows(video: Tensor, back: bool) -> list[np.ndarray]:
+    """(T-1, H, W, 2) from each frame to the next, and with `back` also from the next to it."""
     H, W = video.shape[1:3]
     scale = max(1, round(SHORT_SIDE / min(H, W)))
     greys = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in video.numpy()]
@@ -55,9 +63,8 @@ def optical_flow(video: Tensor, back: bool = True) -> Flow:
 
     pairs = list(zip(greys[:-1], greys[1:], strict=True))
     none = [np.zeros((0, H, W, 2), np.float32)]
-    return Flow(
-        *(np.concatenate([between(*pair)[None] for pair in way] or none) for way in (pairs, [(b, a) for a, b in pairs] if back else []))
-    )
+    ways = (pairs, [(b, a) for a, b in pairs]) if back else (pairs,)
+    return [np.concatenate([between(*pair)[None] for pair in way] or none) for way in ways]
 
 
 def visible(there: np.ndarray, back: np.ndarray) -> np.ndarray:

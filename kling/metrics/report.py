@@ -69,14 +69,14 @@ def markdown(lines: Sequence[Line], scores: Mapping[str, Summary], columns: Mapp
         mark = {True: "**", False: "", None: ""}[line.reached(score["value"])]
         cells = [
             line.title,
-            f"{mark}{_number(score['value'], line.unit)}{mark}",
-            f"{_number(score['low'], line.unit).split()[0]} to {_number(score['high'], line.unit)}" if score["n"] else "",
+            f"{mark}{number(score['value'], line.unit)}{mark}",
+            f"{number(score['low'], line.unit).split()[0]} to {number(score['high'], line.unit)}" if score["n"] else "",
             str(score["n"]),
         ]
-        cells += [_target(line)] * aims + ["" if line.chance is None else _number(line.chance, line.unit)] * guesses
+        cells += [_target(line)] * aims + ["" if line.chance is None else number(line.chance, line.unit)] * guesses
         for measured in columns.values():
             other = measured.get(line.task, {}).get(line.measure)
-            cells.append("" if other is None else _number(other["value"], line.unit))
+            cells.append("" if other is None else number(other["value"], line.unit))
         body.append(cells)
     rule = ["---", *["---:"] * (len(head) - 1)]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, rule, *body))
@@ -90,7 +90,8 @@ def reached(lines: Sequence[Line], scores: Mapping[str, Summary]) -> dict[str, b
     return {name: verdict for name, verdict in verdicts.items() if verdict is not None}
 
 
-def _number(value: float | None, unit: str) -> str:
+def number(value: float | None, unit: str) -> str:
+    """A score with its unit; a dash where nothing was measured."""
     if value is None or math.isnan(value):
         return "–"
     return f"{100 * value:.1f} %" if unit == "%" else f"{value:.{2 if unit in ('dB', '°', 'levels') else 3}f} {unit}".strip()
@@ -100,4 +101,4 @@ def _target(line: Line) -> str:
     if not line.target:
         return ""
     sign, bound = line.target.split()
-    return f"{'≥' if sign == '>=' else '≤'} {_number(float(bound), line.unit)}"
+    return f"{'≥' if sign == '>=' else '≤'} {number(float(bound), line.unit)}"

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from kling.cameras.trajectory import Trajectory
+from kling.metrics.brush import follows
 from kling.metrics.camera.errors import axes_of, camera_class, rotation_error, translation_error
 from kling.metrics.camera.odometry import Stage, estimate_trajectory
 from kling.metrics.control import QUESTIONS, Detectors
@@ -37,6 +38,13 @@ class Ruler:
     def permanence(self, video: Tensor, count: int, leaves: bool = False) -> Row:
         """Whether `count` objects stay the same; leaves: the camera may move them out of the picture. See `permanence`."""
         return permanence(video, self.detectors.palette, count, self.detectors.solid, leaves)
+
+    def brush(self, video: Tensor, colour: str, asked: Tensor, size: Tensor, other: Mapping[str, str] | None) -> Row:
+        """How the thing of a colour follows its path (T, 2) in pixels, see `kling.metrics.brush.follows`; and "other": whether the other
+        thing moves as its labels say. other: None if the camera moves, in which no motion can be read."""
+        row = follows(video, self.detectors.palette, colour, asked, size)
+        moves = None if other is None else read_things(video, self.detectors, [colour, other["colour"]])[1]["motion"] == other["motion"]
+        return row | {"other": moves}
 
     def camera(self, video: Tensor, asked: Trajectory, axes: Mapping[str, float] | None) -> Row:
         """Errors of the camera's path. axes: of a single axis, a master shot or a static camera; None for combinations.

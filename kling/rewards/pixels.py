@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kling.metrics.motion import speed
+from kling.metrics import motion
 from kling.rewards.reward import Reward, Score
 from kling.sampling.request import Request
 
@@ -24,6 +24,11 @@ def reward(*terms: str) -> Callable[[Score], Score]:
         return score
 
     return add
+
+
+def speed(video: Tensor) -> float:
+    """Mean motion of all pixels of a clip (T, H, W, 3) uint8, in short sides per frame."""
+    return motion.magnitude(video) / min(video.shape[1:3])
 
 
 @reward("magnitude")

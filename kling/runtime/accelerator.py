@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -129,6 +129,14 @@ def wrap_what_is_there(accelerator: Accelerator, model: nn.Module) -> None:
         raise UserError("sharding needs fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP: start from configs/accelerate/fsdp2.yaml")
     named = [*(plugin.transformer_cls_names_to_wrap or ()), *(type(part).__name__ for part in model.children())]
     plugin.transformer_cls_names_to_wrap = [name for name in dict.fromkeys(named) if name in there]
+
+
+def shard_frozen(accelerator: Accelerator, module: nn.Module, blocks: Iterable[nn.Module]) -> None:
+    """Shard a module that is not trained, such as a teacher, and gather its blocks one at a time. Only if the run shards its own."""
+    if accelerator.is_fsdp2:
+        mesh = accelerator.torch_device_mesh[tuple(accelerator.parallelism_config.fsdp_dim_names)]
+        for part in (*blocks, module):
+            fully_shard(part, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
 
 
 def keep_in_fp32(accelerator: Accelerator, module: nn.Module) -> None:

@@ -17,6 +17,7 @@ from kling.cameras.trajectory import Trajectory
 from kling.data.image import read_image, read_mask
 from kling.data.transforms import contain, fit
 from kling.errors import UserError
+from kling.sampling.brush import Stroke, read_strokes, tracks_of
 from kling.sampling.request import MAX_SECONDS, Movie, Picture, Request
 from kling.shapes import ASPECTS, aspect_size, clip_frames, nearest_aspect, nearest_frames, parse_size
 
@@ -40,6 +41,7 @@ class Inputs:
     video: Tensor | None = None
     mask: Tensor | None = None
     control: Tensor | None = None
+    strokes: list[Stroke] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
@@ -64,10 +66,12 @@ def asked_frames(request: Request, fps: float) -> int:
     return request.num_frames or clip_frames(request.duration or DEFAULT_SECONDS, fps)
 
 
-def read_inputs(request: Request, frames: int, fps: float, longest: int, sizes: dict[str, tuple[int, int]] = ASPECTS) -> Inputs:
+def read_inputs(
+    request: Request, frames: int, fps: float, longest: int, sizes: dict[str, tuple[int, int]] = ASPECTS, spatial: int = 8
+) -> Inputs:
     """Open and fit all inputs of the request, before anything is computed. Raises `UserError` naming what cannot be used.
 
-    frames: of the clip to generate. longest: frames of a clip that the model can restyle or fill at once.
+    frames: of the clip to generate. longest: frames of a clip that the model can restyle or fill at once. spatial: pixels of a latent.
     """
     H, W = clip_size(request, sizes)
     inputs = Inputs(H, W)
@@ -101,6 +105,10 @@ def read_inputs(request: Request, frames: int, fps: float, longest: int, sizes: 
             raise UserError(
                 "mask has no white area, so nothing would be generated: paint white what is to be filled", code="nothing_marked"
             )
+    if request.tracks is not None:
+        first = _movie_size(request.video) if request.video is not None else None
+        first = tuple(_picture(request.image).shape[:2]) if request.image is not None else first
+        inputs.strokes = read_strokes(tracks_of(request.tracks), (H, W), first, spatial)
     if request.control is not None:
         inputs.control = fit(_movie(request.control, fps, "control", (H, W)), H, W)
     return inputs

@@ -23,6 +23,8 @@ from torch import Tensor
 from kling.cameras.trajectory import Cameras, Trajectory
 from kling.condition.concat import concat_channels, concat_groups, opened
 from kling.condition.state import Given, State, build_state
+from kling.condition.tracks import Tracks
+from kling.condition.writing import write_tracks
 from kling.data.transforms import to_tensor, to_uint8
 from kling.dit import KlingTransformer3DModel
 from kling.errors import UserError
@@ -35,7 +37,18 @@ from kling.runtime.device import upload
 from kling.runtime.files import as_umask
 from kling.runtime.random import generator
 from kling.sampling.inputs import Inputs, asked_frames, paste, read_inputs
-from kling.sampling.plan import PRO_STEPS, Hop, Plan, check_flow_map, plan_camera, plan_hops, plan_solver, plan_task
+from kling.sampling.plan import (
+    PRO_STEPS,
+    Hop,
+    Plan,
+    check_flow_map,
+    hop_tracks,
+    plan_camera,
+    plan_hops,
+    plan_solver,
+    plan_task,
+    plan_tracks,
+)
 from kling.sampling.request import Fields, Request
 from kling.sampling.sampler import Sampler, Signals
 from kling.shapes import ASPECTS, latent_frames, latent_size, token_grid
@@ -70,13 +83,14 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
     transformer, for mode "fast"; `fast` are its `num_inference_steps` and `shift`. image_encoder, image_processor: CLIP, for the Wan 2.1
     image models. scheduler: ours, or any flow scheduler of diffusers.
 
-    capabilities: names of the tasks (and "camera", "control") that the weights were trained for; others are refused by name.
+    capabilities: names of the tasks (and "camera", "brush", "control") that the weights were trained for; others are refused by name.
     fps: frames a second of its training clips. max_frames: its longest single clip; longer ones are continued in hops.
     sizes: aspect -> (H, W). block_frames: latent frames per step of block-causal weights; 0 generates all at once.
     defaults: `num_inference_steps`, `guidance_scale` (high noise, low noise) and `negative_prompt`, if the scheduler is not ours.
     licence: of published weights.
     sampling_dtype: "bf16" if measurements allow sampling in it (`kling.sampling.agreement`); used by programs, see `load`.
     vocabulary: "world" if the weights know only the words of the small world's captions.
+    track_writing: how tracks are written into the extra channels of published weights, "copy" or "splat"; see `kling.condition.writing`.
     """
 
     model_cpu_offload_seq = "text_encoder->image_encoder->transformer->transformer_2->vae"
@@ -103,6 +117,7 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         vocabulary: str | None = None,
         transformer_fast: KlingTransformer3DModel | None = None,
         fast: dict[str, Any] | None = None,
+        track_writing: str | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(
@@ -116,7 +131,13 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         )
         self.register_to_config(capabilities=list(capabilities), fps=fps, max_frames=max_frames)
         extra = {"sizes": sizes, "boundary_ratio": boundary_ratio, "block_frames": block_frames or None, "defaults": defaults}
-        extra |= {"licence": licence, "vocabulary": vocabulary, "sampling_dtype": sampling_dtype, "fast": fast}
+        extra |= {
+            "track_writing": track_writing,
+            "licence": licence,
+            "vocabulary": vocabulary,
+            "sampling_dtype": sampling_dtype,
+            "fast": fast,
+        }
         self.register_to_config(**{key: value for key, value in extra.items() if value is not None})
         self.groups = concat_groups(transformer.config.in_channels, vae.config.z_dim)
 
@@ -170,9 +191,10 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
 
     def setting(self, name: str, asked: Any = None) -> Any:
         """`asked`, or the checkpoint's own value if that is None: `num_inference_steps`, `guidance_scale` (two: high and low noise),
-        `camera_guidance_scale`, `guidance_reach`, `negative_prompt`, `shift` or `solver`."""
+        `camera_guidance_scale`, `brush_guidance_scale`, `guidance_reach`, `negative_prompt`, `shift` or `solver`."""
         scheduler = self.scheduler
-        own = {"negative_prompt": "", "camera_guidance_scale": 1.0, "guidance_reach": 0.0, "solver": type(scheduler).__name__}
+        own = {"negative_prompt": "", "camera_guidance_scale": 1.0, "brush_guidance_scale": 1.0}
+        own |= {"guidance_reach": 0.0, "solver": type(scheduler).__name__}
         own |= self.config.get("defaults") or {}
         own |= scheduler.config if isinstance(scheduler, KlingFlowScheduler) else {}
         own["shift"] = scheduler.config[shift_key(scheduler)]
@@ -211,11 +233,12 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
     def _prepare(self, request: Request) -> tuple[Plan, Inputs, Trajectory | None]:
         fps, longest, patch = self.config.fps, self.config.max_frames, self.transformer.config.patch_size
         frames = asked_frames(request, fps)
-        inputs = read_inputs(request, frames, fps, longest, self.config.get("sizes") or ASPECTS)
+        inputs = read_inputs(request, frames, fps, longest, self.config.get("sizes") or ASPECTS, self.vae.spatial_factor)
         H, W = inputs.height, inputs.width
         h, w = latent_size(H, W, self.vae.spatial_factor, patch[1])
         hops = plan_hops(request, inputs, frames, fps, longest, self.vae.spatial_factor)
         camera = plan_camera(request, hops, H, W)
+        plan_tracks(inputs, hops)  # raises where nothing can move
         task = plan_task(request, hops)
         self._check_capable(task, request, camera, hops)
         fast = self._fast(request)
@@ -225,6 +248,8 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         steps = request.num_inference_steps or (fast or {}).get("num_inference_steps")
         if steps is None:
             steps = self.setting("num_inference_steps") * (PRO_STEPS if request.mode == "pro" and not few else 1)
+
+        unmapped = request.tracks is None or bool(self.groups)  # then there is no map of tracks to leave out
 
         def appended(hop: Hop) -> int:
             return 0 if self.groups else len(hop.given.keyframes)
@@ -243,6 +268,7 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             guidance_scale=high,
             guidance_scale_2=low,
             camera_guidance_scale=1.0 if few else self.setting("camera_guidance_scale", request.camera_guidance_scale),
+            brush_guidance_scale=1.0 if few or unmapped else self.setting("brush_guidance_scale", request.brush_guidance_scale),
             shift=self.setting("shift", (fast or {}).get("shift") if request.shift is None else request.shift),
             fast=fast is not None,
             tokens=max(latent_frames(hop.frames) + appended(hop) for hop in hops) * (h // patch[1]) * (w // patch[2]),
@@ -282,7 +308,7 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         able = self.config.capabilities
         asked = {"camera": camera is not None, "continuation": len(hops) > 1, "control": request.control is not None}
         asked |= {"diffusion_forcing": bool(request.frame_delay), "text_to_image": request.loop and request.image is None}  # made first
-        asked |= {"restyle": bool(request.strength)}
+        asked |= {"restyle": bool(request.strength), "brush": request.tracks is not None}
         beside = [hop for hop in hops if hop.given.keyframes and (hop.overlap or hop.given.space is not None or hop.given.hold)]
         lone = [Given(keyframes=hop.given.keyframes).task(latent_frames(hop.frames)) for hop in beside]  # of a clip that is given too
         for name in [task, *lone, *(name for name, wanted in asked.items() if wanted)]:
@@ -293,6 +319,11 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
                     task=name,
                     able=", ".join(able),
                 )
+        few = self.transformer_fast if request.mode == "fast" else None
+        if request.tracks is not None and few is not None and not few.config.track_channels:
+            raise UserError("mode fast: this model's few-step weights have no input for tracks: use mode std")
+        if request.brush_guidance_scale not in (None, 1) and (self.groups or self.config.get("block_frames")):
+            raise UserError(f"brush_guidance_scale {request.brush_guidance_scale:g}: this model has no pass without tracks: leave it out")
         if request.guidance_reach and (self.groups or self.config.get("block_frames")):
             raise UserError(f"guidance_reach {request.guidance_reach:g}: this model has no given frames among those it makes: leave it out")
 
@@ -356,6 +387,7 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
                 "keyframes": [],
                 "camera": None,
                 "camera_scale": 1.0,
+                "tracks": None,
                 "num_frames": 1,
                 "duration": None,
                 "extend_to": None,
@@ -369,10 +401,11 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         done = inputs.video if continued else torch.empty(0, plan.height, plan.width, 3, dtype=torch.uint8)
         experts = [self.transformer_fast] if plan.fast else self.experts
         sampler = Sampler(experts, self.config.get("boundary_ratio"), self.scheduler, plan)
-        steps = 0
+        tracks, origin, steps = plan_tracks(inputs, plan.hops), plan.hops[0].start, 0
         for number, hop in enumerate(plan.hops):
-            state, concat = self._conditions(request, hop, inputs, done if hop.overlap else None)
-            view = None if camera is None else self._view(camera, hop, plan, plan.hops[0].start)
+            mine = None if tracks is None else hop_tracks(tracks, hop, origin)
+            state, concat = self._conditions(request, hop, inputs, done if hop.overlap else None, mine)
+            view = None if camera is None else self._view(camera, hop, plan, origin)
             noise = torch.randn(state.clean.shape, generator=generator(seed, "noise", number)) if start is None else start.float()
             for step in sampler(state, Signals(text, view, concat, image), upload(noise, device), seed, number):
                 if callback is not None:
@@ -397,8 +430,10 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             raise UserError(f"'{request.prompt[:40]}' takes more than one clip: ask for fewer frames, and no loop without a first frame")
         if self.transformer.config.pos_embed_seq_len is not None:
             raise UserError("these weights look at the first and the last frame together, which no group of clips can share: take others")
-        state, concat = self._conditions(request, plan.hops[0], inputs, inputs.video if plan.hops[0].overlap else None)
-        view = None if camera is None else self._view(camera, plan.hops[0], plan, plan.hops[0].start)
+        (hop,), tracks = plan.hops, plan_tracks(inputs, plan.hops)
+        mine = None if tracks is None else hop_tracks(tracks, hop, hop.start)
+        state, concat = self._conditions(request, hop, inputs, inputs.video if hop.overlap else None, mine)
+        view = None if camera is None else self._view(camera, hop, plan, hop.start)
         return Asked(plan, state, Signals(self._encode_text(request, plan), view, concat, self._image_tokens(inputs)))
 
     @torch.no_grad()
@@ -412,16 +447,20 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             pass
         return many.finish(step.z)
 
-    def _conditions(self, request: Request, hop: Hop, inputs: Inputs, before: Tensor | None) -> tuple[State, Tensor | None]:
+    def _conditions(
+        self, request: Request, hop: Hop, inputs: Inputs, before: Tensor | None, tracks: Tracks | None
+    ) -> tuple[State, Tensor | None]:
         """What is given of one hop, on the device: as a state, and as extra channels for weights that take it so."""
-        state, concat = self._state(request, hop, inputs, before), None
+        way = self.config.get("track_writing")
+        state, concat = self._state(request, hop, inputs, before, None if way else tracks), None
         if self.groups:
-            concat = upload(concat_channels(state, self.groups, self._control(inputs, hop)), self._execution_device)
+            concat = concat_channels(state, self.groups, self._control(inputs, hop))
+            concat = upload(write_tracks(concat, tracks, way) if way and tracks is not None else concat, self._execution_device)
             state = opened(state)
         return state.to(self._execution_device), concat
 
-    def _state(self, request: Request, hop: Hop, inputs: Inputs, before: Tensor | None) -> State:
-        """The encoded given content of one hop. `before`: the frames so far, whose last ones are the hop's first ones."""
+    def _state(self, request: Request, hop: Hop, inputs: Inputs, before: Tensor | None, tracks: Tracks | None) -> State:
+        """The encoded given content of one hop. `before`: the frames so far, whose last ones are the hop's first ones. tracks: its own."""
         vae = self.vae
         f, h, w = latent_frames(hop.frames), inputs.height // vae.spatial_factor, inputs.width // vae.spatial_factor
         clean = torch.zeros(1, vae.config.z_dim, f, h, w)
@@ -450,7 +489,8 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
                 clean[:, :, : latents.shape[2]] = latents
             if lone:
                 keyframes = torch.cat([self.encode(picture[None]) for picture in lone], dim=2)
-        return build_state([hop.given], clean, keyframes, tuple(self.transformer.config.patch_size), request.sigma_c)
+        patch = tuple(self.transformer.config.patch_size)
+        return build_state([hop.given], clean, keyframes, patch, request.sigma_c, None if tracks is None else [tracks])
 
     def _view(self, camera: Trajectory, hop: Hop, plan: Plan, origin: int) -> Cameras:
         """The camera of one hop: its part of the path, relative to the hop's first frame."""

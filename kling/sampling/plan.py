@@ -8,8 +8,10 @@ import torch
 
 from kling.cameras.trajectory import Trajectory
 from kling.condition.state import Given
+from kling.condition.tracks import Tracks
 from kling.errors import UserError, unknown
 from kling.flow.solvers import SOLVERS
+from kling.sampling.brush import stroke_tracks
 from kling.sampling.inputs import LAST, Inputs, read_camera
 from kling.sampling.request import Request
 from kling.shapes import TEMPORAL, clip_frames, latent_frames, nearest_frames
@@ -62,6 +64,7 @@ class Plan:
     camera_guidance_scale: float
     shift: float
     tokens: int  # of the longest hop
+    brush_guidance_scale: float = 1.0  # 1 without tracks
     fast: bool = False  # whether the few-step weights beside the transformer make it
     block_frames: int = 0  # latent frames generated at a time; 0: all
     frame_delay: int = 0  # steps by which each latent frame is behind the previous one
@@ -158,6 +161,7 @@ def check_flow_map(request: Request) -> None:
         "negative_prompt": request.negative_prompt,
         "guidance_scale": request.guidance_scale not in (None, 1) or None,
         "camera_guidance_scale": request.camera_guidance_scale not in (None, 1) or None,
+        "brush_guidance_scale": request.brush_guidance_scale not in (None, 1) or None,
         "guidance_interval": request.guidance_interval,
         "guidance_every": request.guidance_every != 1 or None,
         "guidance_reach": request.guidance_reach,
@@ -180,6 +184,24 @@ def plan_camera(request: Request, hops: list[Hop], H: int, W: int) -> Trajectory
     if camera is None or not still:
         return camera
     return Trajectory(*(torch.cat([t[:1].expand(still, *t.shape[1:]), t]) for t in (camera.c2w, camera.intrinsics)))
+
+
+def plan_tracks(inputs: Inputs, hops: list[Hop]) -> Tracks | None:
+    """The tracks from the first hop's first frame to the last hop's last; they begin on the last frame that exists already."""
+    if not inputs.strokes:
+        return None
+    if hops[-1].end == 1:
+        raise UserError("tracks were given for a single picture, in which nothing can move: leave them out, or give a duration")
+    still = max(0, hops[0].overlap - 1)
+    tracks = stroke_tracks(inputs.strokes, hops[-1].end - hops[0].start - still)
+    before = Tracks(tracks.points[:, :1].expand(-1, still, -1), torch.zeros(len(tracks), still, dtype=torch.bool), tracks.code)
+    return Tracks(*(torch.cat([getattr(part, name) for part in (before, tracks)], 1) for name in ("points", "there")), tracks.code)
+
+
+def hop_tracks(tracks: Tracks, hop: Hop, origin: int) -> Tracks:
+    """A hop's part of the tracks, from its last given frame on. origin: of the tracks, in pixel frames of the whole video."""
+    part = tracks.frames(hop.start - origin, hop.start - origin + hop.frames)
+    return Tracks(part.points, part.there & (torch.arange(hop.frames) >= hop.overlap - 1), part.code)
 
 
 def _with_keyframes(request: Request, inputs: Inputs, hops: list[Hop]) -> list[Hop]:

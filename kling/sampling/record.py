@@ -26,6 +26,7 @@ import torch
 from kling import __version__
 from kling.errors import UserError
 from kling.runtime.files import head, parse_json, sha256, written
+from kling.sampling.brush import tracks_of
 from kling.sampling.request import Request
 
 Record = dict[str, Any]
@@ -189,6 +190,8 @@ def _input_files(request: Request) -> Iterator[Path]:
         request.video,
         request.control,
         request.mask,
+        *(track.mask for track in tracks_of(request.tracks)),
+        *([request.tracks] if isinstance(request.tracks, str) else []),
     ):
         if isinstance(given, str | Path):
             yield Path(given)

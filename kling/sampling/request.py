@@ -16,6 +16,7 @@ import numpy as np
 from kling.cameras.axes import check_axes, parse_axes
 from kling.cameras.trajectory import Trajectory
 from kling.errors import UserError, unknown
+from kling.sampling.brush import Track, as_tracks
 from kling.shapes import ASPECTS, latent_frames, parse_size
 
 Picture = str | Path | np.ndarray | None  # a file, or uint8 (H, W, 3)
@@ -39,6 +40,7 @@ class Fields(TypedDict, total=False):
     loop: bool
     camera: str | dict[str, float] | Trajectory | None
     camera_scale: float
+    tracks: str | list[Track] | None
     control: Movie
     aspect: str | None
     size: str | None
@@ -50,6 +52,7 @@ class Fields(TypedDict, total=False):
     num_inference_steps: int | None
     guidance_scale: float | None
     camera_guidance_scale: float | None
+    brush_guidance_scale: float | None
     guidance_interval: tuple[float, float] | None
     guidance_every: int
     guidance_reach: float | None
@@ -95,6 +98,7 @@ class Request:
     (diffusers' and ComfyUI's denoise is 1 - ours).
     loop: the last frame leads back to the first.
     camera: axes ("pan=5,zoom=2" or a dict), a master shot, a trajectory file or a `Trajectory`. camera_scale multiplies its translation.
+    tracks: what moves where (motion brush): a JSON file or a list of `Track(mask, points)`; see `kling.sampling.brush`.
     control: a video (edges, depth, pose …) whose frames the result follows.
     size: "WIDTHxHEIGHT" instead of an aspect.
     aspect, duration (seconds) or num_frames (1 + 4k): defaults follow from the pictures and the model.
@@ -120,6 +124,7 @@ class Request:
     loop: bool = False
     camera: str | dict[str, float] | Trajectory | None = None
     camera_scale: float = 1.0
+    tracks: str | list[Track] | None = None
     control: Movie = None
     aspect: str | None = None
     size: str | None = None
@@ -131,6 +136,7 @@ class Request:
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
     camera_guidance_scale: float | None = None
+    brush_guidance_scale: float | None = None
     guidance_interval: tuple[float, float] | None = None
     guidance_every: int = 1
     guidance_reach: float | None = None
@@ -165,7 +171,7 @@ class Request:
             raise UserError(f"sigma_c {self.sigma_c:g}: give a noise level from 0 to less than 1")
         if self.shift is not None and not (math.isfinite(self.shift) and self.shift > 0):  # 0 puts every step where there is no noise
             raise UserError(f"shift {self.shift:g}: give a number above 0")
-        for name in ("guidance_scale", "camera_guidance_scale", "guidance_reach", "camera_scale"):
+        for name in ("guidance_scale", "camera_guidance_scale", "brush_guidance_scale", "guidance_reach", "camera_scale"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= 0):
                 raise UserError(f"{name} {value}: give a number of 0 or more")
@@ -216,6 +222,7 @@ class Request:
         if isinstance(self.camera, dict) and (bad := [k for k, v in self.camera.items() if not isinstance(v, numbers.Real)]):
             raise UserError(f"camera axis {bad[0]} is {_short(self.camera[bad[0]])}: give a number from -10 to 10")
         self.camera = str(self.camera) if isinstance(self.camera, Path) else self.camera
+        self.tracks = as_tracks(self.tracks)
         if not isinstance(self.keyframes, list | tuple):
             raise UserError(f"keyframes {_short(self.keyframes)}: give a list of (picture, frame) or (picture, frame, strength)")
         self.keyframes = [_keyframe(given) for given in self.keyframes]
@@ -241,6 +248,10 @@ class Request:
         if self.video is not None and self.extend_to is not None and (self.duration or self.num_frames):
             length = "duration" if self.duration else "num_frames"
             raise UserError(f"both {length} and extend_to were given: one is what is added, the other the length of the whole; give one")
+        if self.edited and self.tracks is not None:
+            raise UserError(f"both {self.edited} and tracks were given: a given video moves as it does; leave one out")
+        if self.tracks is None and self.brush_guidance_scale not in (None, 1):
+            raise UserError(f"brush_guidance_scale {self.brush_guidance_scale:g} was given without tracks to follow: give tracks too")
         if self.camera is None and self.camera_scale != 1:
             raise UserError(f"camera_scale {self.camera_scale:g} was given without a camera to scale: give camera too")
 

@@ -106,7 +106,7 @@ class Sampler:
         walk_caches: dict[tuple[bool, str], WalkCache] = {}
         share = given_share(*state.host, plan.guidance_reach)
         share = None if share is None else upload(share, state.mask.device)
-        guided = Guidance(plan.guidance_interval, plan.guidance_every, share)
+        guided = Guidance(plan.guidance_interval, plan.guidance_every, share, plan.brush_guidance_scale)
 
         def cache(second: bool, which: str) -> WalkCache:
             if (second, which) not in walk_caches:
@@ -136,16 +136,18 @@ class Sampler:
     ) -> Tensor:  # fmt: skip
         """One pass of one expert: z (1, c, G, h, w) and its level (1,), or its tokens' levels -> velocity (1, c, G, h, w)."""
         dtype = expert.dtype
+        text, tracks = ("prompt", None) if which == "no tracks" else (which, state.tracks)
         x = z if signals.concat is None else torch.cat([z, signals.concat], dim=1)
         branch = which if camera or signals.camera is None else "no camera"  # step caches use this name to keep passes apart
         with expert.cache_context(branch) if expert.is_cache_enabled else nullcontext():
             return expert(
                 x.to(dtype),
                 sigma,
-                signals.text[which].to(dtype),
+                signals.text[text].to(dtype),
                 positions=state.position,
                 kinds=state.kind,
                 camera=signals.camera if camera else None,
+                tracks=tracks,
                 encoder_hidden_states_image=None if signals.image is None else signals.image.to(dtype),
                 history=history,
                 walk_cache=walk_cache,

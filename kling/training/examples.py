@@ -16,7 +16,9 @@ from kling.cameras.trajectory import Cameras, Trajectory
 from kling.condition.concat import concat_channels, concat_groups
 from kling.condition.state import Given, State, build_state
 from kling.condition.tasks import TASKS, draw_task, keyframe_share
+from kling.condition.tracks import BACKGROUND, Tracks
 from kling.data.world.captions import speaks_of_camera
+from kling.data.world.tracks import DROPPED, brushed_caption, draw_tracks, is_unnamed, scene_of
 from kling.dit import KlingTransformer3DModel
 from kling.errors import UserError
 from kling.runtime.device import upload
@@ -25,6 +27,7 @@ from kling.shapes import pixel_frames, token_grid
 from kling.text.encoder import cut_prompt
 from kling.vae import AutoencoderKLKling
 
+CHOSEN = (1, 2, 4, 8, 16, 32)  # tracks of a real clip that are given, each number equally often
 SAY_CAMERA = 0.9  # share of clips with a moving camera but no camera signal whose prompt mentions it, if a caption does
 
 
@@ -45,7 +48,7 @@ def check_divides(data: LatentSteps, tasks: Mapping[str, float], transformer: Kl
 @dataclass(frozen=True)
 class Drawing:
     """How examples are drawn: weights of the tasks, and how often text or camera are left out. group: consecutive places of one shape.
-    max_bytes: longer captions are cut to it."""
+    max_bytes: longer captions are cut to it. brush: share of clips with tracks."""
 
     seed: int
     tasks: Mapping[str, float]
@@ -53,6 +56,7 @@ class Drawing:
     camera_drop: float
     group: int = 1
     max_bytes: int | None = None
+    brush: float = 0.0
 
     def appends_keyframe(self, place: int) -> bool:
         """Whether the batch of a place is for tasks that append a frame; the same within a group, since it changes the amount of work."""
@@ -89,6 +93,7 @@ def draw_example(how: Drawing, batch: LatentBatch, place: int, transformer: Klin
     b, _, f, h, w = batch.latents.shape
     K = int(f > 1 and how.appends_keyframe(place))  # the same for all clips of a batch, which share a shape
     given: list[Given] = []
+    tracks: list[Tracks | None] = []
     lone, prompts, has_camera = [], [], []
     for i in range(b):
         task = draw_task(rng, how.tasks, K) if f > 1 else "text"
@@ -98,12 +103,53 @@ def draw_example(how: Drawing, batch: LatentBatch, place: int, transformer: Klin
             lone.append(batch.keyframes[i, j])
         given.append(what)
         prompt, shown = draw_words(rng, how, batch.captions[i], batch.weights[i], batch.cameras[i])
+        mine, prompt = draw_brush(how, batch, i, place, what, prompt, shown)
+        tracks.append(mine)
         prompts.append(prompt)
         has_camera.append(shown)
     keyframes = torch.stack(lone)[:, :, None] if K else None  # (b, c, 1, h, w)
-    state = build_state(given, batch.latents, keyframes, tuple(transformer.config.patch_size))
+    asked = tracks if transformer.config.track_channels else None  # also if no clip has any: every process must use every parameter
+    state = build_state(given, batch.latents, keyframes, tuple(transformer.config.patch_size), tracks=asked)
     example = Example(state, prompts, batch_cameras(batch, given, transformer, vae), torch.tensor(has_camera))
     return as_extra_channels(example, batch, given, transformer)
+
+
+def draw_brush(
+    how: Drawing, batch: LatentBatch, i: int, place: int, what: Given, prompt: str, camera_shown: bool
+) -> tuple[Tracks | None, str]:
+    """The tracks of clip i of a batch, None for most, and its prompt, in which tracked things may move without being told to.
+
+    what: is given of the clip; the motion of a video that is filled or restyled is known, so such clips have no tracks.
+    """
+    f = batch.latents.shape[2]
+    rng = random.Random(f"tracks/{how.seed}/{place}/{i}")  # of its own, so that a run without tracks draws what it always did
+    share = 1 if how.brush and is_unnamed(batch.names[i]) else how.brush
+    if f == 1 or what.space is not None or what.hold or rng.random() >= share:
+        return None, prompt
+    T, start = pixel_frames(f), pixel_frames(what.known) - 1 if what.known else 0
+    if batch.tracks is not None:
+        return choose_tracks(batch.tracks[i], rng, start), prompt
+    scene = scene_of(batch.names[i], batch.whole)
+    camera = batch.cameras[i]
+    if scene is None or camera is None or not torch.allclose(camera.c2w, scene.trajectory.c2w[:T], atol=1e-4):
+        raise UserError(f"clip {batch.names[i]} of the latent cache is not what this version of the world shows: make the cache again")
+    brushed = draw_tracks(scene, rng, start)
+    if prompt:
+        prompt = brushed_caption(scene, brushed, camera_shown, rng)
+        prompt = prompt if how.max_bytes is None else cut_prompt(prompt, how.max_bytes)
+    return brushed.tracks.frames(0, T), prompt
+
+
+def choose_tracks(stored: Tensor, rng: random.Random, start: int) -> Tracks | None:
+    """Some of a real clip's tracks (n, T, 3) that are there in frame `start`, from it on; None if none is."""
+    time = torch.arange(stored.shape[1])
+    present = (stored[:, start, 2] > 0).nonzero().flatten().tolist()
+    if not present:
+        return None
+    chosen = stored[rng.sample(present, min(len(present), rng.choice(CHOSEN)))]  # (m, T, 3)
+    end = rng.randint(min(len(time), start + 2), len(time)) if rng.random() < DROPPED else len(time)
+    there = (chosen[..., 2] > 0) & (time >= start) & (time < end)
+    return Tracks(chosen[..., :2], there, torch.full((len(chosen),), BACKGROUND))
 
 
 def draw_words(
@@ -139,7 +185,9 @@ def as_extra_channels(example: Example, batch: LatentBatch, given: list[Given], 
         return example
     shown = torch.zeros_like(batch.latents) if batch.shown is None else batch.shown
     concat = concat_channels(replace(state, clean=shown) if "clean" in groups else state, groups)
-    return replace(example, state=build_state([Given()] * b, batch.latents, None, state.patch), concat=concat)
+    opened = build_state([Given()] * b, batch.latents, None, state.patch)
+    maps = None if state.tracks is None else state.tracks[:, :, : state.frames]
+    return replace(example, state=replace(opened, tracks=maps), concat=concat)
 
 
 def batch_cameras(batch: LatentBatch, given: list[Given], transformer: KlingTransformer3DModel, vae: AutoencoderKLKling) -> Cameras | None:

@@ -62,6 +62,7 @@ class Trained(nn.Module):
             kinds=state.kind,
             camera=example.cameras,
             camera_mask=example.has_camera,
+            tracks=state.tracks,
             encoder_hidden_states_image=example.seen,
         ).sample  # (b, c, G, h, w)
 

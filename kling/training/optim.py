@@ -7,7 +7,8 @@ closed form has no state to save.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,11 +20,15 @@ from kling.runtime.checkpoint import Rows, restore
 from kling.training.muon import Muon, is_matrix
 
 SCHEDULES = ("constant", "cosine")
+NONE: Mapping[str, float] = MappingProxyType({})
 
 
-def adamw(model: nn.Module, lr: float, betas: tuple[float, float] = (0.9, 0.95), weight_decay: float = 0.01, eps: float = 1e-8) -> AdamW:
-    """AdamW over the trained parameters. Only those of `layer_weights` decay."""
-    groups = _groups(model, layer_weights(model), weight_decay=weight_decay)
+def adamw(
+    model: nn.Module, lr: float, betas: tuple[float, float] = (0.9, 0.95), weight_decay: float = 0.01, eps: float = 1e-8,
+    lr_of: Mapping[str, float] = NONE,
+) -> AdamW:  # fmt: skip
+    """AdamW over the trained parameters. Only those of `layer_weights` decay. lr_of: see `make_optimizer`."""
+    groups = _groups(model, layer_weights(model), lr_of, weight_decay=weight_decay)
     return AdamW(groups, lr=lr, betas=tuple(betas), eps=eps, fused=True)
 
 
@@ -34,10 +39,11 @@ def muon(
     weight_decay: float = 0.01,
     momentum: float = 0.95,
     exact: bool = False,
+    lr_of: Mapping[str, float] = NONE,
 ) -> Muon:
     """Muon over those of `layer_weights` that are matrices (`is_matrix`), with decay, and AdamW without decay over the rest. `lr` has the
-    scale of AdamW's for both. exact: in fp32 even if bf16 is faster, for a run in fp32."""
-    groups = _groups(model, filter(is_matrix, layer_weights(model)), weight_decay=weight_decay, momentum=momentum)
+    scale of AdamW's for both. exact: in fp32 even if bf16 is faster, for a run in fp32. lr_of: see `make_optimizer`."""
+    groups = _groups(model, filter(is_matrix, layer_weights(model)), lr_of, weight_decay=weight_decay, momentum=momentum)
     return Muon(groups, lr=lr, betas=tuple(betas), fused=True, exact=exact)
 
 
@@ -51,24 +57,39 @@ def layer_weights(model: nn.Module) -> list[Tensor]:
     return [p for m in layers for name, p in m.named_parameters(recurse=False) if name == "weight" and p.ndim >= 2]
 
 
-def _groups(model: nn.Module, first: Iterable[Tensor], **settings: float) -> list[dict[str, Any]]:
-    """The trained parameters as non-empty groups of an optimizer: `first` with these settings, and the others without decay."""
-    inside, params = {id(p) for p in first}, trainable(model)
-    groups = [
-        {"params": [p for p in params if id(p) in inside], **settings},
-        {"params": [p for p in params if id(p) not in inside], "weight_decay": 0.0},
-    ]
+def _groups(model: nn.Module, first: Iterable[Tensor], lr_of: Mapping[str, float], **settings: float) -> list[dict[str, Any]]:
+    """The trained parameters as non-empty groups of an optimizer: `first` with these settings, and the others without decay; those of
+    another learning rate in groups of their own, with its multiple as "lr_scale"."""
+    inside, params, times = {id(p) for p in first}, trainable(model), _multiples(model, lr_of)
+    groups = []
+    for scale in sorted({times.get(id(p), 1.0) for p in params}, key=lambda scale: (scale != 1, scale)):
+        own, more = [p for p in params if times.get(id(p), 1.0) == scale], {} if scale == 1 else {"lr_scale": scale}
+        groups.append({"params": [p for p in own if id(p) in inside], **settings, **more})
+        groups.append({"params": [p for p in own if id(p) not in inside], "weight_decay": 0.0, **more})
     return [group for group in groups if group["params"]]
 
 
+def _multiples(model: nn.Module, lr_of: Mapping[str, float]) -> dict[int, float]:
+    """The multiple of the learning rate of parameters, by id, that `lr_of` names. Raises `UserError` for a name that none has."""
+    times: dict[int, float] = {}
+    for part, scale in lr_of.items():
+        found = [id(p) for name, p in model.named_parameters() if part in name.split(".") or name.startswith(part)]
+        if not found or not scale > 0:
+            raise UserError(f"lr_of {part} {scale:g}: name a part of the model, such as track_embedding, with a multiple above 0")
+        times |= dict.fromkeys(found, scale)
+    return times
+
+
 def make_optimizer(
-    name: str, model: nn.Module, lr: float, betas: Iterable[float] = (0.9, 0.95), weight_decay: float = 0.01, exact: bool = False
-) -> AdamW:
-    """The optimizer of a config's `optimizer:`. exact: see `muon`. Raises `UserError` for an unknown name."""
+    name: str, model: nn.Module, lr: float, betas: Iterable[float] = (0.9, 0.95), weight_decay: float = 0.01, exact: bool = False,
+    lr_of: Mapping[str, float] = NONE,
+) -> AdamW:  # fmt: skip
+    """The optimizer of a config's `optimizer:`. exact: see `muon`. lr_of: parts of the model, by a word or the beginning of their names,
+    and the multiple of lr that they take. Raises `UserError` for an unknown name."""
     if name not in OPTIMIZERS:
         raise unknown("optimizer", name, OPTIMIZERS)
     extra = {"exact": exact} if name == "muon" else {}
-    return OPTIMIZERS[name](model, lr, betas=tuple(betas), weight_decay=weight_decay, **extra)
+    return OPTIMIZERS[name](model, lr, betas=tuple(betas), weight_decay=weight_decay, lr_of=lr_of, **extra)
 
 
 OPTIMIZERS = {"adamw": adamw, "muon": muon}
@@ -111,9 +132,9 @@ def lr_at(step: int, *, lr: float, warmup: int = 0, steps: int | None = None, sc
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Set the learning rate of every group."""
+    """Set the learning rate of every group, times the group's own multiple."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:

@@ -24,8 +24,8 @@ from torch.utils.data import Dataset
 from kling.cameras.trajectory import Cameras
 from kling.dit import KlingTransformer3DModel
 from kling.errors import UserError
-from kling.metrics.motion import speed
 from kling.metrics.pixel import diversity
+from kling.rewards.pixels import speed
 from kling.rewards.reward import Judge
 from kling.runtime.checkpoint import step_of
 from kling.runtime.files import written
@@ -178,10 +178,13 @@ def example_of(asked: Asked, latents: Tensor, transformer: KlingTransformer3DMod
     b, signals, plan = len(latents), asked.signals.repeated(len(latents)), asked.plan
     state = asked.state.repeated(b)
     clean = torch.cat([latents.to(state.clean), state.clean[:, :, state.frames :]], dim=2)  # (b, c, G, h, w), appended frames as given
-    runs, state = state._runs, replace(state, clean=clean)
+    maps = state.tracks  # every process uses every parameter in every step, also where nothing has tracks or a camera
+    if maps is None and (c := transformer.config.track_channels):
+        maps = clean.new_zeros(b, c, *clean.shape[2:])
+    runs, state = state._runs, replace(state, clean=clean, tracks=maps)
     state.__dict__["_runs"] = runs
     cameras = signals.camera
-    if cameras is None and transformer.config.camera_channels:  # every process uses every parameter in every step
+    if cameras is None and transformer.config.camera_channels:
         T, device = plan.hops[0].frames, clean.device
         still = torch.eye(3, 4, device=device).expand(b, T, 3, 4), torch.tensor([1.0, 1.0, 0.5, 0.5], device=device).expand(b, T, 4)
         lone = torch.zeros(b, state.position.shape[1] - state.frames, dtype=torch.long, device=device)

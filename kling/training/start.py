@@ -34,7 +34,8 @@ from kling.text.umt5 import UMT5TextEncoder
 from kling.vae import AutoencoderKLKling
 
 # keys of the transformer's config that a training may add to a model: inputs that start at zero
-EXTRAS = ("in_channels", "num_kinds", "camera_channels", "camera_fold", "camera_downscale", "camera_residual_blocks", "gate_value")
+EXTRAS = ("in_channels", "num_kinds", "camera_channels", "camera_fold", "camera_downscale", "camera_residual_blocks", "track_channels")
+EXTRAS += ("gate_value",)
 READ = "read"  # file in a cache's text folder that records that umT5 has encoded all captions
 SHIPPED = "shipped"  # name in presets for the model that comes with the package, wherever it is installed
 LONG_CAPTIONS = ("refuse", "cut")
@@ -239,7 +240,8 @@ def grow(folder: str | Path, model: Mapping[str, Any], dtype: torch.dtype = torc
             continue
         if key not in EXTRAS:
             raise UserError(f"model {folder} has model.{key} = {had[key]!r}, not {value!r}: only {', '.join(EXTRAS)} can be added")
-        there = {"num_kinds": had["num_kinds"], "in_channels": had["in_channels"] > had["out_channels"], "gate_value": had["gate_value"]}
+        there = {name: had[name] for name in ("num_kinds", "track_channels", "gate_value")}
+        there |= {"in_channels": had["in_channels"] > had["out_channels"]}
         if there.get(key, had["camera_channels"]):
             raise UserError(f"model {folder} was trained with model.{key} = {had[key]!r}: leave it unchanged")
         changed[key] = value
@@ -279,6 +281,20 @@ def check_fit(vae: AutoencoderKLKling, transformer: KlingTransformer3DModel, tas
             raise UserError(f"these weights take what is given as extra channels, and cannot learn tasks.{task} so: {', '.join(able)} only")
         if task != "text" and lacks:
             raise UserError(f"tasks.{task} shows these weights a first frame, and {cache.folder} holds none: kling-encode with image=true")
+
+
+def check_brush(share: float, transformer: KlingTransformer3DModel, cache: LatentCache) -> None:
+    """Raises `UserError` unless the transformer can learn tracks, and the clips of the cache have some, if a share of clips is to."""
+    if not 0 <= share <= 1:
+        raise UserError(f"brush {share:g}: give the share of clips with tracks, from 0 to 1")
+    channels, z = transformer.config.track_channels, transformer.config.out_channels
+    if channels not in (0, z + 1):
+        raise UserError(f"model.track_channels {channels} for latents of {z} channels: give {z + 1}, or 0 for a model without tracks")
+    if share and not channels:
+        raise UserError(f"brush {share:g} is set, and this model has no input for tracks: set model.track_channels={z + 1}, or brush=0")
+    if share and cache.settings["data"]["source"] != "world" and "tracks" not in cache.holds:
+        remedy = "run kling-data tracks and encode them again, or set brush=0"
+        raise UserError(f"brush {share:g} is set, and the clips of latent cache {cache.folder} have no tracks: {remedy}")
 
 
 def taught_text(folder: str, settings: Mapping[str, Any]) -> ByteTextEncoder:

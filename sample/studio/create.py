@@ -43,6 +43,8 @@ class Form:
                 self._video()
             with gr.Tab(t("camera"), id="camera"):
                 self._camera()
+            with gr.Tab(t("tracks"), id="tracks"):
+                self._tracks()
             with gr.Tab(t("size"), id="size"):
                 self._size()
             with gr.Tab(t("advanced"), id="advanced"):
@@ -76,6 +78,7 @@ class Form:
 
     def _text(self) -> None:
         self.fields["prompt"] = prompt = gr.Textbox(label=t("prompt"), placeholder=t("prompt_hint"), lines=3, elem_id="prompt")
+        self.enhance = gr.Button(t("enhance"), size="sm", visible=self.studio.enhancer is not None, elem_id="enhance")
         examples = gr.Dataset(
             label=t("examples"), components=[gr.Textbox(visible=False)], samples=[[e] for e in EXAMPLES], type="index", elem_id="examples"
         )
@@ -133,10 +136,17 @@ class Form:
                     elem_id=f"axis-{name}",
                 )  # fmt: skip
         with gr.Row(elem_classes="sliders"):
-            own = self.studio.pipe.setting("camera_guidance_scale")
-            for name, (low, high, value, step) in {"camera_scale": (0, 3, 1, 0.1), "camera_guidance_scale": (1, 6, own, 0.5)}.items():
-                self.fields[name] = gr.Slider(low, high, value, step=step, label=t(name), min_width=170, buttons=[], interactive=able)
+            self.fields["camera_scale"] = gr.Slider(0, 3, 1, step=0.1, label=t("camera_scale"), min_width=170, buttons=[], interactive=able)
+            own = f"{t('own')} ({self.studio.pipe.setting('camera_guidance_scale'):g})"
+            self.fields["camera_guidance_scale"] = gr.Number(
+                0, label=t("camera_guidance_scale"), info=own, step=0.5, min_width=170, interactive=able, elem_id="camera_guidance_scale"
+            )
         self.fields["camera_file"] = gr.File(label=t("trajectory"), height=130, interactive=able, elem_id="camera-file")
+
+    def _tracks(self) -> None:
+        need = missing(self.studio.pipe, "tracks")
+        gr.Markdown(t(f"unable_{need}") if need else t("draw_tracks"))
+        self.fields["tracks"] = gr.HTML(padding=False, elem_id="board", html_template="${value}", visible=not need)
 
     def _size(self) -> None:
         aspects = [(t("auto"), "auto"), *((a, a) for a in self.studio.sizes)]
@@ -165,6 +175,9 @@ class Form:
 
     def _go(self) -> None:
         self.plan = gr.HTML(elem_id="plan", padding=False)
+        fast = self.studio.pipe.transformer_fast is not None
+        self.live = gr.Checkbox(fast, label=t("live"), info=t("live_is"), visible=fast, elem_id="live")
+        self.rough = gr.HTML(padding=False, visible=fast, elem_id="rough")
         with gr.Row(elem_classes="seed-row"):
             modes = [(t(mode), mode) for mode in MODES if mode != "fast" or self.studio.pipe.transformer_fast is not None]
             self.fields["mode"] = gr.Radio(modes, value="std", label=t("mode"), min_width=140, scale=2)

@@ -6,17 +6,29 @@ import re
 import secrets
 import time
 from collections.abc import Generator
+from contextlib import suppress
 from typing import Any
 
 import gradio as gr
 from kling_programs.sample.studio import camera, views
 from kling_programs.sample.studio.create import Form, Stage
-from kling_programs.sample.studio.form import FIELDS, KINDS, Fields, apart, check_number, checked, mask_of, request_of
+from kling_programs.sample.studio.form import (
+    FIELDS,
+    KINDS,
+    Fields,
+    apart,
+    canvas_size,
+    check_number,
+    checked,
+    mask_of,
+    missing,
+    request_of,
+)
 from kling_programs.sample.studio.jobs import Stopped, Waiting
 from kling_programs.sample.studio.mistakes import without_folders
 from kling_programs.sample.studio.restore import fields_of, record_at
 from kling_programs.sample.studio.shelf import Result
-from kling_programs.sample.studio.studio import Step, Studio, guarded, lenient, public, visitor
+from kling_programs.sample.studio.studio import Step, Studio, Weights, guarded, lenient, public, visitor
 from kling_programs.sample.studio.words import language, say
 
 from kling.cameras.axes import LIMIT, MOVES, UNITS, axes_trajectory, parse_axes
@@ -32,14 +44,15 @@ from kling.shapes import ASPECTS, clip_frames
 
 RAW = {"preprocess": False, "api_visibility": "private", "show_progress": "hidden"}
 QUICK = RAW | {"queue": False, "trigger_mode": "always_last"}
+BOARD = 720  # pixels of the longer side of the picture to draw tracks on
 NOTHING = {"chosen": None, "comparing": False}
 CAMERA = (*UNITS, "camera_file", "camera_scale", "aspect", "duration")
-MASK = FIELDS.index("mask")
-# State in the browser: the drawn mask, the list of its results (shared by all tabs), and the tab's own name. See page.js.
-WITH_MASK = f"(...v) => window.studio.withMask(v, {MASK})"
-KEEPING = f"(...v) => window.studio.keep(window.studio.withMask(v, {MASK}))"
+MASK, TRACKS = FIELDS.index("mask"), FIELDS.index("tracks")
+# State in the browser: the drawn mask and tracks, the list of its results (shared by all tabs), and the tab's own name. See page.js.
+WITH_MASK = f"(...v) => window.studio.withMask(v, {MASK}, {TRACKS})"
+KEEPING = f"(...v) => window.studio.keep(window.studio.withMask(v, {MASK}, {TRACKS}))"
 WITH_LIST = "(...v) => window.studio.withList(v)"
-WITH_BOTH = f"(...v) => window.studio.withList(window.studio.withMask(v, {MASK}))"
+WITH_BOTH = f"(...v) => window.studio.withList(window.studio.withMask(v, {MASK}, {TRACKS}))"
 SAVED = "() => [window.studio.saved()]"
 APPLY = "(mine) => window.studio.apply(mine)"
 HOLD = "(painted) => window.studio.hold(painted)"
@@ -72,13 +85,22 @@ class Events:
         fields["use"].change(self.show_use, fields["use"], shown, **QUICK)
         fields["video"].change(self.paint_on, [fields["video"], fields["aspect"], form.painted], fields["mask"], **RAW)
 
+        seen = [fields[name] for name in ("image", "video", "last_image", "aspect")]
+        gr.on([c.change for c in seen], self.draw_on, seen, fields["tracks"], **QUICK)
+
         form.shot.input(self.master_shot, form.shot, [fields[name] for name in UNITS], **QUICK)
         moved = [fields[name] for name in CAMERA]  # one event for all: responses to several could arrive out of order
         gr.on([c.change for c in moved], self.draw_camera, moved, form.drawing, **QUICK)
 
+        drafted = [fields["prompt"], *moved, form.live]
+        if self.studio.pipe.transformer_fast is not None:
+            sent = [*form.inputs, form.live]
+            gr.on([c.change for c in drafted], self.draft, sent, form.rough, js=WITH_MASK, **QUICK | {"trigger_mode": "multiple"})
+
+        form.enhance.click(self.enhance, form.inputs, fields["prompt"], js=WITH_MASK, **RAW)
         form.dice.click(lambda: -1, None, fields["seed"], **QUICK)
         form.reuse.click(lenient(self.last_seed), self.stage.mine, fields["seed"], js=WITH_LIST, **QUICK)
-        planned = [c for name, c in fields.items() if name != "mask" and hasattr(c, "change")]
+        planned = [c for name, c in fields.items() if name not in ("mask", "tracks") and hasattr(c, "change")]
         gr.on([*(c.change for c in planned), form.checked.click], self.explain, form.inputs, form.plan, js=KEEPING, **QUICK)
         filled = [*form.inputs, form.timeline, form.painted]
         form.restore.upload(self.restore, form.restore, filled, **RAW).then(None, form.painted, None, js=HOLD, **QUICK).then(
@@ -111,6 +133,38 @@ class Events:
             return views.understood(lang, plan, asked, self.studio.clip_seconds(asked, plan), self.studio.needs(pipe, plan, asked))
         except Exception as error:
             return views.mistake(public(error, request).message)
+
+    @guarded
+    def enhance(self, request: gr.Request, *values: Any) -> Generator:
+        """The prompt as the chat model writes it out; it is changed or sent like one that a visitor wrote."""
+        fields = dict(zip(FIELDS, values, strict=True))
+        asked, pipe = request_of(fields, self.studio.uploads), self.studio.planner(fields)
+        if not asked.prompt:
+            raise gr.Error(say(language(request), "nothing_to_enhance"), print_exception=False, title="")
+        work = self.studio.queue.run(
+            visitor(request), lambda tell: self.studio.enhancer(asked.prompt, pipe, asked.image is not None), request.session_hash or ""
+        )
+        try:
+            while True:
+                next(work)
+                yield gr.skip()
+        except StopIteration as done:
+            yield done.value
+
+    def draft(self, request: gr.Request, *values: Any) -> Any:
+        """A rough clip of the form as it is now; unchanged while a newer one is on its way, nothing where no clip can be made."""
+        *values, live = values
+        if not live:
+            return ""
+        try:
+            fields = dict(zip(FIELDS, values, strict=True))
+            asked, weights = request_of(fields, self.studio.uploads), self.studio.weights_of(fields)
+            if weights != Weights() or not (asked.prompt or asked.image) or asked.video:
+                return ""
+            frames = self.studio.rough(visitor(request), asked)
+        except UserError:  # the line about the plan says what is wrong
+            return ""
+        return gr.skip() if frames is None else views.moving(frames, self.studio.pipe.config.fps)
 
     def show_use(self, use: Any) -> list[Any]:
         return [gr.update(visible=use == u) for u in ("restyle", "fill", "outpaint")]
@@ -150,7 +204,7 @@ class Events:
         shown: list[Any] = []
         for name in FIELDS:
             value = fields.get(name)
-            if name == "mask" or (name not in fields):
+            if name in ("mask", "tracks") or (name not in fields):
                 shown.append(gr.skip())
                 continue
             try:
@@ -169,6 +223,8 @@ class Events:
                 painted = {"video": video, "mask": mask}
         except UserError:
             pass
+        with suppress(UserError):
+            painted["tracks"] = [{"points": [list(point) for point in points]} for mask, points in Fields(fields).tracks() if not mask]
         rows = shown[FIELDS.index("keyframes")]
         try:
             shown.append(self._timeline(rows, fields.get("duration")) if isinstance(rows, list) else gr.skip())
@@ -212,6 +268,24 @@ class Events:
             before = self.studio.uploads.accept(painted.get("mask"), "image")
         picture = fit(read_video(video, num_frames=1).frames[0], *clip_size(asked, self.studio.sizes)).numpy()
         yield views.painter(language(request), picture, before)
+
+    def draw_on(self, request: gr.Request, image: Any, video: Any, last_image: Any, aspect: Any) -> str:
+        """The picture to draw tracks on: the first frame, the last one of a clip to continue, or an empty one of the clip's shape."""
+        if missing(self.studio.pipe, "tracks"):
+            return ""
+        uploads = self.studio.uploads
+        try:
+            H, W = canvas_size({"image": image, "video": video, "last_image": last_image, "aspect": aspect}, uploads)
+            shown = None
+            if clip := uploads.accept(video, "video"):
+                shown = read_video(clip).frames[-1]
+            elif first := uploads.accept(image, "image"):
+                shown = read_image(first)
+            scale = min(1.0, BOARD / max(H, W))
+            size = max(1, round(H * scale)), max(1, round(W * scale))
+            return views.board(size, None if shown is None else fit(shown, *size).numpy())
+        except Exception as error:
+            return views.mistake(public(error, request).message)
 
     # ---- the camera ----
 
@@ -263,6 +337,7 @@ class Events:
             self.explain, form.inputs, form.plan, js=WITH_MASK, **QUICK
         ).then(None, js=AWAKE, **QUICK)
         page.load(self.welcome, stage.mine, self.outputs, js=WITH_LIST, **RAW).then(None, stage.mine, stage.mine, js=APPLY, **QUICK)
+        page.load(self.draw_on, [form.fields[name] for name in ("image", "video", "last_image", "aspect")], form.fields["tracks"], **QUICK)
         page.load(self.draw_camera, [form.fields[name] for name in CAMERA], form.drawing, **QUICK)
 
     def welcome(self, request: gr.Request, mine: Any) -> Generator:

@@ -9,7 +9,11 @@ import secrets
 from typing import Any
 
 from kling.cameras.axes import LIMIT, UNITS
+from kling.data.image import read_image
+from kling.data.video import probe
 from kling.errors import UserError, unknown
+from kling.sampling.brush import MOST, Track
+from kling.sampling.inputs import clip_size
 from kling.sampling.pipeline import KlingPipeline
 from kling.sampling.request import MODES, Request
 from kling.shapes import ASPECTS
@@ -20,12 +24,14 @@ MAX_PROMPT = 2000  # characters
 MAX_STEPS = 100
 MAX_SECONDS = 60.0
 MAX_KEYFRAMES = 8
+MAX_POINTS = 200  # of a track
 USES = ("continue", "restyle", "fill", "outpaint")  # ways to use a given video
 
 # The fields of the page, in the order in which they are sent.
 FIELDS = (
     *("prompt", "negative_prompt", "image", "last_image", "keyframes", "loop"),
     *("video", "use", "strength", "mask", "outpaint"),
+    "tracks",
     *UNITS,
     *("camera_file", "camera_scale", "camera_guidance_scale"),
     *("aspect", "duration", "extend_to", "still", "mode"),
@@ -51,11 +57,12 @@ def request_of(fields: dict[str, Any], uploads: Any) -> Request:
     still = given.flag("still")
     goes_on = not video or use == "continue"  # otherwise the clip is as long as the video
     extend_to = (given.number("extend_to", 0, MAX_SECONDS) or None) if goes_on else None
+    image = None if video else uploads.accept(fields.get("image"), "image")
     camera = camera_file or ",".join(f"{name}={value:g}" for name, value in axes.items()) or None
     return Request(
         prompt=given.text("prompt"),
         negative_prompt=given.text("negative_prompt") or None,  # the checkpoint's own
-        image=None if video else uploads.accept(fields.get("image"), "image"),
+        image=image,
         last_image=uploads.accept(fields.get("last_image"), "image"),
         keyframes=[(uploads.accept(file, "image"), frame, strength) for file, frame, strength in given.keyframes()],
         loop=given.flag("loop") and not video,
@@ -63,9 +70,10 @@ def request_of(fields: dict[str, Any], uploads: Any) -> Request:
         strength=given.number("strength", 0, 1) if video and use == "restyle" else None,
         mask=_mask(fields.get("mask"), uploads) if video and use == "fill" else None,
         outpaint=given.choice("outpaint", ASPECTS) if video and use == "outpaint" else None,
+        tracks=_tracks(given, uploads, video, image) or None,
         camera=camera,
         camera_scale=given.number("camera_scale", 0, 10, 1.0) if camera else 1.0,
-        camera_guidance_scale=given.number("camera_guidance_scale", 0, 20),
+        camera_guidance_scale=given.number("camera_guidance_scale", 0, 20) or None,
         aspect=given.choice("aspect", ASPECTS) if not video or use != "outpaint" else None,
         duration=None if still or not goes_on or (video and extend_to) else given.number("duration", 0.1, MAX_SECONDS),
         num_frames=1 if still else None,
@@ -159,6 +167,21 @@ class Fields:
             found.append((row["file"], int(frame), check_number("keyframe's strength", row.get("strength"), 0.01, 1, 1.0)))
         return found
 
+    def tracks(self) -> list[tuple[Any, list[tuple[float, float]]]]:
+        """[{"mask": upload or none, "points": [[x, y], …]}, …], x and y as shares of the first frame's width and height"""
+        rows = self.values.get("tracks") or []
+        if not isinstance(rows, list) or len(rows) > MOST or not all(isinstance(row, dict) for row in rows):
+            line = f"tracks: give a list of at most {MOST}, each with points"
+            raise UserError(line, code="too_many_tracks", most=MOST)
+        found = []
+        for row in rows:
+            points = row.get("points") or []
+            whole = isinstance(points, list) and all(isinstance(point, list) and len(point) == 2 for point in points)
+            if not whole or len(points) > MAX_POINTS or not (points or row.get("mask")):
+                raise UserError(f"tracks: each needs a mask, or 1 to {MAX_POINTS} points [x, y]")
+            found.append((row.get("mask"), [tuple(check_number("a track's point", value, -2, 3, 0.0) for value in p) for p in points]))
+        return found
+
 
 def check_number(name: str, value: Any, low: float, high: float, default: float | None = None) -> float | None:
     """A finite number in [low, high]; text and booleans are not accepted."""
@@ -171,6 +194,26 @@ def check_number(name: str, value: Any, low: float, high: float, default: float 
         shown = f"{value:g}" if abs(value) < LARGEST else "is out of range"
         raise UserError(f"{name} {shown}: give a number from {told['low']} to {told['high']}", code="out_of_range", value=shown, **told)
     return float(value)
+
+
+def canvas_size(fields: dict[str, Any], uploads: Any) -> tuple[int, int]:
+    """(H, W) of the picture on which tracks are drawn: the first frame as it was given, or the clip's without one."""
+    given = Fields(fields)
+    if video := uploads.accept(fields.get("video"), "video"):
+        info = probe(video)
+        return info.height, info.width
+    if image := uploads.accept(fields.get("image"), "image"):
+        return tuple(read_image(image).shape[:2])
+    last = uploads.accept(fields.get("last_image"), "image")
+    return clip_size(Request(aspect=given.choice("aspect", ASPECTS), last_image=last), uploads.sizes)
+
+
+def _tracks(given: Fields, uploads: Any, video: str | None, image: str | None) -> list[Track]:
+    rows = given.tracks()
+    if not rows:
+        return []
+    H, W = canvas_size(given.values | {"video": video, "image": image}, uploads)
+    return [Track(mask and mask_of(mask, uploads), [(x * W - 0.5, y * H - 0.5) for x, y in points]) for mask, points in rows]
 
 
 def mask_of(value: Any, uploads: Any) -> str | None:
@@ -199,6 +242,7 @@ NEEDS = {
     "still": "text_to_image",
     "extend_to": "continuation",
     "camera": "camera",
+    "tracks": "brush",
 }
 
 

@@ -56,6 +56,7 @@ class Waiting:
 class Job:
     """visitor: whose turn it uses. owner: who may stop it, a tab or a client. keep: it continues without a listener for a while.
 
+    rough: a preview, which runs only while nothing else waits, and makes way for what comes.
     label: a description of the request, and told: the last events, both for a later listener.
     """
 
@@ -63,6 +64,7 @@ class Job:
     work: Work
     owner: str = ""
     keep: bool = False
+    rough: bool = False
     label: Any = None
     events: queue.SimpleQueue = field(default_factory=queue.SimpleQueue)  # its events, then (result, error)
     stopped: threading.Event = field(default_factory=threading.Event)
@@ -130,18 +132,23 @@ class ModelQueue:
         owner: str = "",
         *,
         keep: bool = False,
+        rough: bool = False,
         listening: Callable[[], bool] | None = None,
         label: Any = None,
     ) -> Generator[Any, None, Any]:
         """Yield the job's events and return its result. Raises `Busy` if the queue or the share is full, `Stopped` if `stop` was called.
 
         owner: who may stop it, by default the visitor. keep: `follow` finds it again by its owner, and yields `label` with it.
+        rough: a preview. It replaces the visitor's last one, waits for all other jobs, uses no place, and is stopped by the next job.
         listening: whether anybody receives what is yielded; a generator may be read although nobody does.
         """
-        job = Job(visitor, work, owner or visitor, keep, label)
+        job = Job(visitor, work, owner or visitor, keep, rough, label)
         with self._changed:
             self._forget_the_left()
-            self._check_share(visitor)
+            self._check_share(job)
+            for other in [other for other in [self._running, *self._waiting] if other is not None and other.rough]:
+                if other.visitor == visitor or (other is self._running and not rough):
+                    self._stop(other)
             self._waiting.append(job)
             if keep:
                 self._kept[job.owner] = job
@@ -200,18 +207,19 @@ class ModelQueue:
 
     @property
     def waiting(self) -> int:
-        """Number of waiting jobs."""
-        return len(self._waiting)
+        """Number of waiting jobs, without previews."""
+        return sum(not job.rough for job in self._waiting)
 
     @property
     def running(self) -> bool:
         return self._running is not None
 
-    def _check_share(self, visitor: str) -> None:
-        """Raises `Busy` if this visitor cannot have another job."""
-        if len(self._waiting) >= self.size:
+    def _check_share(self, job: Job) -> None:
+        """Raises `Busy` if the visitor cannot have this job too."""
+        visitor, jobs = job.visitor, [other for other in [self._running, *self._waiting] if other is not None and not other.rough]
+        if not job.rough and sum(other is not self._running for other in jobs) >= self.size:
             raise Busy(f"the queue is full ({self.size} are waiting): try again in a minute", code="queue_full", n=self.size)
-        here = sum(job is not None and job.visitor == visitor for job in [self._running, *self._waiting])
+        here = 0 if job.rough else sum(other.visitor == visitor for other in jobs)
         if self.places is not None and here >= self.places:
             raise Busy(f"you have {here} videos queued or running already: wait for one, or stop it", code="no_place", n=here)
         used, now = self._spent.get(visitor, deque()), time.monotonic()
@@ -227,9 +235,9 @@ class ModelQueue:
             self._waiting.remove(job)
             job.finish(_End(error=Stopped()))
 
-    def _turn(self, job: Job) -> int:
-        """Sort key: the visitor served longest ago comes first; `min` and `sorted` keep the order of arrival among equals."""
-        return self._served.get(job.visitor, 0)
+    def _turn(self, job: Job) -> tuple[bool, int]:
+        """Sort key: previews last, then the visitor served longest ago first; `min` and `sorted` keep the order of arrival among equals."""
+        return job.rough, self._served.get(job.visitor, 0)
 
     def _stop(self, job: Job) -> None:
         job.stopped.set()
@@ -247,9 +255,10 @@ class ModelQueue:
                     break
             job = self._running = min(self._waiting, key=self._turn)
             self._waiting.remove(job)
-            self._turns += 1
-            self._served.pop(job.visitor, None)
-            self._served[job.visitor] = self._turns
+            if not job.rough:
+                self._turns += 1
+                self._served.pop(job.visitor, None)
+                self._served[job.visitor] = self._turns
             if len(self._served) > REMEMBERED:
                 self._spent.pop(gone := next(iter(self._served)), None)
                 self._served.pop(gone)

@@ -1,4 +1,4 @@
-// State in the browser: the painted mask, the list of results, the form's values, and two videos that play in step.
+// State in the browser: the painted mask, the drawn tracks, the list of results, the form's values, and two videos that play in step.
 // Listens on the document, because Gradio may replace elements at any time.
 (() => {
   const LIST = "kling-studio-list", TAB = "kling-studio-tab", FORM = "kling-studio-form", MOST = 100;
@@ -21,8 +21,16 @@
       return [rest];
     },
     // Gradio draws a tab when it is first opened: until then there is no canvas, and the restored mask is used instead.
-    withMask: (v, place) => { v[place] = canvasOf() ? mask() : pending; return v; },
-    hold: (painted) => { pending = painted?.mask ?? null; return []; },
+    withMask: (v, place, tracks) => {
+      v[place] = canvasOf() ? mask() : pending;
+      if (tracks !== undefined) v[tracks] = arrows;
+      return v;
+    },
+    hold: (painted) => {
+      pending = painted?.mask ?? null;
+      if (painted?.tracks) { arrows = painted.tracks; show(); }
+      return [];
+    },
     // The form belongs to the tab; it is saved only after the earlier values have been restored.
     keep: (v) => { if (awake) write(sessionStorage, FORM, v); return v; },
     saved: () => read(sessionStorage, FORM, null),
@@ -111,6 +119,81 @@
     return pen.getImageData(0, 0, out.width, out.height).data.some((value, i) => i % 4 === 0 && value > 127) ? out.toDataURL("image/png") : null;
   }
 
+  // ---- tracks: arrows over the first frame; points are shares of its width and height ----
+
+  let arrows = [], held = null; // held: what is being drawn or dragged
+  const board = () => document.querySelector(".board svg");
+  const MOST_POINTS = 40, NEAR = 0.004; // points of a track; a drag shorter than this is a click
+
+  function show() {
+    const svg = board(), group = svg?.querySelector(".arrows");
+    if (!group) return;
+    const [w, h] = [Number(svg.dataset.w), Number(svg.dataset.h)], r = Math.max(w, h) / 90;
+    const make = (name, parent, values, text) => {
+      const made = document.createElementNS("http://www.w3.org/2000/svg", name);
+      for (const [key, value] of Object.entries(values)) made.setAttribute(key, value);
+      if (text) made.textContent = text;
+      return parent.appendChild(made);
+    };
+    group.replaceChildren();
+    arrows.forEach(({ points }, n) => {
+      const at = points.map(([x, y]) => [x * w, y * h]), [first, last] = [at[0], at.at(-1)];
+      const one = make("g", group, { class: "arrow", "data-n": n });
+      make("polyline", one, { points: at.map((p) => p.join()).join(" "), "stroke-width": r / 2 });
+      if (at.length > 1) {
+        const before = at.findLast((p) => Math.hypot(p[0] - last[0], p[1] - last[1]) > 2 * r) ?? first;
+        const angle = (Math.atan2(last[1] - before[1], last[0] - before[0]) * 180) / Math.PI;
+        make("path", one, { class: "end", d: `M${r},0 L${-r},${r} L${-r},${-r} Z`, transform: `translate(${last}) rotate(${angle})` });
+      }
+      make("circle", one, { class: "start", cx: first[0], cy: first[1], r });
+      make("text", one, { class: "gone", x: first[0] + r * 1.4, y: first[1] - r * 1.2, "font-size": r * 3 }, "×");
+    });
+  }
+  function place(event) {
+    const box = board().getBoundingClientRect();
+    return [(event.clientX - box.left) / box.width, (event.clientY - box.top) / box.height];
+  }
+  // The end follows the pointer, the start stays: the path between them is turned and stretched.
+  function stretched(points, to) {
+    const [a, b] = [points[0], points.at(-1)], [u, v] = [b[0] - a[0], b[1] - a[1]], [p, q] = [to[0] - a[0], to[1] - a[1]];
+    const n = u * u + v * v;
+    if (n < 1e-8) return [a, to];
+    const [c, s] = [(p * u + q * v) / n, (q * u - p * v) / n];
+    return points.map(([x, y]) => [a[0] + c * (x - a[0]) - s * (y - a[1]), a[1] + s * (x - a[0]) + c * (y - a[1])]);
+  }
+  document.addEventListener("pointerdown", (event) => {
+    const svg = event.target.closest?.(".board svg");
+    if (!svg) return;
+    event.preventDefault();
+    svg.setPointerCapture(event.pointerId);
+    const n = Number(event.target.closest(".arrow")?.dataset.n ?? -1), kind = event.target.getAttribute("class");
+    if (kind === "gone") { arrows = arrows.filter((_, i) => i !== n); show(); ask(); return; }
+    const how = n < 0 || !["start", "end"].includes(kind) ? "new" : kind;
+    if (how === "new") arrows = [...arrows, { points: [place(event)] }];
+    const one = how === "new" ? arrows.at(-1) : arrows[n];
+    held = { how, one, from: place(event), points: one.points };
+    show();
+  });
+  document.addEventListener("pointermove", (event) => {
+    if (!held || !board() || !event.buttons) return;
+    const [x, y] = place(event), [dx, dy] = [x - held.from[0], y - held.from[1]];
+    if (held.how === "new") {
+      const last = held.one.points.at(-1);
+      if (Math.hypot(x - last[0], y - last[1]) > NEAR) held.one.points = [...held.one.points, [x, y]];
+    } else if (held.how === "start") held.one.points = held.points.map((p) => [p[0] + dx, p[1] + dy]);
+    else held.one.points = stretched(held.points, [x, y]);
+    show();
+  });
+  for (const name of ["pointerup", "pointercancel"]) document.addEventListener(name, () => {
+    if (!held) return;
+    const { points } = held.one, step = (points.length - 1) / (MOST_POINTS - 1);
+    if (points.length > MOST_POINTS) held.one.points = Array.from({ length: MOST_POINTS }, (_, i) => points[Math.round(i * step)]);
+    held = null;
+    show();
+    ask();
+  });
+  const ask = () => document.querySelector("#checked")?.click();
+
   // ---- files dropped outside a field: load their settings ----
 
   const elsewhere = (event) => event.dataTransfer?.types.includes("Files") && !event.target.closest?.("#inputs, #vae-clip, .upload-container");
@@ -144,6 +227,7 @@
   }, true);
   const drawn = () => {
     if (canvasOf()?.dataset.before) begin(canvasOf());
+    if (arrows.length && board() && !board().querySelector(".arrow")) show();
     for (const input of document.querySelectorAll(":is(#clip, #vae-clip) input[type=file]"))
       if (input.accept && !input.accept.includes("gif")) input.accept += ",.gif,image/gif";
   };

@@ -54,7 +54,7 @@ def build(studio: Studio) -> gr.Blocks:
                 with gr.Column(scale=6, min_width=320, elem_classes="right"):
                     stage = Stage()
             research = Research(studio, form)
-            with gr.Tab(t("inspect"), id="inspect"):
+            with gr.Tab(t("inspect"), id="inspect", visible=studio.remote is None):  # needs the weights here
                 research.tab()
             if studio.run is not None:
                 with gr.Tab(t("training"), id="training"):
@@ -114,6 +114,7 @@ def api_of(studio: Studio) -> Any:
         strength: float | None = None,
         mask: dict | None = None,
         outpaint: str | None = None,
+        tracks: list[dict] | None = None,
         camera: dict | None = None,
         camera_file: dict | None = None,
         camera_scale: float = 1.0,
@@ -134,6 +135,7 @@ def api_of(studio: Studio) -> Any:
         lora_scale: float = 1.0,
     ) -> Iterator[dict]:
         """Make videos. Files are given with `handle_file`; the fields are those of the page, `camera` has its axes. Seed -1 is random.
+        `tracks` are {"points": [[x, y], …], "mask": file}, in shares of the first frame's width and height; either may be missing.
 
         Yields {"note": …} if a clip was reduced, {"waiting": place}, {"step", "of"}; the last is {"video": file, "record": file}, the
         mp4 and its replay JSON, and {"videos": [the same for each]}. A mistake has its code as the error's title.

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import av
+from kling_programs.sample.studio.form import canvas_size
 
 from kling.cameras.axes import UNITS, parse_axes
 from kling.errors import UserError
@@ -104,6 +105,8 @@ def fields_of(record: dict[str, Any], studio: Studio) -> tuple[dict[str, Any], R
     fields["duration"] = asked.get("duration") or ((frames - 1) / fps if isinstance(frames, int) and frames > 1 else None)
     if fields["duration"] is None:
         del fields["duration"]
+    drawn = _drawn(asked.get("tracks"), fields, studio)
+    fields |= {} if drawn is None else {"tracks": drawn}
     remarks: Remarks = []
     if missing:
         remarks.append(("again", {"names": ", ".join(missing)}))
@@ -117,6 +120,16 @@ def fields_of(record: dict[str, Any], studio: Studio) -> tuple[dict[str, Any], R
     else:
         fields |= {"model": weights.model, "lora": weights.lora, "lora_scale": weights.scale}
     return fields, remarks
+
+
+def _drawn(tracks: Any, fields: dict[str, Any], studio: Studio) -> list[dict[str, Any]] | None:
+    """Tracks without masks as the page's arrows; None for others, which it cannot show."""
+    if not tracks:
+        return []
+    if not isinstance(tracks, list) or any(track["mask"] is not None for track in tracks):
+        return None
+    H, W = canvas_size(fields, studio.uploads)
+    return [{"points": [[(x + 0.5) / W, (y + 0.5) / H] for x, y in track["points"]]} for track in tracks]
 
 
 def _camera(camera: Any, file: Any) -> dict[str, Any]:

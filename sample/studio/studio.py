@@ -14,14 +14,16 @@ import gradio as gr
 import numpy as np
 from kling_programs.sample.studio.form import Fields
 from kling_programs.sample.studio.guard import Door
-from kling_programs.sample.studio.jobs import ModelQueue, Stopped, Tell
+from kling_programs.sample.studio.jobs import Busy, ModelQueue, Stopped, Tell
 from kling_programs.sample.studio.mistakes import told_to
+from kling_programs.sample.studio.remote import Remote
 from kling_programs.sample.studio.shelf import Result, Shelf
 from kling_programs.sample.studio.uploads import Uploads
 from kling_programs.sample.studio.words import language, say
 
 from kling.data.video import probe
 from kling.errors import UserError
+from kling.sampling.enhance import Enhancer
 from kling.sampling.machine import Machine
 from kling.sampling.memory import estimate
 from kling.sampling.pipeline import KlingPipeline
@@ -32,6 +34,8 @@ from kling.shapes import ASPECTS, TEMPORAL, latent_frames
 
 log = logging.getLogger(__name__)
 PREVIEW_SHARE = 0.2  # previews take at most this share of the time
+ROUGH_AFTER = 0.6  # seconds after the last change of the form until a rough clip is made
+ROUGH_STEPS = 2
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,8 @@ class Weights:
 class Studio:
     """model: folder and hashes of the weights, as in a record. run: a training run to inspect, or None. door: the access control.
 
-    models, loras: the choices for visitors, name -> folder or file. One choice is kept loaded in addition to `pipe`.
+    models, loras: the choices for visitors, name -> folder or file. One choice is kept loaded in addition to `pipe`. enhancer: writes
+    prompts out, if the operator gave a chat model.
     """
 
     pipe: KlingPipeline
@@ -68,9 +73,12 @@ class Studio:
     door: Door | None = None
     models: dict[str, Path] = field(default_factory=dict)
     loras: dict[str, Path] = field(default_factory=dict)
+    enhancer: Enhancer | None = None
+    remote: Remote | None = None  # a server that makes the videos; `pipe` only plans then
     _rate: float | None = None  # operations a second, as measured
     _other: tuple[Weights, KlingPipeline, dict[str, Any]] | None = None
     _planners: dict[str, KlingPipeline] = field(default_factory=dict)
+    _roughs: dict[str, object] = field(default_factory=dict)  # visitor -> its last request for a rough clip
 
     @property
     def sizes(self) -> dict[str, tuple[int, int]]:
@@ -86,6 +94,19 @@ class Studio:
         for request in requests:
             planner.plan(request)  # refuses invalid requests before the wait
 
+        def ask(tell: Tell) -> list[Result]:
+            made: list[Result] = []
+            for number, request in enumerate(requests):
+                of = planner.plan(request).total_steps
+
+                def step(at: tuple[int, int], before: int = number * of, of: int = of) -> None:
+                    tell(Step(before + at[0], of * len(requests)))
+
+                made.append(self.shelf.keep_made(*self.remote.make(request, step), request, visitor))
+                if len(made) < len(requests):
+                    tell(made[-1])
+            return made
+
         def work(tell: Tell) -> list[Result]:
             made: list[Result] = []
             pipe, model = self._load(weights)
@@ -99,7 +120,29 @@ class Studio:
                     tell(made[-1])
             return made
 
-        return (yield from self.queue.run(visitor, work, owner, **kept))
+        return (yield from self.queue.run(visitor, work if self.remote is None else ask, owner, **kept))
+
+    def rough(self, visitor: str, request: Request) -> np.ndarray | None:
+        """A rough clip (T, H, W, 3) uint8 by the few-step weights, once nothing else waits and no newer one was asked for; else None."""
+        self._roughs[visitor] = mine = object()
+        time.sleep(ROUGH_AFTER)
+        if self._roughs.get(visitor) is not mine:
+            return None
+        own = {"negative_prompt": None, "guidance_scale": None, "camera_guidance_scale": None, "shift": None}  # guidance is built in
+        request = request.replace(**own, mode="fast", num_inference_steps=ROUGH_STEPS, num_videos=1)
+        if len(self.pipe.plan(request).hops) > 1:
+            request = request.replace(duration=None, num_frames=self.pipe.config.max_frames)
+        work = self.queue.run(visitor, lambda tell: sample(self.pipe, request, tell, previews=False)[0], f"rough {visitor}", rough=True)
+        try:
+            while True:
+                next(work)
+        except StopIteration as done:
+            return done.value
+        except (Stopped, Busy):
+            return None
+        finally:
+            if self._roughs.get(visitor) is mine:
+                del self._roughs[visitor]
 
     # ---- what visitors choose ----
 
@@ -169,7 +212,7 @@ def operations(pipe: KlingPipeline, plan: Plan) -> float:
     weights = sum(p.numel() for p in pipe.transformer.parameters())
     pairs = config.num_layers * config.num_attention_heads * config.attention_head_dim
     n = plan.tokens
-    passes = plan.total_steps * (1 + (plan.guidance_scale != 1) + (plan.camera_guidance_scale != 1))
+    passes = plan.total_steps * (1 + (plan.guidance_scale != 1) + (plan.camera_guidance_scale != 1) + (plan.brush_guidance_scale != 1))
     return passes * (2 * weights * n + 4 * pairs * n**2)
 
 

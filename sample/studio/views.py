@@ -196,6 +196,14 @@ def painter(lang: int, picture: np.ndarray, before: str | None = None) -> str:
     return f'<div class="painting"><div class="painting-tools">{tools}</div>{canvas}</div>'
 
 
+def board(size: tuple[int, int], picture: np.ndarray | None) -> str:
+    """A picture of `size` (H, W) to draw tracks on, empty without one; page.js draws the arrows."""
+    H, W = size
+    ground = '<rect class="blank" width="100%" height="100%"/>' if picture is None else ""
+    svg = f'<svg viewBox="0 0 {W} {H}" data-w="{W}" data-h="{H}">{ground}<g class="arrows"></g></svg>'
+    return f'<div class="board" style="aspect-ratio:{W}/{H}">{still(picture) if picture is not None else ""}{svg}</div>'
+
+
 def understood(lang: int, plan: Plan, request: Request, clip: float | None = None, needs: tuple[float | None, int] | None = None) -> str:
     """The recognised task and the result to expect, in one line.
 
@@ -209,6 +217,8 @@ def understood(lang: int, plan: Plan, request: Request, clip: float | None = Non
     if isinstance(request.camera, str):
         from_file = request.camera.endswith((".json", ".txt"))
         task.append(say(lang, "camera_from_file") if from_file else f"{say(lang, 'task_camera')} {request.camera.replace(',', ' ')}")
+    if request.tracks is not None:
+        task.append(say(lang, "task_brush"))
     size = f"{plan.width}×{plan.height}"
     seconds, steps = f"{plan.frames / plan.fps:.1f}", plan.num_inference_steps
     facts = say(lang, "facts", frames=plan.frames, seconds=seconds, size=size, fps=f"{plan.fps:g}", steps=steps)

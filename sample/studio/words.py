@@ -15,6 +15,10 @@ WORDS: dict[str, tuple[str, str]] = {
     "prompt_hint": ("What the video should show, in English or Chinese", "想看到什么？中文、英文都可以"),
     "negative_prompt": ("Negative prompt", "反向提示词"),
     "negative_hint": ("What to avoid", "不希望出现的内容"),
+    "enhance": ("Write it out", "扩写提示词"),
+    "nothing_to_enhance": ("write a few words first, which the chat model then writes out", "请先写几个字，再由聊天模型扩写"),
+    "live": ("Live preview", "实时预览"),
+    "live_is": ("a rough clip in 2 steps, soon after the prompt or the camera changes", "提示词或镜头改变后，用 2 步生成草稿"),
     "examples": ("Examples", "示例"),
     "understands": ("What this small model understands", "这个小模型认识的词"),
     "pictures": ("Pictures", "图片"),
@@ -63,6 +67,11 @@ WORDS: dict[str, tuple[str, str]] = {
     "save_trajectory": ("download it", "下载"),
     "camera_scale": ("Travel × ", "位移倍数"),
     "camera_guidance_scale": ("Camera guidance", "镜头引导强度"),
+    "tracks": ("Motion", "运动笔刷"),
+    "draw_tracks": (
+        "Drag from a thing to where it shall go. A click holds it in place. Drag an arrow's ends to change it; × removes it.",
+        "从物体拖到目的地；只点一下则保持不动。拖动箭头两端可修改，按 × 删除。",
+    ),
     "size": ("Size", "尺寸"),
     "aspect": ("Aspect", "画幅"),
     "auto": ("auto", "自动"),
@@ -190,11 +199,16 @@ CHINESE_TASKS = {
     "inpaint": "视频局部重绘",
     "restyle": "视频风格重绘",
 }
-WORDS |= {f"task_{name}": (TASK_TITLES[name], chinese) for name, chinese in CHINESE_TASKS.items()} | {"task_camera": ("camera", "镜头")}
+WORDS |= {f"task_{name}": (TASK_TITLES[name], chinese) for name, chinese in CHINESE_TASKS.items()} | {
+    "task_camera": ("camera", "镜头"),
+    "task_brush": ("motion brush", "运动笔刷"),
+}
 
 # Gradio translates a label as a whole, so combined texts are combined here: why a control is greyed out.
 NOT_TRAINED = ("not trained into this model", "该模型未训练此功能")
-WORDS |= {f"unable_{name}": (f"{NOT_TRAINED[0]}: {WORDS[f'task_{name}'][0]}", NOT_TRAINED[1]) for name in (*CHINESE_TASKS, "camera")}
+WORDS |= {
+    f"unable_{name}": (f"{NOT_TRAINED[0]}: {WORDS[f'task_{name}'][0]}", NOT_TRAINED[1]) for name in (*CHINESE_TASKS, "camera", "brush")
+}
 WORDS |= {
     f"{name}_unable": (f"{WORDS[name][0]} ({NOT_TRAINED[0]})", f"{WORDS[name][1]}（{NOT_TRAINED[1]}）")
     for name in ("first", "last", "keyframe", "continue", "restyle", "fill", "outpaint")
@@ -226,6 +240,7 @@ LABELS = {
     "keyframe's frame": "at",
     "keyframe's strength": "holds",
     "camera_file": "trajectory",
+    "tracks": "tracks",
     "sigma": "noise_level",
     "the loop's first frame": "loop",
 }

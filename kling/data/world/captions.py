@@ -68,11 +68,15 @@ def speaks_of_camera(text: str) -> bool:
     return any(word in text for word in CAMERA_WORDS)
 
 
-def _thing(colour: str, solid: str, motion: str, language: str, rng: random.Random) -> str:
+def _thing(colour: str, solid: str, motion: str | None, language: str, rng: random.Random) -> str:
     if language == "en":
         article = "an" if colour[0] in "aeiou" else "a"
+        if motion is None:
+            return f"{article} {colour} {rng.choice(SOLIDS_EN[solid])}"
         verb = rng.choice(MOTIONS[motion][0]).format(roll="rolls" if solid == "ball" else "slides")
         return f"{article} {colour} {rng.choice(SOLIDS_EN[solid])} {verb}"
+    if motion is None:
+        return f"一个{COLOURS[colour]}的{rng.choice(SOLIDS[solid])}"
     verb = rng.choice(MOTIONS[motion][1]).format(滚="滚动" if solid == "ball" else "滑动")
     return f"一个{COLOURS[colour]}的{rng.choice(SOLIDS[solid])}{verb}"
 
@@ -86,7 +90,7 @@ def _camera(axes: Mapping[str, float], move: str, language: str, rng: random.Ran
 
 
 def caption(
-    things: Sequence[tuple[str, str, str]],
+    things: Sequence[tuple[str, str, str | None]],
     ground: str,
     axes: Mapping[str, float],
     move: str,
@@ -94,7 +98,8 @@ def caption(
     rng: random.Random,
     camera: bool = True,
 ) -> str:
-    """One sentence about things (colour, solid, motion) on a ground, with a camera; `move` names a master shot or `static`."""
+    """One sentence about things (colour, solid, motion) on a ground, with a camera; `move` names a master shot or `static`. A motion of
+    None is not mentioned."""
     place = rng.choice(GROUNDS[ground][LANGUAGES.index(language)])
     phrases = [_thing(*thing, language, rng) for thing in things]
     said = _camera(axes, move, language, rng) if camera else ""

@@ -72,7 +72,7 @@ class Thing:
 
     colour: str
     solid: str
-    motion: str
+    motion: str  # empty for a path that no word describes
     size: float  # half its height, metres
     yaw: float
     centre: Tensor  # (T, 3) world metres, y down, ground at 0
@@ -110,8 +110,13 @@ def start_pose() -> Tensor:
     return torch.cat([R, torch.tensor([[0.0], [-EYE_HEIGHT], [0.0]])], dim=1)
 
 
+SPLITS = ("train", "heldout", "paths")
+FREE = 0.7  # share of the objects of the split "paths" that follow one
+
+
 class World:
-    """Scenes by index. `split` is "train" (no held-out combination) or "heldout" (the first object is one)."""
+    """Scenes by index. `split` is "train" (no held-out combination), "heldout" (the first object is one), or "paths" (as "train", but most
+    objects follow a path that no word describes, for the motion brush)."""
 
     def __init__(
         self,
@@ -125,8 +130,8 @@ class World:
         latent_frames(frames)  # raises unless frames is 1 + 4k
         if aspect is not None and aspect not in ASPECTS:
             raise unknown("aspect", aspect, ASPECTS)
-        if split not in ("train", "heldout"):
-            raise unknown("split", split, ("train", "heldout"))
+        if split not in SPLITS:
+            raise unknown("split", split, SPLITS)
         self.seed, self.frames, self.aspect, self.split, self.size, self.max_things = seed, frames, aspect, split, size, max_things
 
     def clip(self, index: int) -> WorldClip:
@@ -136,7 +141,7 @@ class World:
     def captions(self, scene: Scene) -> dict[str, list[str]]:
         """`PHRASINGS` sentences per language; every other one does not mention the camera."""
         rng = random.Random(f"captions/{self.seed}/{self.split}/{scene.index}")
-        things = [(t.colour, t.solid, t.motion) for t in scene.things]
+        things = [(t.colour, t.solid, t.motion or None) for t in scene.things]
         return {
             language: [caption(things, scene.ground, scene.axes, scene.move, language, rng, camera=i % 2 == 0) for i in range(PHRASINGS)]
             for language in LANGUAGES
@@ -167,6 +172,8 @@ class World:
         z = rng.uniform(4.6, 6.2) if slot is None else 5.2 + 1.6 * ((slot + 1 + place) % 3) * 0.6 + rng.uniform(-0.2, 0.2)
         room = max(half_view * z - size, 0.3)  # metres to the edge of the picture
         x = rng.uniform(-0.45, 0.45) * room if slot is None else slot * 0.62 * room
+        if self.split == "paths" and rng.random() < FREE:
+            return Thing(colour, solid, "", size, yaw, free_path(x, z, size, half_view, rng, self.frames))
         return Thing(colour, solid, motion, size, yaw, _path(motion, x, z, size, room, rng, self.frames))
 
     def _camera(self, rng: random.Random) -> tuple[dict[str, float], str]:
@@ -200,6 +207,19 @@ def _path(motion: str, x: float, z: float, size: float, room: float, rng: random
         angle = 2 * math.pi * (seconds / 3.0 + rng.random())
         xs, zs = x * 0.5 + 0.8 * torch.cos(angle), z + 0.8 * torch.sin(angle)
     return torch.stack([xs, ys, zs], dim=1)
+
+
+def free_path(x: float, z: float, size: float, half_view: float, rng: random.Random, T: int) -> Tensor:
+    """A path over the ground from (x, z) to any place that the first camera sees, straight or in an arc, at a steady or an eased speed:
+    (T, 3) world metres. half_view: tangent of half the horizontal view."""
+    end_z = rng.uniform(4.0, 7.5)
+    end_x = rng.uniform(-0.85, 0.85) * max(half_view * end_z - size, 0.3)
+    bend = rng.choice((0.0, 0.0, rng.uniform(-0.5, 0.5)))  # of the way, to the side of its middle
+    s = torch.linspace(0, 1, T) if T > 1 else torch.zeros(1)
+    s = s * s * (3 - 2 * s) if rng.random() < 0.3 else s
+    side = 4 * s * (1 - s) * bend
+    xs, zs = x + s * (end_x - x) - side * (end_z - z), z + s * (end_z - z) + side * (end_x - x)
+    return torch.stack([xs, torch.full((T,), -size), zs.clamp(min=3.0)], dim=1)
 
 
 def render_scene(scene: Scene, size: tuple[int, int] | None = None) -> Tensor:
