@@ -1,7 +1,7 @@
 """Align a model with rewards or preferences: it makes clips, they are judged, and it learns to make more of the better ones.
 
 kling-align configs/align/world-nft.yaml out=runs/obeys       # the shipped model and the small world's truth; run again, it continues
-kling-align configs/align/debug.yaml out=/tmp/align           # about a minute: two rounds of clips, updates, checks, export
+kling-align configs/align/debug.yaml out=/tmp/align           # a minute or two: two rounds of clips, updates, checks, export
 kling-align configs/align/wan-1.3b.yaml model=Wan-AI/Wan2.1-T2V-1.3B-Diffusers requests=prompts.jsonl reward_model=MODEL out=runs/aligned
 
 A round: the old policy makes `clips` clips of each of `groups` requests; `updates` updates learn from them; the old policy moves.

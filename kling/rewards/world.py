@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kling.data.transforms import fit
 from kling.data.world.captions import LANGUAGES
 from kling.data.world.scene import PHRASINGS, Scene, World
 from kling.errors import UserError, unknown
@@ -20,6 +21,7 @@ from kling.metrics.things import read_things
 from kling.metrics.world import camera_scene, crowded, labels, still, world_ruler
 from kling.rewards.reward import Reward
 from kling.sampling.request import Request
+from kling.shapes import aspect_size
 
 TERMS = ("colour", "solid", "ground", "motion", "count", "permanence", "camera")
 TURN = 3.0  # degrees of the camera's mean rotation error that earn 1/e
@@ -106,6 +108,7 @@ def obedience(ruler: Ruler) -> Reward:
 def _judged(ruler: Ruler, video: Tensor, truth: Truth) -> Tensor:
     """(terms,)"""
     scene, nan = truth.scene, float("nan")
+    video = fit(video, *aspect_size(scene.aspect))  # other models make larger pictures
     asked = [labels(scene, place) for place in range(len(scene.things))]
     if len(asked) == 1:
         right: dict[str, float] = {name: float(x) for name, x in ruler.words(video, asked[0]).items()}
