@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from kling.cameras.axes import MOVES, UNITS, axes_trajectory
+from kling.cameras.axes import axes_trajectory
 from kling.data.world.captions import COLOURS, GROUNDS, MOTIONS, SOLIDS, caption
-from kling.data.world.scene import FOCAL, FPS, PHRASINGS, Scene, Thing, World, free_path, start_pose
+from kling.data.world.scene import FOCAL, FPS, PHRASINGS, Scene, Thing, World, free_path
 from kling.data.world.tracks import places_of
 from kling.errors import unknown
-from kling.metrics.camera.errors import CLASSES, SINGLE
+from kling.metrics.camera.errors import CLASSES
 from kling.metrics.control import QUESTIONS
 from kling.metrics.controls import Order
 from kling.metrics.permanence import FAULTS
 from kling.metrics.report import Line
+from kling.metrics.world import SCENES_A_CASE, camera_scene, crowded, still, with_camera
 from kling.runtime.random import derive_seed
 from kling.shapes import aspect_size
 
@@ -27,10 +28,8 @@ ASPECT = "16:9"
 FRAMES, LONG = 41, 81
 GOES_ON = 56  # frames by which a clip of 5 s is continued, to 12 s
 LASTING = ("still", "bounce", "circle")  # motions that stay in the picture
-SCENES_A_CASE = {2: 40, 3: 200}  # scenes searched for one with so many distinguishable objects
 TRAVELS = 1.5  # of its size: how far from its start a brushed thing ends, at least
 TRACKED = "tracked"  # stands for the tracks of a case, whose mask is that of the first frame, which is rendered only when it is used
-OVERLAPS = 0.2  # share of the frames in which they may overlap
 
 
 @dataclass(frozen=True)
@@ -52,11 +51,6 @@ def held_out(seed: int, frames: int, **settings: Any) -> World:
     return World(seed, frames, ASPECT, split="heldout", **settings)
 
 
-def still(world: World, k: int) -> Scene:
-    """Scene k with a static camera."""
-    return with_camera(world, world.scene(k), {}, "static")
-
-
 def text_case(world: World, k: int, language: str) -> Case:
     """Text only, with a static camera; both languages have the same scene and the same seed."""
     scene = still(world, k)
@@ -74,27 +68,9 @@ def longer(frames: int) -> int:
 
 def things_case(world: World, k: int, count: int) -> Case:
     """Text about several objects, which do not hide each other for long."""
-    crowd, index = held_out(world.seed, world.frames, max_things=count), k * SCENES_A_CASE[count]
-    while not tells_apart(crowd.scene(index), count):
-        index += 1
-    scene = still(crowd, index)
+    crowd = held_out(world.seed, world.frames, max_things=count)
+    scene = crowded(crowd, k, count)
     return asked(f"things-{count}", k, crowd, scene, crowd.captions(scene)["en" if k % 2 == 0 else "zh"][k % PHRASINGS], camera="static")
-
-
-def tells_apart(scene: Scene, count: int) -> bool:
-    """Whether there are `count` objects of different colours that a static camera sees overlap in few frames."""
-    things = scene.things
-    if len(things) != count or len({thing.colour for thing in things}) != count:
-        return False
-    pose = start_pose()
-    seen = [(thing.centre - pose[:, 3]) @ pose[:, :3] for thing in things]  # (T, 3) each, in the camera's axes
-    for i, a in enumerate(seen):
-        for j, b in enumerate(seen[:i]):
-            apart = (a[:, :2] / a[:, 2:] - b[:, :2] / b[:, 2:]).norm(dim=1)  # (T,)
-            reach = 1.2 * (things[i].size / a[:, 2] + things[j].size / b[:, 2])
-            if (apart < reach).float().mean() > OVERLAPS:
-                return False
-    return True
 
 
 def plain_case(world: World, k: int) -> Case:
@@ -113,19 +89,6 @@ def words_case(world: World, k: int) -> Case:
     """The camera by text only, each class in turn, in both languages."""
     scene = camera_scene(world, k, CLASSES)
     return asked("words", k, world, scene, world.captions(scene)[list(LANGUAGES)[k // len(CLASSES) % 2]][0])
-
-
-def camera_scene(world: World, k: int, names: Sequence[str]) -> Scene:
-    """Scene k with the k-th camera of `names`, cyclically."""
-    rng = random.Random(f"camera/{world.seed}/{k}")
-    name = names[k % len(names)]
-    if name in SINGLE:
-        axes, move = {axis: value / 10 * round(rng.uniform(4, 10), 1) for axis, value in SINGLE[name].items()}, ""
-    elif name == "mixture":
-        axes, move = {axis: rng.choice((-1, 1)) * round(rng.uniform(4, 10), 1) for axis in rng.sample(list(UNITS), 2)}, ""
-    else:
-        axes, move = dict(MOVES.get(name, {})), name
-    return with_camera(world, world.scene(k), axes, move)
 
 
 def picture_case(world: World, k: int, task: str, **pictures: int) -> Case:
@@ -284,11 +247,6 @@ def asked(task: str, k: int, world: World, scene: Scene, prompt: str, source: Sc
     return Case(task, k, scene, request | given, source or scene)
 
 
-def with_camera(world: World, scene: Scene, axes: dict[str, float], move: str) -> Scene:
-    trajectory = axes_trajectory(axes, world.frames, *aspect_size(ASPECT), FOCAL)
-    return dataclasses.replace(scene, axes=axes, move=move, trajectory=trajectory)
-
-
 def spoiled(scene: Scene, k: int) -> Scene:
     """Spoil a scene half way, alternately: its first object vanishes, is doubled, gets another colour, or another solid."""
     first, *rest = scene.things
@@ -317,12 +275,6 @@ def exchanged(scene: Scene) -> Scene:
         return dataclasses.replace(scene, ground=[ground for ground in GROUNDS if ground != scene.ground][scene.index % 4])
     colours = [thing.colour for thing in (*things[1:], things[0])]
     return dataclasses.replace(scene, things=tuple(dataclasses.replace(t, colour=c) for t, c in zip(things, colours, strict=True)))
-
-
-def labels(scene: Scene, place: int = 0) -> dict[str, str]:
-    """The truth about an object in words, by the detectors' questions."""
-    thing = scene.things[place]
-    return {"colour": thing.colour, "solid": thing.solid, "ground": scene.ground, "motion": thing.motion}
 
 
 # ------------------------------------------------------------------------------------------------------ what must come out

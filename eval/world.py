@@ -47,10 +47,8 @@ from kling_programs.eval.cases import (
     exchanged,
     half,
     held_out,
-    labels,
     other_camera,
     spoiled,
-    with_camera,
 )
 from kling_programs.eval.common import check_order, found_only, protocol_hash, write_json
 from kling_programs.eval.options import QUICK
@@ -60,12 +58,10 @@ from torch import Tensor
 from kling.data.image import write_png
 from kling.data.strip import strip
 from kling.data.transforms import fit, to_tensor
-from kling.data.world.render import HAZE, HAZE_DISTANCE
-from kling.data.world.scene import COLOUR_RGB, FOCAL, Scene, World, render_scene, start_pose
+from kling.data.world.scene import COLOUR_RGB, Scene, World, render_scene
 from kling.data.world.tracks import places_of
 from kling.errors import UserError
-from kling.metrics.camera.odometry import Stage
-from kling.metrics.control import QUESTIONS, Detectors
+from kling.metrics.control import QUESTIONS
 from kling.metrics.controls import frozen, noise, shuffled, taken_over
 from kling.metrics.motion import magnitude
 from kling.metrics.pixel import flicker, psnr, seam, ssim
@@ -73,6 +69,7 @@ from kling.metrics.report import Row, markdown, paired, reached, summarise
 from kling.metrics.ruler import Ruler
 from kling.metrics.segment import segment
 from kling.metrics.things import find_things
+from kling.metrics.world import labels, world_ruler
 from kling.runtime.files import head, written
 from kling.runtime.precision import bf16_is_fast, default_device, describe
 from kling.runtime.random import derive_seed
@@ -337,10 +334,7 @@ def broken(case: Case) -> Tensor:
 
 def make_ruler(options: Options) -> Ruler:
     """Detectors fitted to rendered clips of the training split, with a seed that no case has."""
-    stage = Stage(start_pose(), FOCAL, float(HAZE.mean()), HAZE_DISTANCE, COLOUR_RGB)
-    world = World(derive_seed(options.seed, "ruler"), FRAMES, ASPECT, split="train", max_things=1)
-    scenes = (with_camera(world, world.scene(i), {}, "static") for i in range(options.examples))
-    return Ruler(stage, Detectors.fit(((render_scene(scene), labels(scene)) for scene in scenes), COLOUR_RGB))
+    return world_ruler(options.seed, FRAMES, ASPECT, options.examples)
 
 
 def measure(ruler: Ruler, case: Case, video: Tensor, truth: Tensor) -> Row:

@@ -19,7 +19,7 @@ import os
 import re
 import types
 import typing
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -86,11 +86,12 @@ MEANT = {
 # What settings of these names can be, in whatever program: outside, a run fails at some later step, or trains without a word for nothing.
 RANGES = (
     ("steps batch save_every log_every eval_every eval_clips gradient_accumulation group", 1, math.inf),
-    ("shard threads max_frames clips quantiles", 1, math.inf),
+    ("shard threads max_frames clips quantiles spatial_factor num_layers", 1, math.inf),
     ("warmup sample_every keep_every keep_last every rank workers weight_decay watchdog perceptual", 0, math.inf),
     ("text_drop camera_drop floor", 0, 1),
-    ("ema", 0, math.nextafter(1, 0)),  # of 1 the average never leaves the first weights, which the export would hold
-    ("lr clip_grad temperature fps", math.ulp(0), math.inf),
+    ("shares", 0, math.inf),
+    ("ema betas", 0, math.nextafter(1, 0)),  # of 1 the average never leaves the first weights, which the export would hold
+    ("lr clip_grad temperature fps shift", math.ulp(0), math.inf),
 )
 RANGE = {name: (least, most) for names, least, most in RANGES for name in names.split()}
 
@@ -114,6 +115,8 @@ def load_config(cls: type[T], path: str | Path | None = None, overrides: Sequenc
     for where, values in layers:
         for key, value, hint in _leaves(cls, values, where):
             try:
+                if value == {} and not _dataclass_in(hint) and OmegaConf.select(cfg, key):
+                    raise UserError(f"{key} = {{}} in {where} would change nothing: set each of its keys, such as {key}.NAME=0")
                 if OmegaConf.select(cfg, key) is None and (inner := _dataclass_in(hint)) and isinstance(value, dict):
                     OmegaConf.update(cfg, key, OmegaConf.structured(inner))
                 OmegaConf.update(cfg, key, value, merge=True)
@@ -134,7 +137,17 @@ def load_config(cls: type[T], path: str | Path | None = None, overrides: Sequenc
 
 
 def _check_range(key: str, value: Any, where: str) -> None:
-    """Refuse a number that is none, and one that no setting of this name can be."""
+    """Refuse a number that is none, and one that no setting of this name can be, in lists and dicts too; and a run without a folder."""
+    if isinstance(value, Mapping):
+        for name, one in value.items():
+            _check_range(f"{key}.{name}", one, where)
+        return
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        for one in value:
+            _check_range(key, one, where)
+        return
+    if key == "out" and value == "":
+        raise UserError(f"out is empty in {where}: name a folder")
     if isinstance(value, bool) or not isinstance(value, int | float):
         return
     least, most = RANGE.get(key.rpartition(".")[2], (-math.inf, math.inf))

@@ -11,6 +11,7 @@ Pixel frame 0 is latent frame 0 on its own; pixel frames 4j-3 … 4j are latent 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from kling.errors import UserError, unknown
 
@@ -55,6 +56,14 @@ def frame_position(t: int) -> float:
     Latent 0 holds pixel frame 0 alone, so frame 0 sits at 0 exactly.
     """
     return 0.0 if t == 0 else (t + 1.5) / TEMPORAL
+
+
+def check_lengths(frames: Sequence[int]) -> None:
+    """Raises `UserError` unless these are lengths of clips in pixel frames, and at least one."""
+    if not frames:
+        raise UserError("frames is empty: give at least one length, such as [17]")
+    for T in frames:
+        latent_frames(T)
 
 
 def position_frame(p: float) -> int:

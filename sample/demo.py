@@ -3,6 +3,7 @@
 kling-demo                                   # http://127.0.0.1:7860, the shipped model
 kling-demo --model runs/dit/export --run runs/dit
 kling-demo --listen --auth accounts.txt      # for others on the network; lines of USER:PASSWORD, or KLING_DEMO_AUTH in the environment
+kling-demo --server http://cluster:8000      # a kling-serve makes the videos
 kling-demo --models models --loras loras     # folders from which visitors choose
 """
 
@@ -62,6 +63,7 @@ def prepare(args: argparse.Namespace, arrivals: Path) -> tuple:
     from kling_programs.sample.generate import load_pipeline, precision_of
     from kling_programs.sample.studio.guard import Door, own_names
     from kling_programs.sample.studio.jobs import ModelQueue
+    from kling_programs.sample.studio.remote import Remote
     from kling_programs.sample.studio.shelf import Shelf
     from kling_programs.sample.studio.studio import Studio
     from kling_programs.sample.studio.uploads import Uploads
@@ -72,10 +74,14 @@ def prepare(args: argparse.Namespace, arrivals: Path) -> tuple:
     from kling.sampling.record import model_hashes
     from kling.shapes import ASPECTS
 
-    folder, pipe = load_pipeline(args.model, args.device)
+    remote = Remote(args.server, os.environ.get("KLING_SERVER_KEY")) if args.server else None
+    folder, pipe = load_pipeline(args.model, args.device, (("weights", False),) if remote else ())
     device = pick_device(args.device)
-    pipe.to(device)
-    print(describe(precision_of(pipe), device.type), file=sys.stderr, flush=True)
+    if remote is not None:
+        remote.check(pipe)
+    else:
+        pipe.to(device)
+        print(describe(precision_of(pipe), device.type), file=sys.stderr, flush=True)
     pipe.set_progress_bar_config(disable=True)
     model = model_hashes(folder)
     shelf = Shelf(Path(args.out), model, args.keep)
@@ -83,6 +89,7 @@ def prepare(args: argparse.Namespace, arrivals: Path) -> tuple:
     queue = ModelQueue(places=args.places, seconds=None if args.minutes is None else 60 * args.minutes)
     door = Door(arrivals, own_names(args.host), kept=(shelf.inputs,), tidy=shelf.tidy_inputs)
     studio = Studio(pipe, model, shelf, uploads, Path(args.run) if args.run else None, queue, door)
+    studio.remote = remote
     studio.models, studio.loras = chosen_folders(args.models), chosen_files(args.loras)
     studio.enhancer = Enhancer(args.enhance, device) if args.enhance else None
     return studio, build(studio), launch_settings(studio)
@@ -110,6 +117,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--models", metavar="FOLDER", help="a folder of model folders, from which visitors may choose one")
     parser.add_argument("--loras", metavar="FOLDER", help="a folder of LoRA files (.safetensors), from which visitors may choose one")
     parser.add_argument("--enhance", metavar="FOLDER", help="a chat model that writes prompts out when a visitor presses a button")
+    parser.add_argument("--server", metavar="URL", help="a kling-serve that makes the videos; KLING_SERVER_KEY has its key")
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, …; default: cuda if there is one")
     parser.add_argument("--run", metavar="RUNDIR", help="a training run: compare its checkpoints, see its curves")
     parser.add_argument("--out", metavar="FOLDER", default="out/studio", help="folder for videos and their inputs (out/studio)")
@@ -137,6 +145,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
         value = getattr(args, name)
         if value is not None and not value >= least:
             raise UserError(f"--{name} {value}: give at least {least}")
+    for name in ("models", "loras", "run"):
+        if args.server and getattr(args, name):
+            raise UserError(f"--{name} needs the weights here, and --server {args.server} has them: leave one of them out")
     if args.listen:
         args.places, args.minutes = args.places or 3, args.minutes or 30.0
     return args

@@ -6,6 +6,7 @@
     kling-sample "the ball rolls on" --video in.mp4 --extend-to 30
     kling-sample "a red ball rolls left" --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --offload model
     kling-sample --replay out/a-red-ball-1.mp4.json
+    kling-sample --prompts many.jsonl --output out/many          # resumable; under accelerate launch, shared over its processes
 
 Beside each output is FILE.json, which records how it was made; --replay makes the same frames from it.
 """
@@ -24,7 +25,7 @@ import tempfile
 import time
 import unicodedata
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,6 +58,10 @@ def main(argv: list[str] | None = None) -> None:
     started, cold = time.perf_counter(), "torch" not in sys.modules
     argv = sys.argv[1:] if argv is None else argv
     args = parse(argv)
+    if args.prompts is not None:
+        from kling_programs.sample.batch import many
+
+        return many(args)
 
     import torch
 
@@ -86,8 +91,7 @@ def main(argv: list[str] | None = None) -> None:
     if before:
         records.check_same_model(before, model_hashes(folder, args), args.replay)
         torch.set_num_threads(before["machine"]["threads"])
-    if request.mode == "fast" and (unused := [f"--{name}" for name in ("lora", "cache") if getattr(args, name)]):
-        raise UserError(f"{unused[0]} works on the transformer, and mode fast uses the few-step weights beside it: leave one of them out")
+    check_fast([request], args)
     asked = {}
     if args.enhance:
         request, asked = enhanced(args.enhance, request, pipe, pick_device(args.device))
@@ -223,6 +227,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = Parser("kling-sample", __doc__, usage='kling-sample "PROMPT" [options]')
     parser.add_argument("prompt", nargs="?", help="what to show, in English or Chinese")
     parser.add_argument("--negative-prompt", metavar="TEXT", help="what to avoid")
+    parser.add_argument("--prompts", metavar="FILE.jsonl", help="many requests, an object of options a line; goes on where it was stopped")
     writes = "a chat model in a local folder writes the prompt out first, and knows what the checkpoint can do; the record keeps both"
     parser.add_argument("--enhance", metavar="FOLDER", type=a_path, help=writes)
 
@@ -380,6 +385,13 @@ def asked_request(args: argparse.Namespace) -> Request:
         request = request.replace(prompt=found)
         print(f"prompt: {found} (what {args.video} was made from; give another to change it)", file=sys.stderr)
     return request
+
+
+def check_fast(requests: Sequence[Request], args: argparse.Namespace) -> None:
+    """Raises `UserError` for options that would have no effect in mode fast."""
+    unused = [f"--{name}" for name in ("lora", "cache") if getattr(args, name)]
+    if unused and any(request.mode == "fast" for request in requests):
+        raise UserError(f"{unused[0]} works on the transformer, and mode fast uses the few-step weights beside it: leave one of them out")
 
 
 def enhanced(model: str, request: Request, pipe: KlingPipeline, device: torch.device) -> tuple[Request, dict[str, Any]]:

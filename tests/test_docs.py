@@ -30,6 +30,7 @@ CONFIGS = {  # program -> (its module, the dataclass of its keys)
     "kling-train-vae": ("train.train_vae", "TrainVAEConfig"),
     "kling-train-text": ("train.train_text", "TrainTextConfig"),
     "kling-distill": ("train.distill", "DistillConfig"),
+    "kling-align": ("train.align", "AlignConfig"),
     "kling-train-all": ("train.train_all", "TrainAllConfig"),
     "kling-encode": ("train.encode", "CacheConfig"),
 }

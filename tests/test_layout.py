@@ -32,6 +32,7 @@ FLOORS = (
     "cache",
     "metrics",
     "sampling",
+    "rewards",
     "training",
     "__init__",
 )

@@ -6,13 +6,14 @@ import dataclasses
 
 import pytest
 import torch
-from kling_programs.eval.cases import TASKS, exchanged, held_out, spoiled, with_camera
+from kling_programs.eval.cases import TASKS, exchanged, held_out, spoiled
 from torch import Tensor
 
 from kling.data.world.scene import COLOUR_RGB, Scene, World, render_scene
 from kling.metrics.controls import frozen, noise, shuffled, taken_over
 from kling.metrics.permanence import permanence
 from kling.metrics.segment import segment
+from kling.metrics.world import with_camera
 
 # By what a clip of each task is judged; all of them hold of the truth, and not all of what the task forbids.
 CERTIFIED = {

@@ -202,6 +202,23 @@ def test_muon_has_half_the_state_of_adamw() -> None:
         report({**read_preset("configs/dit/debug.yaml"), "optimizer": "muom"}, PlanConfig())
 
 
+def test_the_copies_of_a_method_are_counted() -> None:
+    """A teacher stands whole on each GPU; the old policy and the start are cut like the weights."""
+    step = step_memory(SMALL, CLIP, 8, bf16=False)
+    plain, taught, aligned = (on_each_gpu(step, 1, 4, 1, method=method) for method in ("train", "distill", "align"))
+    assert taught.average - plain.average == 4 * step.parameters and aligned.average == 3 * plain.average
+    assert taught.weights == aligned.weights == plain.weights
+
+
+def test_a_plan_of_an_alignment_has_no_command_of_a_training(capsys: pytest.CaptureFixture) -> None:
+    main(["configs/dit/debug.yaml", "gpus=1", "memory=80", "tflops=800", "height=64", "width=112", "method=align"])
+    text = capsys.readouterr().out
+    assert "for kling-align" in text and "kling-train" not in text
+    with pytest.raises(SystemExit):
+        main(["configs/dit/debug.yaml", "method=rl"])
+    assert "unknown method 'rl'" in capsys.readouterr().err
+
+
 def test_selective_checkpointing_keeps_products_and_attention_of_every_backend() -> None:
     """All of torch's attention kernels and products by name, and those of libraries; norms, gates and activations are recomputed."""
     attention = [name for name in dir(torch.ops.aten) if "attention" in name and "backward" not in name]

@@ -22,6 +22,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "train")]
 
+import align  # noqa: E402
 import distill  # noqa: E402
 import torch  # noqa: E402
 import train_dit  # noqa: E402
@@ -106,7 +107,7 @@ def _train(words: list[str], env: dict[str, str], rank: int, first: Callable[[in
     try:
         if first is not None:
             first(rank)
-        {"vae": train_vae, "dit": train_dit, "distill": distill}[words[0].split("/")[1]].main(words)
+        {"vae": train_vae, "dit": train_dit, "distill": distill, "align": align}[words[0].split("/")[1]].main(words)
     except SystemExit:
         raise
     except BaseException:

@@ -31,6 +31,7 @@ class Program:
 PROGRAMS = {
     "kling-train": Program("train_dit", "TrainDiTConfig", "dit"),
     "kling-distill": Program("distill", "DistillConfig", "distill"),
+    "kling-align": Program("align", "AlignConfig", "align"),
     "kling-train-vae": Program("train_vae", "TrainVAEConfig", "vae"),
     "kling-train-text": Program("train_text", "TrainTextConfig", "text"),
     "kling-encode": Program("encode", "CacheConfig", "cache"),
@@ -46,6 +47,10 @@ def train(argv: list[str] | None = None) -> None:
 
 def distill(argv: list[str] | None = None) -> None:
     run("kling-distill", argv)
+
+
+def align(argv: list[str] | None = None) -> None:
+    run("kling-align", argv)
 
 
 def train_vae(argv: list[str] | None = None) -> None:

@@ -1,6 +1,7 @@
 """Plan a training before buying the machine: parameters, operations, memory by part, days, and the command that starts it.
 
 kling-plan configs/dit/14b.yaml gpus=64 memory=80 tflops=800 mfu=0.4 clips=50000000
+kling-plan configs/dit/1.3b.yaml method=align tflops=800              # what kling-distill or kling-align holds beside the weights
 kling-plan configs/dit/world.yaml gpus=1 memory=16                    # without tflops: this machine is measured, and the report says so
 """
 
@@ -34,6 +35,8 @@ from kling.training.optim import MOMENTS
 
 GIB = 2**30
 LARGEST = 256  # largest recommended number of clips in a GPU's batch, even if more fit: larger updates rarely help
+# Of every weight: frozen fp32 copies that each GPU holds whole, copies sharded like the weights, and forward passes that an update costs.
+METHODS = {"train": (0, 0, 3), "distill": (1, 0, 7), "align": (0, 2, 5)}
 RESERVE = 0.9  # usable share of a GPU's memory; the rest is for its context, communication and fragmentation
 
 
@@ -41,6 +44,7 @@ RESERVE = 0.9  # usable share of a GPU's memory; the rest is for its context, co
 class PlanConfig:
     """The machine and the training to plan for.
 
+    method: train; distill, with the teacher beside the student; or align, with the old policy and the start. Of every weight, not a LoRA.
     gpus: number in all. node: number in one machine. memory: GiB of each.
     tflops: TFLOP/s that a GPU reaches on matrix products; 0 measures this machine.
     mfu: the share of it that training is assumed to reach, 0 to 1. clips: how many the run trains on, with repetition.
@@ -48,6 +52,7 @@ class PlanConfig:
     spatial_factor: pixels along one side of a latent of the VAE. bf16: compute in bfloat16; if tflops is measured, only if faster here.
     """
 
+    method: str = "train"
     gpus: int = 8
     node: int = 8
     memory: float = 80.0
@@ -75,15 +80,17 @@ class Part:
         return self.weights + self.gradients + self.optimizer + self.average + self.activations
 
 
-def on_each_gpu(step: StepMemory, clips: int, shards: int, split: int, moments: int = 2) -> Part:
+def on_each_gpu(step: StepMemory, clips: int, shards: int, split: int, moments: int = 2, method: str = "train") -> Part:
     """One GPU's memory with the state cut over `shards`, the sequence cut over `split`, and `clips` of its own at a time.
 
     Weights, gradients, the optimizer's moments and the average are fp32. A sharded run also holds two whole blocks while it computes. A
     validation swaps the averages in and keeps the weights beside them; they take the place of the gradients, which are freed by then.
+    The copies of a method are counted with the average.
     """
-    state = 4 * step.parameters / shards
+    state, (whole, sharded, _) = 4 * step.parameters / shards, METHODS[method]
+    copies = 4 * whole * step.parameters + sharded * state
     gathered = 2 * 4 * step.block if shards > 1 else 0
-    return Part(state + gathered, state, moments * state, state, step.beyond(state, clips / split))
+    return Part(state + gathered, state, moments * state, state + copies, step.beyond(state, clips / split))
 
 
 def on_the_host(step: StepMemory, shards: int, moments: int = 2) -> tuple[int, int]:
@@ -101,6 +108,8 @@ def main(argv: list[str] | None = None) -> None:
     if "model" not in preset or "frames" not in preset:
         raise UserError(f"preset '{argv[0]}' has no model and frames: give one that sets its sizes, such as configs/dit/1.3b.yaml")
     plan = load_config(PlanConfig, None, argv[1:])
+    if plan.method not in METHODS:
+        raise unknown("method", plan.method, METHODS)
     if plan.gpus < 1 or plan.node < 1 or plan.clips < 1 or not 0 < plan.memory < math.inf or not 0 < plan.mfu <= 1:
         raise UserError(f"gpus {plan.gpus}, memory {plan.memory}, mfu {plan.mfu}: give positive numbers, and an mfu of at most 1")
     if not 0 <= plan.tflops < math.inf or min(plan.height, plan.width) < 0:
@@ -134,7 +143,7 @@ def report(preset: dict[str, Any], plan: PlanConfig, name: str = "PRESET") -> li
     h, w = latent_size(height, width, plan.spatial_factor, patch[1])
     latents = (1, config["in_channels"], latent_frames(frames), h, w)
     tokens = math.prod(token_grid(*latents[2:], patch))
-    flops = 3 * forward_flops(config, tokens, l)
+    flops = METHODS[plan.method][2] * forward_flops(config, tokens, l)
     device = default_device()
     precision = "fp32" if not plan.bf16 else "bf16" if plan.tflops else pick_precision("auto", device)  # given GPUs are taken to have bf16
     bf16 = precision == "bf16"
@@ -143,7 +152,7 @@ def report(preset: dict[str, Any], plan: PlanConfig, name: str = "PRESET") -> li
     runs = level_runs(tasks, token_grid(*held[2:], patch))
     steps = {what: step_memory(model, held, l, partial(set_checkpointing, what=what), bf16, runs) for what in CHECKPOINTING}
     some = steps["none"]
-    each = partial(on_each_gpu, moments=MOMENTS[optimizer])
+    each = partial(on_each_gpu, moments=MOMENTS[optimizer], method=plan.method)
 
     ceiling = plan.tflops * 1e12 or matmul_ceiling(torch.device(device), torch.bfloat16 if bf16 else torch.float32)
     rate = ceiling * plan.mfu * plan.gpus / flops  # clips a second
@@ -209,6 +218,8 @@ def advice(layout: str, shards: int, split: int, what: str, part: Part, plan: Pl
     options = [f"activation_checkpointing={what}", f"batch={batch}"]
     options += ["compile=false"] if preset.get("compile", False) and what == "selective" else []
     said = f"recommended    {layout}, {' '.join(options)}: {batch * plan.gpus // split} clips a micro-step, {clips} fit on a GPU"
+    if plan.method != "train":
+        return [said, f"               for kling-{plan.method}, of every weight; a LoRA needs less. Making clips takes time beyond this"]
     given = [f"out=runs/{Path(name).stem}", *([] if preset.get("encode") else ["vae=VAE", "cache=CACHE"]), *options]
     if plan.gpus == 1:
         return [said, f"               kling-train {shlex.join([name, *given])}"]

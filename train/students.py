@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kling.cache.batches import LatentSteps
 from kling.cache.store import LatentCache
-from kling.condition.tasks import TASKS, keyframe_share
+from kling.condition.tasks import check_tasks, keyframe_share
 from kling.dit import KlingTransformer3DModel
 from kling.errors import UserError, unknown
 from kling.flow.diffusers_scheduler import shift_key
@@ -25,7 +25,7 @@ from kling.runtime.device import upload
 from kling.runtime.parallel import same_rng, trained
 from kling.sampling.pipeline import KlingPipeline, load_vae
 from kling.sampling.request import Request
-from kling.shapes import latent_frames
+from kling.shapes import check_lengths
 from kling.text import ByteTextEncoder
 from kling.text.umt5 import UMT5TextEncoder
 from kling.training.ema import EMA, load_average
@@ -34,6 +34,7 @@ from kling.training.export import save_pipeline
 from kling.training.loop import Loop
 from kling.training.lora import Lora, add_lora
 from kling.training.model import Trained
+from kling.training.optim import check_names
 from kling.training.start import (
     LONG_CAPTIONS,
     SHIPPED,
@@ -190,11 +191,9 @@ class DistillConfig:
 
     def check(self) -> None:
         """Raises `UserError` for a value that cannot be used, before anything is made."""
-        for name in self.tasks:
-            if name not in TASKS:
-                raise unknown("task", name, TASKS)
-        for frames in self.frames:
-            latent_frames(frames)
+        check_names(self.optimizer, self.schedule, self.betas)
+        check_tasks(self.tasks)
+        check_lengths(self.frames)
         for name, value, known in (("method", self.method, METHODS), ("long_captions", self.long_captions, LONG_CAPTIONS)):
             if value not in known:
                 raise unknown(name, value, known)
@@ -260,7 +259,7 @@ def prepare(cfg: DistillConfig, loop: Loop) -> Parts:
     accelerator, device = loop.accelerator, loop.accelerator.device
     if loop.layout.split > 1:
         raise UserError("kling-distill does not share a clip between processes: take a layout without context parallelism, such as fsdp2")
-    start = open_start(cfg.teacher, cfg.checkpoint)
+    start = open_start(cfg.teacher, cfg.checkpoint, expert=None)
     vae = load_vae(cfg.vae or ("" if cfg.teacher == SHIPPED else cfg.teacher)).to(device)
     complete_cache(cfg.cache, cfg.encode, vae, loop.stop, accelerator)
     cache = LatentCache(cfg.cache)

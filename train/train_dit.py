@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from kling.cache.batches import LatentSteps
 from kling.cache.store import LatentCache
-from kling.condition.tasks import TASKS, keyframe_share
+from kling.condition.tasks import check_tasks, keyframe_share
 from kling.config import load_config
 from kling.data.clips import ClipSample
 from kling.data.source import DataConfig
@@ -39,7 +39,7 @@ from kling.runtime.parallel import same_rng, split_sequence, total, trained, who
 from kling.runtime.random import generator, noise_like
 from kling.sampling.pipeline import KlingPipeline, load_vae
 from kling.sampling.request import Request
-from kling.shapes import latent_frames
+from kling.shapes import check_lengths
 from kling.text import ByteTextEncoder
 from kling.training.ema import EMA, load_average
 from kling.training.examples import Drawing, Example, check_divides, draw_example
@@ -165,12 +165,9 @@ def main(argv: list[str] | None = None) -> None:
     if helped("kling-train", argv):
         return
     cfg = load_config(TrainDiTConfig, argv[0], argv[1:])
-    check_names(cfg.optimizer, cfg.schedule)
-    for name in cfg.tasks:
-        if name not in TASKS:
-            raise unknown("task", name, TASKS)
-    for frames in cfg.frames:
-        latent_frames(frames)
+    check_names(cfg.optimizer, cfg.schedule, cfg.betas)
+    check_tasks(cfg.tasks)
+    check_lengths(cfg.frames)
     if cfg.text_from and cfg.init_from:
         raise UserError("text_from and init_from are both set: the folder of init_from has its own text encoder, so leave one out")
     if cfg.lora.rank and not cfg.init_from:

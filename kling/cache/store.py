@@ -180,9 +180,9 @@ def _plan(cfg: CacheConfig, source: ClipSource) -> Iterator[Shard]:
             raise UserError("clips, shorter, paths and shares are for the world, and a manifest is encoded whole: leave them out")
         buckets = [(bucket, range(len(pieces)), "") for bucket, pieces in source.manifest.buckets.items()]
     else:
-        if cfg.clips is None or len(_shares(cfg)) != len(cfg.data.aspects):
+        if cfg.clips is None or len(_shares(cfg)) != len(cfg.data.aspects) or not sum(_shares(cfg)):
             raise UserError(
-                f"clips {cfg.clips}, shares {_shares(cfg)} for aspects {cfg.data.aspects}: give the first, and a share for each aspect"
+                f"clips {cfg.clips}, shares {_shares(cfg)} for aspects {cfg.data.aspects}: give clips, and all aspects a share, not all 0"
             )
         longest = max(cfg.data.frames)
         if odd := [T for T in cfg.shorter if T not in cfg.data.frames or longest == T]:

@@ -100,6 +100,12 @@ class Cameras:
         """The samples from `start` on."""
         return replace(self, **{name: getattr(self, name)[start:] for name in ("c2w", "intrinsics", "appended")})
 
+    def repeated(self, k: int) -> Cameras:
+        """The camera of one clip for k equal ones."""
+        return replace(
+            self, **{name: getattr(self, name).expand(k, *getattr(self, name).shape[1:]) for name in ("c2w", "intrinsics", "appended")}
+        )
+
     def rays(self, start: int = 0, end: int | None = None) -> Tensor:
         """The packed rays P of latent frames start … end - 1, on the device of the poses: (b, 24, end - start, H, W).
 

@@ -165,6 +165,13 @@ class State:
         part.__dict__["_runs"] = tuple(t[start:] for t in self._runs)
         return part
 
+    def repeated(self, k: int) -> State:
+        """One sample as k equal ones."""
+        wide = {name: t.expand(k, *t.shape[1:]) for name in TENSORS if (t := getattr(self, name)) is not None}
+        whole = replace(self, **wide, host=tuple(t.expand(k, *t.shape[1:]) for t in self.host))
+        whole.__dict__["_runs"] = tuple(t.expand(k, *t.shape[1:]) for t in self._runs)
+        return whole
+
     def to(self, device: torch.device | str) -> State:
         """Copy to another device without waiting for it."""
         there = replace(self, **{name: upload(t, device) for name in TENSORS if (t := getattr(self, name)) is not None})

@@ -6,6 +6,7 @@ A checkpoint lists the tasks that it was trained for.
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import inf
 from random import Random
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kling.condition.state import Given
-from kling.errors import unknown
+from kling.errors import UserError, unknown
 from kling.shapes import nearest_frames, pixel_frames
 
 # name -> (number of appended keyframes, a function that draws what is given, the same as fields of a `Request` for a whole clip). -1 is a
@@ -70,11 +71,20 @@ TASKS: dict[str, tuple[int, Draw, Show]] = {
 }
 
 
-def draw_task(rng: Random, weights: dict[str, float], keyframes: int) -> str:
-    """A random task among those that append `keyframes` frames, so that all clips of a batch have one shape."""
-    for name in weights:
+def check_tasks(weights: dict[str, float]) -> None:
+    """Raises `UserError` unless the weights name tasks, and at least one of them is drawn."""
+    for name, weight in weights.items():
         if name not in TASKS:
             raise unknown("task", name, TASKS)
+        if not 0 <= weight < inf:
+            raise UserError(f"tasks.{name} = {weight:g}: give 0 or more")
+    if not any(weights.values()):
+        raise UserError("all tasks have the weight 0: give one of them more")
+
+
+def draw_task(rng: Random, weights: dict[str, float], keyframes: int) -> str:
+    """A random task among those that append `keyframes` frames, so that all clips of a batch have one shape."""
+    check_tasks(weights)
     fit = {name: weight for name, weight in weights.items() if TASKS[name][0] == keyframes and weight > 0}
     return rng.choices(list(fit), weights=list(fit.values()))[0]
 

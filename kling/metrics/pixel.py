@@ -16,6 +16,13 @@ def psnr(a: Tensor, b: Tensor) -> Tensor:
     return 10 * (4 / error.clamp(min=1e-10)).log10()
 
 
+def diversity(videos: Tensor) -> float:
+    """How different the clips (k, T, H, W, 3) uint8 of one request are: mean root-mean-square difference of all pairs, in [0, 1]."""
+    x = videos.flatten(1).float() / 255  # (k, ·)
+    pairs = torch.pdist(x) / x.shape[1] ** 0.5
+    return float(pairs.mean()) if len(pairs) else 0.0
+
+
 def ssim(a: Tensor, b: Tensor) -> Tensor:
     """Structural similarity of every frame, (b, T): gaussian window of 11 (sigma 1.5), whole windows only, mean over the colours.
 

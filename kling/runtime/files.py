@@ -267,4 +267,6 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 def _refused(path: Path, error: Exception) -> UserError:
     reason = getattr(error, "strerror", None) or str(error)
+    if isinstance(error, FileExistsError | NotADirectoryError):
+        return UserError(f"{path} cannot be written: a part of this path is a file, where a folder is needed; choose another path")
     return UserError(f"{path} cannot be written ({reason}): free space there or choose another path")

@@ -206,6 +206,14 @@ def _clip(movie: Movie, name: str) -> Tensor:
     return frames
 
 
+def read_clip(path: str | Path, fps: float, frames: int, size: tuple[int, int]) -> Tensor:
+    """The first `frames` frames of a video file, (T, H, W, 3) uint8 at a size (H, W). Raises `UserError` if it is shorter."""
+    clip = _movie(path, fps, "video", size, frames)
+    if len(clip) < frames:
+        raise UserError(f"{path} has {len(clip)} frames at {fps:g} fps, and {frames} are asked for: give a longer video, or fewer frames")
+    return fit(clip[:frames], *size)
+
+
 def _length(movie: Movie, fps: float) -> int:
     """Number of frames of a given video at the model's frame rate, without decoding it."""
     from kling.data.video import probe

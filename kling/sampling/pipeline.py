@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, NamedTuple, Unpack
 
 import numpy as np
 import torch
@@ -66,6 +66,14 @@ class KlingOutput(BaseOutput):
 
     frames: np.ndarray | Tensor | None
     latents: Tensor
+
+
+class Asked(NamedTuple):
+    """A request for one clip, resolved: what is given of it, and the other inputs of the transformer, for a batch of one, on its device."""
+
+    plan: Plan
+    state: State
+    signals: Signals
 
 
 class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
@@ -395,17 +403,10 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         sampler = Sampler(experts, self.config.get("boundary_ratio"), self.scheduler, plan)
         tracks, origin, steps = plan_tracks(inputs, plan.hops), plan.hops[0].start, 0
         for number, hop in enumerate(plan.hops):
-            mine, way = None if tracks is None else hop_tracks(tracks, hop, origin), self.config.get("track_writing")
-            state = self._state(request, hop, inputs, done if hop.overlap else None, None if way else mine)
-            concat = None
-            if self.groups:
-                concat = concat_channels(state, self.groups, self._control(inputs, hop))
-                concat = upload(write_tracks(concat, mine, way) if way and mine is not None else concat, device)
-                state = opened(state)
-            state = state.to(device)
+            mine = None if tracks is None else hop_tracks(tracks, hop, origin)
+            state, concat = self._conditions(request, hop, inputs, done if hop.overlap else None, mine)
             view = None if camera is None else self._view(camera, hop, plan, origin)
-            shape = state.clean.shape
-            noise = torch.randn(shape, generator=generator(seed, "noise", number)) if start is None else start.float()
+            noise = torch.randn(state.clean.shape, generator=generator(seed, "noise", number)) if start is None else start.float()
             for step in sampler(state, Signals(text, view, concat, image), upload(noise, device), seed, number):
                 if callback is not None:
                     callback(self, steps, step.timestep, {"latents": step.z, "x0": step.x0})
@@ -417,6 +418,46 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
                     frames = paste(frames, inputs.video, inputs.mask, self.vae.spatial_factor // 4)
                 done = torch.cat([done, frames[hop.overlap :]])
         return done, latents
+
+    @torch.no_grad()
+    def ask(self, request: Request) -> Asked:
+        """Everything that a request's clip is sampled from, except the noise. For `sample_group`, and for training on what it made.
+
+        Raises `UserError` for a request that one clip does not answer: in several hops, block by block, or a loop without a first frame.
+        """
+        plan, inputs, camera = self._prepare(request)
+        if len(plan.hops) > 1 or plan.block_frames or (request.loop and inputs.image is None):
+            raise UserError(f"'{request.prompt[:40]}' takes more than one clip: ask for fewer frames, and no loop without a first frame")
+        if self.transformer.config.pos_embed_seq_len is not None:
+            raise UserError("these weights look at the first and the last frame together, which no group of clips can share: take others")
+        (hop,), tracks = plan.hops, plan_tracks(inputs, plan.hops)
+        mine = None if tracks is None else hop_tracks(tracks, hop, hop.start)
+        state, concat = self._conditions(request, hop, inputs, inputs.video if hop.overlap else None, mine)
+        view = None if camera is None else self._view(camera, hop, plan, hop.start)
+        return Asked(plan, state, Signals(self._encode_text(request, plan), view, concat, self._image_tokens(inputs)))
+
+    @torch.no_grad()
+    def sample_group(self, asked: Asked, seeds: Sequence[int]) -> Tensor:
+        """Latents (k, c, F, h, w) of one request with k seeds, sampled as one batch; each starts from the noise of its seed."""
+        plan, state, device = asked.plan, asked.state, self._execution_device
+        noise = torch.cat([torch.randn(state.clean.shape, generator=generator(seed, "noise", 0)) for seed in seeds])
+        many = state.repeated(len(seeds))
+        sampler = Sampler([self.transformer_fast] if plan.fast else self.experts, self.config.get("boundary_ratio"), self.scheduler, plan)
+        for step in sampler(many, asked.signals.repeated(len(seeds)), upload(noise, device), seeds[0]):  # noqa: B007 - the last one counts
+            pass
+        return many.finish(step.z)
+
+    def _conditions(
+        self, request: Request, hop: Hop, inputs: Inputs, before: Tensor | None, tracks: Tracks | None
+    ) -> tuple[State, Tensor | None]:
+        """What is given of one hop, on the device: as a state, and as extra channels for weights that take it so."""
+        way = self.config.get("track_writing")
+        state, concat = self._state(request, hop, inputs, before, None if way else tracks), None
+        if self.groups:
+            concat = concat_channels(state, self.groups, self._control(inputs, hop))
+            concat = upload(write_tracks(concat, tracks, way) if way and tracks is not None else concat, self._execution_device)
+            state = opened(state)
+        return state.to(self._execution_device), concat
 
     def _state(self, request: Request, hop: Hop, inputs: Inputs, before: Tensor | None, tracks: Tracks | None) -> State:
         """The encoded given content of one hop. `before`: the frames so far, whose last ones are the hop's first ones. tracks: its own."""

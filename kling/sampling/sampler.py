@@ -38,6 +38,12 @@ class Signals:
     concat: Tensor | None = None
     image: Tensor | None = None
 
+    def repeated(self, k: int) -> Signals:
+        """Those of one clip for k clips that differ in their noise only."""
+        wide = {name: None if t is None else t.expand(k, *t.shape[1:]) for name, t in (("concat", self.concat), ("image", self.image))}
+        text = {which: t.expand(k, *t.shape[1:]) for which, t in self.text.items()}
+        return Signals(text, None if self.camera is None else self.camera.repeated(k), **wide)
+
 
 @dataclass(frozen=True)
 class Sampler:
@@ -49,7 +55,7 @@ class Sampler:
     plan: Plan
 
     def __call__(self, state: State, signals: Signals, noise: Tensor, seed: int = 0, hop: int = 0) -> Iterator[Step]:
-        """From noise (1, c, G, h, w) to the clip; yields after every step. seed, hop: for the noise that few-step weights add."""
+        """From noise (b, c, G, h, w) to the clips; yields after every step. seed, hop: for the noise that few-step weights add."""
         plan = self.plan
         for expert in self.experts:
             expert._reset_stateful_cache()  # a step cache may hold results of another clip

@@ -65,6 +65,20 @@ class EMA:
         restore(saved, self.average, "EMA weight")
 
 
+class Follower(EMA):
+    """A copy of the weights that follows them more slowly the longer a run lasts: update number s has the decay min(rate · s, highest).
+
+    With a rate of 0 it is a copy as of its last update, or of its making.
+    """
+
+    def __init__(self, model: nn.Module, rate: float = 0.0, highest: float = 0.0) -> None:
+        super().__init__(model, highest)
+        self.rate = rate
+
+    def decay_at(self, step: int) -> float:
+        return min(self.rate * step, self.decay)
+
+
 def load_average(saved: Rows, model: nn.Module) -> None:
     """Replace a model's weights by the averages of a checkpoint, without keeping a copy. Raises `UserError` as `load_state_dict` does."""
     restore(saved, dict(_params(model)), "EMA weight")

@@ -72,13 +72,18 @@ class Loop:
             if self._run is not None:
                 self._run.close()  # after an error in the program itself: write the lines logged so far
 
-    def resume(self, model: nn.Module, optimizer: Optimizer, ema: EMA | None, **others: tuple[nn.Module, Optimizer]) -> None:
+    def resume(
+        self, model: nn.Module, optimizer: Optimizer, ema: EMA | None, averages: Mapping[str, EMA] | None = None,
+        **others: tuple[nn.Module, Optimizer],
+    ) -> None:  # fmt: skip
         """Load the newest intact checkpoint, if there is one. Later checkpoints hold the same models.
 
-        optimizer: as prepared by accelerate. others: further models in training with their optimizers, without an average; the keyword is
-        the prefix of their groups in a checkpoint. Raises `UserError` if a checkpoint does not fit.
+        optimizer: as prepared by accelerate. averages: further ones of the model, by their group in a checkpoint. others: further models in
+        training with their optimizers, without an average; the keyword is the prefix of their groups in a checkpoint. Raises `UserError`
+        if a checkpoint does not fit.
         """
         self._kept = {"": (model, optimizer, ema)} | {prefix: (*kept, None) for prefix, kept in others.items()}
+        self._averages = dict(averages or {})
         self._load()
         self.began, layout = self.done, self.layout
         check_draws(self.accelerator, layout, torch.randn(8, generator=generator(self.cfg.seed, "sigma", self.places + layout.rank)))
@@ -146,6 +151,7 @@ class Loop:
             tensors: dict[str, Any] = {}
             for prefix, (model, optimizer, ema) in self._kept.items():
                 tensors |= run_tensors(model, optimizer.optimizer, ema, prefix)
+            tensors |= {name: average.state_dict() for name, average in self._averages.items()}
             self._saver.save(self.done, tensors, {"config": self.config, "places": self.places, "versions": versions()})
             if self._clock is not None:
                 self._clock.lap("save")
@@ -175,6 +181,8 @@ class Loop:
             return
         for prefix, (model, optimizer, ema) in self._kept.items():
             load_run_tensors(saved, model, optimizer.optimizer, ema, prefix)
+        for name, average in self._averages.items():
+            average.load_state_dict(saved.tensors[name])
         self.done = saved.step
         if not lost:
             self.places = saved.meta.get("places", saved.step * self.micro * self.layout.ranks)

@@ -13,7 +13,7 @@ from kling.training.model import Trained
 
 @dataclass
 class Lora:
-    """Low-rank training: `init_from`'s weights are frozen, and W becomes W + alpha / rank · B A in layers whose names end in `targets`.
+    """Low-rank training: the model's weights are frozen, and W becomes W + alpha / rank · B A in layers whose names end in `targets`.
 
     rank: of A and B; 0 trains the model itself. alpha: the change is multiplied by alpha / rank. targets: ends of layer names.
     merge: export the whole model with B A added, in addition to the small file of A and B.

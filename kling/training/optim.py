@@ -7,7 +7,7 @@ closed form has no state to save.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -96,8 +96,10 @@ OPTIMIZERS = {"adamw": adamw, "muon": muon}
 MOMENTS = {"adamw": 2, "muon": 1}  # tensors of state per parameter; Muon's vectors and embeddings, which have two, are few
 
 
-def check_names(optimizer: str, schedule: str) -> None:
+def check_names(optimizer: str, schedule: str, betas: Sequence[float] = (0.9, 0.95)) -> None:
     """Refuse what `make_optimizer` and `lr_at` would refuse, before hours go into a cache."""
+    if len(betas) != 2:
+        raise UserError(f"betas {list(betas)}: give two numbers, of the first and of the second moment")
     for thing, name, known in (("optimizer", optimizer, OPTIMIZERS), ("schedule", schedule, SCHEDULES)):
         if name not in known:
             raise unknown(thing, name, known)

@@ -84,10 +84,10 @@ class Start:
         """Its text encoder. settings: the requested ones; `UserError` if they differ. cache: the latent cache."""
         if not self.published:
             text = loaded(self.folder, "text_encoder", ByteTextEncoder, torch_dtype=torch.float32)
-            _check_text(text, settings, f"init_from {self.folder}")
+            _check_text(text, settings, f"model {self.folder}")
             return text
         if settings:
-            raise UserError(f"init_from {self.folder} encodes prompts with umT5, which is not trained: leave text.{min(settings)} out")
+            raise UserError(f"model {self.folder} encodes prompts with umT5, which is not trained: leave text.{min(settings)} out")
         return UMT5TextEncoder(self.folder, cache=text_folder(cache), cut=True)
 
     def scheduler(self, given: Mapping[str, Any]) -> SchedulerMixin:
@@ -97,26 +97,28 @@ class Start:
             return new_scheduler({key: value for key, value in own.config.items() if not key.startswith("_")} | dict(given))
         for key in given:
             if key not in ("shift", "density"):
-                raise UserError(f"scheduler.{key} is set, and init_from {self.folder} keeps its {type(own).__name__}: leave it out")
+                raise UserError(f"scheduler.{key} is set, and model {self.folder} keeps its {type(own).__name__}: leave it out")
         return type(own).from_config(own.config, **({shift_key(own): given["shift"]} if "shift" in given else {}))
 
 
-def open_start(path: str | Path, checkpoint: str | None = None, expert: str = "") -> Start:
+def open_start(path: str | Path, checkpoint: str | None = None, expert: str | None = "") -> Start:
     """The start from a model folder, a hub id, or the shipped model (`SHIPPED`).
 
-    checkpoint: its name in the registry, if the files do not tell.
+    checkpoint: its name in the registry, if the files do not tell. expert: None for a program that trains no model of two experts.
 
     Raises `UserError` if it is none of these, if it has two experts and `expert` is not set, or if `expert` is set without need.
     """
     folder = ASSETS if path == SHIPPED else find_folder(path)
     parts = load(folder, checkpoint=checkpoint, weights=False)
     two, choices = "transformer_2" in parts, [name for name in EXPERT_FOLDERS if name]
+    if two and expert is None:
+        raise UserError(f"model {folder} has two experts, which this program does not train: give a model with one transformer")
     if two and expert not in choices:
         boundary = parts["boundary_ratio"]
-        raise UserError(f"init_from {folder} has two experts: give expert=high to train levels above {boundary}, or expert=low")
+        raise UserError(f"model {folder} has two experts: give expert=high to train levels above {boundary}, or expert=low")
     if expert and not two:
-        raise UserError(f"expert={expert} is set, and init_from {folder} has one transformer: leave it out")
-    return Start(folder, {key: parts[key] for key in (*SETTINGS, "scheduler") if key in parts}, expert)
+        raise UserError(f"expert={expert} is set, and model {folder} has one transformer: leave it out")
+    return Start(folder, {key: parts[key] for key in (*SETTINGS, "scheduler") if key in parts}, expert or "")
 
 
 def complete_cache(cache: str, preset: str, vae: AutoencoderKLKling, stop: StopSignal, accelerator: Accelerator) -> None:
@@ -237,11 +239,11 @@ def grow(folder: str | Path, model: Mapping[str, Any], dtype: torch.dtype = torc
         if had[key] == value or (isinstance(value, list | tuple) and tuple(had[key]) == tuple(value)):
             continue
         if key not in EXTRAS:
-            raise UserError(f"init_from {folder} has model.{key} = {had[key]!r}, not {value!r}: only {', '.join(EXTRAS)} can be added")
+            raise UserError(f"model {folder} has model.{key} = {had[key]!r}, not {value!r}: only {', '.join(EXTRAS)} can be added")
         there = {name: had[name] for name in ("num_kinds", "track_channels", "gate_value")}
         there |= {"in_channels": had["in_channels"] > had["out_channels"]}
         if there.get(key, had["camera_channels"]):
-            raise UserError(f"init_from {folder} was trained with model.{key} = {had[key]!r}: leave it unchanged")
+            raise UserError(f"model {folder} was trained with model.{key} = {had[key]!r}: leave it unchanged")
         changed[key] = value
     in_channels = changed.pop("in_channels", had["in_channels"])
     grown = loaded(Path(folder).parent, Path(folder).name, KlingTransformer3DModel, torch_dtype=dtype, **changed)

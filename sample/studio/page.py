@@ -28,10 +28,21 @@ MANY = 64  # requests in Gradio's own queue, including small ones; jobs wait in 
 SESSIONS = 32  # visitors for whom Gradio keeps a copy of the page, 0.35 MB each; its default is 10 000, and every API call counts
 
 
+class Page(gr.Blocks):
+    """A page to which anybody may send any values: those that Gradio itself cannot read give one line, and no traceback in the log."""
+
+    async def preprocess_data(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return await super().preprocess_data(*args, **kwargs)
+        except Exception as error:  # of many classes, all caused by what was sent
+            line = " ".join(str(error).split())[:200] or type(error).__name__
+            raise gr.Error(f"these values cannot be used ({line}): reload the page", print_exception=False) from None
+
+
 def build(studio: Studio) -> gr.Blocks:
     """The page of a studio."""
     gr.set_static_paths([studio.shelf.folder])  # served in place: otherwise Gradio would copy every result
-    with gr.Blocks(title=WORDS["title"][0], fill_width=True, analytics_enabled=False, delete_cache=(600, 3600)) as page:
+    with Page(title=WORDS["title"][0], fill_width=True, analytics_enabled=False, delete_cache=(600, 3600)) as page:
         gr.api(api_of(studio), api_name="generate", concurrency_limit=None)  # first: otherwise an event could take this name
         gr.HTML(
             views.header(studio.pipe, "shipped" if Path(studio.model["path"]) == ASSETS else Path(studio.model["path"]).name), padding=False
@@ -43,7 +54,7 @@ def build(studio: Studio) -> gr.Blocks:
                 with gr.Column(scale=6, min_width=320, elem_classes="right"):
                     stage = Stage()
             research = Research(studio, form)
-            with gr.Tab(t("inspect"), id="inspect"):
+            with gr.Tab(t("inspect"), id="inspect", visible=studio.remote is None):  # needs the weights here
                 research.tab()
             if studio.run is not None:
                 with gr.Tab(t("training"), id="training"):

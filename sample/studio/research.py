@@ -16,7 +16,7 @@ from kling_programs.sample.studio.create import Form
 from kling_programs.sample.studio.events import MASK, QUICK, RAW, TRACKS, WITH_MASK
 from kling_programs.sample.studio.form import FIELDS, check_number, request_of
 from kling_programs.sample.studio.jobs import Stopped, Tell, Waiting, Work
-from kling_programs.sample.studio.studio import Step, Studio, guarded, sample, visitor
+from kling_programs.sample.studio.studio import Step, Studio, guarded, lenient, sample, visitor
 from kling_programs.sample.studio.words import language, say, t
 
 from kling.data.strip import strip
@@ -26,7 +26,6 @@ from kling.shapes import latent_of_frame, pixel_frames
 
 CLICKED = 672  # width of the picture to click on, about
 WALKS = 4  # visitors whose last inspection is kept, for clicks on its tokens
-OWN = {"api_visibility": "private", "show_progress": "hidden"}
 
 
 class Research:
@@ -98,8 +97,8 @@ class Research:
                     quality = gr.LinePlot(x="frame", y="PSNR", label="PSNR (dB)", height=220, elem_classes="plot")
         inside = [self.status, schedule, channels, steps, picture, attention, frame]
         go.click(self.look, self.form.inputs, inside, js=WITH_MASK, **RAW)
-        picture.select(self.attend, [layer, sigma, frame], [self.status, attention], **OWN)
-        frame.release(self.show_frame, frame, picture, **OWN)
+        picture.select(self.attend, [layer, sigma, frame], [self.status, attention], **RAW)
+        frame.release(lenient(self.show_frame), frame, picture, **RAW)
         run.click(self.sweep, [scales, *self.form.inputs], [self.status, swept], js=_shifted(1), **RAW)
         again.click(self.reconstruct, clip, [self.status, shown, quality], **RAW)
 
@@ -139,22 +138,25 @@ class Research:
 
     def show_frame(self, request: gr.Request, frame: float) -> Any:
         walk = self._walks.get(request.session_hash)
-        return None if walk is None else _enlarged(walk.frames[min(int(frame), len(walk.frames) - 1)])
+        place = int(check_number("latent_frame", frame, 0, self.studio.pipe.config.max_frames, 0))
+        return None if walk is None else _enlarged(walk.frames[min(place, len(walk.frames) - 1)])
 
     @guarded
-    def attend(self, request: gr.Request, event: gr.SelectData, layer: float, sigma: float, frame: float) -> Generator:
+    def attend(self, request: gr.Request, event: gr.EventData, layer: float, sigma: float, frame: float) -> Generator:
         """The attention of the clicked token."""
-        walk = self._walks.get(request.session_hash)
-        if walk is None:
+        walk, clicked = self._walks.get(request.session_hash), (event._data or {}).get("index")  # SelectData fails without a click
+        if walk is None or not isinstance(clicked, list) or len(clicked) != 2:
             raise UserError(say(language(request), "look_again"))
         pipe, lang = self.studio.pipe, language(request)
         side = pipe.vae.spatial_factor * pipe.transformer.config.patch_size[1]  # pixels along a token
         H, W = walk.frames.shape[1:3]
-        x, y = (min(int(v / _zoom(W)), most - 1) for v, most in zip(event.index, (W, H), strict=True))
-        token = latent_of_frame(min(int(frame), pixel_frames(walk.latents.shape[1]) - 1)), y // side, x // side
-        sigma = check_number("sigma", sigma, 0, 1, 0.5)
-        blocks = len(pipe.transformer.blocks)
-        work: Work = lambda tell: look.attention_of(pipe, walk, min(int(layer), blocks - 1), sigma, token)  # noqa: E731
+        pixels = (check_number("click", v, 0, 10_000, 0) for v in clicked)
+        x, y = (min(int(v / _zoom(W)), most - 1) for v, most in zip(pixels, (W, H), strict=True))
+        place = int(check_number("latent_frame", frame, 0, pipe.config.max_frames, 0))
+        token = latent_of_frame(min(place, pixel_frames(walk.latents.shape[1]) - 1)), y // side, x // side
+        sigma, blocks = check_number("noise_level", sigma, 0, 1, 0.5), len(pipe.transformer.blocks)
+        block = min(int(check_number("layer", layer, 0, max(1, blocks), 0)), blocks - 1)
+        work: Work = lambda tell: look.attention_of(pipe, walk, block, sigma, token)  # noqa: E731
         weight = yield from self._run(request, work, 1)
         most = float(weight.flatten().topk(max(1, weight.numel() // 100)).values[-1])
         cells = []
@@ -232,9 +234,9 @@ class Research:
             yield from self._cells(request, work)
 
         shown = [loss, by_sigma, picked]
-        refresh.click(draw, None, shown, **OWN)
-        gr.Timer(30).tick(draw, None, shown, **OWN)
-        page.load(draw, None, shown, **OWN)
+        refresh.click(draw, None, shown, **RAW)
+        gr.Timer(30).tick(draw, None, shown, **RAW)
+        page.load(draw, None, shown, **RAW)
         go.click(compare, [picked, *self.form.inputs], [status, grid], js=_shifted(1), **RAW)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import secrets
@@ -79,6 +80,19 @@ class Shelf:
             request, plan, {name: weights[name] for name in ("path", "sha256")}, pipe.device, frames, precision_of(pipe),
             output=output, command="kling-demo", **({"studio": weights["studio"]} if "studio" in weights else {}),
         )  # fmt: skip
+        records.write_record(result.record_path, record)
+        self._owners[result.id] = visitor
+        self._tidy()
+        return result
+
+    def keep_made(self, kind: str, video: bytes, record: dict[str, Any], request: Request, visitor: str = "") -> Result:
+        """Add a result that a server made. kind: "mp4" or "png". record: the server's, which gets this machine's names of files."""
+        result = Result(self.folder / f"{secrets.token_hex(8)}.{kind}")
+        with written(result.path) as temporary:
+            temporary.write_bytes(video)
+        record["request"] = dataclasses.asdict(request)
+        record["inputs"] = records.input_hashes(request)
+        record["output"] |= {"path": str(result.path)}
         records.write_record(result.record_path, record)
         self._owners[result.id] = visitor
         self._tidy()

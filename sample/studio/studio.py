@@ -16,6 +16,7 @@ from kling_programs.sample.studio.form import Fields
 from kling_programs.sample.studio.guard import Door
 from kling_programs.sample.studio.jobs import Busy, ModelQueue, Stopped, Tell
 from kling_programs.sample.studio.mistakes import told_to
+from kling_programs.sample.studio.remote import Remote
 from kling_programs.sample.studio.shelf import Result, Shelf
 from kling_programs.sample.studio.uploads import Uploads
 from kling_programs.sample.studio.words import language, say
@@ -73,6 +74,7 @@ class Studio:
     models: dict[str, Path] = field(default_factory=dict)
     loras: dict[str, Path] = field(default_factory=dict)
     enhancer: Enhancer | None = None
+    remote: Remote | None = None  # a server that makes the videos; `pipe` only plans then
     _rate: float | None = None  # operations a second, as measured
     _other: tuple[Weights, KlingPipeline, dict[str, Any]] | None = None
     _planners: dict[str, KlingPipeline] = field(default_factory=dict)
@@ -92,6 +94,19 @@ class Studio:
         for request in requests:
             planner.plan(request)  # refuses invalid requests before the wait
 
+        def ask(tell: Tell) -> list[Result]:
+            made: list[Result] = []
+            for number, request in enumerate(requests):
+                of = planner.plan(request).total_steps
+
+                def step(at: tuple[int, int], before: int = number * of, of: int = of) -> None:
+                    tell(Step(before + at[0], of * len(requests)))
+
+                made.append(self.shelf.keep_made(*self.remote.make(request, step), request, visitor))
+                if len(made) < len(requests):
+                    tell(made[-1])
+            return made
+
         def work(tell: Tell) -> list[Result]:
             made: list[Result] = []
             pipe, model = self._load(weights)
@@ -105,7 +120,7 @@ class Studio:
                     tell(made[-1])
             return made
 
-        return (yield from self.queue.run(visitor, work, owner, **kept))
+        return (yield from self.queue.run(visitor, work if self.remote is None else ask, owner, **kept))
 
     def rough(self, visitor: str, request: Request) -> np.ndarray | None:
         """A rough clip (T, H, W, 3) uint8 by the few-step weights, once nothing else waits and no newer one was asked for; else None."""

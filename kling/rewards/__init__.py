@@ -1,0 +1,1 @@
+"""Rewards: functions from clips, the requests that they answer and the truth, to numbers. A new one is one function; see `reward.py`."""

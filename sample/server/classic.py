@@ -1,0 +1,198 @@
+"""Kling's classic wire: `POST /v1/videos/text2video` and its siblings, their queries and lists."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from kling_programs.sample.server.desk import EXTENSIONS, Ask, Desk
+from kling_programs.sample.server.store import DONE, Task
+from pydantic import BaseModel, ConfigDict, Field
+
+from kling.cameras.kling_http import axes_from_wire
+from kling.errors import UserError
+
+KINDS = ("text2video", "image2video", "multi-image2video", "video-extend")
+NAMES = {"last_image": "image_tail", "aspect": "aspect_ratio"}  # ours -> theirs
+NEUTRAL = {"sound": "off", "multi_shot": False}  # what says nothing, where that is not null or empty
+# Fields for which a model must have been trained, and for what.
+TRAINED = {
+    "static_mask": "brush", "dynamic_masks": "brush", "multi_shot": "multi_shot", "shot_type": "multi_shot", "multi_prompt": "multi_shot",
+    "sound": "sound", "voice_list": "sound", "element_list": "reference", "image_list": "reference",
+}  # fmt: skip
+
+Text = Annotated[str, Field(max_length=2500)]
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Whole = Annotated[int, Field(strict=True)]
+
+
+class Body(BaseModel):
+    """What all of them take. Fields after `watermark_info` are ours."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model_name: str | None = Field(None, description="any of Kling's names, or this model's own: the server has one model")
+    model: str | None = Field(None, description="the earlier name of model_name")
+    prompt: Text | None = None
+    negative_prompt: Text | None = None
+    cfg_scale: Annotated[float, Field(strict=True, ge=0, le=1)] = Field(0.5, description="0.5 is the checkpoint's own guidance, 0 none")
+    mode: Literal["std", "pro", "fast"] = Field("std", description="fast is ours")
+    duration: str | Whole | Number | None = Field(None, description="seconds, as text: '5'")
+    camera_control: dict[str, Any] | None = None
+    callback_url: str | None = None
+    external_task_id: str | None = Field(None, description="the same one again returns the first task")
+    watermark_info: dict[str, Any] | None = None
+    sound: Literal["on", "off"] = "off"
+    multi_shot: bool = False
+    shot_type: str | None = None
+    multi_prompt: list[dict[str, Any]] | None = None
+    voice_list: list[Any] | None = None
+    element_list: list[Any] | None = None
+    seed: Whole | None = Field(None, description="0 to 4294967295; drawn if it is missing, and told in the result")
+    num_inference_steps: Whole | None = None
+    guidance_scale: Number | None = Field(None, description="instead of cfg_scale")
+    solver: str | None = None
+    shift: Number | None = None
+    size: str | None = Field(None, description="WIDTHxHEIGHT, instead of an aspect ratio")
+    loop: bool = False
+    num_frames: Whole | None = Field(None, description="1 + 4k, instead of duration")
+    camera_scale: Number | None = None
+    sigma_c: Number | None = None
+    brush_guidance_scale: Number | None = None
+
+
+class Text2Video(Body):
+    aspect_ratio: str | None = Field(None, description="16:9, 9:16 or 1:1")
+
+
+class Image2Video(Text2Video):
+    image: str | None = Field(None, description="the first frame: a URL, or base64")
+    image_tail: str | None = Field(None, description="the last frame, alone or with the first")
+    static_mask: str | None = None
+    dynamic_masks: list[dict[str, Any]] | None = None
+
+
+class MultiImage2Video(Text2Video):
+    image_list: list[dict[str, Any]] | None = None
+
+
+class VideoExtend(Body):
+    video_id: str | None = Field(None, description="of a result, or its task")
+    task_id: str | None = Field(None, description="instead of video_id")
+
+
+BODIES: dict[str, type[Body]] = {
+    "text2video": Text2Video, "image2video": Image2Video, "multi-image2video": MultiImage2Video, "video-extend": VideoExtend,
+}  # fmt: skip
+
+
+def read(desk: Desk, kind: str, body: Body, base: str) -> Ask:
+    """What a body asks for. Raises `UserError` for what Kling, in strict mode, or the model does not know."""
+    sent = body.model_dump(exclude_unset=True)
+    _check_known(desk, body)
+    if kind == "multi-image2video":
+        desk.need("reference", "image_list")
+    fields: dict[str, Any] = {name: value for name in EXTENSIONS if (value := getattr(body, name)) not in (None, False)}
+    fields |= {"prompt": body.prompt or "", "mode": body.mode}
+    if body.negative_prompt:
+        fields["negative_prompt"] = body.negative_prompt
+    if (duration := _seconds(body.duration, desk.rules.strict)) is not None:
+        fields["duration"] = duration
+    if (guidance := desk.guidance(body.cfg_scale)) is not None:
+        if body.guidance_scale is not None:
+            raise UserError(f"both cfg_scale {body.cfg_scale:g} and guidance_scale {body.guidance_scale:g} were given: give one of them")
+        fields["guidance_scale"] = guidance
+    if body.camera_control is not None:
+        fields["camera"] = read_camera(desk, body.camera_control)
+    if getattr(body, "aspect_ratio", None):
+        fields["aspect"] = body.aspect_ratio
+    pictures, brush, video = {}, {}, None
+    if isinstance(body, Image2Video):
+        pictures = {ours: given for ours, given in (("image", body.image), ("last_image", body.image_tail)) if given}
+        if not pictures:
+            raise UserError("image and image_tail are empty: give one of them, or use text2video")
+        brush = {name: sent[name] for name in ("static_mask", "dynamic_masks") if sent.get(name)}
+        extras = {"image_tail": body.image_tail, "camera_control": body.camera_control, next(iter(brush), ""): brush}
+        given = [name for name, value in extras.items() if value]
+        if desk.rules.strict and len(given) > 1:
+            raise UserError(f"{' and '.join(given)} were given: leave one of them out")
+    elif isinstance(body, VideoExtend):
+        video = _named(body)
+    elif not body.prompt:
+        raise UserError("prompt is empty: say what the video shows")
+    return Ask(
+        kind, fields, pictures, brush=brush, video=video, external=body.external_task_id or None, callback=body.callback_url or None,
+        base=base, body=sent, names=NAMES,
+    )  # fmt: skip
+
+
+def _check_known(desk: Desk, body: Body) -> None:
+    if (name := body.model_name or body.model) is not None:
+        desk.check_name(name)
+    for name, capability in TRAINED.items():
+        value = getattr(body, name, None)
+        if value and value != NEUTRAL.get(name):
+            desk.need(capability, name)
+    if (body.watermark_info or {}).get("enabled"):
+        raise UserError("watermark_info.enabled is true: this server adds no watermark: leave it out")
+    if desk.rules.strict and body.mode == "fast":
+        raise UserError("mode 'fast': choose from std, pro")
+
+
+def _seconds(given: str | float | None, strict: bool) -> float | None:
+    """Seconds of a duration, which Kling writes as text."""
+    if given is None or given == "":
+        return None
+    if strict and given not in [str(n) for n in range(3, 16)]:
+        raise UserError(f"duration {given!r}: give '3' to '15', as text")
+    try:
+        return float(given)
+    except ValueError:
+        raise UserError(f"duration {given[:20]!r} is no number: give seconds, such as '5'") from None
+
+
+def read_camera(desk: Desk, control: dict[str, Any]) -> dict[str, float]:
+    for name in control:
+        if name not in ("type", "config"):
+            raise UserError(f"camera_control has '{name}': give type, and config with type simple")
+    if not isinstance(control.get("config") or {}, dict):
+        raise UserError("camera_control.config is no object: give the six axes, such as pan")
+    axes = axes_from_wire(control, desk.rules.convention)
+    if desk.rules.strict and control.get("type") == "simple" and sum(map(bool, axes.values())) != 1:
+        raise UserError(f"camera_control.config has {sum(map(bool, axes.values()))} axes that are not zero: give exactly one")
+    return axes
+
+
+def _named(body: VideoExtend) -> str:
+    if bool(body.video_id) == bool(body.task_id):
+        raise UserError("video_id names the video to continue: give it, or its task's task_id, and not both")
+    return body.video_id or body.task_id
+
+
+def task_data(task: Task, url: str, parent: Task | None = None, status: str | None = None) -> dict[str, Any]:
+    """A task as Kling tells it. url: of the server. status: another than the task's, for a callback about an earlier one."""
+    status = status or task.status
+    info: dict[str, Any] = {"external_task_id": task.external} if task.external else {}
+    if parent is not None:
+        info["parent_video"] = video_data(parent, url)
+    data: dict[str, Any] = {
+        "task_id": task.id,
+        "task_status": status,
+        "task_status_msg": task.message if status == task.status else "",
+        "task_info": info,
+        "created_at": round(task.created * 1000),
+        "updated_at": round(task.updated * 1000),
+    }
+    if status == DONE:
+        data["task_result"] = {"videos": [video_data(task, url)]}
+    return data
+
+
+def video_data(task: Task, url: str) -> dict[str, Any]:
+    """The result of a task. `seed` and `record` are ours."""
+    return {
+        "id": task.video,
+        "url": f"{url}/files/{task.token}.{task.made['kind']}",
+        "duration": f"{task.made['seconds']:g}",
+        "seed": task.seed,
+        "record": f"{url}/files/{task.token}.json",
+    }

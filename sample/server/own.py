@@ -1,0 +1,74 @@
+"""Our own wire, `POST /v1/requests`: every field of a `Request`, with its files in the body. The studio uses it (`kling-demo --server`)."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import dataclasses
+from typing import Any
+
+from kling_programs.sample.server.classic import task_data as classic_data
+from kling_programs.sample.server.desk import Ask
+from kling_programs.sample.server.store import FILES, Task
+from pydantic import BaseModel, ConfigDict, Field
+
+from kling.errors import UserError, unknown
+from kling.sampling.request import Request
+
+KIND = "request"
+MOVIES = ("video", "control")
+FIELDS = [field.name for field in dataclasses.fields(Request) if field.name != "num_videos"]
+
+
+class Body(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    request: dict[str, Any] = Field(description="fields of a Request, in which pictures, masks and videos are names of files")
+    files: dict[str, str] = Field({}, description="name -> base64")
+    external_task_id: str | None = None
+    callback_url: str | None = None
+
+
+def read(body: Body, base: str) -> Ask:
+    """What a body asks for. Raises `UserError`."""
+    fields, used = dict(body.request), set()
+    for name in fields:
+        if name not in FIELDS:
+            raise unknown("field", name, FIELDS)
+
+    def file(name: Any, field: str) -> bytes:
+        if not isinstance(name, str) or name not in body.files:
+            raise UserError(f"{field} names '{str(name)[:60]}', which is not in files: {', '.join(body.files) or 'there are none'}")
+        used.add(name)
+        try:
+            return base64.b64decode(body.files[name], validate=True)
+        except (binascii.Error, ValueError):
+            raise UserError(f"files: '{name[:60]}' is no base64") from None
+
+    if isinstance(fields.get("camera"), str):
+        raise UserError('camera: give axes, such as {"pan": 5}')  # a text might name a file of the server
+    if not isinstance(fields.get("keyframes") or [], list):
+        raise UserError("keyframes: give a list of [file, frame, strength]")
+    rows = fields.pop("keyframes", None) or []
+    if not all(isinstance(row, list) and 2 <= len(row) <= 3 for row in rows):
+        raise UserError("keyframes: give a list of [file, frame, strength]")
+    keyframes = [(file(row[0], "keyframes"), *row[1:]) for row in rows]
+    strokes = fields.pop("tracks", None) or []
+    if not isinstance(strokes, list) or not all(isinstance(row, dict) and row.keys() <= {"mask", "points"} for row in strokes):
+        raise UserError("tracks: give a list of {mask, points}")
+    tracks = [{"points": row.get("points", []), "mask": row.get("mask") and file(row["mask"], "tracks")} for row in strokes]
+    given = {name: file(value, name) for name in FILES if (value := fields.pop(name, None)) is not None}
+    if unused := sorted(set(body.files) - used):
+        raise UserError(f"files has '{unused[0][:60]}', which nothing in the request names: leave it out")
+    movies = {name: data for name, data in given.items() if name in MOVIES}
+    pictures = {name: data for name, data in given.items() if name not in MOVIES}
+    sent = body.model_dump(exclude_unset=True)
+    return Ask(
+        KIND, fields, pictures, movies, keyframes, tracks=tracks, external=body.external_task_id, callback=body.callback_url, base=base,
+        body=sent,
+    )  # fmt: skip
+
+
+def task_data(task: Task, url: str) -> dict[str, Any]:
+    """As the classic wire, with how far it is."""
+    return classic_data(task, url) | {"step": task.step, "steps": task.steps, "seed": task.seed}

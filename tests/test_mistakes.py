@@ -1,0 +1,52 @@
+"""Real mistakes in the settings of the programs for training and data: each gives one clear line and exit code 2, before any work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from kling_programs.sample import export
+from kling_programs.train import data, distill, encode, plan, train_dit
+
+DIT, CACHE, DISTILL = "configs/dit/debug.yaml", "configs/cache/debug.yaml", "configs/distill/debug.yaml"
+PROGRAMS = {"train": train_dit, "encode": encode, "data": data, "plan": plan, "export": export, "distill": distill}
+
+MISTAKES = [  # program and words, and what the line says; {tmp} is a folder with the file `file` and the folder `empty`
+    (f"train {DIT} betas=[0.5]", "betas [0.5]: give two numbers"),
+    (f"train {DIT} betas=[0.9,2]", "betas = 2.0"),
+    (f"distill {DISTILL} betas=[0.9]", "betas [0.9]: give two numbers"),
+    (f"distill {DISTILL} schedule=linear", "unknown schedule 'linear'"),
+    (f"distill {DISTILL} optimizer=sgd", "unknown optimizer 'sgd'"),
+    (f"train {DIT} tasks={{}}", "would change nothing"),
+    (f"train {DIT} tasks.text=-1", "tasks.text = -1: give 0"),
+    (f"train {DIT} frames=[]", "frames is empty"),
+    (f"train {DIT} model.num_layers=0", "model.num_layers = 0"),
+    (f"train {DIT} scheduler.shift=-1", "scheduler.shift = -1"),
+    (f"train {DIT} out=", "out is empty"),
+    (f"train {DIT} out={{tmp}}/file", "is a file, where a folder is needed"),
+    (f"train {DIT} out=/proc/none", "cannot be written"),
+    (f"train {DIT} out={{tmp}}/run text_drop=2", "give 0 to 1"),
+    (f"encode {CACHE} out={{tmp}}/cache shares=[0,0,0]", "not all 0"),
+    (f"encode {CACHE} out={{tmp}}/cache shares=[-1,1,1]", "shares = -1"),
+    (f"encode {CACHE} out={{tmp}}/file", "is a file, where a folder is needed"),
+    ("plan configs/dit/1.3b.yaml spatial_factor=0", "spatial_factor = 0"),
+    ("plan configs/dit/wan.yaml", "has no model and frames"),
+    ("data scan {tmp}/empty --out {tmp}/m.jsonl", "no video or picture"),
+    ("data report {tmp}/empty", "cannot be read"),
+    ("export {tmp}/empty {tmp}/out", "holds 0 safetensors files"),
+    ("export kling/assets {tmp}/file", "exists already"),
+]
+
+
+@pytest.mark.parametrize(("words", "said"), MISTAKES, ids=[words for words, _ in MISTAKES])
+def test_a_mistake_gets_one_line(
+    words: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(Path(__file__).parents[1])
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "empty").mkdir()
+    name, *given = words.replace("{tmp}", str(tmp_path)).split()
+    with pytest.raises(SystemExit) as end:
+        PROGRAMS[name].main(given)
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert end.value.code == 2 and line.startswith("error: ") and said in line

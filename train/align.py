@@ -1,0 +1,511 @@
+"""Align a model with rewards or preferences: it makes clips, they are judged, and it learns to make more of the better ones.
+
+kling-align configs/align/world-nft.yaml out=runs/obeys       # the shipped model and the small world's truth; run again, it continues
+kling-align configs/align/debug.yaml out=/tmp/align           # a minute or two: two rounds of clips, updates, checks, export
+kling-align configs/align/wan-1.3b.yaml model=Wan-AI/Wan2.1-T2V-1.3B-Diffusers requests=prompts.jsonl reward_model=MODEL out=runs/aligned
+
+A round: the old policy makes `clips` clips of each of `groups` requests; `updates` updates learn from them; the old policy moves.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from kling_programs.train.command import helped
+from torch import Tensor, nn
+
+from kling.config import load_config
+from kling.data.image import write_png
+from kling.data.strip import strip
+from kling.dit.cost import forward_flops
+from kling.errors import UserError, program, unknown
+from kling.flow.diffusers_scheduler import shift_key
+from kling.flow.levels import draw_sigma
+from kling.flow.losses import flow_loss
+from kling.flow.path import velocity
+from kling.flow.preferences import advantages, awm_loss, dpo_loss, nft_loss, norm_hinge, norm_ratio, optimality, varies
+from kling.rewards.local import model_reward
+from kling.rewards.pixels import REWARDS
+from kling.rewards.reward import Judge, Reward
+from kling.rewards.world import TERMS, WorldRequests, world_reward
+from kling.runtime import checkpoint
+from kling.runtime.accelerator import keep_in_fp32, wrap_what_is_there
+from kling.runtime.device import upload
+from kling.runtime.files import write_atomic, written
+from kling.runtime.log import Later
+from kling.runtime.parallel import same_for_all, same_rng, total, trained, whole
+from kling.runtime.random import generator, noise_like
+from kling.sampling.pipeline import KlingPipeline, load_vae
+from kling.sampling.request import Request
+from kling.text import ByteTextEncoder
+from kling.text.umt5 import UMT5TextEncoder
+from kling.training.ema import EMA, Follower, load_average
+from kling.training.export import save_pipeline
+from kling.training.health import DeviceGuard
+from kling.training.loop import Loop
+from kling.training.lora import Lora, add_lora, export_lora
+from kling.training.meter import Meter, log_line, matmul_ceiling
+from kling.training.model import Trained, set_checkpointing
+from kling.training.optim import check_names, make_optimizer, set_lr
+from kling.training.rollout import (
+    Asking,
+    Group,
+    Places,
+    RequestFile,
+    cached,
+    chunk,
+    example_of,
+    falls,
+    forget,
+    make_group,
+    read_pair,
+    round_folder,
+    seeds_of,
+    start_of,
+)
+from kling.training.start import SHIPPED, Start, open_start
+
+METHODS = ("nft", "dpo", "awm")
+KNOWN = (*TERMS, *(term for reward in REWARDS for term in reward.terms), "model")  # terms of rewards
+STRIP = 4  # clips of a strip
+
+
+@dataclass
+class World:
+    """What is asked in the small world.
+
+    frames: of a clip, 1 + 4k. aspect: of its picture. asks: how often each is drawn: text (one thing, static camera), plain (the same, no
+    camera given), camera, words (the camera by words alone), things (two of them). examples: rendered clips to fit the detectors to.
+    """
+
+    frames: int = 17
+    aspect: str = "16:9"
+    asks: dict[str, float] = field(default_factory=lambda: {"text": 1.0, "plain": 1.0, "camera": 1.0, "words": 1.0, "things": 1.0})
+    examples: int = 400
+
+
+@dataclass
+class AlignConfig:
+    """All settings of an alignment.
+
+    out: folder of the run: checkpoints, metrics.jsonl, rollouts, strips, checks.json, and the model in export/ or lora/.
+    model: a model folder, ours, published or shipped.
+    checkpoint: the registry's name of it, if its files do not tell. vae: a VAE folder; empty for the model's.
+    method: nft (DiffusionNFT), dpo (the best and the worst clip of a group, or given pairs) or awm (advantage-weighted matching).
+    requests: world, or a jsonl file with the fields of one request in each line; cycled through.
+    pairs: a jsonl file instead: fields of a request, and the videos `win` and `lose`; for dpo.
+    request: fields that the requests of rounds share, such as fewer steps; those of a line go first.
+    check_request: likewise for checks, which otherwise use the model's own steps and guidance.
+    world: what is asked, if requests is world.
+    rewards: weight of each term, 0 leaves it out. colour, solid, ground, motion, count, permanence and camera judge the small world by its
+    truth, magnitude is how much moves, and model is `reward_model`.
+    reward_model: folder of a transformers model that scores clips: a dual encoder such as CLIP, or one that answers questions.
+    checker: terms that check the policy on held-out requests, and that no reward may use.
+    checks: number of held-out requests. check_every: updates between checks, 0 is never. After three falls of the checker in a row the run
+    stops.
+    groups: requests of a round, over all processes. clips: of each request. updates: of a round. batch: clips of a micro-step, of one
+    request; for dpo as pairs.
+    b: of nft: a smaller one goes further at once. beta: of dpo. clip: of awm's ratio.
+    kl: weight of the squared distance of the velocity from the start's (from the old policy's for awm).
+    hinge: weight of the velocity's growth over the start's.
+    follow: the old policy's decay after round i is `follow` times i. follow_most: at most this, 0 to below 1.
+    steps: updates of the weights, in all. seed: of all random draws. optimizer: adamw or muon, with the same lr. lr: highest learning rate.
+    betas: of the optimizer's moments. warmup: updates in which lr rises from 0. schedule: constant or cosine, after the warmup.
+    floor: fraction of lr at the end of cosine. weight_decay: of matrices, relative to lr. clip_grad: largest norm of the gradients.
+    ema: decay of the averaged weights, per update.
+    lora: train low-rank weights, to be loaded beside the model, or merged.
+    save_every: updates between checkpoints. keep_last: checkpoints to keep. keep_every: also keep those of multiples of this, 0 keeps none.
+    log_every: updates between lines of the log.
+    mixed_precision: auto (measured), bf16 or fp32. gradient_accumulation: micro-steps of an update.
+    activation_checkpointing: none, selective or full. trackers: tensorboard, wandb or both, in addition to metrics.jsonl.
+    threads: CPU threads per operation, null is OMP_NUM_THREADS or all cores.
+    """
+
+    out: str = "runs/align"
+    model: str = SHIPPED
+    checkpoint: str | None = None
+    vae: str = ""
+    method: str = "nft"
+    requests: str = "world"
+    pairs: str = ""
+    request: dict[str, Any] = field(
+        default_factory=lambda: {"num_inference_steps": 10, "guidance_scale": 1.0, "camera_guidance_scale": 1.0}
+    )
+    check_request: dict[str, Any] = field(default_factory=dict)
+    world: World = field(default_factory=World)
+    rewards: dict[str, float] = field(default_factory=dict)
+    reward_model: str = ""
+    checker: list[str] = field(default_factory=list)
+    checks: int = 8
+    check_every: int = 0
+    groups: int = 8
+    clips: int = 12
+    updates: int = 8
+    batch: int = 12
+    b: float = 1.0
+    beta: float = 2000.0
+    clip: float = 0.2
+    kl: float = 1e-4
+    hinge: float = 0.01
+    follow: float = 0.001
+    follow_most: float = 0.5
+    steps: int = 400
+    seed: int = 0
+    optimizer: str = "adamw"
+    lr: float = 1e-4
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    warmup: int = 10
+    schedule: str = "constant"
+    floor: float = 0.02
+    weight_decay: float = 0.0
+    clip_grad: float = 1.0
+    ema: float = 0.9
+    lora: Lora = field(default_factory=Lora)
+    save_every: int = 50
+    keep_last: int = 2
+    keep_every: int = 0
+    log_every: int = 1
+    mixed_precision: str = "auto"
+    gradient_accumulation: int = 1
+    activation_checkpointing: str = "none"
+    trackers: list[str] = field(default_factory=list)
+    threads: int | None = None
+    workers = 0  # of `Loop`: its batches are only places
+
+
+@program
+def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    if helped("kling-align", argv):
+        return
+    cfg = load_config(AlignConfig, argv[0], argv[1:])
+    check(cfg)
+    cfg.vae = cfg.vae or ("" if cfg.model == SHIPPED else cfg.model)
+    with Loop(cfg) as loop:
+        train(cfg, loop)
+
+
+def check(cfg: AlignConfig) -> None:
+    """Raises `UserError` for settings that do not go together."""
+    check_names(cfg.optimizer, cfg.schedule, cfg.betas)
+    if cfg.method not in METHODS:
+        raise unknown("method", cfg.method, METHODS)
+    if cfg.pairs and cfg.method != "dpo":
+        raise UserError(f"pairs {cfg.pairs} with method {cfg.method}: pairs are for dpo, the other methods need rewards")
+    if cfg.pairs and cfg.clips != 2:
+        raise UserError(f"clips {cfg.clips}: a given pair has two; set clips=2 batch=2")
+    for term in (*cfg.rewards, *cfg.checker):
+        if term not in KNOWN:
+            raise unknown("reward", term, KNOWN)
+    for term, weight in cfg.rewards.items():
+        if not 0 <= weight < math.inf:
+            raise UserError(f"rewards.{term} = {weight:g}: give 0 or more")
+    if cfg.pairs and counted(cfg):
+        raise UserError("rewards and pairs are both set: pairs say which clip is better; leave rewards out, or measure them as checker")
+    if not cfg.pairs and not counted(cfg):
+        raise UserError(f"no reward counts: give at least one of {', '.join(KNOWN)} a weight, such as rewards.motion=1")
+    if cfg.clips < 2:
+        raise UserError(f"clips {cfg.clips}: a clip is compared with others of its request; give at least 2")
+    if cfg.method == "dpo" and (cfg.batch % 2 or cfg.batch > cfg.clips):
+        raise UserError(f"batch {cfg.batch}: dpo takes pairs out of {cfg.clips} clips; give an even number of at most that")
+    if cfg.method != "dpo" and cfg.clips % cfg.batch:
+        raise UserError(f"clips {cfg.clips} do not divide into micro-steps of batch={cfg.batch}: change one of them")
+    if "model" in used(cfg) and not cfg.reward_model:
+        raise UserError("the term model needs reward_model: give the folder of a transformers model")
+    if cfg.check_every and not cfg.checker:
+        raise UserError("check_every is set but not checker: name terms that no reward uses, such as checker=[permanence]")
+    if cfg.checker and not cfg.check_every:
+        raise UserError("checker is set but not check_every: say every how many updates")
+    if cfg.requests != "world" and (asked := set(TERMS) & used(cfg)):
+        raise UserError(f"the term {min(asked)} needs the small world's truth: set requests=world, or take others")
+    if cfg.world.examples < 20:
+        raise UserError(f"world.examples {cfg.world.examples}: the detectors need more to tell solids and motions apart; give at least 20")
+    for name, value in (("b", cfg.b), ("beta", cfg.beta), ("clip", cfg.clip)):
+        if value <= 0:
+            raise UserError(f"{name} {value:g}: give a number above 0")
+    for name, value in (("kl", cfg.kl), ("hinge", cfg.hinge), ("follow", cfg.follow)):
+        if value < 0:
+            raise UserError(f"{name} {value:g}: give 0 or more")
+
+
+def train(cfg: AlignConfig, loop: Loop) -> None:
+    """The alignment, with the run's folder locked."""
+    out, accelerator, layout = loop.out, loop.accelerator, loop.layout
+    device = accelerator.device
+    if layout.split > 1:
+        raise UserError("kling-align does not share a clip between processes: take a layout without context parallelism, such as fsdp2")
+    if cfg.groups % layout.ranks:
+        raise UserError(f"groups {cfg.groups} do not divide over {layout.ranks} processes: give a multiple")
+    if cfg.lora.half and accelerator.mixed_precision != "bf16":
+        raise UserError("lora.half holds weights in bf16, and this run does not compute in it: set mixed_precision=bf16, or leave it out")
+    start = open_start(cfg.model, cfg.checkpoint, expert=None)
+    asking, held = requests(cfg, start)
+    for fields, base in ((asking(0)[0], cfg.request), (held(0)[0], cfg.check_request)):
+        if taken := {"seed", "num_videos"} & {*fields, *base}:
+            raise UserError(f"{min(taken)} is set in a request: the clips of a group follow from the run's seed and clips; leave it out")
+        Request(**{**base, **fields_of(fields)})  # raises for unknown fields, before anything is loaded
+    judge = Judge(rewards(cfg), counted(cfg), cfg.checker) if used(cfg) else None
+    vae, text = load_vae(cfg.vae).to(device), start.text({}, out)
+    if start.published and cfg.requests != "world" and accelerator.is_main_process:  # before the transformer takes the device's memory
+        prompts = {row.get("prompt", "") for source in (asking, held) for row in source.rows}
+        for _ in text.learn(sorted({"", (start.settings.get("defaults") or {}).get("negative_prompt", ""), *prompts}), device):
+            pass
+    accelerator.wait_for_everyone()
+
+    torch.manual_seed(cfg.seed)  # of low-rank weights; every later draw is counter-based
+    model = build(cfg, start)
+    transformer = model.transformer
+    if isinstance(text, ByteTextEncoder):
+        text = text.to(device).eval().requires_grad_(False)
+    scheduler = start.settings["scheduler"]
+    density, shift = scheduler.config.get("density", "logit_normal"), scheduler.config[shift_key(scheduler)]
+    set_checkpointing(transformer, cfg.activation_checkpointing)
+    keep_in_fp32(accelerator, transformer.condition_embedder.time_embedder)
+    exact = accelerator.mixed_precision == "no"
+    optimizer = make_optimizer(cfg.optimizer, model, cfg.lr, betas=cfg.betas, weight_decay=cfg.weight_decay, exact=exact)
+    wrap_what_is_there(accelerator, model)
+    net, optimizer = accelerator.prepare(model, optimizer)
+    ema, old, ref = EMA(model, cfg.ema), Follower(model, cfg.follow, cfg.follow_most), Follower(model)  # ref stays what it is: the start
+    loop.resume(model, optimizer, ema, {"old": old})
+    pipe = pipeline(model, vae, text, start)
+    guard = DeviceGuard(device)
+    meter = Meter(device, matmul_ceiling(device, torch.float32 if exact else torch.bfloat16))
+    beside = torch.zeros(4, device=device)  # sums over an update: KL, |v| / |v_ref|, the hinge, samples
+
+    def roll_out(number: int, folder: Path) -> list[Group]:
+        """The groups of a round, each made by one process and read by all; those without variance are left out."""
+        found, made, rows = [], False, [asking(number * cfg.groups + g)[0] for g in range(cfg.groups)]
+        paths = [folder / f"{g:03d}.safetensors" for g in range(cfg.groups)]
+        asked = [pipe.ask(Request(**{**cfg.request, **fields_of(fields)})) for fields in rows]
+        with old.swap(model), same_rng(device), accelerator.autocast(), torch.no_grad():
+            transformer.eval()
+            for j in range(cfg.groups // layout.ranks):
+                g = j * layout.ranks + layout.rank
+                lacks = float(total(accelerator, torch.tensor(float(not paths[g].is_file()), device=device)))
+                if lacks:  # of any process: sharded weights need all of them
+                    made = True
+                    cached(paths[g], partial(one_group, number * cfg.groups + g, asked[g]), again=True)
+            transformer.train()
+        accelerator.wait_for_everyone()
+        stored = [cached(path, dict) for path in paths]
+        for g, tensors in enumerate(stored):
+            gained = tensors["terms"][:, 0] if cfg.pairs else judge.total(tensors["terms"])
+            found.append(Group(asked[g], tensors["latents"], gained))
+        kept = [group for group in found if varies(group.rewards)]
+        if made:
+            means = {"rollout/reward": mean([group.rewards for group in found]), "rollout/dropped": len(found) - len(kept)}
+            loop.log(summary(("win",) if cfg.pairs else judge.terms, stored) | means)
+        return kept or found  # a round in which nothing varies holds the policy where it is
+
+    def one_group(index: int, asked: Any) -> dict[str, Tensor]:
+        fields, truth = asking(index)
+        if cfg.pairs:
+            return read_pair(pipe, asked, fields)
+        return make_group(pipe, asked, Request(**{**cfg.request, **fields}), truth, judge, seeds_of(cfg.seed, index, cfg.clips))[0]
+
+    def look(step: int) -> None:
+        """Check the averaged weights on held-out requests; stop if what no reward uses falls for the third time."""
+        results, clips = [], []
+        with ema.swap(model), same_rng(device), accelerator.autocast(), torch.no_grad():
+            transformer.eval()
+            for i in range(cfg.checks):
+                fields, truth = held(i)
+                request = Request(**{**cfg.check_request, **fields_of(fields)})
+                stored, videos = make_group(pipe, pipe.ask(request), request, truth, judge, seeds_of(cfg.seed + 1, i, 2))
+                results.append(stored)
+                clips.append(videos[0])
+            transformer.train()
+        values = summary(judge.terms, results, "check")
+        values["check/checker"] = mean([torch.tensor([values[f"check/{term}"] for term in cfg.checker])])
+        loop.log(values)
+        checks = read_checks(out / "checks.json", step) | {step: values}
+        if accelerator.is_main_process:
+            plain = {
+                s: {name: x if math.isfinite(x) else None for name, x in found.items()} for s, found in checks.items()
+            }  # no NaN in JSON
+            write_atomic(out / "checks.json", json.dumps(plain))
+            show(out, step, clips[:STRIP])
+        history = [x for s in sorted(checks) if (x := checks[s]["check/checker"]) is not None]
+        if same_for_all(accelerator, int(falls(history))):
+            path = " -> ".join(f"{value:.3f}" for value in history[-4:])
+            raise UserError(f"the checker ({', '.join(cfg.checker)}) fell in three checks in a row, {path}: the policy hacks its rewards. "
+                            f"The run stops at update {step}; take an earlier checkpoint, or change the rewards")  # fmt: skip
+
+    number, folder, groups = -1, out, []
+    unseen = cfg.check_every and same_for_all(accelerator, int(loop.done == 0 and not read_checks(out / "checks.json", 0)))
+    for place, _ in loop.batches(Places(), guard, meter):
+        if unseen:
+            look(0)
+            unseen = 0
+        if number != loop.done // cfg.updates:
+            number = loop.done // cfg.updates
+            folder = round_folder(out, number, loop.places, loop.done % cfg.updates == 0)
+            groups = roll_out(number, folder)
+            meter.lap("rollout")
+        group, rows = chunk(groups, cfg.batch, cfg.seed, number, place - start_of(folder), cfg.method == "dpo")
+        b, advantage = len(rows), upload(advantages(group.rewards)[rows], device)  # (b,)
+        example, words = example_of(group.asked, group.latents[rows].to(device), transformer, pipe)
+        state = example.state
+        pairs = [i // 2 if cfg.method == "dpo" else i for i in range(b)]  # the two clips of a pair have the same noise and level
+        noise = noise_like(state.clean, cfg.seed, "noise", place, pairs)  # (b, c, G, h, w)
+        t = upload(draw_sigma((b,), generator(cfg.seed, "sigma", place), density, shift)[pairs], device)  # (b,)
+        z, target = state.noised(t, noise), velocity(state.clean, noise)
+        meter.lap("data")
+        with torch.no_grad(), accelerator.autocast():
+            with ref.swap(model):
+                v_ref = net(example, z, t, (words,)).float()
+            with old.swap(model):
+                v_old = net(example, z, t, (words,)).float()
+        meter.lap("policies")
+        with accelerator.accumulate(net):
+            with accelerator.autocast():
+                v = net(example, z, t, (words,)).float()
+            if cfg.method == "nft":
+                losses = nft_loss(v, v_old, z, state.clean, state.sigma(t), state.mask, optimality(advantage), cfg.b)  # (b,)
+            elif cfg.method == "awm":
+                losses = awm_loss(v, v_old, target, state.mask, advantage, cfg.clip)
+            else:
+                losses = dpo_loss(v, v_ref, target, state.mask, cfg.beta)  # (b / 2,)
+            distance, hinge = flow_loss(v, v_old if cfg.method == "awm" else v_ref, state.mask), norm_hinge(v, v_ref, state.mask)  # (b,)
+            beside += torch.stack([flow_loss(v, v_ref, state.mask).sum(), norm_ratio(v, v_ref, state.mask).sum(), hinge.sum(),
+                                   torch.tensor(float(b), device=device)]).detach()  # fmt: skip
+            meter.lap("forward")
+            accelerator.backward(losses.mean() + cfg.kl * distance.mean() + cfg.hinge * hinge.mean())
+            meter.lap("backward")
+        levels = t[::2] if cfg.method == "dpo" else t
+        meter.add(levels, losses, b * state.tokens, 5 * b * forward_flops(transformer.config, state.tokens, words.shape[1]))
+        if not accelerator.sync_gradients:
+            continue
+
+        norm = whole(accelerator.clip_grad_norm_(model.parameters(), cfg.clip_grad))  # () on the device, as all here is
+        sums, also = meter.sums(accelerator), total(accelerator, beside.clone())  # (2, bins), (4,)
+        beside.zero_()
+        optimizer.optimizer.found_inf = bad = guard.judge(sums[0].sum(), norm)
+        set_lr(optimizer, lr := loop.lr(cfg.lr))
+        optimizer.step()
+        ema.update(model, loop.done, left_out=bad)
+        if (loop.done + 1) % cfg.updates == 0:
+            old.update(model, (loop.done + 1) // cfg.updates)
+        optimizer.zero_grad()
+        meter.lap("optimizer")
+        speed = meter.close(layout.ranks, accelerator.num_processes)
+        numbers = torch.cat([also, sums.flatten(), norm.view(1), guard.counts])
+        loop.update(Later(numbers, partial(told, guard, lr, speed)), clips=b * loop.micro * layout.ranks)
+        if accelerator.is_main_process:
+            forget(out, cfg.updates)
+        if loop.due(cfg.check_every):
+            look(loop.done)
+            meter.lap("check")
+
+    if accelerator.is_main_process:
+        publish(cfg, vae, text, out, start)
+    loop.finish(out / ("lora" if cfg.lora.rank and not cfg.lora.merge else "export"))
+
+
+def requests(cfg: AlignConfig, start: Start) -> tuple[Asking, Asking]:
+    """The requests of the rounds, and those held out for checks."""
+    if cfg.pairs:
+        return RequestFile(cfg.pairs, cfg.checks * bool(cfg.check_every), pairs=True), RequestFile(cfg.pairs, max(1, cfg.checks), True)
+    if cfg.requests != "world":
+        return RequestFile(cfg.requests, cfg.checks * bool(cfg.check_every)), RequestFile(cfg.requests, max(1, cfg.checks), heldout=True)
+    camera, world = "camera" in start.settings.get("capabilities", ()), cfg.world
+    return tuple(WorldRequests(cfg.seed, world.frames, world.aspect, world.asks, camera, split) for split in ("train", "heldout"))
+
+
+def fields_of(row: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a request, without the videos of a pair."""
+    return {key: value for key, value in row.items() if key not in ("win", "lose")}
+
+
+def rewards(cfg: AlignConfig) -> list[Reward]:
+    """All rewards whose terms can be used."""
+    found = list(REWARDS)
+    if used(cfg) & set(TERMS):
+        found.append(world_reward(cfg.seed, cfg.world.frames, cfg.world.aspect, cfg.world.examples))
+    return [*found, model_reward(cfg.reward_model)] if cfg.reward_model else found
+
+
+def counted(cfg: AlignConfig) -> dict[str, float]:
+    """The terms that count, with their weights."""
+    return {term: weight for term, weight in cfg.rewards.items() if weight}
+
+
+def used(cfg: AlignConfig) -> set[str]:
+    """The terms that count or check."""
+    return {*counted(cfg), *cfg.checker}
+
+
+def build(cfg: AlignConfig, start: Start) -> Trained:
+    """The policy: the model, or low-rank weights on it."""
+    frozen = torch.bfloat16 if cfg.lora.rank and cfg.lora.half else torch.float32
+    model = Trained(start.transformer({}, frozen), None)
+    if cfg.lora.rank:
+        add_lora(model, cfg.lora)
+    return model.train()
+
+
+def pipeline(model: Trained, vae: nn.Module, text: ByteTextEncoder | UMT5TextEncoder, start: Start) -> KlingPipeline:
+    """The policy as a user gets it, with all settings of the start."""
+    return KlingPipeline(vae, text_encoder=text, **start.other_models(model.transformer), **start.settings)
+
+
+def mean(values: list[Tensor]) -> float:
+    """The mean of all numbers but NaN; NaN of none."""
+    return float(torch.cat([x.flatten().float() for x in values]).nanmean())
+
+
+def summary(terms: tuple[str, ...], groups: list[dict[str, Tensor]], title: str = "rollout") -> dict[str, float]:
+    """Means over groups: of each term, of the speed in short sides per frame, and of the diversity within a group."""
+    found = {f"{title}/{term}": mean([group["terms"][:, i] for group in groups]) for i, term in enumerate(terms)}
+    return found | {f"{title}/{name}": mean([group[name] for group in groups]) for name in ("speed", "diversity")}
+
+
+def told(guard: DeviceGuard, lr: float, speed: Any, numbers: list[float]) -> dict[str, float]:
+    """A step's line in the log."""
+    kl, ratio, hinge, count, *rest = numbers
+    return log_line(guard, lr, speed, rest) | {"kl": kl / count, "norm_ratio": ratio / count, "hinge": hinge / count}
+
+
+def read_checks(path: Path, step: int) -> dict[int, dict[str, float]]:
+    """The checks made until a step; later ones belong to lost work."""
+    if not path.is_file():
+        return {}
+    return {int(s): values for s, values in json.loads(path.read_text(encoding="utf-8")).items() if int(s) <= step}
+
+
+def show(out: Path, step: int, clips: list[Tensor]) -> None:
+    """Write a strip of the same requests and seeds: the start's clip above the present one, for each."""
+    before = out / "strips" / "start.npz"
+    if step == 0 or not before.is_file():
+        with written(before) as temporary, open(temporary, "wb") as file:
+            np.savez_compressed(file, **{str(i): clip.numpy() for i, clip in enumerate(clips)})
+    with np.load(before, allow_pickle=False) as first:
+        rows = [row for i, clip in enumerate(clips) for row in (torch.from_numpy(first[str(i)]), clip)]
+    write_png(out / "strips" / f"{step:08d}.png", strip(rows).numpy())
+
+
+def publish(cfg: AlignConfig, vae: nn.Module, text: ByteTextEncoder | UMT5TextEncoder, out: Path, start: Start) -> None:
+    """Export the averaged weights of the last checkpoint."""
+    saved = checkpoint.load_latest(out)
+    model = build(cfg, start)
+    checkpoint.restore(saved.tensors["model"], trained(model))
+    load_average(saved.tensors["ema"], model)
+    if cfg.lora.rank:
+        export_lora(model.transformer, out / "lora")
+        if not cfg.lora.merge:
+            return
+        model.transformer.fuse_lora()
+        model.transformer.unload_lora()
+    save_pipeline(pipeline(model, vae, text, start), out / "export")
+
+
+if __name__ == "__main__":
+    main()
