@@ -428,7 +428,7 @@ def test_every_control_has_room(browser, site, width):
     page = new_page(browser, width)
     page.goto(site.url)
     page.wait_for_selector("#plan p")
-    for name in ("Pictures", "Video", "Camera", "Size", "Advanced"):  # none behind "…"
+    for name in ("Pictures", "Video", "Camera", "Motion", "Size", "Advanced"):  # none behind "…"
         assert page.locator(f"#inputs button[role=tab]:text-is('{name}')").is_visible()
     cut = "[...document.querySelectorAll('#inputs .prompt')].filter((e) => e.offsetWidth && e.scrollWidth > e.clientWidth + 1).length"
     assert page.locator("#inputs .prompt").count() >= 3 and page.evaluate(cut) == 0

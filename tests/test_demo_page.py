@@ -10,7 +10,7 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import av
@@ -44,14 +44,21 @@ SHORT = {"duration": 0.5, "num_inference_steps": 2}
 
 
 class Site:
-    """A running page and its server."""
+    """A running page and its server. unable: what the model cannot do. more: options of kling-demo. save: writes the model."""
 
-    def __init__(self, folder: Path, run: Path | None = None, unable: tuple[str, ...] = ("text_to_image",), more: tuple = ()) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        run: Path | None = None,
+        unable: tuple[str, ...] = ("text_to_image",),
+        more: tuple = (),
+        save: Callable[[Path, list[str]], None] = save_tiny,
+    ) -> None:
         self.arrivals, self.out = folder / "arrivals", folder / "out"
         self.arrivals.mkdir()
         os.environ["GRADIO_TEMP_DIR"] = str(self.arrivals)
         model = folder / "model"
-        save_tiny(model, [task for task in (*TASKS, "camera") if task not in unable])
+        save(model, [task for task in (*TASKS, "camera") if task not in unable])
         args = demo.parse(["--model", str(model), "--device", "cpu", "--out", str(self.out), "--keep", "50", *more])
         args.run = None if run is None else str(run)
         self.studio, page, settings = demo.prepare(args, self.arrivals)

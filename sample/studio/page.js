@@ -123,12 +123,13 @@
 
   let arrows = [], held = null; // held: what is being drawn or dragged
   const board = () => document.querySelector(".board svg");
-  const MOST_POINTS = 40, NEAR = 0.004; // points of a track; a drag shorter than this is a click
+  const MOST_POINTS = 40, NEAR = 0.004, HANDLE = 8; // points of a track; a drag shorter than this is a click; a handle's radius in pixels
 
   function show() {
     const svg = board(), group = svg?.querySelector(".arrows");
     if (!group) return;
-    const [w, h] = [Number(svg.dataset.w), Number(svg.dataset.h)], r = Math.max(w, h) / 90;
+    const [w, h] = [Number(svg.dataset.w), Number(svg.dataset.h)], wide = svg.getBoundingClientRect().width; // 0 on a hidden tab
+    const r = wide ? (HANDLE * w) / wide : Math.max(w, h) / 60;
     const make = (name, parent, values, text) => {
       const made = document.createElementNS("http://www.w3.org/2000/svg", name);
       for (const [key, value] of Object.entries(values)) made.setAttribute(key, value);
@@ -146,7 +147,12 @@
         make("path", one, { class: "end", d: `M${r},0 L${-r},${r} L${-r},${-r} Z`, transform: `translate(${last}) rotate(${angle})` });
       }
       make("circle", one, { class: "start", cx: first[0], cy: first[1], r });
-      make("text", one, { class: "gone", x: first[0] + r * 1.4, y: first[1] - r * 1.2, "font-size": r * 3 }, "×");
+      // The × is beside the path, on the side with more room, and never outside the picture.
+      const next = at.find((p) => Math.hypot(p[0] - first[0], p[1] - first[1]) > 2 * r) ?? [first[0] + r, first[1]];
+      const [u, v] = [first[1] - next[1], next[0] - first[0]], room = u * (w / 2 - first[0]) + v * (h / 2 - first[1]);
+      const far = ((room < 0 ? -2.5 : 2.5) * r) / Math.hypot(u, v);
+      const inside = (value, most) => Math.min(Math.max(value, 1.5 * r), most - 1.5 * r);
+      make("text", one, { class: "gone", x: inside(first[0] + far * u, w), y: inside(first[1] + far * v, h), "font-size": r * 3 }, "×");
     });
   }
   function place(event) {

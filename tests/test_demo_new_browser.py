@@ -1,0 +1,220 @@
+"""The motion brush, the live preview, mode fast and the written-out prompt in a real browser. Needs chromium (apt install chromium)."""
+
+# ruff: noqa: F811 - arguments are fixtures
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_demo import png
+from test_demo_browser import browser, fill, new_page, open_for_short_clips, tab, understood, upload  # noqa: F401
+from test_demo_browser import generate as generate_and_play
+from test_demo_browser import pytestmark as needs_chromium
+from test_demo_page import Site
+from test_enhance import chat_model
+from test_generate import save_tiny
+
+from kling import KlingPipeline, KlingTransformer3DModel
+
+pytestmark = [needs_chromium, pytest.mark.slow]
+ARROWS = "window.studio.withMask([0, 0], 0, 1)[1].map(({ points }) => points)"  # what the form sends
+W, H = 112, 64
+
+
+def save_able(folder: Path, capabilities: list[str]) -> None:
+    """The tiny model of `save_tiny` with an input for tracks, and with few-step weights."""
+    save_tiny(folder, capabilities)
+    pipe = KlingPipeline.from_pretrained(folder)
+    config = {name: value for name, value in pipe.transformer.config.items() if not name.startswith("_")} | {"track_channels": 5}
+    std, fast = KlingTransformer3DModel(**config), KlingTransformer3DModel(**config | {"gate_value": 0.25})
+    for parameter in (*std.parameters(), *fast.parameters()):
+        torch.nn.init.normal_(parameter, std=0.1)
+    able = [*capabilities, "brush"]
+    whole = KlingPipeline(pipe.vae, std, pipe.text_encoder, pipe.scheduler, able, transformer_fast=fast, max_frames=41)
+    whole.save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def able(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    """A page with everything that is new."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRADIO_TEMP_DIR", "")  # `Site` sets it; put back afterwards
+        chat = chat_model(tmp_path_factory.mktemp("chat"), "big fox.")
+        site = Site(tmp_path_factory.mktemp("able"), more=("--enhance", str(chat)), save=save_able)
+        yield site
+        site.close()
+
+
+def drag(page, *places: tuple[float, float]) -> None:
+    """With the mouse over the board; places are shares of its width and height."""
+    page.locator(".board svg").scroll_into_view_if_needed()
+    box = page.locator(".board svg").bounding_box()
+    at = [(box["x"] + x * box["width"], box["y"] + y * box["height"]) for x, y in places]
+    page.mouse.move(*at[0])
+    page.mouse.down()
+    for place in at[1:]:
+        page.mouse.move(*place, steps=6)
+    page.mouse.up()
+
+
+def ends(page) -> list[list[float]]:
+    """[x, y, x, y] of the first and the last point of each arrow, in shares."""
+    return [[*points[0], *points[-1]] for points in page.evaluate(ARROWS)]
+
+
+def made(page, site: Site) -> dict:
+    """The record of the newest result."""
+    return site.studio.shelf.get(page.get_attribute(".card", "data-id")).record
+
+
+def close(a: object, b: object, atol: float) -> bool:
+    return np.shape(a) == np.shape(b) and np.allclose(a, b, atol=atol)
+
+
+def test_arrows_are_drawn_changed_removed_sent_and_found_again(browser, able, tmp_path):
+    page = new_page(browser)
+    open_for_short_clips(page, able)
+    page.uncheck("#live input")
+    tab(page, "Pictures")
+    upload(page, "#first", png(tmp_path / "a.png", (W, H)))
+    understood(page, "image to video")
+    tab(page, "Motion")
+    page.wait_for_selector(".board img")
+    drag(page, (0.2, 0.3), (0.4, 0.3))
+    understood(page, "image to video · motion brush")  # without another touch
+    drag(page, (0.6, 0.7), (0.8, 0.5))
+    drag(page, (0.5, 0.9))
+    assert close(ends(page), [[0.2, 0.3, 0.4, 0.3], [0.6, 0.7, 0.8, 0.5], [0.5, 0.9, 0.5, 0.9]], 0.01)
+    drag(page, (0.995, 0.01), (0.7, 0.1))  # from a corner: its × is inside the picture all the same
+    page.locator(".board .gone").nth(3).click()
+    assert len(ends(page)) == 3
+    drag(page, (0.4, 0.3), (0.3, 0.6))  # the first one's end
+    drag(page, (0.6, 0.7), (0.65, 0.8))  # the second one's start: it moves as a whole
+    page.locator(".board .gone").nth(2).click()
+    drawn = ends(page)
+    assert close(drawn, [[0.2, 0.3, 0.3, 0.6], [0.65, 0.8, 0.85, 0.6]], 0.01)
+    generate_and_play(page)
+    record = made(page, able)
+    sent = [[value for point in (track["points"][0], track["points"][-1]) for value in point] for track in record["request"]["tracks"]]
+    assert close(sent, np.array(drawn) * [W, H, W, H] - 0.5, 1e-3)
+    everything = page.evaluate(ARROWS)
+    page.reload()
+    understood(page, "image to video · motion brush")
+    tab(page, "Motion")
+    page.wait_for_selector(".board img")
+    page.wait_for_function("document.querySelectorAll('.board .arrow').length == 2")
+    assert page.evaluate(ARROWS) == everything
+    drag(page, (0.5, 0.2), (0.9, 0.2))  # and can be changed further
+    page.wait_for_function("document.querySelectorAll('.board .arrow').length == 3")
+    page.context.close()
+    other = new_page(browser)  # and with the record, in another browser
+    other.goto(able.url)
+    other.wait_for_selector("#plan p")
+    path = next(one.record_path for one in able.studio.shelf.results() if one.record == record)
+    other.set_input_files("input[type=file]:has(+ #restore)", str(path))
+    understood(other, "image to video · motion brush")
+    assert close(ends(other), drawn, 1e-3)
+    other.context.close()
+
+
+def test_a_rough_clip_follows_the_words_and_generate_stops_it(browser, able):
+    page = new_page(browser)
+    open_for_short_clips(page, able)
+    fast, queue, passes = able.studio.pipe.transformer_fast, able.studio.queue, []
+    counted = fast.register_forward_pre_hook(lambda *_: passes.append("fast"))
+    page.fill("#prompt textarea", "a red ball")
+    page.wait_for_selector("#rough img")
+    first = page.get_attribute("#rough img", "src")
+    before = len(passes)
+    page.locator("#prompt textarea").press_sequentially(" rolls left over grass", delay=40)
+    page.wait_for_function("(old) => document.querySelector('#rough img')?.src !== old", arg=first)
+    page.wait_for_timeout(1500)
+    second = page.get_attribute("#rough img", "src")
+    assert second != first and len(passes) - before <= 4  # of 22 changes: of the last, and perhaps of one that was waited for
+    counted.remove()
+
+    began, release, seen = threading.Event(), threading.Event(), []
+
+    def hold(*_: object) -> None:
+        seen.append("fast")
+        began.set()
+        assert release.wait(60)
+
+    held = fast.register_forward_pre_hook(hold)
+    page.fill("#prompt textarea", "a blue cube")
+    while not began.wait(0.05):
+        page.wait_for_timeout(50)
+    page.click("#generate")
+    for _ in range(600):
+        if any(not job.rough for job in queue._waiting):
+            break
+        page.wait_for_timeout(50)
+    release.set()
+    page.wait_for_selector(".card")
+    page.wait_for_selector("#generate:not([disabled])")
+    held.remove()
+    assert seen == ["fast"]  # the second step was not made
+    assert page.get_attribute("#rough img", "src") == second and made(page, able)["request"]["prompt"] == "a blue cube"
+    page.uncheck("#live input")
+    page.wait_for_selector("#rough img", state="detached")
+    page.context.close()
+
+
+def test_mode_fast_with_a_camera(browser, able):
+    page = new_page(browser)
+    open_for_short_clips(page, able)
+    page.uncheck("#live input")
+    page.fill("#prompt textarea", "a red ball")
+    page.get_by_label("fast", exact=True).check()
+    tab(page, "Camera")
+    fill(page, "#axis-pan input[type=number]", "6")
+    understood(page, "text to video · camera pan=6")
+    generate_and_play(page)
+    request = made(page, able)["request"]
+    assert request["mode"] == "fast" and request["camera"] == "pan=6"
+    page.context.close()
+
+
+def test_a_chat_model_fills_the_prompt(browser, able):
+    page = new_page(browser)
+    open_for_short_clips(page, able)
+    page.click("#enhance")
+    page.wait_for_selector(":text('write a few words first')")
+    page.fill("#prompt textarea", "fox")
+    page.click("#enhance")
+    page.wait_for_function("document.querySelector('#prompt textarea').value == 'big fox.'")
+    page.fill("#prompt textarea", "big fox. red")  # changed like any other
+    page.wait_for_selector("#rough img")
+    page.context.close()
+
+
+@pytest.mark.parametrize(("width", "locale"), [(1440, "en-US"), (390, "en-US"), (390, "zh-CN")])
+def test_the_new_parts_have_room(browser, able, width, locale, tmp_path):
+    page = new_page(browser, width, locale=locale)
+    page.goto(able.url)
+    page.wait_for_selector("#plan p")
+    upload(page, "#first", png(tmp_path / "a.png", (W, H)))
+    page.fill("#prompt textarea", "a red ball")
+    page.wait_for_selector("#rough img")
+    tab(page, {"en-US": "Motion", "zh-CN": "运动笔刷"}[locale])
+    page.wait_for_selector(".board img")
+    drag(page, (0.2, 0.3), (0.4, 0.3))
+    drag(page, (0.6, 0.7), (0.8, 0.5))
+    page.wait_for_function("document.querySelectorAll('.board .arrow').length == 2")
+    for handle in page.locator(".board :is(.start, .gone)").all():
+        assert min(handle.bounding_box()[side] for side in ("width", "height")) > 12  # pixels: for a finger
+    page.wait_for_function(f"document.documentElement.scrollWidth <= {width}")
+    parts = ["#prompt", "#enhance", "#examples", "#live", "#rough", "#seed", "#generate", "#stage", ".board"]
+    boxes = [page.locator(part).first.bounding_box() for part in parts]
+    for i, a in enumerate(boxes):
+        assert a["x"] >= 0 and a["x"] + a["width"] <= width, parts[i]
+        for j, b in enumerate(boxes[:i]):
+            across = min(a["x"] + a["width"], b["x"] + b["width"]) - max(a["x"], b["x"])
+            down = min(a["y"] + a["height"], b["y"] + b["height"]) - max(a["y"], b["y"])
+            assert across <= 1 or down <= 1, f"{parts[i]} is over {parts[j]}"
+    page.context.close()
