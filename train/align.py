@@ -339,6 +339,12 @@ def train(cfg: AlignConfig, loop: Loop) -> None:
             raise UserError(f"the checker ({', '.join(cfg.checker)}) fell in three checks in a row, {path}: the policy hacks its rewards. "
                             f"The run stops at update {step}; take an earlier checkpoint, or change the rewards")  # fmt: skip
 
+    if layout.sharded:  # FSDP2 takes the module of the first forward pass as the root, and sampling calls the transformer alone
+        asked = pipe.ask(Request(**{**cfg.request, **fields_of(asking(0)[0])}))
+        clip = asked.state.clean[:, :, : asked.state.frames]  # (1, c, F, h, w)
+        example, words = example_of(asked, clip, transformer, pipe)
+        with torch.no_grad(), accelerator.autocast():
+            net(example, example.state.clean, torch.ones(1, device=device), (words,))
     number, folder, groups = -1, out, []
     unseen = cfg.check_every and same_for_all(accelerator, int(loop.done == 0 and not read_checks(out / "checks.json", 0)))
     for place, _ in loop.batches(Places(), guard, meter):
