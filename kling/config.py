@@ -115,7 +115,7 @@ def load_config(cls: type[T], path: str | Path | None = None, overrides: Sequenc
     for where, values in layers:
         for key, value, hint in _leaves(cls, values, where):
             try:
-                if value == {} and _dataclass_in(hint) is None and OmegaConf.select(cfg, key):
+                if value == {} and not _dataclass_in(hint) and OmegaConf.select(cfg, key):
                     raise UserError(f"{key} = {{}} in {where} would change nothing: set each of its keys, such as {key}.NAME=0")
                 if OmegaConf.select(cfg, key) is None and (inner := _dataclass_in(hint)) and isinstance(value, dict):
                     OmegaConf.update(cfg, key, OmegaConf.structured(inner))

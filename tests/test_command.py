@@ -91,7 +91,7 @@ def options_of(parse) -> str:
 
 
 SCRIPTS = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
-WITH_COMMANDS = {"kling-eval": tuple(evaluate.SUITES), "kling-data": ("scan", "report", "caption", "camera")}
+WITH_COMMANDS = {"kling-eval": tuple(evaluate.SUITES), "kling-data": ("scan", "report", "caption", "camera", "tracks")}
 ALL = [(program, *more) for program in SCRIPTS for more in ((), *((command,) for command in WITH_COMMANDS.get(program, ())))]
 
 

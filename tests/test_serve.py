@@ -211,6 +211,37 @@ def test_pan_and_tilt_follow_the_convention(tiny: Path, tmp_path: Path) -> None:
         assert desk.capabilities()["camera_control"]["convention"] == year
 
 
+def test_the_brush_counts_y_from_the_bottom_and_its_masks_are_kept(tmp_path: Path) -> None:
+    from kling_programs.sample.server import classic
+    from kling_programs.sample.server.store import names_of
+    from test_pipeline import tiny_pipeline
+
+    tiny_pipeline(max_frames=41).save_pretrained(tmp_path / "model")
+    desk = Desk(Store(tmp_path / "store"), str(tmp_path / "model"), Rules())
+    path = [{"x": 10, "y": 0}, {"x": 100, "y": 50}]
+    brush = {"dynamic_masks": [{"mask": png(320, 200, seed=1), "trajectories": path}], "static_mask": png(320, 200, seed=2)}
+    ask = {"image": png(320, 200), "duration": "2"}
+
+    def take(**more: Any) -> Any:
+        return desk.take("anna", classic.read(desk, "image2video", classic.Image2Video(**ask | brush | more), ""))[0]
+
+    task = take(camera_control={"type": "forward_up"})
+    moving, still = task.request["tracks"]
+    assert moving["points"] == [[10.0, 199.0], [100.0, 149.0]] and still["points"] == []
+    assert len(set(names_of(task.request))) == 3 and all((desk.store.folder / name).is_file() for name in names_of(task.request))
+    for more, words in (
+        ({"static_mask": png(300, 200)}, "300x200 pixels, the image 320x200"),
+        ({"image": None, "image_tail": png()}, "without an image"),
+        ({"dynamic_masks": [{"trajectories": path}]}, "mask is missing"),
+        ({"dynamic_masks": [{"mask": png(320, 200), "trajectories": path[:1]}]}, "give 2 to 77"),
+    ):
+        with pytest.raises(WireError, match=words):
+            take(**more)
+    desk.rules = Rules(strict=True)
+    with pytest.raises(UserError, match="camera_control and static_mask were given|camera_control and dynamic_masks were given"):
+        take(duration="5", camera_control={"type": "forward_up"}, image=png(320, 320))
+
+
 def test_cfg_scale_has_the_checkpoint_s_guidance_in_its_middle(tiny: Path, tmp_path: Path) -> None:
     desk = Desk(Store(tmp_path), str(tiny), Rules())
     own = desk.pipe.setting("guidance_scale")[0]

@@ -57,6 +57,7 @@ class Body(BaseModel):
     num_frames: Whole | None = Field(None, description="1 + 4k, instead of duration")
     camera_scale: Number | None = None
     sigma_c: Number | None = None
+    brush_guidance_scale: Number | None = None
 
 
 class Text2Video(Body):
@@ -104,20 +105,23 @@ def read(desk: Desk, kind: str, body: Body, base: str) -> Ask:
         fields["camera"] = read_camera(desk, body.camera_control)
     if getattr(body, "aspect_ratio", None):
         fields["aspect"] = body.aspect_ratio
-    pictures, video = {}, None
+    pictures, brush, video = {}, {}, None
     if isinstance(body, Image2Video):
         pictures = {ours: given for ours, given in (("image", body.image), ("last_image", body.image_tail)) if given}
         if not pictures:
             raise UserError("image and image_tail are empty: give one of them, or use text2video")
-        if desk.rules.strict and body.image_tail and body.camera_control is not None:
-            raise UserError("image_tail and camera_control were given: leave one of them out")
+        brush = {name: sent[name] for name in ("static_mask", "dynamic_masks") if sent.get(name)}
+        extras = {"image_tail": body.image_tail, "camera_control": body.camera_control, next(iter(brush), ""): brush}
+        given = [name for name, value in extras.items() if value]
+        if desk.rules.strict and len(given) > 1:
+            raise UserError(f"{' and '.join(given)} were given: leave one of them out")
     elif isinstance(body, VideoExtend):
         video = _named(body)
     elif not body.prompt:
         raise UserError("prompt is empty: say what the video shows")
     return Ask(
-        kind, fields, pictures, video=video, external=body.external_task_id or None, callback=body.callback_url or None, base=base,
-        body=sent, names=NAMES,
+        kind, fields, pictures, brush=brush, video=video, external=body.external_task_id or None, callback=body.callback_url or None,
+        base=base, body=sent, names=NAMES,
     )  # fmt: skip
 
 

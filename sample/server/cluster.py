@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -41,8 +41,8 @@ def connect(address: str) -> None:
 class Actor:
     """Lives in the cluster. Two threads: one makes, the other tells how far it is."""
 
-    def __init__(self, setup: dict[str, Any]) -> None:
-        self.maker, self.at, self.stopped = Maker(Setup(**setup)), (0, 0), set()
+    def __init__(self, setup: dict[str, Any], maker: Callable[[Setup], Any]) -> None:
+        self.maker, self.at, self.stopped = maker(Setup(**setup)), (0, 0), set()
 
     def device(self) -> str:
         import socket
@@ -79,14 +79,14 @@ class Actor:
 
 
 class RayWorker:
-    """A worker of the pool, in an actor. gpus: that Ray keeps for it, or a part of one."""
+    """A worker of the pool, in an actor. gpus: that Ray keeps for it, or a part of one. maker: makes what has `make` and `device`."""
 
-    def __init__(self, store: Store, setup: Setup, gpus: float = 0.0, lease: float = LEASE) -> None:
+    def __init__(self, store: Store, setup: Setup, gpus: float = 0.0, lease: float = LEASE, maker: Callable[[Setup], Any] = Maker) -> None:
         import ray
 
         self.ray, self.store, self.lease, self.dead = ray, store, lease, False
         options = {"num_cpus": setup.threads or 1, "num_gpus": gpus, "max_concurrency": 2, "scheduling_strategy": "SPREAD"}
-        self.actor = ray.remote(Actor).options(**options).remote(asdict(setup))
+        self.actor = ray.remote(Actor).options(**options).remote(asdict(setup), maker)
 
     def ready(self) -> str:
         try:

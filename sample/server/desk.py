@@ -12,13 +12,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from kling_programs.sample.server.fetch import Reach, check_url, fetch
 from kling_programs.sample.server.store import DONE, New, Store, Task, digest, located
 from kling_programs.sample.server.wire import NO_THING, TOO_MANY, WireError, refusal
-from PIL import Image
+from PIL import Image, ImageOps
 
 from kling.data.image import read_image
 from kling.errors import UserError, unknown
+from kling.sampling.brush_http import tracks_from_wire
 from kling.sampling.pipeline import ASSETS, KlingPipeline
 from kling.sampling.plan import Plan
 from kling.sampling.request import MAX_SECONDS, MODES, Request
@@ -31,7 +33,10 @@ FETCHES = 8  # pictures that are fetched at once
 READS = 4  # requests whose pictures are decoded at once: one can take 150 MB
 DEFAULTS = ("num_inference_steps", "guidance_scale", "negative_prompt", "shift", "solver")
 # Fields of a `Request` that the wires take as they are, beside Kling's own.
-EXTENSIONS = ("seed", "num_inference_steps", "guidance_scale", "solver", "shift", "size", "loop", "num_frames", "camera_scale", "sigma_c")
+EXTENSIONS = (
+    "seed", "num_inference_steps", "guidance_scale", "solver", "shift", "size", "loop", "num_frames", "camera_scale", "sigma_c",
+    "brush_guidance_scale",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,8 @@ class Ask:
     """A request as a wire understood it.
 
     fields: of a `Request`, without files. pictures: field -> URL, base64 or bytes. movies: field -> the bytes of a video. keyframes:
-    (picture, frame, strength). video: the id of a result to continue. body: what was sent. names: what the wire calls our fields.
+    (picture, frame, strength). brush: `static_mask` and `dynamic_masks` as Kling has them. tracks: as `Request` has them, with bytes for
+    masks. video: the id of a result to continue. body: what was sent. names: what the wire calls our fields.
     """
 
     kind: str
@@ -63,6 +69,8 @@ class Ask:
     pictures: dict[str, str | bytes] = field(default_factory=dict)
     movies: dict[str, bytes] = field(default_factory=dict)
     keyframes: list[tuple[bytes, Any, Any]] = field(default_factory=list)
+    brush: dict[str, Any] = field(default_factory=dict)
+    tracks: list[dict[str, Any]] = field(default_factory=list)
     video: str | None = None
     external: str | None = None
     callback: str | None = None
@@ -123,6 +131,9 @@ class Desk:
                 fields[name] = self.store.put_input(data, ".mp4")  # whatever it is: files are known by their content
             if ask.keyframes:
                 fields["keyframes"] = [[self._picture(data, "keyframes"), *rest] for data, *rest in ask.keyframes]
+            if tracks := [*ask.tracks, *self._brushed(ask.brush, fields)]:
+                kept = [track["mask"] and self._picture(track["mask"], "tracks") for track in tracks]
+                fields["tracks"] = [track | {"mask": mask} for track, mask in zip(tracks, kept, strict=True)]
             self.plan(fields)
         shown = {name: value if len(str(value)) < 4096 else f"{str(value)[:64]}…" for name, value in ask.body.items()}
         new = New(key, ask.kind, shown, fields, marks, ask.base, ask.external, parent and parent.id, ask.callback)
@@ -173,6 +184,31 @@ class Desk:
         except UserError as error:
             raise UserError(f"{name}: {str(error).replace(str(self.store.folder / kept), 'the picture')}") from None
         return kept
+
+    def _brushed(self, brush: dict[str, Any], fields: dict[str, Any]) -> list[dict[str, Any]]:
+        """The tracks of Kling's brush, whose y counts from the bottom of the first frame; masks as PNG."""
+        if not brush:
+            return []
+        if fields.get("image") is None:
+            raise UserError(f"{next(iter(brush))} was given without an image to brush on: give image too")
+        with Image.open(self.store.folder / fields["image"]) as first:
+            size = ImageOps.exif_transpose(first).size
+        dynamic = enumerate(brush.get("dynamic_masks") or [])
+        rows = [row | {"mask": self._mask(row.get("mask"), f"dynamic_masks[{i}].mask")} for i, row in dynamic]
+        still = {"static_mask": self._mask(brush["static_mask"], "static_mask")} if brush.get("static_mask") else {}
+        tracks = tracks_from_wire({"dynamic_masks": rows} | still, size[1])
+        for track in tracks:
+            if (has := track.mask.shape[::-1]) != size:
+                raise UserError(f"a mask has {has[0]}x{has[1]} pixels, the image {size[0]}x{size[1]}: give masks of its size")
+        return [{"mask": as_png(track.mask), "points": [list(point) for point in track.points]} for track in tracks]
+
+    def _mask(self, given: Any, name: str) -> str:
+        """A mask as base64, fetched if it is a URL."""
+        if not isinstance(given, str) or not given:
+            raise UserError(f"{name} is missing: give a picture, white where the thing is, as a URL or as base64")
+        data = self._bytes(given, name)
+        self._picture(data, name)  # within the limits
+        return base64.b64encode(data).decode()
 
     def _url(self, url: str, name: str) -> bytes:
         if not self.rules.urls:
@@ -247,3 +283,10 @@ class Desk:
         if cfg_scale == 0.5:
             return None
         return 1 + (self.pipe.setting("guidance_scale")[0] - 1) * cfg_scale / 0.5
+
+
+def as_png(mask: np.ndarray) -> bytes:
+    """(H, W) uint8 as a file."""
+    out = io.BytesIO()
+    Image.fromarray(mask).save(out, format="PNG")
+    return out.getvalue()

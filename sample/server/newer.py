@@ -49,6 +49,7 @@ class Settings(BaseModel):
     num_frames: Whole | None = None
     camera_scale: Number | None = None
     sigma_c: Number | None = None
+    brush_guidance_scale: Number | None = None
 
 
 class Options(BaseModel):

@@ -23,7 +23,7 @@ FIELDS = [field.name for field in dataclasses.fields(Request) if field.name != "
 class Body(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
-    request: dict[str, Any] = Field(description="fields of a Request; image, last_image, video, mask, control and keyframes name files")
+    request: dict[str, Any] = Field(description="fields of a Request, in which pictures, masks and videos are names of files")
     files: dict[str, str] = Field({}, description="name -> base64")
     external_task_id: str | None = None
     callback_url: str | None = None
@@ -53,13 +53,20 @@ def read(body: Body, base: str) -> Ask:
     if not all(isinstance(row, list) and 2 <= len(row) <= 3 for row in rows):
         raise UserError("keyframes: give a list of [file, frame, strength]")
     keyframes = [(file(row[0], "keyframes"), *row[1:]) for row in rows]
+    strokes = fields.pop("tracks", None) or []
+    if not isinstance(strokes, list) or not all(isinstance(row, dict) and row.keys() <= {"mask", "points"} for row in strokes):
+        raise UserError("tracks: give a list of {mask, points}")
+    tracks = [{"points": row.get("points", []), "mask": row.get("mask") and file(row["mask"], "tracks")} for row in strokes]
     given = {name: file(value, name) for name in FILES if (value := fields.pop(name, None)) is not None}
     if unused := sorted(set(body.files) - used):
         raise UserError(f"files has '{unused[0][:60]}', which nothing in the request names: leave it out")
     movies = {name: data for name, data in given.items() if name in MOVIES}
     pictures = {name: data for name, data in given.items() if name not in MOVIES}
     sent = body.model_dump(exclude_unset=True)
-    return Ask(KIND, fields, pictures, movies, keyframes, external=body.external_task_id, callback=body.callback_url, base=base, body=sent)
+    return Ask(
+        KIND, fields, pictures, movies, keyframes, tracks=tracks, external=body.external_task_id, callback=body.callback_url, base=base,
+        body=sent,
+    )  # fmt: skip
 
 
 def task_data(task: Task, url: str) -> dict[str, Any]:

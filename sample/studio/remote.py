@@ -106,6 +106,10 @@ def body_of(request: Request) -> dict[str, Any]:
             fields[name] = file(fields[name], name)
     if "keyframes" in fields:
         fields["keyframes"] = [[file(picture, "keyframes"), frame, strength] for picture, frame, strength in fields["keyframes"]]
+    if isinstance(fields.get("tracks"), str):
+        raise UserError("a file of tracks cannot be sent to a server yet: draw them")
+    if "tracks" in fields:
+        fields["tracks"] = [{"mask": t.mask and file(t.mask, "tracks"), "points": [list(p) for p in t.points]} for t in fields["tracks"]]
     camera = fields.get("camera")
     if isinstance(camera, str) and not Path(camera).is_file():
         fields["camera"] = parse_axes(camera)

@@ -1,9 +1,10 @@
 // `kling-api` of the npm registry against our server: node kling_api.mjs URL ACCESS SECRET PICTURE FOLDER
+import { writeFileSync } from "node:fs";
 import { KlingAPI } from "kling-api";
 
 const [url, accessKey, secretKey, picture, folder] = process.argv.slice(2);
 const api = new KlingAPI({ accessKey, secretKey, baseUrl: url });
-const wait = { interval: 200, pollInterval: 200, timeout: 100000 };
+const wait = { interval: 200 };
 
 const text = await api.textToVideo({
   model_name: "kling-v1",
@@ -16,7 +17,8 @@ const text = await api.textToVideo({
   external_task_id: "npm",
 });
 const done = await api.waitForVideoResult(text.data.task_id, undefined, wait);
-const saved = await api.saveVideoResult(done, folder, "npm");
+const saved = [`${folder}/npm.mp4`]; // its own saveVideoResult reaches no private address, such as this one
+writeFileSync(saved[0], Buffer.from(await (await fetch(done.data.task_result.videos[0].url)).arrayBuffer()));
 const image = await api.imageToVideo({ model_name: "kling-v1", image: picture, prompt: "the ball rolls on", duration: "5" });
 const moved = await api.waitForVideoResult(image.data.task_id, api.queryImageToVideoTask.bind(api), wait);
 const longer = await api.extendVideo({ video_id: done.data.task_result.videos[0].id, prompt: "it rolls on" });
