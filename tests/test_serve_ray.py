@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,12 +27,14 @@ pytestmark = pytest.mark.slow
 def cluster() -> Iterator[Any]:
     from ray.cluster_utils import Cluster
 
-    two = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    two.other = two.add_node(num_cpus=1)
-    connect(two.address)
-    yield two
-    ray.shutdown()
-    two.shutdown()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)  # the nodes know serve_stub too
+        two = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+        two.other = two.add_node(num_cpus=1)
+        connect(two.address)
+        yield two
+        ray.shutdown()
+        two.shutdown()
 
 
 def add(store: Store, first: int, last: int, **fields: Any) -> None:

@@ -80,15 +80,13 @@ STRIP = 4  # clips of a strip
 
 @dataclass
 class World:
-    """What is asked in the small world.
+    """The small world that is asked about, and its judge.
 
-    frames: of a clip, 1 + 4k. aspect: of its picture. asks: how often each is drawn: text (one thing, static camera), plain (the same, no
-    camera given), camera, words (the camera by words alone), things (two of them). examples: rendered clips to fit the detectors to.
+    frames: of a clip, 1 + 4k. aspect: of its picture. examples: rendered clips to fit the detectors to.
     """
 
     frames: int = 17
     aspect: str = "16:9"
-    asks: dict[str, float] = field(default_factory=lambda: {"text": 1.0, "plain": 1.0, "camera": 1.0, "words": 1.0, "things": 1.0})
     examples: int = 400
 
 
@@ -104,7 +102,8 @@ class AlignConfig:
     pairs: a jsonl file instead: fields of a request, and the videos `win` and `lose`; for dpo.
     request: fields that the requests of rounds share, such as fewer steps; those of a line go first.
     check_request: likewise for checks, which otherwise use the model's own steps and guidance.
-    world: what is asked, if requests is world.
+    asks: if requests is world, how often each is drawn: text (one thing, static camera), plain (the same, no camera given), camera, words
+    (the camera by words alone), things (two of them).
     rewards: weight of each term, 0 leaves it out. colour, solid, ground, motion, count, permanence and camera judge the small world by its
     truth, magnitude is how much moves, and model is `reward_model`.
     reward_model: folder of a transformers model that scores clips: a dual encoder such as CLIP, or one that answers questions.
@@ -140,6 +139,7 @@ class AlignConfig:
         default_factory=lambda: {"num_inference_steps": 10, "guidance_scale": 1.0, "camera_guidance_scale": 1.0}
     )
     check_request: dict[str, Any] = field(default_factory=dict)
+    asks: dict[str, float] = field(default_factory=lambda: {"text": 1.0, "plain": 1.0, "camera": 1.0, "words": 1.0, "things": 1.0})
     world: World = field(default_factory=World)
     rewards: dict[str, float] = field(default_factory=dict)
     reward_model: str = ""
@@ -339,6 +339,12 @@ def train(cfg: AlignConfig, loop: Loop) -> None:
             raise UserError(f"the checker ({', '.join(cfg.checker)}) fell in three checks in a row, {path}: the policy hacks its rewards. "
                             f"The run stops at update {step}; take an earlier checkpoint, or change the rewards")  # fmt: skip
 
+    if layout.sharded:  # FSDP2 takes the module of the first forward pass as the root, and sampling calls the transformer alone
+        asked = pipe.ask(Request(**{**cfg.request, **fields_of(asking(0)[0])}))
+        clip = asked.state.clean[:, :, : asked.state.frames]  # (1, c, F, h, w)
+        example, words = example_of(asked, clip, transformer, pipe)
+        with torch.no_grad(), accelerator.autocast():
+            net(example, example.state.clean, torch.ones(1, device=device), (words,))
     number, folder, groups = -1, out, []
     unseen = cfg.check_every and same_for_all(accelerator, int(loop.done == 0 and not read_checks(out / "checks.json", 0)))
     for place, _ in loop.batches(Places(), guard, meter):
@@ -417,7 +423,7 @@ def requests(cfg: AlignConfig, start: Start) -> tuple[Asking, Asking]:
     if cfg.requests != "world":
         return RequestFile(cfg.requests, cfg.checks * bool(cfg.check_every)), RequestFile(cfg.requests, max(1, cfg.checks), heldout=True)
     camera, world = "camera" in start.settings.get("capabilities", ()), cfg.world
-    return tuple(WorldRequests(cfg.seed, world.frames, world.aspect, world.asks, camera, split) for split in ("train", "heldout"))
+    return tuple(WorldRequests(cfg.seed, world.frames, world.aspect, cfg.asks, camera, split) for split in ("train", "heldout"))
 
 
 def fields_of(row: dict[str, Any]) -> dict[str, Any]:
