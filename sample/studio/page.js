@@ -144,7 +144,8 @@
       if (at.length > 1) {
         const before = at.findLast((p) => Math.hypot(p[0] - last[0], p[1] - last[1]) > 2 * r) ?? first;
         const angle = (Math.atan2(last[1] - before[1], last[0] - before[0]) * 180) / Math.PI;
-        make("path", one, { class: "end", d: `M${r},0 L${-r},${r} L${-r},${-r} Z`, transform: `translate(${last}) rotate(${angle})` });
+        const head = `M${1.5 * r},0 L${-r},${r} L${-r / 2},0 L${-r},${-r} Z`;
+        make("path", one, { class: "end", d: head, transform: `translate(${last}) rotate(${angle})` });
       }
       make("circle", one, { class: "start", cx: first[0], cy: first[1], r });
       // The × is beside the path, on the side with more room, and never outside the picture.
