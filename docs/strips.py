@@ -11,14 +11,12 @@ import sys
 from pathlib import Path
 
 import torch
-from kling_programs.eval.cases import brush_case, held_out
-from kling_programs.eval.world import brush_tracks
 
 from kling import KlingPipeline, Request
 from kling.cameras.axes import MOVES, UNITS
 from kling.data.image import write_png
 from kling.data.strip import strip
-from kling.data.world.scene import World, render_scene
+from kling.data.world.scene import World
 
 HERE = Path(__file__).parent / "strips"
 FAST = ({}, {"mode": "fast"}, {"mode": "fast", "num_inference_steps": 2})
@@ -29,9 +27,6 @@ def requests() -> dict[str, list[Request]]:
     """The rows of a strip, by name. Given pictures and videos are rendered from a held-out scene."""
     clip = World(seed=1, frames=41, aspect="16:9", split="heldout", max_things=1).clip(3)
     video, prompt = clip.video, clip.captions["en"][0]
-    brushed = brush_case(held_out(1, 41), 2)
-    shown = render_scene(brushed.scene)
-    tracks = brush_tracks(brushed.scene, shown)
     hole = torch.zeros(64, 112)
     hole[16:48, 32:80] = 1
     wanted = {
@@ -52,7 +47,6 @@ def requests() -> dict[str, list[Request]]:
         "guidance": [Request("a blue cube stays still on sand", guidance_scale=g, seed=12) for g in (1.0, 3.0, 5.0)],
         "steps": [Request("a blue cube stays still on sand", num_inference_steps=n, seed=12) for n in (4, 10, 20)],
         "fast": [Request("a red ball rolls left on grass", seed=1, **how) for how in FAST],
-        "brush": [Request(brushed.request["prompt"], image=shown[0].numpy(), seed=14, **more) for more in ({}, {"tracks": tracks})],
         "fast-4": Request("a red ball rolls left on grass", seed=1, mode="fast"),
         "aspects": [Request("an orange ball bounces up and down on snow", aspect=aspect, seed=13) for aspect in ("9:16", "1:1")],
         **{f"camera-{axis}": [Request(STILL, camera={axis: value}, seed=3) for value in (-8.0, 8.0)] for axis in UNITS},
