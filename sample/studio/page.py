@@ -13,6 +13,7 @@ from kling_programs.sample.studio.events import Events
 from kling_programs.sample.studio.form import apart, request_of
 from kling_programs.sample.studio.guard import Guard
 from kling_programs.sample.studio.jobs import Waiting
+from kling_programs.sample.studio.mistakes import without_folders
 from kling_programs.sample.studio.research import Research
 from kling_programs.sample.studio.studio import Step, Studio, public, visitor
 from kling_programs.sample.studio.words import I18N, WORDS, t
@@ -35,7 +36,7 @@ class Page(gr.Blocks):
         try:
             return await super().preprocess_data(*args, **kwargs)
         except Exception as error:  # of many classes, all caused by what was sent
-            line = " ".join(str(error).split())[:200] or type(error).__name__
+            line = without_folders(" ".join(str(error).split()))[:200] or type(error).__name__
             raise gr.Error(f"these values cannot be used ({line}): reload the page", print_exception=False) from None
 
 
