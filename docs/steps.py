@@ -23,7 +23,7 @@ ROWS = {
 
 def main() -> None:
     std, *fast = (json.loads((Path(folder) / "scores.json").read_text(encoding="utf-8")) for folder in sys.argv[1:])
-    steps = [run["options"]["steps"] for run in fast]
+    steps = [run["options"]["steps"] or 4 for run in fast]  # the checkpoint's own
     figure, axes = plt.subplots(1, len(ROWS), figsize=(11, 2.8), sharey=True)
     for axis, ((task, row), title) in zip(axes, ROWS.items(), strict=True):
         scores = [run["scores"][task][row] for run in fast]
