@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -55,32 +55,31 @@ def mean_velocity(z: Tensor, t: Tensor, r: Tensor) -> Tensor:
     return torch.where(far, z * (1 - size(r) / size(t)) / torch.where(far, t - r, 1.0), velocity(z, t))
 
 
-@pytest.mark.parametrize("soft", [False, True])
-def test_the_true_flow_map_is_where_the_target_leads(soft: bool) -> None:
-    """Also for tokens that are at a part m of the level: they move along the same paths, m times as slowly."""
+Toy = tuple[Tensor, Tensor, Tensor, Tensor, Callable[[Tensor, Tensor, Tensor], Tensor], Tensor]
+
+
+@pytest.fixture(params=[False, True], ids=["free", "soft"])
+def toy(request: pytest.FixtureRequest) -> Toy:
+    """Levels t and r, mask, states, and of the toy the mean velocity u(z, t, r) and the velocity at t. Soft tokens are at a part m of the
+    level: they move along the same paths, m times as slowly."""
     torch.manual_seed(0)
     t = torch.tensor([1.0, 0.999, 0.8, 0.5, 0.3, 0.3], dtype=torch.float64)
     r = torch.tensor([0.0, 0.5, 0.2, 0.499, 0.0, 0.3], dtype=torch.float64)
-    state = build_state([Given(hold=0.4 if soft else 0.0)] * 6, torch.randn(6, 4, 3, 4, 4, dtype=torch.float64), None)
+    state = build_state([Given(hold=0.4 if request.param else 0.0)] * 6, torch.randn(6, 4, 3, 4, 4, dtype=torch.float64), None)
     m, z = state.mask, torch.randn_like(state.clean)
     wide = lambda x: x.double().view(-1, 1, 1, 1, 1) * m  # noqa: E731
-    u = lambda z, t, r: mean_velocity(z, wide(t), wide(r))  # noqa: E731
-    target = flow_map_target(u, z, velocity(z, wide(t)), t, r, m, delta=1e-4)
-    torch.testing.assert_close(target.double(), u(z, t, r), atol=2e-4, rtol=2e-3)
+    return t, r, m, z, lambda z, t, r: mean_velocity(z, wide(t), wide(r)), velocity(z, wide(t))
 
 
-@pytest.mark.parametrize("soft", [False, True])
-def test_a_composed_step_leads_to_the_true_flow_map(soft: bool) -> None:
+def test_the_true_flow_map_is_where_the_target_leads(toy: Toy) -> None:
+    t, r, m, z, u, v = toy
+    torch.testing.assert_close(flow_map_target(u, z, v, t, r, m, delta=1e-4).double(), u(z, t, r), atol=2e-4, rtol=2e-3)
+
+
+def test_a_composed_step_leads_to_the_true_flow_map(toy: Toy) -> None:
     """Its error falls with the square of the stride, since what follows the stride is exact; a stride over all of the step is Euler's."""
-    torch.manual_seed(0)
-    t = torch.tensor([1.0, 0.999, 0.8, 0.5, 0.3, 0.3], dtype=torch.float64)
-    r = torch.tensor([0.0, 0.5, 0.2, 0.499, 0.0, 0.3], dtype=torch.float64)
-    state = build_state([Given(hold=0.4 if soft else 0.0)] * 6, torch.randn(6, 4, 3, 4, 4, dtype=torch.float64), None)
-    m, z = state.mask, torch.randn_like(state.clean)
-    wide = lambda x: x.double().view(-1, 1, 1, 1, 1) * m  # noqa: E731
-    u = lambda z, t, r: mean_velocity(z, wide(t), wide(r))  # noqa: E731
-    v, want = velocity(z, wide(t)), u(z, t, r)
-    errors = [(composed_target(u, z, v, t, r, m, 3.0, stride) - want).abs().amax() for stride in (0.04, 0.02, 0.01)]
+    t, r, m, z, u, v = toy
+    errors = [(composed_target(u, z, v, t, r, m, 3.0, stride) - u(z, t, r)).abs().amax() for stride in (0.04, 0.02, 0.01)]
     assert errors[0] < 0.3 and all(0.2 < small / large < 0.32 for large, small in zip(errors, errors[1:], strict=False)), errors
     torch.testing.assert_close(composed_target(u, z, v, t, r, m, 3.0, 1.0), v)
 

@@ -141,10 +141,12 @@ def test_saved_and_loaded_it_is_the_same(pipe, tmp_path):
     pipe.save_pretrained(tmp_path)
     again = KlingPipeline.from_pretrained(tmp_path)
     assert again.config.capabilities == pipe.config.capabilities and again.config.max_frames == 17
-    a, b = pipe("a ball", **SHORT).frames, again("a ball", **SHORT).frames
-    assert np.abs(a.astype(int) - b).max() <= 1, "read weights lie at other addresses, and products round by their alignment"
     for name in ("vae", "transformer", "text_encoder"):
         torch.testing.assert_close(getattr(again, name).state_dict(), getattr(pipe, name).state_dict(), rtol=0, atol=0)
+        for parameter in getattr(again, name).parameters():  # products round by the alignment of their weights, which a file does not keep
+            parameter.data = parameter.data.clone()
+    a, b = pipe("a ball", **SHORT).frames, again("a ball", **SHORT).frames
+    assert np.array_equal(a, b)
 
 
 @pytest.mark.parametrize(
