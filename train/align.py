@@ -36,22 +36,21 @@ from kling.rewards.local import model_reward
 from kling.rewards.pixels import REWARDS
 from kling.rewards.reward import Judge, Reward
 from kling.rewards.world import TERMS, WorldRequests, world_reward
-from kling.runtime import checkpoint
 from kling.runtime.accelerator import keep_in_fp32, wrap_what_is_there
 from kling.runtime.device import upload
 from kling.runtime.files import write_atomic, written
 from kling.runtime.log import Later
-from kling.runtime.parallel import same_for_all, same_rng, total, trained, whole
+from kling.runtime.parallel import same_for_all, same_rng, total, whole
 from kling.runtime.random import generator, noise_like
 from kling.sampling.pipeline import KlingPipeline, load_vae
 from kling.sampling.request import Request
 from kling.text import ByteTextEncoder
 from kling.text.umt5 import UMT5TextEncoder
-from kling.training.ema import EMA, Follower, load_average
+from kling.training.ema import EMA, Follower, restore_average
 from kling.training.export import save_pipeline
 from kling.training.health import DeviceGuard
 from kling.training.loop import Loop
-from kling.training.lora import Lora, add_lora, export_lora
+from kling.training.lora import Lora, add_lora, check_half, export_lora
 from kling.training.meter import Meter, log_line, matmul_ceiling
 from kling.training.model import Trained, set_checkpointing
 from kling.training.optim import check_names, make_optimizer, set_lr
@@ -244,8 +243,7 @@ def train(cfg: AlignConfig, loop: Loop) -> None:
         raise UserError("kling-align does not share a clip between processes: take a layout without context parallelism, such as fsdp2")
     if cfg.groups % layout.ranks:
         raise UserError(f"groups {cfg.groups} do not divide over {layout.ranks} processes: give a multiple")
-    if cfg.lora.half and accelerator.mixed_precision != "bf16":
-        raise UserError("lora.half holds weights in bf16, and this run does not compute in it: set mixed_precision=bf16, or leave it out")
+    check_half(cfg.lora, accelerator.mixed_precision)
     start = open_start(cfg.model, cfg.checkpoint, expert=None)
     asking, held = requests(cfg, start)
     for fields, base in ((asking(0)[0], cfg.request), (held(0)[0], cfg.check_request)):
@@ -500,10 +498,8 @@ def show(out: Path, step: int, clips: list[Tensor]) -> None:
 
 def publish(cfg: AlignConfig, vae: nn.Module, text: ByteTextEncoder | UMT5TextEncoder, out: Path, start: Start) -> None:
     """Export the averaged weights of the last checkpoint."""
-    saved = checkpoint.load_latest(out)
     model = build(cfg, start)
-    checkpoint.restore(saved.tensors["model"], trained(model))
-    load_average(saved.tensors["ema"], model)
+    restore_average(out, model)
     if cfg.lora.rank:
         export_lora(model.transformer, out / "lora")
         if not cfg.lora.merge:

@@ -19,20 +19,19 @@ from kling.flow.diffusers_scheduler import shift_key
 from kling.flow.guidance import given_share, guided_velocity
 from kling.flow.solvers import KlingFlowScheduler
 from kling.hub.load import loaded
-from kling.runtime import checkpoint
 from kling.runtime.accelerator import shard_frozen
 from kling.runtime.device import upload
-from kling.runtime.parallel import same_rng, trained
+from kling.runtime.parallel import same_rng
 from kling.sampling.pipeline import KlingPipeline, load_vae
 from kling.sampling.request import Request
 from kling.shapes import check_lengths
 from kling.text import ByteTextEncoder
 from kling.text.umt5 import UMT5TextEncoder
-from kling.training.ema import EMA, load_average
+from kling.training.ema import EMA, restore_average
 from kling.training.examples import Drawing, Example
 from kling.training.export import save_pipeline
 from kling.training.loop import Loop
-from kling.training.lora import Lora, add_lora
+from kling.training.lora import Lora, add_lora, check_half
 from kling.training.model import Trained
 from kling.training.optim import check_names
 from kling.training.start import (
@@ -273,8 +272,7 @@ def prepare(cfg: DistillConfig, loop: Loop) -> Parts:
     accelerator.wait_for_everyone()
 
     torch.manual_seed(cfg.seed)  # of low-rank weights; every later draw is counter-based
-    if cfg.lora.half and accelerator.mixed_precision != "bf16":
-        raise UserError("lora.half holds weights in bf16, and this run does not compute in it: set mixed_precision=bf16, or leave it out")
+    check_half(cfg.lora, accelerator.mixed_precision)
     half = accelerator.mixed_precision == "bf16" and (cfg.lora.half or not cfg.lora.rank)  # else low-rank networks share fp32 weights
     teacher = Trained(start.transformer({}, torch.bfloat16 if half else torch.float32), None).to(device).eval().requires_grad_(False)
     shard_frozen(accelerator, teacher.transformer, teacher.transformer.blocks)
@@ -378,10 +376,8 @@ def pipeline(cfg: DistillConfig, model: Trained, vae: nn.Module, text: ByteTextE
 def publish(cfg: DistillConfig, loop: Loop, parts: Parts) -> None:
     """Export the averaged weights of the last checkpoint, from the main process, and end the run."""
     if loop.accelerator.is_main_process:
-        saved = checkpoint.load_latest(loop.out)
         model = build(cfg, parts.start)
-        checkpoint.restore(saved.tensors["model"], trained(model))
-        load_average(saved.tensors["ema"], model)
+        restore_average(loop.out, model)
         if cfg.lora.rank:
             model.transformer.fuse_lora()
             model.transformer.unload_lora()

@@ -31,22 +31,21 @@ from kling.flow.diffusers_scheduler import shift_key
 from kling.flow.levels import draw_sigma
 from kling.flow.losses import flow_loss
 from kling.flow.path import velocity
-from kling.runtime import checkpoint
 from kling.runtime.accelerator import keep_in_fp32, wrap_what_is_there
 from kling.runtime.device import upload
 from kling.runtime.log import Later
-from kling.runtime.parallel import same_rng, split_sequence, total, trained, whole
+from kling.runtime.parallel import same_rng, split_sequence, total, whole
 from kling.runtime.random import generator, noise_like
 from kling.sampling.pipeline import KlingPipeline, load_vae
 from kling.sampling.request import Request
 from kling.shapes import check_lengths
 from kling.text import ByteTextEncoder
-from kling.training.ema import EMA, load_average
+from kling.training.ema import EMA, restore_average
 from kling.training.examples import Drawing, Example, check_divides, draw_example
 from kling.training.export import save_pipeline
 from kling.training.health import DeviceGuard
 from kling.training.loop import Loop
-from kling.training.lora import Lora, add_lora, export_lora
+from kling.training.lora import Lora, add_lora, check_half, export_lora
 from kling.training.meter import Meter, log_line, matmul_ceiling
 from kling.training.model import Trained, set_checkpointing
 from kling.training.optim import check_names, make_optimizer, set_lr
@@ -191,8 +190,7 @@ def train(cfg: TrainDiTConfig, loop: Loop) -> None:
     """The training, with the run's folder locked."""
     out, accelerator, layout, stop = loop.out, loop.accelerator, loop.layout, loop.stop
     device = accelerator.device
-    if cfg.lora.half and accelerator.mixed_precision != "bf16":
-        raise UserError("lora.half holds weights in bf16, and this run does not compute in it: set mixed_precision=bf16, or leave it out")
+    check_half(cfg.lora, accelerator.mixed_precision)
     start = open_start(cfg.init_from, cfg.checkpoint, cfg.expert) if cfg.init_from else None
     within = start.within if start else (0.0, 1.0)
     vae = load_vae(cfg.vae).to(device)
@@ -351,10 +349,8 @@ def pipeline(cfg: TrainDiTConfig, model: Trained, vae: nn.Module, start: Start |
 
 def publish(cfg: TrainDiTConfig, vae: nn.Module, out: Path, start: Start | None) -> None:
     """Export the averaged weights of the last checkpoint, so that the export is what was saved and verified, however it was sharded."""
-    saved = checkpoint.load_latest(out)
     model = build(cfg, start)
-    checkpoint.restore(saved.tensors["model"], trained(model))
-    load_average(saved.tensors["ema"], model)
+    restore_average(out, model)
     if cfg.lora.rank:
         export_lora(model.transformer, out / "lora")
         if not cfg.lora.merge:

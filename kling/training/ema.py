@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from kling.errors import UserError
-from kling.runtime.checkpoint import Rows, restore
-from kling.runtime.parallel import local, reshard
+from kling.runtime.checkpoint import Rows, load_latest, restore
+from kling.runtime.parallel import local, reshard, trained
 
 
 class EMA:
@@ -82,6 +83,13 @@ class Follower(EMA):
 def load_average(saved: Rows, model: nn.Module) -> None:
     """Replace a model's weights by the averages of a checkpoint, without keeping a copy. Raises `UserError` as `load_state_dict` does."""
     restore(saved, dict(_params(model)), "EMA weight")
+
+
+def restore_average(run: str | Path, model: nn.Module) -> None:
+    """Give a model, built as the run built its own, the last checkpoint's weights: the averages of those that were trained."""
+    saved = load_latest(run)
+    restore(saved.tensors["model"], trained(model))
+    load_average(saved.tensors["ema"], model)
 
 
 def _params(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -27,6 +27,12 @@ class Lora:
     half: bool = False
 
 
+def check_half(lora: Lora, precision: str) -> None:
+    """Raises `UserError` for bf16 weights in a run that computes in another precision. precision: accelerate's name of it."""
+    if lora.half and precision != "bf16":
+        raise UserError("lora.half holds weights in bf16, and this run does not compute in it: set mixed_precision=bf16, or leave it out")
+
+
 def add_lora(model: Trained, lora: Lora) -> None:
     """Freeze the model and add A (random) and B (zero) to its transformer. Raises `UserError` if peft is missing or no layer matches."""
     try:
