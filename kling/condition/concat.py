@@ -76,5 +76,6 @@ def opened(state: State) -> State:
         kind=torch.full_like(state.kind[:, :F], TARGET),
         sigma_c=0.0,
         tracks=None if state.tracks is None else state.tracks[:, :, :F],
+        shot=None if state.shot is None else state.shot[:, :F],
         host=None,
     )

@@ -7,12 +7,14 @@
     kind     (b, G) int                  0 target, 1 keyframe, 2 reference, 3 source video, 4 history
     P        (b, 24, G, ...) or None     packed camera rays
     tracks   (b, c + 1, G, h, w) or None map of where points move (`condition.tracks`)
+    shot     (b, G) int or None          which shot the frame is of: its words are that shot's, and p jumps by `SHOT_GAP` at every cut
 
 G = F target frames + K appended ones. The noise level of a token is  sigma_tok = m * sigma + [m = 0] * sigma_c.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -24,10 +26,13 @@ from torch import Tensor
 from kling.condition.tracks import Tracks, track_maps
 from kling.nn.modulation import Levels
 from kling.runtime.device import upload
-from kling.shapes import frame_position
+from kling.shapes import frame_position, latent_of_frame
 
 TARGET, KEYFRAME, REFERENCE, SOURCE, HISTORY = range(5)
-TENSORS = ("clean", "mask", "position", "kind", "tracks")  # of a State, each with a row for every sample
+SHOT_GAP = (
+    4.5  # latent frames by which p jumps at a cut, in addition to 1; not a whole number, so that a cut is unlike any time within a shot
+)
+TENSORS = ("clean", "mask", "position", "kind", "tracks", "shot")  # of a State, each with a row for every sample
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,7 @@ class State:
     patch: tuple[int, int, int]
     sigma_c: float = 0.0  # conditioning noise of given tokens
     tracks: Tensor | None = None  # (b, c + 1, G, h, w)
+    shot: Tensor | None = None  # (b, G), from 0; None: one shot
     host: tuple[Tensor, Tensor] | None = None  # mask and position on the CPU; None: `mask` and `position` themselves
 
     def __post_init__(self) -> None:
@@ -155,7 +161,7 @@ class State:
     def part(self, start: int, end: int) -> State:
         """Target frames start … end - 1 only, at the positions that they have in the clip."""
         cut = {name: t[:, :, start:end] for name in ("clean", "mask", "tracks") if (t := getattr(self, name)) is not None}
-        cut |= {name: getattr(self, name)[:, start:end] for name in ("position", "kind")}
+        cut |= {name: t[:, start:end] for name in ("position", "kind", "shot") if (t := getattr(self, name)) is not None}
         return replace(self, **cut, frames=end - start, host=(self.host[0][:, :, start:end], self.host[1][:, start:end]))
 
     def rows(self, start: int) -> State:
@@ -202,15 +208,17 @@ def _over_frames(level: Tensor) -> Tensor:
 
 def build_state(
     given: list[Given], clean: Tensor, keyframes: Tensor | None, patch: tuple[int, int, int] = (1, 2, 2), sigma_c: float = 0.0,
-    tracks: Sequence[Tracks | None] | None = None,
+    tracks: Sequence[Tracks | None] | None = None, shots: Sequence[Sequence[int]] | None = None,
 ) -> State:  # fmt: skip
-    """Masks, positions and kinds of the given content, and the map of its tracks. Training and sampling both use this function.
+    """Masks, positions, kinds and shots of the given content, and the map of its tracks. Training and sampling both use this function.
 
     Args:
         given: one per sample; all must have the same number of keyframes.
         clean: (b, c, F, h, w) clean latents: the true clip in training, zeros where unknown in sampling.
         keyframes: (b, c, K, h, w) latents of the single frames, or None when K = 0.
         tracks: of each sample, over its pixel frames; None for a sample without any, or for all.
+        shots: of each sample, the latent frames at which its shots begin, 0 first. None, or one shot in each sample: no shots.
+            Positions jump by `SHOT_GAP` at every cut (the phase shift of MultiShotMaster, arXiv 2512.03041).
     """
     b, _, frames, h, w = clean.shape
     K = 0 if keyframes is None else keyframes.shape[2]
@@ -229,12 +237,18 @@ def build_state(
             mask[i, :, k] = 1 - strength
             position[i, k] = frame_position(t)
             kind[i, k] = KEYFRAME
+    shot = None
+    if shots is not None and any(len(starts) > 1 for starts in shots):
+        holds = [[j for j in range(frames)] + [latent_of_frame(t) for t, _ in g.keyframes] for g in given]  # the latent frame of each
+        of = [[bisect_right(starts, j) - 1 for j in mine] for starts, mine in zip(shots, holds, strict=True)]
+        shot = torch.tensor(of, device=clean.device)  # (b, G)
+        position += SHOT_GAP * shot
     maps: Tensor | None = None
     if tracks is not None:
         maps = track_maps(tracks, clean, [g.known for g in given], [[t for t, _ in g.keyframes] for g in given])
     if K:
         clean = torch.cat([clean, keyframes], dim=2)  # (b, c, G, h, w)
-    return State(clean, _whole_tokens(mask, patch), position, kind, frames, patch, sigma_c, maps)
+    return State(clean, _whole_tokens(mask, patch), position, kind, frames, patch, sigma_c, maps, shot)
 
 
 def _whole_tokens(mask: Tensor, patch: tuple[int, int, int]) -> Tensor:

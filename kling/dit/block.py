@@ -38,15 +38,16 @@ class KlingTransformerBlock(nn.Module):
     def forward(
         self,
         hidden_states: Tensor,  # (b, n, d)
-        encoder_hidden_states: Tensor,  # (b, l, d)
+        encoder_hidden_states: Tensor,  # (b, l, d), of S shots (b · S, l, d)
         temb: Modulation,  # 6 vectors
         rotary_emb: Tensor,  # (b | 1, n, 1, head_dim / 2, 2)
         encoder_hidden_states_image: Tensor | None = None,  # (b, i, d)
         history: LayerHistory | None = None,
         kept: Kept | None = None,  # keys and values of the text, from an earlier step
+        rows: Tensor | None = None,  # (b, G) row of the text of each frame, if it differs between shots
     ) -> Tensor:
         # `torch.compile` is applied to a call inside `forward`, so that hooks on `forward` (shards, offload, caches) stay outside it
-        return self.layer(hidden_states, encoder_hidden_states, temb, rotary_emb, encoder_hidden_states_image, history, kept)
+        return self.layer(hidden_states, encoder_hidden_states, temb, rotary_emb, encoder_hidden_states_image, history, kept, rows)
 
     def layer(
         self,
@@ -57,6 +58,7 @@ class KlingTransformerBlock(nn.Module):
         image: Tensor | None,
         history: LayerHistory | None,
         kept: Kept | None,
+        rows: Tensor | None,
     ) -> Tensor:
         """The computation of `forward`: tokens (b, n, d) and text (b, l, d) -> tokens (b, n, d)."""
         temb = temb + self.scale_shift_table  # shift, scale and gate of attention, then of the feed-forward
@@ -65,7 +67,7 @@ class KlingTransformerBlock(nn.Module):
         x = gate(x, self.attn1(y, rotary_emb=rotary_emb, history=history), temb.vector(2))
 
         y = self.norm2(x)
-        x = x + self.attn2(y, text, encoder_hidden_states_image=image, kept=kept)
+        x = x + self.attn2(y, text, encoder_hidden_states_image=image, kept=kept, rows=rows)
 
         y = self.norm3(x, temb.vector(3), temb.vector(4))
         return gate(x, self.ffn(y), temb.vector(5))

@@ -188,6 +188,7 @@ class KlingTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
         camera: Tensor | Cameras | None = None,
         camera_mask: Tensor | None = None,
         tracks: Tensor | None = None,
+        shots: Tensor | None = None,
         encoder_hidden_states_image: Tensor | None = None,
         history: History | None = None,
         walk_cache: WalkCache | None = None,
@@ -200,13 +201,14 @@ class KlingTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
             hidden_states: (b, c, G, h, w) noisy latents, any conditioning channels of older checkpoints concatenated.
             sigma: noise level in [0, 1], one per sample (b,), per frame (b, G) or per token (b, G, h/ph, w/pw) or (b, n). Give float64 to
                 reach a published integer timestep exactly; or give the distinct `Levels`, which saves a GPU from waiting to find them.
-            encoder_hidden_states: (b, l, e) text.
+            encoder_hidden_states: (b, l, e) text; with `shots` (b · S, l, e), the texts of the S shots of each sample.
             sigma_next: of a flow map, the level at which the step ends, of the same shape as `sigma`. Default: `sigma`, a step of length 0.
             positions: (b, G) position of each frame in time, in latent frames, any real number. Default 0 … G - 1.
             kinds: (b, G) integers below `num_kinds`. Default 0, a frame to generate.
             camera: (b, camera_channels, G, H, W) packed Plücker rays, or the poses from which they are computed here.
-            camera_mask: (b,) True if the sample has a camera. Default: all have.
+            camera_mask: (b,) True if the sample has a camera, or (b, G) if the frame has. Default: all have.
             tracks: (b, track_channels, G, h, w) map of where points move; 0 for a sample without any.
+            shots: (b, G) the shot of each frame, from 0: its tokens attend to the text of that shot only.
             encoder_hidden_states_image: (b, i, image_dim) image-encoder tokens of the older Wan I2V weights.
             history: earlier frames, which block-causal weights attend to as well.
             walk_cache: results of earlier steps with the same inputs, to be reused.
@@ -221,6 +223,8 @@ class KlingTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
             raise UserError("image tokens were given but this model has no image branch (image_dim is None): leave them out")
         if history is not None and self._parallel_config is not None:
             raise UserError("block-causal sampling cannot share its tokens between devices: leave context parallelism off")
+        if shots is not None and self._parallel_config is not None:
+            raise UserError("the frames of several shots cannot be shared between devices: leave context parallelism off, or make one shot")
         patch = tuple(self.config.patch_size)
         grid = token_grid(*hidden_states.shape[2:], patch)
         levels = noise_levels(sigma, grid, sigma_next)
@@ -240,11 +244,12 @@ class KlingTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
             index = self.token_index(index, x.shape[1])
         temb, vectors, text, image = self.condition_embedder(sigmas, encoder_hidden_states, encoder_hidden_states_image, ends)
         modulation = Modulation(vectors, index)  # (u, 6, d)
+        rows = None if shots is None else self._text_rows(shots, text, grid[0])  # (b, G)
 
         for i, block in enumerate(self.blocks):
             past = None if history is None else history.layers[i]
             kept = None if walk_cache is None else walk_cache.layers[i]
-            x = self._run(block, x, text, modulation, rotation, image, past, kept)
+            x = self._run(block, x, text, modulation, rotation, image, past, kept, rows)
         velocity = unpatchify(self._head(x, temb, index).unflatten(1, grid), patch, OUTPUT)  # (b, c, G, h, w)
         return Transformer2DModelOutput(sample=velocity) if return_dict else (velocity,)
 
@@ -309,7 +314,11 @@ class KlingTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
                 f"camera rays of {' x '.join(map(str, shape))} give {residual.shape[1]} tokens where the latents have {x.shape[1]}: "
                 f"render the rays at {self.config.camera_downscale} pixels per latent cell"
             )
-        return residual if mask is None else residual * mask.to(residual.dtype)[:, None, None]
+        if mask is None:
+            return residual
+        if mask.ndim == 2:
+            mask = mask.repeat_interleave(residual.shape[1] // mask.shape[1], dim=1)  # (b, n)
+        return residual * mask.to(residual.dtype).view(len(mask), -1, 1)
 
     def _tracks(self, tracks: Tensor, z: Tensor) -> Tensor:
         """What tracks (b, track_channels, G, h, w) add to the tokens of z (b, c, G, h, w): (b, n, d)."""
@@ -318,6 +327,14 @@ class KlingTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
         if tracks.shape != (shape := (z.shape[0], self.config.track_channels, *z.shape[2:])):
             raise UserError(f"tracks of shape {tuple(tracks.shape)}: give {shape}, a map of the size of the latents")
         return self.track_embedding(tracks.to(self.track_embedding.weight.dtype))
+
+    @staticmethod
+    def _text_rows(shots: Tensor, text: Tensor, frames: int) -> Tensor:
+        """The row of `text` (b · S, l, d) that each frame attends to, (b, G), for its shot."""
+        b = len(shots)
+        if shots.shape[1] != frames or len(text) % b:
+            raise UserError(f"shots of shape {tuple(shots.shape)} with {len(text)} texts: give ({b}, {frames}), and as many texts a sample")
+        return shots + torch.arange(b, device=shots.device)[:, None] * (len(text) // b)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Self | tuple[Self, dict[str, Any]]:

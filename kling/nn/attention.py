@@ -74,6 +74,7 @@ class AttentionProcessor:
         encoder_hidden_states_image: Tensor | None = None,  # (b, i, added_kv_proj_dim)
         history: KeyValues | None = None,
         kept: Kept | None = None,  # caches the text's keys and values; not for self-attention, whose tokens change
+        rows: Tensor | None = None,  # (b, G) row of the text of each frame, for b · S texts; None: sample i has text i
     ) -> Tensor:
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         # context-parallel attention exchanges keys between devices; text is whole on each of them
@@ -85,7 +86,7 @@ class AttentionProcessor:
             query, key = rotate(query, rotary_emb), rotate(key, rotary_emb)
         if history is not None:
             key, value = history.join(key, value)
-        out = self.attend(query, key, value, parallel)
+        out = self.attend(query, key, value, parallel) if rows is None else self.attend_by_frame(query, key, value, rows)
 
         if encoder_hidden_states_image is not None:
             layers = attn.add_k_proj, attn.norm_added_k, attn.add_v_proj
@@ -100,6 +101,14 @@ class AttentionProcessor:
     def keys_values(attn: Attention, context: Tensor, to_k: nn.Module, norm_k: nn.Module, to_v: nn.Module) -> tuple[Tensor, Tensor]:
         """Of tokens (b, l, ·), each (b, l, heads, head_dim)."""
         return norm_k(to_k(context)).unflatten(2, (attn.heads, -1)), to_v(context).unflatten(2, (attn.heads, -1))
+
+    def attend_by_frame(self, query: Tensor, key: Tensor, value: Tensor, rows: Tensor) -> Tensor:
+        """Every frame attends to its own text: queries (b, n, heads, head_dim), keys and values (b · S, l, heads, head_dim) of all texts,
+        rows (b, G). Frames become samples, so any backend does it, and no mask is needed."""
+        b, frames = rows.shape
+        query = query.unflatten(1, (frames, -1)).flatten(0, 1)  # (b · G, n / G, heads, head_dim)
+        key, value = (x.index_select(0, rows.flatten()) for x in (key, value))  # (b · G, l, heads, head_dim)
+        return self.attend(query, key, value, None).unflatten(0, (b, frames)).flatten(1, 2)  # (b, n, d)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, parallel_config: object | None) -> Tensor:
         if parallel_config is None and self._attention_backend is None and by_products(query, key):
@@ -138,6 +147,7 @@ class Attention(nn.Module, AttentionModuleMixin):
         encoder_hidden_states_image: Tensor | None = None,
         history: KeyValues | None = None,
         kept: Kept | None = None,
+        rows: Tensor | None = None,
     ) -> Tensor:
         image = encoder_hidden_states_image
-        return self.processor(self, hidden_states, encoder_hidden_states, rotary_emb, image, history, kept)
+        return self.processor(self, hidden_states, encoder_hidden_states, rotary_emb, image, history, kept, rows)
