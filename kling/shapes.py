@@ -50,6 +50,11 @@ def latent_of_frame(t: int) -> int:
     return (t + TEMPORAL - 1) // TEMPORAL
 
 
+def first_frame(j: int) -> int:
+    """The first pixel frame of latent frame j."""
+    return 0 if j == 0 else TEMPORAL * j - TEMPORAL + 1
+
+
 def frame_position(t: int) -> float:
     """Temporal RoPE position, in latent frames, of a single pixel frame t: the centre of latent j >= 1 lies at pixel 4j - 1.5.
 

@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import pairwise
+
 import pytest
 import torch
+import workers
 from torch import Tensor
 
+from kling.cache.batches import LatentSteps, mixed
+from kling.cache.store import CacheConfig, LatentCache, fill_cache, settings_of
 from kling.condition.state import SHOT_GAP, Given, State, build_state
+from kling.data.buckets import Bucket
+from kling.data.source import ClipSource, DataConfig, StepBatches
+from kling.data.world.captions import COLOURS, MOTIONS
+from kling.data.world.scene import COLOUR_RGB, HELD_OUT
+from kling.data.world.storyboard import Storyboard, Storyboards, render_storyboard, shot_ranges
+from kling.data.world.tracks import places_of
 from kling.dit import KlingTransformer3DModel
 from kling.dit.walk_cache import WalkCache
 from kling.errors import UserError
+from kling.metrics.brush import thing_places
+from kling.metrics.segment import segment
 from kling.nn.attention import Attention
+from kling.training.examples import Drawing, draw_example
+from kling.training.start import check_shots
+from kling.vae import AutoencoderKLKling
 
 C, F, HH, WW = 4, 5, 4, 6
 TINY = {"num_attention_heads": 2, "attention_head_dim": 16, "text_dim": 12, "freq_dim": 32, "ffn_dim": 48, "num_layers": 2}
@@ -140,3 +157,159 @@ def test_shots_that_do_not_fit_are_refused() -> None:
     model._parallel_config = object()
     with pytest.raises(UserError, match="context parallelism"):
         model(z, sigma, text, shots=SHOTS)
+
+
+# ----------------------------------------------------------------------------------------------------------- the small world
+
+
+@pytest.fixture(scope="module")
+def boards() -> list[Storyboard]:
+    return [Storyboards(seed=2, frames=41, aspect="16:9").storyboard(i) for i in range(40)]
+
+
+def test_a_storyboard_is_a_pure_function_with_cuts_where_latents_begin(boards: list[Storyboard]) -> None:
+    again = Storyboards(seed=2, frames=41, aspect="16:9").storyboard(7)
+    assert again.starts == boards[7].starts and torch.equal(again.trajectory.c2w, boards[7].trajectory.c2w)
+    assert {len(board.shots) for board in boards} == {2, 3}
+    for board in boards:
+        lengths = [shot.frames for shot in board.shots]
+        assert sum(lengths) == 41 == len(board.trajectory) and lengths[0] % 4 == 1 and not any(n % 4 for n in lengths[1:])
+        assert list(board.cuts) == [sum(lengths[: k + 1]) for k in range(len(lengths) - 1)]
+    assert len({board.starts for board in boards}) > 8, "cuts fall anywhere"
+
+
+def test_all_shots_show_the_same_things_on_the_same_ground_doing_something_else(boards: list[Storyboard]) -> None:
+    for board in boards:
+        first = board.shots[0]
+        for before, shot in pairwise(board.shots):
+            assert [(t.colour, t.solid, t.size) for t in shot.things] == [(t.colour, t.solid, t.size) for t in first.things]
+            assert shot.ground == first.ground and torch.equal(shot.phases, first.phases)
+            assert all(a.motion != b.motion for a, b in zip(before.things, shot.things, strict=True))
+        assert not any((t.colour, t.solid, t.motion) in HELD_OUT for shot in board.shots for t in shot.things)
+    held = [Storyboards(2, 41, "16:9", split="heldout").storyboard(i).shots[0].things[0] for i in range(5)]
+    assert all((t.colour, t.solid, t.motion) in HELD_OUT for t in held)
+
+
+def test_every_shot_is_told_in_both_languages_by_words_of_its_own(boards: list[Storyboard]) -> None:
+    told = Storyboards(seed=2, frames=41, aspect="16:9").captions(boards[0])
+    assert len(told) == len(boards[0].shots)
+    for shot, texts in zip(boards[0].shots, told, strict=True):
+        assert set(texts) == {"en", "zh"}
+        for thing in shot.things:
+            assert all(COLOURS[thing.colour] in text for text in texts["zh"]) and all(thing.colour in text for text in texts["en"])
+            said = [phrase.format(roll="rolls" if thing.solid == "ball" else "slides") for phrase in MOTIONS[thing.motion][0]]
+            assert all(any(phrase in text for phrase in said) for text in texts["en"])
+
+
+def test_the_truth_of_a_shot_is_what_its_frames_show() -> None:
+    """The place of a ball that `places_of` gives, against its pixels, in shots that look at another place from another side."""
+    errors, world = [], Storyboards(seed=4, frames=17, aspect="16:9", max_things=1)
+    boards = (world.storyboard(index) for index in range(30))
+    for board in [board for board in boards if board.shots[0].things[0].solid == "ball"][:5]:
+        video = render_storyboard(board)
+        for shot, (first, end) in list(zip(board.shots, shot_ranges(board.starts, 17), strict=True))[1:]:
+            seen = thing_places(video[first:end], COLOUR_RGB, shot.things[0].colour)  # (t, 2)
+            asked = places_of(shot).centre[0] * torch.tensor([112.0, 64.0])
+            whole = ((asked > 16) & (asked < torch.tensor([96.0, 48.0]))).all(1)
+            errors += (seen - asked).norm(dim=1)[whole].tolist()
+    errors = torch.tensor(errors)
+    assert len(errors) > 20 and errors.median() < 0.8 and errors.quantile(0.9) < 1.5
+
+
+def test_a_place_moves_and_turns_the_view_of_the_ground_and_not_what_stands_on_it() -> None:
+    board = Storyboards(seed=4, frames=17, aspect="16:9", max_things=1).storyboard(1)
+    here = replace(board, places=(torch.eye(3, 4),) * len(board.places))
+    a, b = (segment(render_storyboard(which), COLOUR_RGB)[1] > 0 for which in (board, here))
+    first, end = shot_ranges(board.starts, 17)[1]
+    assert (a[first:end] != b[first:end]).float().mean() < 0.01 and a[first:end].any(), "the thing's outline is the same"
+    moved = (render_storyboard(board).float() - render_storyboard(here).float()).abs().mean((1, 2, 3))
+    assert moved[:first].max() == 0 and moved[first:].min() > 2, "and the ground under it another part"
+
+
+def test_a_clip_without_room_for_a_cut_is_refused() -> None:
+    with pytest.raises(UserError, match="no room for a cut"):
+        Storyboards(frames=9)
+
+
+# ------------------------------------------------------------------------------------------------------- cache and training
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> LatentCache:
+    out = tmp_path_factory.mktemp("shots")
+    data = DataConfig(frames=[1, 13], aspects=["1:1"])
+    config = CacheConfig(out=str(out), clips=3, shots={13: 2}, shares=[1.0], shard=2, workers=0, data=data)
+    assert "shots" not in settings_of(replace(config, shots={})), "older caches keep their key"
+    torch.manual_seed(0)
+    vae = AutoencoderKLKling(**workers.TINY_VAE).eval()
+    list(fill_cache(config, vae))
+    with pytest.raises(UserError, match="name some of these"):
+        list(fill_cache(replace(config, shots={1: 1}, out=str(out / "other")), vae))
+    return LatentCache(out)
+
+
+def test_a_cache_keeps_the_shots_of_its_storyboards(cache: LatentCache) -> None:
+    bucket = Bucket("1:1", 13)
+    assert cache.storyboards == {bucket: [3, 4]}
+    batch = cache.batch(bucket, [0, 3, 4], 13)
+    boards = [Storyboards(0, 13, "1:1").storyboard(i) for i in range(2)]
+    assert batch.shots == [None, *([(start, 6) for start in board.starts] for board in boards)]
+    assert torch.equal(batch.cameras[1].c2w, boards[0].trajectory.c2w)
+    assert [len(texts) for texts in batch.captions] == [6, 12, 12]
+    assert cache.batch(bucket, [3], 5).shots == [[(0, 6)]], "a clip that is cut before its second shot has one"
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 1.0])
+def test_storyboards_are_as_many_of_the_clips_as_asked(cache: LatentCache, share: float) -> None:
+    steps = LatentSteps(cache, 2, [13], seed=0, shots=share)
+    drawn = [name for place in range(2 * steps.per_epoch) for name in steps.names(place)]
+    of = [name.split("/")[2] == "shots" for name in drawn]
+    assert abs(sum(of) / len(of) - share) < 0.11
+    assert len(set(drawn)) == {0.0: 3, 1.0: 2}.get(share, 5), "every clip is used"
+    assert mixed(10, [8, 9], 0.5).count(8) == 4 and mixed(10, list(range(5, 10)), 0.1).count(0) == 9
+
+
+def test_training_gives_every_shot_its_own_words_and_camera(cache: LatentCache) -> None:
+    vae = AutoencoderKLKling(**workers.TINY_VAE)
+    z = vae.config.z_dim
+    size = {"in_channels": z, "out_channels": z, "camera_channels": 24, "camera_fold": "pool", "camera_downscale": 1}
+    model = KlingTransformer3DModel(**TINY | size)
+    batch = cache.batch(Bucket("1:1", 13), [0, 3, 4], 13)
+    how, silent, shown = Drawing(0, {"text": 1.0, "last": 1.0}, 0.3, 0.5), [], []
+    for place in range(30):
+        example = draw_example(how, batch, place, model, vae)
+        assert example.state.shot is not None and len(example.prompts) == 6 and example.prompts[1] == ""
+        assert example.state.shot[0].max() == 0 and example.has_camera.shape == example.state.shot.shape
+        for i in (1, 2):
+            mine, told = example.prompts[2 * i : 2 * i + 2], batch.captions[i]
+            assert (mine[0] == "") == (mine[1] == ""), "a clip has words, or it has none"
+            silent.append(mine[0] == "")
+            assert mine[0] == "" or (mine[0] in told[:6] and mine[1] in told[6:])
+            shown += [bool(example.has_camera[i][example.state.shot[i] == k].all()) for k in (0, 1)]
+            assert all(len(set(example.has_camera[i][example.state.shot[i] == k].tolist())) == 1 for k in (0, 1))
+        assert example.rows(1).prompts == example.prompts[2:]
+    assert 0.1 < sum(silent) / len(silent) < 0.5 and 0.3 < sum(shown) / len(shown) < 0.7
+    plain = draw_example(how, cache.batch(Bucket("1:1", 13), [0, 1], 13), 0, model, vae)
+    assert plain.state.shot is None and len(plain.prompts) == 2 and plain.has_camera.ndim == 1
+
+
+def test_a_share_that_cannot_be_learned_is_refused(cache: LatentCache) -> None:
+    model = KlingTransformer3DModel(**TINY)
+    check_shots(0.3, model, cache)
+    with pytest.raises(UserError, match="from 0 to 1"):
+        check_shots(1.5, model, cache)
+    with pytest.raises(UserError, match="set cp_size 1"):
+        check_shots(0.3, model, cache, split=2)
+    cache.storyboards, kept = {}, cache.storyboards
+    try:
+        with pytest.raises(UserError, match="has no storyboards"):
+            check_shots(0.3, model, cache)
+    finally:
+        cache.storyboards = kept
+
+
+def test_the_decoder_s_tuning_sees_cuts() -> None:
+    source = ClipSource(DataConfig(frames=[13], aspects=["16:9"]), seed=0)
+    names = StepBatches(source, 8, cuts=0.5).names(0)
+    of = [name.split("/")[2] == "shots" for name in names]
+    assert any(of) and not all(of) and not any("shots" in name for name in StepBatches(source, 8).names(0))

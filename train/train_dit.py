@@ -56,6 +56,7 @@ from kling.training.start import (
     check_brush,
     check_captions,
     check_fit,
+    check_shots,
     complete_cache,
     complete_text,
     new_scheduler,
@@ -87,6 +88,8 @@ class TrainDiTConfig:
     text_drop, camera_drop: share of clips, 0 to 1, whose text or camera is left out, for guidance.
     brush: share of clips, 0 to 1, with tracks of things or of the ground (motion brush), for a model with `track_channels`; clips of the
     cache's `paths` always have some, unless it is 0.
+    shots: share of the clips of a length, 0 to 1, that are storyboards: several shots, each with words and a camera of its own. 0 leaves
+    those of the cache out.
     init_from: a model folder to start from, ours, published or shipped; conditions that `model` adds to it start at zero. checkpoint: the
     registry's name of it, if its files do not tell. expert: of two, the one to train, high or low.
     lora: train low-rank weights on top of it.
@@ -137,6 +140,7 @@ class TrainDiTConfig:
     text_drop: float = 0.1
     camera_drop: float = 0.4
     brush: float = 0.0
+    shots: float = 0.0
     validation: Validation = field(default_factory=Validation)
     samples: list[dict[str, Any]] = field(default_factory=list)
     sample_every: int = 0
@@ -199,7 +203,7 @@ def train(cfg: TrainDiTConfig, loop: Loop) -> None:
     cache.check_vae(vae)
     if keyframe_share(cfg.tasks):
         cache.check_lengths(cfg.frames)
-    data = LatentSteps(cache, cfg.batch, cfg.frames, cfg.seed, cfg.group)
+    data = LatentSteps(cache, cfg.batch, cfg.frames, cfg.seed, cfg.group, cfg.shots)
     scheduler = scheduler_of(cfg, start)
     density, shift = cfg.scheduler.get("density", scheduler.config.get("density", "logit_normal")), scheduler.config[shift_key(scheduler)]
     source = DataConfig(**cache.settings["data"])
@@ -220,6 +224,7 @@ def train(cfg: TrainDiTConfig, loop: Loop) -> None:
     drawing = Drawing(cfg.seed, cfg.tasks, cfg.text_drop, cfg.camera_drop, cfg.group, max_bytes, cfg.brush)
     check_fit(vae, transformer, cfg.tasks, cache)
     check_brush(cfg.brush, transformer, cache)
+    check_shots(cfg.shots, transformer, cache, layout.split)
     if cfg.compile:
         transformer.compile_repeated_blocks(dynamic=True)
     split_sequence(transformer, layout, accelerator, cfg.context_parallel)
@@ -339,6 +344,7 @@ def pipeline(cfg: TrainDiTConfig, model: Trained, vae: nn.Module, start: Start |
     able = [name for name, weight in cfg.tasks.items() if weight > 0]
     able += ["camera"] if model.transformer.config.camera_channels and cfg.camera_drop < 1 else []
     able += ["brush"] if model.transformer.config.track_channels and cfg.brush > 0 else []
+    able += ["shots"] if cfg.shots > 0 else []
     able += ["text_to_image"] if 1 in cfg.frames else []
     settings = {"scheduler": scheduler_of(cfg, start), "max_frames": cfg.max_frames}
     settings["capabilities"] = list(dict.fromkeys([*kept.get("capabilities", ()), *able]))

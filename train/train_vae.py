@@ -23,6 +23,7 @@ from kling.data.image import write_png
 from kling.data.source import ClipSource, DataConfig, StepBatches, check_data
 from kling.data.strip import strip
 from kling.data.transforms import to_batch, to_tensor, to_uint8
+from kling.data.world.storyboard import SHORTEST
 from kling.errors import UserError, program, unknown
 from kling.metrics.pixel import psnr
 from kling.runtime.accelerator import Accelerator
@@ -55,6 +56,7 @@ class TrainVAEConfig:
     improves while the latents stay the same, so that a transformer trained on them stays valid.
     draw: the decoder gets a sample of the posterior instead of its mean; without it only `loss.kl` trains the posterior's width, and a
     sample costs decibels. loss.halved: scale equivariance (see `Autoencoding`).
+    cuts: share of the world's clips that are storyboards, whose cuts a decoder must see to keep a shot's colours out of the next; 0 to 1.
     group: consecutive batches of one shape. If the number of processes divides it, all of them have equal work in every step.
     paths: how often clips are processed whole, streamed in chunks, or in blended tiles, so that training covers the ways of sampling.
     perceptual: weight of VGG-16's features. perceptual_weights: a local safetensors file of VGG-16.
@@ -83,6 +85,7 @@ class TrainVAEConfig:
     data: DataConfig = field(default_factory=DataConfig)
     loss: LossWeights = field(default_factory=LossWeights)
     draw: bool = False
+    cuts: float = 0.0
     group: int = 1
     paths: dict[str, float] = field(default_factory=lambda: {"whole": 1.0})
     adversary: Adversary = field(default_factory=Adversary)
@@ -116,6 +119,8 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(
             "perceptual and perceptual_weights belong together: give both, a weight and a safetensors file of VGG-16, or neither"
         )
+    if cfg.cuts and (cfg.data.source != "world" or not 0 < cfg.cuts <= 1 or max(cfg.data.frames) < SHORTEST):
+        raise UserError(f"cuts {cfg.cuts:g}: give a share of the world's clips, from 0 to 1, with a length of {SHORTEST} frames or more")
     lone = 1 in cfg.data.frames  # single frames do not use the convolutions that halve or double time
     with Loop(cfg, some_unused=lone) as loop:
         train(cfg, loop)
@@ -144,7 +149,7 @@ def train(cfg: TrainVAEConfig, loop: Loop) -> None:
         others["critic_"] = (critic, critic_optimizer)
     ema = EMA(model, cfg.ema)
     loop.resume(model, optimizer, ema, **others)
-    data = StepBatches(ClipSource(cfg.data, cfg.seed), cfg.batch, cfg.group)
+    data = StepBatches(ClipSource(cfg.data, cfg.seed), cfg.batch, cfg.group, cfg.cuts)
     if accelerator.is_main_process and (report := data.report()):
         print(report, file=sys.stderr)
     guard, clock, sums = Guard(), StepClock(device), {}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 from torch.utils.data import Dataset
 
 from kling.cache.store import LatentBatch, LatentCache
@@ -14,26 +17,42 @@ class LatentSteps(Dataset):
     """The batch at place p = step * ranks + rank, a function of (seed, p) only, in the order of `Epochs`.
 
     batch: clips of the largest shape drawn; smaller shapes have more clips, for the same number of tokens. frames: lengths to draw from; a
-    longer clip is cut. group: consecutive places of the same shape. Raises `UserError` if a bucket is shorter than all lengths.
+    longer clip is cut. group: consecutive places of the same shape. shots: share of the clips of a shape that are storyboards, where the
+    cache has some; 0 leaves them out. Raises `UserError` if a bucket is shorter than all lengths.
     """
 
-    def __init__(self, cache: LatentCache, batch: int, frames: list[int], seed: int, group: int = 1) -> None:
+    def __init__(self, cache: LatentCache, batch: int, frames: list[int], seed: int, group: int = 1, shots: float = 0.0) -> None:
         self.cache, self.frames, self.seed = cache, frames, seed
         for bucket in cache.clips:
             if bucket.frames < min(frames):
                 raise UserError(
                     f"latent cache {cache.folder} holds clips of {bucket.frames} frames, frames is {frames}: add {bucket.frames}"
                 )
-        items = {bucket: len(places) for bucket, places in cache.clips.items()}
+        self.numbers = {bucket: mixed(len(places), cache.storyboards.get(bucket, []), shots) for bucket, places in cache.clips.items()}
+        items = {bucket: len(numbers) for bucket, numbers in self.numbers.items() if len(numbers)}
+        if not items:
+            raise UserError(f"latent cache {cache.folder} holds storyboards only: set shots, the share of them, or encode other clips too")
         self.epochs = Epochs(items, cuts_of(list(items), batch, frames), seed, group)
         self.per_epoch = self.epochs.per_epoch
 
     def __getitem__(self, place: int) -> LatentBatch:
         _, bucket, frames, ids = self.epochs[place]
-        return self.cache.batch(bucket, ids, frames)
+        return self.cache.batch(bucket, [self.numbers[bucket][i] for i in ids], frames)
 
     def names(self, place: int) -> list[str]:
         return self[place].names
+
+
+def mixed(clips: int, storyboards: Sequence[int], share: float) -> Sequence[int]:
+    """The numbers of a bucket's clips, with repetitions so that `share` of them are of `storyboards`, and every one is there."""
+    if not storyboards:
+        return range(clips)
+    others = sorted(set(range(clips)) - set(storyboards))
+    if share in (0, 1) or not others:
+        return others if share == 0 else list(storyboards)
+    each = len(others) * share / (1 - share)  # storyboards for every round of the others
+    rounds = max(1, math.ceil(len(storyboards) / each))
+    return others * rounds + [storyboards[i % len(storyboards)] for i in range(max(1, round(rounds * each)))]
 
 
 class RankBatches(Dataset):

@@ -69,6 +69,7 @@ def encode_clips(
     if tracked:
         tensors["tracks"] = torch.stack([packed_tracks(clip.tracks, T, name, seed) for clip, name in zip(clips, ids, strict=True)])
     rows = [{"name": c.name, "captions": c.captions, "weights": c.weights or [1.0] * len(c.captions)} for c in clips]
+    rows = [row | ({"shots": clip.shots} if clip.shots else {}) for row, clip in zip(rows, clips, strict=True)]
     return {name: t.contiguous() for name, t in tensors.items()}, rows
 
 

@@ -44,7 +44,8 @@ from kling.config import flatten
 from kling.data.buckets import Bucket
 from kling.data.clips import ClipSample
 from kling.data.manifest import MissingClip, as_line
-from kling.data.source import ClipSource, DataConfig, batches, check_data
+from kling.data.source import SHOTS, ClipSource, DataConfig, batches, check_data
+from kling.data.world.storyboard import SHORTEST
 from kling.errors import UserError
 from kling.runtime.files import sha256, write_atomic, writing
 from kling.shapes import latent_frames
@@ -76,6 +77,7 @@ class CacheConfig:
     whole. data.frames: the lengths that training will use; for the world the longest is encoded, for a manifest's shot the longest that it
     fills. shorter: number of additional world clips of each shorter length, such as {1: 9000} for pictures, which are cheap and show much.
     paths: number of additional world clips of each length whose things follow paths that no word describes, for the motion brush.
+    shots: number of additional world clips of each length that are storyboards: several shots of the same things.
     shard: clips per file. mixed_precision: of the VAE: auto (measured), bf16 or fp32; recorded with each shard.
     skip_missing: leave out clips whose files are gone, and count them. verify: compare every shard's hash, and remake those that differ.
     """
@@ -87,6 +89,7 @@ class CacheConfig:
     clips: int | None = None
     shorter: dict[int, int] = field(default_factory=dict)
     paths: dict[int, int] = field(default_factory=dict)
+    shots: dict[int, int] = field(default_factory=dict)
     shares: list[float] | None = None  # one for each of data.aspects; null divides evenly
     shard: int = 50
     seed: int = 0  # of the world's scenes and of random draws from a manifest
@@ -161,7 +164,7 @@ def settings_of(cfg: CacheConfig) -> dict[str, Any]:
     data = {name: value for name, value in asdict(cfg.data).items() if name in always or value != plain[name]}
     data.pop("reader", None)  # all readers return the same frames
     of_world = {"clips": cfg.clips, "shares": _shares(cfg)} if cfg.data.source == "world" else {}
-    for name in ("shorter", "paths"):
+    for name in ("shorter", "paths", "shots"):
         if cfg.data.source == "world" and (more := getattr(cfg, name)):
             of_world[name] = {str(frames): clips for frames, clips in more.items()}  # JSON turns keys into strings
     of_image = {"image": True} if cfg.image else {}
@@ -176,8 +179,8 @@ def _plan(cfg: CacheConfig, source: ClipSource) -> Iterator[Shard]:
     """The shards of a cache, in order. Raises `UserError` for settings that do not fit the source."""
     buckets: list[tuple[Bucket, range, str]] = []
     if source.manifest:
-        if cfg.clips is not None or cfg.shares is not None or cfg.shorter or cfg.paths:
-            raise UserError("clips, shorter, paths and shares are for the world, and a manifest is encoded whole: leave them out")
+        if cfg.clips is not None or cfg.shares is not None or cfg.shorter or cfg.paths or cfg.shots:
+            raise UserError("clips, shorter, paths, shots and shares are for the world, and a manifest is encoded whole: leave them out")
         buckets = [(bucket, range(len(pieces)), "") for bucket, pieces in source.manifest.buckets.items()]
     else:
         if cfg.clips is None or len(_shares(cfg)) != len(cfg.data.aspects) or not sum(_shares(cfg)):
@@ -189,11 +192,15 @@ def _plan(cfg: CacheConfig, source: ClipSource) -> Iterator[Shard]:
             raise UserError(f"shorter has clips of {odd[0]} frames, data.frames is {cfg.data.frames}: name shorter ones of these")
         if odd := [T for T in cfg.paths if T not in cfg.data.frames or T == 1]:
             raise UserError(f"paths has clips of {odd[0]} frames, data.frames is {cfg.data.frames}: name some of these, longer than 1")
-        shares, used = _shares(cfg), {split: dict.fromkeys(cfg.data.aspects, 0) for split in ("", "paths")}
+        if odd := [T for T in cfg.shots if T not in cfg.data.frames or T < SHORTEST]:
+            named = f"shots has clips of {odd[0]} frames, data.frames is {cfg.data.frames}"
+            raise UserError(f"{named}: name some of these, of {SHORTEST} frames or more")
+        shares, used = _shares(cfg), {split: dict.fromkeys(cfg.data.aspects, 0) for split in ("", "paths", SHOTS)}
         counts = [
             (longest, cfg.clips, ""),
             *((*more, "") for more in cfg.shorter.items()),
             *((*more, "paths") for more in cfg.paths.items()),
+            *((*more, SHOTS) for more in cfg.shots.items()),
         ]
         for frames, clips, split in counts:
             bounds = [0, *(round(clips * upto / sum(shares)) for upto in accumulate(shares))]  # rounded so that they sum to `clips`
@@ -244,6 +251,8 @@ class CacheWriter:
         entry = {"clips": len(rows), "aspect": shard.bucket.aspect, "frames": shard.bucket.frames, "digest": shard.digest}
         if missing := len(shard.numbers) - len(rows):
             entry["missing"] = missing
+        if any("shots" in row for row in rows):
+            entry["shots"] = True
         if rows:
             temporary = path.with_suffix(".tmp")
             try:
@@ -355,6 +364,7 @@ class LatentBatch:
     names: list[str] = field(default_factory=list)
     whole: int = 0  # pixel frames of the clips before they were cut
     tracks: Tensor | None = None  # (b, n, T, 3) x, y and 1 where it is there; None if the cache has none
+    shots: list[list[tuple[int, int]] | None] = field(default_factory=list)  # as in `ClipSample`, of the shots that begin in these frames
 
 
 class Places(Sequence[tuple[str, int]]):
@@ -389,6 +399,7 @@ class LatentCache:
             raise UserError(f"latent cache {folder} was made with another VAE or other settings: choose another folder")
         self.key, self.settings, self.shards = index["key"], index["settings"], index["shards"]
         self.clips: dict[Bucket, Places] = {}
+        self.storyboards: dict[Bucket, list[int]] = {}  # the numbers of the clips of several shots
         self._suspect: set[str] = set()  # shards whose modification time differs from the recorded one
         self._open: OrderedDict[str, _Shard] = OrderedDict()
         stamps = read_stamps(self.folder)
@@ -401,7 +412,10 @@ class LatentCache:
             if stamps.get(name) != there[0]:
                 self._suspect.add(name)
             bucket = Bucket(entry["aspect"], entry.get("frames", max(self.settings["data"]["frames"])))
-            self.clips.setdefault(bucket, Places()).add(name, entry["clips"])
+            places = self.clips.setdefault(bucket, Places())
+            if entry.get("shots"):
+                self.storyboards.setdefault(bucket, []).extend(range(len(places), len(places) + entry["clips"]))
+            places.add(name, entry["clips"])
         if not self.clips:
             raise UserError(f"latent cache {folder} holds no clip: see what kling-encode left out")
 
@@ -463,6 +477,7 @@ class LatentCache:
         first |= {"tracks": stacked["tracks"][:, :, :frames].float()} if "tracks" in stacked else {}
         captions, names = [row["captions"] for row in rows], [row["name"] for row in rows]
         weights = [row.get("weights", [1.0] * len(row["captions"])) for row in rows]
+        first |= {"shots": [[(j, n) for j, n in row.get("shots", ()) if j < f] or None for row in rows]}
         return LatentBatch(ids, stacked["latents"].float(), *lone, captions, weights, cameras, **first, names=names, whole=bucket.frames)
 
     def _shard(self, name: str) -> _Shard:

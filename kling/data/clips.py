@@ -42,6 +42,7 @@ class ClipSample:
     name: str
     weights: list[float] | None = None  # None: all equal
     tracks: Tracks | None = None
+    shots: list[tuple[int, int]] | None = None  # of each shot the latent frame where it begins, and how many of the captions are its own
 
 
 @dataclass(frozen=True)

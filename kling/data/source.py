@@ -19,6 +19,7 @@ from kling.data.buckets import Epochs, cuts_of
 from kling.data.clips import ClipSample, ManifestClips, held_out, open_manifest
 from kling.data.info import frame_rate
 from kling.data.world.scene import FPS, World
+from kling.data.world.storyboard import SHORTEST, Storyboards
 from kling.errors import UserError
 from kling.shapes import ASPECTS, aspect_size, latent_frames
 
@@ -42,6 +43,9 @@ class DataConfig:
     scale: int = 1
     holdout: float = 0.0
     reader: str = "auto"
+
+
+SHOTS = "shots"  # the split of the world whose clips are storyboards
 
 
 class ClipSource:
@@ -72,9 +76,19 @@ class ClipSource:
         if self.manifest:
             return self.manifest.any(index, frames, aspect)
         split = split or self.split
+        if split == SHOTS:
+            return self._story(index, frames, aspect)
         clip = World(self.seed, frames, aspect, split).clip(index)
         captions = [text for texts in clip.captions.values() for text in texts]
         return ClipSample(clip.video, captions, clip.trajectory, f"world/{self.seed}/{split}/{aspect}/{index}")
+
+    def _story(self, index: int, frames: int, aspect: str) -> ClipSample:
+        """A clip of several shots; the captions of each follow those of the one before."""
+        clip = Storyboards(self.seed, frames, aspect, self.split).clip(index)
+        told = [[text for texts in shot.values() for text in texts] for shot in clip.captions]
+        shots = [(start, len(texts)) for start, texts in zip(clip.storyboard.starts, told, strict=True)]
+        name = f"world/{self.seed}/{SHOTS}/{aspect}/{index}"
+        return ClipSample(clip.video, [text for texts in told for text in texts], clip.trajectory, name, shots=shots)
 
     def captions(self, index: int) -> list[str]:
         """Captions of clip `index`, without rendering or decoding it."""
@@ -89,14 +103,15 @@ class StepBatches(Dataset):
     """The batch at a place in a run's endless sequence of batches: uint8 (b, T, H, W, 3).
 
     For the world, length and aspect are drawn once for every `group` consecutive batches; `batch` is the number of clips of the longest
-    length, and shorter ones have more clips, for the same number of frames, up to `MOST`. A manifest's clips come in the order of `Epochs`,
+    length, and shorter ones have more clips, for the same number of frames, up to `MOST`. cuts: share of the world's clips that are
+    storyboards, where a length has room for a cut. A manifest's clips come in the order of `Epochs`,
     `batch` of the largest shape and more of smaller ones, for the same number of tokens.
     """
 
     MOST = 16
 
-    def __init__(self, source: ClipSource, batch: int, group: int = 1) -> None:
-        self.source, self.batch, self.group = source, batch, group
+    def __init__(self, source: ClipSource, batch: int, group: int = 1, cuts: float = 0.0) -> None:
+        self.source, self.batch, self.group, self.cuts = source, batch, group, cuts
         if source.manifest:
             buckets = source.manifest.buckets
             items = {bucket: len(pieces) for bucket, pieces in buckets.items()}
@@ -115,7 +130,10 @@ class StepBatches(Dataset):
         frames, aspect = rng.choice(source.cfg.frames), rng.choice(source.cfg.aspects)
         count = max(self.batch, min(self.MOST, self.batch * max(source.cfg.frames) // frames))
         first = place * max(self.batch, self.MOST)
-        return [source.clip(first + i, frames, aspect) for i in range(count)]
+        return [source.clip(first + i, frames, aspect, SHOTS if self._is_cut(first + i, frames) else "") for i in range(count)]
+
+    def _is_cut(self, index: int, frames: int) -> bool:
+        return frames >= SHORTEST and random.Random(f"cuts/{self.source.seed}/{index}").random() < self.cuts
 
     def names(self, place: int) -> list[str]:
         return [clip.name for clip in self.clips(place)]

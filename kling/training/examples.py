@@ -23,7 +23,7 @@ from kling.dit import KlingTransformer3DModel
 from kling.errors import UserError
 from kling.runtime.device import upload
 from kling.sampling.pipeline import ray_grid
-from kling.shapes import pixel_frames, token_grid
+from kling.shapes import first_frame, pixel_frames, token_grid
 from kling.text.encoder import cut_prompt
 from kling.vae import AutoencoderKLKling
 
@@ -68,9 +68,9 @@ class Example:
     """A batch in the form that the network takes."""
 
     state: State
-    prompts: list[str]
+    prompts: list[str]  # of every sample, or of the S shots of every sample, one sample after another
     cameras: Cameras | None  # static for clips without a known camera; None for a model without a camera input
-    has_camera: Tensor  # (b,)
+    has_camera: Tensor  # (b,), or (b, G) if some clip has several shots
     concat: Tensor | None = None  # (b, ·, F, h, w) given content, for weights that take it as extra channels
     seen: Tensor | None = None  # (b, i, e) CLIP tokens of the first frame, for weights that take them; zeros if it is not given
 
@@ -78,7 +78,8 @@ class Example:
         """The samples from `start` on."""
         cut = {name: t[start:] for name in ("has_camera", "concat", "seen") if (t := getattr(self, name)) is not None}
         cameras = None if self.cameras is None else self.cameras.rows(start)
-        return replace(self, state=self.state.rows(start), prompts=self.prompts[start:], cameras=cameras, **cut)
+        prompts = self.prompts[start * len(self.prompts) // len(self.state.position) :]
+        return replace(self, state=self.state.rows(start), prompts=prompts, cameras=cameras, **cut)
 
     def to(self, device: torch.device) -> Example:
         """Copy to the device without waiting for it."""
@@ -94,7 +95,7 @@ def draw_example(how: Drawing, batch: LatentBatch, place: int, transformer: Klin
     K = int(f > 1 and how.appends_keyframe(place))  # the same for all clips of a batch, which share a shape
     given: list[Given] = []
     tracks: list[Tracks | None] = []
-    lone, prompts, has_camera = [], [], []
+    lone, words, starts = [], [], []
     for i in range(b):
         task = draw_task(rng, how.tasks, K) if f > 1 else "text"
         what = TASKS[task][1](rng, f, h, w)
@@ -102,16 +103,34 @@ def draw_example(how: Drawing, batch: LatentBatch, place: int, transformer: Klin
             what, j = choose_keyframe(what, batch.times[i].tolist(), f, rng)
             lone.append(batch.keyframes[i, j])
         given.append(what)
-        prompt, shown = draw_words(rng, how, batch.captions[i], batch.weights[i], batch.cameras[i])
-        mine, prompt = draw_brush(how, batch, i, place, what, prompt, shown)
-        tracks.append(mine)
-        prompts.append(prompt)
-        has_camera.append(shown)
+        shots = batch.shots[i] if batch.shots else None
+        starts.append([0] if shots is None else [j for j, _ in shots])
+        if shots is None:
+            prompt, shown = draw_words(rng, how, batch.captions[i], batch.weights[i], batch.cameras[i])
+            mine, prompt = draw_brush(how, batch, i, place, what, prompt, shown)
+        tracks.append(None if shots is not None else mine)
+        words.append([(prompt, shown)] if shots is None else draw_story(rng, how, batch, i, shots))
     keyframes = torch.stack(lone)[:, :, None] if K else None  # (b, c, 1, h, w)
     asked = tracks if transformer.config.track_channels else None  # also if no clip has any: every process must use every parameter
-    state = build_state(given, batch.latents, keyframes, tuple(transformer.config.patch_size), tracks=asked)
-    example = Example(state, prompts, batch_cameras(batch, given, transformer, vae), torch.tensor(has_camera))
+    state = build_state(given, batch.latents, keyframes, tuple(transformer.config.patch_size), tracks=asked, shots=starts)
+    most = 1 if state.shot is None else max(map(len, words))
+    prompts = [prompt for mine in words for prompt in [*(prompt for prompt, _ in mine), *[""] * (most - len(mine))]]  # b · S
+    has_camera = torch.tensor([[shown for _, shown in mine] + [False] * (most - len(mine)) for mine in words])  # (b, S)
+    has_camera = has_camera[:, 0] if state.shot is None else has_camera.gather(1, state.shot)  # (b,) or (b, G)
+    example = Example(state, prompts, batch_cameras(batch, given, transformer, vae), has_camera)
     return as_extra_channels(example, batch, given, transformer)
+
+
+def draw_story(rng: random.Random, how: Drawing, batch: LatentBatch, i: int, shots: Sequence[tuple[int, int]]) -> list[tuple[str, bool]]:
+    """The prompt of every shot of clip i of a batch, and whether its camera signal is given. All of them have words, or none has."""
+    silent, camera, words, told = rng.random() < how.text_drop, batch.cameras[i], [], 0
+    ends = [first_frame(j) for j, _ in shots[1:]] + [pixel_frames(batch.latents.shape[2])]
+    for (start, count), end in zip(shots, ends, strict=True):
+        own = slice(told, told + count)
+        path = None if camera is None else camera[first_frame(start) : end]
+        words.append(draw_words(rng, replace(how, text_drop=0.0), batch.captions[i][own], batch.weights[i][own], path))
+        told += count
+    return [("" if silent else prompt, shown) for prompt, shown in words]
 
 
 def draw_brush(

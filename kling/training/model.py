@@ -63,6 +63,7 @@ class Trained(nn.Module):
             camera=example.cameras,
             camera_mask=example.has_camera,
             tracks=state.tracks,
+            shots=state.shot,
             encoder_hidden_states_image=example.seen,
         ).sample  # (b, c, G, h, w)
 

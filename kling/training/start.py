@@ -297,6 +297,23 @@ def check_brush(share: float, transformer: KlingTransformer3DModel, cache: Laten
         raise UserError(f"brush {share:g} is set, and the clips of latent cache {cache.folder} have no tracks: {remedy}")
 
 
+def check_shots(share: float, transformer: KlingTransformer3DModel, cache: LatentCache, split: int = 1) -> None:
+    """Raises `UserError` unless the transformer can learn clips of several shots, and the cache has some, if a share of clips is to be.
+
+    split: processes that share a batch.
+    """
+    if not 0 <= share <= 1:
+        raise UserError(f"shots {share:g}: give the share of clips that are storyboards, from 0 to 1")
+    if share and not cache.storyboards:
+        raise UserError(f"shots {share:g} is set, and latent cache {cache.folder} has no storyboards: set shots in its preset, or shots=0")
+    if share and concat_groups(transformer.config.in_channels, transformer.config.out_channels):
+        raise UserError(f"shots {share:g} is set, and these weights take what is given as extra channels, which know no cut: set shots=0")
+    if share and split > 1:
+        raise UserError(
+            f"shots {share:g} is set, and the frames of several shots cannot be shared between devices: set cp_size 1, or shots=0"
+        )
+
+
 def taught_text(folder: str, settings: Mapping[str, Any]) -> ByteTextEncoder:
     """The text encoder exported by kling-train-text. Raises `UserError` if there is none, or if `settings` differ."""
     if not (Path(folder) / "config.json").is_file():

@@ -151,7 +151,7 @@ class World:
         rng = random.Random(f"scene/{self.seed}/{self.split}/{index}")
         aspect = self.aspect or rng.choices(list(ASPECTS), weights=(3, 1, 1))[0]
         H, W = self.size or aspect_size(aspect)
-        axes, move = self._camera(rng)
+        axes, move = self.draw_camera(rng)
         count = min(self.max_things, rng.choices((1, 2, 3), weights=(6, 3, 1))[0])
         half_view = 0.5 * W / (FOCAL * (H * W) ** 0.5)  # tangent of half the horizontal view
         slots = rng.sample((-1, 0, 1), count) if count > 1 else [None]
@@ -169,14 +169,13 @@ class World:
         elif (colour, solid, motion) in HELD_OUT:
             colour, solid, motion = rng.choice(allowed)
         size, yaw = rng.uniform(0.5, 0.72), rng.uniform(0, math.pi / 2)
-        z = rng.uniform(4.6, 6.2) if slot is None else 5.2 + 1.6 * ((slot + 1 + place) % 3) * 0.6 + rng.uniform(-0.2, 0.2)
-        room = max(half_view * z - size, 0.3)  # metres to the edge of the picture
-        x = rng.uniform(-0.45, 0.45) * room if slot is None else slot * 0.62 * room
+        x, z, room = place_of(rng, place, slot, half_view, size)
         if self.split == "paths" and rng.random() < FREE:
             return Thing(colour, solid, "", size, yaw, free_path(x, z, size, half_view, rng, self.frames))
-        return Thing(colour, solid, motion, size, yaw, _path(motion, x, z, size, room, rng, self.frames))
+        return Thing(colour, solid, motion, size, yaw, thing_path(motion, x, z, size, room, rng, self.frames))
 
-    def _camera(self, rng: random.Random) -> tuple[dict[str, float], str]:
+    def draw_camera(self, rng: random.Random) -> tuple[dict[str, float], str]:
+        """`axes` and `move` of a `Scene`."""
         kind = rng.choices(("static", "axis", "move", "mixture"), weights=(30, 40, 12, 18))[0]
         if kind == "static":
             return {}, "static"
@@ -187,7 +186,16 @@ class World:
         return {name: round(rng.choice((-1, 1)) * rng.uniform(3, 10), 1) for name in sorted(names)}, ""
 
 
-def _path(motion: str, x: float, z: float, size: float, room: float, rng: random.Random, T: int) -> Tensor:
+def place_of(rng: random.Random, place: int, slot: int | None, half_view: float, size: float) -> tuple[float, float, float]:
+    """Where a thing stands, x and z in metres, and the metres from the middle to the edge of the picture there. place: its number. slot: a
+    third of the picture (-1, 0, 1); None for a thing that is alone."""
+    z = rng.uniform(4.6, 6.2) if slot is None else 5.2 + 1.6 * ((slot + 1 + place) % 3) * 0.6 + rng.uniform(-0.2, 0.2)
+    room = max(half_view * z - size, 0.3)
+    x = rng.uniform(-0.45, 0.45) * room if slot is None else slot * 0.62 * room
+    return x, z, room
+
+
+def thing_path(motion: str, x: float, z: float, size: float, room: float, rng: random.Random, T: int) -> Tensor:
     """Centre of a thing in world metres (T, 3). Its motion spans the whole clip, of any length; bounces and circles keep real time."""
     s = torch.linspace(0, 1, T) if T > 1 else torch.zeros(1)
     seconds = torch.arange(T) / FPS
