@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from kling.sampling.brush import Track
     from kling.sampling.pipeline import KlingPipeline
     from kling.sampling.request import Request
+    from kling.sampling.shots import Shot
     from kling.text import ByteTextEncoder
     from kling.vae import AutoencoderKLKling
 
@@ -22,6 +23,7 @@ _WHERE = {
     "KlingPipeline": "kling.sampling.pipeline",
     "Request": "kling.sampling.request",
     "Track": "kling.sampling.brush",
+    "Shot": "kling.sampling.shots",
     "KlingTransformer3DModel": "kling.dit",
     "AutoencoderKLKling": "kling.vae",
     "ByteTextEncoder": "kling.text",
@@ -34,6 +36,7 @@ __all__ = [
     "KlingPipeline",
     "KlingTransformer3DModel",
     "Request",
+    "Shot",
     "Track",
 ]
 

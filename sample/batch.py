@@ -24,7 +24,7 @@ from kling.errors import UserError, unknown
 from kling.runtime.files import parse_json
 
 RESULTS = "results.jsonl"  # a line for each result, beside the outputs
-FILES = ("image", "last_image", "video", "mask", "control")
+FILES = ("image", "last_image", "video", "mask", "control", "shots")
 NOT_WITH = ("prompt", "image_only", "num_videos", "save_latents", "context_parallel", "replay", "enhance")  # options of one request
 EXIT_SOME_FAILED = 1
 
@@ -154,7 +154,7 @@ def read_lines(args: argparse.Namespace, folder: Path, suffix: str) -> list[Line
             request = Request(**{"seed": first_seed + number} | defaults | fields)
         except UserError as error:
             raise UserError(f"{file} line {number + 1}: {error}") from None
-        stem = name or f"{number:06d}-{generate.slug(request.prompt)}-{request.seed}"
+        stem = name or f"{number:06d}-{generate.slug(request.prompts[0])}-{request.seed}"
         path = folder / f"{stem}{suffix}"
         if path in taken:
             raise UserError(f"{file} line {number + 1}: name '{stem}' is that of line {taken[path] + 1}: choose another")

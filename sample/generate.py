@@ -115,7 +115,7 @@ def main(argv: list[str] | None = None) -> None:
     print(describe(plan, request), flush=True)
     for note in plan.notes:
         print(f"note: {note}", flush=True)
-    if pipe.config.get("vocabulary") == "world" and (line := unknown_to_the_world(request.prompt)):
+    if pipe.config.get("vocabulary") == "world" and (line := unknown_to_the_world(" ".join(request.prompts))):
         print(line, file=sys.stderr, flush=True)
     if args.dry_run:
         print(details(plan, pipe, paths, machine, device))
@@ -253,6 +253,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--camera-scale", metavar="X", type=float, help="multiplies how far the camera travels (1)")
     add("--camera-guidance-scale", metavar="X", type=float, help="1: none; more follows the camera closer, for one more pass a step")
 
+    add = parser.add_argument_group("shots").add_argument
+    story = "a storyboard instead of a prompt: under shots: a line '- {prompt: …, seconds: …, camera: …}' for each of 1 to 6"
+    add("--shots", metavar="FILE.yaml", type=a_path, help=story)
+
     add = parser.add_argument_group("motion brush").add_argument
     path = "what is white in MASK.png moves along these pixels of the first frame; without MASK.png: what is at the first; repeat for more"
     add("--brush", metavar="[MASK.png:]x,y;x,y;…", action="append", help=path)
@@ -378,7 +382,7 @@ def asked_request(args: argparse.Namespace) -> Request:
             raise UserError("both --tracks and --brush or --static were given: write all tracks into the file, or leave it out")
         strokes = [*map(parse_brush, args.brush or []), *map(Track, args.static or [])]
         fields["tracks"] = [Track(track.mask and a_path(track.mask), track.points) for track in strokes]
-    if not fields.keys() & {"prompt", "image", "last_image", "keyframes", "video"}:
+    if not fields.keys() & {"prompt", "image", "last_image", "keyframes", "video", "shots"}:
         raise UserError('there is nothing to start from: give a prompt, as in  kling-sample "a red ball rolls left on grass"')
     request = Request(**{"seed": secrets.randbelow(2**31)} | fields)
     if args.video and args.prompt is None and not request.edited and (found := prompt_of(Path(args.video))):
@@ -434,7 +438,7 @@ def chosen_format(args: argparse.Namespace, before: Record | None) -> str:
 
 def output_path(args: argparse.Namespace, kind: str, request: Request, several: bool) -> Path:
     """The path of a video: FILE (with the seed in its name if there are several), or FOLDER/<slug>-<seed>."""
-    name = f"{slug(request.prompt)}-{request.seed}{FORMATS[kind][0]}"
+    name = f"{slug(request.prompts[0])}-{request.seed}{FORMATS[kind][0]}"
     if args.output is None and args.replay:
         made = Path(args.replay).name.removesuffix(".json")
         stem = made.removesuffix(next((end for ends in FORMATS.values() for end in ends if end and made.endswith(end)), ""))
@@ -537,6 +541,7 @@ def details(plan: Plan, pipe: KlingPipeline, paths: list[Path], machine: Machine
 
     rows = {
         "length": f"{plan.frames / plan.fps:.1f} s",
+        **({"cuts": f"at frames {', '.join(map(str, plan.cuts))}"} if plan.cuts else {}),
         "tokens": f"{plan.tokens} at once",
         "steps": f"{plan.total_steps} in all, {plan.solver}, shift {plan.shift:g}",
         "guidance": f"{plan.guidance_scale:g} on the text, {plan.camera_guidance_scale:g} on the camera",

@@ -19,6 +19,7 @@ from kling.data.transforms import contain, fit
 from kling.errors import UserError
 from kling.sampling.brush import Stroke, read_strokes, tracks_of
 from kling.sampling.request import MAX_SECONDS, Movie, Picture, Request
+from kling.sampling.shots import shots_of, timeline
 from kling.shapes import ASPECTS, aspect_size, clip_frames, nearest_aspect, nearest_frames, parse_size
 
 DEFAULT_SECONDS = 5.0
@@ -62,7 +63,12 @@ def clip_size(request: Request, sizes: dict[str, tuple[int, int]] = ASPECTS) -> 
 
 
 def asked_frames(request: Request, fps: float) -> int:
-    """Pixel frames to generate: num_frames, else duration, else 5 s."""
+    """Pixel frames to generate: of all shots, or num_frames, else duration, else 5 s."""
+    if request.shots is not None:
+        times = timeline(shots_of(request.shots), fps)
+        if times.frames > MAX_SECONDS * fps + 1:
+            raise UserError(f"shots of {times.frames / fps:.0f} s in all: give at most {MAX_SECONDS:g} s")
+        return times.frames
     return request.num_frames or clip_frames(request.duration or DEFAULT_SECONDS, fps)
 
 
@@ -144,22 +150,21 @@ def paste(frames: Tensor, video: Tensor, mask: Tensor, feather: int) -> Tensor:
     return torch.lerp(video.float(), frames.float(), share).round_().to(torch.uint8)
 
 
-def read_camera(request: Request, frames: int, H: int, W: int) -> Trajectory | None:
-    """The requested trajectory over `frames` frames, translation scaled by `camera_scale`; None if none was requested."""
-    camera = request.camera
+def read_camera(camera: str | dict[str, float] | Trajectory | None, scale: float, frames: int, H: int, W: int) -> Trajectory | None:
+    """A requested trajectory over `frames` frames, its translation multiplied by `scale`; None if none was requested."""
     if camera is None:
         return None
     if isinstance(camera, Trajectory):
         if len(camera) != frames:
             raise UserError(f"camera of {len(camera)} poses for a clip of {frames} frames: give one pose a frame")
-        return camera.relative().scaled(request.camera_scale)
+        return camera.relative().scaled(scale)
     if isinstance(camera, str) and os.path.isfile(camera):
         try:
-            return load_trajectory(camera, frames, (H, W)).scaled(request.camera_scale)
+            return load_trajectory(camera, frames, (H, W)).scaled(scale)
         except UserError as error:
             raise UserError(str(error), code="camera_file", why=str(error).removeprefix("camera file ")) from None
     axes = parse_axes(camera) if isinstance(camera, str) else camera
-    return axes_trajectory(axes, frames, H, W).scaled(request.camera_scale)
+    return axes_trajectory(axes, frames, H, W).scaled(scale)
 
 
 def _picture(picture: Picture) -> Tensor:

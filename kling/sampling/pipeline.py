@@ -10,6 +10,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, Unpack
 
@@ -51,7 +52,8 @@ from kling.sampling.plan import (
 )
 from kling.sampling.request import Fields, Request
 from kling.sampling.sampler import Sampler, Signals
-from kling.shapes import ASPECTS, latent_frames, latent_size, token_grid
+from kling.sampling.shots import rounding_note, shots_of, timeline
+from kling.shapes import ASPECTS, first_frame, latent_frames, latent_size, token_grid
 from kling.text import ByteTextEncoder
 from kling.text.umt5 import UMT5TextEncoder
 from kling.vae import AutoencoderKLKling
@@ -83,7 +85,8 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
     transformer, for mode "fast"; `fast` are its `num_inference_steps` and `shift`. image_encoder, image_processor: CLIP, for the Wan 2.1
     image models. scheduler: ours, or any flow scheduler of diffusers.
 
-    capabilities: names of the tasks (and "camera", "brush", "control") that the weights were trained for; others are refused by name.
+    capabilities: names of the tasks (and "camera", "brush", "shots", "control") that the weights were trained for; others are refused by
+    name.
     fps: frames a second of its training clips. max_frames: its longest single clip; longer ones are continued in hops.
     sizes: aspect -> (H, W). block_frames: latent frames per step of block-causal weights; 0 generates all at once.
     defaults: `num_inference_steps`, `guidance_scale` (high noise, low noise) and `negative_prompt`, if the scheduler is not ours.
@@ -237,7 +240,7 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         H, W = inputs.height, inputs.width
         h, w = latent_size(H, W, self.vae.spatial_factor, patch[1])
         hops = plan_hops(request, inputs, frames, fps, longest, self.vae.spatial_factor)
-        camera = plan_camera(request, hops, H, W)
+        camera = plan_camera(request, hops, H, W, fps)
         plan_tracks(inputs, hops)  # raises where nothing can move
         task = plan_task(request, hops)
         self._check_capable(task, request, camera, hops)
@@ -277,8 +280,12 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             guidance_interval=request.guidance_interval or (0.0, 1.0),
             guidance_every=request.guidance_every,
             guidance_reach=0.0 if few else self.setting("guidance_reach", request.guidance_reach),
+            cuts=() if request.shots is None else timeline(shots_of(request.shots), fps).cuts,
             notes=(*inputs.notes, *([why] if why else [])),
         )
+        if plan.cuts:
+            shots = shots_of(request.shots)
+            plan = replace(plan, notes=(*plan.notes, rounding_note(shots, timeline(shots, fps), fps)))
         return plan, inputs, camera
 
     def _fast(self, request: Request) -> dict[str, Any] | None:
@@ -308,7 +315,7 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         able = self.config.capabilities
         asked = {"camera": camera is not None, "continuation": len(hops) > 1, "control": request.control is not None}
         asked |= {"diffusion_forcing": bool(request.frame_delay), "text_to_image": request.loop and request.image is None}  # made first
-        asked |= {"restyle": bool(request.strength), "brush": request.tracks is not None}
+        asked |= {"restyle": bool(request.strength), "brush": request.tracks is not None, "shots": len(request.prompts) > 1}
         beside = [hop for hop in hops if hop.given.keyframes and (hop.overlap or hop.given.space is not None or hop.given.hold)]
         lone = [Given(keyframes=hop.given.keyframes).task(latent_frames(hop.frames)) for hop in beside]  # of a clip that is given too
         for name in [task, *lone, *(name for name, wanted in asked.items() if wanted)]:
@@ -322,6 +329,10 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         few = self.transformer_fast if request.mode == "fast" else None
         if request.tracks is not None and few is not None and not few.config.track_channels:
             raise UserError("mode fast: this model's few-step weights have no input for tracks: use mode std")
+        if asked["shots"] and few is not None:
+            raise UserError("mode fast: this model's few-step weights were not distilled for shots: use mode std")
+        if asked["shots"] and self.groups:
+            raise UserError("shots: these weights take what is given as extra channels, which know no cut: make one shot at a time")
         if request.brush_guidance_scale not in (None, 1) and (self.groups or self.config.get("block_frames")):
             raise UserError(f"brush_guidance_scale {request.brush_guidance_scale:g}: this model has no pass without tracks: leave it out")
         if request.guidance_reach and (self.groups or self.config.get("block_frames")):
@@ -405,9 +416,9 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         for number, hop in enumerate(plan.hops):
             mine = None if tracks is None else hop_tracks(tracks, hop, origin)
             state, concat = self._conditions(request, hop, inputs, done if hop.overlap else None, mine)
-            view = None if camera is None else self._view(camera, hop, plan, origin)
+            signals = self._signals(request, hop, plan, state, Signals(text, None, concat, image), camera, origin)
             noise = torch.randn(state.clean.shape, generator=generator(seed, "noise", number)) if start is None else start.float()
-            for step in sampler(state, Signals(text, view, concat, image), upload(noise, device), seed, number):
+            for step in sampler(state, signals, upload(noise, device), seed, number):
                 if callback is not None:
                     callback(self, steps, step.timestep, {"latents": step.z, "x0": step.x0})
                 steps += 1
@@ -433,8 +444,8 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         (hop,), tracks = plan.hops, plan_tracks(inputs, plan.hops)
         mine = None if tracks is None else hop_tracks(tracks, hop, hop.start)
         state, concat = self._conditions(request, hop, inputs, inputs.video if hop.overlap else None, mine)
-        view = None if camera is None else self._view(camera, hop, plan, hop.start)
-        return Asked(plan, state, Signals(self._encode_text(request, plan), view, concat, self._image_tokens(inputs)))
+        signals = Signals(self._encode_text(request, plan), None, concat, self._image_tokens(inputs))
+        return Asked(plan, state, self._signals(request, hop, plan, state, signals, camera, hop.start))
 
     @torch.no_grad()
     def sample_group(self, asked: Asked, seeds: Sequence[int]) -> Tensor:
@@ -490,11 +501,26 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             if lone:
                 keyframes = torch.cat([self.encode(picture[None]) for picture in lone], dim=2)
         patch = tuple(self.transformer.config.patch_size)
-        return build_state([hop.given], clean, keyframes, patch, request.sigma_c, None if tracks is None else [tracks])
+        starts = [[j for _, j in hop.shots]]
+        return build_state([hop.given], clean, keyframes, patch, request.sigma_c, None if tracks is None else [tracks], starts)
+
+    def _signals(
+        self, request: Request, hop: Hop, plan: Plan, state: State, signals: Signals, camera: Trajectory | None, origin: int
+    ) -> Signals:  # fmt: skip
+        """The signals of one hop: of all texts those of its shots, and its part of the camera, where its shots have one."""
+        numbers = [k for k, _ in hop.shots]
+        signals = replace(signals, text=signals.text | {"prompt": signals.text["prompt"][numbers]})
+        shown = [camera is not None] if request.shots is None else [shots_of(request.shots)[k].camera is not None for k in numbers]
+        if not any(shown):
+            return signals
+        mask = None if all(shown) else torch.tensor(shown, device=self._execution_device)[state.shot]  # (1, G)
+        return replace(signals, camera=self._view(camera, hop, plan, origin), camera_mask=mask)
 
     def _view(self, camera: Trajectory, hop: Hop, plan: Plan, origin: int) -> Cameras:
-        """The camera of one hop: its part of the path, relative to the hop's first frame."""
-        part = camera[hop.start - origin : hop.start - origin + hop.frames].relative()
+        """The camera of one hop: its part of the path, relative to the hop's first frame, or that of the shot."""
+        bounds = [hop.start - origin + t for t in [*(first_frame(j) for _, j in hop.shots), hop.frames]]
+        parts = [camera[start:end].relative() for start, end in pairwise(bounds)]
+        part = Trajectory(torch.cat([part.c2w for part in parts]), torch.cat([part.intrinsics for part in parts]))
         appended = torch.tensor([[t for t, _ in hop.given.keyframes]], dtype=torch.long)
         grid = ray_grid(self.transformer, self.vae, plan.height, plan.width)
         return Cameras(part.c2w[None], part.intrinsics[None], grid, appended).to(self._execution_device)
@@ -504,17 +530,16 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         return None if inputs.control is None else self.encode(inputs.control[hop.start : hop.end])
 
     def _encode_text(self, request: Request, plan: Plan) -> dict[str, Tensor]:
-        """The prompt, and the negative prompt if guidance needs it. Published encoders are freed before the transformer runs."""
-        negative = self.setting("negative_prompt", request.negative_prompt)
-        texts = {"prompt": request.prompt, "negative": negative}
+        """The prompts of all shots, and the negative one if guidance needs it. Published encoders are freed before the transformer runs."""
+        texts = {"prompt": request.prompts, "negative": [self.setting("negative_prompt", request.negative_prompt)]}
         if plan.guidance_scale == plan.guidance_scale_2 == 1:
             del texts["negative"]
-        device = self._execution_device
+        device, prompts = self._execution_device, [text for several in texts.values() for text in several]
         if isinstance(self.text_encoder, UMT5TextEncoder):
-            rows = self.text_encoder.encode(list(texts.values()), device)
+            rows = self.text_encoder.encode(prompts, device)
         else:
-            rows = torch.cat([self.text_encoder.encode([text]) for text in texts.values()])
-        return {which: row[None] for which, row in zip(texts, rows, strict=True)}
+            rows = torch.cat([self.text_encoder.encode([text]) for text in prompts])
+        return dict(zip(texts, rows.split([len(several) for several in texts.values()]), strict=True))  # (S, l, e), (1, l, e)
 
     def _image_tokens(self, inputs: Inputs) -> Tensor | None:
         """CLIP's tokens of the first frame, and of the last one if the weights take both; zeros if there is no picture."""

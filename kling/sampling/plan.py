@@ -14,6 +14,7 @@ from kling.flow.solvers import SOLVERS
 from kling.sampling.brush import stroke_tracks
 from kling.sampling.inputs import LAST, Inputs, read_camera
 from kling.sampling.request import Request
+from kling.sampling.shots import Shot, Timeline, joined_cameras, shots_of, timeline
 from kling.shapes import TEMPORAL, clip_frames, latent_frames, nearest_frames
 
 PRO_STEPS = 2  # "pro" uses this many times the steps of "std", and a second-order solver
@@ -42,6 +43,7 @@ class Hop:
     start: int = 0  # pixel frame of the whole video where it begins
     overlap: int = 0
     pictures: tuple[int, ...] = ()  # indices into `Inputs.keyframes` for the keyframes of `given`
+    shots: tuple[tuple[int, int], ...] = ((0, 0),)  # (number, latent frame of the hop where it begins) of every shot in it
 
     @property
     def end(self) -> int:
@@ -71,6 +73,7 @@ class Plan:
     guidance_interval: tuple[float, float] = (0.0, 1.0)  # noise levels between which guidance is used
     guidance_every: int = 1  # number of those steps that share one computation of it
     guidance_reach: float = 0.0  # distance in latent frames from a given frame at which guidance is full; 0: full everywhere
+    cuts: tuple[int, ...] = ()  # pixel frames at which another shot begins
     notes: tuple[str, ...] = ()  # remarks for the user, before sampling
 
     @property
@@ -89,7 +92,8 @@ class Plan:
     @property
     def title(self) -> str:
         """The task in words, for the first line of the command line's output."""
-        hops = f", then {len(self.hops) - 1} continuations" if len(self.hops) > 1 and not self.hops[0].overlap else ""
+        hops = f", {len(self.cuts) + 1} shots" if self.cuts else ""
+        hops += f", then {len(self.hops) - 1} continuations" if len(self.hops) > 1 and not self.hops[0].overlap else ""
         lone = sum(len(hop.given.keyframes) for hop in self.hops) if self.task in ("continuation", "inpaint", "restyle") else 0
         return TASK_TITLES[self.task] + (f" with {lone} keyframe{'s' * (lone > 1)}" if lone else "") + hops
 
@@ -97,7 +101,13 @@ class Plan:
 def plan_hops(request: Request, inputs: Inputs, frames: int, fps: float, longest: int, spatial: int) -> list[Hop]:
     """The clips to sample. frames: requested. longest: that the model generates at once. spatial: pixels per latent."""
     whole = None if request.extend_to is None else clip_frames(request.extend_to, fps)
-    if inputs.video is None:
+    if request.shots is not None:
+        times = timeline(shots_of(request.shots), fps)
+        hops = [
+            replace(hop, shots=tuple(times.within(hop.start, hop.frames)))
+            for hop in _hops_of_shots(int(inputs.image is not None), times, longest)
+        ]
+    elif inputs.video is None:
         if whole is not None and whole < frames and (request.duration or request.num_frames):
             raise UserError(f"extend_to {request.extend_to:g} s is shorter than the clip of {frames / fps:.1f} s: leave one of them out")
         first = min(frames, longest, whole or frames)
@@ -175,15 +185,28 @@ def check_flow_map(request: Request) -> None:
         raise UserError(line, code="fast_steps", value=request.num_inference_steps, most=FAST_STEPS)
 
 
-def plan_camera(request: Request, hops: list[Hop], H: int, W: int) -> Trajectory | None:
+def plan_camera(request: Request, hops: list[Hop], H: int, W: int, fps: float) -> Trajectory | None:
     """The requested path from the first hop's first frame to the last hop's last. During frames that exist already, the camera rests."""
+    if request.shots is not None:
+        return _shots_camera(request, shots_of(request.shots), H, W, fps)
     still = max(0, hops[0].overlap - 1)
     if request.camera is not None and hops[-1].end == 1:
         raise UserError("camera was given for a single picture, in which nothing can move: leave it out, or give a duration")
-    camera = read_camera(request, hops[-1].end - hops[0].start - still, H, W)
+    camera = read_camera(request.camera, request.camera_scale, hops[-1].end - hops[0].start - still, H, W)
     if camera is None or not still:
         return camera
     return Trajectory(*(torch.cat([t[:1].expand(still, *t.shape[1:]), t]) for t in (camera.c2w, camera.intrinsics)))
+
+
+def _shots_camera(request: Request, shots: list[Shot], H: int, W: int, fps: float) -> Trajectory | None:
+    """The cameras of all shots, each relative to its own first frame."""
+    ranges, paths = timeline(shots, fps).ranges, []
+    for number, (shot, (start, end)) in enumerate(zip(shots, ranges, strict=True), 1):
+        try:
+            paths.append(read_camera(shot.camera, request.camera_scale, end - start, H, W))
+        except UserError as error:
+            raise UserError(f"shot {number}: {error}") from None
+    return joined_cameras(paths, ranges)
 
 
 def plan_tracks(inputs: Inputs, hops: list[Hop]) -> Tracks | None:
@@ -233,6 +256,22 @@ def _with_keyframes(request: Request, inputs: Inputs, hops: list[Hop]) -> list[H
         )
         for hop, mine in zip(hops, placed, strict=True)
     ]
+
+
+def _hops_of_shots(known: int, times: Timeline, longest: int) -> list[Hop]:
+    """Hops over the shots of a clip. If the model cannot make the rest at once, a hop ends at the last cut within its reach, or, in a shot
+    that is longer, where its reach ends; the next one begins with the end of the clip so far."""
+    hops: list[Hop] = []
+    while (end := hops[-1].end if hops else 0) < times.frames:
+        overlap = min(CONTEXT, end)
+        if longest - overlap < TEMPORAL:
+            raise UserError(f"this model makes {longest} frames at once: too few to continue a shot from {overlap} of them")
+        until = times.frames if times.frames <= end - overlap + longest else end - overlap + longest
+        if until < times.frames:
+            until = max((cut for cut in times.cuts if end < cut <= until), default=until)
+        given = Given(known=latent_frames(overlap) if overlap else known)
+        hops.append(Hop(given, until - end + overlap, end - overlap, overlap))
+    return hops
 
 
 def _continuations(end: int, asked: int, longest: int) -> list[Hop]:

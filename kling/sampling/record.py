@@ -28,6 +28,7 @@ from kling.errors import UserError
 from kling.runtime.files import head, parse_json, sha256, written
 from kling.sampling.brush import tracks_of
 from kling.sampling.request import Request
+from kling.sampling.shots import shots_of
 
 Record = dict[str, Any]
 RECIPE = 2  # goes up when the same request and settings give other frames. 1 (not written down): nothing pasted back around a mask
@@ -191,12 +192,14 @@ def _input_files(request: Request) -> Iterator[Path]:
         request.control,
         request.mask,
         *(track.mask for track in tracks_of(request.tracks)),
+        *([request.shots] if isinstance(request.shots, str) else []),
         *([request.tracks] if isinstance(request.tracks, str) else []),
     ):
         if isinstance(given, str | Path):
             yield Path(given)
-    if isinstance(request.camera, str) and Path(request.camera).is_file():
-        yield Path(request.camera)
+    for camera in (request.camera, *(shot.camera for shot in shots_of(request.shots))):
+        if isinstance(camera, str) and Path(camera).is_file():
+            yield Path(camera)
 
 
 def machine(device: torch.device) -> Record:

@@ -17,11 +17,13 @@ from kling.cameras.axes import check_axes, parse_axes
 from kling.cameras.trajectory import Trajectory
 from kling.errors import UserError, unknown
 from kling.sampling.brush import Track, as_tracks
+from kling.sampling.shots import Shot, as_shots, shots_of
 from kling.shapes import ASPECTS, latent_frames, parse_size
 
 Picture = str | Path | np.ndarray | None  # a file, or uint8 (H, W, 3)
 Movie = str | Path | np.ndarray | None  # a file, or uint8 (T, H, W, 3) at the model's fps
 T = TypeVar("T")
+NAMED_IN_A_SHOT = {"prompt": "prompt", "duration": "seconds", "num_frames": "seconds", "camera": "camera"}
 MODES = ("std", "pro", "fast")
 MAX_SECONDS = 180.0
 
@@ -42,6 +44,7 @@ class Fields(TypedDict, total=False):
     camera_scale: float
     tracks: str | list[Track] | None
     control: Movie
+    shots: str | list[Shot] | None
     aspect: str | None
     size: str | None
     duration: float | None
@@ -100,6 +103,8 @@ class Request:
     camera: axes ("pan=5,zoom=2" or a dict), a master shot, a trajectory file or a `Trajectory`. camera_scale multiplies its translation.
     tracks: what moves where (motion brush): a JSON file or a list of `Track(mask, points)`; see `kling.sampling.brush`.
     control: a video (edges, depth, pose …) whose frames the result follows.
+    shots: a storyboard instead of a prompt, a length and a camera: a yaml file or a list of `Shot(prompt, seconds, camera)`; see
+    `kling.sampling.shots`.
     size: "WIDTHxHEIGHT" instead of an aspect.
     aspect, duration (seconds) or num_frames (1 + 4k): defaults follow from the pictures and the model.
     extend_to: seconds; the clip is continued in hops until it is that long.
@@ -126,6 +131,7 @@ class Request:
     camera_scale: float = 1.0
     tracks: str | list[Track] | None = None
     control: Movie = None
+    shots: str | list[Shot] | None = None
     aspect: str | None = None
     size: str | None = None
     duration: float | None = None
@@ -223,6 +229,7 @@ class Request:
             raise UserError(f"camera axis {bad[0]} is {_short(self.camera[bad[0]])}: give a number from -10 to 10")
         self.camera = str(self.camera) if isinstance(self.camera, Path) else self.camera
         self.tracks = as_tracks(self.tracks)
+        self.shots = as_shots(self.shots)
         if not isinstance(self.keyframes, list | tuple):
             raise UserError(f"keyframes {_short(self.keyframes)}: give a list of (picture, frame) or (picture, frame, strength)")
         self.keyframes = [_keyframe(given) for given in self.keyframes]
@@ -252,8 +259,29 @@ class Request:
             raise UserError(f"both {self.edited} and tracks were given: a given video moves as it does; leave one out")
         if self.tracks is None and self.brush_guidance_scale not in (None, 1):
             raise UserError(f"brush_guidance_scale {self.brush_guidance_scale:g} was given without tracks to follow: give tracks too")
-        if self.camera is None and self.camera_scale != 1:
+        if self.camera is None and self.camera_scale != 1 and not (self.shots and any(shot.camera for shot in shots_of(self.shots))):
             raise UserError(f"camera_scale {self.camera_scale:g} was given without a camera to scale: give camera too")
+        if self.shots is not None:
+            self._check_beside_shots()
+
+    def _check_beside_shots(self) -> None:
+        """Check what is given beside shots: each has its words, length and camera, and they are made anew, from a first frame at most."""
+        of_each = {"prompt": self.prompt or None, "duration": self.duration, "num_frames": self.num_frames, "camera": self.camera}
+        of_one = {"video": self.video, "loop": self.loop or None, "tracks": self.tracks, "control": self.control}
+        of_one |= {"extend_to": self.extend_to}
+        for name, value in of_each.items():
+            if value is not None:
+                line = f"both {name} and shots were given: every shot has its own {NAMED_IN_A_SHOT[name]}; leave {name} out"
+                raise UserError(line, code="beside_shots", field=name)
+        for name, value in of_one.items():
+            if value is not None:
+                line = f"both {name} and shots were given: {name} is of one shot; leave one of them out"
+                raise UserError(line, code="beside_shots", field=name)
+
+    @property
+    def prompts(self) -> list[str]:
+        """The prompt of every shot; of a request without shots its only one."""
+        return [self.prompt] if self.shots is None else [shot.prompt for shot in shots_of(self.shots)]
 
     @property
     def edited(self) -> str | None:

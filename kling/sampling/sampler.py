@@ -29,7 +29,8 @@ from kling.sampling.plan import Plan
 class Signals:
     """The inputs of the transformer besides the noise, all on its device.
 
-    text: "prompt" and "negative" (1, l, e). camera: poses, from which the transformer computes rays.
+    text: "prompt" (S, l, e) of S shots, and "negative" (1, l, e). camera: poses, from which the transformer computes rays.
+    camera_mask: (1, G) True for the frames that have a camera; None: all.
     concat: channels of the older layouts (1, ·, F, h, w). image: image-encoder tokens (1 or 2, i, image_dim).
     """
 
@@ -37,11 +38,13 @@ class Signals:
     camera: Cameras | None = None
     concat: Tensor | None = None
     image: Tensor | None = None
+    camera_mask: Tensor | None = None
 
     def repeated(self, k: int) -> Signals:
         """Those of one clip for k clips that differ in their noise only."""
-        wide = {name: None if t is None else t.expand(k, *t.shape[1:]) for name, t in (("concat", self.concat), ("image", self.image))}
-        text = {which: t.expand(k, *t.shape[1:]) for which, t in self.text.items()}
+        one = {"concat": self.concat, "image": self.image, "camera_mask": self.camera_mask}
+        wide = {name: None if t is None else t.expand(k, *t.shape[1:]) for name, t in one.items()}
+        text = {which: t.repeat(k, 1, 1) for which, t in self.text.items()}  # (k · S, l, e), one clip after another
         return Signals(text, None if self.camera is None else self.camera.repeated(k), **wide)
 
 
@@ -147,7 +150,9 @@ class Sampler:
                 positions=state.position,
                 kinds=state.kind,
                 camera=signals.camera if camera else None,
+                camera_mask=signals.camera_mask if camera else None,
                 tracks=tracks,
+                shots=state.shot if len(signals.text[text]) > len(z) else None,  # the negative prompt is that of all shots
                 encoder_hidden_states_image=None if signals.image is None else signals.image.to(dtype),
                 history=history,
                 walk_cache=walk_cache,
