@@ -45,6 +45,8 @@ class Form:
                 self._camera()
             with gr.Tab(t("tracks"), id="tracks"):
                 self._tracks()
+            with gr.Tab(t("shots"), id="shots"):
+                self._shots()
             with gr.Tab(t("size"), id="size"):
                 self._size()
             with gr.Tab(t("advanced"), id="advanced"):
@@ -147,6 +149,11 @@ class Form:
         need = missing(self.studio.pipe, "tracks")
         gr.Markdown(t(f"unable_{need}") if need else t("draw_tracks"))
         self.fields["tracks"] = gr.HTML(padding=False, elem_id="board", html_template="${value}", visible=not need)
+
+    def _shots(self) -> None:
+        need = missing(self.studio.pipe, "shots")
+        gr.Markdown(t(f"unable_{need}") if need else t("write_shots"))
+        self.fields["shots"] = gr.HTML(padding=False, elem_id="story", html_template="${value}", visible=not need)
 
     def _size(self) -> None:
         aspects = [(t("auto"), "auto"), *((a, a) for a in self.studio.sizes)]

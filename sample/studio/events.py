@@ -47,12 +47,14 @@ QUICK = RAW | {"queue": False, "trigger_mode": "always_last"}
 BOARD = 720  # pixels of the longer side of the picture to draw tracks on
 NOTHING = {"chosen": None, "comparing": False}
 CAMERA = (*UNITS, "camera_file", "camera_scale", "aspect", "duration")
-MASK, TRACKS = FIELDS.index("mask"), FIELDS.index("tracks")
-# State in the browser: the drawn mask and tracks, the list of its results (shared by all tabs), and the tab's own name. See page.js.
-WITH_MASK = f"(...v) => window.studio.withMask(v, {MASK}, {TRACKS})"
-KEEPING = f"(...v) => window.studio.keep(window.studio.withMask(v, {MASK}, {TRACKS}))"
+DRAWN = ("mask", "tracks", "shots")  # fields whose values page.js holds
+PLACES = ", ".join(str(FIELDS.index(name)) for name in DRAWN)
+# State in the browser: the drawn mask and tracks, the storyboard, the list of its results (shared by all tabs), and the tab's own name. See
+# page.js.
+WITH_MASK = f"(...v) => window.studio.withMask(v, {PLACES})"
+KEEPING = f"(...v) => window.studio.keep(window.studio.withMask(v, {PLACES}))"
 WITH_LIST = "(...v) => window.studio.withList(v)"
-WITH_BOTH = f"(...v) => window.studio.withList(window.studio.withMask(v, {MASK}, {TRACKS}))"
+WITH_BOTH = f"(...v) => window.studio.withList(window.studio.withMask(v, {PLACES}))"
 SAVED = "() => [window.studio.saved()]"
 APPLY = "(mine) => window.studio.apply(mine)"
 HOLD = "(painted) => window.studio.hold(painted)"
@@ -100,7 +102,7 @@ class Events:
         form.enhance.click(self.enhance, form.inputs, fields["prompt"], js=WITH_MASK, **RAW)
         form.dice.click(lambda: -1, None, fields["seed"], **QUICK)
         form.reuse.click(lenient(self.last_seed), self.stage.mine, fields["seed"], js=WITH_LIST, **QUICK)
-        planned = [c for name, c in fields.items() if name not in ("mask", "tracks") and hasattr(c, "change")]
+        planned = [c for name, c in fields.items() if name not in DRAWN and hasattr(c, "change")]
         gr.on([*(c.change for c in planned), form.checked.click], self.explain, form.inputs, form.plan, js=KEEPING, **QUICK)
         filled = [*form.inputs, form.timeline, form.painted]
         form.restore.upload(self.restore, form.restore, filled, **RAW).then(None, form.painted, None, js=HOLD, **QUICK).then(
@@ -159,7 +161,7 @@ class Events:
         try:
             fields = dict(zip(FIELDS, values, strict=True))
             asked, weights = request_of(fields, self.studio.uploads), self.studio.weights_of(fields)
-            if weights != Weights() or not (asked.prompt or asked.image) or asked.video:
+            if weights != Weights() or not (asked.prompt or asked.image) or asked.video or asked.shots:
                 return ""
             frames = self.studio.rough(visitor(request), asked)
         except UserError:  # the line about the plan says what is wrong
@@ -204,7 +206,7 @@ class Events:
         shown: list[Any] = []
         for name in FIELDS:
             value = fields.get(name)
-            if name in ("mask", "tracks") or (name not in fields):
+            if name in DRAWN or (name not in fields):
                 shown.append(gr.skip())
                 continue
             try:
@@ -225,6 +227,8 @@ class Events:
             pass
         with suppress(UserError):
             painted["tracks"] = [{"points": [list(point) for point in points]} for mask, points in Fields(fields).tracks() if not mask]
+        with suppress(UserError):
+            painted["shots"] = [{"prompt": s.prompt, "seconds": s.seconds, "camera": s.camera or ""} for s in Fields(fields).shots()]
         rows = shown[FIELDS.index("keyframes")]
         try:
             shown.append(self._timeline(rows, fields.get("duration")) if isinstance(rows, list) else gr.skip())
@@ -287,6 +291,10 @@ class Events:
         except Exception as error:
             return views.mistake(public(error, request).message)
 
+    def storyboard(self, request: gr.Request) -> str:
+        """The place for the rows of shots, which page.js draws; empty for a model without shots."""
+        return "" if missing(self.studio.pipe, "shots") else views.storyboard(language(request))
+
     # ---- the camera ----
 
     def master_shot(self, shot: str) -> list[float]:
@@ -338,6 +346,7 @@ class Events:
         ).then(None, js=AWAKE, **QUICK)
         page.load(self.welcome, stage.mine, self.outputs, js=WITH_LIST, **RAW).then(None, stage.mine, stage.mine, js=APPLY, **QUICK)
         page.load(self.draw_on, [form.fields[name] for name in ("image", "video", "last_image", "aspect")], form.fields["tracks"], **QUICK)
+        page.load(self.storyboard, None, form.fields["shots"], **QUICK)
         page.load(self.draw_camera, [form.fields[name] for name in CAMERA], form.drawing, **QUICK)
 
     def welcome(self, request: gr.Request, mine: Any) -> Generator:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import secrets
 from typing import Any
 
-from kling.cameras.axes import LIMIT, UNITS
+from kling.cameras.axes import LIMIT, UNITS, parse_axes
 from kling.data.image import read_image
 from kling.data.video import probe
 from kling.errors import UserError, unknown
@@ -16,6 +16,8 @@ from kling.sampling.brush import MOST, Track
 from kling.sampling.inputs import clip_size
 from kling.sampling.pipeline import KlingPipeline
 from kling.sampling.request import MODES, Request
+from kling.sampling.shots import MOST as MOST_SHOTS
+from kling.sampling.shots import Shot
 from kling.shapes import ASPECTS
 
 LARGEST = 10**15  # larger numbers are not printed in messages
@@ -31,7 +33,7 @@ USES = ("continue", "restyle", "fill", "outpaint")  # ways to use a given video
 FIELDS = (
     *("prompt", "negative_prompt", "image", "last_image", "keyframes", "loop"),
     *("video", "use", "strength", "mask", "outpaint"),
-    "tracks",
+    *("tracks", "shots"),
     *UNITS,
     *("camera_file", "camera_scale", "camera_guidance_scale"),
     *("aspect", "duration", "extend_to", "still", "mode"),
@@ -59,6 +61,7 @@ def request_of(fields: dict[str, Any], uploads: Any) -> Request:
     extend_to = (given.number("extend_to", 0, MAX_SECONDS) or None) if goes_on else None
     image = None if video else uploads.accept(fields.get("image"), "image")
     camera = camera_file or ",".join(f"{name}={value:g}" for name, value in axes.items()) or None
+    shots = given.shots()
     return Request(
         prompt=given.text("prompt"),
         negative_prompt=given.text("negative_prompt") or None,  # the checkpoint's own
@@ -72,10 +75,11 @@ def request_of(fields: dict[str, Any], uploads: Any) -> Request:
         outpaint=given.choice("outpaint", ASPECTS) if video and use == "outpaint" else None,
         tracks=_tracks(given, uploads, video, image) or None,
         camera=camera,
-        camera_scale=given.number("camera_scale", 0, 10, 1.0) if camera else 1.0,
+        shots=shots or None,
+        camera_scale=given.number("camera_scale", 0, 10, 1.0) if camera or any(shot.camera for shot in shots) else 1.0,
         camera_guidance_scale=given.number("camera_guidance_scale", 0, 20) or None,
         aspect=given.choice("aspect", ASPECTS) if not video or use != "outpaint" else None,
-        duration=None if still or not goes_on or (video and extend_to) else given.number("duration", 0.1, MAX_SECONDS),
+        duration=None if still or shots or not goes_on or (video and extend_to) else given.number("duration", 0.1, MAX_SECONDS),
         num_frames=1 if still else None,
         extend_to=extend_to,
         mode=given.choice("mode", MODES) or "std",
@@ -182,6 +186,21 @@ class Fields:
             found.append((row.get("mask"), [tuple(check_number("a track's point", value, -2, 3, 0.0) for value in p) for p in points]))
         return found
 
+    def shots(self) -> list[Shot]:
+        """[{"prompt": words, "seconds": s, "camera": axes or a master shot, "" to leave it to the words}, …]"""
+        rows = self.values.get("shots") or []
+        if not isinstance(rows, list) or len(rows) > MOST_SHOTS or not all(isinstance(row, dict) for row in rows):
+            raise UserError(f"shots: give a list of at most {MOST_SHOTS}, each with a prompt", code="too_many_shots", most=MOST_SHOTS)
+        found = []
+        for number, row in enumerate(rows, 1):
+            camera, words = row.get("camera") or None, Fields({"prompt": row.get("prompt")}).text("prompt")
+            if camera is not None:  # never a file of the server
+                parse_axes(camera if isinstance(camera, str) else str(camera)[:40])
+            if not words.strip():
+                raise UserError(f"shot {number} has no words: say what it shows", code="wordless_shot", number=number)
+            found.append(Shot(words, check_number("a shot's seconds", row.get("seconds"), 0.1, MAX_SECONDS, 2.5), camera))
+        return found
+
 
 def check_number(name: str, value: Any, low: float, high: float, default: float | None = None) -> float | None:
     """A finite number in [low, high]; text and booleans are not accepted."""
@@ -243,6 +262,7 @@ NEEDS = {
     "extend_to": "continuation",
     "camera": "camera",
     "tracks": "brush",
+    "shots": "shots",
 }
 
 

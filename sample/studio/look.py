@@ -13,6 +13,7 @@ from kling_programs.sample.studio.jobs import Tell
 from kling_programs.sample.studio.studio import Step, sample
 from torch import Tensor
 
+from kling.condition.state import Given, build_state
 from kling.data.transforms import fit, to_tensor
 from kling.data.video import probe, read_video
 from kling.errors import UserError
@@ -39,7 +40,8 @@ class Walk:
     x0: list[tuple[int, np.ndarray]]
     latents: Tensor
     frames: np.ndarray
-    prompt: str
+    prompts: list[str]  # of the shots of the clip
+    starts: list[int]  # latent frames where they begin
     fps: float
 
 
@@ -65,7 +67,8 @@ def walk(pipe: KlingPipeline, request: Request, tell: Tell) -> Walk:
 
     tell(Step(0, plan.total_steps))
     frames = pipe(request, callback_on_step_end=advance).frames[0]
-    return Walk([*sigmas, 0.0], seen, latents[0], frames, request.prompt, plan.fps)
+    shots = plan.hops[0].shots
+    return Walk([*sigmas, 0.0], seen, latents[0], frames, [request.prompts[k] for k, _ in shots], [j for _, j in shots], plan.fps)
 
 
 def channel_map(latents: Tensor) -> np.ndarray:
@@ -119,8 +122,9 @@ def attention_of(pipe: KlingPipeline, seen: Walk, layer: int, sigma: float, toke
 
     hook = transformer.blocks[layer].attn1.register_forward_pre_hook(watch, with_kwargs=True)
     try:
-        text = pipe.text_encoder.encode([seen.prompt]).to(z)  # (1, l, e)
-        transformer(z, torch.full((1,), sigma, device=z.device), text)
+        text = pipe.text_encoder.encode(seen.prompts).to(z)  # (S, l, e)
+        state = build_state([Given()], x0, None, shots=[seen.starts])
+        transformer(z, torch.full((1,), sigma, device=z.device), text, positions=state.position, shots=state.shot)
     finally:
         hook.remove()
     return found[0].view(grid).cpu()

@@ -33,6 +33,16 @@ LINES: dict[str, tuple[str, str]] = {
     "keyframe_without_picture": ("Keyframe: upload its picture first", "关键帧：请先上传图片"),
     "too_many_keyframes": ("At most {most} keyframes, each with a picture, a frame and a strength", "关键帧最多 {most} 个"),
     "too_many_tracks": ("At most {most} arrows", "箭头最多 {most} 个"),
+    "too_many_shots": ("At most {most} shots", "镜头最多 {most} 个"),
+    "wordless_shot": ("A shot of the storyboard has no words: say what it shows", "分镜里有一个镜头没有文字：请写出它的内容"),
+    "short_shot": (
+        "Shot {number} of {seconds} s is too short: give at least {least} s",
+        "第 {number} 个镜头只有 {seconds} 秒，太短：至少 {least} 秒",
+    ),
+    "beside_shots": (
+        "The storyboard has no place for “{field}”: leave it out, or remove the shots",
+        "分镜不能与“{field}”同时使用：请去掉它，或删除所有镜头",
+    ),
     "keyframe_beyond": (
         "Keyframe at frame {frame} lies beyond the clip's last frame {last}: choose a smaller frame or more seconds",
         "第 {frame} 帧的关键帧超出了片段的最后一帧 {last}：请选更小的帧号，或加长时长",

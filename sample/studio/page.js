@@ -1,4 +1,4 @@
-// State in the browser: the painted mask, the drawn tracks, the list of results, the form's values, and two videos that play in step.
+// State in the browser: the painted mask, the drawn tracks, the storyboard, the list of results, the form's values, and two videos that play in step.
 // Listens on the document, because Gradio may replace elements at any time.
 (() => {
   const LIST = "kling-studio-list", TAB = "kling-studio-tab", FORM = "kling-studio-form", MOST = 100;
@@ -21,14 +21,16 @@
       return [rest];
     },
     // Gradio draws a tab when it is first opened: until then there is no canvas, and the restored mask is used instead.
-    withMask: (v, place, tracks) => {
+    withMask: (v, place, tracks, story) => {
       v[place] = canvasOf() ? mask() : pending;
       if (tracks !== undefined) v[tracks] = arrows;
+      if (story !== undefined) v[story] = shots;
       return v;
     },
     hold: (painted) => {
       pending = painted?.mask ?? null;
       if (painted?.tracks) { arrows = painted.tracks; show(); }
+      if (painted?.shots) { shots = painted.shots; tell(); }
       return [];
     },
     // The form belongs to the tab; it is saved only after the earlier values have been restored.
@@ -201,6 +203,78 @@
   });
   const ask = () => document.querySelector("#checked")?.click();
 
+  // ---- the storyboard: rows of {prompt, seconds, camera} ----
+
+  let shots = [], dragged = null; // dragged: the number of a row
+  const story = () => document.querySelector(".story");
+  const NEW = { prompt: "", seconds: 2.5, camera: "" };
+
+  // Draws all rows anew; typing in one does not, so that it keeps the cursor.
+  function tell() {
+    const place = story(), list = place?.querySelector("ol"), words = place?.dataset;
+    if (!list) return;
+    list.replaceChildren(...shots.map((shot, n) => {
+      const row = document.createElement("li");
+      row.draggable = true;
+      row.dataset.n = n;
+      const field = (kind, name, more) => {
+        const made = Object.assign(document.createElement(kind), { name, value: shot[name], title: words[name === "prompt" ? "words" : name], ...more });
+        made.setAttribute("aria-label", `${made.title} ${n + 1}`);
+        return made;
+      };
+      const button = (what, sign, off) =>
+        Object.assign(document.createElement("button"), { type: "button", name: what, textContent: sign, title: words[what], disabled: off });
+      const grip = Object.assign(document.createElement("span"), { className: "grip", title: words.drag, textContent: "⠿" });
+      const camera = field("input", "camera", { placeholder: words.camera });
+      camera.setAttribute("list", "story-cameras");
+      row.append(
+        grip,
+        field("textarea", "prompt", { rows: 2, placeholder: words.words }),
+        field("input", "seconds", { type: "number", min: 0.5, step: 0.5 }),
+        camera,
+        button("up", "↑", n === 0), button("down", "↓", n === shots.length - 1), button("remove", "×", false),
+      );
+      return row;
+    }));
+    place.querySelector("[data-do=add-shot]").disabled = shots.length >= Number(words.most);
+  }
+  function moved(from, to) {
+    if (to < 0 || to >= shots.length || from === to) return;
+    const rest = shots.filter((_, i) => i !== from);
+    shots = [...rest.slice(0, to), shots[from], ...rest.slice(to)];
+    tell();
+    ask();
+  }
+  const rowOf = (event) => event.target.closest?.(".story li");
+  document.addEventListener("input", (event) => {
+    const row = rowOf(event), { name, value } = event.target;
+    if (!row) return;
+    shots = shots.map((shot, i) => (i === Number(row.dataset.n) ? { ...shot, [name]: name === "seconds" ? Number(value) : value } : shot));
+    ask();
+  });
+  document.addEventListener("click", (event) => {
+    const row = rowOf(event), n = Number(row?.dataset.n), what = event.target.name;
+    if (row && what === "up") moved(n, n - 1);
+    else if (row && what === "down") moved(n, n + 1);
+    else if (row && what === "remove") { shots = shots.filter((_, i) => i !== n); tell(); ask(); }
+    else if (event.target.closest?.("[data-do=add-shot]")) { shots = [...shots, { ...NEW }]; tell(); ask(); }
+  });
+  document.addEventListener("dragstart", (event) => {
+    const row = rowOf(event);
+    if (!row) return;
+    if (event.target !== row) { event.preventDefault(); return; } // text that is marked in a field stays there
+    dragged = Number(row.dataset.n);
+    event.dataTransfer.effectAllowed = "move";
+  });
+  document.addEventListener("dragover", (event) => { if (dragged !== null && rowOf(event)) event.preventDefault(); });
+  document.addEventListener("drop", (event) => {
+    const row = rowOf(event);
+    if (dragged === null || !row) return;
+    event.preventDefault();
+    moved(dragged, Number(row.dataset.n));
+  });
+  document.addEventListener("dragend", () => { dragged = null; });
+
   // ---- files dropped outside a field: load their settings ----
 
   const elsewhere = (event) => event.dataTransfer?.types.includes("Files") && !event.target.closest?.("#inputs, #vae-clip, .upload-container");
@@ -235,6 +309,7 @@
   const drawn = () => {
     if (canvasOf()?.dataset.before) begin(canvasOf());
     if (arrows.length && board() && !board().querySelector(".arrow")) show();
+    if (shots.length && story() && !story().querySelector("li")) tell();
     for (const input of document.querySelectorAll(":is(#clip, #vae-clip) input[type=file]"))
       if (input.accept && !input.accept.includes("gif")) input.accept += ",.gif,image/gif";
   };

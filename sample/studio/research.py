@@ -13,7 +13,7 @@ import gradio as gr
 import pandas as pd
 from kling_programs.sample.studio import look, views
 from kling_programs.sample.studio.create import Form
-from kling_programs.sample.studio.events import MASK, QUICK, RAW, TRACKS, WITH_MASK
+from kling_programs.sample.studio.events import DRAWN, QUICK, RAW, WITH_MASK
 from kling_programs.sample.studio.form import FIELDS, check_number, request_of
 from kling_programs.sample.studio.jobs import Stopped, Tell, Waiting, Work
 from kling_programs.sample.studio.studio import Step, Studio, guarded, lenient, sample, visitor
@@ -252,4 +252,4 @@ def _enlarged(frame: Any) -> Any:
 
 def _shifted(by: int) -> str:
     """The script that fills in the drawn mask, for events with `by` inputs before the form's."""
-    return f"(...v) => window.studio.withMask(v, {by + MASK}, {by + TRACKS})"
+    return f"(...v) => window.studio.withMask(v, {', '.join(str(by + FIELDS.index(name)) for name in DRAWN)})"

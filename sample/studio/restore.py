@@ -107,6 +107,8 @@ def fields_of(record: dict[str, Any], studio: Studio) -> tuple[dict[str, Any], R
         del fields["duration"]
     drawn = _drawn(asked.get("tracks"), fields, studio)
     fields |= {} if drawn is None else {"tracks": drawn}
+    story = _story(asked.get("shots"))
+    fields |= {} if story is None else {"shots": story}
     remarks: Remarks = []
     if missing:
         remarks.append(("again", {"names": ", ".join(missing)}))
@@ -130,6 +132,15 @@ def _drawn(tracks: Any, fields: dict[str, Any], studio: Studio) -> list[dict[str
         return None
     H, W = canvas_size(fields, studio.uploads)
     return [{"points": [[(x + 0.5) / W, (y + 0.5) / H] for x, y in track["points"]]} for track in tracks]
+
+
+def _story(shots: Any) -> list[dict[str, Any]] | None:
+    """Shots as the page's rows; None for those of a file or with a camera file, which it cannot show."""
+    if not shots:
+        return []
+    if not isinstance(shots, list) or any(not isinstance(shot["camera"], str | None) or "." in (shot["camera"] or "") for shot in shots):
+        return None
+    return [{"prompt": shot["prompt"], "seconds": shot["seconds"], "camera": shot["camera"] or ""} for shot in shots]
 
 
 def _camera(camera: Any, file: Any) -> dict[str, Any]:

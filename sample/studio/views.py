@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from html import escape
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,18 @@ from kling_programs.sample.studio.shelf import OTHER_KINDS, Result
 from kling_programs.sample.studio.words import say
 from PIL import Image
 
+from kling.cameras.axes import MOVES, UNITS
+from kling.data.strip import strip
+from kling.data.video import read_video
 from kling.runtime.log import duration
 from kling.sampling.memory import size as size_of
 from kling.sampling.pipeline import KlingPipeline
 from kling.sampling.plan import Plan
 from kling.sampling.request import Request
+from kling.sampling.shots import MOST, Shot, as_shots
+from kling.sampling.shots import timeline as timeline_of
+
+STRIP = 5  # frames in the strip of a shot
 
 
 def moving(frames: np.ndarray, fps: float, width: int = 0) -> str:
@@ -108,7 +116,7 @@ def result(lang: int, one: Result, other: Result | None = None) -> str:
     links += f'<a download="{one.record_path.name}" href="{url(one.record_path)}">{say(lang, "replay")}</a>'
     details = f"<details><summary>{say(lang, 'settings')}</summary><table>{table}</table></details>"
     line = f'<p class="line">{say(lang, "done", seconds=duration(record["output"]["seconds"]))} <span class="links">{links}</span></p>'
-    return f'<div class="stage done">{_player(one)}{line}{details}</div>'
+    return f'<div class="stage done">{_player(one)}{_strips(one)}{line}{details}</div>'
 
 
 def cards(lang: int, results: list[Result], chosen: str | None) -> str:
@@ -131,9 +139,30 @@ def _player(one: Result) -> str:
     return f'<video class="frames" src="{url(one.path)}" controls autoplay muted loop playsinline></video>'
 
 
+def _strips(one: Result) -> str:
+    """A strip of every shot of a video of several, with its words; empty for others."""
+    shots = _shots(one)
+    if len(shots) < 2 or one.path.suffix != ".mp4":
+        return ""
+    frames = read_video(one.path).frames  # (T, H, W, 3)
+    ranges = timeline_of(shots, float(one.record["output"]["fps"])).ranges
+    rows = (
+        (shot, still(strip([frames[start:end]], min(STRIP, end - start), gap=0).numpy()))
+        for shot, (start, end) in zip(shots, ranges, strict=True)
+    )
+    told = "".join(f"<li>{picture}<span>{escape(shot.prompt)}</span></li>" for shot, picture in rows)
+    return f'<ol class="strips">{told}</ol>'
+
+
+def _shots(one: Result) -> list[Shot]:
+    shots = as_shots(one.record["request"].get("shots"))
+    return shots if isinstance(shots, list) else []
+
+
 def _caption(one: Result) -> str:
-    request = one.record["request"]
-    return f"<span>{escape(request['prompt'][:80] or '—')}</span><small>{request['seed']}</small>"
+    request, shots = one.record["request"], _shots(one)
+    words = " / ".join(shot.prompt for shot in shots) or request["prompt"]
+    return f"<span>{escape(words[:80] or '—')}</span><small>{request['seed']}</small>"
 
 
 def _short(value: Any) -> str:
@@ -182,6 +211,15 @@ def drawings(lang: int, path: str, motion: str, file: str) -> str:
     return '<div class="drawings">' + "".join(f"<figure>{svg}<figcaption>{text}</figcaption></figure>" for svg, text in figures) + "</div>"
 
 
+def storyboard(lang: int) -> str:
+    """The place for the rows of a storyboard; page.js draws them, with these words."""
+    words = {name: say(lang, f"shot_{name}") for name in ("words", "seconds", "camera", "up", "down", "remove", "drag")}
+    data = "".join(f' data-{name}="{escape(text)}"' for name, text in words.items())
+    cameras = "".join(f'<option value="{name}">' for name in ("static", *MOVES, *(f"{axis}=5" for axis in UNITS)))
+    add = f'<button type="button" data-do="add-shot">{say(lang, "shot_add")}</button>'
+    return f'<div class="story" data-most="{MOST}"{data}><ol></ol>{add}<datalist id="story-cameras">{cameras}</datalist></div>'
+
+
 def painter(lang: int, picture: np.ndarray, before: str | None = None) -> str:
     """A picture to paint on, and the tools; page.js does the painting. before: an earlier mask, a file of the store."""
     H, W = picture.shape[:2]
@@ -219,6 +257,9 @@ def understood(lang: int, plan: Plan, request: Request, clip: float | None = Non
         task.append(say(lang, "camera_from_file") if from_file else f"{say(lang, 'task_camera')} {request.camera.replace(',', ' ')}")
     if request.tracks is not None:
         task.append(say(lang, "task_brush"))
+    if plan.cuts:
+        lengths = [end - start for start, end in pairwise([0, *plan.cuts, plan.frames])]
+        task.append(say(lang, "task_of_shots", count=len(lengths), seconds=" + ".join(f"{n / plan.fps:.3g}" for n in lengths)))
     size = f"{plan.width}×{plan.height}"
     seconds, steps = f"{plan.frames / plan.fps:.1f}", plan.num_inference_steps
     facts = say(lang, "facts", frames=plan.frames, seconds=seconds, size=size, fps=f"{plan.fps:g}", steps=steps)

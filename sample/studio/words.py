@@ -72,6 +72,20 @@ WORDS: dict[str, tuple[str, str]] = {
         "Drag from a thing to where it shall go. A click holds it in place. Drag an arrow's ends to change it; × removes it.",
         "从物体拖到目的地；只点一下则保持不动。拖动箭头两端可修改，按 × 删除。",
     ),
+    "shots": ("Storyboard", "分镜"),
+    "write_shots": (
+        "Shots of one video, instead of the prompt and the length: each with its own words, seconds and camera. Drag a row to move it.",
+        "一段视频的多个镜头，代替提示词和时长：每个镜头有自己的文字、秒数和运镜。拖动一行可调整顺序。",
+    ),
+    "shot_words": ("What this shot shows", "这个镜头的内容"),
+    "shot_seconds": ("Seconds", "秒"),
+    "shot_camera": ("Camera, as in pan=5", "运镜，例如 pan=5"),
+    "shot_up": ("Move up", "上移"),
+    "shot_down": ("Move down", "下移"),
+    "shot_remove": ("Remove", "删除"),
+    "shot_drag": ("Drag to move", "拖动排序"),
+    "shot_add": ("Add a shot", "添加镜头"),
+    "task_of_shots": ("{count} shots: {seconds} s", "{count} 个镜头：{seconds} 秒"),
     "size": ("Size", "尺寸"),
     "aspect": ("Aspect", "画幅"),
     "auto": ("auto", "自动"),
@@ -202,12 +216,14 @@ CHINESE_TASKS = {
 WORDS |= {f"task_{name}": (TASK_TITLES[name], chinese) for name, chinese in CHINESE_TASKS.items()} | {
     "task_camera": ("camera", "镜头"),
     "task_brush": ("motion brush", "运动笔刷"),
+    "task_shots": ("shots", "分镜"),
 }
 
 # Gradio translates a label as a whole, so combined texts are combined here: why a control is greyed out.
 NOT_TRAINED = ("not trained into this model", "该模型未训练此功能")
 WORDS |= {
-    f"unable_{name}": (f"{NOT_TRAINED[0]}: {WORDS[f'task_{name}'][0]}", NOT_TRAINED[1]) for name in (*CHINESE_TASKS, "camera", "brush")
+    f"unable_{name}": (f"{NOT_TRAINED[0]}: {WORDS[f'task_{name}'][0]}", NOT_TRAINED[1])
+    for name in (*CHINESE_TASKS, "camera", "brush", "shots")
 }
 WORDS |= {
     f"{name}_unable": (f"{WORDS[name][0]} ({NOT_TRAINED[0]})", f"{WORDS[name][1]}（{NOT_TRAINED[1]}）")

@@ -1,0 +1,105 @@
+"""The storyboard on the page: how its rows become shots, what is refused, its strips, and how a record's shots become rows again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from kling_programs.sample.studio import views
+from kling_programs.sample.studio.form import FIELDS, missing, request_of
+from kling_programs.sample.studio.mistakes import told_to
+from kling_programs.sample.studio.restore import fields_of
+from kling_programs.sample.studio.shelf import Result
+from kling_programs.sample.studio.uploads import Uploads
+
+from kling import Shot
+from kling.data.video import write_video
+from kling.errors import UserError
+from kling.sampling.record import write_record
+
+ROWS = [{"prompt": "a ball", "seconds": 1.5, "camera": "pan=5"}, {"prompt": "一个球", "seconds": 1, "camera": ""}]
+
+
+@pytest.fixture
+def uploads(tmp_path: Path) -> Uploads:
+    (tmp_path / "arrivals").mkdir()
+    return Uploads(tmp_path / "arrivals", tmp_path / "store")
+
+
+def test_rows_are_shots_and_take_the_place_of_the_length(uploads: Uploads) -> None:
+    request = request_of({"shots": ROWS, "duration": 5, "prompt": ""}, uploads)
+    assert request.shots == [Shot("a ball", 1.5, "pan=5"), Shot("一个球", 1.0)] and request.duration is None
+    assert request_of({"shots": ROWS, "camera_scale": 2}, uploads).camera_scale == 2
+    assert request_of({"prompt": "a ball", "shots": [], "duration": 5}, uploads).shots is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "refused"),
+    [
+        ({"shots": "x"}, "give a list"),
+        ({"shots": [1]}, "give a list"),
+        ({"shots": ROWS * 4}, "at most 6"),
+        ({"shots": [{"seconds": 2}]}, "shot 1 has no words"),
+        ({"shots": [ROWS[0], ROWS[1] | {"prompt": " "}]}, "shot 2 has no words"),
+        ({"shots": [ROWS[0] | {"seconds": "2"}]}, "not a number"),
+        ({"shots": [ROWS[0] | {"seconds": 1000}]}, "number from 0.1"),
+        ({"shots": [ROWS[0] | {"camera": "/etc/passwd"}]}, "unknown camera move"),
+        ({"shots": [ROWS[0] | {"camera": "pan=50"}]}, "outside"),
+        ({"shots": ROWS, "prompt": "a cube"}, "both prompt and shots"),
+        ({"shots": ROWS, "pan": 3}, "both camera and shots"),
+        ({"shots": ROWS, "loop": True}, "both loop and shots"),
+    ],
+)
+def test_what_is_no_storyboard_is_refused(uploads: Uploads, fields: dict, refused: str) -> None:
+    with pytest.raises(UserError, match=refused) as error:
+        request_of(fields, uploads)
+    assert "\n" not in str(error.value) and told_to(1, error.value)
+
+
+def test_shots_of_a_record_are_rows_again(uploads: Uploads) -> None:
+    studio = SimpleNamespace(uploads=uploads, pipe=SimpleNamespace(config=SimpleNamespace(fps=8.0)), weights_from=lambda record: None)
+    asked = {"prompt": "", "keyframes": [], "shots": [{"prompt": "a ball", "seconds": 1.5, "camera": "pan=5"}]}
+    fields, _ = fields_of({"request": asked, "inputs": {}}, studio)
+    assert fields["shots"] == ROWS[:1] and request_of({k: v for k, v in fields.items() if k in FIELDS}, uploads).shots
+    _, remarks = fields_of({"request": asked | {"shots": "/x/story.yaml"}, "inputs": {}}, studio)
+    assert ("elsewhere", {"names": "shots"}) in remarks, "a file of another machine"
+
+
+def test_a_result_shows_a_strip_of_every_shot_with_its_words(tmp_path: Path) -> None:
+    frames = np.zeros((17, 64, 112, 3), np.uint8)
+    frames[9:] = 200
+    write_video(tmp_path / "a.mp4", frames, 8)
+    asked = {
+        "prompt": "",
+        "seed": 1,
+        "shots": [{"prompt": "<b>", "seconds": 1, "camera": None}, {"prompt": "two", "seconds": 1, "camera": None}],
+    }
+    record = {"request": asked, "settings": {}, "output": {"seconds": 1.0, "fps": 8.0}}
+    write_record(tmp_path / "a.mp4.json", record)
+    one = SimpleNamespace(path=tmp_path / "a.mp4", record=record, id="a", record_path=tmp_path / "a.mp4.json")
+    told = views.result(0, one)
+    assert told.count("<li><img") == 2 and "&lt;b&gt;" in told and "<b>" not in told
+    assert "&lt;b&gt; / two" in views.cards(0, [one], None)
+    record["request"] = asked | {"shots": None, "prompt": "x"}
+    assert "strips" not in views.result(0, one)
+    assert json.loads(Result(tmp_path / "a.mp4").record_path.read_text())["request"]["shots"]
+
+
+def test_the_page_says_what_a_model_without_shots_lacks() -> None:
+    pipe = SimpleNamespace(config=SimpleNamespace(capabilities=["text"]))
+    assert missing(pipe, "shots") == "shots"
+    pipe.config.capabilities.append("shots")
+    assert missing(pipe, "shots") is None
+    assert 'data-most="6"' in views.storyboard(0) and "添加镜头" in views.storyboard(1)
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="no node on this machine")
+def test_rows_are_written_moved_dragged_and_removed() -> None:
+    """page.js with a pretended page: what a visitor does, and what the form then sends."""
+    done = subprocess.run(["node", str(Path(__file__).parent / "data" / "story.js")], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
