@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from kling.cameras.axes import axes_trajectory
 from kling.data.world.captions import COLOURS, GROUNDS, MOTIONS, SOLIDS, caption
-from kling.data.world.scene import FOCAL, FPS, PHRASINGS, Scene, Thing, World, free_path
+from kling.data.world.scene import FOCAL, FPS, PHRASINGS, Scene, Thing, World, free_path, render_scene
+from kling.data.world.storyboard import Storyboard, Storyboards, render_storyboard
 from kling.data.world.tracks import places_of
 from kling.errors import unknown
 from kling.metrics.camera.errors import CLASSES
@@ -34,16 +36,21 @@ TRACKED = "tracked"  # stands for the tracks of a case, whose mask is that of th
 
 @dataclass(frozen=True)
 class Case:
-    """One case: the fields of a `Request`, and the scene that would be a correct result.
+    """One case: the fields of a `Request`, and the scene, or the storyboard, that would be a correct result.
 
     Pictures and videos in `request` are frame numbers of the scene `given`, which is rendered only when the case is used.
     """
 
     task: str
     k: int
-    scene: Scene
+    scene: Scene | Storyboard
     request: dict[str, Any]
-    given: Scene
+    given: Scene | Storyboard
+
+
+def rendered(scene: Scene | Storyboard) -> Tensor:
+    """Video (T, H, W, 3) uint8."""
+    return render_storyboard(scene) if isinstance(scene, Storyboard) else render_scene(scene)
 
 
 def held_out(seed: int, frames: int, **settings: Any) -> World:
@@ -180,6 +187,49 @@ def with_path(world: World, index: int, k: int, moving: bool) -> Scene | None:
     return scene if whole and far and bool(apart.all()) else None
 
 
+def story_of(world: World, k: int) -> tuple[Storyboard, list[str]]:
+    """The k-th storyboard of two shots, with one thing and static cameras, and a sentence for each shot."""
+    stories, index = Storyboards(world.seed, world.frames, ASPECT, split="heldout", max_things=1), 8 * k
+    while len((board := stories.storyboard(index)).shots) != 2:
+        index += 1
+    H, W = aspect_size(ASPECT)
+    quiet = [(shot, axes_trajectory({}, shot.frames, H, W, FOCAL)) for shot in board.shots]
+    shots = tuple(dataclasses.replace(shot, axes={}, move="static", trajectory=path) for shot, path in quiet)
+    board = dataclasses.replace(board, shots=shots)
+    language = list(LANGUAGES)[k % 2]
+    return board, [told[language][k // 2 % PHRASINGS] for told in stories.captions(board)]
+
+
+def shots_case(world: World, k: int) -> Case:
+    """A storyboard of two shots: the same thing on the same ground, elsewhere, doing something else."""
+    board, words = story_of(world, k)
+    shots = [{"prompt": text, "seconds": shot.frames / FPS, "camera": "static"} for text, shot in zip(words, board.shots, strict=True)]
+    request = {"shots": shots, "aspect": ASPECT, "seed": derive_seed(world.seed, "evaluation", k)}
+    return Case("shots", k, board, request, board)
+
+
+def alone_case(world: World, k: int) -> Case:
+    """The first shot of a storyboard as a clip of its own, as long."""
+    board, words = story_of(world, k)
+    case = asked("shots-alone", k, world, board.shots[0], words[0], camera="static")
+    return dataclasses.replace(case, request=case.request | {"num_frames": board.shots[0].frames})
+
+
+def other_story(board: Storyboard) -> Storyboard:
+    """A storyboard with its shots in the other order, so that cut and words are wrong, and another thing in one of them."""
+    first, second = board.shots
+    second = exchanged_thing(second)
+    return dataclasses.replace(board, shots=(second, first), places=board.places[::-1])
+
+
+def exchanged_thing(scene: Scene) -> Scene:
+    """The scene with its first thing of another colour and another solid."""
+    thing, *rest = scene.things
+    colours, solids = ([name for name in names if name != own] for names, own in ((COLOURS, thing.colour), (SOLIDS, thing.solid)))
+    other = dataclasses.replace(thing, colour=colours[scene.index % len(colours)], solid=solids[scene.index % len(solids)])
+    return dataclasses.replace(scene, things=(other, *rest))
+
+
 @dataclass(frozen=True)
 class Task:
     """A kind of case.
@@ -220,6 +270,8 @@ TASKS = {
     "brush-none": Task(lambda world, k: brush_case(world, k, brushed=False), "brush", beside=()),
     "brush-camera": Task(lambda world, k: brush_case(world, k, moving=True), "brush", beside=("truth", "broken", "frozen")),
     "brush-camera-none": Task(lambda world, k: brush_case(world, k, brushed=False, moving=True), "brush", few=True, beside=()),
+    "shots": Task(shots_case, "shots", beside=("truth", "truth through the VAE", "broken", "frozen")),
+    "shots-alone": Task(alone_case, "shots", beside=("truth",), cost=0.5),
     "continuation": Task(continuation_case, "continuation", few=True, beside=("truth", "truth through the VAE")),
     "continuation-same": Task(lambda world, k: going_on_case(world, k, "same"), "continuation", cost=2),
     "continuation-other": Task(lambda world, k: going_on_case(world, k, "other"), "continuation", few=True, cost=2),
@@ -327,6 +379,11 @@ TABLE = (
     Line("brush-camera", "near", "brushed with a moving camera: within half its size at the end", "%", None, ">= 0.75"),
     Line("brush-camera", "distance", "brushed with a moving camera: from its path, mean", "sizes"),
     Line("brush-camera-none", "near", "the same without the brush", "%", None, "<= 0.35"),
+    Line("shots", "cut", "storyboards: every cut at its rounded place", "%", None, ">= 0.95"),
+    Line("shots", "same", "storyboards: the same thing and ground in all shots", "%", None, ">= 0.85"),
+    *(Line("shots", q, f"{q} of a shot", "%", CHANCE[q]) for q in QUESTIONS),
+    *(Line("shots-alone", q, f"{q} of a shot made alone", "%", CHANCE[q]) for q in QUESTIONS),
+    *(Line("shots - alone", q, f"{q}, a shot of several less one alone", "%", None, ">= -0.05") for q in QUESTIONS),
     *(
         Line(f"restyle-{strength}", q, f"restyled at {strength}: {title}", "%")
         for strength in ("0.3", "0.7")
@@ -364,6 +421,8 @@ ORDERS = (
     Order("image-motion whole", ("truth", "broken")),
     *(Order(f"{task} near", ("truth", "frozen")) for task in ("brush", "brush-camera")),
     Order("brush distance", ("truth", "frozen"), higher=False),
+    *(Order(f"shots {q}", ("truth", "broken")) for q in ("cut", "same", "motion")),
+    Order("shots cut", ("truth", "frozen")),
     Order("first_last last", ("truth through the VAE", "frozen")),
     Order("keyframes middle", ("truth through the VAE", "frozen")),
     *(Order(f"restyle-{strength} colour", ("truth", "broken")) for strength in ("0.3", "0.7")),

@@ -48,6 +48,8 @@ from kling_programs.eval.cases import (
     half,
     held_out,
     other_camera,
+    other_story,
+    rendered,
     spoiled,
 )
 from kling_programs.eval.common import check_order, found_only, protocol_hash, write_json
@@ -59,6 +61,7 @@ from kling.data.image import write_png
 from kling.data.strip import strip
 from kling.data.transforms import fit, to_tensor
 from kling.data.world.scene import COLOUR_RGB, Scene, World, render_scene
+from kling.data.world.storyboard import shot_ranges
 from kling.data.world.tracks import places_of
 from kling.errors import UserError
 from kling.metrics.control import QUESTIONS
@@ -173,7 +176,7 @@ def estimate(examiner: Examiner, todo: list[int]) -> str:
     if task is None:
         return "all clips exist: they are measured"
     case = TASKS[task].make(examiner.world, todo[0])
-    truth, started = render_scene(case.scene), time.monotonic()
+    truth, started = rendered(case.scene), time.monotonic()
     video, took = examiner.answer(case, truth)
     measure(examiner.ruler, case, video, truth)
     each, total = time.monotonic() - started, sum(counts.values())
@@ -233,7 +236,7 @@ class Examiner:
             if k >= self.options.cases(task):
                 continue
             case = TASKS[task].make(self.world, k)
-            truth = render_scene(case.scene)
+            truth = rendered(case.scene)
             video, took = self.answer(case, truth)
             seconds += [took] if took else []
             rows["model"][task] = measure(self.ruler, case, video, truth)
@@ -266,7 +269,7 @@ class Examiner:
     def fields(self, case: Case, truth: Tensor) -> dict[str, Any]:
         """The fields of the `Request` for a case."""
         fields = dict(case.request)
-        frames = truth if case.given is case.scene else render_scene(case.given)
+        frames = truth if case.given is case.scene else rendered(case.given)
         for name in ("image", "last_image", "video"):
             if name in fields:
                 fields[name] = frames[fields[name]].numpy()
@@ -276,6 +279,7 @@ class Examiner:
             fields["keyframes"] = [(frames[shown].numpy(), t, strength) for shown, t, strength in fields["keyframes"]]
         if not self.camera:
             fields.pop("camera", None)
+            fields |= {"shots": [shot | {"camera": None} for shot in fields["shots"]]} if "shots" in fields else {}
         if self.options.steps:
             fields["num_inference_steps"] = self.options.steps
         if self.options.mode:
@@ -323,6 +327,8 @@ def broken(case: Case) -> Tensor:
     scene, family = case.scene, case.task.split("-")[0]
     if family == "restyle":
         return render_scene(case.given)
+    if case.task == "shots":
+        return rendered(other_story(case.scene))
     if family in ("plain", "camera", "words"):
         scene = other_camera(scene)
     after = exchanged(scene) if family in ("things", "continuation") else scene
@@ -340,6 +346,8 @@ def make_ruler(options: Options) -> Ruler:
 def measure(ruler: Ruler, case: Case, video: Tensor, truth: Tensor) -> Row:
     """The scores of one clip (T, H, W, 3) uint8 for a case; None if a measure does not apply."""
     scene, family = case.scene, case.task.split("-")[0]
+    if case.task == "shots":
+        return ruler.shots(video, shot_ranges(scene.starts, scene.frames), [labels(shot) for shot in scene.shots])
     named = scene.axes if len(scene.axes) < 2 or scene.move else None
     if case.task == "image":
         return {"first": float(psnr(batch(video), batch(truth))[0, 0])}
@@ -406,6 +414,8 @@ def report(options: Options, model: dict[str, Any], records: list[Record], left_
     scores = {task: summarise(rows) for task, rows in own.items()}
     if "text-en" in own and "text-zh" in own:
         scores["zh - en"] = paired(own["text-en"], own["text-zh"])
+    if "shots" in own and "shots-alone" in own:
+        scores["shots - alone"] = paired(own["shots-alone"], own["shots"])
     for task in [task for task in own if task in TASKS and TASKS[task].ceiling]:
         scores[f"{task} below VAE"] = paired(own[task], vae[task])
     columns = {name: {task: summarise(rows) for task, rows in by_task.items()} for name, by_task in measured.items() if name != "model"}
@@ -458,7 +468,7 @@ def show(out: Path, task: str, world: World, cases: list[int]) -> None:
     """The strip of a task: truth above the model's clip."""
     rows = []
     for k in cases:
-        truth = render_scene(TASKS[task].make(world, k).scene)
+        truth = rendered(TASKS[task].make(world, k).scene)
         made = torch.from_numpy(np.load(clip_path(out, task, k), allow_pickle=False)["frames"])
         rows += [truth, fit(made, *truth.shape[1:3])]
     if rows:

@@ -25,7 +25,6 @@ from torch import Tensor
 from kling.cameras.axes import axes_trajectory
 from kling.cameras.trajectory import Trajectory
 from kling.data.video import write_video
-from kling.data.world.scene import render_scene
 from kling.errors import UserError
 from kling.metrics.controls import noise
 from kling.metrics.ruler import Ruler
@@ -36,13 +35,17 @@ N = 2
 
 def key(request: dict[str, Any]) -> tuple:
     given = ("image", "last_image", "video", "keyframes")
-    return *(str(request.get(name)) for name in ("prompt", "seed", "camera", "num_frames", "strength")), *(x in request for x in given)
+    return *(str(request.get(name)) for name in ("prompt", "seed", "camera", "num_frames", "strength", "shots")), *(
+        x in request for x in given
+    )
 
 
 class Oracle:
     """Answers every case with its truth. Counts what it was asked."""
 
-    config = SimpleNamespace(capabilities=["text", "image", "first_last", "keyframes", "restyle", "continuation", "camera", "brush"])
+    config = SimpleNamespace(
+        capabilities=["text", "image", "first_last", "keyframes", "restyle", "continuation", "camera", "brush", "shots"]
+    )
     device = torch.device("cpu")
 
     def __init__(self) -> None:
@@ -53,7 +56,7 @@ class Oracle:
 
     def __call__(self, **request: Any) -> SimpleNamespace:
         self.calls += 1
-        return SimpleNamespace(frames=render_scene(self.asked[key(request)].scene)[None].numpy())
+        return SimpleNamespace(frames=cases.rendered(self.asked[key(request)].scene)[None].numpy())
 
     def encode(self, frames: Tensor) -> Tensor:
         return frames[None]
@@ -89,13 +92,15 @@ def test_the_truth_gets_full_scores_and_broken_clips_none(tmp_path: Path) -> Non
         assert scores[f"text-{code}"]["colour"]["n"] == N
     assert scores["zh - en"]["colour"]["value"] == 0
     kept = {task: summary["whole"]["value"] for task, summary in scores.items() if task in TASKS and "whole" in summary}
-    assert len(kept) == 18 and set(kept.values()) == {1}
+    assert len(kept) == 19 and set(kept.values()) == {1}
+    assert scores["shots"]["cut"]["value"] == scores["shots"]["same"]["value"] == 1
     assert all(scores[task]["near"]["value"] == 1 and scores[task]["distance"]["value"] < 0.2 for task in kept if "brush" in task)
     assert report["columns"]["frozen"]["brush"]["near"]["value"] == 0
     assert scores["plain"]["still"]["value"] == 1 and scores["words"]["class"]["value"] == 1
     assert scores["things-2"]["colour"]["value"] == 1 and scores["restyle-0.3"]["colour"]["value"] == 1
     assert all(scores[f"continuation-{words}"]["kept"]["value"] == 1 for words in ("same", "other", "none"))
     broken = report["columns"]["broken"]
+    assert broken["shots"]["cut"]["value"] == broken["shots"]["same"]["value"] == report["columns"]["frozen"]["shots"]["cut"]["value"] == 0
     assert all(broken[task]["whole"]["value"] == 0 for task in kept if task in broken and "restyle" not in task)
     assert broken["plain"]["still"]["value"] == 0 and broken["words"]["class"]["value"] == 0
     assert broken["things-2"]["right"]["value"] == 0 and broken["restyle-0.7"]["colour"]["value"] == 0

@@ -16,7 +16,7 @@ from kling.condition.state import SHOT_GAP, Given, State, build_state
 from kling.data.buckets import Bucket
 from kling.data.source import ClipSource, DataConfig, StepBatches
 from kling.data.world.captions import COLOURS, MOTIONS
-from kling.data.world.scene import COLOUR_RGB, HELD_OUT
+from kling.data.world.scene import COLOUR_RGB, HELD_OUT, World, render_scene
 from kling.data.world.storyboard import Storyboard, Storyboards, render_storyboard, shot_ranges
 from kling.data.world.tracks import places_of
 from kling.dit import KlingTransformer3DModel
@@ -24,6 +24,7 @@ from kling.dit.walk_cache import WalkCache
 from kling.errors import UserError
 from kling.metrics.brush import thing_places
 from kling.metrics.segment import segment
+from kling.metrics.shots import find_cuts
 from kling.nn.attention import Attention
 from kling.training.examples import Drawing, draw_example
 from kling.training.start import check_shots
@@ -313,3 +314,19 @@ def test_the_decoder_s_tuning_sees_cuts() -> None:
     names = StepBatches(source, 8, cuts=0.5).names(0)
     of = [name.split("/")[2] == "shots" for name in names]
     assert any(of) and not all(of) and not any("shots" in name for name in StepBatches(source, 8).names(0))
+
+
+# ------------------------------------------------------------------------------------------------------------- the metrics
+
+
+def test_cuts_are_found_where_they_are_and_nowhere_else() -> None:
+    """Of rendered storyboards with moving cameras, and none in single clips, in a frozen one, or where a clip fades."""
+    for index in range(4):
+        board = Storyboards(seed=1, frames=41, aspect="16:9").storyboard(index)
+        assert find_cuts(render_storyboard(board)) == list(board.cuts)
+    world = World(1, 41, "16:9")
+    assert not any(find_cuts(render_scene(world.scene(index))) for index in range(4))
+    still = torch.randint(0, 256, (1, 64, 112, 3), dtype=torch.uint8).expand(9, -1, -1, -1)
+    assert not find_cuts(still)
+    fade = torch.linspace(0, 255, 9)[:, None, None, None].expand(9, 64, 112, 3).to(torch.uint8)
+    assert not find_cuts(fade) and find_cuts(torch.cat([fade[:4], 255 - fade[4:]])) == [4]

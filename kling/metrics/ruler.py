@@ -14,6 +14,7 @@ from kling.metrics.camera.odometry import Stage, estimate_trajectory
 from kling.metrics.control import QUESTIONS, Detectors
 from kling.metrics.permanence import permanence
 from kling.metrics.report import Row
+from kling.metrics.shots import shots_row
 from kling.metrics.things import read_things
 
 
@@ -45,6 +46,10 @@ class Ruler:
         row = follows(video, self.detectors.palette, colour, asked, size)
         moves = None if other is None else read_things(video, self.detectors, [colour, other["colour"]])[1]["motion"] == other["motion"]
         return row | {"other": moves}
+
+    def shots(self, video: Tensor, ranges: Sequence[tuple[int, int]], labels: Sequence[Mapping[str, str]]) -> Row:
+        """Whether cuts are where they were asked, and what each shot (first, end frame) shows. See `kling.metrics.shots.shots_row`."""
+        return shots_row(video, ranges, labels, self.detectors)
 
     def camera(self, video: Tensor, asked: Trajectory, axes: Mapping[str, float] | None) -> Row:
         """Errors of the camera's path. axes: of a single axis, a master shot or a static camera; None for combinations.
