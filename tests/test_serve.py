@@ -211,6 +211,37 @@ def test_pan_and_tilt_follow_the_convention(tiny: Path, tmp_path: Path) -> None:
         assert desk.capabilities()["camera_control"]["convention"] == year
 
 
+def test_multi_prompt_is_a_storyboard(tmp_path: Path) -> None:
+    from kling_programs.sample.server import classic, newer
+    from test_pipeline import tiny_pipeline
+
+    tiny_pipeline(max_frames=41, capabilities=["text", "image", "camera", "shots"]).save_pretrained(tmp_path / "model")
+    desk = Desk(Store(tmp_path / "store"), str(tmp_path / "model"), Rules())
+    rows = [{"index": 2, "prompt": "it jumps", "duration": "2"}, {"index": 1, "prompt": "a ball rolls", "duration": "3"}]
+    ask = {"multi_shot": True, "shot_type": "customize", "multi_prompt": rows, "duration": "5"}
+
+    def take(**more: Any) -> Any:
+        return desk.take("anna", classic.read(desk, "text2video", classic.Text2Video(**ask | more), ""))[0]
+
+    assert take().request["shots"] == [{"prompt": "a ball rolls", "seconds": 3.0}, {"prompt": "it jumps", "seconds": 2.0}]
+    assert desk.capabilities()["fields"]["multi_shot"]
+    for more, words in (
+        ({"duration": "10"}, "lasts 5 s and duration is 10"),
+        ({"prompt": "x"}, "both prompt and multi_prompt"),
+        ({"multi_prompt": None, "prompt": "x"}, "give shot_type customize, and multi_prompt"),
+        ({"shot_type": "intelligence"}, "shot_type intelligence"),
+        ({"multi_shot": False}, "set multi_shot to true"),
+        ({"multi_prompt": [{"index": 1, "prompt": "x"}]}, "give index"),
+        ({"multi_prompt": [rows[0] | {"duration": None}]}, "is no number"),
+        ({"multi_prompt": [rows[0] | {"prompt": ""}], "duration": None}, "say in words"),
+        ({"camera_control": {"type": "forward_up"}}, "both camera and shots"),
+    ):
+        with pytest.raises((UserError, WireError), match=words):
+            take(**more)
+    with pytest.raises(UserError, match="use multi_prompt of"):
+        newer.read(desk, "text-to-video", desk.name, newer.Body(prompt="x", settings={"multi_shot": True}), "")
+
+
 def test_the_brush_counts_y_from_the_bottom_and_its_masks_are_kept(tmp_path: Path) -> None:
     from kling_programs.sample.server import classic
     from kling_programs.sample.server.store import names_of

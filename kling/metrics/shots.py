@@ -21,7 +21,7 @@ SAME = ("colour", "solid", "ground")  # what all shots of a storyboard share
 
 
 def find_cuts(video: Tensor) -> list[int]:
-    """The frames of a clip (T, H, W, 3) uint8 at which another shot begins: where coarse pictures change at once, and not before or after."""
+    """The frames of a clip (T, H, W, 3) uint8 at which another shot begins: where the picture changes at once, and not before or after."""
     coarse = F.avg_pool2d(video.permute(0, 3, 1, 2).float(), COARSE)  # (T, 3, h, w)
     change = (coarse[1:] - coarse[:-1]).abs().mean((1, 2, 3))  # (T - 1,) entry i is from frame i to i + 1
     found = []

@@ -16,7 +16,7 @@ NAMES = {"last_image": "image_tail", "aspect": "aspect_ratio"}  # ours -> theirs
 NEUTRAL = {"sound": "off", "multi_shot": False}  # what says nothing, where that is not null or empty
 # Fields for which a model must have been trained, and for what.
 TRAINED = {
-    "static_mask": "brush", "dynamic_masks": "brush", "multi_shot": "multi_shot", "shot_type": "multi_shot", "multi_prompt": "multi_shot",
+    "static_mask": "brush", "dynamic_masks": "brush", "multi_shot": "shots", "shot_type": "shots", "multi_prompt": "shots",
     "sound": "sound", "voice_list": "sound", "element_list": "reference", "image_list": "reference",
 }  # fmt: skip
 
@@ -117,8 +117,10 @@ def read(desk: Desk, kind: str, body: Body, base: str) -> Ask:
             raise UserError(f"{' and '.join(given)} were given: leave one of them out")
     elif isinstance(body, VideoExtend):
         video = _named(body)
-    elif not body.prompt:
+    elif not body.prompt and not body.multi_prompt:
         raise UserError("prompt is empty: say what the video shows")
+    if body.multi_shot or body.multi_prompt or body.shot_type:
+        fields["shots"] = read_shots(body, fields.pop("duration", None))
     return Ask(
         kind, fields, pictures, brush=brush, video=video, external=body.external_task_id or None, callback=body.callback_url or None,
         base=base, body=sent, names=NAMES,
@@ -148,6 +150,25 @@ def _seconds(given: str | float | None, strict: bool) -> float | None:
         return float(given)
     except ValueError:
         raise UserError(f"duration {given[:20]!r} is no number: give seconds, such as '5'") from None
+
+
+def read_shots(body: Body, duration: float | None) -> list[dict[str, Any]]:
+    """The shots of `multi_prompt`, in the order of their index. Raises `UserError` unless their durations sum to `duration`, where it is
+    given, and for shots that the model should invent itself."""
+    if not body.multi_prompt or body.shot_type not in (None, "customize"):
+        raise UserError(f"shot_type {body.shot_type or '(none)'}: give shot_type customize, and multi_prompt with the words of every shot")
+    if body.multi_shot is False:
+        raise UserError("multi_prompt was given without multi_shot: set multi_shot to true, or leave multi_prompt out")
+    if body.prompt:
+        raise UserError("both prompt and multi_prompt were given: every shot has its own prompt; leave prompt out")
+    for row in body.multi_prompt:
+        if set(row) != {"index", "prompt", "duration"} or not isinstance(row["index"], int):
+            raise UserError("multi_prompt: give index (a whole number), prompt and duration for every shot")
+    rows = sorted(body.multi_prompt, key=lambda row: row["index"])
+    shots = [{"prompt": row["prompt"], "seconds": _seconds(str(row["duration"]), False)} for row in rows]
+    if duration is not None and sum(shot["seconds"] for shot in shots) != duration:
+        raise UserError(f"multi_prompt lasts {sum(shot['seconds'] for shot in shots):g} s and duration is {duration:g}: let them be equal")
+    return shots
 
 
 def read_camera(desk: Desk, control: dict[str, Any]) -> dict[str, float]:

@@ -254,7 +254,7 @@ class Desk:
             },
             "fields": {
                 "image": "image" in able, "image_tail": "last" in able, "image with image_tail": "first_last" in able,
-                "camera_control": "camera" in able, "static_mask, dynamic_masks": "brush" in able, "multi_shot": "multi_shot" in able,
+                "camera_control": "camera" in able, "static_mask, dynamic_masks": "brush" in able, "multi_shot": "shots" in able,
                 "loop": "first_last" in able or "last" in able,
             },
             "camera_control": {"convention": rules.convention, "axes_at_once": 1 if rules.strict else 6, "dolly": False},

@@ -77,7 +77,8 @@ def read(desk: Desk, path: str, model: str, body: Body, base: str) -> Ask:
     if settings.audio != "off":
         desk.need("sound", "settings.audio")
     if settings.multi_shot:
-        desk.need("multi_shot", "settings.multi_shot")
+        desk.need("shots", "settings.multi_shot")
+        raise UserError("settings.multi_shot: no words of single shots are known on this path: use multi_prompt of /v1/videos/text2video")
     if settings.resolution not in (None, *RESOLUTIONS):
         raise unknown("settings.resolution", settings.resolution, RESOLUTIONS)
     if (options.watermark_info or {}).get("enabled"):
