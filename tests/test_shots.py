@@ -326,7 +326,7 @@ def test_cuts_are_found_where_they_are_and_nowhere_else() -> None:
         assert find_cuts(render_storyboard(board)) == list(board.cuts)
     world = World(1, 41, "16:9")
     assert not any(find_cuts(render_scene(world.scene(index))) for index in range(4))
-    still = torch.randint(0, 256, (1, 64, 112, 3), dtype=torch.uint8).expand(9, -1, -1, -1)
-    assert not find_cuts(still)
+    still = torch.randint(0, 256, (1, 64, 112, 3), dtype=torch.uint8).expand(5, -1, -1, -1)
+    assert not find_cuts(still) and find_cuts(torch.cat([still, 255 - still])) == [5]
     fade = torch.linspace(0, 255, 9)[:, None, None, None].expand(9, 64, 112, 3).to(torch.uint8)
-    assert not find_cuts(fade) and find_cuts(torch.cat([fade[:4], 255 - fade[4:]])) == [4]
+    assert not find_cuts(fade)

@@ -36,6 +36,7 @@ from kling.training.health import Guard
 from kling.training.loop import Loop
 from kling.training.meter import StepClock, peak_memory
 from kling.training.optim import adamw, check_names, make_optimizer, set_lr
+from kling.training.start import SHIPPED
 from kling.vae import AutoencoderKLKling, LossWeights, vae_loss
 from kling.vae.discriminator import Adversary, PatchDiscriminator3d, Perceptual, frozen, generator_loss, hinge
 from kling.vae.paths import PATHS, Autoencoding, half
@@ -52,7 +53,7 @@ class TrainVAEConfig:
     optimizer: adamw or muon, with the same lr. lr: highest learning rate. warmup: updates in which lr rises from 0.
     schedule: constant or cosine, after the warmup. floor: fraction of lr at the end of cosine. weight_decay: of matrices, relative to lr.
     clip_grad: largest norm of the gradients. ema: decay of the averaged weights, per update. model: keys of AutoencoderKLKling.
-    init_from: a VAE folder to start from, instead of `model`. freeze: parts that are not trained; with [encoder, quant_conv] the decoder
+    init_from: a VAE folder to start from, or shipped, instead of `model`. freeze: parts that are not trained; with [encoder, quant_conv] the decoder
     improves while the latents stay the same, so that a transformer trained on them stays valid.
     draw: the decoder gets a sample of the posterior instead of its mean; without it only `loss.kl` trains the posterior's width, and a
     sample costs decibels. loss.halved: scale equivariance (see `Autoencoding`).
@@ -132,7 +133,7 @@ def train(cfg: TrainVAEConfig, loop: Loop) -> None:
     if accelerator.is_fsdp2:
         raise UserError("a VAE is trained whole on every GPU: use configs/accelerate/ddp.yaml")
     torch.manual_seed(cfg.seed)  # the initial weights; every later draw is counter-based
-    model = load_vae(cfg.init_from) if cfg.init_from else AutoencoderKLKling(**cfg.model)
+    model = load_vae("" if cfg.init_from == SHIPPED else cfg.init_from) if cfg.init_from else AutoencoderKLKling(**cfg.model)
     model.train()
     for name in cfg.freeze:
         if name not in FREEZABLE:
