@@ -13,11 +13,14 @@ import pytest
 from kling_programs.sample.studio import views
 from kling_programs.sample.studio.form import FIELDS, missing, request_of
 from kling_programs.sample.studio.mistakes import told_to
+from kling_programs.sample.studio.remote import body_of
 from kling_programs.sample.studio.restore import fields_of
 from kling_programs.sample.studio.shelf import Result
 from kling_programs.sample.studio.uploads import Uploads
 
-from kling import Shot
+from kling import Request, Shot
+from kling.cameras.axes import axes_trajectory
+from kling.cameras.files import save_trajectory
 from kling.data.video import write_video
 from kling.errors import UserError
 from kling.sampling.record import write_record
@@ -68,6 +71,18 @@ def test_shots_of_a_record_are_rows_again(uploads: Uploads) -> None:
     assert fields["shots"] == ROWS[:1] and request_of({k: v for k, v in fields.items() if k in FIELDS}, uploads).shots
     _, remarks = fields_of({"request": asked | {"shots": "/x/story.yaml"}, "inputs": {}}, studio)
     assert ("elsewhere", {"names": "shots"}) in remarks, "a file of another machine"
+
+
+def test_a_storyboard_is_sent_to_a_server_as_axes(tmp_path: Path) -> None:
+    sent = body_of(Request(shots=[Shot("a ball", 1.0, "pan=5"), Shot("b", 1.0, "static"), Shot("c", 1.0)]))["request"]["shots"]
+    assert sent == [
+        {"prompt": "a ball", "seconds": 1.0, "camera": {"pan": 5.0}},
+        {"prompt": "b", "seconds": 1.0, "camera": {}},
+        {"prompt": "c", "seconds": 1.0},
+    ]
+    save_trajectory(tmp_path / "c.json", axes_trajectory({"pan": 3}, 8, 64, 112), 8.0, (64, 112))
+    with pytest.raises(UserError, match="cannot be sent"):
+        body_of(Request(shots=[Shot("a ball", 1.0, str(tmp_path / "c.json"))]))
 
 
 def test_a_result_shows_a_strip_of_every_shot_with_its_words(tmp_path: Path) -> None:

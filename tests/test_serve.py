@@ -212,7 +212,7 @@ def test_pan_and_tilt_follow_the_convention(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_multi_prompt_is_a_storyboard(tmp_path: Path) -> None:
-    from kling_programs.sample.server import classic, newer
+    from kling_programs.sample.server import classic, newer, own
     from test_pipeline import tiny_pipeline
 
     tiny_pipeline(max_frames=41, capabilities=["text", "image", "camera", "shots"]).save_pretrained(tmp_path / "model")
@@ -238,6 +238,11 @@ def test_multi_prompt_is_a_storyboard(tmp_path: Path) -> None:
     ):
         with pytest.raises((UserError, WireError), match=words):
             take(**more)
+    rows = [{"prompt": "x", "seconds": 1, "camera": {"pan": 5}}]
+    assert desk.take("anna", own.read(own.Body(request={"shots": rows}), ""))[0].request["shots"] == rows
+    for wrong in ("story.yaml", [rows[0] | {"camera": "/etc/passwd"}]):  # never a file of the server
+        with pytest.raises(UserError, match="shots: give a list"):
+            own.read(own.Body(request={"shots": wrong}), "")
     with pytest.raises(UserError, match="use multi_prompt of"):
         newer.read(desk, "text-to-video", desk.name, newer.Body(prompt="x", settings={"multi_shot": True}), "")
 

@@ -53,6 +53,9 @@ def read(body: Body, base: str) -> Ask:
     if not all(isinstance(row, list) and 2 <= len(row) <= 3 for row in rows):
         raise UserError("keyframes: give a list of [file, frame, strength]")
     keyframes = [(file(row[0], "keyframes"), *row[1:]) for row in rows]
+    shots = fields.get("shots") or []
+    if not isinstance(shots, list) or any(not isinstance(row, dict) or isinstance(row.get("camera"), str) for row in shots):
+        raise UserError('shots: give a list of {prompt, seconds, camera}, with the camera as axes, such as {"pan": 5}')  # never a file here
     strokes = fields.pop("tracks", None) or []
     if not isinstance(strokes, list) or not all(isinstance(row, dict) and row.keys() <= {"mask", "points"} for row in strokes):
         raise UserError("tracks: give a list of {mask, points}")

@@ -116,6 +116,7 @@ def api_of(studio: Studio) -> Any:
         mask: dict | None = None,
         outpaint: str | None = None,
         tracks: list[dict] | None = None,
+        shots: list[dict] | None = None,
         camera: dict | None = None,
         camera_file: dict | None = None,
         camera_scale: float = 1.0,
@@ -137,6 +138,7 @@ def api_of(studio: Studio) -> Any:
     ) -> Iterator[dict]:
         """Make videos. Files are given with `handle_file`; the fields are those of the page, `camera` has its axes. Seed -1 is random.
         `tracks` are {"points": [[x, y], …], "mask": file}, in shares of the first frame's width and height; either may be missing.
+        `shots` are {"prompt", "seconds", "camera": axes or a shot as text}, instead of a prompt, a duration and a camera.
 
         Yields {"note": …} if a clip was reduced, {"waiting": place}, {"step", "of"}; the last is {"video": file, "record": file}, the
         mp4 and its replay JSON, and {"videos": [the same for each]}. A mistake has its code as the error's title.

@@ -15,6 +15,7 @@ from kling.cameras.axes import parse_axes
 from kling.errors import UserError
 from kling.sampling.pipeline import KlingPipeline
 from kling.sampling.request import Request
+from kling.sampling.shots import shots_of
 
 FILES = ("image", "last_image", "video", "mask", "control")
 LOOK = 0.5  # seconds between looks at how far a video is
@@ -110,9 +111,18 @@ def body_of(request: Request) -> dict[str, Any]:
         raise UserError("a file of tracks cannot be sent to a server yet: draw them")
     if "tracks" in fields:
         fields["tracks"] = [{"mask": t.mask and file(t.mask, "tracks"), "points": [list(p) for p in t.points]} for t in fields["tracks"]]
-    camera = fields.get("camera")
-    if isinstance(camera, str) and not Path(camera).is_file():
-        fields["camera"] = parse_axes(camera)
-    elif camera is not None and not isinstance(camera, dict):
-        raise UserError("a trajectory cannot be sent to a server yet: give axes or a shot")
+    if "shots" in fields:
+        shots = [{"prompt": s.prompt, "seconds": s.seconds, "camera": _axes(s.camera)} for s in shots_of(fields["shots"])]
+        fields["shots"] = [{name: value for name, value in shot.items() if value is not None} for shot in shots]
+    if "camera" in fields:
+        fields["camera"] = _axes(fields["camera"])
     return {"request": fields | {"seed": request.seed}, "files": files}
+
+
+def _axes(camera: Any) -> dict[str, float] | None:
+    """A camera as axes by name. Raises `UserError` for a path in a file, or for one of poses."""
+    if isinstance(camera, str) and not Path(camera).is_file():
+        return parse_axes(camera)
+    if camera is not None and not isinstance(camera, dict):
+        raise UserError("a trajectory cannot be sent to a server yet: give axes or a shot")
+    return camera
