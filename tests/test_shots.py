@@ -330,3 +330,33 @@ def test_cuts_are_found_where_they_are_and_nowhere_else() -> None:
     assert not find_cuts(still) and find_cuts(torch.cat([still, 255 - still])) == [5]
     fade = torch.linspace(0, 255, 9)[:, None, None, None].expand(9, 64, 112, 3).to(torch.uint8)
     assert not find_cuts(fade)
+
+
+@pytest.mark.slow
+def test_a_tiny_transformer_learns_that_each_shot_shows_its_own_word() -> None:
+    """Clips whose shots are +1 or -1 as their word says, always one of each: from noise alone it also makes two alike."""
+    torch.manual_seed(0)
+    model = KlingTransformer3DModel(**TINY)
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    words = torch.randn(2, 7, 12)  # (word, l, e)
+    starts, draw = [[0, 2]], torch.Generator().manual_seed(0)
+
+    def clips(pairs: list[tuple[int, int]]) -> tuple[State, Tensor]:
+        """Their state and the words of their shots (b · 2, l, e)."""
+        value = torch.tensor(pairs, dtype=torch.float32)[:, [0, 0, 1, 1, 1]] * 2 - 1  # (b, F)
+        clean = value[:, None, :, None, None].expand(-1, C, -1, HH, WW).contiguous()
+        return build_state([Given()] * len(pairs), clean, None, shots=starts * len(pairs)), words[torch.tensor(pairs).flatten()]
+
+    state, text = clips([(0, 1), (1, 0)] * 4)
+    for _ in range(150):
+        sigma, noise = torch.rand(8, generator=draw), torch.randn(state.clean.shape, generator=draw)
+        v = model(state.noised(sigma, noise), sigma, text, positions=state.position, shots=state.shot).sample
+        (v - (noise - state.clean)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    asked, text = clips([(0, 1), (1, 0), (0, 0), (1, 1)])
+    noise = torch.randn(asked.clean.shape, generator=draw)
+    with torch.no_grad():
+        made = noise - model(noise, torch.ones(4), text, positions=asked.position, shots=asked.shot).sample  # x̂₀ at σ = 1
+    right = (made.mean((1, 3, 4)).sign() == asked.clean.mean((1, 3, 4))).float()  # (b, F)
+    assert right.mean() == 1

@@ -53,7 +53,7 @@ class TrainVAEConfig:
     optimizer: adamw or muon, with the same lr. lr: highest learning rate. warmup: updates in which lr rises from 0.
     schedule: constant or cosine, after the warmup. floor: fraction of lr at the end of cosine. weight_decay: of matrices, relative to lr.
     clip_grad: largest norm of the gradients. ema: decay of the averaged weights, per update. model: keys of AutoencoderKLKling.
-    init_from: a VAE folder to start from, or shipped, instead of `model`. freeze: parts that are not trained; with [encoder, quant_conv] the
+    init_from: a VAE folder to start from, or shipped; replaces `model`. freeze: parts that are not trained; with [encoder, quant_conv] the
     decoder improves while the latents stay the same, so that a transformer trained on them stays valid.
     draw: the decoder gets a sample of the posterior instead of its mean; without it only `loss.kl` trains the posterior's width, and a
     sample costs decibels. loss.halved: scale equivariance (see `Autoencoding`).
