@@ -189,7 +189,7 @@ def example_of(asked: Asked, latents: Tensor, transformer: KlingTransformer3DMod
         still = torch.eye(3, 4, device=device).expand(b, T, 3, 4), torch.tensor([1.0, 1.0, 0.5, 0.5], device=device).expand(b, T, 4)
         lone = torch.zeros(b, state.position.shape[1] - state.frames, dtype=torch.long, device=device)
         cameras = Cameras(*still, ray_grid(transformer, pipe.vae, plan.height, plan.width), lone)
-    shown = torch.full((b,), signals.camera is not None, device=clean.device)
+    shown = torch.full((b,), signals.camera is not None, device=clean.device) if signals.camera_mask is None else signals.camera_mask
     example = Example(state, [], cameras if transformer.config.camera_channels else None, shown, signals.concat, signals.image)
     return example, signals.text["prompt"].float()
 

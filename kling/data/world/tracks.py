@@ -15,7 +15,7 @@ from kling.cameras.trajectory import Trajectory
 from kling.condition.tracks import BACKGROUND, Tracks, joined
 from kling.data.world.captions import LANGUAGES, caption
 from kling.data.world.render import FAR
-from kling.data.world.scene import Scene, World, start_pose
+from kling.data.world.scene import SPLITS, Scene, World, start_pose
 
 KINDS = {"things": 65, "ground": 15, "both": 20}  # what is tracked in a training clip, as weights
 THING_POINTS = (1, 1, 2, 4, 8)  # points of a thing, each equally often
@@ -29,9 +29,9 @@ SAY_CAMERA, MAY_SAY_CAMERA = 0.9, 0.5  # share of captions that say it, if nothi
 
 
 def scene_of(name: str, frames: int) -> Scene | None:
-    """The scene of a clip of the world by its name in a cache, over `frames` frames; None if it is no clip of the world."""
+    """The scene of a clip of the world by its name in a cache, over `frames` frames; None for other clips and for storyboards."""
     kind, *rest = name.split("/")
-    if kind != "world" or len(rest) != 4:
+    if kind != "world" or len(rest) != 4 or rest[1] not in SPLITS:
         return None
     seed, split, aspect, index = rest
     return World(int(seed), frames, aspect, split).scene(int(index))
