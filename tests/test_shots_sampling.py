@@ -135,6 +135,8 @@ def test_the_plan_says_how_lengths_are_rounded(pipe: KlingPipeline) -> None:
     (note,) = plan.notes
     assert plan.cuts == (9,) and plan.frames == 17 and plan.title == "text to video, 2 shots"
     assert note.startswith("shots of 1.12 + 1 s (1.3 + 0.7 asked), cut at frame 9 of 17: a cut lies where a latent frame begins")
+    with pytest.raises(UserError, match="are a single picture"):
+        pipe.plan(Request(shots=[Shot(LEFT, 0.1)]))
     with pytest.raises(UserError, match="shot 2 of 0.1 s is shorter than a latent frame: give at least 0.5 s"):
         pipe.plan(Request(shots=[Shot(LEFT, 1), Shot(UP, 0.1)]))
 

@@ -72,6 +72,10 @@ def timeline(shots: Sequence[Shot], fps: float) -> Timeline:
     """Cuts at the latent frames that begin nearest to the asked times, so that roundings do not add up. Raises `UserError` for a shot that
     is too short to get a latent frame."""
     whole = sum(shot.seconds for shot in shots)
+    if clip_frames(whole, fps) == 1:
+        raise UserError(
+            f"shots of {whole:g} s in all are a single picture: give at least {TEMPORAL / fps:g} s, or a prompt and num_frames 1"
+        )
     until = [sum(shot.seconds for shot in shots[: k + 1]) for k in range(len(shots) - 1)]
     bounds = [0, *(round((t * fps + TEMPORAL - 1) / TEMPORAL) for t in until), latent_frames(clip_frames(whole, fps))]
     for k, (start, end) in enumerate(pairwise(bounds)):
