@@ -16,6 +16,7 @@ from PIL import Image
 from kling.cameras.axes import MOVES, UNITS
 from kling.data.strip import strip
 from kling.data.video import read_video
+from kling.errors import UserError
 from kling.runtime.log import duration
 from kling.sampling.memory import size as size_of
 from kling.sampling.pipeline import KlingPipeline
@@ -155,7 +156,10 @@ def _strips(one: Result) -> str:
 
 
 def _shots(one: Result) -> list[Shot]:
-    shots = as_shots(one.record["request"].get("shots"))
+    try:
+        shots = as_shots(one.record["request"].get("shots"))
+    except UserError:  # such as a camera file that is gone
+        return []
     return shots if isinstance(shots, list) else []
 
 
