@@ -104,12 +104,15 @@ def draw_example(how: Drawing, batch: LatentBatch, place: int, transformer: Klin
             lone.append(batch.keyframes[i, j])
         given.append(what)
         shots = batch.shots[i] if batch.shots else None
-        starts.append([0] if shots is None else [j for j, _ in shots])
         if shots is None:
             prompt, shown = draw_words(rng, how, batch.captions[i], batch.weights[i], batch.cameras[i])
             mine, prompt = draw_brush(how, batch, i, place, what, prompt, shown)
-        tracks.append(None if shots is not None else mine)
-        words.append([(prompt, shown)] if shots is None else draw_story(rng, how, batch, i, shots))
+            told = [(prompt, shown)]
+        else:
+            mine, told = None, draw_story(rng, how, batch, i, shots)
+        tracks.append(mine)
+        words.append(told)
+        starts.append([0] if shots is None else [j for j, _ in shots])
     keyframes = torch.stack(lone)[:, :, None] if K else None  # (b, c, 1, h, w)
     asked = tracks if transformer.config.track_channels else None  # also if no clip has any: every process must use every parameter
     state = build_state(given, batch.latents, keyframes, tuple(transformer.config.patch_size), tracks=asked, shots=starts)
