@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import workers
@@ -14,7 +16,10 @@ from kling.cache.batches import LatentSteps, mixed
 from kling.cache.store import CacheConfig, LatentCache, fill_cache, settings_of
 from kling.condition.state import SHOT_GAP, Given, State, build_state
 from kling.data.buckets import Bucket
+from kling.data.clips import open_manifest
+from kling.data.manifest import Caption, read_manifest, write_manifest
 from kling.data.source import ClipSource, DataConfig, StepBatches
+from kling.data.video import write_video
 from kling.data.world.captions import COLOURS, MOTIONS
 from kling.data.world.scene import COLOUR_RGB, HELD_OUT, World, render_scene
 from kling.data.world.storyboard import Storyboard, Storyboards, render_storyboard, shot_ranges
@@ -314,6 +319,44 @@ def test_the_decoder_s_tuning_sees_cuts() -> None:
     names = StepBatches(source, 8, cuts=0.5).names(0)
     of = [name.split("/")[2] == "shots" for name in names]
     assert any(of) and not all(of) and not any("shots" in name for name in StepBatches(source, 8).names(0))
+
+
+# ---------------------------------------------------------------------------------------------------------------- real clips
+
+
+def test_a_manifest_s_row_of_several_shots_has_its_cuts_where_latents_begin(tmp_path: Path) -> None:
+    """Black for 11 frames, then white for 19: the last two of the first shot and the last three of the second are left out."""
+    frames = np.zeros((30, 64, 112, 3), np.uint8)
+    frames[11:] = 255
+    write_video(tmp_path / "a.mp4", frames, 8)
+    (tmp_path / "a.txt").write_text("black")
+    (shot,) = open_manifest(tmp_path).shots
+    told = replace(shot, captions=(Caption("black"), Caption("white"), Caption("白")), shots=((0.0, 1), (11 / 8, 2)))
+    write_manifest(tmp_path / "m.jsonl", [told])
+    clips = ClipSource(DataConfig(source=str(tmp_path / "m.jsonl"), frames=[9, 25], aspects=["16:9"])).manifest
+    assert read_manifest(tmp_path / "m.jsonl").shots == [told]
+    assert {bucket: len(pieces) for bucket, pieces in clips.buckets.items()} == {Bucket("16:9", 25): 1}
+    sample = clips.clip(Bucket("16:9", 25), 0, epoch=3)
+    assert sample.shots == [(0, 1), (3, 2)] and sample.captions == ["black", "white", "白"]
+    bright = sample.video.float().mean((1, 2, 3))
+    assert (bright[:9] < 40).all() and (bright[9:] > 215).all()
+    assert clips.any(0, 9, "16:9").shots == [(0, 1)]
+    plain = ClipSource(DataConfig(source=str(tmp_path), frames=[25], aspects=["16:9"])).manifest
+    assert len(plain.identity(Bucket("16:9", 25), 0)) == 6, "rows of one shot are to a cache what they were"
+    assert plain.clip(Bucket("16:9", 25), 0).shots is None
+    for wrong, says in (
+        ({"shots": ((1.0, 3),)}, "its start first"),
+        ({"shots": ((0.0, 1), (9.0, 2))}, "rising times"),
+        ({"shots": ((0.0, 1), (1.0, 1))}, "give each its own"),
+        ({"camera": "a.json"}, "leave them out"),
+    ):
+        write_manifest(tmp_path / "wrong.jsonl", [replace(told, **wrong)])
+        with pytest.raises(UserError, match=f"line 1: .*{says}"):
+            read_manifest(tmp_path / "wrong.jsonl")
+    short = replace(told, shots=((0.0, 1), (3.5, 2)))
+    write_manifest(tmp_path / "short.jsonl", [short])
+    with pytest.raises(UserError, match="too short for a latent frame"):
+        ClipSource(DataConfig(source=str(tmp_path / "short.jsonl"), frames=[9], aspects=["16:9"]))
 
 
 # ------------------------------------------------------------------------------------------------------------- the metrics

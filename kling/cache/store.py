@@ -251,8 +251,8 @@ class CacheWriter:
         entry = {"clips": len(rows), "aspect": shard.bucket.aspect, "frames": shard.bucket.frames, "digest": shard.digest}
         if missing := len(shard.numbers) - len(rows):
             entry["missing"] = missing
-        if any("shots" in row for row in rows):
-            entry["shots"] = True
+        if storyboards := [i for i, row in enumerate(rows) if "shots" in row]:
+            entry["shots"] = storyboards
         if rows:
             temporary = path.with_suffix(".tmp")
             try:
@@ -414,7 +414,7 @@ class LatentCache:
             bucket = Bucket(entry["aspect"], entry.get("frames", max(self.settings["data"]["frames"])))
             places = self.clips.setdefault(bucket, Places())
             if entry.get("shots"):
-                self.storyboards.setdefault(bucket, []).extend(range(len(places), len(places) + entry["clips"]))
+                self.storyboards.setdefault(bucket, []).extend(len(places) + i for i in entry["shots"])
             places.add(name, entry["clips"])
         if not self.clips:
             raise UserError(f"latent cache {folder} holds no clip: see what kling-encode left out")

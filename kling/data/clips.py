@@ -2,6 +2,7 @@
 
 A shot goes to the bucket of its nearest aspect and of the longest length that it fills, and is divided into as many consecutive clips as
 it holds; the clips are shifted within the remaining frames in every epoch, so that all frames are used. Pictures are clips of one frame.
+A row of several shots is one clip from its start: of each shot as many frames as fill whole latents, so that cuts lie where latents begin.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import asdict, dataclass, replace
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import torch
@@ -27,7 +29,7 @@ from kling.data.tracks import load_tracks
 from kling.data.transforms import fit
 from kling.errors import UserError
 from kling.runtime.files import Source, file_of, head, member_of, sha256, sniff, stamp
-from kling.shapes import aspect_size
+from kling.shapes import TEMPORAL, aspect_size, latent_frames, latent_of_frame, nearest_frames
 
 NAMED = 3  # number of unusable files that an error message names
 
@@ -77,14 +79,14 @@ class ManifestClips:
         self.buckets: dict[Bucket, list[Piece]] = {}
         self.unused: list[str] = []  # clips that are too short for every length
         for shot in manifest.shots:
-            count = shot.count(fps)
+            count = sum(n for _, n in story(shot, fps)) if shot.shots else shot.count(fps)
             fitting = [T for T in lengths if count >= T and (T == 1 or not shot.is_image)]
             if not fitting:
                 what = "is a picture" if shot.is_image else f"is {shot.seconds:.2f} s long"
                 self.unused.append(f"{shot.name} {what}, which gives {count} frames at {fps:g} fps")
                 continue
             T, aspect = max(fitting), min(aspects, key=lambda a: _off(shot, a))
-            pieces = [Piece(shot, k, count % T) for k in range(count // T)]
+            pieces = [Piece(shot, 0, 0)] if shot.shots else [Piece(shot, k, count % T) for k in range(count // T)]
             self.buckets.setdefault(Bucket(aspect, T), []).extend(pieces)
         self.buckets = dict(sorted(self.buckets.items()))
         if self.unused and (not skip_bad or not self.buckets):
@@ -110,7 +112,8 @@ class ManifestClips:
         """Everything that determines clip `number`: contents, time range, captions, camera and tracks (`missing` if a file is gone)."""
         shot, k = self.buckets[bucket][number].shot, self.buckets[bucket][number].k
         camera, tracks = (self._hash(file) for file in (shot.camera, shot.tracks))
-        more = [] if tracks is None else [tracks]  # clips without tracks stay what they were to older caches
+        more = [] if tracks is None else [tracks]  # clips without tracks, or of one shot, stay what they were to older caches
+        more += [shot.shots] if shot.shots else []
         return [shot.sha256, shot.start, shot.end, k, [asdict(caption) for caption in shot.captions], camera, *more]
 
     def _hash(self, file: str | None) -> str | None:
@@ -135,6 +138,8 @@ class ManifestClips:
             video = fit(read_image(source), *size)[None]
         else:
             times = [start + i / self.fps for i in range(frames)]
+            if shot.shots:
+                times = [begin + i / self.fps for begin, count in story(shot, self.fps) for i in range(count)][:frames]
             threads = 1 if torch.utils.data.get_worker_info() else 0
             video = open_reader(source, self.reader, shot.video, threads).at(times, size)
         when = torch.arange(frames, dtype=torch.float64) / self.fps + start
@@ -147,13 +152,34 @@ class ManifestClips:
         if shot.camera:
             camera = load_window(self.manifest.folder / shot.camera, when, size, shot.video.duration)
         texts = [c.text for c in shot.captions] or [""]
-        return ClipSample(video, texts, camera, f"{shot.name}+{offset:.3f}", [c.weight for c in shot.captions] or [1.0], tracks)
+        return ClipSample(
+            video, texts, camera, f"{shot.name}+{offset:.3f}", [c.weight for c in shot.captions] or [1.0], tracks, self._shots(shot, frames)
+        )
+
+    def _shots(self, shot: Shot, frames: int) -> list[tuple[int, int]] | None:
+        """`ClipSample.shots` of the first `frames` frames."""
+        if not shot.shots:
+            return None
+        lengths = [count for _, count in story(shot, self.fps)]
+        starts = [latent_of_frame(first) for first in accumulate([0, *lengths[:-1]])]
+        return [(j, count) for j, (_, count) in zip(starts, shot.shots, strict=True) if j < latent_frames(frames)]
 
     def report(self) -> str:
         """One line: what is used, and what is not and why."""
         pieces = sum(len(pieces) for pieces in self.buckets.values())
         line = f"{self.manifest.folder}: {pieces} clips from {len(self.manifest) - len(self.unused)} shots"
         return line + (f", {len(self.unused)} too short ({'; '.join(self.unused[:NAMED])})" if self.unused else "")
+
+
+def story(shot: Shot, fps: float) -> list[tuple[float, int]]:
+    """Of each shot of a row where it begins, seconds, and how many frames it gives at `fps`: whole latents, 1 + 4k of the first and 4k of
+    the others. Up to three frames at the end of a shot are left out."""
+    begins = [start for start, _ in shot.shots]
+    counts = [int((end - start) * fps + 1e-6) for start, end in pairwise([*begins, shot.end])]
+    first, *others = counts
+    if first < 1 or any(n < TEMPORAL for n in others):
+        raise UserError(f"clip {shot.name} has a shot that is too short for a latent frame at {fps:g} fps: leave it out of its shots")
+    return list(zip(begins, [nearest_frames(first)[0], *(n - n % TEMPORAL for n in others)], strict=True))
 
 
 def open_manifest(path: str | Path, skip_bad: bool = False) -> Manifest:

@@ -3,6 +3,7 @@
     {"path": "cats/a.mp4", "start": 0.0, "end": 5.12, "captions": [{"text": "a cat", "language": "en", "weight": 1.0}],
      "video": {"width": 640, "height": 272, "frames": 250, "fps": 25.0, ...}, "bytes": 509868, "sha256": "5d41...", "measures": {...}, ...}
 
+A clip of several shots, which a scan never makes, has "shots": [[0.0, 1], [2.4, 1]], where each begins and how many captions are its own.
 Paths are relative to the manifest, or absolute. Times are seconds from the first frame. Unknown keys are an error, so that none is lost.
 """
 
@@ -13,6 +14,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,7 @@ class Shot:
     captions: tuple[Caption, ...] = ()
     camera: str | None = None  # a camera file, beside the manifest
     tracks: str | None = None  # a file of tracks, beside the manifest
+    shots: tuple[tuple[float, int], ...] = ()  # of each shot where it begins, seconds, and the number of captions that are its own
     measures: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -172,10 +175,24 @@ def shot_from(row: dict[str, Any], where: str) -> Shot:
         video = VideoInfo(**row["video"] | {"keyframes": tuple(row["video"].get("keyframes", ()))})
         captions = tuple(Caption(**c) for c in row.get("captions", []))
         member = tuple(row["member"]) if row.get("member") else None
+        shots = tuple((float(start), int(count)) for start, count in row.get("shots", ()))
         clock = (row["clock"][0], tuple(map(tuple, row["clock"][1]))) if row.get("clock") else None
-        return Shot(**row | {"video": video, "captions": captions, "member": member, "clock": clock})
+        shot = Shot(**row | {"video": video, "captions": captions, "member": member, "clock": clock, "shots": shots})
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{where} is not a line of a manifest ({error}): make it with kling-data scan") from None
+    if shots:
+        begins = [start for start, _ in shots]
+        if begins[0] != shot.start or any(b <= a for a, b in pairwise([*begins, shot.end])) or shot.is_image:
+            raise UserError(
+                f"{where}: shots begin at {begins} of a clip from {shot.start:g} to {shot.end:g} s: give rising times, its start first"
+            )
+        if sum(count for _, count in shots) != len(captions) or any(count < 1 for _, count in shots):
+            raise UserError(
+                f"{where}: shots have {[count for _, count in shots]} captions, and there are {len(captions)}: give each its own"
+            )
+        if shot.camera or shot.tracks:
+            raise UserError(f"{where}: a clip of several shots has a camera or tracks, which are of one: leave them out")
+    return shot
 
 
 def relative(path: Path, folder: Path) -> str:
