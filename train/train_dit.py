@@ -56,6 +56,7 @@ from kling.training.start import (
     check_brush,
     check_captions,
     check_fit,
+    check_reference,
     complete_cache,
     complete_text,
     new_scheduler,
@@ -87,6 +88,7 @@ class TrainDiTConfig:
     text_drop, camera_drop: share of clips, 0 to 1, whose text or camera is left out, for guidance.
     brush: share of clips, 0 to 1, with tracks of things or of the ground (motion brush), for a model with `track_channels`; clips of the
     cache's `paths` always have some, unless it is 0.
+    reference: share of batches, 0 to 1, whose clips come with references, pictures of their things, of which the cache must hold some.
     init_from: a model folder to start from, ours, published or shipped; conditions that `model` adds to it start at zero. checkpoint: the
     registry's name of it, if its files do not tell. expert: of two, the one to train, high or low.
     lora: train low-rank weights on top of it.
@@ -137,6 +139,7 @@ class TrainDiTConfig:
     text_drop: float = 0.1
     camera_drop: float = 0.4
     brush: float = 0.0
+    reference: float = 0.0
     validation: Validation = field(default_factory=Validation)
     samples: list[dict[str, Any]] = field(default_factory=list)
     sample_every: int = 0
@@ -217,13 +220,14 @@ def train(cfg: TrainDiTConfig, loop: Loop) -> None:
     model = build(cfg, start)
     transformer, text_encoder = model.transformer, model.text_encoder
     max_bytes = check_captions(text_encoder, cache, [request.prompt for request in asked], cfg.long_captions)
-    drawing = Drawing(cfg.seed, cfg.tasks, cfg.text_drop, cfg.camera_drop, cfg.group, max_bytes, cfg.brush)
+    drawing = Drawing(cfg.seed, cfg.tasks, cfg.text_drop, cfg.camera_drop, cfg.group, max_bytes, cfg.brush, cfg.reference)
     check_fit(vae, transformer, cfg.tasks, cache)
     check_brush(cfg.brush, transformer, cache)
+    check_reference(cfg.reference, transformer, cache)
     if cfg.compile:
         transformer.compile_repeated_blocks(dynamic=True)
     split_sequence(transformer, layout, accelerator, cfg.context_parallel)
-    check_divides(data, cfg.tasks, transformer, layout.split)
+    check_divides(data, cfg.tasks, transformer, layout.split, cfg.reference)
     if layout.split > 1 and (held or asked):
         pipe = pipeline(cfg, model, vae, start)
         for batch in held:
@@ -339,6 +343,7 @@ def pipeline(cfg: TrainDiTConfig, model: Trained, vae: nn.Module, start: Start |
     able = [name for name, weight in cfg.tasks.items() if weight > 0]
     able += ["camera"] if model.transformer.config.camera_channels and cfg.camera_drop < 1 else []
     able += ["brush"] if model.transformer.config.track_channels and cfg.brush > 0 else []
+    able += ["reference"] if cfg.reference > 0 else []
     able += ["text_to_image"] if 1 in cfg.frames else []
     settings = {"scheduler": scheduler_of(cfg, start), "max_frames": cfg.max_frames}
     settings["capabilities"] = list(dict.fromkeys([*kept.get("capabilities", ()), *able]))

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from kling.condition.state import MOST_REFERENCES
 from kling.data.info import VideoInfo
 from kling.errors import UserError
 from kling.runtime.files import Member, Source, parse_json, stamp, written
@@ -52,6 +53,7 @@ class Shot:
     captions: tuple[Caption, ...] = ()
     camera: str | None = None  # a camera file, beside the manifest
     tracks: str | None = None  # a file of tracks, beside the manifest
+    references: tuple[str, ...] = ()  # pictures of its things, beside the manifest
     measures: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -173,9 +175,13 @@ def shot_from(row: dict[str, Any], where: str) -> Shot:
         captions = tuple(Caption(**c) for c in row.get("captions", []))
         member = tuple(row["member"]) if row.get("member") else None
         clock = (row["clock"][0], tuple(map(tuple, row["clock"][1]))) if row.get("clock") else None
-        return Shot(**row | {"video": video, "captions": captions, "member": member, "clock": clock})
+        shot = Shot(**row | {"video": video, "captions": captions, "member": member, "clock": clock})
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{where} is not a line of a manifest ({error}): make it with kling-data scan") from None
+    files = shot.references
+    if not isinstance(files, list | tuple) or not all(isinstance(file, str) for file in files) or len(files) > MOST_REFERENCES:
+        raise UserError(f"{where}: references {files!r:.60}: give a list of up to {MOST_REFERENCES} pictures")
+    return dataclasses.replace(shot, references=tuple(files))
 
 
 def relative(path: Path, folder: Path) -> str:

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from kling.data.buckets import Epochs, cuts_of
 from kling.data.clips import ClipSample, ManifestClips, held_out, open_manifest
 from kling.data.info import frame_rate
+from kling.data.world.references import draw_references, render_reference
 from kling.data.world.scene import FPS, World
 from kling.errors import UserError
 from kling.shapes import ASPECTS, aspect_size, latent_frames
@@ -66,15 +67,17 @@ class ClipSource:
                 skip_bad=cfg.skip_bad,
             )
 
-    def clip(self, index: int, frames: int, aspect: str, split: str = "") -> ClipSample:
+    def clip(self, index: int, frames: int, aspect: str, split: str = "", references: int = 0) -> ClipSample:
         """Clip `index` at a length and an aspect; a manifest is cycled through, without clips that are too short. split: of the world,
-        instead of the source's."""
+        instead of the source's. references: pictures of the world's things to render with it."""
         if self.manifest:
             return self.manifest.any(index, frames, aspect)
         split = split or self.split
         clip = World(self.seed, frames, aspect, split).clip(index)
         captions = [text for texts in clip.captions.values() for text in texts]
-        return ClipSample(clip.video, captions, clip.trajectory, f"world/{self.seed}/{split}/{aspect}/{index}")
+        name, size = f"world/{self.seed}/{split}/{aspect}/{index}", clip.video.shape[1:3]
+        pictures = tuple(render_reference(one, *size) for one in draw_references(clip.scene, references, name))
+        return ClipSample(clip.video, captions, clip.trajectory, name, references=pictures)
 
     def captions(self, index: int) -> list[str]:
         """Captions of clip `index`, without rendering or decoding it."""

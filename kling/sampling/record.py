@@ -190,6 +190,7 @@ def _input_files(request: Request) -> Iterator[Path]:
         request.video,
         request.control,
         request.mask,
+        *request.references,
         *(track.mask for track in tracks_of(request.tracks)),
         *([request.tracks] if isinstance(request.tracks, str) else []),
     ):
