@@ -229,7 +229,8 @@ class Request:
         self.tracks = as_tracks(self.tracks)
         self.references = _pictures(self.references, "references")
         if len(self.references) > MOST_REFERENCES:
-            raise UserError(f"{len(self.references)} references were given: give at most {MOST_REFERENCES}")
+            line = f"{len(self.references)} references were given: give at most {MOST_REFERENCES}"
+            raise UserError(line, code="too_many_references", most=MOST_REFERENCES)
         if not isinstance(self.keyframes, list | tuple):
             raise UserError(f"keyframes {_short(self.keyframes)}: give a list of (picture, frame) or (picture, frame, strength)")
         self.keyframes = [_keyframe(given) for given in self.keyframes]

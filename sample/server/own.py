@@ -53,6 +53,10 @@ def read(body: Body, base: str) -> Ask:
     if not all(isinstance(row, list) and 2 <= len(row) <= 3 for row in rows):
         raise UserError("keyframes: give a list of [file, frame, strength]")
     keyframes = [(file(row[0], "keyframes"), *row[1:]) for row in rows]
+    things = fields.pop("references", None) or []
+    if not isinstance(things, list):
+        raise UserError("references: give a list of files")
+    references = [file(name, "references") for name in things]
     strokes = fields.pop("tracks", None) or []
     if not isinstance(strokes, list) or not all(isinstance(row, dict) and row.keys() <= {"mask", "points"} for row in strokes):
         raise UserError("tracks: give a list of {mask, points}")
@@ -64,8 +68,8 @@ def read(body: Body, base: str) -> Ask:
     pictures = {name: data for name, data in given.items() if name not in MOVIES}
     sent = body.model_dump(exclude_unset=True)
     return Ask(
-        KIND, fields, pictures, movies, keyframes, tracks=tracks, external=body.external_task_id, callback=body.callback_url, base=base,
-        body=sent,
+        KIND, fields, pictures, movies, keyframes, references, tracks=tracks, external=body.external_task_id, callback=body.callback_url,
+        base=base, body=sent,
     )  # fmt: skip
 
 

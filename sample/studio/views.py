@@ -219,6 +219,8 @@ def understood(lang: int, plan: Plan, request: Request, clip: float | None = Non
         task.append(say(lang, "camera_from_file") if from_file else f"{say(lang, 'task_camera')} {request.camera.replace(',', ' ')}")
     if request.tracks is not None:
         task.append(say(lang, "task_brush"))
+    if request.references:
+        task.append(f"{say(lang, 'task_reference')} × {len(request.references)}")
     size = f"{plan.width}×{plan.height}"
     seconds, steps = f"{plan.frames / plan.fps:.1f}", plan.num_inference_steps
     facts = say(lang, "facts", frames=plan.frames, seconds=seconds, size=size, fps=f"{plan.fps:g}", steps=steps)
