@@ -42,7 +42,9 @@ def key(request: dict[str, Any]) -> tuple:
 class Oracle:
     """Answers every case with its truth. Counts what it was asked."""
 
-    config = SimpleNamespace(capabilities=["text", "image", "first_last", "keyframes", "restyle", "continuation", "camera", "brush"])
+    config = SimpleNamespace(
+        capabilities=["text", "image", "first_last", "keyframes", "restyle", "continuation", "camera", "brush", "reference"]
+    )
     device = torch.device("cpu")
 
     def __init__(self) -> None:
@@ -89,7 +91,7 @@ def test_the_truth_gets_full_scores_and_broken_clips_none(tmp_path: Path) -> Non
         assert scores[f"text-{code}"]["colour"]["n"] == N
     assert scores["zh - en"]["colour"]["value"] == 0
     kept = {task: summary["whole"]["value"] for task, summary in scores.items() if task in TASKS and "whole" in summary}
-    assert len(kept) == 18 and set(kept.values()) == {1}
+    assert len(kept) == 21 and set(kept.values()) == {1}
     assert all(scores[task]["near"]["value"] == 1 and scores[task]["distance"]["value"] < 0.2 for task in kept if "brush" in task)
     assert report["columns"]["frozen"]["brush"]["near"]["value"] == 0
     assert scores["plain"]["still"]["value"] == 1 and scores["words"]["class"]["value"] == 1
@@ -99,6 +101,10 @@ def test_the_truth_gets_full_scores_and_broken_clips_none(tmp_path: Path) -> Non
     assert all(broken[task]["whole"]["value"] == 0 for task in kept if task in broken and "restyle" not in task)
     assert broken["plain"]["still"]["value"] == 0 and broken["words"]["class"]["value"] == 0
     assert broken["things-2"]["right"]["value"] == 0 and broken["restyle-0.7"]["colour"]["value"] == 0
+    for task in ("reference", "reference-none"):
+        assert all(scores[task][q]["value"] == 1 for q in ("colour", "ground")) and scores[task]["pasted"]["value"] == 0
+    assert all(broken["reference"][q]["value"] == 0 for q in ("colour", "solid", "ground")) and broken["reference"]["pasted"]["value"] == 1
+    assert scores["reference-2"]["colour"]["value"] == 1 and broken["reference-2"]["right"]["value"] == 0
     assert broken["continuation-none"]["ground"]["value"] == 0
     assert scores["camera"]["class"]["value"] == 1 and scores["camera"]["rotation"]["value"] < 0.6
     assert scores["image below VAE"]["first"]["value"] == 0 and scores["first_last below VAE"]["last"]["value"] == 0

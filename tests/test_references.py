@@ -458,3 +458,27 @@ def test_a_record_repeats_them_and_notices_a_changed_picture(pipe: KlingPipeline
     write_png(tmp_path / "b.png", A)
     with pytest.raises(UserError, match="b.png is not the file"):
         records.request_of(made, "r.json")
+
+
+# ------------------------------------------------------------------------------------------------------------------ evaluation
+
+
+def test_a_case_s_words_and_pictures_leave_the_ground_to_the_words_and_the_thing_to_the_pictures() -> None:
+    from kling_programs.eval.cases import TASKS as CASES
+    from kling_programs.eval.cases import copied, held_out, pictures_of
+
+    world = held_out(0, 17, max_things=1)
+    for task, k in [(task, k) for task in ("reference", "reference-2") for k in range(4)]:
+        case = CASES[task].make(world, k)
+        pictures = case.request["references"]
+        assert [(p.colour, p.solid) for p in pictures] == [(thing.colour, thing.solid) for thing in case.scene.things]
+        assert all(p.ground not in ("", case.scene.ground) for p in pictures) and case.task == task
+        words = case.request["prompt"]
+        assert not [c for thing in case.scene.things for c in (thing.colour, COLOURS[thing.colour]) if c in words.replace("green lawn", "")]
+        assert len(re.findall("first|second|第一|第二", words)) == len(pictures)
+        other = copied(case.scene, k)
+        assert all(a.colour != b.colour and a.motion == b.motion for a, b in zip(case.scene.things, other.things, strict=True))
+        if task == "reference":
+            bare = CASES["reference-none"].make(world, k)
+            assert bare.request == {name: value for name, value in case.request.items() if name != "references"}
+            assert other.ground == pictures_of(case.scene, k)[0].ground and other.things[0].solid != case.scene.things[0].solid
