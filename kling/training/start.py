@@ -192,7 +192,8 @@ def _read_by(cache: str | Path, text: UMT5TextEncoder) -> str:
 def check_captions(
     encoder: ByteTextEncoder | UMT5TextEncoder, cache: LatentCache, prompts: Sequence[str] = (), long_captions: str = "refuse"
 ) -> int | None:
-    """The number of bytes to cut captions to; None if nothing is cut. umT5 cuts by itself, as in Wan's own pipelines, and logs it.
+    """The number of bytes to cut prompts to: those that training words anew, too, which no cache holds. None for umT5, which cuts by itself,
+    as in Wan's own pipelines, and logs it.
 
     Raises `UserError` that names the clips with captions too long for our encoder, unless they are to be cut, and for long `prompts`.
     """
@@ -202,10 +203,9 @@ def check_captions(
     for prompt in prompts:
         if (size := len(prompt_bytes(prompt))) > most and long_captions != "cut":
             raise UserError(f"the prompt '{prompt[:40]}…' of samples has {size} bytes, this text encoder reads {most}: shorten it")
-    if long_captions == "cut":
-        return most
-    refuse_long(cache.long_captions(most), most, f"latent cache {cache.folder}")
-    return None
+    if long_captions != "cut":
+        refuse_long(cache.long_captions(most), most, f"latent cache {cache.folder}")
+    return most
 
 
 def refuse_long(clips: Iterable[tuple[str, Sequence[str]]], most: int, where: str) -> None:
