@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kling.cameras.axes import axes_trajectory
 from kling.data.world.captions import COLOURS, GROUNDS, MOTIONS, SOLIDS, caption
+from kling.data.world.references import Reference, draw_references
 from kling.data.world.scene import FOCAL, FPS, PHRASINGS, Scene, Thing, World, free_path, render_scene
 from kling.data.world.storyboard import Storyboard, Storyboards, render_storyboard
 from kling.data.world.tracks import places_of
@@ -230,6 +231,36 @@ def exchanged_thing(scene: Scene) -> Scene:
     return dataclasses.replace(scene, things=(other, *rest))
 
 
+def reference_case(world: World, k: int, count: int = 1, shown: bool = True) -> Case:
+    """Words that point at `count` things of which only pictures tell colour and solid, on another ground than those pictures. shown: give
+    them; without them the request is the same."""
+    world = world if count == 1 else held_out(world.seed, world.frames, max_things=count)
+    scene = still(world, k) if count == 1 else crowded(world, k, count)
+    rng = random.Random(f"reference/{world.seed}/{k}")
+    things = [(number, thing.solid, thing.motion) for number, thing in enumerate(scene.things)]
+    words = caption(things, scene.ground, {}, "static", list(LANGUAGES)[k % 2], rng, camera=False)
+    task = "reference" + f"-{count}" * (count > 1) + "-none" * (not shown)
+    return asked(task, k, world, scene, words, camera="static", **({"references": pictures_of(scene, k)} if shown else {}))
+
+
+def pictures_of(scene: Scene, k: int) -> list[Reference]:
+    """A picture of every thing of the k-th case, in the order of the words, none of them on a plain ground."""
+    pictures = draw_references(scene, len(scene.things), f"evaluation/{k}", plain=False)
+    return sorted(pictures, key=lambda picture: picture.thing)
+
+
+def copied(scene: Scene, k: int) -> Scene:
+    """The scene on the ground of its picture, as of a model that copies it, with a thing that the picture does not show; of several things,
+    with each looking like another."""
+    if len(scene.things) > 1:
+        return exchanged(scene)
+    (thing,) = scene.things
+    colour, solid = ([name for name in names if name != own][k % 2] for names, own in ((COLOURS, thing.colour), (SOLIDS, thing.solid)))
+    return dataclasses.replace(
+        scene, ground=pictures_of(scene, k)[0].ground, things=(dataclasses.replace(thing, colour=colour, solid=solid),)
+    )
+
+
 @dataclass(frozen=True)
 class Task:
     """A kind of case.
@@ -272,6 +303,9 @@ TASKS = {
     "brush-camera-none": Task(lambda world, k: brush_case(world, k, brushed=False, moving=True), "brush", few=True, beside=()),
     "shots": Task(shots_case, "shots", beside=("truth", "truth through the VAE", "broken", "frozen")),
     "shots-alone": Task(alone_case, "shots", beside=("truth",), cost=0.5),
+    "reference": Task(reference_case, "reference", beside=("truth", "truth through the VAE", "broken", "noise")),
+    "reference-none": Task(lambda world, k: reference_case(world, k, shown=False), "reference", beside=()),
+    "reference-2": Task(lambda world, k: reference_case(world, k, 2), "reference"),
     "continuation": Task(continuation_case, "continuation", few=True, beside=("truth", "truth through the VAE")),
     "continuation-same": Task(lambda world, k: going_on_case(world, k, "same"), "continuation", cost=2),
     "continuation-other": Task(lambda world, k: going_on_case(world, k, "other"), "continuation", few=True, cost=2),
@@ -384,6 +418,16 @@ TABLE = (
     *(Line("shots", q, f"{q} of a shot", "%", CHANCE[q]) for q in QUESTIONS),
     *(Line("shots-alone", q, f"{q} of a shot made alone", "%", CHANCE[q]) for q in QUESTIONS),
     *(Line("shots - alone", q, f"{q}, a shot of several less one alone", "%", None, ">= -0.05") for q in QUESTIONS),
+    Line("reference", "colour", "a reference: its colour", "%", CHANCE["colour"], ">= 0.95"),
+    Line("reference", "solid", "a reference: its solid", "%", CHANCE["solid"], ">= 0.95"),
+    Line("reference-none", "colour", "the same words without the reference: colour", "%", CHANCE["colour"], "<= 0.3"),
+    Line("reference-none", "solid", "the same words without the reference: solid", "%", CHANCE["solid"]),
+    Line("reference", "ground", "a reference: the ground of the words", "%", CHANCE["ground"], ">= 0.95"),
+    Line("reference", "pasted", "a reference: the ground of its picture", "%", None, "<= 0.02"),
+    Line("reference", "motion", "a reference: motion", "%", CHANCE["motion"], ">= 0.9"),
+    Line("reference", "whole", "a reference: whole clips", "%"),
+    Line("reference-2", "right", "two references, all right", "%", None, ">= 0.6"),
+    *(Line("reference-2", q, f"two references: {q} of both", "%") for q in ("colour", "solid", "ground", "motion")),
     *(
         Line(f"restyle-{strength}", q, f"restyled at {strength}: {title}", "%")
         for strength in ("0.3", "0.7")
@@ -423,6 +467,10 @@ ORDERS = (
     Order("brush distance", ("truth", "frozen"), higher=False),
     *(Order(f"shots {q}", ("truth", "broken")) for q in ("cut", "same", "motion")),
     Order("shots cut", ("truth", "frozen")),
+    *(Order(f"reference {q}", ("truth", "broken")) for q in ("colour", "solid", "ground", "whole")),
+    *(Order(f"reference {q}", ("truth", "noise")) for q in ("colour", "solid", "ground")),
+    Order("reference pasted", ("truth", "broken"), higher=False),
+    *(Order(f"reference-2 {q}", ("truth", "broken")) for q in ("right", "whole")),
     Order("first_last last", ("truth through the VAE", "frozen")),
     Order("keyframes middle", ("truth through the VAE", "frozen")),
     *(Order(f"restyle-{strength} colour", ("truth", "broken")) for strength in ("0.3", "0.7")),

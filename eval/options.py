@@ -20,6 +20,7 @@ TASKS = (
     *("text-en", "text-zh", "plain", "things-2", "things-3", "long", "camera", "words", "image", "image-motion", "first_last", "keyframes"),
     *("restyle-0.3", "restyle-0.7", "brush", "brush-none", "brush-camera", "brush-camera-none"),
     *("shots", "shots-alone"),
+    *("reference", "reference-none", "reference-2"),
     *("continuation", "continuation-same", "continuation-other", "continuation-none"),
 )
 MODES = ("std", "pro", "fast")

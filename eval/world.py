@@ -44,12 +44,14 @@ from kling_programs.eval.cases import (
     TASKS,
     Case,
     chosen,
+    copied,
     exchanged,
     half,
     held_out,
     other_camera,
     other_story,
     rendered,
+    pictures_of,
     spoiled,
 )
 from kling_programs.eval.common import check_order, found_only, protocol_hash, write_json
@@ -60,6 +62,7 @@ from torch import Tensor
 from kling.data.image import write_png
 from kling.data.strip import strip
 from kling.data.transforms import fit, to_tensor
+from kling.data.world.references import render_reference
 from kling.data.world.scene import COLOUR_RGB, Scene, World, render_scene
 from kling.data.world.storyboard import shot_ranges
 from kling.data.world.tracks import places_of
@@ -275,6 +278,8 @@ class Examiner:
                 fields[name] = frames[fields[name]].numpy()
         if "tracks" in fields:
             fields["tracks"] = brush_tracks(case.scene, frames)
+        if "references" in fields:
+            fields["references"] = [render_reference(picture, *truth.shape[1:3]).numpy() for picture in fields["references"]]
         if "keyframes" in fields:
             fields["keyframes"] = [(frames[shown].numpy(), t, strength) for shown, t, strength in fields["keyframes"]]
         if not self.camera:
@@ -322,13 +327,16 @@ def stand_ins(passed: Passed, case: Case, truth: Tensor, few: int) -> Iterator[t
 def broken(case: Case) -> Tensor:
     """A clip (T, H, W, 3) uint8 that does what its task forbids: another truth, whose objects are spoiled half way.
 
-    The camera moves another way, objects exchange colours, the ground changes half way, or the video to restyle is unchanged.
+    The camera moves another way, objects exchange colours, the ground changes half way, the video to restyle is unchanged, or a reference's
+    ground is copied and its thing is not.
     """
     scene, family = case.scene, case.task.split("-")[0]
     if family == "restyle":
         return render_scene(case.given)
     if case.task == "shots":
         return rendered(other_story(case.scene))
+    if family == "reference":
+        scene = copied(scene, case.k)
     if family in ("plain", "camera", "words"):
         scene = other_camera(scene)
     after = exchanged(scene) if family in ("things", "continuation") else scene
@@ -361,7 +369,7 @@ def measure(ruler: Ruler, case: Case, video: Tensor, truth: Tensor) -> Row:
         end = video[-len(video) // 4 :]
         row = ruler.permanence(video, 1) | {"ground": ruler.words(end, labels(scene))["ground"]}
         return row | {"kept": row["whole"] and row["ground"]}
-    if family == "things":
+    if family == "things" or case.task == "reference-2":
         truths = [labels(scene, place) for place in range(len(scene.things))]
         return ruler.things(video, truths) | ruler.permanence(video, len(truths))
     if family in ("camera", "words"):
@@ -375,6 +383,8 @@ def measure(ruler: Ruler, case: Case, video: Tensor, truth: Tensor) -> Row:
     row = ruler.words(video, labels(scene)) | ruler.permanence(video, 1)
     if family == "text":
         row |= {"flicker": float(flicker(batch(video))), "magnitude": magnitude(video)}
+    if family == "reference":
+        row["pasted"] = ruler.words(video, labels(scene) | {"ground": pictures_of(scene, case.k)[0].ground})["ground"]
     if family == "plain":
         row["still"] = ruler.camera(video, scene.trajectory, {})["class"]
     return row

@@ -150,6 +150,8 @@ def read_lines(args: argparse.Namespace, folder: Path, suffix: str) -> list[Line
         for frame in fields.get("keyframes") or []:
             if isinstance(frame, list) and frame and isinstance(frame[0], str):
                 frame[0] = str((file.parent / frame[0]).absolute())
+        if isinstance(fields.get("references"), list):
+            fields["references"] = [str((file.parent / one).absolute()) if isinstance(one, str) else one for one in fields["references"]]
         try:
             request = Request(**{"seed": first_seed + number} | defaults | fields)
         except UserError as error:

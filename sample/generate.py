@@ -115,7 +115,8 @@ def main(argv: list[str] | None = None) -> None:
     print(describe(plan, request), flush=True)
     for note in plan.notes:
         print(f"note: {note}", flush=True)
-    if pipe.config.get("vocabulary") == "world" and (line := unknown_to_the_world(" ".join(request.prompts))):
+    words = " ".join(request.prompts)
+    if pipe.config.get("vocabulary") == "world" and (line := unknown_to_the_world(words, bool(request.references))):
         print(line, file=sys.stderr, flush=True)
     if args.dry_run:
         print(details(plan, pipe, paths, machine, device))
@@ -245,6 +246,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--outpaint", metavar="ASPECT", help="show the whole video in this aspect and fill what is around it")
     holds = "how much of the video is kept while it is restyled: 1 keeps it, 0 ignores it (other tools: denoise = 1 - this)"
     add("--strength", metavar="0..1", type=float, help=holds)
+    thing = "a picture of a thing that the prompt points at: 'the first thing rolls left on snow'; repeat for the second, up to four"
+    add("--reference", metavar="FILE", dest="references", type=a_path, action="append", help=thing)
     add("--loop", action="store_true", help="the end leads back to the beginning")
 
     add = parser.add_argument_group("camera").add_argument
@@ -327,6 +330,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         parser.refuse(rest)
     for name, value in vars(args).items():
         several = [file for file, *_ in value] if isinstance(value, list) and name in ("lora", "lora_2", "keyframes") else [value]
+        several = value if isinstance(value, list) and name == "references" else several
         if "" in several and name not in ("prompt", "negative_prompt"):  # as of a shell's variable that is not set
             raise UserError(f"--{name.replace('_', '-')} is empty: give a value, or leave it out")
         if args.replay and name not in REPLAY_TAKES and value not in (None, False):
@@ -382,7 +386,7 @@ def asked_request(args: argparse.Namespace) -> Request:
             raise UserError("both --tracks and --brush or --static were given: write all tracks into the file, or leave it out")
         strokes = [*map(parse_brush, args.brush or []), *map(Track, args.static or [])]
         fields["tracks"] = [Track(track.mask and a_path(track.mask), track.points) for track in strokes]
-    if not fields.keys() & {"prompt", "image", "last_image", "keyframes", "video", "shots"}:
+    if not fields.keys() & {"prompt", "image", "last_image", "keyframes", "video", "references", "shots"}:
         raise UserError('there is nothing to start from: give a prompt, as in  kling-sample "a red ball rolls left on grass"')
     request = Request(**{"seed": secrets.randbelow(2**31)} | fields)
     if args.video and args.prompt is None and not request.edited and (found := prompt_of(Path(args.video))):
@@ -519,11 +523,12 @@ def describe(plan: Plan, request: Request) -> str:
     return f"task: {', '.join([plan.title, *extras])} · {size} · {plan.num_inference_steps} steps · {seeds}"
 
 
-def unknown_to_the_world(prompt: str) -> str:
-    """One line about the words of a prompt that a model of the small world does not know; empty if it knows them all."""
+def unknown_to_the_world(prompt: str, referring: bool = False) -> str:
+    """One line about the words of a prompt that a model of the small world does not know; empty if it knows them all. referring: there are
+    references for it to point at."""
     from kling.data.world.captions import unknown_words, vocabulary
 
-    words = unknown_words(prompt)
+    words = unknown_words(prompt, referring)
     if not words:
         return ""
     chinese = bool(re.search(r"[\u3400-\u9fff]", prompt))

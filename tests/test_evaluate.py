@@ -44,7 +44,7 @@ class Oracle:
     """Answers every case with its truth. Counts what it was asked."""
 
     config = SimpleNamespace(
-        capabilities=["text", "image", "first_last", "keyframes", "restyle", "continuation", "camera", "brush", "shots"]
+        capabilities=["text", "image", "first_last", "keyframes", "restyle", "continuation", "camera", "brush", "reference", "shots"]
     )
     device = torch.device("cpu")
 
@@ -92,7 +92,7 @@ def test_the_truth_gets_full_scores_and_broken_clips_none(tmp_path: Path) -> Non
         assert scores[f"text-{code}"]["colour"]["n"] == N
     assert scores["zh - en"]["colour"]["value"] == 0
     kept = {task: summary["whole"]["value"] for task, summary in scores.items() if task in TASKS and "whole" in summary}
-    assert len(kept) == 19 and set(kept.values()) == {1}
+    assert len(kept) == 22 and set(kept.values()) == {1}
     assert scores["shots"]["cut"]["value"] == scores["shots"]["same"]["value"] == 1
     assert all(scores[task]["near"]["value"] == 1 and scores[task]["distance"]["value"] < 0.2 for task in kept if "brush" in task)
     assert report["columns"]["frozen"]["brush"]["near"]["value"] == 0
@@ -104,6 +104,10 @@ def test_the_truth_gets_full_scores_and_broken_clips_none(tmp_path: Path) -> Non
     assert all(broken[task]["whole"]["value"] == 0 for task in kept if task in broken and "restyle" not in task)
     assert broken["plain"]["still"]["value"] == 0 and broken["words"]["class"]["value"] == 0
     assert broken["things-2"]["right"]["value"] == 0 and broken["restyle-0.7"]["colour"]["value"] == 0
+    for task in ("reference", "reference-none"):
+        assert all(scores[task][q]["value"] == 1 for q in ("colour", "ground")) and scores[task]["pasted"]["value"] == 0
+    assert all(broken["reference"][q]["value"] == 0 for q in ("colour", "solid", "ground")) and broken["reference"]["pasted"]["value"] == 1
+    assert scores["reference-2"]["colour"]["value"] == 1 and broken["reference-2"]["right"]["value"] == 0
     assert broken["continuation-none"]["ground"]["value"] == 0
     assert scores["camera"]["class"]["value"] == 1 and scores["camera"]["rotation"]["value"] < 0.6
     assert scores["image below VAE"]["first"]["value"] == 0 and scores["first_last below VAE"]["last"]["value"] == 0

@@ -16,7 +16,7 @@ from kling import KlingPipeline, KlingTransformer3DModel
 from kling.cameras.axes import axes_trajectory
 from kling.cameras.trajectory import camera_signal
 from kling.data.transforms import to_tensor
-from kling.training.start import widen_inputs
+from kling.training.start import widen
 
 H, W, FRAMES, STEPS = 32, 48, 9, 3
 F, HH, WW = 3, 4, 6
@@ -111,7 +111,7 @@ def test_zero_extended_inputs_leave_the_output_bit_equal() -> None:
     source = tiny_wan.transformer()
     model = KlingTransformer3DModel.from_config(dict(source.config)).eval()
     model.load_state_dict(source.state_dict())
-    wide = widen_inputs(model, 36)
+    wide = widen(model, 36)
     z, sigma, text = torch.randn(2, 16, F, HH, WW), torch.tensor([0.3, 0.8]), torch.randn(2, 7, 32)
     with torch.no_grad():
         expected = model(z, sigma, text).sample

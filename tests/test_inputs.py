@@ -35,6 +35,7 @@ INPUTS = {
     "loop": {"loop": True},
     "camera": {"camera": {"dolly": 8.0}},
     "tracks": {"tracks": [Track(None, [(20, 16), (50, 16)])]},
+    "references": {"references": [picture(6), picture(7, 50, 50)]},
     "extend_to": {"extend_to": 2.5},
     "duration": {"duration": 1.5},
 }

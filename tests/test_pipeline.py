@@ -25,13 +25,13 @@ def tiny_pipeline(**kwargs) -> KlingPipeline:
     )  # fmt: skip
     dit = KlingTransformer3DModel(
         num_attention_heads=1, attention_head_dim=16, in_channels=4, out_channels=4, text_dim=32, freq_dim=16, ffn_dim=32,
-        num_layers=1, num_kinds=2, camera_channels=24, camera_fold="pool", camera_downscale=1, camera_residual_blocks=0,
+        num_layers=1, num_kinds=3, camera_channels=24, camera_fold="pool", camera_downscale=1, camera_residual_blocks=0,
         track_channels=5,
     )  # fmt: skip
     for p in dit.parameters():  # nothing may be zero, otherwise some input would not affect the output
         torch.nn.init.normal_(p, std=0.2)
     text = ByteTextEncoder(byte_dim=32, byte_layers=1, out_dim=32, token_layers=1)
-    able = [*TASKS, "camera", "brush", "text_to_image"]
+    able = [*TASKS, "camera", "brush", "reference", "text_to_image"]
     pipe = KlingPipeline(vae, dit, text, KlingFlowScheduler(num_inference_steps=2), **{"capabilities": able, "max_frames": 17, **kwargs})
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from kling_programs.train.command import helped
 
+from kling.condition.state import MOST_REFERENCES
 from kling.condition.tasks import TASKS, keyframe_share
 from kling.config import PRESETS, find_config, load_config, read_preset
 from kling.data.source import DataConfig
@@ -148,8 +149,9 @@ def report(preset: dict[str, Any], plan: PlanConfig, name: str = "PRESET") -> li
     precision = "fp32" if not plan.bf16 else "bf16" if plan.tflops else pick_precision("auto", device)  # given GPUs are taken to have bf16
     bf16 = precision == "bf16"
     tasks = preset.get("tasks", {"text": 1.0})
-    held = (*latents[:2], latents[2] + (keyframe_share(tasks) > 0 and frames > 1), h, w)  # the largest shape of a batch
-    runs = level_runs(tasks, token_grid(*held[2:], patch))
+    references = stored_references(preset)
+    held = (*latents[:2], latents[2] + (keyframe_share(tasks) > 0 and frames > 1) + references, h, w)  # the largest shape of a batch
+    runs = level_runs(tasks, token_grid(*held[2:], patch), references)
     steps = {what: step_memory(model, held, l, partial(set_checkpointing, what=what), bf16, runs) for what in CHECKPOINTING}
     some = steps["none"]
     each = partial(on_each_gpu, moments=MOMENTS[optimizer], method=plan.method)
@@ -189,12 +191,19 @@ def report(preset: dict[str, Any], plan: PlanConfig, name: str = "PRESET") -> li
     return [*lines, "", host, *advice(*best, plan, preset, name)]
 
 
-def level_runs(tasks: dict[str, float], grid: tuple[int, int, int]) -> int:
+def stored_references(preset: dict[str, Any]) -> int:
+    """The most references that a batch has: as many as the cache holds of a clip."""
+    if not preset.get("reference"):
+        return 0
+    return read_preset(preset["encode"]).get("references", 0) if preset.get("encode") else MOST_REFERENCES
+
+
+def level_runs(tasks: dict[str, float], grid: tuple[int, int, int], references: int = 0) -> int:
     """Runs of equal noise levels in a clip's tokens, (f, h, w): all tokens if a task gives parts of frames, f if it gives frames."""
     drawn = [TASKS[name][1](random.Random(0), max(2, grid[0]), 4, 4) for name, weight in tasks.items() if weight > 0]
     if any(given.space is not None for given in drawn):
         return math.prod(grid)
-    return grid[0] if any(given.known or given.keyframes for given in drawn) else 1
+    return grid[0] if references or any(given.known or given.keyframes for given in drawn) else 1
 
 
 def layouts(gpus: int, node: int) -> list[tuple[str, int, int, str]]:

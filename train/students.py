@@ -41,6 +41,7 @@ from kling.training.start import (
     check_brush,
     check_captions,
     check_fit,
+    check_reference,
     complete_cache,
     complete_text,
     open_start,
@@ -131,7 +132,7 @@ class DistillConfig:
     encode: preset of kling-encode that fills the cache. frames: lengths to draw from in pixel frames, each 1 + 4k, at most the cache's; one
     listed twice is drawn twice as often.
     tasks: how often each is drawn, as shares. text_drop, camera_drop: share of clips, 0 to 1, whose text or camera is left out.
-    brush: share of clips with tracks, for a teacher that knows them.
+    brush: share of clips with tracks, for a teacher that knows them. reference: share of batches with references, likewise.
     long_captions: what to do with a caption that is too long for our text encoder: refuse (before the first step), or cut it.
     samples: what is drawn every `sample_every` updates, as fields of `Request`. sample_every: updates between samples, 0 draws none.
     save_every: updates between checkpoints. keep_last: checkpoints to keep. log_every: updates between lines of the log.
@@ -175,6 +176,7 @@ class DistillConfig:
     text_drop: float = 0.05
     camera_drop: float = 0.4
     brush: float = 0.0
+    reference: float = 0.0
     long_captions: str = "refuse"
     samples: list[dict[str, Any]] = field(default_factory=list)
     sample_every: int = 0
@@ -284,11 +286,12 @@ def prepare(cfg: DistillConfig, loop: Loop) -> Parts:
         negative = text.encode([guide.negative]).to(device).float()
     check_fit(vae, student.transformer, cfg.tasks, cache)
     check_brush(cfg.brush, student.transformer, cache)
+    check_reference(cfg.reference, student.transformer, cache)
     own = start.settings["scheduler"]
     return Parts(
         start, vae, text, teacher, student, guide, negative,
         LatentSteps(cache, cfg.batch, cfg.frames, cfg.seed, cfg.group),
-        Drawing(cfg.seed, cfg.tasks, cfg.text_drop, cfg.camera_drop, cfg.group, max_bytes, cfg.brush),
+        Drawing(cfg.seed, cfg.tasks, cfg.text_drop, cfg.camera_drop, cfg.group, max_bytes, cfg.brush, cfg.reference),
         own.config.get("density", "logit_normal"), own.config[shift_key(own)], asked,
     )  # fmt: skip
 

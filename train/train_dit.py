@@ -57,6 +57,7 @@ from kling.training.start import (
     check_captions,
     check_fit,
     check_shots,
+    check_reference,
     complete_cache,
     complete_text,
     new_scheduler,
@@ -90,6 +91,7 @@ class TrainDiTConfig:
     cache's `paths` always have some, unless it is 0.
     shots: share of the clips of a length, 0 to 1, that are storyboards: several shots, each with words and a camera of its own. 0 leaves
     those of the cache out.
+    reference: share of batches, 0 to 1, whose clips come with references, pictures of their things, of which the cache must hold some.
     init_from: a model folder to start from, ours, published or shipped; conditions that `model` adds to it start at zero. checkpoint: the
     registry's name of it, if its files do not tell. expert: of two, the one to train, high or low.
     lora: train low-rank weights on top of it.
@@ -141,6 +143,7 @@ class TrainDiTConfig:
     camera_drop: float = 0.4
     brush: float = 0.0
     shots: float = 0.0
+    reference: float = 0.0
     validation: Validation = field(default_factory=Validation)
     samples: list[dict[str, Any]] = field(default_factory=list)
     sample_every: int = 0
@@ -221,14 +224,15 @@ def train(cfg: TrainDiTConfig, loop: Loop) -> None:
     model = build(cfg, start)
     transformer, text_encoder = model.transformer, model.text_encoder
     max_bytes = check_captions(text_encoder, cache, [request.prompt for request in asked], cfg.long_captions)
-    drawing = Drawing(cfg.seed, cfg.tasks, cfg.text_drop, cfg.camera_drop, cfg.group, max_bytes, cfg.brush)
+    drawing = Drawing(cfg.seed, cfg.tasks, cfg.text_drop, cfg.camera_drop, cfg.group, max_bytes, cfg.brush, cfg.reference)
     check_fit(vae, transformer, cfg.tasks, cache)
     check_brush(cfg.brush, transformer, cache)
     check_shots(cfg.shots, transformer, cache, layout.split)
+    check_reference(cfg.reference, transformer, cache)
     if cfg.compile:
         transformer.compile_repeated_blocks(dynamic=True)
     split_sequence(transformer, layout, accelerator, cfg.context_parallel)
-    check_divides(data, cfg.tasks, transformer, layout.split)
+    check_divides(data, cfg.tasks, transformer, layout.split, cfg.reference)
     if layout.split > 1 and (held or asked):
         pipe = pipeline(cfg, model, vae, start)
         for batch in held:
@@ -345,6 +349,7 @@ def pipeline(cfg: TrainDiTConfig, model: Trained, vae: nn.Module, start: Start |
     able += ["camera"] if model.transformer.config.camera_channels and cfg.camera_drop < 1 else []
     able += ["brush"] if model.transformer.config.track_channels and cfg.brush > 0 else []
     able += ["shots"] if cfg.shots > 0 else []
+    able += ["reference"] if cfg.reference > 0 else []
     able += ["text_to_image"] if 1 in cfg.frames else []
     settings = {"scheduler": scheduler_of(cfg, start), "max_frames": cfg.max_frames}
     settings["capabilities"] = list(dict.fromkeys([*kept.get("capabilities", ()), *able]))

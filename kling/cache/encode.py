@@ -45,10 +45,10 @@ def encode_videos(vae: AutoencoderKLKling, video: Tensor, precision: str = "fp32
 
 def encode_clips(
     vae: AutoencoderKLKling, clips: list[ClipSample], ids: list[Any], ends: list[int], seed: int, precision: str = "fp32",
-    tracked: bool = False,
+    tracked: bool = False, references: int = 0,
 ) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:  # fmt: skip
     """The tensors and rows of one shard. ids: of its clips, for random draws. ends: the lengths whose last frame training may append.
-    tracked: store tracks."""
+    tracked: store tracks. references: places for encoded pictures of each clip's things; a row says how many it has."""
     video = together(clips)
     n, T, H, W, _ = video.shape
     times = torch.tensor([keyframe_times(name, ends, seed) for name in ids], dtype=torch.long)  # (n, K)
@@ -70,7 +70,20 @@ def encode_clips(
         tensors["tracks"] = torch.stack([packed_tracks(clip.tracks, T, name, seed) for clip, name in zip(clips, ids, strict=True)])
     rows = [{"name": c.name, "captions": c.captions, "weights": c.weights or [1.0] * len(c.captions)} for c in clips]
     rows = [row | ({"shots": clip.shots} if clip.shots else {}) for row, clip in zip(rows, clips, strict=True)]
+    if references:
+        tensors["references"] = encode_references(vae, clips, references, lone, precision).half()
+        rows = [row | {"references": len(clip.references)} for row, clip in zip(rows, clips, strict=True)]
     return {name: t.contiguous() for name, t in tensors.items()}, rows
+
+
+def encode_references(vae: AutoencoderKLKling, clips: list[ClipSample], places: int, like: Tensor, precision: str) -> Tensor:
+    """Each picture encoded alone, (n, places, c, h, w); 0 where a clip has none. like: (n, ·, c, h, w)."""
+    latents = like.new_zeros(len(clips), places, *like.shape[2:])
+    where = [(i, k) for i, clip in enumerate(clips) for k in range(len(clip.references))]
+    if where:
+        pictures = torch.stack([torch.as_tensor(clips[i].references[k]) for i, k in where])[:, None]  # (m, 1, H, W, 3)
+        latents[tuple(torch.tensor(where).T)] = encode_videos(vae, pictures, precision)[:, :, 0]
+    return latents
 
 
 def packed_tracks(tracks: Tracks | None, T: int, clip: int | str, seed: int) -> Tensor:

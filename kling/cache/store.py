@@ -6,6 +6,7 @@
     cache/00000.safetensors     latents (n, c, f, h, w) fp16, normalised; keyframes (n, K, c, h, w); camera; for image-to-video weights also
                                 shown (n, c, f, h, w), the first frame followed by grey, and seen (n, i, e), its CLIP tokens;
                                 tracks (n, 64, T, 3) of a manifest's clips that have some (the world's are computed);
+                                references (n, R, c, h, w), pictures of their things, each encoded alone (a row says how many there are);
                                 rows, row_ends, row_sums: for each clip a JSON line (name, captions), where it ends, the clip's checksum
     cache/text/                 umT5's embeddings of the captions, one file each, for published weights
 
@@ -40,6 +41,7 @@ from torch.utils.data import Dataset
 
 from kling.cache.encode import encode_clips, first_frames
 from kling.cameras.trajectory import Trajectory
+from kling.condition.state import MOST_REFERENCES
 from kling.config import flatten
 from kling.data.buckets import Bucket
 from kling.data.clips import ClipSample
@@ -78,6 +80,8 @@ class CacheConfig:
     fills. shorter: number of additional world clips of each shorter length, such as {1: 9000} for pictures, which are cheap and show much.
     paths: number of additional world clips of each length whose things follow paths that no word describes, for the motion brush.
     shots: number of additional world clips of each length that are storyboards: several shots of the same things.
+    references: number of pictures of its things, 0 to 4, that are encoded beside every clip of the world, for training references; those of
+    a manifest's clips are always.
     shard: clips per file. mixed_precision: of the VAE: auto (measured), bf16 or fp32; recorded with each shard.
     skip_missing: leave out clips whose files are gone, and count them. verify: compare every shard's hash, and remake those that differ.
     """
@@ -90,6 +94,7 @@ class CacheConfig:
     shorter: dict[int, int] = field(default_factory=dict)
     paths: dict[int, int] = field(default_factory=dict)
     shots: dict[int, int] = field(default_factory=dict)
+    references: int = 0
     shares: list[float] | None = None  # one for each of data.aspects; null divides evenly
     shard: int = 50
     seed: int = 0  # of the world's scenes and of random draws from a manifest
@@ -129,6 +134,7 @@ def fill_cache(
     source = ClipSource(cfg.data, cfg.seed)
     plan, settings = list(_plan(cfg, source)), settings_of(cfg)
     tracked = source.manifest is not None and any(shot.tracks for shot in source.manifest.manifest.shots)
+    places = cfg.references if source.manifest is None else MOST_REFERENCES * source.manifest.has_references
     key = cache_key(vae, settings)
 
     writer = CacheWriter(cfg.out, key, settings, rank, cfg.verify, cfg.skip_missing)
@@ -140,14 +146,14 @@ def fill_cache(
         total = sum(len(shard.numbers) for shard in plan)
         done = total - sum(len(shard.numbers) for shard in mine)
         yield done, total
-        clips = batches(_Clips(source, mine, cfg.skip_missing), 0, sum(len(shard.numbers) for shard in mine), cfg.workers)
+        clips = batches(_Clips(source, mine, cfg.skip_missing, cfg.references), 0, sum(len(shard.numbers) for shard in mine), cfg.workers)
         for shard in mine:
             ends = sorted(T for T in set(cfg.data.frames) if 1 < T <= shard.bucket.frames)
             there = [(n, sample) for n, sample in zip(shard.numbers, islice(clips, len(shard.numbers)), strict=True) if sample is not None]
             tensors, rows, samples = {}, [], [sample for _, sample in there]
             if samples:
                 ids = [sample.name for sample in samples] if source.manifest else [n for n, _ in there]
-                tensors, rows = encode_clips(vae, samples, ids, ends, cfg.seed, precision, tracked)
+                tensors, rows = encode_clips(vae, samples, ids, ends, cfg.seed, precision, tracked, places)
                 tensors |= first_frames(vae, samples, clip_tokens, precision) if cfg.image else {}
             writer.add(shard, tensors, rows, precision)
             done += len(shard.numbers)
@@ -167,6 +173,7 @@ def settings_of(cfg: CacheConfig) -> dict[str, Any]:
     for name in ("shorter", "paths", "shots"):
         if cfg.data.source == "world" and (more := getattr(cfg, name)):
             of_world[name] = {str(frames): clips for frames, clips in more.items()}  # JSON turns keys into strings
+    of_world |= {"references": cfg.references} if cfg.references else {}
     of_image = {"image": True} if cfg.image else {}
     return {"data": data, "seed": cfg.seed, "shard": cfg.shard, **of_world, **of_image}
 
@@ -179,14 +186,17 @@ def _plan(cfg: CacheConfig, source: ClipSource) -> Iterator[Shard]:
     """The shards of a cache, in order. Raises `UserError` for settings that do not fit the source."""
     buckets: list[tuple[Bucket, range, str]] = []
     if source.manifest:
-        if cfg.clips is not None or cfg.shares is not None or cfg.shorter or cfg.paths or cfg.shots:
-            raise UserError("clips, shorter, paths, shots and shares are for the world, and a manifest is encoded whole: leave them out")
+        if cfg.clips is not None or cfg.shares is not None or cfg.shorter or cfg.paths or cfg.shots or cfg.references:
+            given = "clips, shorter, paths, shots, references and shares"
+            raise UserError(f"{given} are for the world, and a manifest is encoded whole: leave them out")
         buckets = [(bucket, range(len(pieces)), "") for bucket, pieces in source.manifest.buckets.items()]
     else:
         if cfg.clips is None or len(_shares(cfg)) != len(cfg.data.aspects) or not sum(_shares(cfg)):
             raise UserError(
                 f"clips {cfg.clips}, shares {_shares(cfg)} for aspects {cfg.data.aspects}: give clips, and all aspects a share, not all 0"
             )
+        if not 0 <= cfg.references <= MOST_REFERENCES:
+            raise UserError(f"references {cfg.references}: give the pictures of each clip, 0 to {MOST_REFERENCES}")
         longest = max(cfg.data.frames)
         if odd := [T for T in cfg.shorter if T not in cfg.data.frames or longest == T]:
             raise UserError(f"shorter has clips of {odd[0]} frames, data.frames is {cfg.data.frames}: name shorter ones of these")
@@ -329,16 +339,17 @@ class CacheWriter:
 
 
 class _Clips(Dataset):
-    """The clips of a list of shards in order, so that workers read them ahead. skip_missing: None for a clip whose file is gone."""
+    """The clips of a list of shards in order, so that workers read them ahead. skip_missing: None for a clip whose file is gone.
+    references: of each clip of the world."""
 
-    def __init__(self, source: ClipSource, shards: list[Shard], skip_missing: bool = False) -> None:
-        self.source, self.skip_missing = source, skip_missing
+    def __init__(self, source: ClipSource, shards: list[Shard], skip_missing: bool = False, references: int = 0) -> None:
+        self.source, self.skip_missing, self.references = source, skip_missing, references
         self.places = [(shard.bucket, number, shard.split) for shard in shards for number in shard.numbers]
 
     def __getitem__(self, i: int) -> ClipSample | None:
         bucket, number, split = self.places[i]
         if not self.source.manifest:
-            return self.source.clip(number, bucket.frames, bucket.aspect, split)
+            return self.source.clip(number, bucket.frames, bucket.aspect, split, self.references)
         try:
             return self.source.manifest.clip(bucket, number)
         except MissingClip as error:
@@ -365,6 +376,8 @@ class LatentBatch:
     whole: int = 0  # pixel frames of the clips before they were cut
     tracks: Tensor | None = None  # (b, n, T, 3) x, y and 1 where it is there; None if the cache has none
     shots: list[list[tuple[int, int]] | None] = field(default_factory=list)  # as in `ClipSample`, of the shots that begin in these frames
+    references: Tensor | None = None  # (b, R, c, h, w) pictures of the clips' things; None if the cache has none
+    pictured: list[int] = field(default_factory=list)  # how many of these each clip has
 
 
 class Places(Sequence[tuple[str, int]]):
@@ -475,6 +488,8 @@ class LatentCache:
         lone = stacked["keyframes"].float(), stacked["keyframe_times"]
         first = {name: stacked[name].float() for name in ("shown", "seen") if name in stacked}
         first |= {"tracks": stacked["tracks"][:, :, :frames].float()} if "tracks" in stacked else {}
+        if "references" in stacked:
+            first |= {"references": stacked["references"].float(), "pictured": [row["references"] for row in rows]}
         captions, names = [row["captions"] for row in rows], [row["name"] for row in rows]
         weights = [row.get("weights", [1.0] * len(row["captions"])) for row in rows]
         first |= {"shots": [[(j, n) for j, n in row.get("shots", ()) if j < f] or None for row in rows]}

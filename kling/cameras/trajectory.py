@@ -83,13 +83,18 @@ class Cameras:
     intrinsics: Tensor  # (b, T, 4)
     size: tuple[int, int]  # (H, W) of the grid of rays: the pixels for a model that folds 8x8 of them, the latents for one that pools
     appended: Tensor  # (b, K) pixel frames of the lone keyframes
+    references: int = 0  # pictures after them, which no camera of the clip saw: their rays are 0, which no ray is
 
     def __post_init__(self) -> None:
         latent_frames(self.c2w.shape[1])  # refuses what is not 1 + 4k
 
     @property
     def frames(self) -> int:
-        """G: latent frames, and after them the keyframes."""
+        """G: latent frames, and after them the keyframes and the references."""
+        return self._posed + self.references
+
+    @property
+    def _posed(self) -> int:
         return latent_frames(self.c2w.shape[1]) + self.appended.shape[1]
 
     def to(self, device: torch.device | str) -> Cameras:
@@ -109,15 +114,19 @@ class Cameras:
     def rays(self, start: int = 0, end: int | None = None) -> Tensor:
         """The packed rays P of latent frames start … end - 1, on the device of the poses: (b, 24, end - start, H, W).
 
-        Frame 0 is repeated four times, then each latent has its four frames; an appended keyframe repeats its own pose four times.
+        Frame 0 is repeated four times, then each latent has its four frames; an appended keyframe repeats its own pose four times. A
+        reference has none.
         """
         b, T = self.c2w.shape[:2]
+        end = self.frames if end is None else end
+        blank = max(0, end - max(start, self._posed))  # references among them
         clip = (torch.arange(T + TEMPORAL - 1, device=self.c2w.device) - (TEMPORAL - 1)).clamp(min=0)  # (4f,)
         lone = self.appended[..., None].expand(-1, -1, TEMPORAL).flatten(1)  # (b, 4K)
-        at = torch.cat([clip.expand(b, -1), lone], dim=1)[:, TEMPORAL * start : TEMPORAL * (self.frames if end is None else end)]
+        at = torch.cat([clip.expand(b, -1), lone], dim=1)[:, TEMPORAL * start : TEMPORAL * end]
         row = torch.arange(b, device=at.device)[:, None]
         rays = plucker_rays(Trajectory(self.c2w[row, at].flatten(0, 1), self.intrinsics[row, at].flatten(0, 1)), *self.size)
-        return rearrange(rays, "(b f t) c h w -> b (c t) f h w", b=b, t=TEMPORAL)
+        rays = rearrange(rays, "(b f t) c h w -> b (c t) f h w", b=b, t=TEMPORAL)
+        return torch.nn.functional.pad(rays, (0, 0, 0, 0, 0, blank)) if blank else rays
 
 
 def camera_signal(trajectory: Trajectory, H: int, W: int, appended: tuple[int, ...] = ()) -> Tensor:

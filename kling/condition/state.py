@@ -9,7 +9,7 @@
     tracks   (b, c + 1, G, h, w) or None map of where points move (`condition.tracks`)
     shot     (b, G) int or None          which shot the frame is of: its words are that shot's, and p jumps by `SHOT_GAP` at every cut
 
-G = F target frames + K appended ones. The noise level of a token is  sigma_tok = m * sigma + [m = 0] * sigma_c.
+G = F target frames + K appended ones: keyframes, then references. The noise level of a token is  sigma_tok = m * sigma + [m = 0] * sigma_c.
 """
 
 from __future__ import annotations
@@ -29,9 +29,8 @@ from kling.runtime.device import upload
 from kling.shapes import frame_position, latent_of_frame
 
 TARGET, KEYFRAME, REFERENCE, SOURCE, HISTORY = range(5)
-SHOT_GAP = (
-    4.5  # latent frames by which p jumps at a cut, in addition to 1; not a whole number, so that a cut is unlike any time within a shot
-)
+MOST_REFERENCES = 4  # of one clip
+SHOT_GAP = 4.5  # latent frames that p jumps at a cut, in addition to 1; no whole number, so that no time within a shot is like a cut
 TENSORS = ("clean", "mask", "position", "kind", "tracks", "shot")  # of a State, each with a row for every sample
 
 
@@ -43,17 +42,25 @@ class Given:
     keyframes: (pixel frame, strength) of single frames, appended to the clip. Strength 1 keeps the frame exactly, 0 ignores it.
     space: (h, w) mask over all frames, 1 where to generate: in- and outpainting of a given clip.
     hold: how strongly a whole given clip is kept (restyling): every target has m = 1 - hold.
+    references: pictures of things that the clip shows, appended after the keyframes. They are no frames of the clip: each is encoded alone,
+    stays clean, and lies before it, the k-th (from 0) at position -1 - k.
     """
 
     known: int = 0
     keyframes: tuple[tuple[int, float], ...] = ()
     space: Tensor | None = None
     hold: float = 0.0
+    references: int = 0
 
     @property
     def gives(self) -> bool:
         """Whether anything is given."""
-        return bool(self.known or self.keyframes or self.space is not None or self.hold)
+        return bool(self.known or self.appended or self.space is not None or self.hold)
+
+    @property
+    def appended(self) -> int:
+        """K, the number of frames after those of the clip."""
+        return len(self.keyframes) + self.references
 
     @property
     def whole(self) -> bool:
@@ -61,7 +68,7 @@ class Given:
         return self.hold in (0, 1) and all(strength in (0, 1) for _, strength in self.keyframes)
 
     def task(self, frames: int) -> str:
-        """The task's name, as a checkpoint lists it in its `capabilities`."""
+        """The task's name, as a checkpoint lists it in its `capabilities`. References go with every task."""
         if self.space is not None:
             return "inpaint"
         if self.hold:
@@ -207,23 +214,25 @@ def _over_frames(level: Tensor) -> Tensor:
 
 
 def build_state(
-    given: list[Given], clean: Tensor, keyframes: Tensor | None, patch: tuple[int, int, int] = (1, 2, 2), sigma_c: float = 0.0,
+    given: list[Given], clean: Tensor, appended: Tensor | None, patch: tuple[int, int, int] = (1, 2, 2), sigma_c: float = 0.0,
     tracks: Sequence[Tracks | None] | None = None, shots: Sequence[Sequence[int]] | None = None,
 ) -> State:  # fmt: skip
     """Masks, positions, kinds and shots of the given content, and the map of its tracks. Training and sampling both use this function.
 
     Args:
-        given: one per sample; all must have the same number of keyframes.
+        given: one per sample; all must have the same number of keyframes, and of references.
         clean: (b, c, F, h, w) clean latents: the true clip in training, zeros where unknown in sampling.
-        keyframes: (b, c, K, h, w) latents of the single frames, or None when K = 0.
+        appended: (b, c, K, h, w) latents of the single frames, the keyframes before the references, or None when K = 0.
         tracks: of each sample, over its pixel frames; None for a sample without any, or for all.
         shots: of each sample, the latent frames at which its shots begin, 0 first. None, or one shot in each sample: no shots.
             Positions jump by `SHOT_GAP` at every cut (the phase shift of MultiShotMaster, arXiv 2512.03041).
     """
     b, _, frames, h, w = clean.shape
-    K = 0 if keyframes is None else keyframes.shape[2]
-    if len(given) != b or any(len(g.keyframes) != K for g in given):
-        raise ValueError(f"{len(given)} conditions with {[len(g.keyframes) for g in given]} keyframes for a batch of {b} with {K}")
+    K = 0 if appended is None else appended.shape[2]
+    R = given[0].references if given else 0
+    if len(given) != b or any((g.appended, g.references) != (K, R) for g in given):
+        counts = [(len(g.keyframes), g.references) for g in given]
+        raise ValueError(f"{len(given)} conditions with {counts} keyframes and references for a batch of {b} with {K} appended frames")
     mask = torch.ones(b, 1, frames + K, h, w, device=clean.device, dtype=clean.dtype)
     position = torch.arange(frames, dtype=torch.float32, device=clean.device).repeat(b, 1)  # (b, F)
     position = torch.cat([position, position.new_zeros(b, K)], dim=1)  # (b, G)
@@ -237,17 +246,23 @@ def build_state(
             mask[i, :, k] = 1 - strength
             position[i, k] = frame_position(t)
             kind[i, k] = KEYFRAME
+    if R:
+        mask[:, :, -R:] = 0
+        position[:, -R:] = torch.arange(-1, -1 - R, -1, dtype=torch.float32, device=clean.device)
+        kind[:, -R:] = REFERENCE
     shot = None
     if shots is not None and any(len(starts) > 1 for starts in shots):
-        holds = [[j for j in range(frames)] + [latent_of_frame(t) for t, _ in g.keyframes] for g in given]  # the latent frame of each
+        # the latent frame of each; references lie before the clip, and read the words of its first shot
+        holds = [[*range(frames), *(latent_of_frame(t) for t, _ in g.keyframes), *[0] * R] for g in given]
         of = [[bisect_right(starts, j) - 1 for j in mine] for starts, mine in zip(shots, holds, strict=True)]
         shot = torch.tensor(of, device=clean.device)  # (b, G)
         position += SHOT_GAP * shot
     maps: Tensor | None = None
     if tracks is not None:
         maps = track_maps(tracks, clean, [g.known for g in given], [[t for t, _ in g.keyframes] for g in given])
+        maps = F.pad(maps, (0, 0, 0, 0, 0, R))  # nothing moves to or from a reference
     if K:
-        clean = torch.cat([clean, keyframes], dim=2)  # (b, c, G, h, w)
+        clean = torch.cat([clean, appended], dim=2)  # (b, c, G, h, w)
     return State(clean, _whole_tokens(mask, patch), position, kind, frames, patch, sigma_c, maps, shot)
 
 

@@ -23,6 +23,8 @@ from kling.shapes import nearest_frames, pixel_frames
 Draw = Callable[[Random, int, int, int], Given]
 Show = Callable[[np.ndarray], dict[str, Any]]  # uint8 (T, H, W, 3)
 
+REFERENCES = (1, 1, 1, 2, 2, 3, 4)  # given with a task, whichever it is; each number equally often
+
 
 def _end(F: int) -> int:
     return pixel_frames(F) - 1

@@ -26,7 +26,7 @@ from kling.data.manifest import IMAGE, Manifest, MissingClip, Shot, read_manifes
 from kling.data.reader import open_reader
 from kling.data.scan.listing import Listing
 from kling.data.tracks import load_tracks
-from kling.data.transforms import fit
+from kling.data.transforms import contain, fit
 from kling.errors import UserError
 from kling.runtime.files import Source, file_of, head, member_of, sha256, sniff, stamp
 from kling.shapes import TEMPORAL, aspect_size, latent_frames, latent_of_frame, nearest_frames
@@ -45,6 +45,7 @@ class ClipSample:
     weights: list[float] | None = None  # None: all equal
     tracks: Tracks | None = None
     shots: list[tuple[int, int]] | None = None  # of each shot the latent frame where it begins, and how many of the captions are its own
+    references: tuple[Tensor, ...] = ()  # pictures (H, W, 3) uint8 of its things
 
 
 @dataclass(frozen=True)
@@ -113,8 +114,14 @@ class ManifestClips:
         shot, k = self.buckets[bucket][number].shot, self.buckets[bucket][number].k
         camera, tracks = (self._hash(file) for file in (shot.camera, shot.tracks))
         more = [] if tracks is None else [tracks]  # clips without tracks, or of one shot, stay what they were to older caches
+        more += [[self._hash(file) for file in shot.references]] if self.has_references else []
         more += [shot.shots] if shot.shots else []
         return [shot.sha256, shot.start, shot.end, k, [asdict(caption) for caption in shot.captions], camera, *more]
+
+    @property
+    def has_references(self) -> bool:
+        """Whether a clip has some; then a cache has room for those of each."""
+        return any(shot.references for shot in self.manifest.shots)
 
     def _hash(self, file: str | None) -> str | None:
         try:
@@ -143,7 +150,7 @@ class ManifestClips:
             threads = 1 if torch.utils.data.get_worker_info() else 0
             video = open_reader(source, self.reader, shot.video, threads).at(times, size)
         when = torch.arange(frames, dtype=torch.float64) / self.fps + start
-        for kind, file in (("camera", shot.camera), ("tracks", shot.tracks)):
+        for kind, file in (("camera", shot.camera), ("tracks", shot.tracks), *(("reference", file) for file in shot.references)):
             if file and not (self.manifest.folder / file).is_file():
                 raise MissingClip(f"{kind} {file} of clip {shot.name} does not exist: restore it, or scan again")
         camera = tracks = None
@@ -152,9 +159,10 @@ class ManifestClips:
         if shot.camera:
             camera = load_window(self.manifest.folder / shot.camera, when, size, shot.video.duration)
         texts = [c.text for c in shot.captions] or [""]
-        return ClipSample(
-            video, texts, camera, f"{shot.name}+{offset:.3f}", [c.weight for c in shot.captions] or [1.0], tracks, self._shots(shot, frames)
-        )
+        weights = [c.weight for c in shot.captions] or [1.0]
+        pictures = tuple(contain(read_image(self.manifest.folder / file), *size)[0] for file in shot.references)
+        shots = self._shots(shot, frames)
+        return ClipSample(video, texts, camera, f"{shot.name}+{offset:.3f}", weights, tracks, references=pictures, shots=shots)
 
     def _shots(self, shot: Shot, frames: int) -> list[tuple[int, int]] | None:
         """`ClipSample.shots` of the first `frames` frames."""

@@ -18,6 +18,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from kling.condition.state import MOST_REFERENCES
 from kling.data.info import VideoInfo
 from kling.errors import UserError
 from kling.runtime.files import Member, Source, parse_json, stamp, written
@@ -55,6 +56,7 @@ class Shot:
     camera: str | None = None  # a camera file, beside the manifest
     tracks: str | None = None  # a file of tracks, beside the manifest
     shots: tuple[tuple[float, int], ...] = ()  # of each shot where it begins, seconds, and the number of captions that are its own
+    references: tuple[str, ...] = ()  # pictures of its things, beside the manifest
     measures: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -192,7 +194,10 @@ def shot_from(row: dict[str, Any], where: str) -> Shot:
             )
         if shot.camera or shot.tracks:
             raise UserError(f"{where}: a clip of several shots has a camera or tracks, which are of one: leave them out")
-    return shot
+    files = shot.references
+    if not isinstance(files, list | tuple) or not all(isinstance(file, str) for file in files) or len(files) > MOST_REFERENCES:
+        raise UserError(f"{where}: references {files!r:.60}: give a list of up to {MOST_REFERENCES} pictures")
+    return dataclasses.replace(shot, references=tuple(files))
 
 
 def relative(path: Path, folder: Path) -> str:

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from kling.data.buckets import Epochs, cuts_of
 from kling.data.clips import ClipSample, ManifestClips, held_out, open_manifest
 from kling.data.info import frame_rate
+from kling.data.world.references import draw_references, render_reference
 from kling.data.world.scene import FPS, World
 from kling.data.world.storyboard import SHORTEST, Storyboards
 from kling.errors import UserError
@@ -70,25 +71,29 @@ class ClipSource:
                 skip_bad=cfg.skip_bad,
             )
 
-    def clip(self, index: int, frames: int, aspect: str, split: str = "") -> ClipSample:
+    def clip(self, index: int, frames: int, aspect: str, split: str = "", references: int = 0) -> ClipSample:
         """Clip `index` at a length and an aspect; a manifest is cycled through, without clips that are too short. split: of the world,
-        instead of the source's."""
+        instead of the source's. references: pictures of the world's things to render with it."""
         if self.manifest:
             return self.manifest.any(index, frames, aspect)
         split = split or self.split
         if split == SHOTS:
-            return self._story(index, frames, aspect)
+            return self._story(index, frames, aspect, references)
         clip = World(self.seed, frames, aspect, split).clip(index)
         captions = [text for texts in clip.captions.values() for text in texts]
-        return ClipSample(clip.video, captions, clip.trajectory, f"world/{self.seed}/{split}/{aspect}/{index}")
+        name, size = f"world/{self.seed}/{split}/{aspect}/{index}", clip.video.shape[1:3]
+        pictures = tuple(render_reference(one, *size) for one in draw_references(clip.scene, references, name))
+        return ClipSample(clip.video, captions, clip.trajectory, name, references=pictures)
 
-    def _story(self, index: int, frames: int, aspect: str) -> ClipSample:
+    def _story(self, index: int, frames: int, aspect: str, references: int) -> ClipSample:
         """A clip of several shots; the captions of each follow those of the one before."""
         clip = Storyboards(self.seed, frames, aspect, self.split).clip(index)
         told = [[text for texts in shot.values() for text in texts] for shot in clip.captions]
         shots = [(start, len(texts)) for start, texts in zip(clip.storyboard.starts, told, strict=True)]
-        name = f"world/{self.seed}/{SHOTS}/{aspect}/{index}"
-        return ClipSample(clip.video, [text for texts in told for text in texts], clip.trajectory, name, shots=shots)
+        name, texts = f"world/{self.seed}/{SHOTS}/{aspect}/{index}", [text for texts in told for text in texts]
+        pictures = draw_references(clip.storyboard.shots[0], references, name)  # its things are those of all shots
+        pictures = tuple(render_reference(one, *clip.video.shape[1:3]) for one in pictures)
+        return ClipSample(clip.video, texts, clip.trajectory, name, references=pictures, shots=shots)
 
     def captions(self, index: int) -> list[str]:
         """Captions of clip `index`, without rendering or decoding it."""

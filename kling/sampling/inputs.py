@@ -43,6 +43,7 @@ class Inputs:
     mask: Tensor | None = None
     control: Tensor | None = None
     strokes: list[Stroke] = field(default_factory=list)
+    references: list[Tensor] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
@@ -115,6 +116,7 @@ def read_inputs(
         first = _movie_size(request.video) if request.video is not None else None
         first = tuple(_picture(request.image).shape[:2]) if request.image is not None else first
         inputs.strokes = read_strokes(tracks_of(request.tracks), (H, W), first, spatial)
+    inputs.references = [contain(_picture(picture), H, W)[0] for picture in request.references]  # whole, whatever their aspect
     if request.control is not None:
         inputs.control = fit(_movie(request.control, fps, "control", (H, W)), H, W)
     return inputs

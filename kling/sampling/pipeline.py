@@ -23,7 +23,7 @@ from torch import Tensor
 
 from kling.cameras.trajectory import Cameras, Trajectory
 from kling.condition.concat import concat_channels, concat_groups, opened
-from kling.condition.state import Given, State, build_state
+from kling.condition.state import REFERENCE, Given, State, build_state
 from kling.condition.tracks import Tracks
 from kling.condition.writing import write_tracks
 from kling.data.transforms import to_tensor, to_uint8
@@ -85,8 +85,8 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
     transformer, for mode "fast"; `fast` are its `num_inference_steps` and `shift`. image_encoder, image_processor: CLIP, for the Wan 2.1
     image models. scheduler: ours, or any flow scheduler of diffusers.
 
-    capabilities: names of the tasks (and "camera", "brush", "shots", "control") that the weights were trained for; others are refused by
-    name.
+    capabilities: names of the tasks (and "camera", "brush", "reference", "shots", "control") that the weights were trained for; others are
+    refused by name.
     fps: frames a second of its training clips. max_frames: its longest single clip; longer ones are continued in hops.
     sizes: aspect -> (H, W). block_frames: latent frames per step of block-causal weights; 0 generates all at once.
     defaults: `num_inference_steps`, `guidance_scale` (high noise, low noise) and `negative_prompt`, if the scheduler is not ours.
@@ -255,7 +255,7 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         unmapped = request.tracks is None or bool(self.groups)  # then there is no map of tracks to leave out
 
         def appended(hop: Hop) -> int:
-            return 0 if self.groups else len(hop.given.keyframes)
+            return 0 if self.groups else hop.given.appended
 
         for hop in hops:
             self.check_divides(latent_frames(hop.frames) + appended(hop), h, w)
@@ -315,7 +315,8 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         able = self.config.capabilities
         asked = {"camera": camera is not None, "continuation": len(hops) > 1, "control": request.control is not None}
         asked |= {"diffusion_forcing": bool(request.frame_delay), "text_to_image": request.loop and request.image is None}  # made first
-        asked |= {"restyle": bool(request.strength), "brush": request.tracks is not None, "shots": len(request.prompts) > 1}
+        asked |= {"restyle": bool(request.strength), "brush": request.tracks is not None}
+        asked |= {"reference": bool(request.references), "shots": len(request.prompts) > 1}
         beside = [hop for hop in hops if hop.given.keyframes and (hop.overlap or hop.given.space is not None or hop.given.hold)]
         lone = [Given(keyframes=hop.given.keyframes).task(latent_frames(hop.frames)) for hop in beside]  # of a clip that is given too
         for name in [task, *lone, *(name for name, wanted in asked.items() if wanted)]:
@@ -333,6 +334,10 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             raise UserError("mode fast: this model's few-step weights were not distilled for shots: use mode std")
         if asked["shots"] and self.groups:
             raise UserError("shots: these weights take what is given as extra channels, which know no cut: make one shot at a time")
+        if request.references and (self.groups or self.config.get("block_frames")):
+            raise UserError("references: this model has no frames beside those that it makes, which references are: leave them out")
+        if few is not None and request.references and few.config.num_kinds <= REFERENCE:
+            raise UserError("mode fast: this model's few-step weights know no references: use mode std")
         if request.brush_guidance_scale not in (None, 1) and (self.groups or self.config.get("block_frames")):
             raise UserError(f"brush_guidance_scale {request.brush_guidance_scale:g}: this model has no pass without tracks: leave it out")
         if request.guidance_reach and (self.groups or self.config.get("block_frames")):
@@ -382,7 +387,7 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         if request.num_videos > 1 or len(plan.hops) > 1:
             raise UserError(f"latents were given for {request.num_videos} videos in {len(plan.hops)} hops: they start one clip; use seed")
         (hop,), scale = plan.hops, self.vae.spatial_factor
-        frames = latent_frames(hop.frames) + (0 if self.groups else len(hop.given.keyframes))
+        frames = latent_frames(hop.frames) + (0 if self.groups else hop.given.appended)
         shape = (1, self.vae.config.z_dim, frames, plan.height // scale, plan.width // scale)
         if tuple(latents.shape) != shape:
             raise UserError(f"latents of shape {tuple(latents.shape)}: this clip starts from {shape}")
@@ -483,7 +488,7 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         elif inputs.image is not None:
             known = inputs.image[None]
         lone = [inputs.image if (picture := inputs.keyframes[i][0]) is None else picture for i in hop.pictures]
-        keyframes = None
+        appended = None
         if self.groups:  # these weights take single frames at their position in the clip, with grey for everything else
             video = torch.zeros(3, hop.frames, inputs.height, inputs.width)
             if known is not None:
@@ -493,16 +498,16 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             for (t, _), picture in zip(hop.given.keyframes, lone, strict=True):
                 video[:, t] = to_tensor(picture[None])[:, 0]
             clean = self._encode(video[None])
-            keyframes = clean.new_zeros(1, vae.config.z_dim, len(lone), h, w) if lone else None
+            appended = clean.new_zeros(1, vae.config.z_dim, len(lone), h, w) if lone else None
         else:
             if known is not None:
                 latents = self.encode(known)
                 clean[:, :, : latents.shape[2]] = latents
-            if lone:
-                keyframes = torch.cat([self.encode(picture[None]) for picture in lone], dim=2)
+            if lone := [*lone, *inputs.references]:
+                appended = torch.cat([self.encode(picture[None]) for picture in lone], dim=2)
         patch = tuple(self.transformer.config.patch_size)
         starts = [[j for _, j in hop.shots]]
-        return build_state([hop.given], clean, keyframes, patch, request.sigma_c, None if tracks is None else [tracks], starts)
+        return build_state([hop.given], clean, appended, patch, request.sigma_c, None if tracks is None else [tracks], starts)
 
     def _signals(
         self, request: Request, hop: Hop, plan: Plan, state: State, signals: Signals, camera: Trajectory | None, origin: int
@@ -523,7 +528,7 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         part = Trajectory(torch.cat([part.c2w for part in parts]), torch.cat([part.intrinsics for part in parts]))
         appended = torch.tensor([[t for t, _ in hop.given.keyframes]], dtype=torch.long)
         grid = ray_grid(self.transformer, self.vae, plan.height, plan.width)
-        return Cameras(part.c2w[None], part.intrinsics[None], grid, appended).to(self._execution_device)
+        return Cameras(part.c2w[None], part.intrinsics[None], grid, appended, hop.given.references).to(self._execution_device)
 
     def _control(self, inputs: Inputs, hop: Hop) -> Tensor | None:
         """Latents of one hop's part of the control video."""

@@ -86,7 +86,7 @@ class Plan:
         for hop in self.hops:
             f = latent_frames(hop.frames)
             blocks = -(-f // self.block_frames) if self.block_frames else 1
-            steps += self.num_inference_steps * blocks + self.frame_delay * (f + len(hop.given.keyframes) - 1)
+            steps += self.num_inference_steps * blocks + self.frame_delay * (f + hop.given.appended - 1)
         return steps
 
     @property
@@ -95,7 +95,9 @@ class Plan:
         hops = f", {len(self.cuts) + 1} shots" if self.cuts else ""
         hops += f", then {len(self.hops) - 1} continuations" if len(self.hops) > 1 and not self.hops[0].overlap else ""
         lone = sum(len(hop.given.keyframes) for hop in self.hops) if self.task in ("continuation", "inpaint", "restyle") else 0
-        return TASK_TITLES[self.task] + (f" with {lone} keyframe{'s' * (lone > 1)}" if lone else "") + hops
+        pictures = self.hops[0].given.references
+        beside = [f"{n} {what}{'s' * (n > 1)}" for n, what in ((lone, "keyframe"), (pictures, "reference")) if n]
+        return TASK_TITLES[self.task] + (f" with {' and '.join(beside)}" if beside else "") + hops
 
 
 def plan_hops(request: Request, inputs: Inputs, frames: int, fps: float, longest: int, spatial: int) -> list[Hop]:
@@ -128,6 +130,7 @@ def plan_hops(request: Request, inputs: Inputs, frames: int, fps: float, longest
     if inputs.control is not None and len(inputs.control) < hops[-1].end:
         lengths = f"control of {len(inputs.control)} frames for a clip of {hops[-1].end}"
         raise UserError(f"{lengths}: give a longer one, or ask for fewer frames")
+    hops = [replace(hop, given=replace(hop.given, references=len(inputs.references))) for hop in hops]
     return _with_keyframes(request, inputs, hops)
 
 

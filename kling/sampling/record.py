@@ -191,6 +191,7 @@ def _input_files(request: Request) -> Iterator[Path]:
         request.video,
         request.control,
         request.mask,
+        *request.references,
         *(track.mask for track in tracks_of(request.tracks)),
         *([request.shots] if isinstance(request.shots, str) else []),
         *([request.tracks] if isinstance(request.tracks, str) else []),

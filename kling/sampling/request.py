@@ -15,6 +15,7 @@ import numpy as np
 
 from kling.cameras.axes import check_axes, parse_axes
 from kling.cameras.trajectory import Trajectory
+from kling.condition.state import MOST_REFERENCES
 from kling.errors import UserError, unknown
 from kling.sampling.brush import Track, as_tracks
 from kling.sampling.shots import Shot, as_shots, shots_of
@@ -43,6 +44,7 @@ class Fields(TypedDict, total=False):
     camera: str | dict[str, float] | Trajectory | None
     camera_scale: float
     tracks: str | list[Track] | None
+    references: list[Picture]
     control: Movie
     shots: str | list[Shot] | None
     aspect: str | None
@@ -102,6 +104,7 @@ class Request:
     loop: the last frame leads back to the first.
     camera: axes ("pan=5,zoom=2" or a dict), a master shot, a trajectory file or a `Trajectory`. camera_scale multiplies its translation.
     tracks: what moves where (motion brush): a JSON file or a list of `Track(mask, points)`; see `kling.sampling.brush`.
+    references: one to four pictures of things, to which the prompt points: "the first thing rolls left on snow".
     control: a video (edges, depth, pose …) whose frames the result follows.
     shots: a storyboard instead of a prompt, a length and a camera: a yaml file or a list of `Shot(prompt, seconds, camera)`; see
     `kling.sampling.shots`.
@@ -130,6 +133,7 @@ class Request:
     camera: str | dict[str, float] | Trajectory | None = None
     camera_scale: float = 1.0
     tracks: str | list[Track] | None = None
+    references: list[Picture] = field(default_factory=list)
     control: Movie = None
     shots: str | list[Shot] | None = None
     aspect: str | None = None
@@ -230,6 +234,10 @@ class Request:
         self.camera = str(self.camera) if isinstance(self.camera, Path) else self.camera
         self.tracks = as_tracks(self.tracks)
         self.shots = as_shots(self.shots)
+        self.references = _pictures(self.references, "references")
+        if len(self.references) > MOST_REFERENCES:
+            line = f"{len(self.references)} references were given: give at most {MOST_REFERENCES}"
+            raise UserError(line, code="too_many_references", most=MOST_REFERENCES)
         if not isinstance(self.keyframes, list | tuple):
             raise UserError(f"keyframes {_short(self.keyframes)}: give a list of (picture, frame) or (picture, frame, strength)")
         self.keyframes = [_keyframe(given) for given in self.keyframes]
@@ -302,6 +310,15 @@ def _keyframe(given: Any) -> tuple[Any, int, float]:
         if numeric and not isinstance(picture, int | float | None) and not isinstance(frame, bool):
             return picture, int(frame), float(strength)
     raise UserError(f"keyframe {_short(given)}: give (picture, frame) or (picture, frame, strength), such as ('mid.png', 20, 0.8)")
+
+
+def _pictures(given: Any, name: str) -> list[Picture]:
+    """A list of pictures from a list, or from one picture."""
+    if isinstance(given, str | Path) or getattr(given, "ndim", 0) == 3:
+        given = [given]
+    if not isinstance(given, list | tuple) or any(isinstance(one, int | float | None) or isinstance(one, str) and not one for one in given):
+        raise UserError(f"{name} {_short(given)}: give a list of pictures, such as ['thing.png']")
+    return list(given)
 
 
 def _short(value: Any) -> str:

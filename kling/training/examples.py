@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -15,10 +16,12 @@ from kling.cache.store import LatentBatch
 from kling.cameras.trajectory import Cameras, Trajectory
 from kling.condition.concat import concat_channels, concat_groups
 from kling.condition.state import Given, State, build_state
-from kling.condition.tasks import TASKS, draw_task, keyframe_share
+from kling.condition.tasks import REFERENCES, TASKS, draw_task, keyframe_share
 from kling.condition.tracks import BACKGROUND, Tracks
-from kling.data.world.captions import speaks_of_camera
-from kling.data.world.tracks import DROPPED, brushed_caption, draw_tracks, is_unnamed, scene_of
+from kling.data.world.captions import speaks_of_camera, speaks_of_reference
+from kling.data.world.references import draw_references as world_references
+from kling.data.world.scene import Scene
+from kling.data.world.tracks import DROPPED, brushed_caption, draw_tracks, is_unnamed, retold, scene_of
 from kling.dit import KlingTransformer3DModel
 from kling.errors import UserError
 from kling.runtime.device import upload
@@ -28,18 +31,24 @@ from kling.text.encoder import cut_prompt
 from kling.vae import AutoencoderKLKling
 
 CHOSEN = (1, 2, 4, 8, 16, 32)  # tracks of a real clip that are given, each number equally often
+POINTED = 0.9  # share of clips with references whose prompt points at them, instead of naming colour and solid
 SAY_CAMERA = 0.9  # share of clips with a moving camera but no camera signal whose prompt mentions it, if a caption does
 
 
-def check_divides(data: LatentSteps, tasks: Mapping[str, float], transformer: KlingTransformer3DModel, split: int) -> None:
+def check_divides(
+    data: LatentSteps, tasks: Mapping[str, float], transformer: KlingTransformer3DModel, split: int, reference: float = 0.0
+) -> None:
     """Raises `UserError` if the tokens of any possible batch do not divide over the `split` processes that share it."""
     for bucket in data.cache.clips:
         for frames in sorted({T for T in data.frames if bucket.frames >= T}):
-            _, _, f, h, w = data.cache.batch(bucket, [0], frames).latents.shape
-            for appended in range(2 if f > 1 and keyframe_share(tasks) else 1):
-                n = math.prod(token_grid(f + appended, h, w, tuple(transformer.config.patch_size)))
+            first = data.cache.batch(bucket, [0], frames)
+            _, _, f, h, w = first.latents.shape
+            counts = sorted({min(count, stored_references(first)) for count in (0, *(REFERENCES if reference else ()))})
+            for lone, count in product(range(2 if f > 1 and keyframe_share(tasks) else 1), counts):
+                n = math.prod(token_grid(f + lone + count, h, w, tuple(transformer.config.patch_size)))
                 if n % split:
-                    shape = f"{bucket.aspect} of {frames} frames{' and a keyframe' if appended else ''}"
+                    shape = f"{bucket.aspect} of {frames} frames{' and a keyframe' if lone else ''}"
+                    shape += f" and {count} reference{'s' * (count > 1)}" if count else ""
                     raise UserError(
                         f"{n} tokens ({shape}) do not divide over cp_size = {split} processes: change it, or leave that shape out"
                     )
@@ -48,7 +57,7 @@ def check_divides(data: LatentSteps, tasks: Mapping[str, float], transformer: Kl
 @dataclass(frozen=True)
 class Drawing:
     """How examples are drawn: weights of the tasks, and how often text or camera are left out. group: consecutive places of one shape.
-    max_bytes: longer captions are cut to it. brush: share of clips with tracks."""
+    max_bytes: longer captions are cut to it. brush: share of clips with tracks. reference: share of batches with references."""
 
     seed: int
     tasks: Mapping[str, float]
@@ -57,10 +66,20 @@ class Drawing:
     group: int = 1
     max_bytes: int | None = None
     brush: float = 0.0
+    reference: float = 0.0
 
     def appends_keyframe(self, place: int) -> bool:
         """Whether the batch of a place is for tasks that append a frame; the same within a group, since it changes the amount of work."""
         return random.Random(f"keyframe/{self.seed}/{place // self.group}").random() < keyframe_share(self.tasks)
+
+    def cut(self, prompt: str) -> str:
+        """A prompt as long as the text encoder takes."""
+        return prompt if self.max_bytes is None else cut_prompt(prompt, self.max_bytes)
+
+    def references(self, place: int) -> int:
+        """How many references the clips of a batch get, if they have as many; the same within a group."""
+        rng = random.Random(f"references/{self.seed}/{place // self.group}")
+        return rng.choice(REFERENCES) if rng.random() < self.reference else 0
 
 
 @dataclass(frozen=True)
@@ -92,30 +111,34 @@ def draw_example(how: Drawing, batch: LatentBatch, place: int, transformer: Klin
     """The given content of every clip of a batch, its prompt and its camera. Draws depend only on (seed, place)."""
     rng = random.Random(f"condition/{how.seed}/{place}")
     b, _, f, h, w = batch.latents.shape
-    K = int(f > 1 and how.appends_keyframe(place))  # the same for all clips of a batch, which share a shape
+    K = int(f > 1 and how.appends_keyframe(place))  # the same for all clips of a batch, which share a shape, as is the next
+    R = min(how.references(place), stored_references(batch))
     given: list[Given] = []
     tracks: list[Tracks | None] = []
-    lone, words, starts = [], [], []
+    appended, words, starts = [], [], []
     for i in range(b):
         task = draw_task(rng, how.tasks, K) if f > 1 else "text"
         what = TASKS[task][1](rng, f, h, w)
         if K:
             what, j = choose_keyframe(what, batch.times[i].tolist(), f, rng)
-            lone.append(batch.keyframes[i, j])
-        given.append(what)
+            appended.append(batch.keyframes[i, j])
+        given.append(what := replace(what, references=R))
         shots = batch.shots[i] if batch.shots else None
         if shots is None:
-            prompt, shown = draw_words(rng, how, batch.captions[i], batch.weights[i], batch.cameras[i])
-            mine, prompt = draw_brush(how, batch, i, place, what, prompt, shown)
+            prompt, shown = draw_words(rng, how, batch.captions[i], batch.weights[i], batch.cameras[i], R > 0)
+            pictures, pointed, prompt = draw_references(how, batch, i, place, R, prompt, shown)
+            mine, prompt = draw_brush(how, batch, i, place, what, prompt, shown, pointed)
             told = [(prompt, shown)]
-        else:
+        else:  # its words name what its pictures show
             mine, told = None, draw_story(rng, how, batch, i, shots)
+            pictures, _, _ = draw_references(how, batch, i, place, R, "", False)
+        appended += [batch.references[i, k] for k in pictures]
         tracks.append(mine)
         words.append(told)
         starts.append([0] if shots is None else [j for j, _ in shots])
-    keyframes = torch.stack(lone)[:, :, None] if K else None  # (b, c, 1, h, w)
+    lone = torch.stack(appended).unflatten(0, (b, K + R)).transpose(1, 2) if K + R else None  # (b, c, K + R, h, w)
     asked = tracks if transformer.config.track_channels else None  # also if no clip has any: every process must use every parameter
-    state = build_state(given, batch.latents, keyframes, tuple(transformer.config.patch_size), tracks=asked, shots=starts)
+    state = build_state(given, batch.latents, lone, tuple(transformer.config.patch_size), tracks=asked, shots=starts)
     most = 1 if state.shot is None else max(map(len, words))
     prompts = [prompt for mine in words for prompt in [*(prompt for prompt, _ in mine), *[""] * (most - len(mine))]]  # b · S
     has_camera = torch.tensor([[shown for _, shown in mine] + [False] * (most - len(mine)) for mine in words])  # (b, S)
@@ -136,10 +159,52 @@ def draw_story(rng: random.Random, how: Drawing, batch: LatentBatch, i: int, sho
     return [("" if silent else prompt, shown) for prompt, shown in words]
 
 
+def stored_references(batch: LatentBatch) -> int:
+    """The number of references that every clip of a batch has."""
+    return 0 if batch.references is None else min(batch.pictured)
+
+
+def draw_references(
+    how: Drawing, batch: LatentBatch, i: int, place: int, count: int, prompt: str, camera_shown: bool
+) -> tuple[list[int], dict[int, int], str]:
+    """Which of clip i's pictures are given, in order; which thing is pointed at by which of them; and the prompt, which points at them.
+
+    Of the world at least one picture is of a thing that the clip shows; the others may be of things that no word points at.
+    """
+    if not count:
+        return [], {}, prompt
+    rng = random.Random(f"references/{how.seed}/{place}/{i}")  # of its own, so that a run without references draws what it always did
+    scene = scene_in(batch, i)
+    if scene is None:
+        return rng.sample(range(batch.pictured[i]), count), {}, prompt
+    pictures = world_references(scene, batch.pictured[i], batch.names[i])
+    shown = [k for k, picture in enumerate(pictures) if picture.thing is not None]
+    absent = [k for k in range(len(pictures)) if k not in shown]
+    few = rng.randint(max(1, count - len(absent)), min(count, len(shown)))
+    chosen = rng.sample(shown, few) + rng.sample(absent, count - few)
+    rng.shuffle(chosen)
+    pointed = {thing: k for k, j in enumerate(chosen) if (thing := pictures[j].thing) is not None}
+    if not prompt or rng.random() >= POINTED:
+        return chosen, {}, prompt
+    return chosen, pointed, how.cut(retold(scene, camera_shown, rng, pointed=pointed))
+
+
+def scene_in(batch: LatentBatch, i: int) -> Scene | None:
+    """The scene of clip i of a batch; None if it is no clip of the world. Raises `UserError` if it shows another scene by now."""
+    scene, camera = scene_of(batch.names[i], batch.whole), batch.cameras[i]
+    if scene is None:
+        return None
+    T = pixel_frames(batch.latents.shape[2])
+    if camera is None or not torch.allclose(camera.c2w, scene.trajectory.c2w[:T], atol=1e-4):
+        raise UserError(f"clip {batch.names[i]} of the latent cache is not what this version of the world shows: make the cache again")
+    return scene
+
+
 def draw_brush(
-    how: Drawing, batch: LatentBatch, i: int, place: int, what: Given, prompt: str, camera_shown: bool
+    how: Drawing, batch: LatentBatch, i: int, place: int, what: Given, prompt: str, camera_shown: bool, pointed: Mapping[int, int]
 ) -> tuple[Tracks | None, str]:
-    """The tracks of clip i of a batch, None for most, and its prompt, in which tracked things may move without being told to.
+    """The tracks of clip i of a batch, None for most, and its prompt, in which tracked things may move without being told to. pointed: the
+    references of its things.
 
     what: is given of the clip; the motion of a video that is filled or restyled is known, so such clips have no tracks.
     """
@@ -151,14 +216,12 @@ def draw_brush(
     T, start = pixel_frames(f), pixel_frames(what.known) - 1 if what.known else 0
     if batch.tracks is not None:
         return choose_tracks(batch.tracks[i], rng, start), prompt
-    scene = scene_of(batch.names[i], batch.whole)
-    camera = batch.cameras[i]
-    if scene is None or camera is None or not torch.allclose(camera.c2w, scene.trajectory.c2w[:T], atol=1e-4):
-        raise UserError(f"clip {batch.names[i]} of the latent cache is not what this version of the world shows: make the cache again")
+    scene = scene_in(batch, i)
+    if scene is None:
+        raise UserError(f"clip {batch.names[i]} of the latent cache has no tracks and is not of the small world: set brush=0")
     brushed = draw_tracks(scene, rng, start)
     if prompt:
-        prompt = brushed_caption(scene, brushed, camera_shown, rng)
-        prompt = prompt if how.max_bytes is None else cut_prompt(prompt, how.max_bytes)
+        prompt = how.cut(brushed_caption(scene, brushed, camera_shown, rng, pointed))
     return brushed.tracks.frames(0, T), prompt
 
 
@@ -175,20 +238,24 @@ def choose_tracks(stored: Tensor, rng: random.Random, start: int) -> Tracks | No
 
 
 def draw_words(
-    rng: random.Random, how: Drawing, captions: Sequence[str], weights: Sequence[float], camera: Trajectory | None
-) -> tuple[str, bool]:
+    rng: random.Random, how: Drawing, captions: Sequence[str], weights: Sequence[float], camera: Trajectory | None,
+    referring: bool = False,
+) -> tuple[str, bool]:  # fmt: skip
     """The prompt of a clip, and whether its camera signal is given.
 
     If the signal is left out and a caption mentions the camera, that caption is used nine times in ten. So words learn to move the camera,
-    and prompts that do not mention it come almost only from clips with a static camera.
+    and prompts that do not mention it come almost only from clips with a static camera. A caption that points at references is used only
+    with them (referring).
     """
+    if not referring and (plain := [i for i, text in enumerate(captions) if not speaks_of_reference(text)]):
+        captions, weights = [captions[i] for i in plain], [weights[i] for i in plain]
     prompt = rng.choices(captions, weights)[0]
     shown = camera is not None and rng.random() >= how.camera_drop
     if camera is not None and not shown and not is_static(camera) and rng.random() < SAY_CAMERA:
         said = [i for i, text in enumerate(captions) if speaks_of_camera(text)]
         if said:
             prompt = rng.choices([captions[i] for i in said], [weights[i] for i in said])[0]
-    prompt = prompt if how.max_bytes is None else cut_prompt(prompt, how.max_bytes)
+    prompt = how.cut(prompt)
     return ("" if rng.random() < how.text_drop else prompt), shown
 
 
@@ -225,7 +292,8 @@ def batch_cameras(batch: LatentBatch, given: list[Given], transformer: KlingTran
     paths = [still if camera is None else camera for camera in batch.cameras]
     grid = ray_grid(transformer, vae, h * vae.spatial_factor, w * vae.spatial_factor)
     appended = torch.tensor([[t for t, _ in what.keyframes] for what in given], dtype=torch.long)
-    return Cameras(torch.stack([path.c2w for path in paths]), torch.stack([path.intrinsics for path in paths]), grid, appended)
+    poses = (torch.stack([path.c2w for path in paths]), torch.stack([path.intrinsics for path in paths]))
+    return Cameras(*poses, grid, appended, given[0].references)
 
 
 def choose_keyframe(what: Given, times: list[int], f: int, rng: random.Random) -> tuple[Given, int]:
@@ -233,4 +301,4 @@ def choose_keyframe(what: Given, times: list[int], f: int, rng: random.Random) -
     (t, strength), end = what.keyframes[0], 4 * (f - 1)
     inner = [j for j, time in enumerate(times) if 0 < time < end]
     j = times.index(end) if t == end or not inner else rng.choice(inner)
-    return Given(known=what.known, keyframes=((times[j], strength),)), j
+    return replace(what, keyframes=((times[j], strength),)), j

@@ -87,6 +87,8 @@ class RequestFile:
         for key in ("image", "last_image", "video", "mask"):
             if isinstance(given.get(key), str):
                 given[key] = str(self.path.parent / given[key])
+        if isinstance(given.get("references"), list):
+            given["references"] = [str(self.path.parent / one) if isinstance(one, str) else one for one in given["references"]]
         return given | {key: str(self.path.parent / row[key]) for key in (("win", "lose") if pairs else ())}
 
     def __call__(self, index: int) -> tuple[dict[str, Any], None]:

@@ -17,6 +17,7 @@ from diffusers import SchedulerMixin
 
 from kling.cache.store import INDEX, NAMED, CacheConfig, LatentCache, differences, fill_cache, read_index, settings_of
 from kling.condition.concat import concat_groups
+from kling.condition.state import REFERENCE
 from kling.config import load_config
 from kling.dit import KlingTransformer3DModel
 from kling.errors import UserError, unknown
@@ -191,7 +192,8 @@ def _read_by(cache: str | Path, text: UMT5TextEncoder) -> str:
 def check_captions(
     encoder: ByteTextEncoder | UMT5TextEncoder, cache: LatentCache, prompts: Sequence[str] = (), long_captions: str = "refuse"
 ) -> int | None:
-    """The number of bytes to cut captions to; None if nothing is cut. umT5 cuts by itself, as in Wan's own pipelines, and logs it.
+    """The number of bytes to cut prompts to: those that training words anew, too, which no cache holds. None for umT5, which cuts by itself,
+    as in Wan's own pipelines, and logs it.
 
     Raises `UserError` that names the clips with captions too long for our encoder, unless they are to be cut, and for long `prompts`.
     """
@@ -201,10 +203,9 @@ def check_captions(
     for prompt in prompts:
         if (size := len(prompt_bytes(prompt))) > most and long_captions != "cut":
             raise UserError(f"the prompt '{prompt[:40]}…' of samples has {size} bytes, this text encoder reads {most}: shorten it")
-    if long_captions == "cut":
-        return most
-    refuse_long(cache.long_captions(most), most, f"latent cache {cache.folder}")
-    return None
+    if long_captions != "cut":
+        refuse_long(cache.long_captions(most), most, f"latent cache {cache.folder}")
+    return most
 
 
 def refuse_long(clips: Iterable[tuple[str, Sequence[str]]], most: int, where: str) -> None:
@@ -240,26 +241,30 @@ def grow(folder: str | Path, model: Mapping[str, Any], dtype: torch.dtype = torc
             continue
         if key not in EXTRAS:
             raise UserError(f"model {folder} has model.{key} = {had[key]!r}, not {value!r}: only {', '.join(EXTRAS)} can be added")
-        there = {name: had[name] for name in ("num_kinds", "track_channels", "gate_value")}
+        there = {name: had[name] for name in ("track_channels", "gate_value")}
+        there |= {"num_kinds": had["num_kinds"] > value if key == "num_kinds" else 0}
         there |= {"in_channels": had["in_channels"] > had["out_channels"]}
         if there.get(key, had["camera_channels"]):
             raise UserError(f"model {folder} was trained with model.{key} = {had[key]!r}: leave it unchanged")
         changed[key] = value
-    in_channels = changed.pop("in_channels", had["in_channels"])
+    wider = {key: changed.pop(key) for key in ("in_channels", "num_kinds") if key in changed and had[key]}
     grown = loaded(Path(folder).parent, Path(folder).name, KlingTransformer3DModel, torch_dtype=dtype, **changed)
-    return grown if in_channels == had["in_channels"] else widen_inputs(grown, in_channels)
+    return widen(grown, **wider) if wider else grown
 
 
-def widen_inputs(model: KlingTransformer3DModel, in_channels: int) -> KlingTransformer3DModel:
-    """The same transformer with more input channels, whose weights are 0: the start for training a new channel group."""
-    concat_groups(in_channels, model.config.out_channels)  # raises for an unknown layout
-    config = {key: value for key, value in model.config.items() if not key.startswith("_")} | {"in_channels": in_channels}
+def widen(model: KlingTransformer3DModel, in_channels: int | None = None, num_kinds: int | None = None) -> KlingTransformer3DModel:
+    """The same transformer with more input channels, or more kinds of frames, whose weights are 0: the start for training them."""
+    config = {key: value for key, value in model.config.items() if not key.startswith("_")}
+    config |= {"in_channels": in_channels or config["in_channels"], "num_kinds": num_kinds or config["num_kinds"]}
+    concat_groups(config["in_channels"], config["out_channels"])  # raises for an unknown layout
     with torch.device("meta"):
         wide = KlingTransformer3DModel(**config)
     state = dict(model.state_dict())
-    weight = state["patch_embedding.weight"]  # (d, c, pt, ph, pw)
-    zeros = weight.new_zeros(len(weight), in_channels - weight.shape[1], *weight.shape[2:])
-    state["patch_embedding.weight"] = torch.cat([weight, zeros], dim=1)
+    for name in ("patch_embedding.weight", "kind_embedding.weight"):  # (d, c, pt, ph, pw), (kinds, d)
+        if (weight := state.get(name)) is not None:
+            larger = weight.new_zeros(wide.get_parameter(name).shape)
+            larger[tuple(map(slice, weight.shape))] = weight
+            state[name] = larger
     wide.load_state_dict(state, assign=True)
     return wide.train(model.training)
 
@@ -312,6 +317,25 @@ def check_shots(share: float, transformer: KlingTransformer3DModel, cache: Laten
         raise UserError(
             f"shots {share:g} is set, and the frames of several shots cannot be shared between devices: set cp_size 1, or shots=0"
         )
+
+
+def check_reference(share: float, transformer: KlingTransformer3DModel, cache: LatentCache) -> None:
+    """Raises `UserError` unless the transformer can learn references, and the cache has some, if a share of batches is to have them."""
+    if not 0 <= share <= 1:
+        raise UserError(f"reference {share:g}: give the share of batches with references, from 0 to 1")
+    if not share:
+        return
+    if transformer.config.num_kinds <= REFERENCE:
+        raise UserError(
+            f"reference {share:g} is set, and this model knows {transformer.config.num_kinds} kinds of frames: set "
+            f"model.num_kinds={REFERENCE + 1}, or reference=0"
+        )
+    if concat_groups(transformer.config.in_channels, transformer.config.out_channels):
+        raise UserError(f"reference {share:g} is set, and these weights take what is given as extra channels, which have no place for one")
+    if "references" not in cache.holds:
+        world = cache.settings["data"]["source"] == "world"
+        remedy = "make one with references=4" if world else "name some in the manifest and encode it again"
+        raise UserError(f"reference {share:g} is set, and latent cache {cache.folder} holds no references: {remedy}, or set reference=0")
 
 
 def taught_text(folder: str, settings: Mapping[str, Any]) -> ByteTextEncoder:

@@ -12,7 +12,7 @@ from kling.cameras.kling_http import axes_from_wire
 from kling.errors import UserError
 
 KINDS = ("text2video", "image2video", "multi-image2video", "video-extend")
-NAMES = {"last_image": "image_tail", "aspect": "aspect_ratio"}  # ours -> theirs
+NAMES = {"last_image": "image_tail", "aspect": "aspect_ratio", "references": "image_list"}  # ours -> theirs
 NEUTRAL = {"sound": "off", "multi_shot": False}  # what says nothing, where that is not null or empty
 # Fields for which a model must have been trained, and for what.
 TRAINED = {
@@ -72,7 +72,7 @@ class Image2Video(Text2Video):
 
 
 class MultiImage2Video(Text2Video):
-    image_list: list[dict[str, Any]] | None = None
+    image_list: list[dict[str, Any]] | None = Field(None, description="up to 4 things, each {'image': URL or base64}, to which words point")
 
 
 class VideoExtend(Body):
@@ -91,6 +91,8 @@ def read(desk: Desk, kind: str, body: Body, base: str) -> Ask:
     _check_known(desk, body)
     if kind == "multi-image2video":
         desk.need("reference", "image_list")
+        if not body.image_list or any(row.keys() != {"image"} or not isinstance(row["image"], str) for row in body.image_list):
+            raise UserError("image_list: give a list of {'image': a URL or base64}")
     fields: dict[str, Any] = {name: value for name in EXTENSIONS if (value := getattr(body, name)) not in (None, False)}
     fields |= {"prompt": body.prompt or "", "mode": body.mode}
     if body.negative_prompt:
@@ -122,8 +124,8 @@ def read(desk: Desk, kind: str, body: Body, base: str) -> Ask:
     if body.multi_shot or body.multi_prompt or body.shot_type:
         fields["shots"] = read_shots(body, fields.pop("duration", None))
     return Ask(
-        kind, fields, pictures, brush=brush, video=video, external=body.external_task_id or None, callback=body.callback_url or None,
-        base=base, body=sent, names=NAMES,
+        kind, fields, pictures, references=[row["image"] for row in getattr(body, "image_list", None) or []], brush=brush, video=video,
+        external=body.external_task_id or None, callback=body.callback_url or None, base=base, body=sent, names=NAMES,
     )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from kling_programs.sample.server.store import DONE, New, Store, Task, digest, l
 from kling_programs.sample.server.wire import NO_THING, TOO_MANY, WireError, refusal
 from PIL import Image, ImageOps
 
+from kling.condition.state import MOST_REFERENCES
 from kling.data.image import read_image
 from kling.errors import UserError, unknown
 from kling.sampling.brush_http import tracks_from_wire
@@ -60,8 +61,8 @@ class Ask:
     """A request as a wire understood it.
 
     fields: of a `Request`, without files. pictures: field -> URL, base64 or bytes. movies: field -> the bytes of a video. keyframes:
-    (picture, frame, strength). brush: `static_mask` and `dynamic_masks` as Kling has them. tracks: as `Request` has them, with bytes for
-    masks. video: the id of a result to continue. body: what was sent. names: what the wire calls our fields.
+    (picture, frame, strength). references: as pictures. brush: `static_mask` and `dynamic_masks` as Kling has them. tracks: as `Request`
+    has them, with bytes for masks. video: the id of a result to continue. body: what was sent. names: what the wire calls our fields.
     """
 
     kind: str
@@ -69,6 +70,7 @@ class Ask:
     pictures: dict[str, str | bytes] = field(default_factory=dict)
     movies: dict[str, bytes] = field(default_factory=dict)
     keyframes: list[tuple[bytes, Any, Any]] = field(default_factory=list)
+    references: list[str | bytes] = field(default_factory=list)
     brush: dict[str, Any] = field(default_factory=dict)
     tracks: list[dict[str, Any]] = field(default_factory=list)
     video: str | None = None
@@ -124,7 +126,13 @@ class Desk:
             fields["video"] = self.store.link_input(self.store.folder / parent.file)
             fields["prompt"] = fields.get("prompt") or parent.request.get("prompt", "")
         given = {name: self._bytes(picture, ask.names.get(name, name)) for name, picture in ask.pictures.items()}
+        called = ask.names.get("references", "references")
+        if len(ask.references) > MOST_REFERENCES:  # before they are fetched
+            raise UserError(f"{called} has {len(ask.references)} pictures: give at most {MOST_REFERENCES}")
+        things = [self._bytes(picture, called) for picture in ask.references]
         with self._reading:
+            if things:
+                fields["references"] = [self._picture(data, called) for data in things]
             for name, data in given.items():
                 fields[name] = self._picture(data, ask.names.get(name, name))
             for name, data in ask.movies.items():

@@ -56,6 +56,10 @@ def read(body: Body, base: str) -> Ask:
     shots = fields.get("shots") or []
     if not isinstance(shots, list) or any(not isinstance(row, dict) or isinstance(row.get("camera"), str) for row in shots):
         raise UserError('shots: give a list of {prompt, seconds, camera}, with the camera as axes, such as {"pan": 5}')  # never a file here
+    things = fields.pop("references", None) or []
+    if not isinstance(things, list):
+        raise UserError("references: give a list of files")
+    references = [file(name, "references") for name in things]
     strokes = fields.pop("tracks", None) or []
     if not isinstance(strokes, list) or not all(isinstance(row, dict) and row.keys() <= {"mask", "points"} for row in strokes):
         raise UserError("tracks: give a list of {mask, points}")
@@ -67,8 +71,8 @@ def read(body: Body, base: str) -> Ask:
     pictures = {name: data for name, data in given.items() if name not in MOVIES}
     sent = body.model_dump(exclude_unset=True)
     return Ask(
-        KIND, fields, pictures, movies, keyframes, tracks=tracks, external=body.external_task_id, callback=body.callback_url, base=base,
-        body=sent,
+        KIND, fields, pictures, movies, keyframes, references, tracks=tracks, external=body.external_task_id, callback=body.callback_url,
+        base=base, body=sent,
     )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from kling_programs.sample.studio.studio import Studio
 from kling_programs.sample.studio.words import t
 
 from kling.cameras.axes import LIMIT, MOVES, UNITS
+from kling.condition.state import MOST_REFERENCES
 from kling.data.world.captions import vocabulary_summary
 from kling.sampling.request import MODES
 from kling.shapes import clip_frames
@@ -111,6 +112,11 @@ class Form:
                     self.clear_keys = gr.Button(t("clear_keyframes"), size="sm", interactive=able, min_width=60)
         self.timeline = gr.HTML(padding=False, elem_id="timeline")
         self.fields["keyframes"] = gr.JSON([], visible=False)
+        able = self._able("references")["interactive"]
+        tray = {"type": "filepath", "file_types": ["image"], "columns": MOST_REFERENCES, "height": 130, "object_fit": "contain"}
+        self.fields["references"] = gr.Gallery(
+            label=t("references" if able else "references_unable"), interactive=able, buttons=[], elem_id="references", **tray
+        )
 
     def _video(self) -> None:
         self.fields["video"] = gr.Video(label=t("clip"), sources=["upload"], height=220, buttons=[], elem_id="clip")

@@ -75,6 +75,7 @@ class Events:
         form, fields = self.form, self.form.fields
         for name, kind in {"image": "image", "last_image": "image", "video": "video", "camera_file": "camera"}.items():
             fields[name].upload(self._checker(kind), fields[name], fields[name], **RAW)
+        fields["references"].upload(self.check_tray, fields["references"], fields["references"], **RAW)
         form.key_image.upload(self._checker("image"), form.key_image, form.key_image, **RAW)
         keys = [form.key_image, form.key_frame, form.key_strength, fields["keyframes"], fields["duration"]]
         form.add_key.click(self.add_keyframe, keys, [fields["keyframes"], form.timeline, form.key_image], **RAW)
@@ -123,6 +124,16 @@ class Events:
             return gr.skip()
 
         return check
+
+    def check_tray(self, request: gr.Request, payload: Any) -> Any:
+        """The pictures of a tray that can be used; those that cannot are taken out."""
+        kept = []
+        for picture in Fields({"references": payload}).references():
+            try:
+                kept.append(self.studio.uploads.accept(picture, "image"))
+            except Exception as error:
+                gr.Warning(public(error, request).message, duration=12, title="")
+        return kept
 
     def explain(self, request: gr.Request, *values: Any) -> str:
         """One line with the recognised task and its cost, or the error."""
@@ -215,6 +226,8 @@ class Events:
                 elif name == "keyframes":
                     rows = Fields({name: value}).keyframes()
                     shown.append([{"file": self.studio.uploads.accept(f, "image"), "frame": t, "strength": w} for f, t, w in rows])
+                elif name == "references":
+                    shown.append([self.studio.uploads.accept(file, "image") for file in Fields({name: value}).references()])
                 else:
                     shown.append(checked(name, value))
             except UserError:

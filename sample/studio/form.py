@@ -31,7 +31,7 @@ USES = ("continue", "restyle", "fill", "outpaint")  # ways to use a given video
 
 # The fields of the page, in the order in which they are sent.
 FIELDS = (
-    *("prompt", "negative_prompt", "image", "last_image", "keyframes", "loop"),
+    *("prompt", "negative_prompt", "image", "last_image", "keyframes", "references", "loop"),
     *("video", "use", "strength", "mask", "outpaint"),
     *("tracks", "shots"),
     *UNITS,
@@ -68,6 +68,7 @@ def request_of(fields: dict[str, Any], uploads: Any) -> Request:
         image=image,
         last_image=uploads.accept(fields.get("last_image"), "image"),
         keyframes=[(uploads.accept(file, "image"), frame, strength) for file, frame, strength in given.keyframes()],
+        references=[uploads.accept(file, "image") for file in given.references()],
         loop=given.flag("loop") and not video,
         video=video,
         strength=given.number("strength", 0, 1) if video and use == "restyle" else None,
@@ -171,6 +172,13 @@ class Fields:
             found.append((row["file"], int(frame), check_number("keyframe's strength", row.get("strength"), 0.01, 1, 1.0)))
         return found
 
+    def references(self) -> list[Any]:
+        """Uploads, in order; the page's gallery has each as {"image": upload}."""
+        rows = self.values.get("references") or []
+        if not isinstance(rows, list) or not all(isinstance(row, dict | str) and row for row in rows):
+            raise UserError("references: give a list of pictures")
+        return [row.get("image") or row if isinstance(row, dict) else row for row in rows]
+
     def tracks(self) -> list[tuple[Any, list[tuple[float, float]]]]:
         """[{"mask": upload or none, "points": [[x, y], …]}, …], x and y as shares of the first frame's width and height"""
         rows = self.values.get("tracks") or []
@@ -263,6 +271,7 @@ NEEDS = {
     "camera": "camera",
     "tracks": "brush",
     "shots": "shots",
+    "references": "reference",
 }
 
 

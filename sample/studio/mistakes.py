@@ -32,6 +32,7 @@ LINES: dict[str, tuple[str, str]] = {
     "mask_damaged": ("", "涂抹的内容已损坏：请清除后重画"),
     "keyframe_without_picture": ("Keyframe: upload its picture first", "关键帧：请先上传图片"),
     "too_many_keyframes": ("At most {most} keyframes, each with a picture, a frame and a strength", "关键帧最多 {most} 个"),
+    "too_many_references": ("At most {most} pictures of things", "参考图最多 {most} 张"),
     "too_many_tracks": ("At most {most} arrows", "箭头最多 {most} 个"),
     "too_many_shots": ("At most {most} shots", "镜头最多 {most} 个"),
     "wordless_shot": ("A shot of the storyboard has no words: say what it shows", "分镜里有一个镜头没有文字：请写出它的内容"),

@@ -109,6 +109,7 @@ def api_of(studio: Studio) -> Any:
         image: dict | None = None,
         last_image: dict | None = None,
         keyframes: list[dict] | None = None,
+        references: list[dict] | None = None,
         loop: bool = False,
         video: dict | None = None,
         use: str = "continue",

@@ -107,6 +107,8 @@ def body_of(request: Request) -> dict[str, Any]:
             fields[name] = file(fields[name], name)
     if "keyframes" in fields:
         fields["keyframes"] = [[file(picture, "keyframes"), frame, strength] for picture, frame, strength in fields["keyframes"]]
+    if "references" in fields:
+        fields["references"] = [file(picture, "references") for picture in fields["references"]]
     if isinstance(fields.get("tracks"), str):
         raise UserError("a file of tracks cannot be sent to a server yet: draw them")
     if "tracks" in fields:

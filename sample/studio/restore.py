@@ -96,6 +96,7 @@ def fields_of(record: dict[str, Any], studio: Studio) -> tuple[dict[str, Any], R
     fields |= {name: file(asked.get(name)) for name in FILES}
     rows = [(file(picture), t, strength) for picture, t, strength in asked.get("keyframes") or []]
     fields["keyframes"] = [{"file": f, "frame": t, "strength": strength} for f, t, strength in rows if f]
+    fields["references"] = [kept for picture in asked.get("references") or [] if (kept := file(picture))]
     chosen = [use for use, name in (("restyle", "strength"), ("fill", "mask"), ("outpaint", "outpaint")) if asked.get(name) is not None]
     fields["use"] = chosen[0] if chosen else "continue"
     fields |= dict.fromkeys(UNITS, 0) | _camera(asked.get("camera"), file)
@@ -112,7 +113,7 @@ def fields_of(record: dict[str, Any], studio: Studio) -> tuple[dict[str, Any], R
     remarks: Remarks = []
     if missing:
         remarks.append(("again", {"names": ", ".join(missing)}))
-    shown = {*fields, *SAME, *FILES, "keyframes", "camera", "num_frames", "num_videos", "duration"}
+    shown = {*fields, *SAME, *FILES, "keyframes", "references", "camera", "num_frames", "num_videos", "duration"}
     others = [name for name, value in asked.items() if name not in shown and value not in (defaults.get(name), None)]
     if others:
         remarks.append(("elsewhere", {"names": ", ".join(others)}))

@@ -264,6 +264,8 @@ def understood(lang: int, plan: Plan, request: Request, clip: float | None = Non
     if plan.cuts:
         lengths = [end - start for start, end in pairwise([0, *plan.cuts, plan.frames])]
         task.append(say(lang, "task_of_shots", count=len(lengths), seconds=" + ".join(f"{n / plan.fps:.3g}" for n in lengths)))
+    if request.references:
+        task.append(f"{say(lang, 'task_reference')} × {len(request.references)}")
     size = f"{plan.width}×{plan.height}"
     seconds, steps = f"{plan.frames / plan.fps:.1f}", plan.num_inference_steps
     facts = say(lang, "facts", frames=plan.frames, seconds=seconds, size=size, fps=f"{plan.fps:g}", steps=steps)

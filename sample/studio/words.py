@@ -30,6 +30,7 @@ WORDS: dict[str, tuple[str, str]] = {
     "holds": ("Strength", "强度"),
     "add_keyframe": ("Add keyframe", "添加关键帧"),
     "clear_keyframes": ("Clear", "清空"),
+    "references": ("Things: the prompt says “the first thing”, “the second thing” …", "参考图：提示词里写“第一个物体”“第二个物体”……"),
     "video": ("Video", "视频"),
     "clip": ("Your clip", "输入视频"),
     "use": ("What to do with it", "如何处理"),
@@ -217,18 +218,20 @@ WORDS |= {f"task_{name}": (TASK_TITLES[name], chinese) for name, chinese in CHIN
     "task_camera": ("camera", "镜头"),
     "task_brush": ("motion brush", "运动笔刷"),
     "task_shots": ("shots", "分镜"),
+    "task_reference": ("references", "参考图"),
 }
 
 # Gradio translates a label as a whole, so combined texts are combined here: why a control is greyed out.
 NOT_TRAINED = ("not trained into this model", "该模型未训练此功能")
 WORDS |= {
     f"unable_{name}": (f"{NOT_TRAINED[0]}: {WORDS[f'task_{name}'][0]}", NOT_TRAINED[1])
-    for name in (*CHINESE_TASKS, "camera", "brush", "shots")
+    for name in (*CHINESE_TASKS, "camera", "brush", "reference", "shots")
 }
 WORDS |= {
     f"{name}_unable": (f"{WORDS[name][0]} ({NOT_TRAINED[0]})", f"{WORDS[name][1]}（{NOT_TRAINED[1]}）")
     for name in ("first", "last", "keyframe", "continue", "restyle", "fill", "outpaint")
 }
+WORDS["references_unable"] = (f"Things ({NOT_TRAINED[0]})", f"参考图（{NOT_TRAINED[1]}）")
 
 
 def t(key: str) -> gr.I18n:
@@ -257,6 +260,7 @@ LABELS = {
     "keyframe's strength": "holds",
     "camera_file": "trajectory",
     "tracks": "tracks",
+    "references": "references",
     "sigma": "noise_level",
     "the loop's first frame": "loop",
 }

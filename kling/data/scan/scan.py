@@ -101,9 +101,8 @@ def scan(
         for shot in (shot_from(row, str(journal.path)) for row in found["shots"]):
             before = added.get(_identity(shot), shot)
             captions, measures = candidate.captions or before.captions, before.measures | shot.measures
-            shots.append(
-                dataclasses.replace(shot, captions=captions, camera=camera or before.camera, tracks=before.tracks, measures=measures)
-            )
+            kept_too = {"tracks": before.tracks, "references": before.references}
+            shots.append(dataclasses.replace(shot, captions=captions, camera=camera or before.camera, measures=measures, **kept_too))
     kept, dropped = sift(shots, filters or Filters())
     summary.dropped.update(one.reason for one in dropped)
     summary.clips, summary.images = len(kept), sum(shot.is_image for shot in kept)

@@ -60,6 +60,10 @@ CAMERA_MOVES = {
     "left_turn_forward": (("the camera turns left and moves forward",), ("镜头左转并前进",)),
     "static": (("the camera does not move", "a static shot"), ("镜头不动", "固定镜头")),
 }
+# How words point at a thing that a reference shows, instead of naming its colour and solid.
+ORDINALS = (("first", "一"), ("second", "二"), ("third", "三"), ("fourth", "四"))
+POINTERS = (("the {} thing", "the {} object", "the thing in the {} picture"), ("第{}个物体", "第{}个东西", "第{}张图里的物体"))
+ROLLS = (("rolls", "slides", "moves"), ("滚动", "滑动", "移动"))  # any of them, since only a ball rolls
 CAMERA_WORDS = ("camera", "shot", "view", "镜头", "视野")  # every camera phrase above contains one of them
 
 
@@ -68,17 +72,30 @@ def speaks_of_camera(text: str) -> bool:
     return any(word in text for word in CAMERA_WORDS)
 
 
-def _thing(colour: str, solid: str, motion: str | None, language: str, rng: random.Random) -> str:
-    if language == "en":
-        article = "an" if colour[0] in "aeiou" else "a"
-        if motion is None:
-            return f"{article} {colour} {rng.choice(SOLIDS_EN[solid])}"
-        verb = rng.choice(MOTIONS[motion][0]).format(roll="rolls" if solid == "ball" else "slides")
-        return f"{article} {colour} {rng.choice(SOLIDS_EN[solid])} {verb}"
-    if motion is None:
-        return f"一个{COLOURS[colour]}的{rng.choice(SOLIDS[solid])}"
-    verb = rng.choice(MOTIONS[motion][1]).format(滚="滚动" if solid == "ball" else "滑动")
-    return f"一个{COLOURS[colour]}的{rng.choice(SOLIDS[solid])}{verb}"
+def speaks_of_reference(text: str) -> bool:
+    """Whether a caption points at a picture that is given with it, such as "the second thing"."""
+    return any(found in text.lower() for found in _pointers())
+
+
+@cache
+def _pointers() -> tuple[str, ...]:
+    return tuple(phrase.format(ordinal[column]) for column in (0, 1) for phrase in POINTERS[column] for ordinal in ORDINALS)
+
+
+def _thing(colour: str | int, solid: str, motion: str | None, language: str, rng: random.Random) -> str:
+    column = LANGUAGES.index(language)
+    verb = "" if motion is None else rng.choice(MOTIONS[motion][column])
+    if isinstance(colour, int):
+        rolls = rng.choice(ROLLS[column])
+        subject = rng.choice(POINTERS[column]).format(ORDINALS[colour][column])
+    elif language == "en":
+        rolls = "rolls" if solid == "ball" else "slides"
+        subject = f"{'an' if colour[0] in 'aeiou' else 'a'} {colour} {rng.choice(SOLIDS_EN[solid])}"
+    else:
+        rolls = "滚动" if solid == "ball" else "滑动"
+        subject = f"一个{COLOURS[colour]}的{rng.choice(SOLIDS[solid])}"
+    verb = verb.format(roll=rolls, 滚=rolls)
+    return f"{subject} {verb}".rstrip() if language == "en" else subject + verb
 
 
 def _camera(axes: Mapping[str, float], move: str, language: str, rng: random.Random) -> str:
@@ -90,7 +107,7 @@ def _camera(axes: Mapping[str, float], move: str, language: str, rng: random.Ran
 
 
 def caption(
-    things: Sequence[tuple[str, str, str | None]],
+    things: Sequence[tuple[str | int, str, str | None]],
     ground: str,
     axes: Mapping[str, float],
     move: str,
@@ -99,7 +116,8 @@ def caption(
     camera: bool = True,
 ) -> str:
     """One sentence about things (colour, solid, motion) on a ground, with a camera; `move` names a master shot or `static`. A motion of
-    None is not mentioned."""
+    None is not mentioned. A number instead of a colour is that of the reference, from 0, which shows the thing: then neither its colour
+    nor its solid is said."""
     place = rng.choice(GROUNDS[ground][LANGUAGES.index(language)])
     phrases = [_thing(*thing, language, rng) for thing in things]
     said = _camera(axes, move, language, rng) if camera else ""
@@ -163,15 +181,16 @@ def vocabulary_summary() -> str:
     return "\n".join(lines)
 
 
-def unknown_words(text: str) -> list[str]:
-    """The words of a prompt that occur in no caption, in order; for Chinese, runs of characters that occur in none.
+def unknown_words(text: str, pointing: bool = False) -> list[str]:
+    """The words of a prompt that occur in no caption, in order; for Chinese, runs of characters that occur in none. pointing: nor in
+    captions that point at references.
 
     >>> unknown_words("A red cat rolls left at sunset.")
     ['cat', 'sunset']
     >>> unknown_words("一只红色的猫在草地上")
     ['猫']
     """
-    words, characters = _known()
+    words, characters = _known(pointing)
     found = re.findall(r"[\u3400-\u9fff]+|[^\W\d_\u3400-\u9fff]+", text.lower())
     unknown: list[str] = []
     for word in found:
@@ -183,9 +202,10 @@ def unknown_words(text: str) -> list[str]:
 
 
 @cache
-def _known() -> tuple[set[str], set[str]]:
+def _known(pointing: bool) -> tuple[set[str], set[str]]:
     """All English words and Chinese characters of the captions."""
     rows = [row for rows in vocabulary().values() for row in rows]
+    rows += [("", _pointers(), _pointers())] if pointing else []
     english = {word for _, phrases, _ in rows for phrase in phrases for word in re.findall(r"[a-z]+", phrase)}
     chinese = {c for _, _, phrases in rows for phrase in phrases for c in phrase}
     return english | SMALL_WORDS, chinese | SMALL_CHARACTERS

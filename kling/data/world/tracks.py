@@ -6,6 +6,7 @@ Nothing is stored for them: a clip's name determines its scene (`scene_of`), so 
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -164,10 +165,23 @@ def _shortened(tracks: Tracks, rng: random.Random, start: int) -> Tracks:
     return Tracks(tracks.points, tracks.there & (time >= start) & (time < end), tracks.code)
 
 
-def brushed_caption(scene: Scene, brushed: Brushed, camera_shown: bool, rng: random.Random) -> str:
-    """A caption that mostly leaves it to the tracks how their things move, and how the camera does if the tracks show that."""
+def brushed_caption(
+    scene: Scene, brushed: Brushed, camera_shown: bool, rng: random.Random, pointed: Mapping[int, int] | None = None
+) -> str:
+    """A caption that mostly leaves it to the tracks how their things move, and how the camera does if the tracks show that. pointed: see
+    `retold`."""
     unsaid = brushed.things if rng.random() < UNSAID else ()
-    things = [(thing.colour, thing.solid, None if k in unsaid else thing.motion or None) for k, thing in enumerate(scene.things)]
-    known = camera_shown or not scene.axes or brushed.ground >= TELLS
-    say = rng.random() < (MAY_SAY_CAMERA if known else SAY_CAMERA)
+    return retold(scene, camera_shown or brushed.ground >= TELLS, rng, unsaid, pointed)
+
+
+def retold(
+    scene: Scene, camera_shown: bool, rng: random.Random, unsaid: Sequence[int] = (), pointed: Mapping[int, int] | None = None
+) -> str:
+    """A caption that does not say how the things `unsaid` move, and points at the references of others. pointed: thing -> its reference.
+    camera_shown: something else shows how the camera moves."""
+    pointed = pointed or {}
+    things = [
+        (pointed.get(k, thing.colour), thing.solid, None if k in unsaid else thing.motion or None) for k, thing in enumerate(scene.things)
+    ]
+    say = rng.random() < (MAY_SAY_CAMERA if camera_shown or not scene.axes else SAY_CAMERA)
     return caption(things, scene.ground, scene.axes, scene.move, rng.choice(LANGUAGES), rng, camera=say)
