@@ -50,8 +50,8 @@ from kling_programs.eval.cases import (
     held_out,
     other_camera,
     other_story,
-    rendered,
     pictures_of,
+    rendered,
     spoiled,
 )
 from kling_programs.eval.common import check_order, found_only, protocol_hash, write_json
