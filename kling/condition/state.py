@@ -31,7 +31,6 @@ from kling.shapes import frame_position, latent_of_frame
 TARGET, KEYFRAME, REFERENCE, SOURCE, HISTORY = range(5)
 MOST_REFERENCES = 4  # of one clip
 SHOT_GAP = 4.5  # latent frames that p jumps at a cut, in addition to 1; no whole number, so that no time within a shot is like a cut
-SHOT_GAP = 4.5  # latent frames that p jumps at a cut, in addition to 1; no whole number, so that no time within a shot is like a cut
 TENSORS = ("clean", "mask", "position", "kind", "tracks", "shot")  # of a State, each with a row for every sample
 
 
