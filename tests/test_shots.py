@@ -72,6 +72,13 @@ def test_positions_jump_at_every_cut_and_a_keyframe_is_of_the_shot_that_it_falls
     assert SHOT_GAP % 1, "a distance across a cut is no distance within a shot"
 
 
+def test_a_reference_lies_before_the_first_shot_and_reads_its_words() -> None:
+    given, lone = [Given(keyframes=((16, 1.0),), references=2)], torch.zeros(1, C, 3, HH, WW)
+    state = build_state(given, torch.zeros(1, C, F, HH, WW), lone, shots=[[0, 2, 4]])
+    assert state.shot.tolist() == [[0, 0, 1, 1, 2, 2, 0, 0]] and state.position[0, 6:].tolist() == [-1, -2]
+    assert not state.mask[0, :, 6:].any()
+
+
 def test_one_shot_is_the_state_of_before() -> None:
     given = [Given(known=1), Given()]
     assert state_of(given, [[0], [0]]).shot is None and torch.equal(state_of(given, [[0], [0]]).position, state_of(given, None).position)
