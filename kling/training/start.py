@@ -192,8 +192,8 @@ def _read_by(cache: str | Path, text: UMT5TextEncoder) -> str:
 def check_captions(
     encoder: ByteTextEncoder | UMT5TextEncoder, cache: LatentCache, prompts: Sequence[str] = (), long_captions: str = "refuse"
 ) -> int | None:
-    """The number of bytes to cut prompts to: those that training words anew, too, which no cache holds. None for umT5, which cuts by itself,
-    as in Wan's own pipelines, and logs it.
+    """The number of bytes to cut prompts to, also those that training words anew, which no cache holds. None for umT5, which cuts by
+    itself, as in Wan's own pipelines, and logs it.
 
     Raises `UserError` that names the clips with captions too long for our encoder, unless they are to be cut, and for long `prompts`.
     """
