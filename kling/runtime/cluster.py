@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any, NamedTuple, TypeVar
@@ -19,6 +20,7 @@ from kling.errors import UserError
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
+ANSWER = 10.0  # seconds to wait for a cluster's head
 RETRIES = 3  # of a job whose process or host was lost
 
 
@@ -34,11 +36,16 @@ def connect(address: str) -> Room:
 
     Raises `UserError` if there is none, or no Ray.
     """
+    if address != "local":
+        os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "1")  # of 40 s each; Ray's own 20 look like a hang
     try:
         import ray
     except ModuleNotFoundError:
         raise UserError("--ray needs Ray, which is not installed: pip install 'kling[ray]'") from None
     try:
+        if address not in ("local", "auto") and "://" not in address:
+            host, _, port = address.rpartition(":")
+            socket.create_connection((host, int(port)), timeout=ANSWER).close()
         ray.init(None if address == "local" else address, log_to_driver=True, configure_logging=False)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         line = str(error).strip().splitlines()[0][:200]
