@@ -35,8 +35,9 @@ def cluster() -> Iterator[Any]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)  # the nodes know serve_stub too
-        two = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-        two.other = two.add_node(num_cpus=1)
+        lean = {"num_cpus": 1, "include_log_monitor": False}
+        two = Cluster(initialize_head=True, head_node_args=lean | {"include_dashboard": False, "no_monitor": True})
+        two.other = two.add_node(**lean)
         assert connect(two.address) == Room(2, 0)
         yield two
         ray.shutdown()
@@ -110,9 +111,9 @@ def test_a_scan_finds_the_same(cluster: Any, tmp_path: Path) -> None:
 
 def test_an_evaluation_measures_the_same(cluster: Any, tmp_path: Path) -> None:
     from kling_programs.eval.world import Options, evaluate, load
-    from test_generate import save_tiny
 
-    save_tiny(tmp_path / "model", ["text", "image"])
+    from kling.sampling.pipeline import ASSETS
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as many as a process has in the cluster
     try:
@@ -120,7 +121,7 @@ def test_an_evaluation_measures_the_same(cluster: Any, tmp_path: Path) -> None:
         for name, more in (("here", {}), ("there", {"ray": True, "workers": 2})):
             out = tmp_path / name
             options = Options(str(out), n=2, steps=1, examples=24, tasks=("text-en", "image"), **more)
-            evaluate(load(tmp_path / "model", options), options, {"sha256": {}}, tmp_path / "model")
+            evaluate(load(ASSETS, options), options, {"sha256": {}}, ASSETS)
             told = [json.loads(line) for line in (out / "cases.jsonl").read_text().splitlines()]
             rows[name] = {line["k"]: line["rows"] for line in told}
             clips = sorted(out.rglob("*.npz"))
