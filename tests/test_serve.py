@@ -411,7 +411,7 @@ def signed(name: str = "anna", secret: str = KEYS["anna"], algorithm: str = "HS2
         "expired",
         "not-yet",
         "unsigned",
-    ],  # fmt: skip
+    ],
 )
 def test_who_may_not_come_in(header: Callable[[], str | None], code: int) -> None:
     """A header is signed when its test runs: times in a token are of that moment, not of the collection."""
