@@ -26,7 +26,7 @@ from serve_stub import Stub  # noqa: E402
 from kling.errors import UserError  # noqa: E402
 from kling.runtime.cluster import Room, connect, shared  # noqa: E402
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]  # loads of processes on few cores
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +120,7 @@ def test_an_evaluation_measures_the_same(cluster: Any, tmp_path: Path) -> None:
         rows = {}
         for name, more in (("here", {}), ("there", {"ray": True, "workers": 2})):
             out = tmp_path / name
-            options = Options(str(out), n=2, steps=1, examples=24, tasks=("text-en", "image"), **more)
+            options = Options(str(out), n=2, steps=1, examples=24, tasks=("text-en",), **more)
             evaluate(load(ASSETS, options), options, {"sha256": {}}, ASSETS)
             told = [json.loads(line) for line in (out / "cases.jsonl").read_text().splitlines()]
             rows[name] = {line["k"]: line["rows"] for line in told}
@@ -128,7 +128,7 @@ def test_an_evaluation_measures_the_same(cluster: Any, tmp_path: Path) -> None:
             rows[name] |= {str(path.relative_to(out)): np.load(path)["frames"].tobytes() for path in clips}
     finally:
         torch.set_num_threads(threads)
-    assert rows["here"] == rows["there"] and len(rows["here"]) == 6
+    assert rows["here"] == rows["there"] and len(rows["here"]) == 4
 
 
 def test_actors_make_what_a_process_makes(cluster: Any, tmp_path: Path) -> None:
