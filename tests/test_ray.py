@@ -49,7 +49,7 @@ def add(store: Store, first: int, last: int, **fields: Any) -> None:
         store.add(New("anna", "text2video", {}, {"prompt": "a ball", "seed": i} | fields, str(i), external=str(i)))
 
 
-def wait_for(store: Store, seconds: float = 250) -> None:
+def wait_for(store: Store, seconds: float = 900) -> None:
     end = time.monotonic() + seconds
     while any(store.counts()[status] for status in LIVE):
         assert time.monotonic() < end, store.counts()

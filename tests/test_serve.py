@@ -544,6 +544,7 @@ def tls_before(port: int, folder: Path) -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_fifty_clients_get_what_is_theirs(start) -> None:
     """No mix-up, nobody starves, and the server's memory stays."""
     import psutil
