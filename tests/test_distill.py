@@ -191,7 +191,7 @@ def run(teacher: Path, out: Path, *settings: str) -> list[dict]:
         pytest.param(("method=dmd", "dmd.critic_updates=1", "dmd.critic_lr=1e-3", "lr=1e-3"), id="dmd", marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.parametrize(("config", "sizes"), [("ddp", {}), ("fsdp2", {"dp_shard": 2})])
+@pytest.mark.parametrize(("config", "sizes"), [pytest.param("ddp", {}, marks=pytest.mark.slow), ("fsdp2", {"dp_shard": 2})])
 def test_two_processes_are_one_with_twice_the_micro_steps(
     teacher: Path, tmp_path: Path, config: str, sizes: dict[str, int], method: tuple[str, ...]
 ) -> None:

@@ -9,6 +9,7 @@ import re
 import resource
 import shlex
 import sys
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from kling.config import load_config, read_preset
 from kling.dit import KlingTransformer3DModel
 from kling.dit.cost import forward_flops
-from kling.dit.memory import LiveBytes, step_memory
+from kling.dit.memory import LiveBytes, StepMemory, step_memory
 from kling.errors import UserError
 from kling.nn.modulation import Levels
 from kling.training.ema import EMA
@@ -34,6 +35,21 @@ from kling.vae import AutoencoderKLKling
 from plan import (  # isort: skip - train/, which `workers` puts on the path
     Part, PlanConfig, advice, layouts, level_runs, main, on_each_gpu, on_the_host, report,
 )  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def each_step_is_traced_once() -> Iterator[None]:
+    """Plans that differ in their GPUs alone share the traces of their steps, which take nearly all the time."""
+    plan, known = sys.modules["plan"], {}
+
+    def traced(config: dict, latents: tuple[int, ...], tokens: int, checkpointing: partial, *rest: object) -> StepMemory:
+        key = repr((config, latents, tokens, checkpointing.keywords, rest))
+        return known[key] if key in known else known.setdefault(key, step_memory(config, latents, tokens, checkpointing, *rest))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "step_memory", traced)
+        yield
+
 
 SMALL = {"num_attention_heads": 2, "attention_head_dim": 32, "num_layers": 6, "ffn_dim": 128, "text_dim": 32}
 
