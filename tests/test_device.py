@@ -149,8 +149,9 @@ assert ClipSource(DataConfig()).clip(0, 5, "1:1").video.shape == (5, 80, 80, 3)
 BENCHES = [f"eval.benches.{name}" for name in ("dit", "attn", "vae", "vae_mem", "sampler", "train", "scaling")]
 
 
+@pytest.mark.slow
 def test_the_world_training_its_evaluation_and_benches_need_no_decoder_and_no_demo() -> None:
-    """A machine with a GPU and no network has none of these packages (configs/gpu/first.sh)."""
+    """A machine with a GPU and no network has none of these packages (configs/gpu/first.sh; tests/test_layout.py reads the imports)."""
     programs = ["train.train_dit", "train.train_vae", "train.train_text", "train.encode", "eval.world", "eval.bench", *BENCHES]
     subprocess.run([sys.executable, "-c", WITHOUT, *programs], check=True)
 

@@ -215,7 +215,7 @@ def weights_of(folder: Path) -> bytes:
     return (folder / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("velocity", ["teacher", "data"])
+@pytest.mark.parametrize("velocity", ["teacher", pytest.param("data", marks=pytest.mark.slow)])
 def test_a_distillation_resumes_to_the_bit_and_its_export_takes_one_pass_a_step(teacher: Path, tmp_path: Path, velocity: str) -> None:
     settings = ("save_every=2", f"flow_map.velocity={velocity}", "guidance_scale=3", "camera_guidance_scale=2")
     straight = run(teacher, tmp_path / "a", "steps=4", *settings)
