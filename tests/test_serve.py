@@ -382,7 +382,20 @@ def signed(name: str = "anna", secret: str = KEYS["anna"], algorithm: str = "HS2
         (lambda: signed(nbf=int(time.time()) + 600), 1003),
         (lambda: signed(secret="", algorithm="none"), 1000),
     ],
-    ids=["none", "empty", "basic", "no-token", "nothing", "no-jwt", "other-secret", "unknown", "other", "expired", "not-yet", "unsigned"],
+    ids=[
+        "none",
+        "empty",
+        "basic",
+        "no-token",
+        "nothing",
+        "no-jwt",
+        "other-secret",
+        "unknown-key",
+        "key-of-another",
+        "expired",
+        "not-yet",
+        "unsigned",
+    ],
 )
 def test_who_may_not_come_in(header: Callable[[], str | None], code: int) -> None:
     """A header is signed when its test runs: times in a token are of that moment, not of the collection."""
