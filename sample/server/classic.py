@@ -91,7 +91,7 @@ def read(desk: Desk, kind: str, body: Body, base: str) -> Ask:
     _check_known(desk, body)
     if kind == "multi-image2video":
         desk.need("reference", "image_list")
-    fields: dict[str, Any] = {name: value for name in EXTENSIONS if (value := getattr(body, name)) not in (None, False)}
+    fields: dict[str, Any] = {name: value for name in EXTENSIONS if (value := getattr(body, name)) is not None and value is not False}
     fields |= {"prompt": body.prompt or "", "mode": body.mode}
     if body.negative_prompt:
         fields["negative_prompt"] = body.negative_prompt
