@@ -1,5 +1,6 @@
 # make sample PROMPT="..."   a video from the shipped model      make test   the fast tests      make docs   the site
 # make model                 trains the shipped model from scratch; SCALE=0.01 runs every stage in five minutes
+# make test JOBS=8           in eight processes, of about 1.5 GB each
 # Both create .venv on the first call (PYTHON=... chooses the interpreter) and need no network afterwards.
 
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
@@ -8,6 +9,7 @@ PROMPT ?= a red ball rolls left on grass
 OUT ?= out/sample.mp4
 RUN ?= runs/shipped
 SCALE ?= 1
+JOBS ?= 2
 BIN := .venv/bin
 
 # $(value ...) and the environment pass quotes, dollars and 中文 to the program unchanged by make and the shell.
@@ -22,9 +24,11 @@ sample: .venv/.installed
 model: .venv/.installed
 	@$(BIN)/kling-train-all configs/shipped.yaml out="$(RUN)" scale=$(SCALE)
 
-# A hang in C code, which Python's timeout cannot end, prints every thread's stack and ends the run.
+# Processes of one thread each: the tests are too small for two threads to share. A hang in C code, which Python's timeout cannot end,
+# prints every thread's stack, and its process is replaced.
 test: .venv/.installed-dev
-	$(BIN)/python -m pytest -q -m "not slow and not gpu" -o faulthandler_timeout=420 -o faulthandler_exit_on_timeout=true
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal -m "not slow and not gpu" \
+		-o faulthandler_timeout=420 -o faulthandler_exit_on_timeout=true
 
 test-all: .venv/.installed-dev
 	$(BIN)/python -m pytest -q

@@ -13,6 +13,7 @@ video      clips from files, resized: our reader against decord, torchcodec and 
 loader     batches for training: ours against a plain DataLoader; cached latents; memory over many clips
 train      steps from cached latents: seconds outside forward and backward, checkpointing
 scaling    encode, sample and decode over frames and sizes
+serve      tasks a minute of kling-serve over its workers, which may use all cores
 
 Before anything is timed, the peak rates of this device are measured, and every result is compared with the peer's in fp64. Each suite
 begins with one thing against itself: if that ratio is more than 3 % from 1, no goal is judged. Exit code 3: a result was wrong.
@@ -22,6 +23,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,7 +37,7 @@ from kling.runtime.files import written
 if TYPE_CHECKING:  # torch takes seconds to import, which --help and a typing mistake should not cost
     from kling_programs.eval.benches.measure import Bench, Row
 
-SUITES = ("dit", "attn", "vae", "vae-mem", "sampler", "video", "loader", "train", "scaling")
+SUITES = ("dit", "attn", "vae", "vae-mem", "sampler", "video", "loader", "train", "scaling", "serve")
 ON_CPU = ("video", "loader")  # suites that use the CPU whatever the device
 
 
@@ -63,6 +65,7 @@ def main(argv: list[str] | None = None) -> None:
     from kling.sampling.machine import pick_device
 
     device = pick_device(args.device)
+    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
     core = pin(args.core, args.threads)
     torch.manual_seed(args.seed)
     report: dict[str, Any] = {"machine": describe(device, core, args.seed), "quick": args.quick, "ceilings": ceilings(device, args.quick)}
@@ -72,7 +75,8 @@ def main(argv: list[str] | None = None) -> None:
     report["rows"] = []
     try:
         for suite in args.suites or SUITES:
-            bench = Bench(torch.device("cpu") if suite in ON_CPU else device, args.quick, args.threads, args.seed, report["ceilings"])
+            where = torch.device("cpu") if suite in ON_CPU else device
+            bench = Bench(where, args.quick, args.threads, args.seed, report["ceilings"], cores=cores)
             for row in rows_of(suite, bench):
                 report["rows"].append({"suite": suite, **row})
                 print(line(report["rows"][-1]), flush=True)

@@ -46,6 +46,7 @@ def world(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--steps", metavar="N", type=int, help="sampling steps; default: the checkpoint's own")
     parser.add_argument("--mode", metavar="MODE", help="of the requests: std, pro or fast; default: std")
     parser.add_argument("--workers", metavar="N", type=int, help="processes that share the cases and the processor (1)")
+    parser.add_argument("--ray", metavar="ADDRESS", help="share the cases over this Ray cluster: auto, local or HOST:6379")
     names = ", ".join(TASKS)
     parser.add_argument("--tasks", metavar="A,B", help=f"only these: {names}; a first word names all that begin with it")
     parser.add_argument("--quick", action="store_true", help=f"{QUICK['n']} cases and less certain detectors")

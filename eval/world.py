@@ -2,6 +2,7 @@
 
 kling-eval world --model runs/dit/export --out out/eval --n 256 --workers 2
 kling-eval world --out /tmp/eval --tasks text,camera,image --n 64 --steps 12 --workers 2     # ten minutes, for checkpoints during training
+kling-eval world --model /data/export --out /data/eval --ray auto    # on all hosts of a Ray cluster, which share /data
 kling-eval world --out /tmp/eval --quick                             # minutes: a quick look, not a score
 
 OUT gets scores.json, scores.md, strips/<task>.png, clips/<task>/<k>.npz, and cases.jsonl with a line for every case as soon as it is
@@ -29,6 +30,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -73,6 +75,7 @@ from kling.metrics.ruler import Ruler
 from kling.metrics.segment import segment
 from kling.metrics.things import find_things
 from kling.metrics.world import labels, world_ruler
+from kling.runtime.cluster import connect, shared
 from kling.runtime.files import head, written
 from kling.runtime.precision import bf16_is_fast, default_device, describe
 from kling.runtime.random import derive_seed
@@ -104,6 +107,7 @@ class Options:
     tasks: tuple[str, ...] = ()  # of `TASKS`; none: all, and the VAE alone
     bf16: bool = False  # transformer, text encoder and VAE in bfloat16
     workers: int = 1
+    ray: bool = False  # workers are processes of the Ray cluster that this process has joined, each with a GPU if it has some
     limit_minutes: float | None = None
 
     @property
@@ -128,6 +132,9 @@ def main(argv: list[str]) -> None:
     names = ("n", "steps", "mode", "seed", "workers", "limit_minutes")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     tasks = chosen(args.tasks) if args.tasks else ()
+    if args.ray is not None:
+        room = connect(args.ray)
+        given = {"workers": room.gpus or room.cpus, "ray": True} | given
     options = Options(args.out, tasks=tasks, bf16=bf16_is_fast(default_device()), **((QUICK if args.quick else {}) | given))
     print(describe("bf16" if options.bf16 else "fp32"), file=sys.stderr, flush=True)
     report = evaluate(load(folder, options), options, model_hashes(folder), folder)
@@ -191,6 +198,9 @@ def estimate(examiner: Examiner, todo: list[int]) -> str:
 def examined(examiner: Examiner, todo: list[int], folder: Path | None) -> Iterator[Record]:
     """Cases as they are finished: here, or by `options.workers` processes that each load the model from `folder`."""
     options = examiner.options
+    if todo and options.ray:
+        yield from shared(partial(loaded, folder, examiner.ruler, options), todo, options.workers, on_gpu=True)
+        return
     if not todo or options.workers == 1:
         yield from map(examiner, todo)
         return
@@ -207,7 +217,11 @@ def start_worker(folder: Path, ruler: Ruler, options: Options) -> None:
     global work_on
     threading.Thread(target=leave_with_parent, daemon=True).start()
     torch.set_num_threads(max(1, torch.get_num_threads() // options.workers))
-    work_on = Examiner(load(folder, options), ruler, options)
+    work_on = loaded(folder, ruler, options)
+
+
+def loaded(folder: Path, ruler: Ruler, options: Options) -> Examiner:
+    return Examiner(load(folder, options), ruler, options)
 
 
 def leave_with_parent() -> None:

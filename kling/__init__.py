@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from kling.text import ByteTextEncoder
     from kling.vae import AutoencoderKLKling
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 _WHERE = {
     "KlingPipeline": "kling.sampling.pipeline",
     "Request": "kling.sampling.request",

@@ -64,7 +64,7 @@ def many(args: argparse.Namespace) -> None:
     if args.device is None and world > 1 and torch.cuda.is_available():
         args.device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     device = pick_device(args.device)
-    model_folder, pipe = generate.load_pipeline(args.model, args.device, generate.loading(args))
+    model_folder, pipe = generate.load_pipeline(args.model, args.device, generate.loading(args, [line.request for line in mine]))
     generate.check_fast([line.request for line in mine], args)
     plans = [planned(pipe, line, args.prompts) for line in mine]  # every mistake is told before anything is made
     if args.dry_run:

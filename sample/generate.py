@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
     from kling.sampling.machine import Machine, pick_device, set_up, write_ratios
 
     machine = Machine(**given(args, MACHINE))
-    folder, pipe = load_pipeline(args.model or (before and before["model"]["path"]), args.device, loading(args, before))
+    folder, pipe = load_pipeline(args.model or (before and before["model"]["path"]), args.device, loading(args, [request], before))
     if before:
         records.check_same_model(before, model_hashes(folder, args), args.replay)
         torch.set_num_threads(before["machine"]["threads"])
@@ -188,9 +188,9 @@ def precision_of(pipe: KlingPipeline) -> str:
     return {full: short for short, full in DTYPES.items()}.get(name, name)
 
 
-def loading(args: argparse.Namespace, before: Record | None = None) -> tuple[tuple[str, Any], ...]:
+def loading(args: argparse.Namespace, requests: Sequence[Request], before: Record | None = None) -> tuple[tuple[str, Any], ...]:
     """What to load instead of the folder's own parts or in addition to them, and in which precision: a replay uses that of its record, or
-    the folder's default if an earlier version wrote it. A dry run loads no weights."""
+    the folder's default if an earlier version wrote it. A dry run loads no weights, and few-step ones are for requests in mode fast."""
     options = {name: tuple(value) if isinstance(value, list) else value for name, value in given(args, WEIGHTS).items()}
     if args.dtype is not None:
         if args.dtype not in DTYPES:
@@ -202,6 +202,7 @@ def loading(args: argparse.Namespace, before: Record | None = None) -> tuple[tup
         import torch
 
         options["torch_dtype"] = getattr(torch, DTYPES.get(before["machine"].get("dtype"), ""), None)
+    options["transformer_fast"] = any(request.mode == "fast" for request in requests)
     return tuple((options | ({"weights": False} if args.dry_run else {})).items())
 
 

@@ -90,7 +90,9 @@ def workers_of(args: argparse.Namespace, store: Store) -> Callable[[int], Worker
     from kling_programs.sample.server.worker import Setup
 
     if args.ray is not None:
-        from kling_programs.sample.server.cluster import RayWorker, connect
+        from kling_programs.sample.server.cluster import RayWorker
+
+        from kling.runtime.cluster import connect
 
         connect(args.ray)
         return lambda slot: RayWorker(store, Setup(args.model, args.device, args.threads), args.gpus_per_worker)

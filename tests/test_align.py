@@ -117,7 +117,11 @@ def test_three_falls_in_a_row_below_the_start_are_a_hacked_reward() -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [("method=nft",), ("method=dpo", "lora.rank=2", "lora.merge=true"), ("method=awm", "gradient_accumulation=2")],
+    [
+        ("method=nft",),
+        ("method=dpo", "lora.rank=2", "lora.merge=true"),
+        pytest.param(("method=awm", "gradient_accumulation=2"), marks=pytest.mark.slow),
+    ],
     ids=lambda s: s[0],
 )
 def test_a_run_resumes_to_the_bit(tiny: Path, tmp_path: Path, settings: tuple[str, ...]) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from kling_programs.eval.benches import dit, sampler, video
+from kling_programs.eval.benches import dit, sampler, serve, video
 from kling_programs.eval.benches.measure import Bench
+from kling_programs.eval.benches.plot import plot
 
 CPU = torch.device("cpu")
 TINY = dit.Size("tiny", 2, 16, 2, 48)
@@ -56,3 +58,15 @@ def test_clips_of_all_readers_are_the_same_frames(tmp_path: Path, monkeypatch: p
     assert "wrong" not in video.same_frames("a", "plain", ours, plain)
     late = [clip.roll(1, dims=1) for clip in plain]
     assert "wrong" in video.same_frames("a", "late", ours, late)
+
+
+@pytest.mark.slow
+def test_a_server_is_measured_by_what_it_made(bench: Bench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("fastapi")
+    monkeypatch.setattr(serve, "WORKERS", (1,))
+    monkeypatch.setattr(serve, "TASK", {"prompt": "a red ball", "num_frames": 5, "num_inference_steps": 1})
+    began = time.monotonic()
+    (row,) = serve.rows(bench)
+    assert row["case"] == "1 worker, 4 tasks of 5 frames" and "wrong" not in row
+    assert 60 * 4 / (time.monotonic() - began) < row["ours tasks/min"] and 0 < row["busy %"] <= 100 and row["cpu s"] > 0
+    assert plot([row, row | {"size": 2}], tmp_path / "plot.png") and (tmp_path / "plot.png").stat().st_size > 10_000

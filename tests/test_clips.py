@@ -152,7 +152,7 @@ def test_all_processes_of_a_step_have_equal_work(ranks, batch, clips):
     def balance(group: int) -> float:
         epochs = Epochs({b: clips for b in buckets}, cuts_of(buckets, batch, [1, 17, 41, 81]), 0, group)
         mean = slowest = 0
-        for step in range(300):
+        for step in range(100):
             costs = []
             for place in range(step * ranks, (step + 1) * ranks):
                 _, bucket, frames, numbers = epochs[place]

@@ -302,31 +302,40 @@ def test_a_visitor_has_one_preview_which_uses_no_place():
     assert new == ["done", "new"]
 
 
-def test_a_rough_clip_is_made_of_the_last_change_only(pipe, uploads, tmp_path, monkeypatch):
-    """Three changes within the wait: one clip, of the last words, in two steps of one pass of the few-step weights; none on the shelf."""
+def test_a_rough_clip_is_overtaken_by_the_next(pipe, uploads, tmp_path):
+    """Of three, the first stops within a step and the second is never begun: one clip, of the last words, in two steps of one pass of the
+    few-step weights; none on the shelf."""
     fast = KlingTransformer3DModel(**{k: v for k, v in pipe.transformer.config.items() if not k.startswith("_")} | {"gate_value": 0.25})
     quick = KlingPipeline(
         pipe.vae, pipe.transformer, pipe.text_encoder, pipe.scheduler, pipe.config["capabilities"], transformer_fast=fast, max_frames=17
     )
     quick.set_progress_bar_config(disable=True)
     studio = Studio(quick, {"path": "", "sha256": {}}, Shelf(tmp_path / "out", {}), uploads)
-    monkeypatch.setattr("kling_programs.sample.studio.studio.ROUGH_AFTER", 0.2)
-    passes, answers = [], {}
-    fast.register_forward_hook(lambda *_: passes.append("fast"))
+    passes, answers, release = [], {}, threading.Event()
+
+    def hold(*_: object) -> None:
+        passes.append("fast")
+        assert release.wait(60)
+
+    fast.register_forward_pre_hook(hold)
     quick.transformer.register_forward_hook(lambda *_: passes.append("std"))
 
     def ask(words: str) -> None:
         answers[words] = studio.rough("a", Request(words, duration=9.0, guidance_scale=4.0, negative_prompt="dark", num_videos=3))
 
-    threads = [threading.Thread(target=ask, args=(words,)) for words in ("a", "a red", "a red ball")]
-    for thread in threads:
-        thread.start()
-        time.sleep(0.03)
-    for thread in threads:
+    threads = {words: threading.Thread(target=ask, args=(words,)) for words in ("a", "a red", "a red ball")}
+    threads["a"].start()
+    until(lambda: passes)
+    threads["a red"].start()
+    until(lambda: studio.queue._running.stopped.is_set() and studio.queue._waiting)
+    threads["a red ball"].start()
+    threads["a red"].join(60)  # while the first still computes
+    release.set()
+    for thread in threads.values():
         thread.join(60)
     assert answers["a"] is None and answers["a red"] is None
-    assert answers["a red ball"].shape == (17, H, W, 3) and passes == ["fast"] * 2
-    assert not list((tmp_path / "out").rglob("*.mp4")) and not studio._roughs
+    assert answers["a red ball"].shape == (17, H, W, 3) and passes == ["fast"] * 3
+    assert not list((tmp_path / "out").rglob("*.mp4"))
 
 
 def test_sampling_stops_within_a_step(pipe):

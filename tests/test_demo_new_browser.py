@@ -122,20 +122,23 @@ def test_arrows_are_drawn_changed_removed_sent_and_found_again(browser, able, tm
     other.context.close()
 
 
-def test_a_rough_clip_follows_the_words_and_generate_stops_it(browser, able):
-    page = new_page(browser)
+def test_a_rough_clip_follows_the_words_and_generate_stops_it(browser, able, monkeypatch):
+    """Typing asks for one once it pauses: no request waits on the server meanwhile."""
+    page, rough, asked = new_page(browser), able.studio.rough, []
+    monkeypatch.setattr(able.studio, "rough", lambda visitor, request: asked.append(request.prompt) or rough(visitor, request))
     open_for_short_clips(page, able)
     fast, queue, passes = able.studio.pipe.transformer_fast, able.studio.queue, []
     counted = fast.register_forward_pre_hook(lambda *_: passes.append("fast"))
     page.fill("#prompt textarea", "a red ball")
     page.wait_for_selector("#rough img")
     first = page.get_attribute("#rough img", "src")
-    before = len(passes)
+    before, already = len(passes), len(asked)
     page.locator("#prompt textarea").press_sequentially(" rolls left over grass", delay=40)
     page.wait_for_function("(old) => document.querySelector('#rough img')?.src !== old", arg=first)
     page.wait_for_timeout(1500)
     second = page.get_attribute("#rough img", "src")
-    assert second != first and len(passes) - before <= 4  # of 22 changes: of the last, and perhaps of one that was waited for
+    assert second != first and len(passes) - before <= 4  # of 22 changes: of the last, and perhaps of one after which typing was slow
+    assert len(asked) - already <= 2 and asked[-1] == "a red ball rolls left over grass"
     counted.remove()
 
     began, release, seen = threading.Event(), threading.Event(), []

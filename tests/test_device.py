@@ -88,6 +88,7 @@ MODES: dict[str, tuple[dict[str, Any], Any]] = {
 
 @pytest.mark.parametrize("mode", MODES)
 def test_sampling_runs_on_the_device_and_no_step_waits(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Latents of every mode; frames of a clip, a picture and a video of several hops, since all others are decoded alike."""
     fields, change = MODES[mode]
     able = ["text", "image", "last", "first_last", "keyframes", "continuation", "inpaint", "restyle", "camera", "text_to_image"]
     pipe = tiny_pipeline(capabilities=[*able, "diffusion_forcing"])
@@ -103,10 +104,11 @@ def test_sampling_runs_on_the_device_and_no_step_waits(mode: str, monkeypatch: p
             marks.append(len(device.waits))
             return kwargs
 
-        out = pipe("a ball", output_type="np", callback_on_step_end=note, **asked)
+        decoded = mode in ("text", "one picture", "hops")
+        out = pipe("a ball", output_type="np" if decoded else "latent", callback_on_step_end=note, **asked)
         latents = out.latents.cpu()
     torch.testing.assert_close(latents, want, atol=2e-3, rtol=1e-3)
-    assert out.frames.dtype == np.uint8 and out.frames.shape[-3:-1] == (H, W)
+    assert not decoded or (out.frames.dtype == np.uint8 and out.frames.shape[-3:-1] == (H, W))
     hops = len(pipe.plan(request_of(asked)).hops)
     if hops == 1 and not fields.get("loop"):
         assert not device.since(marks[0]).keys() & {w for w in device.waits[: marks[-1]]}, device.since(marks[0])
@@ -120,9 +122,9 @@ def request_of(fields: dict[str, Any]) -> Any:
 
 
 def test_training_steps_wait_only_for_the_log(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """With all tasks, keyframes and cameras, and both optimizers: one copy of the logged numbers every third step, and no other."""
+    """With all tasks, keyframes and cameras, and both optimizers: one copy of the logged numbers every second step, and no other."""
     monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", "cuda:0")
-    words = workers.debug_words(tmp_path, "batch=2", "save_every=100", "log_every=3", "steps=9", "optimizer=muon", "watchdog=0")
+    words = workers.debug_words(tmp_path, "batch=2", "save_every=100", "log_every=2", "steps=6", "optimizer=muon", "watchdog=0")
     marks: list[int] = []
     with pretend.device(monkeypatch) as device:
         monkeypatch.setattr(train_dit, "publish", lambda *_: None)
@@ -130,9 +132,9 @@ def test_training_steps_wait_only_for_the_log(monkeypatch: pytest.MonkeyPatch, t
         monkeypatch.setattr(StopSignal, "seen", lambda *_: marks.append(len(device.waits)))
         train_dit.main([*words, f"out={tmp_path / 'run'}"])
     waited = [device.waits[a:b] for a, b in pairwise(marks)]  # from the end of a step to that of the next
-    assert [len(what) for what in waited[:-1]] == [0, 1, 0, 0, 1, 0, 0], waited
+    assert [len(what) for what in waited[:-1]] == [1, 0, 1, 0], waited
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == list(range(1, 10)) and all(math.isfinite(line["loss"]) for line in lines)
+    assert [line["step"] for line in lines] == list(range(1, 7)) and all(math.isfinite(line["loss"]) for line in lines)
 
 
 WITHOUT = """
@@ -147,8 +149,9 @@ assert ClipSource(DataConfig()).clip(0, 5, "1:1").video.shape == (5, 80, 80, 3)
 BENCHES = [f"eval.benches.{name}" for name in ("dit", "attn", "vae", "vae_mem", "sampler", "train", "scaling")]
 
 
+@pytest.mark.slow
 def test_the_world_training_its_evaluation_and_benches_need_no_decoder_and_no_demo() -> None:
-    """A machine with a GPU and no network has none of these packages (configs/gpu/first.sh)."""
+    """A machine with a GPU and no network has none of these packages (configs/gpu/first.sh; tests/test_layout.py reads the imports)."""
     programs = ["train.train_dit", "train.train_vae", "train.train_text", "train.encode", "eval.world", "eval.bench", *BENCHES]
     subprocess.run([sys.executable, "-c", WITHOUT, *programs], check=True)
 

@@ -191,7 +191,7 @@ def run(teacher: Path, out: Path, *settings: str) -> list[dict]:
         pytest.param(("method=dmd", "dmd.critic_updates=1", "dmd.critic_lr=1e-3", "lr=1e-3"), id="dmd", marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.parametrize(("config", "sizes"), [("ddp", {}), ("fsdp2", {"dp_shard": 2})])
+@pytest.mark.parametrize(("config", "sizes"), [pytest.param("ddp", {}, marks=pytest.mark.slow), ("fsdp2", {"dp_shard": 2})])
 def test_two_processes_are_one_with_twice_the_micro_steps(
     teacher: Path, tmp_path: Path, config: str, sizes: dict[str, int], method: tuple[str, ...]
 ) -> None:
@@ -215,7 +215,7 @@ def weights_of(folder: Path) -> bytes:
     return (folder / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("velocity", ["teacher", "data"])
+@pytest.mark.parametrize("velocity", ["teacher", pytest.param("data", marks=pytest.mark.slow)])
 def test_a_distillation_resumes_to_the_bit_and_its_export_takes_one_pass_a_step(teacher: Path, tmp_path: Path, velocity: str) -> None:
     settings = ("save_every=2", f"flow_map.velocity={velocity}", "guidance_scale=3", "camera_guidance_scale=2")
     straight = run(teacher, tmp_path / "a", "steps=4", *settings)

@@ -19,6 +19,7 @@ from kling.condition.state import Given, build_state
 from kling.errors import UserError
 from kling.flow.solvers import KlingFlowScheduler
 from kling.flow.walk import walk
+from kling.hub import load
 
 GATE = {"gate_value": 0.25}
 
@@ -205,6 +206,18 @@ def test_what_a_flow_map_has_no_use_for_is_refused_by_name(with_fast: Path, fiel
     pipe = KlingPipeline.from_pretrained(with_fast, weights=False)
     with pytest.raises(UserError, match=rf"{field}.*(leave it out|mode std)"):
         pipe.plan(Request("a ball", num_frames=5, mode="fast", **{field: value}))
+
+
+def test_few_step_weights_are_read_for_mode_fast_alone(with_fast: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    whole = load.loaded
+    monkeypatch.setattr(load, "loaded", lambda folder, name, *rest, **how: (read.append(name), whole(folder, name, *rest, **how))[1])
+    words = ["a ball", "--model", str(with_fast), "--num-frames", "5", "--num-inference-steps", "2", "--seed", "1"]
+    for mode in ("std", "fast"):
+        read.clear()
+        generate.main([*words, "--mode", mode, "--output", str(tmp_path / f"{mode}.mp4")])
+        assert read.count("transformer") == 1 and read.count("transformer_fast") == (mode == "fast")
+    assert KlingPipeline.from_pretrained(with_fast, weights=False).transformer_fast is not None, "everyone else has both"
 
 
 @pytest.mark.parametrize("given", [["--lora", "a.safetensors"], ["--cache", "first-block=0.1"]])

@@ -105,6 +105,39 @@ def test_there_are_no_import_cycles() -> None:
         pytest.fail(" -> ".join(error.args[1]))
 
 
+def imported_at_once(path: Path) -> Iterator[str]:
+    """Dotted names that are imported when the file is: not those in functions, and not those for type checkers."""
+    nodes = list(tree(path).body)
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif not isinstance(node, ast.FunctionDef) and not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)):
+            nodes += [child for child in ast.iter_child_nodes(node) if isinstance(child, ast.stmt | ast.ExceptHandler)]
+
+
+def test_a_training_its_evaluation_and_benches_need_no_decoder_and_no_demo() -> None:
+    """A machine with a GPU and no network has none of these packages (configs/gpu/first.sh; tests/test_device.py tries it)."""
+    modules = {module(path): path for path in LIBRARY}
+    modules |= {f"kling_programs.{module(path)}": path for path in SHIPPED if path not in LIBRARY}
+    benches = [f"eval.benches.{name}" for name in ("dit", "attn", "vae", "vae_mem", "sampler", "train", "scaling")]
+    programs = ["train.train_dit", "train.train_vae", "train.train_text", "train.encode", "eval.world", "eval.bench", *benches]
+    reached = {f"kling_programs.{name}": "the command line" for name in programs}  # name: who imports it
+    todo, wrong = list(reached), []
+    while todo:
+        name = todo.pop()
+        for target in imported_at_once(modules[name]):
+            if target.split(".")[0] in ("av", "decord", "gradio"):
+                wrong.append(f"{name} imports {target}, and is itself imported by {reached[name]}")
+            for place in (target, *(target.rsplit(".", n)[0] for n in range(1, target.count(".") + 1))):
+                if place in modules and place not in reached:
+                    reached[place] = name
+                    todo.append(place)
+    assert len(reached) > 50 and not wrong, "\n".join(wrong)
+
+
 def test_forbidden_imports() -> None:
     """Only one module imports accelerate; no pickle; nothing outside the base dependencies; argparse only in programs."""
     never = ("pickle", "dill", "cloudpickle", "torchvision", "timm", "lpips", "open_clip")

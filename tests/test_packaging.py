@@ -13,8 +13,11 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+import kling
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -82,7 +85,9 @@ def test_base_closure_is_clean() -> None:
 
 def test_version_and_license() -> None:
     version = PROJECT["project"]["version"]
-    assert f"## {version}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert kling.__version__ == citation["version"] == version
+    assert f"## {version} ({citation['date-released']})" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     assert "Apache License" in (ROOT / "LICENSE").read_text(encoding="utf-8") and PROJECT["project"]["license"] == "Apache-2.0"
 
 
@@ -104,21 +109,57 @@ def test_make_passes_the_prompt_on_unchanged(tmp_path: Path) -> None:
         assert prompt in (tmp_path / "args").read_text(encoding="utf-8").splitlines()
 
 
-@pytest.mark.slow
-def test_wheel(tmp_path: Path) -> None:
-    """The wheel contains the library, the programs and the presets, and has no top-level names but kling and kling_programs."""
-    source = tmp_path / "source"
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel, built from nothing but what belongs to it."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
     source.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     for name in ("kling", "train", "sample", "eval", "configs"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    pip = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(source)]
+    pip = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(folder), str(source)]
     subprocess.run(pip, check=True, capture_output=True)
-    names = set(zipfile.ZipFile(next(tmp_path.glob("kling-*.whl"))).namelist())
+    return next(folder.glob("kling-*.whl"))
+
+
+@pytest.mark.slow
+def test_wheel(wheel: Path) -> None:
+    """The wheel contains the library, the programs and the presets, and has no top-level names but kling and kling_programs."""
+    names = set(zipfile.ZipFile(wheel).namelist())
 
     assert {name.split("/")[0].split("-")[0] for name in names} == {"kling", "kling_programs"}
     for top, target in (("kling", "kling"), *((p, f"kling_programs/{p}") for p in ("train", "sample", "eval", "configs"))):
-        files = [p for p in (source / top).rglob("*") if p.is_file() and p.suffix in (".py", ".yaml", ".safetensors", ".json")]
-        missing = [p for p in files if f"{target}/{p.relative_to(source / top)}" not in names]
+        files = [p for p in (ROOT / top).rglob("*") if p.is_file() and p.suffix in (".py", ".yaml", ".safetensors", ".json")]
+        missing = [p for p in files if f"{target}/{p.relative_to(ROOT / top)}" not in names]
         assert not missing, f"not in the wheel: {missing[0]}"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_an_installed_wheel_samples_and_trains_outside_a_checkout(wheel: Path, tmp_path: Path) -> None:
+    """A bare environment has nothing of this project but the wheel; other packages are those of this interpreter."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "env")], check=True)
+    programs = tmp_path / "env" / "bin"
+    pip = [sys.executable, "-m", "pip", "-q", "--python", str(programs / "python"), "install", "--no-deps", "--no-index", str(wheel)]
+    subprocess.run(pip, check=True)
+    (site,) = (tmp_path / "env").glob("lib/python*/site-packages/kling")
+    others = [path for path in sys.path if Path(path).name == "site-packages"]
+    (site.parent / "others.pth").write_text("\n".join(others))  # their own .pth files, such as one of this checkout, are not read
+    work = tmp_path / "work"
+    work.mkdir()
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
+
+    def run(program: str, *words: str) -> str:
+        done = subprocess.run([str(programs / program), *words], cwd=work, env=clean, capture_output=True, text=True, timeout=280)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    assert run("python", "-c", "import kling; print(kling.__file__, kling.__version__)").split() == [
+        str(site / "__init__.py"), PROJECT["project"]["version"],
+    ]  # fmt: skip
+    run("kling-sample", "a red ball rolls left on grass", "--num-frames", "17", "--num-inference-steps", "2", "--output", "ball.mp4")
+    run("kling-train", "configs/dit/debug.yaml", "out=run", "steps=2", "sample_every=0")
+    run("kling-sample", "a red ball", "--model", "run/export", "--num-frames", "17", "--num-inference-steps", "2", "--output", "mine.mp4")
+    assert {path.name for path in work.glob("*.mp4")} == {"ball.mp4", "mine.mp4"}

@@ -242,6 +242,22 @@ def test_the_brush_counts_y_from_the_bottom_and_its_masks_are_kept(tmp_path: Pat
         take(duration="5", camera_control={"type": "forward_up"}, image=png(320, 320))
 
 
+def test_zero_is_a_value(tiny: Path, tmp_path: Path) -> None:
+    """A seed of 0 was drawn anew, because 0 == False."""
+    from kling_programs.sample.server import classic, newer, openai, own
+
+    desk, given = Desk(Store(tmp_path), str(tiny), Rules()), {"seed": 0, "sigma_c": 0.0}
+    asks = [
+        classic.read(desk, "text2video", classic.Text2Video(prompt="x", **given), ""),
+        newer.read(desk, "text-to-video", "kling-3.0", newer.Body(prompt="x", settings=given), ""),
+        openai.read(desk, {"prompt": "x"} | given, ""),
+        openai.read(desk, {"prompt": "x"} | {name: str(value) for name, value in given.items()}, ""),
+        own.read(own.Body(request={"prompt": "x"} | given), ""),
+    ]
+    assert [{name: ask.fields.get(name) for name in given} for ask in asks] == [given] * 5
+    assert desk.take("anna", asks[0])[0].seed == 0
+
+
 def test_cfg_scale_has_the_checkpoint_s_guidance_in_its_middle(tiny: Path, tmp_path: Path) -> None:
     desk = Desk(Store(tmp_path), str(tiny), Rules())
     own = desk.pipe.setting("guidance_scale")[0]
@@ -528,6 +544,7 @@ def tls_before(port: int, folder: Path) -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_fifty_clients_get_what_is_theirs(start) -> None:
     """No mix-up, nobody starves, and the server's memory stays."""
     import psutil

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 
@@ -12,8 +14,9 @@ import av
 import numpy as np
 import pytest
 import torch
-from av.video.reformatter import ColorRange, Colorspace
+from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 
+from kling.data import decode
 from kling.data.image import read_image, write_png_frames
 from kling.data.video import TO_RGB, VideoWriter, probe, read_tail, read_video, stream_video, write_gif, write_video
 from kling.errors import UserError
@@ -249,6 +252,37 @@ def test_colours_that_are_not_brought_to_srgb_are_named(tmp_path, caplog):
             probe(path)
         (record,) = caplog.records
         assert says in record.getMessage() and str(path) in record.getMessage() and "\n" not in record.getMessage()
+
+
+@pytest.mark.slow
+def test_the_map_of_hdr_colours_is_computed_once(tmp_path):
+    """swscale takes seconds for it: for the first of two files, and not for their probes."""
+    picture = np.full((H, W, 3), 128, np.uint8)
+    paths = [make(tmp_path / name, n=2, picture=picture, primaries=9, transfer=16, matrix=Colorspace.BT2020) for name in ("a.mp4", "b.mp4")]
+    decode._scaler.cache_clear()
+    spent = [time.process_time()]
+    for step in (probe, read_video, probe, read_video):
+        step(paths[len(spent) > 2])
+        spent.append(time.process_time())
+    first, *others = (spent[2] - spent[1], spent[1] - spent[0], spent[3] - spent[2], spent[4] - spent[3])
+    assert max(others) < first / 4, (first, others)
+
+
+def test_a_converter_is_kept_from_read_to_read_and_changes_nothing(tmp_path, monkeypatch):
+    """One for each size, and for each thread; to the bit what a new one gives."""
+    y, x = np.mgrid[:H, :W]
+    picture, made = np.stack([4 * x, 5 * y, 255 - 2 * x - 2 * y], -1).astype(np.uint8), []
+    paths = [make(tmp_path / name, n=2, picture=picture) for name in ("a.mp4", "b.mp4")]
+    monkeypatch.setattr(decode, "VideoReformatter", lambda: made.append(1) or VideoReformatter())
+    decode._scaler.cache_clear()
+    frames = [read_video(path, size=size).frames for size in ((16, 24), (20, 32), (16, 24)) for path in paths]
+    assert len(made) == 3 and torch.equal(frames[0], frames[5])  # and the one of `probe`, at the file's own size
+    decode._scaler.cache_clear()
+    assert torch.equal(read_video(paths[1], size=(16, 24)).frames, frames[0])
+    before = len(made)
+    with ThreadPoolExecutor(1) as other:
+        assert torch.equal(other.submit(read_video, paths[0], size=(16, 24)).result().frames, frames[0])
+    assert len(made) == before + 1
 
 
 def test_size_and_limits(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Turn real videos into a data set; every file that is left out is listed with the reason.
 
 kling-data scan VIDEOS table.csv shards.tar --out cats/manifest.jsonl      # run again, it looks only at new and changed files
+kling-data scan /data --out /data/manifest.jsonl --ray auto               # on all hosts of a Ray cluster, which share /data
 kling-data report cats/manifest.jsonl                                      # cats/manifest.html: what was kept, what was not, and why
 kling-data caption cats/manifest.jsonl --model MODEL --language en zh      # writes captions for clips without one
 kling-data camera cats/manifest.jsonl                                      # estimates missing camera paths; checks the others
@@ -50,7 +51,8 @@ def parser() -> Parser:
     cmd.add_argument("--root", help="folder that a table's paths are relative to (default: the table's)")
     cmd.add_argument("--shots", action="store_true", help="split videos at their cuts (PySceneDetect)")
     cmd.add_argument("--filters", metavar="YAML", help="thresholds, such as configs/data/filters.yaml")
-    cmd.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one per core)")
+    cmd.add_argument("--workers", type=int, help="processes (default: one per core)")
+    cmd.add_argument("--ray", metavar="ADDRESS", help="share the files over this Ray cluster: auto, local or HOST:6379")
     cmd.add_argument(
         "--seconds-per-minute", type=float, default=20.0, help="time limit for decoding a minute of video (default %(default)s)"
     )
@@ -95,8 +97,9 @@ def run_scan(args: argparse.Namespace) -> None:
     from kling.data.scan.filters import Filters
     from kling.data.scan.listing import Listing
     from kling.data.scan.scan import Summary, scan
+    from kling.runtime.cluster import connect
 
-    if args.workers < 1 or not 0 < args.seconds_per_minute < math.inf or not 0 <= args.allow_bad <= 1:
+    if (args.workers is not None and args.workers < 1) or not 0 < args.seconds_per_minute < math.inf or not 0 <= args.allow_bad <= 1:
         raise UserError("--workers and --seconds-per-minute must be positive, --allow-bad between 0 and 1: change them")
     out = Path(args.out)
     if out.suffix != ".jsonl":
@@ -110,9 +113,10 @@ def run_scan(args: argparse.Namespace) -> None:
     filters = load_config(Filters, args.filters) if args.filters else Filters()
     listing = Listing(mapping, args.root)
     candidates = listing.find(args.paths)
+    cores = os.cpu_count() if args.ray is None else connect(args.ray).cpus
+    how = {"workers": args.workers or cores, "split": args.shots, "per_minute": args.seconds_per_minute, "cluster": args.ray is not None}
     with tqdm(total=len(candidates), unit="file", desc=f"scan to {out}") as bar:
-        steps = scan(candidates, out, workers=args.workers, split=args.shots, filters=filters, per_minute=args.seconds_per_minute)
-        for step in steps:
+        for step in scan(candidates, out, filters=filters, **how):
             if isinstance(step, Summary):
                 summary = step
             else:

@@ -62,7 +62,8 @@ def poison(like: Tensor, count: int = 4) -> None:
 
 @dataclass
 class Bench:
-    """What all suites share. `ceilings` are from `machine.ceilings`; `noisy` is set by `same`."""
+    """What all suites share. `ceilings` are from `machine.ceilings`; `noisy` is set by `same`. `cores`: those that this process could use
+    before it chose one; empty if the system does not tell."""
 
     device: torch.device
     quick: bool = False
@@ -70,6 +71,7 @@ class Bench:
     seed: int = 0
     ceilings: dict[str, float] = field(default_factory=dict)
     noisy: bool = False
+    cores: set[int] = field(default_factory=set)
 
     @property
     def pairs(self) -> int:

@@ -1,4 +1,4 @@
-"""Plots of time and memory over frames and tokens."""
+"""Plots of time, memory and tasks a minute over frames, tokens and workers."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from pathlib import Path
 
 from kling_programs.eval.benches.measure import Row
 
-QUANTITIES = ("ms", "MiB")
+QUANTITIES = ("ms", "MiB", "tasks/min")
 
 
 def plot(rows: list[Row], path: Path) -> bool:
     """Plot every row that has an `axis` ("frames", "tokens", ...), a `size` and the `line` it belongs to; False if none has.
 
-    One panel for each axis and quantity: "ours ms", "peer ms", "ours MiB" and "peer MiB" over the size. Raises `ImportError` without
+    One panel for each axis and quantity: "ours ms", "peer ms", "ours MiB", … over the size. Raises `ImportError` without
     matplotlib.
     """
     panels: dict[tuple[str, str], dict[str, list[tuple[float, float]]]] = {}

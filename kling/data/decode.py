@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -98,14 +99,14 @@ def damage(source: Source) -> Iterator[None]:
 def picture(
     frame: av.VideoFrame,
     pixel_aspect: Fraction | None,
-    scaler: VideoReformatter,
     source: Source,
     size: tuple[int, int] | None = None,
+    hdr: bool = True,
 ) -> np.ndarray:
     """uint8 (H, W, 3) as a player shows it: matrix, range and primaries as tagged, transparency on white, square pixels, upright.
 
     The picture covers size (H, W); None keeps its own size. If that makes it smaller, the decoder's scaler shrinks it while converting to
-    RGB, a third of the work of converting every pixel first.
+    RGB, a third of the work of converting every pixel first. hdr: False leaves HDR's brightness as it is, where only the shape matters.
     """
     if frame.is_corrupt:
         line = f"{source} is damaged at time stamp {frame.time} s: download or export it again"
@@ -119,12 +120,16 @@ def picture(
         small = cover_size(*((width, height) if turned else (height, width)), *size)
         small = small[::-1] if turned else small
     untagged = frame.colorspace == UNTAGGED
-    tone_map = {"dst_color_trc": ColorTrc.BT709, "dst_color_primaries": ColorPrimaries.BT709} if frame.color_trc in HDR else {}
+    mapped = hdr and frame.color_trc in HDR
+    tone_map = {"dst_color_trc": ColorTrc.BT709, "dst_color_primaries": ColorPrimaries.BT709} if mapped else {}
     alpha = any(component.is_alpha for component in frame.format.components)
     direct = small is not None and not alpha and small[0] < frame.height and small[1] < frame.width
+    to = (small[1], small[0]) if direct else (width, height)
+    tags = (frame.colorspace, frame.color_range, frame.color_primaries, frame.color_trc)
+    scaler = _scaler(threading.get_ident(), (frame.width, frame.height), to, frame.format.name, tags, mapped)
     pixels = scaler.reformat(
         frame,
-        *((small[1], small[0]) if direct else (width, height)),
+        *to,
         "rgba" if alpha else "rgb24",
         # Players read untagged video as BT.601 when it is small and as BT.709 when it is HD.
         src_colorspace=(Colorspace.ITU709 if frame.height >= 720 else Colorspace.ITU601) if untagged else None,
@@ -132,7 +137,7 @@ def picture(
         threads=1,
         **tone_map,
     ).to_ndarray()
-    if not tone_map:
+    if not mapped:
         pixels = np.concatenate([to_srgb(pixels[..., :3], frame.color_primaries), pixels[..., 3:]], axis=-1)
     if alpha:
         opacity = pixels[..., 3:].astype(np.uint16)
@@ -141,6 +146,12 @@ def picture(
         pixels = pixels.swapaxes(0, 1)
     pixels = pixels[:: -1 if flip_y else 1, :: -1 if flip_x else 1]
     return pixels if size is None else crop(pixels, *size) if direct else np.asarray(fit(pixels, *size))
+
+
+@lru_cache(maxsize=16)
+def _scaler(thread: int, *frames: object) -> VideoReformatter:
+    """One thread's converter of such frames. It outlives the file, because swscale computes for seconds before the first HDR frame."""
+    return VideoReformatter()
 
 
 def _turn(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
@@ -185,7 +196,7 @@ def _probe(source: Source, mtime_ns: int, size: int) -> VideoInfo:
         first = next(container.decode(stream), None)
         if first is None:
             raise UserError(f"{source} holds no frame that can be decoded: export it again")
-        H, W = picture(first, stream.sample_aspect_ratio, VideoReformatter(), source).shape[:2]
+        H, W = picture(first, stream.sample_aspect_ratio, source, hdr=False).shape[:2]
         if said := remark(first.color_primaries, first.color_trc):
             log.warning("%s is %s", source, said)
         codec, aspect = stream.codec_context.name, float(stream.sample_aspect_ratio or 1)
@@ -270,7 +281,7 @@ def _decode(source: Source, info: VideoInfo, times: Sequence[float], size: tuple
                 wanted, reach = [info.origin + time for time in times], max(info.gap, 1 / info.fps) / 2 + 2 * EPS
             if seek:
                 container.seek(int(wanted[0] / stream.time_base), stream=stream)
-            scaler, last = VideoReformatter(), -math.inf
+            last = -math.inf
             for index, frame in enumerate(_frames(container, stream, wanted, reach)):
                 if info.origin is None:
                     time = index / info.fps
@@ -283,7 +294,7 @@ def _decode(source: Source, info: VideoInfo, times: Sequence[float], size: tuple
                     break
                 if time > last:
                     # cached: at a higher rate than the video's, the same frame is used more than once
-                    yield time, cache(partial(_tensor, frame, stream.sample_aspect_ratio, scaler, source, size))
+                    yield time, cache(partial(_tensor, frame, stream.sample_aspect_ratio, source, size))
                     last = time
         if last > -math.inf:
             return

@@ -98,6 +98,7 @@ def load(
     vae: str | Path | None = None,
     weights: bool = True,
     text_cache: str | Path | None = None,
+    transformer_fast: bool = True,
 ) -> dict[str, Any]:
     """Every argument of `KlingPipeline` from a folder of ours, or a Wan folder in diffusers layout.
 
@@ -106,6 +107,7 @@ def load(
     dtype: of the transformers and the text encoder, by default fp32 for ours and bf16 for Wan's, whose VAE runs in fp32 in any case.
     weights: False builds everything without them, on the meta device, which is enough for planning.
     text_cache: a folder for umT5's embeddings of prompts.
+    transformer_fast: False leaves out the few-step weights, for a program that makes nothing in mode fast.
     """
     index = read_index(folder)
     kind = index.get("_class_name")
@@ -119,7 +121,7 @@ def load(
             parts[name] = load_transformer(given, dtype, weights)
         elif name == "transformer" or (has(index, name) and transformer is None):
             parts[name] = loaded(folder, name, KlingTransformer3DModel, weights, torch_dtype=dtype)
-    if not wan and has(index, "transformer_fast") and transformer is None:
+    if not wan and transformer_fast and has(index, "transformer_fast") and transformer is None:
         parts["transformer_fast"] = loaded(folder, "transformer_fast", KlingTransformer3DModel, weights, torch_dtype=dtype)
     precise = torch.float32 if wan else dtype
     if vae is None or not weights:

@@ -155,7 +155,7 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
 
         lora, lora_2: (file, scale) pairs added to the transformer and to the second expert.
         replaced: `transformer`, `transformer_2` and `vae` as safetensors in original or diffusers naming, and `checkpoint`, their name in
-        the registry; weights=False for planning only; see `kling.hub.load`.
+        the registry; weights=False for planning only; transformer_fast=False without mode fast; see `kling.hub.load`.
         Raises `UserError` if anything is missing, damaged or unknown.
         """
         weights = replaced.get("weights", True)

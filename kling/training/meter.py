@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -132,8 +133,9 @@ def peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
+@cache
 def matmul_ceiling(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
-    """FLOP/s of the fastest of some large matrix products, which counts as 100 % of the machine."""
+    """FLOP/s of the fastest of some large matrix products, which counts as 100 % of the machine. Measured once in a process."""
     n = 8192 if device.type == "cuda" else 1024
     a, b = (torch.ones(n, n, device=device, dtype=dtype) for _ in range(2))
     best, end = math.inf, time.monotonic() + seconds

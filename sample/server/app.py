@@ -263,28 +263,16 @@ def first_mistake(error: RequestValidationError, path: str) -> str:
 def classic_routes(server: Server) -> APIRouter:
     router = APIRouter(prefix="/v1/videos", tags=["Kling, classic"])
 
-    def create(kind: str, body: classic.Body, request: Request) -> dict[str, Any]:
-        ask = classic.read(server.desk, kind, body, server.base(request))
-        task, new = server.desk.take(request.state.key, ask)
-        return envelope(server.told(task, server.base(request)), "SUCCEED" if new else "SUCCEED: this external_task_id was there already")
+    def add(kind: str, shape: type[classic.Body]) -> None:
+        def create(body: classic.Body, request: Request) -> dict[str, Any]:
+            ask = classic.read(server.desk, kind, body, server.base(request))
+            task, new = server.desk.take(request.state.key, ask)
+            told = "SUCCEED" if new else "SUCCEED: this external_task_id was there already"
+            return envelope(server.told(task, server.base(request)), told)
 
-    @router.post("/text2video")
-    def text2video(body: classic.Text2Video, request: Request) -> dict[str, Any]:
-        return create("text2video", body, request)
+        create.__annotations__["body"] = shape  # what FastAPI checks and shows
+        router.post(f"/{kind}", name=kind)(create)
 
-    @router.post("/image2video")
-    def image2video(body: classic.Image2Video, request: Request) -> dict[str, Any]:
-        return create("image2video", body, request)
-
-    @router.post("/multi-image2video")
-    def multi_image2video(body: classic.MultiImage2Video, request: Request) -> dict[str, Any]:
-        return create("multi-image2video", body, request)
-
-    @router.post("/video-extend")
-    def video_extend(body: classic.VideoExtend, request: Request) -> dict[str, Any]:
-        return create("video-extend", body, request)
-
-    def add(kind: str) -> None:
         @router.get(f"/{kind}", name=f"list {kind}")
         def listed(request: Request, pageNum: int = 1, pageSize: int = LIST) -> dict[str, Any]:  # noqa: N803 - Kling's names
             for name, value, most in (("pageNum", pageNum, PAGES), ("pageSize", pageSize, LIST_MOST)):
@@ -301,25 +289,22 @@ def classic_routes(server: Server) -> APIRouter:
         def end(name: str, request: Request) -> dict[str, Any]:
             return envelope(server.told(server.end(server.found(request, name, (kind,))), server.base(request)))
 
-    for kind in classic.KINDS:
-        add(kind)
+    for kind, shape in classic.BODIES.items():
+        add(kind, shape)
     return router
 
 
 def newer_routes(server: Server) -> APIRouter:
     router = APIRouter(tags=["Kling, newer"])
 
-    def create(path: str, model: str, body: newer.Body, request: Request) -> dict[str, Any]:
-        ask = newer.read(server.desk, path, model, body, server.base(request))
-        return envelope(newer.task_data(server.desk.take(request.state.key, ask)[0], server.base(request)))
+    def add(path: str) -> None:
+        @router.post(f"/{path}/{{model}}", name=path)
+        def create(model: str, body: newer.Body, request: Request) -> dict[str, Any]:
+            ask = newer.read(server.desk, path, model, body, server.base(request))
+            return envelope(newer.task_data(server.desk.take(request.state.key, ask)[0], server.base(request)))
 
-    @router.post("/text-to-video/{model}")
-    def text_to_video(model: str, body: newer.Body, request: Request) -> dict[str, Any]:
-        return create("text-to-video", model, body, request)
-
-    @router.post("/image-to-video/{model}")
-    def image_to_video(model: str, body: newer.Body, request: Request) -> dict[str, Any]:
-        return create("image-to-video", model, body, request)
+    for path in newer.KINDS:
+        add(path)
 
     @router.get("/tasks")
     def tasks(request: Request, task_ids: str | None = None, external_task_ids: str | None = None) -> dict[str, Any]:

@@ -93,7 +93,7 @@ def read(desk: Desk, kind: str, body: Body, base: str) -> Ask:
         desk.need("reference", "image_list")
         if not body.image_list or any(row.keys() != {"image"} or not isinstance(row["image"], str) for row in body.image_list):
             raise UserError("image_list: give a list of {'image': a URL or base64}")
-    fields: dict[str, Any] = {name: value for name in EXTENSIONS if (value := getattr(body, name)) not in (None, False)}
+    fields: dict[str, Any] = {name: value for name in EXTENSIONS if (value := getattr(body, name)) is not None and value is not False}
     fields |= {"prompt": body.prompt or "", "mode": body.mode}
     if body.negative_prompt:
         fields["negative_prompt"] = body.negative_prompt

@@ -23,21 +23,6 @@ from kling.errors import UserError
 LOOK = 0.5  # seconds between looks at how far a task is
 
 
-def connect(address: str) -> None:
-    """Join a cluster: "auto" is the one of this host, "local" a new one in this process, else HOST:PORT or ray://HOST:PORT."""
-    try:
-        import ray
-    except ModuleNotFoundError:
-        raise UserError("--ray needs Ray, which is not installed: pip install 'kling[ray]'") from None
-    try:
-        ray.init(None if address == "local" else address, log_to_driver=True, configure_logging=False)
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        line = str(error).strip().splitlines()[0][:200]
-        raise UserError(
-            f"--ray {address}: there is no cluster ({line}): start one with 'ray start --head', or give its HOST:PORT"
-        ) from None
-
-
 class Actor:
     """Lives in the cluster. Two threads: one makes, the other tells how far it is."""
 

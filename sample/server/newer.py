@@ -82,7 +82,7 @@ def read(desk: Desk, path: str, model: str, body: Body, base: str) -> Ask:
         raise unknown("settings.resolution", settings.resolution, RESOLUTIONS)
     if (options.watermark_info or {}).get("enabled"):
         raise UserError("options.watermark_info.enabled is true: this server adds no watermark: leave it out")
-    fields: dict[str, Any] = {name: value for name in EXTENSIONS if (value := getattr(settings, name)) not in (None, False)}
+    fields: dict[str, Any] = {name: value for name in EXTENSIONS if (value := getattr(settings, name)) is not None and value is not False}
     fields |= {"prompt": body.prompt or "", "mode": settings.mode}
     fields |= {ours: value for ours, value in (("aspect", settings.aspect_ratio), ("negative_prompt", body.negative_prompt)) if value}
     if settings.duration is not None:

@@ -37,6 +37,7 @@ class Form:
         self._text()
         self._go()
         self.checked = gr.Button("", elem_id="checked", elem_classes="unseen")  # page.js presses it after painting on the mask
+        self.draft = gr.Button("", elem_id="draft", elem_classes="unseen")  # page.js presses it when the form has been still for a moment
         with gr.Tabs(elem_id="inputs", overflow_behavior="wrap") as self.tabs:
             with gr.Tab(t("pictures"), id="pictures"):
                 self._pictures()

@@ -57,6 +57,7 @@ SAVED = "() => [window.studio.saved()]"
 APPLY = "(mine) => window.studio.apply(mine)"
 HOLD = "(painted) => window.studio.hold(painted)"
 AWAKE = "() => window.studio.awake()"
+SOON = "() => window.studio.soon()"
 
 
 class Events:
@@ -93,10 +94,10 @@ class Events:
         moved = [fields[name] for name in CAMERA]  # one event for all: responses to several could arrive out of order
         gr.on([c.change for c in moved], self.draw_camera, moved, form.drawing, **QUICK)
 
-        drafted = [fields["prompt"], *moved, form.live]
         if self.studio.pipe.transformer_fast is not None:
-            sent = [*form.inputs, form.live]
-            gr.on([c.change for c in drafted], self.draft, sent, form.rough, js=WITH_MASK, **QUICK | {"trigger_mode": "multiple"})
+            gr.on([c.change for c in (fields["prompt"], *moved, form.live)], None, js=SOON, **QUICK)
+            sent, overtakes = [*form.inputs, form.live], QUICK | {"trigger_mode": "multiple"}  # a newer rough clip stops the one before
+            form.draft.click(self.draft, sent, form.rough, js=WITH_MASK, **overtakes)
 
         form.enhance.click(self.enhance, form.inputs, fields["prompt"], js=WITH_MASK, **RAW)
         form.dice.click(lambda: -1, None, fields["seed"], **QUICK)
@@ -163,7 +164,7 @@ class Events:
             yield done.value
 
     def draft(self, request: gr.Request, *values: Any) -> Any:
-        """A rough clip of the form as it is now; unchanged while a newer one is on its way, nothing where no clip can be made."""
+        """A rough clip of the form as it is now; unchanged if a newer one overtook it, nothing where no clip can be made."""
         *values, live = values
         if not live:
             return ""

@@ -7,7 +7,8 @@
   const random = () => [...crypto.getRandomValues(new Uint8Array(16))].map((b) => b.toString(16).padStart(2, "0")).join("");
   let tab = read(sessionStorage, TAB, null);
   if (!tab) write(sessionStorage, TAB, (tab = random()));
-  let awake = false, pending = null;
+  const STILL = 600; // milliseconds after the last change of the form until a rough clip is asked for
+  let awake = false, pending = null, still = 0;
 
   window.studio = {
     // The list belongs to the browser, not to the tab: it is read for every event, and only changes are written.
@@ -35,6 +36,8 @@
     keep: (v) => { if (awake) write(sessionStorage, FORM, v); return v; },
     saved: () => read(sessionStorage, FORM, null),
     awake: () => { awake = true; return []; },
+    // The wait is here and not on the server, where every letter typed would hold a request.
+    soon: () => { clearTimeout(still); still = setTimeout(() => document.querySelector("#draft")?.click(), STILL); return []; },
   };
   window.addEventListener("storage", (event) => { if (event.key === LIST) document.querySelector("#refresh")?.click(); });
 

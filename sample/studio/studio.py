@@ -34,7 +34,6 @@ from kling.shapes import ASPECTS, TEMPORAL, latent_frames
 
 log = logging.getLogger(__name__)
 PREVIEW_SHARE = 0.2  # previews take at most this share of the time
-ROUGH_AFTER = 0.6  # seconds after the last change of the form until a rough clip is made
 ROUGH_STEPS = 2
 
 
@@ -78,7 +77,6 @@ class Studio:
     _rate: float | None = None  # operations a second, as measured
     _other: tuple[Weights, KlingPipeline, dict[str, Any]] | None = None
     _planners: dict[str, KlingPipeline] = field(default_factory=dict)
-    _roughs: dict[str, object] = field(default_factory=dict)  # visitor -> its last request for a rough clip
 
     @property
     def sizes(self) -> dict[str, tuple[int, int]]:
@@ -123,11 +121,7 @@ class Studio:
         return (yield from self.queue.run(visitor, work if self.remote is None else ask, owner, **kept))
 
     def rough(self, visitor: str, request: Request) -> np.ndarray | None:
-        """A rough clip (T, H, W, 3) uint8 by the few-step weights, once nothing else waits and no newer one was asked for; else None."""
-        self._roughs[visitor] = mine = object()
-        time.sleep(ROUGH_AFTER)
-        if self._roughs.get(visitor) is not mine:
-            return None
+        """A rough clip (T, H, W, 3) uint8 by the few-step weights, once nothing else waits; None if a newer one or a real job came."""
         own = {"negative_prompt": None, "guidance_scale": None, "camera_guidance_scale": None, "shift": None}  # guidance is built in
         request = request.replace(**own, mode="fast", num_inference_steps=ROUGH_STEPS, num_videos=1)
         if len(self.pipe.plan(request).hops) > 1:
@@ -140,9 +134,6 @@ class Studio:
             return done.value
         except (Stopped, Busy):
             return None
-        finally:
-            if self._roughs.get(visitor) is mine:
-                del self._roughs[visitor]
 
     # ---- what visitors choose ----
 

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from itertools import groupby, pairwise
 
 import numpy as np
-from av.video.reformatter import VideoReformatter
 
 from kling.data.decode import VideoInfo, open_video, picture, probe
 from kling.data.image import read_image
@@ -99,8 +98,7 @@ def _image(source: Source, path: str, kind: str, mtime_ns: int, size: int) -> Sh
 def _decode_all(source: Source, info: VideoInfo, split: bool, deadline: float) -> tuple[list[float], ShotMeter, list[float]]:
     """(time of every frame, the measurements, times of the cuts). Raises `UserError` at the first damage, or after the deadline."""
     times: list[float] = []
-    meter, scaler = ShotMeter(), VideoReformatter()
-    cuts = CutDetector(info.fps) if split else None
+    meter, cuts = ShotMeter(), CutDetector(info.fps) if split else None
     size = _small(info.height, info.width)
     with open_video(source, threads=1) as (container, stream):
         for index, frame in enumerate(container.decode(stream)):
@@ -112,7 +110,7 @@ def _decode_all(source: Source, info: VideoInfo, split: bool, deadline: float) -
                 raise UserError(f"{source} is damaged (frame {index} has no time stamp): download or export it again")
             at = index / info.fps if info.origin is None else frame.time - info.origin
             if cuts or frame.is_corrupt or meter.due(at):
-                small = picture(frame, stream.sample_aspect_ratio, scaler, source, size)  # raises for a corrupt frame
+                small = picture(frame, stream.sample_aspect_ratio, source, size)  # raises for a corrupt frame
                 if cuts:
                     cuts.see(at, small)
                 if meter.due(at):

@@ -26,9 +26,11 @@ from kling.data.scan.examine import CutDetector, examine, reason_of
 from kling.data.scan.filters import Filters, sift
 from kling.data.scan.listing import Candidate
 from kling.errors import UserError
+from kling.runtime.cluster import shared
 from kling.runtime.files import file_of, member_of, stamp, writing
 
 FINDS = 2  # version of the results of `examine`: when it is raised, files are examined again
+CHUNK = 8  # files that a host of a cluster gets at once
 GRACE = 10.0  # seconds after its deadline when a worker that does not answer is killed
 
 
@@ -67,9 +69,11 @@ def scan(
     split: bool = False,
     filters: Filters | None = None,
     per_minute: float = 20.0,
+    cluster: bool = False,
 ) -> Iterator[tuple[int, int] | Summary]:
     """Yields (files done, files in all) while it runs, and last the `Summary`, when the manifest and the quarantine are written.
 
+    cluster: share the files over the Ray cluster that this process has joined (`kling.runtime.cluster`), not over processes here.
     Raises `UserError` before the first file if PySceneDetect is needed and missing, or if `manifest` is another kind of file.
     """
     manifest = Path(manifest)
@@ -84,7 +88,7 @@ def scan(
     summary = Summary(files=len(candidates), reused=sum(key in journal for key in keys))
     yield done, len(candidates)
     jobs = [(candidates[i], relative(file_of(candidates[i].source), manifest.parent), split, per_minute) for i in todo]
-    for place, answer in run_jobs(jobs, workers):
+    for place, answer in (run_jobs_on_cluster if cluster else run_jobs)(jobs, workers):
         journal.add(keys[todo[place]], answer)
         done += 1
         yield done, len(candidates)
@@ -186,6 +190,17 @@ def run_jobs(jobs: list[Job], workers: int) -> Iterator[tuple[int, dict[str, Any
     finally:
         for worker in pool:
             worker.kill()
+
+
+def run_jobs_on_cluster(jobs: list[Job], workers: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    """As `run_jobs`, over the hosts of a Ray cluster: each gets a few files at a time, and gives them to a worker process of its own."""
+    numbered = list(enumerate(jobs))
+    for answers in shared(lambda: _some_jobs, [numbered[i : i + CHUNK] for i in range(0, len(jobs), CHUNK)], workers):
+        yield from answers
+
+
+def _some_jobs(numbered: list[tuple[int, Job]]) -> list[tuple[int, dict[str, Any]]]:
+    return [(numbered[place][0], answer) for place, answer in run_jobs([job for _, job in numbered], 1)]
 
 
 class _Worker:
