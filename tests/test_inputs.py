@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from kling import KlingPipeline, Request, Track
+from kling.condition.tasks import TASKS
 from kling.errors import UserError
 from kling.sampling.inputs import paste
+from kling.sampling.shots import Shot
 from tests.test_pipeline import picture, tiny_pipeline
 
 SIZES = {"16:9": (32, 64), "9:16": (64, 32), "1:1": (32, 32)}
@@ -38,8 +41,11 @@ INPUTS = {
     "references": {"references": [picture(6), picture(7, 50, 50)]},
     "extend_to": {"extend_to": 2.5},
     "duration": {"duration": 1.5},
+    "shots": {"shots": [Shot("a ball", 0.7), Shot("a cube", 0.9)]},
 }
-NEEDS = {"mask": "video", "outpaint": "video", "strength": "video"}  # what each of them changes
+EARLY = [(picture(3), 6, 1.0)]  # a keyframe within the video
+EDITS = ("mask", "outpaint", "strength")
+NEEDS = dict.fromkeys(EDITS, "video")  # what each of them changes
 
 # The pairs that cannot be combined, and the words of the error. All others work.
 REFUSED = {
@@ -62,16 +68,15 @@ REFUSED = {
     ("mask", "duration"): "mask of 13 frames was asked for, but the video has 9",
     ("outpaint", "duration"): "outpaint of 13 frames was asked for, but the video has 9",
     ("strength", "duration"): "strength of 13 frames was asked for, but the video has 9",
-    ("mask", "keyframes"): "keyframe at frame 10 lies beyond the clip's last frame 8",
-    ("outpaint", "keyframes"): "keyframe at frame 10 lies beyond the clip's last frame 8",
-    ("strength", "keyframes"): "keyframe at frame 10 lies beyond the clip's last frame 8",
+    **{(name, "shots"): f"both {name} and shots" for name in ("video", "loop", "camera", "tracks", "extend_to", "duration")},
+    **{(name, "shots"): "both video and shots" for name in EDITS},
     ("video with duration", "extend_to"): "both duration and extend_to",
 }
 
 
 @pytest.fixture(scope="module")
 def pipe() -> KlingPipeline:
-    return tiny_pipeline(sizes=SIZES)
+    return tiny_pipeline(sizes=SIZES, capabilities=[*TASKS, "camera", "brush", "reference", "shots", "text_to_image"])
 
 
 def fields(*names: str) -> dict:
@@ -81,13 +86,16 @@ def fields(*names: str) -> dict:
         given |= INPUTS[name]
     if any(name in NEEDS for name in names) and "image" not in names:
         given |= INPUTS["video"]
-    if "duration" not in names and not {"strength", "mask", "outpaint"} & set(names) and not {"extend_to", "video"} <= set(names):
+        if "keyframes" in names:
+            given["keyframes"] = EARLY
+    if not {"duration", "shots", *EDITS} & set(names) and not {"extend_to", "video"} <= set(names):
         given["num_frames"] = 13
     return given
 
 
 def make(pipe: KlingPipeline, given: dict) -> np.ndarray:
-    return pipe(Request("a ball", num_inference_steps=1, seed=1, **given)).frames[0]
+    words = {} if "shots" in given else {"prompt": "a ball"}
+    return pipe(Request(num_inference_steps=1, seed=1, **words, **given)).frames[0]
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +126,10 @@ def test_every_pair_of_inputs_works_or_is_refused_by_name(made, one, other):
             rest = {key: value for key, value in both.items() if key not in INPUTS[left_out]}
             if left_out == "duration":
                 rest["num_frames"] = 17
+            if left_out == "shots":
+                rest["num_frames"] = 13
+            if left_out in EDITS and "keyframes" in rest:  # the video is continued then
+                rest |= INPUTS["keyframes"]
             if left_out == "video" and NEEDS.keys() & set(rest):
                 continue  # the other one requires it
             without = made(rest)
@@ -126,6 +138,25 @@ def test_every_pair_of_inputs_works_or_is_refused_by_name(made, one, other):
     with pytest.raises(UserError, match=refused) as error:
         made(both)
     assert "\n" not in str(error.value)
+
+
+def test_the_table_in_the_docs_says_which_pairs_work() -> None:
+    lines = (
+        (Path(__file__).parents[1] / "docs" / "controls.md")
+        .read_text(encoding="utf-8")
+        .split("## Every pair")[1]
+        .split("\n## ")[0]
+        .splitlines()
+    )
+    head, _, *rows = ([cell.strip(" *") for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|"))
+    names = dict(zip([rows[0][0], *head[1:]], INPUTS, strict=True))  # as a user calls them, in the order of this file
+    assert names["brush"] == "tracks" and names["extend to"] == "extend_to" and names["last image"] == "last_image"
+    said = {(names[row[0]], names[column]): cell for row in rows for column, cell in zip(head[1:], row[1:], strict=True) if cell}
+    assert set(said) == set(itertools.combinations(INPUTS, 2))
+    for pair, cell in said.items():
+        assert (cell == "yes") == (pair not in REFUSED and pair[::-1] not in REFUSED), pair
+    reasons = [line.split(".")[0] for line in lines if line[:1].isdigit()]
+    assert {cell for cell in said.values() if cell != "yes"} == set(reasons)
 
 
 def test_a_continuation_takes_either_an_added_or_a_total_length():
