@@ -19,16 +19,19 @@ from PIL import Image, ImageDraw
 
 from kling import KlingPipeline, Request, Track
 from kling.data.world.scene import World
+from kling.data.world.tracks import places_of
 from kling.errors import UserError
 
 HERE = Path(__file__).parent / "strips"
-CLIP = World(seed=1, frames=41, aspect="16:9", split="heldout", max_things=1).clip(3)
+WORLD, SCENE = World(seed=1, frames=41, aspect="16:9", split="heldout", max_things=1), 47
+PROMPT = "a red ball moves left on grass"
 FRAMES, SEED, EDGE = 17, 5, 64  # of a clip; pixels for the names of rows and columns
 
 
 def controls() -> dict[str, dict[str, Any]]:
     """The fields of every control. Given pictures and videos are rendered from a held-out scene."""
-    video = CLIP.video.numpy()
+    video = WORLD.clip(SCENE).video.numpy()
+    x, y = (float(place) * side for place, side in zip(places_of(WORLD.scene(SCENE)).centre[0, 0], (112, 64), strict=True))
     hole = torch.zeros(64, 112)
     hole[16:48, 32:80] = 1
     return {
@@ -41,7 +44,7 @@ def controls() -> dict[str, dict[str, Any]]:
         "strength": {"video": video[:17], "strength": 0.3},
         "loop": {"loop": True},
         "camera": {"camera": "pan=7"},
-        "brush": {"tracks": [Track(None, [(40, 40), (80, 30)])]},
+        "brush": {"tracks": [Track(None, [(x, y), (x - 4, y - 6), (x - 8, y - 10)])]},
     }
 
 
@@ -51,7 +54,7 @@ def together(pipe: KlingPipeline, fields: dict[str, Any]) -> torch.Tensor | None
     if "video" in fields and not whole and "keyframes" in fields:
         fields = fields | {"keyframes": [(picture, frame + FRAMES, strength) for picture, frame, strength in fields["keyframes"]]}
     try:
-        request = Request(CLIP.captions["en"][0], num_frames=None if whole else FRAMES, seed=SEED, **fields)
+        request = Request(PROMPT, num_frames=None if whole else FRAMES, seed=SEED, **fields)
         frames = torch.from_numpy(pipe(request).frames[0])
     except UserError as error:
         print(f"  {error}", flush=True)
