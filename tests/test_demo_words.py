@@ -72,6 +72,7 @@ def test_common_errors_are_translated_to_chinese(pipe, uploads, tmp_path, monkey
         *(lambda rows=rows: request_of({"shots": rows}, uploads) for rows in ([{}] * 7, [{"prompt": " "}])),
         lambda: request_of({"shots": [{"prompt": "x", "seconds": 1}], "loop": True}, uploads),
         lambda: pipe.plan(Request(shots=[("x", 1), ("y", 0.1)])),
+        lambda: Request(references=[image] * 5),
         lambda: pipe.plan(Request(num_frames=1)),
         lambda: Request(image=image, last_image=image, loop=True),
         lambda: uploads.accept_drawing("data:image/png;base64,!!!"),

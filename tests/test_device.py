@@ -22,7 +22,7 @@ import workers
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from test_pipeline import H, W, movie, picture, tiny_pipeline
 
-from kling import KlingFlowScheduler, KlingPipeline, KlingTransformer3DModel
+from kling import KlingFlowScheduler, KlingPipeline, KlingTransformer3DModel, Request
 from kling.runtime.accelerator import StopSignal
 from kling.runtime.device import multiply_in_tf32
 from kling.sampling.machine import pick_device
@@ -67,6 +67,8 @@ MODES: dict[str, tuple[dict[str, Any], Any]] = {
     "restyle": ({"video": movie(5), "strength": 0.5}, None),
     "camera": ({"camera": "pan=5,zoom=2", "camera_guidance_scale": 2.0}, None),
     "camera at a keyframe": ({"camera": "dolly=3", "last_image": picture()}, None),
+    "references": ({"references": [picture(), picture(1)], "image": picture(2)}, None),
+    "shots": ({"num_frames": None, "shots": [("a ball", 0.5, "pan=5"), ("a cube", 0.6)]}, None),
     "noise on what is given": ({"image": picture(), "sigma_c": 0.1}, None),
     "frames one behind another": ({"frame_delay": 1}, None),
     "frames one behind another, one given": ({"frame_delay": 2, "image": picture()}, None),
@@ -91,11 +93,12 @@ def test_sampling_runs_on_the_device_and_no_step_waits(mode: str, monkeypatch: p
     """Latents of every mode; frames of a clip, a picture and a video of several hops, since all others are decoded alike."""
     fields, change = MODES[mode]
     able = ["text", "image", "last", "first_last", "keyframes", "continuation", "inpaint", "restyle", "camera", "text_to_image"]
-    pipe = tiny_pipeline(capabilities=[*able, "diffusion_forcing"])
+    pipe = tiny_pipeline(capabilities=[*able, "diffusion_forcing", "reference", "shots"])
     if change is not None:
         change(pipe)
     asked = {"num_frames": 5, "num_inference_steps": 3, "guidance_scale": 2.0, "seed": 1, **fields}
-    want = pipe("a ball", output_type="latent", **asked).latents
+    words = "" if "shots" in fields else "a ball"
+    want = pipe(words, output_type="latent", **asked).latents
     marks: list[int] = []
     with pretend.device(monkeypatch) as device:
         pipe.to(pretend.CUDA)
@@ -105,20 +108,14 @@ def test_sampling_runs_on_the_device_and_no_step_waits(mode: str, monkeypatch: p
             return kwargs
 
         decoded = mode in ("text", "one picture", "hops")
-        out = pipe("a ball", output_type="np" if decoded else "latent", callback_on_step_end=note, **asked)
+        out = pipe(words, output_type="np" if decoded else "latent", callback_on_step_end=note, **asked)
         latents = out.latents.cpu()
     torch.testing.assert_close(latents, want, atol=2e-3, rtol=1e-3)
     assert not decoded or (out.frames.dtype == np.uint8 and out.frames.shape[-3:-1] == (H, W))
-    hops = len(pipe.plan(request_of(asked)).hops)
+    hops = len(pipe.plan(Request(words, **asked)).hops)
     if hops == 1 and not fields.get("loop"):
         assert not device.since(marks[0]).keys() & {w for w in device.waits[: marks[-1]]}, device.since(marks[0])
         assert marks[-1] == marks[0], f"steps waited: {device.waits[marks[0] : marks[-1]]}"
-
-
-def request_of(fields: dict[str, Any]) -> Any:
-    from kling import Request
-
-    return Request(prompt="a ball", **fields)
 
 
 def test_training_steps_wait_only_for_the_log(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

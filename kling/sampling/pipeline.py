@@ -514,7 +514,7 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
     ) -> Signals:  # fmt: skip
         """The signals of one hop: of all texts those of its shots, and its part of the camera, where its shots have one."""
         numbers = [k for k, _ in hop.shots]
-        signals = replace(signals, text=signals.text | {"prompt": signals.text["prompt"][numbers]})
+        signals = replace(signals, text=signals.text | {"prompt": signals.text["prompt"][numbers[0] : numbers[-1] + 1]})
         shown = [camera is not None] if request.shots is None else [shots_of(request.shots)[k].camera is not None for k in numbers]
         if not any(shown):
             return signals
