@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from kling import KlingPipeline, Request
+from kling import KlingPipeline, Request, Track
 from kling.cameras.axes import MOVES, UNITS
 from kling.data.image import write_png
 from kling.data.strip import strip
@@ -20,6 +20,7 @@ from kling.data.world.scene import World
 
 HERE = Path(__file__).parent / "strips"
 FAST = ({}, {"mode": "fast"}, {"mode": "fast", "num_inference_steps": 2})
+PATHS = ([(86, 37), (30, 42)], [(86, 37), (60, 27)], [(86, 37), (95, 52)])  # of the brush: left, away, toward the camera
 STILL = "a yellow ball stays still on grey tiles"
 
 
@@ -27,6 +28,7 @@ def requests() -> dict[str, list[Request]]:
     """The rows of a strip, by name. Given pictures and videos are rendered from a held-out scene."""
     clip = World(seed=1, frames=41, aspect="16:9", split="heldout", max_things=1).clip(3)
     video, prompt = clip.video, clip.captions["en"][0]
+    ball = World(seed=1, frames=17, aspect="16:9", split="heldout", max_things=1).clip(47).video[0].numpy()  # at (86, 37)
     hole = torch.zeros(64, 112)
     hole[16:48, 32:80] = 1
     wanted = {
@@ -38,6 +40,8 @@ def requests() -> dict[str, list[Request]]:
         "first_last": Request(prompt, image=video[0].numpy(), last_image=video[-1].numpy(), seed=5),
         "last": Request(prompt, last_image=video[-1].numpy(), seed=5),
         "keyframes": Request(prompt, keyframes=[(video[20].numpy(), 20, 1.0)], seed=6),
+        "brush": [Request("a red ball on grass", image=ball, tracks=[Track(None, path)], seed=5) for path in PATHS],
+        "brush-camera": Request("a red ball on grass", image=ball, tracks=[Track(None, PATHS[1])], camera="pan=5", seed=5),
         "loop": Request("a green ball moves in a circle on sand", loop=True, seed=7),
         "continuation": Request(prompt, video=video[:17].numpy(), num_frames=25, seed=8),
         "inpaint": Request(prompt, video=video.numpy(), mask=hole.numpy(), seed=9),
