@@ -89,7 +89,7 @@ def test_our_scheduler_becomes_the_one_of_diffusers_that_does_the_same(solver: s
     ("argv", "message"),
     [
         ([str(ASSETS), "out"], "text encoder of its own"),
-        ([str(ASSETS / "transformer"), "out"], "control_adapter and kind_embedding, which diffusers"),
+        ([str(ASSETS / "transformer"), "out"], "control_adapter, kind_embedding, track_embedding, which diffusers"),
         (["nowhere", "out"], "nowhere.*do not exist"),
         ([str(ASSETS), "."], "exists already"),
         ([str(ASSETS), "out", "--naming", "orginal"], "did you mean 'original'"),

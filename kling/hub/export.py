@@ -105,7 +105,7 @@ def _transformer(source: Path, target: Path, naming: str) -> None:
     if extra := sorted(
         {name.split(".")[0] for name in tensors if name.startswith(("kind_embedding", "control_adapter", "track_embedding"))}
     ):
-        raise UserError(f"{source} holds {' and '.join(extra)}, which diffusers' Wan does not have: use it in its own folder format")
+        raise UserError(f"{source} holds {', '.join(extra)}, which diffusers' Wan does not have: use it in its own folder format")
     known = WanTransformer3DModel._get_init_keys(WanTransformer3DModel)
     _write_tensors(tensors, target, str)
     published = {key: value for key, value in config.items() if key in known}
