@@ -203,15 +203,11 @@ def _plan(cfg: CacheConfig, source: ClipSource) -> Iterator[Shard]:
         if odd := [T for T in cfg.paths if T not in cfg.data.frames or T == 1]:
             raise UserError(f"paths has clips of {odd[0]} frames, data.frames is {cfg.data.frames}: name some of these, longer than 1")
         if odd := [T for T in cfg.shots if T not in cfg.data.frames or T < SHORTEST]:
-            named = f"shots has clips of {odd[0]} frames, data.frames is {cfg.data.frames}"
-            raise UserError(f"{named}: name some of these, of {SHORTEST} frames or more")
-        shares, used = _shares(cfg), {split: dict.fromkeys(cfg.data.aspects, 0) for split in ("", "paths", SHOTS)}
-        counts = [
-            (longest, cfg.clips, ""),
-            *((*more, "") for more in cfg.shorter.items()),
-            *((*more, "paths") for more in cfg.paths.items()),
-            *((*more, SHOTS) for more in cfg.shots.items()),
-        ]
+            remedy = f"name some of these, of {SHORTEST} frames or more"
+            raise UserError(f"shots has clips of {odd[0]} frames, data.frames is {cfg.data.frames}: {remedy}")
+        more = {"": cfg.shorter, "paths": cfg.paths, SHOTS: cfg.shots}
+        shares, used = _shares(cfg), {split: dict.fromkeys(cfg.data.aspects, 0) for split in more}
+        counts = [(longest, cfg.clips, ""), *((*count, split) for split, given in more.items() for count in given.items())]
         for frames, clips, split in counts:
             bounds = [0, *(round(clips * upto / sum(shares)) for upto in accumulate(shares))]  # rounded so that they sum to `clips`
             for aspect, n in zip(cfg.data.aspects, (end - begin for begin, end in pairwise(bounds)), strict=True):

@@ -269,7 +269,7 @@ def _hops_of_shots(known: int, times: Timeline, longest: int) -> list[Hop]:
         overlap = min(CONTEXT, end)
         if longest - overlap < TEMPORAL:
             raise UserError(f"this model makes {longest} frames at once: too few to continue a shot from {overlap} of them")
-        until = times.frames if times.frames <= end - overlap + longest else end - overlap + longest
+        until = min(times.frames, end - overlap + longest)
         if until < times.frames:
             until = max((cut for cut in times.cuts if end < cut <= until), default=until)
         given = Given(known=latent_frames(overlap) if overlap else known)
