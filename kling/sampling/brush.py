@@ -173,7 +173,8 @@ def _stroke(track: Track, size: tuple[int, int], picture: tuple[int, int], cell:
         if not (0 <= x <= W and 0 <= y <= H):
             where = "" if (h, w) == (H, W) else " (after its crop to the clip's aspect)"
             px, py = track.points[0]
-            raise UserError(f"a track starts at {px:g},{py:g}, outside the first frame of {w}x{h}{where}: start where the thing is")
+            line = f"a track starts at {px:g},{py:g}, outside the first frame of {w}x{h}{where}: start where the thing is"
+            raise UserError(line, code="track_outside")
         start = path[:1]
     else:
         start = _points_under(_mask_on(track.mask, size, picture), cell, THING_POINTS if track.points else STILL_POINTS)

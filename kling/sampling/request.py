@@ -249,11 +249,13 @@ class Request:
             if value is not None and self.video is None and not (name != "strength" and self.image is not None):
                 raise UserError(f"{name} was given without a video to apply it to: give video too")
         if self.video is not None and self.image is not None:
-            raise UserError("both image and video were given: the video's own frames start the clip; leave image out")
+            line = "both image and video were given: the video's own frames start the clip; leave image out"
+            raise UserError(line, code="beside_video", field="image")
         if self.loop and self.last_image is not None:
             raise UserError("both loop and last_image were given: a loop ends where it starts; leave one out", code="loop_and_last")
         if self.video is not None and self.loop:
-            raise UserError("both loop and video were given: loop makes a clip of its own; leave one out")
+            line = "both loop and video were given: loop makes a clip of its own; leave one out"
+            raise UserError(line, code="beside_video", field="loop")
         if self.mask is not None and self.outpaint is not None:
             raise UserError("both mask and outpaint were given: give one of them")
         if self.outpaint is not None and self.aspect is not None:
@@ -264,7 +266,8 @@ class Request:
             length = "duration" if self.duration else "num_frames"
             raise UserError(f"both {length} and extend_to were given: one is what is added, the other the length of the whole; give one")
         if self.edited and self.tracks is not None:
-            raise UserError(f"both {self.edited} and tracks were given: a given video moves as it does; leave one out")
+            line = f"both {self.edited} and tracks were given: a given video moves as it does; leave one out"
+            raise UserError(line, code="tracks_on_edit")
         if self.tracks is None and self.brush_guidance_scale not in (None, 1):
             raise UserError(f"brush_guidance_scale {self.brush_guidance_scale:g} was given without tracks to follow: give tracks too")
         if self.camera is None and self.camera_scale != 1 and not (self.shots and any(shot.camera for shot in shots_of(self.shots))):

@@ -26,6 +26,7 @@ from kling.sampling.shots import MOST, Shot, as_shots
 from kling.sampling.shots import timeline as timeline_of
 
 STRIP = 5  # frames in the strip of a shot
+LONG = 2000  # characters of a setting
 
 
 def moving(frames: np.ndarray, fps: float, width: int = 0) -> str:
@@ -170,9 +171,15 @@ def _caption(one: Result) -> str:
 
 
 def _short(value: Any) -> str:
-    """A setting as text; for a file only its name."""
-    text = f"{value:.6g}" if isinstance(value, float) else str(value)
-    return text.rsplit("/", 1)[1] if text.startswith("/") else text
+    """A setting as text of at most `LONG` characters; for a file only its name."""
+    if isinstance(value, list | tuple):
+        text = ", ".join(map(_short, value))
+    elif isinstance(value, dict):
+        text = " · ".join(f"{name} {_short(part)}" for name, part in value.items() if part is not None)
+    else:
+        text = f"{value:.6g}" if isinstance(value, float) else str(value)
+        text = text.rsplit("/", 1)[1] if text.startswith("/") else text
+    return text if len(text) <= LONG else f"{text[:LONG]} …"
 
 
 def url(path: Any) -> str:
