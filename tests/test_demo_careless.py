@@ -68,7 +68,7 @@ def test_a_name_that_no_file_can_have_was_not_uploaded(uploads: Uploads, tail: s
         ({"shots": [{"prompt": "\ud800"}]}, "half a character"),
         ({"shots": [{"prompt": "x" * 3000}]}, "3000 characters"),
         ({"shots": [{"prompt": "a", "camera": 0}]}, "shot 1: unknown camera move '0'"),
-        ({"shots": [{"prompt": "a", "camera": {"pan": 5}}]}, "shot 1: unknown camera axis"),
+        ({"shots": [{"prompt": "a", "camera": {"pan": 5}}]}, "shot 1: unknown camera move"),
         ({"shots": [{"prompt": "a"}, {"prompt": "b", "camera": "pan=nan"}]}, "shot 2: camera axis pan=nan is outside"),
         ({"shots": [{"prompt": "a", "camera": "pan=1,pan=2"}]}, "given twice"),
         ({"shots": [{"prompt": "a", "seconds": True}]}, "not a number"),
@@ -141,7 +141,7 @@ def test_a_tray_keeps_the_pictures_that_can_be_used_in_their_order(uploads: Uplo
         return Events.check_tray.__wrapped__(page, None, rows)
 
     kept = tray("moving.webp", "turned.jpg", "print.jpg")
-    assert [read_image(file).float().mean((0, 1)).round().int().tolist() for file in kept] == [[254, 0, 0], [254, 0, 0]]
+    assert np.allclose([read_image(file).float().mean((0, 1)) for file in kept], [255, 0, 0], atol=2)
     assert read_image(kept[0]).shape == (40, 20, 3) and len(warned) == 1 and "animation of 2 frames" in warned[0]
     kept = tray("deep.png", "lie.png", "clear.png")
     assert [read_image(file).float().mean().round().item() for file in kept] == [156, 255]

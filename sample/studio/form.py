@@ -95,6 +95,14 @@ def request_of(fields: dict[str, Any], uploads: Any) -> Request:
     )
 
 
+def check_used(fields: dict[str, Any]) -> None:
+    """Raises `UserError` for a value that belongs to another use of a clip. Not for the page, whose hidden parts send theirs."""
+    for name, use in (("strength", "restyle"), ("mask", "fill"), ("outpaint", "outpaint")):
+        if fields.get(name) is not None and (fields.get("use") != use or fields.get("video") is None):
+            line = f"{name} was given without a video to {use}: give video and use='{use}' too, or leave {name} out"
+            raise UserError(line, code="unused", field=name)
+
+
 def seed_of(asked: int | None) -> int:
     """The requested seed; -1 draws a random one."""
     return secrets.randbelow(2**31) if asked == -1 else asked or 0

@@ -260,23 +260,38 @@
     if (row && what === "up") moved(n, n - 1);
     else if (row && what === "down") moved(n, n + 1);
     else if (row && what === "remove") { shots = shots.filter((_, i) => i !== n); tell(); ask(); }
-    else if (event.target.closest?.("[data-do=add-shot]")) { shots = [...shots, { ...NEW }]; tell(); ask(); }
+    else if (event.target.closest?.("[data-do=add-shot]")) {
+      shots = [...shots, { ...NEW }];
+      tell();
+      story().querySelector("li:last-child textarea").focus();
+      ask();
+    }
   });
   document.addEventListener("dragstart", (event) => {
     const row = rowOf(event);
     if (!row) return;
     if (event.target !== row) { event.preventDefault(); return; } // text that is marked in a field stays there
     dragged = Number(row.dataset.n);
+    row.classList.add("dragged");
     event.dataTransfer.effectAllowed = "move";
   });
-  document.addEventListener("dragover", (event) => { if (dragged !== null && rowOf(event)) event.preventDefault(); });
+  const over = (row) => { for (const one of document.querySelectorAll(".story li")) one.classList.toggle("over", one === row); };
+  document.addEventListener("dragover", (event) => {
+    if (dragged === null) return;
+    over(rowOf(event));
+    if (rowOf(event)) event.preventDefault();
+  });
   document.addEventListener("drop", (event) => {
     const row = rowOf(event);
     if (dragged === null || !row) return;
     event.preventDefault();
     moved(dragged, Number(row.dataset.n));
   });
-  document.addEventListener("dragend", () => { dragged = null; });
+  document.addEventListener("dragend", () => {
+    dragged = null;
+    over(null);
+    document.querySelector(".story .dragged")?.classList.remove("dragged");
+  });
 
   // ---- files dropped outside a field: load their settings ----
 

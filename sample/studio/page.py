@@ -11,7 +11,7 @@ import gradio as gr
 from kling_programs.sample.studio import views
 from kling_programs.sample.studio.create import Form, Stage
 from kling_programs.sample.studio.events import Events
-from kling_programs.sample.studio.form import apart, request_of
+from kling_programs.sample.studio.form import apart, check_used, request_of
 from kling_programs.sample.studio.guard import Guard
 from kling_programs.sample.studio.jobs import Waiting
 from kling_programs.sample.studio.mistakes import without_folders
@@ -151,10 +151,7 @@ def api_of(studio: Studio) -> Any:
                 raise UserError('camera: give its axes by name, such as {"pan": 5}')
             if unknown_axes := [name for name in camera or {} if name not in UNITS]:
                 raise unknown("camera axis", unknown_axes[0][:40], UNITS)
-            for name, its in (("strength", "restyle"), ("mask", "fill"), ("outpaint", "outpaint")):
-                if fields[name] is not None and (use != its or video is None):
-                    line = f"{name} was given without a video to {its}: give video and use='{its}' too, or leave {name} out"
-                    raise UserError(line, code="unused", field=name)
+            check_used(fields)
             asked, weights = request_of(fields | (camera or {}), studio.uploads), studio.weights_of(fields)
             if note := studio.uploads.note(video):
                 yield {"note": note}

@@ -82,8 +82,10 @@ class Uploads:
         return found and found[0]
 
     def note(self, payload: Any, kind: str = "video") -> dict[str, Any] | None:
-        """What was done to an accepted upload so that the model or a browser can take it: {"name"} of a picture, {"name", "size", "seconds",
-        "of"} of a video; None if nothing was."""
+        """What was done to an accepted upload so that the model, or a browser, can take it; None if nothing was.
+
+        {"name"} of a picture, {"name", "size", "seconds", "of"} of a video.
+        """
         found = self._look(payload, kind)
         return found and found[1]
 
