@@ -228,12 +228,14 @@
       const button = (what, sign, off) =>
         Object.assign(document.createElement("button"), { type: "button", name: what, textContent: sign, title: words[what], disabled: off });
       const grip = Object.assign(document.createElement("span"), { className: "grip", title: words.drag, textContent: "⠿" });
-      const camera = field("input", "camera", { placeholder: words.camera });
+      const unit = Object.assign(document.createElement("span"), { className: "unit", textContent: words.unit });
+      const camera = field("input", "camera", { placeholder: words.short });
       camera.setAttribute("list", "story-cameras");
       row.append(
         grip,
         field("textarea", "prompt", { rows: 2, placeholder: words.words }),
         field("input", "seconds", { type: "number", min: 0.5, step: 0.5 }),
+        unit,
         camera,
         button("up", "↑", n === 0), button("down", "↓", n === shots.length - 1), button("remove", "×", false),
       );

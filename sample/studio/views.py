@@ -224,7 +224,8 @@ def drawings(lang: int, path: str, motion: str, file: str) -> str:
 
 def storyboard(lang: int) -> str:
     """The place for the rows of a storyboard; page.js draws them, with these words."""
-    words = {name: say(lang, f"shot_{name}") for name in ("words", "seconds", "camera", "up", "down", "remove", "drag")}
+    words = {name: say(lang, f"shot_{name}") for name in ("words", "seconds", "unit", "camera", "up", "down", "remove", "drag")}
+    words["short"] = say(lang, "camera")
     data = "".join(f' data-{name}="{escape(text)}"' for name, text in words.items())
     cameras = "".join(f'<option value="{name}">' for name in ("static", *MOVES, *(f"{axis}=5" for axis in UNITS)))
     add = f'<button type="button" data-do="add-shot">{say(lang, "shot_add")}</button>'

@@ -75,12 +75,14 @@ WORDS: dict[str, tuple[str, str]] = {
     ),
     "shots": ("Storyboard", "分镜"),
     "write_shots": (
-        "Shots of one video, instead of the prompt and the length: each with its own words, seconds and camera. Drag a row to move it.",
-        "一段视频的多个镜头，代替提示词和时长：每个镜头有自己的文字、秒数和运镜。拖动一行可调整顺序。",
+        "Shots of one video, instead of the prompt and the length: each with its own words, seconds and camera. "
+        "Drag a row, or press ↑ or ↓, to move it.",
+        "一段视频的多个镜头，代替提示词和时长：每个镜头有自己的文字、秒数和运镜。拖动一行，或按 ↑ ↓，可调整顺序。",
     ),
     "shot_words": ("What this shot shows", "这个镜头的内容"),
-    "shot_seconds": ("Seconds", "秒"),
-    "shot_camera": ("Camera, as in pan=5", "运镜，例如 pan=5"),
+    "shot_seconds": ("Seconds", "秒数"),
+    "shot_unit": ("s", "秒"),
+    "shot_camera": ("Camera, as in pan=5,zoom=2 or forward_up", "运镜，例如 pan=5,zoom=2 或 forward_up"),
     "shot_up": ("Move up", "上移"),
     "shot_down": ("Move down", "下移"),
     "shot_remove": ("Remove", "删除"),
