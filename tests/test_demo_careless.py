@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import json
 import re
+import struct
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -118,6 +120,17 @@ def test_a_picture_that_no_browser_shows_is_kept_as_a_copy(uploads: Uploads, nam
     assert kept.endswith(".png") and np.array_equal(read_image(kept).numpy(), pixels) and uploads.note(payload, "image") == {"name": name}
     plain = {"path": str(png(uploads.arrivals / "b.png"))}
     assert uploads.accept(plain, "image").endswith(".png") and uploads.note(plain, "image") is None
+
+
+@pytest.mark.parametrize("side", [6000, 10_000, 60_000])
+def test_a_picture_of_many_pixels_is_refused_by_its_header(uploads: Uploads, side: int) -> None:
+    """A kilobyte of PNG may claim gigabytes: Pillow refuses some of them before it tells their size."""
+    parts = [(b"IHDR", struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)), (b"IDAT", zlib.compress(bytes(1000))), (b"IEND", b"")]
+    chunks = [struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in parts]
+    (uploads.arrivals / "b.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
+    with pytest.raises(UserError, match="b.png has .* pixels: give at most 25 megapixels") as error:
+        uploads.accept({"path": str(uploads.arrivals / "b.png")}, "image")
+    assert error.value.code == "image_too_large" and "最多 25 百万像素" in told_to(1, error.value)
 
 
 def test_a_tray_keeps_the_pictures_that_can_be_used_in_their_order(uploads: Uploads, monkeypatch: pytest.MonkeyPatch) -> None:

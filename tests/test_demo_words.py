@@ -103,6 +103,7 @@ def test_common_errors_are_translated_to_chinese(pipe, uploads, tmp_path, monkey
         lambda: Request(video=movie, image=image),
         lambda: Request(video=movie, strength=0.5, tracks=[point]),
         lambda: pipe.plan(Request(tracks=[Track(None, ((500.0, 1.0),))])),
+        lambda: pipe.plan(Request(tracks=[Track(image, ((1.0, 1.0),))])),
         lambda: pipe.plan(Request(num_frames=1, camera="pan=3")),
         lambda: pipe.plan(Request(duration=2, extend_to=0.5)),
         lambda: pipe.plan(Request(mode="fast")),

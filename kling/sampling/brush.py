@@ -198,7 +198,8 @@ def _mask_on(mask: Any, size: tuple[int, int], picture: tuple[int, int]) -> Tens
         h, w = given.shape
         pixels = fit(given.float() / (255 if given.dtype == torch.uint8 and given.max() > 1 else 1), *size)
     if not 1 / RATIO < (w / h) / (picture[1] / picture[0]) < RATIO:
-        raise UserError(f"{name} is {w}x{h} and the first frame {picture[1]}x{picture[0]}: paint it on that frame, so that they match")
+        line = f"{name} is {w}x{h} and the first frame {picture[1]}x{picture[0]}: paint it on that frame, so that they match"
+        raise UserError(line, code="mask_shape", size=f"{w}x{h}", other=f"{picture[1]}x{picture[0]}")
     if not (white := pixels > 0.5).any():
         raise UserError(f"{name} has no white area in the clip's frame: paint white what the track is of", code="nothing_marked")
     return white

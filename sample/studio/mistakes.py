@@ -46,6 +46,7 @@ LINES: dict[str, tuple[str, str]] = {
         "An arrow starts outside the picture: drag its start onto the thing, or remove it",
         "有一个箭头的起点在画面之外：请把起点拖到物体上，或删除它",
     ),
+    "mask_shape": ("", "遮罩是 {size}，首帧是 {other}，形状不同：请在首帧上涂抹"),
     "no_track": ("", "每个箭头需要遮罩，或 1 到 {most} 个点"),
     "nothing_moves": (
         "“{field}” needs a video, and a single picture was asked for: leave it out, or ask for a video",

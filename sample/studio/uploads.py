@@ -244,13 +244,15 @@ def _check_image(path: Path) -> str:
         with warnings.catch_warnings(), Image.open(path, formats=FORMATS) as image:  # the header only
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             (w, h), kind = image.size, image.format
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning):
-        w, h, kind = 0, 0, None
-    if w * h > MAX_PIXELS:
+        pixels, size = w * h, f"{w}x{h}"
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        pixels, size, kind = Image.MAX_IMAGE_PIXELS, f"more than {Image.MAX_IMAGE_PIXELS}", None
+    except (OSError, ValueError, SyntaxError):
+        pixels, size, kind = 0, "", None
+    if pixels > MAX_PIXELS:
         most = MAX_PIXELS // 10**6
-        raise UserError(
-            f"{path} has {w}x{h} pixels: give at most {most} megapixels", code="image_too_large", file=path, size=f"{w}x{h}", most=most
-        )
+        line = f"{path} has {size} pixels: give at most {most} megapixels"
+        raise UserError(line, code="image_too_large", file=path, size=size.replace("more than ", ">"), most=most)
     read_image(path)  # raises the precise error
     return kind or ""
 
