@@ -50,6 +50,7 @@ def test_a_name_that_no_file_can_have_was_not_uploaded(uploads: Uploads, tail: s
         ({"negative_prompt": "\udfff"}, "half a character"),
         ({"loop": 0}, "loop: give true or false"),
         ({"loop": ""}, None),
+        ({"shift": 1e-300}, "shift 1e-300: give a number from 0.001 to 50"),
         ({"mode": []}, "unknown mode"),
         ({"aspect": 0}, "unknown aspect"),
         ({"keyframes": {}}, "give a list"),
@@ -89,7 +90,7 @@ def test_odd_values_are_refused_by_name_and_never_ignored(uploads: Uploads, fiel
 
 def test_what_is_given_beside_a_clip_is_refused_and_extend_clears_it(uploads: Uploads) -> None:
     video, image = ({"path": str(make)} for make in (clip(uploads.arrivals / "v.mp4"), png(uploads.arrivals / "a.png")))
-    for fields, name in (({"image": image}, "First frame"), ({"loop": True}, "Loop")):
+    for fields, name in (({"image": image}, "First frame"), ({"loop": True}, "loop")):
         with pytest.raises(UserError) as error:
             request_of({"video": video, **fields}, uploads)
         assert error.value.code == "beside_video" and name in told_to(0, error.value)

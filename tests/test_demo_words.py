@@ -69,7 +69,7 @@ def test_common_errors_are_translated_to_chinese(pipe, uploads, tmp_path, monkey
     def without_sound() -> str | None:
         with av.open(str(tmp_path / "s.mp4"), "w") as out:
             stream = out.add_stream("aac", rate=8000)
-            sound = av.AudioFrame(format="fltp", layout="mono", samples=1024)
+            sound = av.AudioFrame.from_ndarray(np.zeros((2, 1024), np.float32), format="fltp", layout="stereo")
             sound.sample_rate = 8000
             out.mux([*stream.encode(sound), *stream.encode()])
         return handed_in((tmp_path / "s.mp4").read_bytes(), "video", "s.mp4")

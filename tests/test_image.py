@@ -173,7 +173,7 @@ def test_a_picture_far_longer_than_the_frame_takes_no_more_memory_than_its_middl
     picture[..., 1] = 200
     fitted = fit(picture, 64, 112)
     assert fitted.shape == (64, 112, 3) and fitted[..., 1].unique().tolist() == [200] and max(w * h for w, h in sizes) < 10**6
-    assert fit(np.ones(shape, np.float32), 64, 112).unique().tolist() == [1]
+    assert np.allclose(fit(np.ones(shape, np.float32), 64, 112), 1)
 
 
 @pytest.mark.parametrize("shape", [(8, 400), (400, 8)])

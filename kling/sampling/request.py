@@ -27,6 +27,7 @@ T = TypeVar("T")
 NAMED_IN_A_SHOT = {"prompt": "prompt", "duration": "seconds", "num_frames": "seconds", "camera": "camera"}
 MODES = ("std", "pro", "fast")
 MAX_SECONDS = 180.0
+SHIFTS = (1e-3, 1e3)
 
 
 class Fields(TypedDict, total=False):
@@ -179,8 +180,10 @@ class Request:
             raise UserError(f"strength {self.strength:g}: give a number from 0 (forget the video) to 1 (keep it)")
         if not 0 <= self.sigma_c < 1:
             raise UserError(f"sigma_c {self.sigma_c:g}: give a noise level from 0 to less than 1")
-        if self.shift is not None and not (math.isfinite(self.shift) and self.shift > 0):  # 0 puts every step where there is no noise
-            raise UserError(f"shift {self.shift:g}: give a number above 0")
+        if (
+            self.shift is not None and not SHIFTS[0] <= self.shift <= SHIFTS[1]
+        ):  # near 0 the steps are where there is no noise, and 0 / 0 is NaN
+            raise UserError(f"shift {self.shift:g}: give a number from {SHIFTS[0]:g} to {SHIFTS[1]:g}")
         for name in ("guidance_scale", "camera_guidance_scale", "brush_guidance_scale", "guidance_reach", "camera_scale"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= 0):

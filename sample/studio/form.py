@@ -17,7 +17,7 @@ from kling.errors import UserError, unknown
 from kling.sampling.brush import MOST, Track
 from kling.sampling.inputs import clip_size
 from kling.sampling.pipeline import KlingPipeline
-from kling.sampling.request import MODES, Request
+from kling.sampling.request import MODES, SHIFTS, Request
 from kling.sampling.shots import KEYS, Shot
 from kling.sampling.shots import MOST as MOST_SHOTS
 from kling.shapes import ASPECTS
@@ -88,11 +88,18 @@ def request_of(fields: dict[str, Any], uploads: Any) -> Request:
         mode=given.choice("mode", MODES) or "std",
         num_inference_steps=given.whole("num_inference_steps", 0, MAX_STEPS) or None,  # 0: the model's own
         guidance_scale=given.number("guidance_scale", 0, 50) or None,
-        shift=given.number("shift", 0, 50) or None,
+        shift=_shift(given),
         sigma_c=given.number("sigma_c", 0, 0.99, 0.0),
         seed=seed_of(given.whole("seed", -1, 2**32 - 1)),
         num_videos=given.whole("num_videos", 1, MAX_VIDEOS) or 1,
     )
+
+
+def _shift(given: Fields) -> float | None:
+    """0 is the model's own."""
+    if value := given.number("shift", 0, 50):
+        check_number("shift", value, SHIFTS[0], 50)
+    return value or None
 
 
 def check_used(fields: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ LINES: dict[str, tuple[str, str]] = {
     ),
     "prompt_too_long": ("", "提示词太长（{n}，该模型最多读 {most}）：请缩短"),
     "not_a_flag": ("{field}: give true or false", "{field}：请填 true 或 false"),
-    "unknown_choice": ("Unknown {field} “{value}”: choose from {choices}", "{field}没有“{value}”：请选 {choices}"),
+    "unknown_choice": ("{field} “{value}” is unknown: choose from {choices}", "{field}没有“{value}”：请选 {choices}"),
     "not_a_list": ("", "{field}的格式不对：请给列表"),
     "unused": ("", "给了“{field}”，但没有用到它的视频和用法：请一并给出，或去掉它"),
     "text_too_long": ("{field} has {n} characters: give at most {most}", "{field}有 {n} 个字符：最多 {most} 个"),

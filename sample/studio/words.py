@@ -267,7 +267,8 @@ LABELS = {
     "a shot's seconds": "shot_seconds",
     "references": "task_reference",
     "sigma": "noise_level",
-    "the loop's first frame": "loop",
+    "loop": "with_loop",
+    "the loop's first frame": "with_loop",
 }
 
 OURS = "studio_"  # prefix that separates our texts from Gradio's own
