@@ -149,6 +149,7 @@ def test_common_errors_are_translated_to_chinese(pipe, uploads, tmp_path, monkey
         lambda: handed_in(b"1 2 3", "camera", "p.txt"),
         *(lambda limits=limits: full(**limits) for limits in ({"size": 0}, {"places": 0}, {"seconds": 1e-3})),
         too_long,
+        lambda: drain(ModelQueue(seconds=1e-9).run("a", lambda tell: tell(time.sleep(0.01)))),
         lambda: record_at(Path(movie), "v.mp4", Shelf(tmp_path / "empty", {})),
         lambda: drain(ModelQueue().run("a", no_model)),
         lambda: Shelf(tmp_path / "out", {}).get("x"),

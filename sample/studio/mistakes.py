@@ -151,6 +151,10 @@ LINES: dict[str, tuple[str, str]] = {
         "You have used your {n} minutes of this hour: try again in {wait} minutes",
         "本小时的 {n} 分钟额度已用完：请在 {wait} 分钟后再试",
     ),
+    "too_long": (
+        "This took longer than one visitor may use the model in an hour: ask for fewer or shorter videos",
+        "这个任务超过了一位用户每小时可用的时间：请减少数量或缩短时长",
+    ),
     "no_memory": ("The device has no room for this: ask for fewer seconds", "显存不足：请缩短时长"),
     "gone": ("", "这个作品已不在服务器上：请重新生成"),
 }

@@ -96,7 +96,7 @@ def launch_settings(studio: Studio) -> dict[str, Any]:
         "enable_monitoring": False,
         "state_session_capacity": SESSIONS,
         "ssr_mode": False,
-        "_frontend": False,  # no request to the page itself: on a busy machine, or behind a proxy, it fails, and Gradio then asks for share=True
+        "_frontend": False,  # does not request the page itself, which fails on a busy machine or behind a proxy
         "app_kwargs": {"middleware": [Middleware(Guard, studio.door)]} if studio.door is not None else {},
     }
 
