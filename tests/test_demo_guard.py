@@ -121,6 +121,7 @@ def test_an_address_in_a_payload_is_never_fetched(site):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # a minute on an idle core
 def test_numbers_out_of_range_never_fail_on_the_server(site, caplog, capfd):
     """Any input to any field of any event gives one line or nothing, never an error in the log."""
     odd = [1e300, 10**400, -1, 0.5, True, "7", [], {}, "\ud800"]
