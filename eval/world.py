@@ -144,7 +144,10 @@ def main(argv: list[str]) -> None:
     report["command"] = shlex.join(["kling-eval", "world", *argv])
     write_json(Path(options.out) / "scores.json", report)
     print(report["table"])
-    check_order(ORDERS, report["columns"])
+    if (
+        report["n"] > 1
+    ):  # of a single case a correct metric may rank controls wrongly: a camera that only travels turns no more than a still one
+        check_order(ORDERS, report["columns"])
 
 
 def load(folder: Path, options: Options) -> Any:
