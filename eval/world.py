@@ -157,8 +157,8 @@ def load(folder: Path, options: Options) -> Any:
 
 
 def evaluate(pipe: Any, options: Options, model: dict[str, Any], folder: Path | None = None) -> dict[str, Any]:
-    """Generate, measure, report. Of `KlingPipeline`, `pipe` needs `__call__`, `encode`, `decode`, `device`, and of its config `capabilities` and
-    `max_frames`.
+    """Generate, measure, report. `pipe` needs these of `KlingPipeline`: `__call__`, `encode`, `decode`, `device`, and in its config
+    `capabilities` and `max_frames`.
 
     folder: from which other workers load the model.
     """
