@@ -4,8 +4,8 @@
 # The tests for a GPU; kling-bench in its short form; the shipped model trained further on the small world, which is rendered by the CPU's cores
 # and encoded on the GPU, for MINUTES (default 3), compiled and in bf16; its scores. Every stage writes its result to OUT (default out/gpu, at most
 # 8 files of 15 MB) as soon as it has one, and a line in OUT/stages.jsonl. --more: the remaining parts, in 3 minutes. --rehearse: the same stages
-# at a small size on a CPU. FROM: the weights to begin with (default shipped; empty: none, so that the model is trained from nothing). WHEELS: the
-# folder of wheels.sh's site.tar.xz (default runs/wheels); WORK: the folder of caches and checkpoints.
+# at a small size on a CPU. FROM: the weights to begin with (default shipped, if their files are there; empty: none, so that the model is trained
+# from nothing). WHEELS: the folder of wheels.sh's site.tar.xz (default runs/wheels); WORK: the folder of caches and checkpoints.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 minutes=3 seconds=530 device=cuda patience=1
@@ -40,8 +40,9 @@ stage() { # NAME SECONDS COMMAND...: run it within its time and the script's, on
   return "$code"
 }
 
-run=$work/run from=${FROM-shipped}
-if [ -n "$from" ]; then preset=(configs/dit/world-brush.yaml "init_from=$from"); else preset=(configs/dit/world.yaml text_from=kling/assets/text_encoder); fi
+run=$work/run preset=(configs/dit/world.yaml text_from=kling/assets/text_encoder)
+from=${FROM-$([ ! -e kling/assets/transformer ] || echo shipped)}
+[ -z "$from" ] || preset=(configs/dit/world-brush.yaml "init_from=$from")
 if [ $device = cuda ]; then
   tests=(tests/test_gpu.py) suites=(dit train) workers=$(($(nproc) - 2)) probe=60
   clips=("clips: 3000" "shorter: {17: 4500, 1: 6000}" "paths: {17: 1500, 41: 800}")
