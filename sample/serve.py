@@ -13,6 +13,7 @@ import logging
 import os
 import secrets
 import socket
+import sqlite3
 import sys
 import threading
 from collections.abc import AsyncIterator, Callable
@@ -107,9 +108,10 @@ def keep_house(store: Store, over: threading.Event) -> None:
     """Delete what is not needed any more, until the server ends."""
     while not over.wait(HOUSEKEEPING):
         try:
-            store.expire()
+            while store.expire() and not over.is_set():
+                pass  # a thousand at a time
             store.tidy()
-        except Exception:
+        except (OSError, sqlite3.Error):
             logging.exception("housekeeping")
 
 

@@ -30,7 +30,7 @@ from kling_programs.sample.server.app import Figures, Server, build
 from kling_programs.sample.server.desk import Desk, Rules
 from kling_programs.sample.server.keys import Keys, read_keys
 from kling_programs.sample.server.pool import Pool
-from kling_programs.sample.server.store import DONE, RUNNING, WAITING, Limits, Store
+from kling_programs.sample.server.store import DONE, FAILED, RUNNING, WAITING, Limits, Store
 from kling_programs.sample.server.wire import WireError
 from serving import KEYS, SHORT, Client, png
 
@@ -542,6 +542,38 @@ def test_a_client_from_npm(start, tmp_path: Path) -> None:
     assert told["done"]["data"]["task_info"]["external_task_id"] == "npm" and told["longer"]["data"]["task_status"] == "submitted"
     assert told["refused"]["code"] == 1201 and "reference" in told["refused"]["message"]
     assert read_video(told["saved"][0]).frames.shape == (41, 80, 80, 3)
+
+
+@pytest.mark.slow
+def test_a_client_from_pypi(start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`klingai-api` of PyPI. It asks for Python 3.14 and runs on ours: KLING_PYTHON_CLIENT names the folder of
+    `pip install --ignore-requires-python --target FOLDER klingai-api`."""
+    if (folder := os.environ.get("KLING_PYTHON_CLIENT")) is None:
+        pytest.skip("KLING_PYTHON_CLIENT names no folder with klingai-api")
+    monkeypatch.syspath_prepend(folder)
+    import api as theirs
+    from exceptions import BadCredentials
+
+    server = start()
+    monkeypatch.setattr(theirs.KlingAiAPI, "base", server.url)
+
+    def ended(query: Callable[[str], dict], made: dict) -> dict:
+        while (said := query(made["data"]["task_id"]))["data"]["task_status"] not in (DONE, FAILED):
+            time.sleep(0.05)
+        return said["data"]
+
+    with theirs.KlingAiAPI("anna", KEYS["anna"]) as client:
+        camera = {"type": "simple", "config": {"pan": 5, "tilt": 0}}
+        made = client.text2video("a red ball", cfg_scale=0.5, camera_control=camera, external_task_id="pypi")
+        text = ended(client.get_text2video, made)
+        assert client.get_text2video("pypi")["data"] == text and [text] == client.list_text2video(page_size=5)["data"]
+        image = ended(client.get_image2video, client.image2video(png(), prompt="it rolls", aspect_ratio=theirs.AspectRatio.square))
+        assert [image] == client.list_image2video()["data"]
+    for told in (text, image):
+        assert told["task_status"] == "succeed", told
+        assert server("GET", told["task_result"]["videos"][0]["url"])[1][4:8] == b"ftyp"
+    with pytest.raises(BadCredentials), theirs.KlingAiAPI("anna", "c" * 32):
+        pass
 
 
 def tls_before(port: int, folder: Path) -> int:

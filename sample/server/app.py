@@ -88,10 +88,9 @@ class Door:
             self._check_host(headers.get(b"host", ""), headers.get(b"origin"))
             if not path.startswith(OPEN):
                 scope.setdefault("state", {})["key"] = self.keys.who(headers.get(b"authorization"))
-            if int(headers.get(b"content-length") or 0) > LARGEST:
+            if int(headers.get(b"content-length") or 0) > LARGEST:  # a number: the server below has read it
                 raise too_large()
-        except (WireError, ValueError) as error:
-            error = error if isinstance(error, WireError) else WireError(BAD_REQUEST, "Content-Length is no number")
+        except WireError as error:
             return await answer(error, path)(scope, receive, send)
         left, refused = LARGEST, False
 
@@ -115,12 +114,17 @@ class Door:
         """A page of another site must not use a server that needs no key, neither by its address nor by a name that leads here."""
         if self.hosts is None:
             return
-        for given in (host, urlsplit(origin).netloc if origin else None):
-            if given is None:
-                continue
-            name = (urlsplit(f"//{given}").hostname or "").lower().rstrip(".")
+        for url in (f"//{host}", *([origin] if origin is not None else [])):
+            name = _host_of(url)
             if name not in self.hosts and not _loopback(name):
                 raise WireError(NO_PERMISSION, f"host '{name[:60]}' is not this machine: a server without --keys answers to 127.0.0.1 only")
+
+
+def _host_of(url: str) -> str:
+    try:
+        return (urlsplit(url).hostname or "").rstrip(".")
+    except ValueError:  # half an IPv6 address, for one
+        return ""
 
 
 def _loopback(name: str) -> bool:
@@ -215,31 +219,36 @@ def add_errors(app: FastAPI, figures: Figures) -> None:
     async def count(request: Request, call_next: Callable) -> Response:
         try:
             response = await call_next(request)
-        except Exception:
-            log.exception("%s %s", request.method, request.url.path)
-            response = answer(WireError(BROKEN, "the server failed: its log has the reason; try again"), request.url.path)
+        except Exception:  # a fault of ours, whatever it is: the client gets its line, the log the traceback
+            log.exception("%s %s", request.method, request.scope["path"])
+            response = answer(WireError(BROKEN, "the server failed: its log has the reason; try again"), request.scope["path"])
         route = request.scope.get("route")
         figures.requests.labels(getattr(route, "path", "other"), str(response.status_code)).inc()
         return response
 
     @app.exception_handler(WireError)
     async def wire(request: Request, error: WireError) -> Response:
-        return answer(error, request.url.path)
+        return answer(error, request.scope["path"])
 
     @app.exception_handler(UserError)
     async def user(request: Request, error: UserError) -> Response:
-        return answer(refusal(error, classic.NAMES), request.url.path)
+        return answer(refusal(error, classic.NAMES), request.scope["path"])
+
+    @app.exception_handler(OverflowError)
+    async def endless(request: Request, error: OverflowError) -> Response:
+        line = "a number in the request has hundreds of digits: give one that a computer can use"
+        return answer(WireError(BAD_FIELD, line), request.scope["path"])
 
     @app.exception_handler(RequestValidationError)
     async def shape(request: Request, error: RequestValidationError) -> Response:
-        return answer(WireError(BAD_FIELD, first_mistake(error, request.url.path)), request.url.path)
+        return answer(WireError(BAD_FIELD, first_mistake(error, request.scope["path"])), request.scope["path"])
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
         if error.status_code not in (404, 405):
-            return answer(WireError(BAD_REQUEST, str(error.detail), error.status_code), request.url.path)
-        line = f"{request.method} {request.url.path} is no method of this server: /docs lists them"
-        return answer(WireError(NO_METHOD, line, error.status_code), request.url.path)
+            return answer(WireError(BAD_REQUEST, str(error.detail), error.status_code), request.scope["path"])
+        line = f"{request.method} {request.scope['path']} is no method of this server: /docs lists them"
+        return answer(WireError(NO_METHOD, line, error.status_code), request.scope["path"])
 
 
 def first_mistake(error: RequestValidationError, path: str) -> str:
@@ -360,14 +369,13 @@ def openai_routes(server: Server) -> APIRouter:
             raise WireError(BAD_FIELD, f"limit {limit}: give 1 to 100")
         if order != "desc":
             raise WireError(BAD_FIELD, f"order '{order[:20]}': only desc, the newest first")
-        tasks = server.store.list(request.state.key, classic.KINDS, 0, -1)
-        ids = [task.id for task in tasks]
-        if after is not None and after not in ids:
+        last = None if after is None else server.store.get(request.state.key, after, classic.KINDS)
+        if after is not None and last is None:
             raise WireError(NO_THING, f"after '{after[:64]}' is none of your videos")
-        first = ids.index(after) + 1 if after else 0
-        data = [told(task) for task in tasks[first : first + limit]]
+        tasks = server.store.list(request.state.key, classic.KINDS, 0, limit + 1, before=last and last.seq)
+        data = [told(task) for task in tasks[:limit]]
         ends = {"first_id": data[0]["id"], "last_id": data[-1]["id"]} if data else {"first_id": None, "last_id": None}
-        return {"object": "list", "data": data, "has_more": len(tasks) > first + limit, **ends}
+        return {"object": "list", "data": data, "has_more": len(tasks) > limit, **ends}
 
     @router.get("/{name}")
     def retrieve(name: str, request: Request) -> dict[str, Any]:
@@ -424,6 +432,7 @@ def operator_routes(server: Server) -> APIRouter:
     def capabilities() -> dict[str, Any]:
         return envelope(server.desk.capabilities())
 
+    @router.head("/files/{name}", include_in_schema=False)
     @router.get("/files/{name}", response_class=FileResponse)
     def files(name: str) -> Response:
         """A result, or its record, by its unguessable name."""
@@ -440,4 +449,6 @@ def operator_routes(server: Server) -> APIRouter:
 
 
 def send(path: Path) -> FileResponse:
+    if not path.is_file():
+        raise WireError(NO_THING, "this file was deleted on the server: make the video again, with its seed")
     return FileResponse(path, media_type=KINDS[path.suffix], headers={"X-Content-Type-Options": "nosniff", "Cache-Control": "private"})
