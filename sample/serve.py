@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kling_programs.sample.command import Parser
+from kling_programs.sample.server.fetch import check_url
 
 from kling.errors import UserError, program, unknown
 
@@ -184,8 +185,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if args.listen and args.keys is None:
         raise UserError("--listen opens the server to the network: give --keys FILE with access keys and secrets")
     if args.url is not None:
-        if not args.url.startswith(("http://", "https://")):
-            raise UserError(f"--url {args.url}: give the whole address, such as https://video.example.org")
+        check_url(args.url, "--url")
         args.url = args.url.rstrip("/")
     return args
 

@@ -510,6 +510,8 @@ def test_a_server_without_keys_answers_to_this_machine_only(start) -> None:
         (["--workers", "0"], "--workers 0"),
         (["--convention", "2023"], "2023"),
         (["--url", "video.example.org"], "https://"),
+        (["--url", "https://"], "https://HOST"),
+        (["--url", "https://a b"], "https://HOST"),
         (["--keys", "/nowhere"], "/nowhere"),
         (["--key", "x"], "--keys"),
         (["--days", "nan"], "--days"),
@@ -647,6 +649,8 @@ def test_fifty_clients_get_what_is_theirs(start) -> None:
         return psutil.Process().memory_info().rss
 
     before, after = crowd(), crowd()
+    waits = ", ".join(f"{key} {seconds:.1f} s" for key, seconds in sorted(slowest.items()))
+    print(f"400 tasks; memory {before / 2**20:.0f} -> {after / 2**20:.0f} MiB; the longest wait of a key: {waits}")
     assert not wrong and client.store.counts()[DONE] == 400
     assert max(slowest.values()) < 3 * min(slowest.values())
     assert after < 1.05 * before, f"{before / 2**20:.0f} -> {after / 2**20:.0f} MiB"
