@@ -13,7 +13,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from kling_programs.sample.server.keys import Keys, read_keys
 from kling_programs.sample.server.pool import Pool
 from kling_programs.sample.server.store import DONE, FAILED, RUNNING, WAITING, Limits, Store
 from kling_programs.sample.server.wire import WireError
-from serving import KEYS, SHORT, Client, png
+from serving import KEYS, SHORT, Client, new, png
 
 from kling.data.video import read_video
 from kling.errors import UserError
@@ -177,7 +177,35 @@ def test_methods_bodies_and_sizes_are_refused_in_one_line(refusing: Client) -> N
         assert reply.status_code == 400 and reply.json()["code"] in (1200, 1201), (body[:10], reply.text)
     large = json.dumps({"prompt": "x", "image": "A" * (33 * 2**20)}).encode()
     assert httpx.post(refusing.url + "/v1/videos/image2video", content=large, headers=head).status_code == 413
-    assert httpx.post(refusing.url + "/v1/videos/image2video", content=iter([large]), headers=head).status_code == 413
+    for path in ("/v1/videos/image2video", "/v1/videos"):
+        assert httpx.post(refusing.url + path, content=iter([large]), headers=head).status_code == 413
+
+
+def test_a_client_that_goes_away_is_no_fault(refusing: Client, capfd: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture) -> None:
+    """In the middle of a file, or of its own request."""
+    task, _ = refusing.store.add(new())
+    while (claimed := refusing.store.claim(60)).id != task.id:
+        pass
+    file = refusing.store.made / f"{claimed.claim}.mp4"
+    file.write_bytes(bytes(30 * 2**20))
+    refusing.store.finish(claimed, f"made/{file.name}", {"kind": "mp4", "seconds": 1})
+    host, port = refusing.url.removeprefix("http://").split(":")
+    head = f"Host: x\r\nAuthorization: Bearer {KEYS['anna']}\r\n"
+    post = f"{head}Content-Type: application/json\r\nContent-Length: 1000\r\n\r\n{{"
+    for text in (
+        f"GET /files/{refusing.store.get('anna', task.id).token}.mp4 HTTP/1.1\r\n{head}\r\n",
+        f"POST /v1/videos/text2video HTTP/1.1\r\n{post}",
+        f"POST /v1/videos HTTP/1.1\r\n{post}",
+    ):
+        with socket.create_connection((host, int(port))) as client:
+            client.sendall(text.encode())
+            client.settimeout(0.5)
+            with suppress(TimeoutError):
+                client.recv(10)
+    time.sleep(1)
+    said = capfd.readouterr().err + caplog.text
+    assert "Traceback" not in said and "ERROR" not in said, said
+    assert Client(refusing.url, None)("GET", "/docs")[0] == 200
 
 
 def test_strict_mode_refuses_what_kling_refuses(tiny: Path, tmp_path: Path) -> None:
@@ -402,6 +430,7 @@ def test_health_metrics_capabilities_and_the_page(start) -> None:
     assert able["fps"] == 8 and able["sizes"]["16:9"] == "112x64" and able["fields"]["camera_control"]
     client.wait("text2video", client.make("text2video", SHORT)["task_id"])
     text = client("GET", "/metrics")[1].decode()
+    assert 'kling_requests_total{route="/v1/videos/text2video",status="200"} 1.0' in text
     assert 'kling_tasks{status="succeed"} 1.0' in text and "kling_workers_ready 1.0" in text and "kling_made_seconds_count 1.0" in text
     assert anybody("GET", "/metrics")[1]["code"] == 1001 and anybody("GET", "/docs")[0] == 200
     paths = anybody("GET", "/openapi.json")[1]["paths"]

@@ -35,6 +35,7 @@ from kling_programs.sample.server.wire import (
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from kling import __version__
 from kling.errors import UserError, unknown
@@ -73,6 +74,34 @@ class Figures:
         return generate_latest(self.registry)
 
 
+class Watch:
+    """ASGI layer: counts the answers, and makes one line of a fault of ours. A client that goes away is none."""
+
+    def __init__(self, app: Any, figures: Figures) -> None:
+        self.app, self.figures = app, figures
+
+    async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        status = 0
+
+        async def sent(message: dict) -> None:
+            nonlocal status
+            status = message.get("status", status)
+            await send(message)
+
+        try:
+            await self.app(scope, receive, sent)
+        except ClientDisconnect:
+            status = status or 499  # as nginx calls it
+        except Exception:  # whatever it is: the client gets its line, the log the traceback
+            log.exception("%s %s", scope["method"], scope["path"])
+            if not status:
+                broken = WireError(BROKEN, "the server failed: its log has the reason; try again")
+                await answer(broken, scope["path"])(scope, receive, sent)
+        self.figures.requests.labels(getattr(scope.get("route"), "path", "other"), str(status)).inc()
+
+
 class Door:
     """ASGI layer: who is it, and is it too much? Before a body is read."""
 
@@ -108,7 +137,12 @@ class Door:
                 refused = True
                 await answer(too_large(), path)(scope, receive, send)
 
-        await self.app(scope, counted, sent)
+        try:
+            await self.app(scope, counted, sent)
+        except ClientDisconnect:
+            if left >= 0:
+                raise
+            await sent({})  # the app has nothing to say about half a body
 
     def _check_host(self, host: str, origin: str | None) -> None:
         """A page of another site must not use a server that needs no key, neither by its address nor by a name that leads here."""
@@ -200,7 +234,8 @@ def build(server: Server, hosts: set[str] | None, lifespan: Callable[[], Any]) -
     about = "Kling's HTTP interface, classic and newer, and OpenAI's /v1/videos, on one open model. See docs/serving.md."
     app = FastAPI(title="kling-serve", version=__version__, description=about, lifespan=life, redoc_url=None)
     app.add_middleware(Door, keys=server.keys, hosts=hosts)
-    add_errors(app, server.figures)
+    app.add_middleware(Watch, figures=server.figures)  # around the door
+    add_errors(app)
     v1 = classic_routes(server)
     app.include_router(v1)
     app.include_router(v1, prefix="/kling", include_in_schema=False)
@@ -212,19 +247,8 @@ def build(server: Server, hosts: set[str] | None, lifespan: Callable[[], Any]) -
     return app
 
 
-def add_errors(app: FastAPI, figures: Figures) -> None:
+def add_errors(app: FastAPI) -> None:
     """Every refusal is one line in the format of its wire."""
-
-    @app.middleware("http")
-    async def count(request: Request, call_next: Callable) -> Response:
-        try:
-            response = await call_next(request)
-        except Exception:  # a fault of ours, whatever it is: the client gets its line, the log the traceback
-            log.exception("%s %s", request.method, request.scope["path"])
-            response = answer(WireError(BROKEN, "the server failed: its log has the reason; try again"), request.scope["path"])
-        route = request.scope.get("route")
-        figures.requests.labels(getattr(route, "path", "other"), str(response.status_code)).inc()
-        return response
 
     @app.exception_handler(WireError)
     async def wire(request: Request, error: WireError) -> Response:
