@@ -114,10 +114,10 @@ def test_numbers_without_end_are_refused(ask, path: str) -> None:
     huge = 10**400
     for name in (length, "seed", "num_frames", "shift", "guidance_scale", "num_inference_steps"):
         body = body_of(path, **{name: huge}) if path != WAYS[4] or name != "duration" else {"request": {"prompt": "x", name: huge}}
-        refused(ask("POST", path, body), name)
+        refused(ask("POST", path, body), name.removeprefix("num_"))
         text = json.dumps(body).replace(str(huge), "Infinity").encode()
         status, said = ask("POST", path, text)
-        assert status == 400 and name in said["message"], said
+        assert status == 400 and name.removeprefix("num_") in said["message"], said
 
 
 def test_null_says_nothing(ask) -> None:
@@ -153,7 +153,7 @@ def test_work_without_end_is_refused(ask) -> None:
 
 def test_what_is_echoed_is_one_line_with_an_end(ask) -> None:
     refused(ask("POST", "/v1/videos/text2video", {"prompt": "x", "aspect_ratio": "a\nb\r\u2028c"}), "'a b")
-    refused(ask("POST", "/v1/videos/text2video", {"prompt": "x", "size": "9" * 100_000}), "999…")
+    refused(ask("POST", "/v1/videos/text2video", {"prompt": "x", "size": "9" * 100_000}), "999…9", "WIDTHxHEIGHT")
 
 
 WRONG = (None, True, -1, 1.5, 1e308, "", "x", "\x00", [], [[1]], {}, {"a": 1}, [None], ["x"])

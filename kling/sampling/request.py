@@ -219,11 +219,9 @@ class Request:
             if not isinstance(value, takes) or (kind in ("int", "float") and isinstance(value, bool)):
                 several = "; num_videos makes several of one prompt" if field_.name == "prompt" and isinstance(value, list | tuple) else ""
                 raise UserError(f"{field_.name} {_short(value)} is of type {type(value).__name__}: give {said}{several}")
-            if kind == "int" and abs(value) >= 2**63:
-                raise UserError(f"{field_.name} is a number of more than 18 digits: give a smaller one")
             try:
                 setattr(self, field_.name, plain(value))
-            except OverflowError:  # a whole number with hundreds of digits for a fraction; the range checks refuse it
+            except OverflowError:  # an int with hundreds of digits; the range checks refuse it
                 setattr(self, field_.name, math.inf)
         pair = self.guidance_interval
         whole = isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(value, numbers.Real) for value in pair)

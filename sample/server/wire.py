@@ -51,8 +51,9 @@ def one_line(text: str) -> str:
     >>> one_line("unknown mode 'a\\nb \\ud800'")
     "unknown mode 'a b \\\\ud800'"
     """
-    text = " ".join(text[: LONGEST_LINE + 1].encode(errors="backslashreplace").decode().splitlines())
-    return text if len(text) <= LONGEST_LINE else f"{text[:LONGEST_LINE]}…"
+    half = LONGEST_LINE // 2
+    text = text if len(text) <= LONGEST_LINE else f"{text[:half]}…{text[-half:]}"
+    return " ".join(text.encode(errors="backslashreplace").decode().splitlines())
 
 
 def refusal(error: UserError, names: dict[str, str]) -> WireError:
