@@ -363,14 +363,15 @@ class Store:
     def owed(self, busy: set[str]) -> tuple[Notice | None, float]:
         """The next notice that is due, of tasks that are not `busy`, and the seconds until another may be. A task's come in order."""
         now = time.time()
+        which = f"seq IN (SELECT MIN(seq) FROM notices GROUP BY task) AND task NOT IN ({', '.join('?' * len(busy))})"
         with self._lock:
-            first = "SELECT MIN(seq) FROM notices GROUP BY task"
-            rows = self._db.execute(f"SELECT * FROM notices WHERE seq IN ({first}) ORDER BY due, seq").fetchall()
-            for row in rows:
-                if row["task"] not in busy and row["due"] <= now:
-                    task = self._one("id = ?", row["task"])
-                    return Notice(row["seq"], row["id"], task, row["url"], row["status"], row["tries"], row["body"]), 0.0
-            return None, min((max(0.05, row["due"] - now) for row in rows if row["task"] not in busy), default=60.0)
+            row = self._db.execute(f"SELECT * FROM notices WHERE {which} ORDER BY due, seq LIMIT 1", tuple(busy)).fetchone()
+            if row is None:
+                return None, 60.0
+            if row["due"] > now:
+                return None, max(0.05, row["due"] - now)
+            task = self._one("id = ?", row["task"])
+            return Notice(row["seq"], row["id"], task, row["url"], row["status"], row["tries"], row["body"]), 0.0
 
     def keep_body(self, notice: Notice, body: str) -> None:
         """Every try sends the same bytes."""
