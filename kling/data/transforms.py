@@ -6,6 +6,8 @@ Scaling averages areas when it shrinks (no aliasing) and is bicubic when it enla
 
 from __future__ import annotations
 
+import math
+
 import cv2
 import numpy as np
 import torch
@@ -14,6 +16,8 @@ from torch import Tensor
 from kling.errors import UserError, unknown
 
 Frames = Tensor | np.ndarray  # uint8 (T, H, W, 3), or one image (H, W, 3)
+MOST = 2**26  # pixels of a scaled picture; a line of 1x1000000 pixels would have 10 ** 10 of them at a height of 112
+AROUND = 4  # pixels kept beside the part of a picture that is used, for the filter
 
 
 def to_tensor(frames: Frames) -> Tensor:
@@ -81,7 +85,13 @@ def _resize(picture: np.ndarray, h: int, w: int) -> np.ndarray:
 
 
 def _cover(picture: np.ndarray, H: int, W: int) -> np.ndarray:
-    return crop(_resize(picture, *cover_size(*picture.shape[:2], H, W)), H, W)
+    h, w = cover_size(*picture.shape[:2], H, W)
+    if h * w > MOST:  # far longer than the frame: only its middle is scaled
+        scale = max(H / picture.shape[0], W / picture.shape[1])
+        used = (2 * AROUND + math.ceil(side / scale) for side in (H, W))
+        picture = crop(picture, *(min(most, side) for most, side in zip(used, picture.shape, strict=False)))
+        h, w = cover_size(*picture.shape[:2], H, W)
+    return crop(_resize(picture, h, w), H, W)
 
 
 def cover_size(h: int, w: int, H: int, W: int) -> tuple[int, int]:
