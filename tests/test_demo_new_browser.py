@@ -332,7 +332,7 @@ def test_the_tray_and_the_storyboard_have_room(browser, able, width, locale, tmp
     tray = page.locator("#references").bounding_box()
     for button in page.locator("#references .delete-button").all():
         box = button.bounding_box()
-        assert box["y"] + box["height"] <= tray["y"] + tray["height"]  # not below the edge
+        assert box["y"] + box["height"] <= tray["y"] + tray["height"] and box["x"] + box["width"] <= tray["x"] + tray["width"]  # not cut
         assert min(box["width"], box["height"]) > 18 and button.evaluate("b => getComputedStyle(b).opacity") == "1"
     tab(page, {"en-US": "Storyboard", "zh-CN": "分镜"}[locale])
     for n in range(6):
