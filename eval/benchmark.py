@@ -13,9 +13,7 @@ environment, because its pinned versions conflict with ours. `sample` continues 
 from __future__ import annotations
 
 import argparse
-import ast
 import csv
-import json
 import math
 import shlex
 import sys
@@ -33,7 +31,7 @@ from kling.data.video import probe, write_video
 from kling.errors import UserError
 from kling.metrics.benchmarks import BOARDS, Job, board_scores, physics_iq, physics_iq_jobs, vbench_jobs
 from kling.metrics.worldscore import Instance, camera_data, image_data, worldscore, worldscore_aspects, worldscore_instances
-from kling.runtime.files import head
+from kling.runtime.files import head, parse_json, parse_literal
 from kling.runtime.random import derive_seed
 
 
@@ -177,8 +175,14 @@ def read_results(name: str, path: Path) -> dict[str, float]:
     """From a folder of VBench's `*_eval_results.json` ({dimension: [score, videos]}), Physics-IQ's CSV, or what WorldScore wrote."""
     if name == "physics-iq":
         head(path)
-        with path.open(encoding="utf-8", newline="") as file:
-            return physics_iq([{key: parsed(path, key, value) for key, value in row.items()} for row in csv.DictReader(file)])
+        try:
+            with path.open(encoding="utf-8-sig", newline="") as file:
+                rows = list(csv.DictReader(file, strict=True))
+        except (OSError, UnicodeDecodeError, csv.Error) as error:
+            raise UserError(f"{path} cannot be read as a table ({error}): give the benchmark's own file") from None
+        if any(None in row or None in row.values() for row in rows):
+            raise UserError(f"{path} has a row of more or fewer cells than its first line: give the benchmark's own file")
+        return physics_iq([{key: parsed(path, key, value) for key, value in row.items()} for row in rows])
     if name == "worldscore":
         return read_worldscore(path)
     files = sorted(path.rglob("*.json")) if path.is_dir() else [path]
@@ -186,7 +190,7 @@ def read_results(name: str, path: Path) -> dict[str, float]:
     for file in files:
         content = read_json(file)
         if isinstance(content, dict):  # the lists are the prompts, which VBench writes too
-            raw |= {key: number(file, key, value[0] if isinstance(value, list) else value) for key, value in content.items()}
+            raw |= {key: number(file, key, value[0] if isinstance(value, list) and value else value) for key, value in content.items()}
     if not raw:
         raise UserError(f"{path} holds no results: give the folder with *_eval_results.json")
     if missing := [key for key in BOARDS[name].dimensions if key not in raw]:
@@ -218,8 +222,10 @@ def read_worldscore(path: Path) -> dict[str, float]:
 def parsed(path: Path, key: str, value: str) -> Any:
     """A cell of a CSV: a number, a list of numbers, or text."""
     try:
-        return ast.literal_eval(value)
-    except (ValueError, SyntaxError):
+        return parse_literal(value)
+    except UserError as error:
+        raise UserError(f"{path}, column {key}: {error}") from None
+    except ValueError:
         if key.split("_perspective")[0].endswith(("mse", "iou_v1", "iou", "spatial")):
             raise UserError(f"{path}, column {key}: '{value[:40]}' is no number and no list of numbers") from None
         return value
@@ -234,6 +240,6 @@ def number(path: Path, key: str, value: Any) -> float:
 def read_json(path: Path) -> Any:
     head(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path} is not JSON ({error}): give the benchmark's own file") from None

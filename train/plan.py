@@ -21,7 +21,7 @@ from kling_programs.train.command import helped
 
 from kling.condition.state import MOST_REFERENCES
 from kling.condition.tasks import TASKS, keyframe_share
-from kling.config import PRESETS, find_config, load_config, read_preset
+from kling.config import PRESETS, built, find_config, load_config, read_preset
 from kling.data.source import DataConfig
 from kling.dit import KlingTransformer3DModel
 from kling.dit.cost import forward_flops
@@ -135,9 +135,9 @@ def report(preset: dict[str, Any], plan: PlanConfig, name: str = "PRESET") -> li
     if (optimizer := preset.get("optimizer", "adamw")) not in MOMENTS:
         raise unknown("optimizer", optimizer, MOMENTS)
     with torch.device("meta"):
-        text = ByteTextEncoder(**preset.get("text", {}))
+        text = built(ByteTextEncoder, preset.get("text", {}), "text")
         model = {"text_dim": text.config.out_dim, **preset["model"]}
-        config = {**KlingTransformer3DModel(**{**model, "num_layers": 1}).config, "num_layers": model.get("num_layers", 40)}
+        config = {**built(KlingTransformer3DModel, {**model, "num_layers": 1}, "model").config, "num_layers": model.get("num_layers", 40)}
     height, width, whose = own_size(preset)
     height, width, whose = plan.height or height, plan.width or width, "as given" if plan.height or plan.width else whose
     patch, frames, l = tuple(config["patch_size"]), max(preset["frames"]), text.num_tokens

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import errno
 import hashlib
 import json
@@ -20,6 +21,7 @@ from kling.errors import UserError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)  # errors that come from writing to a full or broken disk only
 DEEPEST = 100  # nesting depth allowed in JSON; thousands of levels would overflow the code that walks it later
+LONGEST = 100_000  # characters of a value in Python syntax
 HEAD = 512  # bytes that `sniff` needs: two MPEG-TS packets and a little
 
 # (offset, magic, FFmpeg demuxer). The demuxer is forced: left to guess, FFmpeg takes a text file named x.mp4 for a playlist
@@ -151,6 +153,21 @@ def parse_json(text: str | bytes) -> Any:
         if not level:
             return value
     raise ValueError(f"it is nested more than {DEEPEST} levels deep")
+
+
+def parse_literal(text: str) -> Any:
+    """A value in JSON or Python syntax, as tables hold lists. Raises ValueError for anything else, and for what is nested too deep;
+    `UserError` for long Python syntax, for which its parser takes minutes and gigabytes."""
+    try:
+        return parse_json(text)
+    except ValueError:
+        pass
+    if len(text) > LONGEST:
+        raise UserError(f'a cell of {len(text)} characters is no JSON: write it as JSON, such as ["a", "b"]')
+    try:
+        return ast.literal_eval(text)
+    except (SyntaxError, TypeError, RecursionError, MemoryError) as error:
+        raise ValueError(str(error) or "it is nested thousands of levels deep") from None
 
 
 @contextmanager

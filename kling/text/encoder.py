@@ -86,6 +86,9 @@ class ByteTextEncoder(ModelMixin, ConfigMixin):
         max_bytes: int = 255,
     ) -> None:
         super().__init__()
+        for name, dim in (("byte_dim", byte_dim), ("out_dim", out_dim)):
+            if dim % head_dim:
+                raise UserError(f"{name} {dim}: give a multiple of head_dim {head_dim}")
         self.num_tokens = -(-(max_bytes + 1) // fold)  # including the begin token
         self.byte_embedding = nn.Embedding(257, byte_dim)
         self.position_embedding = nn.Embedding(self.num_tokens * fold, byte_dim)
