@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from kling_programs.eval.common import protocol_hash, write_json, write_text
+from kling_programs.eval.common import protocol_hash, read_object, write_json, write_text
 from kling_programs.eval.options import benchmark as parse
 from torch import Tensor
 
@@ -33,6 +33,8 @@ from kling.metrics.benchmarks import BOARDS, Job, board_scores, physics_iq, phys
 from kling.metrics.worldscore import Instance, camera_data, image_data, worldscore, worldscore_aspects, worldscore_instances
 from kling.runtime.files import head, parse_json, parse_literal
 from kling.runtime.random import derive_seed
+
+OWN = "give the benchmark's own file"
 
 
 def main(argv: list[str]) -> None:
@@ -207,9 +209,9 @@ def read_worldscore(path: Path) -> dict[str, float]:
         files = [(movement, file) for movement in ("static", "dynamic") for file in sorted((path / movement).rglob("evaluation.json"))]
         if not files:
             raise UserError(f"{path} holds no static/ or dynamic/ with evaluation.json files: give the folder that WorldScore evaluated")
-        aspects = worldscore_aspects([(movement, read_json(file)) for movement, file in files])
+        aspects = worldscore_aspects([(movement, read_object(file, OWN)) for movement, file in files])
         return aspects | worldscore(aspects)
-    found = {key: number(path, key, value) for key, value in read_json(path).items()}
+    found = {key: number(path, key, value) for key, value in read_object(path, OWN).items()}
     aspects = {key: value for key, value in found.items() if not key.startswith("WorldScore-")}
     sums = worldscore(aspects)
     for name, value in sums.items():
@@ -242,4 +244,4 @@ def read_json(path: Path) -> Any:
     try:
         return parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}): give the benchmark's own file") from None
+        raise UserError(f"{path} is not JSON ({error}): {OWN}") from None

@@ -96,7 +96,8 @@ RANGES = (
     ("text_drop camera_drop floor", 0, 1),
     ("shares lr_of seed", 0, math.inf),
     ("ema betas", 0, math.nextafter(1, 0)),  # of 1 the average never leaves the first weights, which the export would hold
-    ("lr clip_grad temperature fps shift scale", math.ulp(0), math.inf),
+    ("shift", 1e-3, 1e3),
+    ("lr clip_grad temperature fps scale", math.ulp(0), math.inf),
 )
 RANGE = {name: (least, most) for names, least, most in RANGES for name in names.split()}
 

@@ -373,7 +373,6 @@ def given(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
 
 def asked_request(args: argparse.Namespace) -> Request:
     """The request from the options."""
-    from kling.sampling.brush import Track, parse_brush
     from kling.sampling.request import Request
 
     fields = given(args, (field.name for field in dataclasses.fields(Request)))
@@ -382,11 +381,7 @@ def asked_request(args: argparse.Namespace) -> Request:
             if getattr(args, name) is not None:
                 raise UserError(f"--image-only makes one picture: leave out --{name.replace('_', '-')}")
         fields["num_frames"] = 1
-    if args.brush or args.static:
-        if args.tracks:
-            raise UserError("both --tracks and --brush or --static were given: write all tracks into the file, or leave it out")
-        strokes = [*map(parse_brush, args.brush or []), *map(Track, args.static or [])]
-        fields["tracks"] = [Track(track.mask and a_path(track.mask), track.points) for track in strokes]
+    fields |= given_tracks(args)
     if not fields.keys() & {"prompt", "image", "last_image", "keyframes", "video", "references", "shots"}:
         raise UserError('there is nothing to start from: give a prompt, as in  kling-sample "a red ball rolls left on grass"')
     request = Request(**{"seed": secrets.randbelow(2**31)} | fields)
@@ -394,6 +389,18 @@ def asked_request(args: argparse.Namespace) -> Request:
         request = request.replace(prompt=found)
         print(f"prompt: {found} (what {args.video} was made from; give another to change it)", file=sys.stderr)
     return request
+
+
+def given_tracks(args: argparse.Namespace) -> dict[str, Any]:
+    """The field of a request for --brush and --static; {} without them."""
+    from kling.sampling.brush import Track, parse_brush
+
+    if not (args.brush or args.static):
+        return {}
+    if args.tracks:
+        raise UserError("both --tracks and --brush or --static were given: write all tracks into the file, or leave it out")
+    strokes = [*map(parse_brush, args.brush or []), *map(Track, args.static or [])]
+    return {"tracks": [Track(track.mask and a_path(track.mask), track.points) for track in strokes]}
 
 
 def check_fast(requests: Sequence[Request], args: argparse.Namespace) -> None:

@@ -164,11 +164,12 @@ def run_caption(args: argparse.Namespace) -> None:
 
     from kling.data.manifest import read_manifest, write_manifest
     from kling.data.scan.captioner import PROMPTS, Captioner
+    from kling.sampling.machine import pick_device
 
     if args.frames < 1:
         raise UserError(f"--frames {args.frames}: give at least 1")
     path = Path(args.manifest)
-    manifest, captioner = read_manifest(path), Captioner(args.model, args.frames, device=args.device)
+    manifest, captioner = read_manifest(path), Captioner(args.model, args.frames, device=str(pick_device(args.device)))
     todo = [(i, x) for i, shot in enumerate(manifest.shots) for x in args.language if x not in {c.language for c in shot.captions}]
     written = saved = 0
     try:

@@ -107,9 +107,9 @@ def stage_words(cfg: TrainAllConfig, name: str, processes: int) -> list[str]:
         raise UserError(f"stage '{name}' has no {missing[0]}: give stages.{name}.{missing[0]}=...")
     if name == MODEL or Path(name).name != name or name in (".", ".."):
         raise UserError(f"stage '{name}' cannot have that name, which is that of its folder in OUT, beside OUT/{MODEL}: give another")
-    kind, preset = settings.pop("program"), str(settings.pop("preset"))
+    kind, preset = str(settings.pop("program")), str(settings.pop("preset"))
     if kind not in PROGRAMS:
-        raise unknown(f"program of stage '{name}'", str(kind), PROGRAMS)
+        raise unknown(f"program of stage '{name}'", kind, PROGRAMS)
     earlier = list(cfg.stages)[: list(cfg.stages).index(name)]
     values = read_preset(preset) | settings
     for key in SCALED:

@@ -23,12 +23,11 @@ from kling.cache.store import LatentCache
 from kling.condition.tasks import check_tasks, keyframe_share
 from kling.config import built, load_config
 from kling.data.clips import ClipSample
-from kling.data.source import DataConfig
 from kling.dit import KlingTransformer3DModel
 from kling.dit.cost import forward_flops
 from kling.errors import UserError, program, unknown
 from kling.flow.diffusers_scheduler import shift_key
-from kling.flow.levels import draw_sigma
+from kling.flow.levels import DENSITIES, draw_sigma
 from kling.flow.losses import flow_loss
 from kling.flow.path import velocity
 from kling.runtime.accelerator import keep_in_fp32, wrap_what_is_there
@@ -64,7 +63,16 @@ from kling.training.start import (
     open_start,
     taught_text,
 )
-from kling.training.validation import Validation, draw_samples, encode, held_out, level_quantiles, task_requests, validation_loss
+from kling.training.validation import (
+    Validation,
+    draw_samples,
+    encode,
+    held_out,
+    level_quantiles,
+    sample_requests,
+    task_requests,
+    validation_loss,
+)
 
 
 @dataclass
@@ -187,6 +195,8 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("sample_every is set, and samples need both experts: leave it at 0, and sample from the export")
     if cfg.long_captions not in LONG_CAPTIONS:
         raise unknown("long_captions", cfg.long_captions, LONG_CAPTIONS)
+    if cfg.sample_every:
+        sample_requests(cfg.samples)  # raises for what is no request
     if cfg.sample_tasks and not cfg.sample_every:
         raise UserError("sample_tasks is set but not sample_every: say every how many steps")
     cfg.vae = cfg.vae or ("" if cfg.init_from == SHIPPED else cfg.init_from) or ""
@@ -201,6 +211,10 @@ def train(cfg: TrainDiTConfig, loop: Loop) -> None:
     check_half(cfg.lora, accelerator.mixed_precision)
     start = open_start(cfg.init_from, cfg.checkpoint, cfg.expert) if cfg.init_from else None
     within = start.within if start else (0.0, 1.0)
+    scheduler = scheduler_of(cfg, start)
+    density, shift = cfg.scheduler.get("density", scheduler.config.get("density", DENSITIES[0])), scheduler.config[shift_key(scheduler)]
+    if density not in DENSITIES:
+        raise unknown("scheduler.density", density, DENSITIES)
     if not (start or cfg.text_from):
         with torch.device("meta"):
             build(cfg, None)  # a mistake in its sizes is told before hours go into a cache
@@ -211,9 +225,7 @@ def train(cfg: TrainDiTConfig, loop: Loop) -> None:
     if keyframe_share(cfg.tasks):
         cache.check_lengths(cfg.frames)
     data = LatentSteps(cache, cfg.batch, cfg.frames, cfg.seed, cfg.group, cfg.shots)
-    scheduler = scheduler_of(cfg, start)
-    density, shift = cfg.scheduler.get("density", scheduler.config.get("density", "logit_normal")), scheduler.config[shift_key(scheduler)]
-    source = DataConfig(**cache.settings["data"])
+    source = cache.data
     clips = held_out(cfg.validation, source, max(cfg.frames)) if cfg.validation.every or cfg.sample_tasks else []
     held = encode(clips, vae) if cfg.validation.every else []
     asked = requests(cfg, clips) if cfg.sample_every else []
@@ -319,11 +331,8 @@ def train(cfg: TrainDiTConfig, loop: Loop) -> None:
 
 
 def requests(cfg: TrainDiTConfig, clips: list[ClipSample]) -> list[Request]:
-    """The samples to draw during training. Raises `UserError` for a field that requests do not have."""
-    try:
-        asked = [Request(**fields) for fields in cfg.samples]
-    except TypeError as error:
-        raise UserError(f"samples: {str(error).removeprefix('Request.__init__() ')}; its keys are the fields of Request") from None
+    """The samples to draw during training."""
+    asked = sample_requests(cfg.samples)
     return asked + (task_requests(clips[0], [name for name, weight in cfg.tasks.items() if weight]) if cfg.sample_tasks else [])
 
 

@@ -28,7 +28,7 @@ from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from itertools import accumulate, islice, pairwise
 from pathlib import Path
 from typing import Any
@@ -42,14 +42,14 @@ from torch.utils.data import Dataset
 from kling.cache.encode import encode_clips, first_frames
 from kling.cameras.trajectory import Trajectory
 from kling.condition.state import MOST_REFERENCES
-from kling.config import flatten
+from kling.config import flatten, is_a
 from kling.data.buckets import Bucket
 from kling.data.clips import ClipSample
 from kling.data.manifest import MissingClip, as_line
 from kling.data.source import SHOTS, ClipSource, DataConfig, batches, check_data
 from kling.data.world.storyboard import SHORTEST
 from kling.errors import UserError
-from kling.runtime.files import sha256, write_atomic, writing
+from kling.runtime.files import parse_json, sha256, write_atomic, writing
 from kling.shapes import latent_frames
 from kling.text.encoder import prompt_bytes
 from kling.vae import AutoencoderKLKling
@@ -437,6 +437,13 @@ class LatentCache:
         return sum(entry.get("missing", 0) for entry in self.shards.values())
 
     @property
+    def data(self) -> DataConfig:
+        """The data that it was made of. Raises `UserError` for a cache of a later version."""
+        if odd := sorted(self.settings["data"].keys() - {field.name for field in fields(DataConfig)}):
+            raise UserError(f"latent cache {self.folder} was made with data.{odd[0]}, which this version does not know: use a later one")
+        return DataConfig(**self.settings["data"])
+
+    @property
     def holds(self) -> set[str]:
         """The names of the tensors stored for every clip."""
         return set(self._shard(next(iter(self.clips.values())).shards[0]).names)
@@ -573,11 +580,16 @@ def differences(was: dict[str, Any], now: dict[str, Any]) -> str:
 def read_index(path: Path) -> dict[str, Any]:
     """Read an index. Raises `UserError` if it is missing or invalid."""
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
+        index = parse_json(path.read_text(encoding="utf-8"))
+        for entry in index["shards"].values():
+            if entry["clips"] and not (is_a(entry["bytes"], int) and is_a(entry["aspect"], str) and is_a(entry["sha256"], str)):
+                raise ValueError
+        if not is_a(index["settings"]["data"]["frames"], list[int]):
+            raise ValueError
         return {name: index[name] for name in ("key", "settings", "shards")}
     except OSError:
         raise UserError(f"latent cache {path.parent} does not exist: make it with kling-encode") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"latent cache {path.parent} is damaged: {path.name} is not readable; delete it and run kling-encode") from None
 
 

@@ -6,6 +6,8 @@ Scaling averages areas when it shrinks (no aliasing) and is bicubic when it enla
 
 from __future__ import annotations
 
+import math
+
 import cv2
 import numpy as np
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from kling.errors import UserError, unknown
 
+LONGEST = 64  # frames that the scaled picture may cover before it is cropped first
 Frames = Tensor | np.ndarray  # uint8 (T, H, W, 3), or one image (H, W, 3)
 
 
@@ -81,7 +84,12 @@ def _resize(picture: np.ndarray, h: int, w: int) -> np.ndarray:
 
 
 def _cover(picture: np.ndarray, H: int, W: int) -> np.ndarray:
-    return crop(_resize(picture, *cover_size(*picture.shape[:2], H, W)), H, W)
+    h, w = cover_size(*picture.shape[:2], H, W)
+    if h * w > LONGEST * H * W:  # a long strip: scaled as a whole, it would fill the memory
+        scale = max(H / picture.shape[0], W / picture.shape[1])
+        picture = crop(picture, *(min(have, math.ceil(want / scale) + 2) for have, want in zip(picture.shape, (H, W), strict=False)))
+        h, w = cover_size(*picture.shape[:2], H, W)
+    return crop(_resize(picture, h, w), H, W)
 
 
 def cover_size(h: int, w: int, H: int, W: int) -> tuple[int, int]:

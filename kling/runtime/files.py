@@ -141,10 +141,11 @@ def sniff(start: bytes) -> tuple[str | None, str]:
         return None, "unknown data"
 
 
-def parse_json(text: str | bytes) -> Any:
-    """`json.loads`. Raises ValueError for invalid JSON, and for values nested deeper than `DEEPEST`."""
+def parse_json(text: str | bytes, once: bool = False) -> Any:
+    """`json.loads`. Raises ValueError for invalid JSON, and for values nested deeper than `DEEPEST`. once: also for a key given twice, of
+    which JSON takes the last."""
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_each_once if once else None)
     except RecursionError:
         raise ValueError("it is nested thousands of levels deep") from None
     level = [value] if isinstance(value, dict | list) else []
@@ -153,6 +154,14 @@ def parse_json(text: str | bytes) -> Any:
         if not level:
             return value
     raise ValueError(f"it is nested more than {DEEPEST} levels deep")
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"'{next(key for key in values if keys.count(key) > 1)}' is given twice")
+    return values
 
 
 def parse_literal(text: str) -> Any:

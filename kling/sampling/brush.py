@@ -124,7 +124,7 @@ def read_tracks(path: str | Path) -> list[Track]:
     path = Path(path)
     head(path)
     try:
-        rows = parse_json(path.read_text(encoding="utf-8-sig"))["tracks"]
+        rows = parse_json(path.read_text(encoding="utf-8-sig"), once=True)["tracks"]
         if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
             raise TypeError
     except (ValueError, KeyError, TypeError):

@@ -229,7 +229,9 @@ class Request:
             raise UserError(f"guidance_interval {_short(pair)}: give two noise levels, such as (0.2, 0.9)")
         if not isinstance(self.camera, str | Path | dict | Trajectory | None):
             raise UserError(f"camera {_short(self.camera)}: give axes as in 'pan=5,zoom=2' or a dict, a file, or a Trajectory")
-        if isinstance(self.camera, dict) and (bad := [k for k, v in self.camera.items() if not isinstance(v, numbers.Real)]):
+        if isinstance(self.camera, dict) and (
+            bad := [k for k, v in self.camera.items() if isinstance(v, bool) or not isinstance(v, numbers.Real)]
+        ):
             raise UserError(f"camera axis {bad[0]} is {_short(self.camera[bad[0]])}: give a number from -10 to 10")
         self.camera = str(self.camera) if isinstance(self.camera, Path) else self.camera
         self.tracks = as_tracks(self.tracks)

@@ -13,7 +13,6 @@ camera to its words. A latent frame holds four pixel frames and shows one shot, 
 from __future__ import annotations
 
 import dataclasses
-import math
 import numbers
 import os
 from collections.abc import Sequence
@@ -32,6 +31,7 @@ from kling.runtime.files import head
 from kling.shapes import TEMPORAL, clip_frames, first_frame, latent_frames
 
 MOST = 6  # shots of one clip
+LONGEST = 3600  # seconds of a shot; a request allows fewer for the whole
 KEYS = ("prompt", "seconds", "camera")
 
 
@@ -108,8 +108,8 @@ def as_shot(given: Any, where: str = "shots") -> Shot:
     prompt, seconds, camera = (*given, None)[:3]
     if not isinstance(prompt, str) or not prompt.strip():
         raise UserError(f"{where}: a shot has the prompt {prompt!r:.40}: say in words what it shows", code="wordless_shot")
-    if isinstance(seconds, bool) or not isinstance(seconds, numbers.Real) or not (math.isfinite(seconds) and seconds > 0):
-        raise UserError(f"{where}: the shot '{prompt:.40}' lasts {seconds!r:.20} seconds: give a number above 0")
+    if isinstance(seconds, bool) or not isinstance(seconds, numbers.Real) or not 0 < seconds <= LONGEST:
+        raise UserError(f"{where}: the shot '{prompt:.40}' lasts {seconds!r:.20} seconds: give a number above 0, and at most {LONGEST}")
     camera = str(camera) if isinstance(camera, Path) else camera
     if not isinstance(camera, str | dict | Trajectory | None):
         raise UserError(f"{where}: camera {camera!r:.40}: give axes as in 'pan=5,zoom=2' or a dict, a file, or a Trajectory")
@@ -149,7 +149,7 @@ def read_shots(path: str | Path) -> list[Shot]:
         raise UserError(f"shots file {path}: give shots: and below it a line '- {{prompt: …, seconds: …, camera: …}}' for each")
     beside = [
         row | {"camera": str(path.parent / row["camera"])}
-        if isinstance(row.get("camera"), str) and (path.parent / row["camera"]).is_file()
+        if isinstance(row.get("camera"), str) and os.path.isfile(path.parent / row["camera"])
         else row
         for row in rows
     ]
