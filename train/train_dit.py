@@ -195,8 +195,8 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("sample_every is set, and samples need both experts: leave it at 0, and sample from the export")
     if cfg.long_captions not in LONG_CAPTIONS:
         raise unknown("long_captions", cfg.long_captions, LONG_CAPTIONS)
-    if cfg.sample_every:
-        sample_requests(cfg.samples)  # raises for what is no request
+    if cfg.sample_every and not sample_requests(cfg.samples) and not cfg.sample_tasks:
+        raise UserError(f"sample_every {cfg.sample_every} is set, and there is nothing to draw: give samples, or sample_every=0")
     if cfg.sample_tasks and not cfg.sample_every:
         raise UserError("sample_tasks is set but not sample_every: say every how many steps")
     cfg.vae = cfg.vae or ("" if cfg.init_from == SHIPPED else cfg.init_from) or ""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import errno
 import hashlib
 import json
 import os
@@ -17,9 +16,8 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from kling.errors import UserError
+from kling.errors import FULL, UserError
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)  # errors that come from writing to a full or broken disk only
 DEEPEST = 100  # nesting depth allowed in JSON; thousands of levels would overflow the code that walks it later
 LONGEST = 100_000  # characters of a value in Python syntax
 HEAD = 512  # bytes that `sniff` needs: two MPEG-TS packets and a little

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -16,7 +17,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kling.errors import UserError
+from kling.errors import UserError, unknown
 from kling.runtime.device import upload
 
 BEGIN = 256  # the token before the first byte; alone, it is the empty prompt
@@ -97,6 +98,15 @@ class ByteTextEncoder(ModelMixin, ConfigMixin):
         self.token_blocks = nn.ModuleList(EncoderLayer(out_dim, out_dim // head_dim, ffn_mult * out_dim) for _ in range(token_layers))
         self.norm = nn.LayerNorm(out_dim)
         self.initialize_weights()
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:
+        """As in diffusers, but an unknown key is refused instead of ignored: another model's folder would give random weights."""
+        known = cls._get_init_keys(cls) - {"self"}
+        for key in config_dict:
+            if key not in known and not key.startswith("_"):
+                raise unknown("text encoder config key", key, sorted(known))
+        return super().extract_init_dict(config_dict, **kwargs)
 
     def initialize_weights(self) -> None:
         for module in self.modules():

@@ -345,7 +345,7 @@ def taught_text(folder: str, settings: Mapping[str, Any]) -> ByteTextEncoder:
     """The text encoder exported by kling-train-text. Raises `UserError` if there is none, or if `settings` differ."""
     if not (Path(folder) / "config.json").is_file():
         raise UserError(f"text_from '{folder}' holds no text encoder: give the `export` folder of kling-train-text")
-    text = ByteTextEncoder.from_pretrained(folder, torch_dtype=torch.float32)
+    text = loaded(Path(folder).parent, Path(folder).name, ByteTextEncoder, torch_dtype=torch.float32)
     _check_text(text, settings, f"text_from {folder}")
     return text
 
