@@ -88,16 +88,18 @@ MEANT = {
 
 # What settings of these names can be, in whatever program: outside, a run fails at some later step, or trains without a word for nothing.
 RANGES = (
-    ("steps batch save_every log_every eval_every eval_clips gradient_accumulation group", 1, math.inf),
-    ("shard max_frames clips quantiles spatial_factor", 1, math.inf),
-    ("threads num_layers", 1, 1000),
+    ("steps save_every log_every eval_every eval_clips shard max_frames clips spatial_factor", 1, math.inf),
+    ("batch gradient_accumulation group", 1, 100_000),
+    ("threads num_layers quantiles", 1, 1000),
     ("workers processes byte_layers token_layers num_res_blocks camera_residual_blocks", 0, 1000),
-    ("warmup sample_every keep_every keep_last every rank weight_decay watchdog perceptual", 0, math.inf),
+    ("warmup sample_every keep_every keep_last every rank watchdog perceptual", 0, math.inf),
+    ("weight_decay", 0, 1000),
     ("text_drop camera_drop floor", 0, 1),
     ("shares lr_of seed", 0, math.inf),
     ("ema betas", 0, math.nextafter(1, 0)),  # of 1 the average never leaves the first weights, which the export would hold
-    ("shift", 1e-3, 1e3),
-    ("lr clip_grad temperature fps scale", math.ulp(0), math.inf),
+    ("shift", 0.001, 1000),
+    ("lr", math.ulp(0), 1000),
+    ("clip_grad temperature fps scale", math.ulp(0), math.inf),
 )
 RANGE = {name: (least, most) for names, least, most in RANGES for name in names.split()}
 
@@ -162,8 +164,13 @@ def _check_range(key: str, value: Any, where: str, name: str = "") -> None:
         return
     least, most = RANGE.get(name, (-math.inf, math.inf))
     if math.isnan(value) or not least <= value <= most or (math.isinf(value) and math.isinf(most) and least > -math.inf):
-        upper = f" to {'below 1' if 0 < 1 - most < 1e-9 else most}" if most < math.inf else " or more"
-        wanted = "a number" if least == -math.inf else "a number above 0" if 0 < least < 1 else f"{least}{upper}"
+        upper = "below 1" if 0 < 1 - most < 1e-9 else most
+        if least == -math.inf:
+            wanted = "a number"
+        elif least == math.ulp(0):
+            wanted = "a number above 0" + (f", at most {upper}" if most < math.inf else "")
+        else:
+            wanted = f"{least} or more" if most == math.inf else f"{least} to {upper}"
         raise UserError(f"{key} = {value} in {where}: give {wanted}")
 
 
@@ -238,7 +245,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"config '{path}' does not exist: check the path") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"config '{path}' cannot be read: {error}") from None
+        reason = "it is no UTF-8: save it as that" if isinstance(error, UnicodeDecodeError) else f"{error.strerror}: check the path"
+        raise UserError(f"config '{path}' cannot be read, {reason}") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f" line {mark.line + 1}" if mark else ""
@@ -262,6 +270,8 @@ def find_config(path: str | Path) -> Path:
     for folder in PRESETS:
         if (folder / name).is_file():
             return folder / name
+    if path.is_dir():
+        raise UserError(f"config '{path}' is a folder: give a file in it")
     presets = list_presets()
     raise unknown("config", path, presets) if presets else UserError(f"config '{path}' does not exist: check the path")
 
