@@ -170,6 +170,12 @@ def test_a_frozen_part_stays_and_a_run_with_one_resumes_exactly(vae, cache, tmp_
         same = {name for name in began if torch.equal(began[name], made[name])}
         assert same >= set(began) if folder == "text_encoder" else "patch_embedding.weight" not in same
 
+    from kling_programs.sample.studio import runs  # the page builds a run's model anew, and finds only what was trained in a checkpoint
+
+    shown = runs.pipeline_of(parts, "step-00000004", "cpu")
+    exported = load_file(parts / "export" / "text_encoder" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(t.to(exported[name].dtype), exported[name]) for name, t in shown.text_encoder.state_dict().items())
+
 
 def test_freezing_everything_is_refused(vae, cache, tmp_path, capsys):
     for words, said in (("{transformer: 0, text_encoder: 0}", "leave one part above 0"), ("{text_encoder: -1}", "lr_of.text_encoder = -1")):
