@@ -19,9 +19,11 @@ import workers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from kling.cache import store
+from kling.cache import fill, store
 from kling.cache.batches import LatentSteps
-from kling.cache.store import CacheConfig, LatentCache, fill_cache
+from kling.cache.fill import fill_cache
+from kling.cache.plan import CacheConfig
+from kling.cache.store import LatentCache
 from kling.data.buckets import Bucket
 from kling.data.manifest import read_manifest
 from kling.data.scan.listing import Listing
@@ -227,7 +229,7 @@ def test_a_missing_clip_stops_kling_encode_by_name_or_is_skipped(
 def test_a_full_disk_is_one_line_and_leaves_nothing_unfinished(
     films: Path, vae: AutoencoderKLKling, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    real, calls = store.save_file, []
+    real, calls = fill.save_file, []
 
     def full(tensors: dict[str, torch.Tensor], path: Path) -> None:
         calls.append(path)
@@ -236,7 +238,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_unfinished(
             raise error
         real(tensors, path)
 
-    monkeypatch.setattr(store, "save_file", full)
+    monkeypatch.setattr(fill, "save_file", full)
     with pytest.raises(UserError, match="00001.safetensors cannot be written .*No space left"):
         list(fill_cache(config(films, tmp_path), vae))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["00000.safetensors", "index.0.json"]

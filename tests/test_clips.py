@@ -17,7 +17,9 @@ from PIL import Image
 
 from kling import KlingPipeline
 from kling.cache.batches import LatentSteps, RankBatches
-from kling.cache.store import CacheConfig, LatentCache, fill_cache
+from kling.cache.fill import fill_cache
+from kling.cache.plan import CacheConfig
+from kling.cache.store import LatentCache
 from kling.config import load_config
 from kling.data.buckets import Bucket, Epochs, cuts_of
 from kling.data.clips import ManifestClips, folder_manifest, held_out

@@ -10,7 +10,9 @@ import pytest
 import torch
 import workers
 
-from kling.cache.store import CacheConfig, LatentCache, fill_cache
+from kling.cache.fill import fill_cache
+from kling.cache.plan import CacheConfig
+from kling.cache.store import LatentCache
 from kling.cameras.axes import axes_trajectory
 from kling.condition.tracks import Tracks
 from kling.data.buckets import Bucket

@@ -15,7 +15,8 @@ import tiny_wan
 import torch
 from safetensors.torch import load_file, save_file
 
-from kling.cache.store import CacheConfig, fill_cache
+from kling.cache.fill import fill_cache
+from kling.cache.plan import CacheConfig
 from kling.config import load_config
 from kling.errors import UserError
 from kling.hub.export import export_weights

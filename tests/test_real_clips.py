@@ -23,7 +23,8 @@ import encode  # noqa: E402
 import train_dit  # noqa: E402
 import train_vae  # noqa: E402
 
-from kling.cache.store import CacheConfig, LatentCache  # noqa: E402
+from kling.cache.plan import CacheConfig  # noqa: E402
+from kling.cache.store import LatentCache  # noqa: E402
 from kling.config import load_config  # noqa: E402
 from kling.data.manifest import read_manifest, write_manifest  # noqa: E402
 from kling.runtime.accelerator import make_accelerator  # noqa: E402

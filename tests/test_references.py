@@ -13,7 +13,9 @@ import pytest
 import torch
 
 from kling import KlingPipeline, Request, Track
-from kling.cache.store import CacheConfig, LatentBatch, LatentCache, fill_cache, settings_of
+from kling.cache.fill import fill_cache
+from kling.cache.plan import CacheConfig, settings_of
+from kling.cache.store import LatentBatch, LatentCache
 from kling.cameras.axes import axes_trajectory
 from kling.cameras.trajectory import Cameras
 from kling.condition.state import KEYFRAME, REFERENCE, TARGET, Given, build_state

@@ -13,7 +13,9 @@ import workers
 from torch import Tensor
 
 from kling.cache.batches import LatentSteps, mixed
-from kling.cache.store import CacheConfig, LatentCache, fill_cache, settings_of
+from kling.cache.fill import fill_cache
+from kling.cache.plan import CacheConfig, settings_of
+from kling.cache.store import LatentCache
 from kling.condition.state import SHOT_GAP, Given, State, build_state
 from kling.data.buckets import Bucket
 from kling.data.clips import open_manifest

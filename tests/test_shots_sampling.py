@@ -73,6 +73,15 @@ def test_files_and_lists_say_the_same(tmp_path: Path) -> None:
     assert Request(shots=str(path)).prompts == [LEFT] and Request("x").prompts == ["x"]
 
 
+def test_a_file_is_read_once_for_a_request(tmp_path: Path, pipe: KlingPipeline) -> None:
+    path = tmp_path / "story.yaml"
+    path.write_text(STORY)
+    request = Request(shots=str(path), seed=1, num_inference_steps=1)
+    shots = request.storyboard
+    path.write_text("gone: 1\n")  # what is edited later does not mix with what was read
+    assert len(pipe.plan(request).hops[0].shots) == 2 and request.storyboard == shots
+
+
 @pytest.mark.parametrize(
     ("shots", "says"),
     [

@@ -11,7 +11,9 @@ import pytest
 import torch
 import workers
 
-from kling.cache.store import CacheConfig, LatentBatch, LatentCache, fill_cache, settings_of
+from kling.cache.fill import fill_cache
+from kling.cache.plan import CacheConfig, settings_of
+from kling.cache.store import LatentBatch, LatentCache
 from kling.cameras.axes import axes_trajectory
 from kling.cameras.trajectory import pixel_rays
 from kling.condition.state import Given, build_state

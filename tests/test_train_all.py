@@ -15,7 +15,7 @@ from kling_programs.train.train_dit import TrainDiTConfig
 from kling_programs.train.train_text import TrainTextConfig
 from kling_programs.train.train_vae import TrainVAEConfig
 
-from kling.cache.store import CacheConfig
+from kling.cache.plan import CacheConfig
 from kling.config import load_config
 
 CONFIGS = {"train_vae": TrainVAEConfig, "train_text": TrainTextConfig, "train_dit": TrainDiTConfig, "encode": CacheConfig}

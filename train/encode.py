@@ -18,7 +18,9 @@ from kling_programs.train.command import helped
 from torch import Tensor
 from tqdm import tqdm
 
-from kling.cache.store import CacheConfig, LatentCache, fill_cache
+from kling.cache.fill import fill_cache
+from kling.cache.plan import CacheConfig
+from kling.cache.store import LatentCache
 from kling.config import load_config
 from kling.errors import UserError, program
 from kling.hub.clip import clip_tokens, load_image_encoder

@@ -20,7 +20,7 @@ import torch
 from kling_programs.train.command import helped
 from kling_programs.train.train_dit import TrainDiTConfig
 
-from kling.cache.store import CacheConfig
+from kling.cache.plan import CacheConfig
 from kling.condition.state import MOST_REFERENCES
 from kling.condition.tasks import TASKS, keyframe_share
 from kling.config import PRESETS, built, find_config, load_config, read_preset

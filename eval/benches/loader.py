@@ -13,7 +13,9 @@ from kling_programs.eval.benches.video import FPS, FRAMES, make_video, plain_cli
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from kling.cache.store import CacheConfig, LatentCache, fill_cache
+from kling.cache.fill import fill_cache
+from kling.cache.plan import CacheConfig
+from kling.cache.store import LatentCache
 from kling.data.buckets import Bucket
 from kling.data.clips import ManifestClips, folder_manifest
 from kling.data.source import DataConfig

@@ -15,7 +15,9 @@ from kling_programs.eval.benches.measure import Bench, Row
 from kling_programs.eval.benches.memory import peak
 
 from kling.cache.batches import LatentSteps
-from kling.cache.store import CacheConfig, LatentCache, fill_cache
+from kling.cache.fill import fill_cache
+from kling.cache.plan import CacheConfig
+from kling.cache.store import LatentCache
 from kling.data.source import DataConfig
 from kling.dit import KlingTransformer3DModel
 from kling.dit.cost import forward_flops

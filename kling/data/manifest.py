@@ -219,16 +219,16 @@ def shot_from(row: dict[str, Any], where: str) -> Shot:
 
 def _check_types(cls: type, row: Any, where: str) -> None:
     """Raises `UserError` for a value of a row that is not of its field's type. Parts with fields of their own are checked by themselves."""
-    if not isinstance(row, dict):
-        fields = ", ".join(field.name for field in dataclasses.fields(cls))
-        raise UserError(f"{where}: {row!r:.60} is a {type(row).__name__}: give an object of {fields}")
+    line = f"{where} is not a line of a {'quarantine' if cls is Bad else 'manifest'}"
     hints = typing.get_type_hints(cls)
+    if not isinstance(row, dict):
+        raise UserError(f"{line}: {row!r:.60} is a {type(row).__name__}: give an object of {', '.join(hints)}")
     for key, value in row.items():
         if key not in hints:
-            raise unknown(f"key in {where}:", key, hints)
+            raise UserError(f"{line}: {unknown('key', key, hints)}")
         plain = {"video": dict, "captions": list[object]}.get(key) if cls is Shot else None
         if not is_a(value, plain or hints[key]):
-            raise UserError(f"{where}: {key} is {value!r:.60}: give a {_called(plain or hints[key])}")
+            raise UserError(f"{line}: {key} is {value!r:.60}: give a {_called(plain or hints[key])}")
 
 
 def _called(hint: Any) -> str:

@@ -19,7 +19,7 @@ from kling.data.transforms import contain, fit
 from kling.errors import UserError
 from kling.sampling.brush import Stroke, read_strokes, tracks_of
 from kling.sampling.request import MAX_SECONDS, Movie, Picture, Request
-from kling.sampling.shots import shots_of, timeline
+from kling.sampling.shots import timeline
 from kling.shapes import ASPECTS, aspect_size, clip_frames, nearest_aspect, nearest_frames, parse_size
 
 DEFAULT_SECONDS = 5.0
@@ -66,7 +66,7 @@ def clip_size(request: Request, sizes: dict[str, tuple[int, int]] = ASPECTS) -> 
 def asked_frames(request: Request, fps: float) -> int:
     """Pixel frames to generate: of all shots, or num_frames, else duration, else 5 s."""
     if request.shots is not None:
-        times = timeline(shots_of(request.shots), fps)
+        times = timeline(request.storyboard, fps)
         if times.frames > MAX_SECONDS * fps + 1:
             raise UserError(f"shots of {times.frames / fps:.0f} s in all: give at most {MAX_SECONDS:g} s")
         return times.frames

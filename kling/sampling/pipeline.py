@@ -52,7 +52,7 @@ from kling.sampling.plan import (
 )
 from kling.sampling.request import Fields, Request
 from kling.sampling.sampler import Sampler, Signals
-from kling.sampling.shots import rounding_note, shots_of, timeline
+from kling.sampling.shots import rounding_note, timeline
 from kling.shapes import ASPECTS, first_frame, latent_frames, latent_size, token_grid
 from kling.text import ByteTextEncoder
 from kling.text.umt5 import UMT5TextEncoder
@@ -280,11 +280,11 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             guidance_interval=request.guidance_interval or (0.0, 1.0),
             guidance_every=request.guidance_every,
             guidance_reach=0.0 if few else self.setting("guidance_reach", request.guidance_reach),
-            cuts=() if request.shots is None else timeline(shots_of(request.shots), fps).cuts,
+            cuts=() if request.shots is None else timeline(request.storyboard, fps).cuts,
             notes=(*inputs.notes, *([why] if why else [])),
         )
         if plan.cuts:
-            shots = shots_of(request.shots)
+            shots = request.storyboard
             plan = replace(plan, notes=(*plan.notes, rounding_note(shots, timeline(shots, fps), fps)))
         return plan, inputs, camera
 
@@ -515,7 +515,7 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         """The signals of one hop: of all texts those of its shots, and its part of the camera, where its shots have one."""
         numbers = [k for k, _ in hop.shots]
         signals = replace(signals, text=signals.text | {"prompt": signals.text["prompt"][numbers[0] : numbers[-1] + 1]})
-        shown = [camera is not None] if request.shots is None else [shots_of(request.shots)[k].camera is not None for k in numbers]
+        shown = [camera is not None] if request.shots is None else [request.storyboard[k].camera is not None for k in numbers]
         if not any(shown):
             return signals
         mask = None if all(shown) else torch.tensor(shown, device=self._execution_device)[state.shot]  # (1, G)

@@ -14,7 +14,7 @@ from kling.flow.solvers import SOLVERS
 from kling.sampling.brush import stroke_tracks
 from kling.sampling.inputs import LAST, Inputs, read_camera
 from kling.sampling.request import Request
-from kling.sampling.shots import Shot, Timeline, joined_cameras, shots_of, timeline
+from kling.sampling.shots import Shot, Timeline, joined_cameras, timeline
 from kling.shapes import TEMPORAL, clip_frames, latent_frames, nearest_frames
 
 PRO_STEPS = 2  # "pro" uses this many times the steps of "std", and a second-order solver
@@ -104,7 +104,7 @@ def plan_hops(request: Request, inputs: Inputs, frames: int, fps: float, longest
     """The clips to sample. frames: requested. longest: that the model generates at once. spatial: pixels per latent."""
     whole = None if request.extend_to is None else clip_frames(request.extend_to, fps)
     if request.shots is not None:
-        times = timeline(shots_of(request.shots), fps)
+        times = timeline(request.storyboard, fps)
         hops = [
             replace(hop, shots=tuple(times.within(hop.start, hop.frames)))
             for hop in _hops_of_shots(int(inputs.image is not None), times, longest)
@@ -191,7 +191,7 @@ def check_flow_map(request: Request) -> None:
 def plan_camera(request: Request, hops: list[Hop], H: int, W: int, fps: float) -> Trajectory | None:
     """The requested path from the first hop's first frame to the last hop's last. During frames that exist already, the camera rests."""
     if request.shots is not None:
-        return _shots_camera(request, shots_of(request.shots), H, W, fps)
+        return _shots_camera(request, request.storyboard, H, W, fps)
     still = max(0, hops[0].overlap - 1)
     if request.camera is not None and hops[-1].end == 1:
         raise UserError("camera was given for a single picture, in which nothing can move: leave it out, or give a duration")

@@ -28,7 +28,6 @@ from kling.errors import UserError
 from kling.runtime.files import head, parse_json, sha256, written
 from kling.sampling.brush import tracks_of
 from kling.sampling.request import Request
-from kling.sampling.shots import shots_of
 
 Record = dict[str, Any]
 RECIPE = 2  # goes up when the same request and settings give other frames. 1 (not written down): nothing pasted back around a mask
@@ -198,7 +197,7 @@ def _input_files(request: Request) -> Iterator[Path]:
     ):
         if isinstance(given, str | Path):
             yield Path(given)
-    for camera in (request.camera, *(shot.camera for shot in shots_of(request.shots))):
+    for camera in (request.camera, *(shot.camera for shot in request.storyboard)):
         if isinstance(camera, str) and Path(camera).is_file():
             yield Path(camera)
 

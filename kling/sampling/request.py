@@ -18,7 +18,7 @@ from kling.cameras.trajectory import Trajectory
 from kling.condition.state import MOST_REFERENCES
 from kling.errors import UserError, unknown
 from kling.sampling.brush import Track, as_tracks
-from kling.sampling.shots import Shot, as_shots, shots_of
+from kling.sampling.shots import Shot, as_shots, read_shots
 from kling.shapes import ASPECTS, latent_frames, parse_size
 
 Picture = str | Path | np.ndarray | None  # a file, or uint8 (H, W, 3)
@@ -269,7 +269,7 @@ class Request:
             raise UserError(f"both {self.edited} and tracks were given: a given video moves as it does; leave one out")
         if self.tracks is None and self.brush_guidance_scale not in (None, 1):
             raise UserError(f"brush_guidance_scale {self.brush_guidance_scale:g} was given without tracks to follow: give tracks too")
-        if self.camera is None and self.camera_scale != 1 and not (self.shots and any(shot.camera for shot in shots_of(self.shots))):
+        if self.camera is None and self.camera_scale != 1 and not any(shot.camera for shot in self.storyboard):
             raise UserError(f"camera_scale {self.camera_scale:g} was given without a camera to scale: give camera too")
         if self.shots is not None:
             self._check_beside_shots()
@@ -288,10 +288,15 @@ class Request:
                 line = f"both {name} and shots were given: {name} is of one shot; leave one of them out"
                 raise UserError(line, code="beside_shots", field=name)
 
+    @functools.cached_property
+    def storyboard(self) -> list[Shot]:
+        """The shots, read once from the file that `shots` may name; [] of a request without shots. Raises `UserError`."""
+        return read_shots(self.shots) if isinstance(self.shots, str) else list(self.shots or ())
+
     @property
     def prompts(self) -> list[str]:
         """The prompt of every shot; of a request without shots its only one."""
-        return [self.prompt] if self.shots is None else [shot.prompt for shot in shots_of(self.shots)]
+        return [self.prompt] if self.shots is None else [shot.prompt for shot in self.storyboard]
 
     @property
     def edited(self) -> str | None:

@@ -156,11 +156,6 @@ def read_shots(path: str | Path) -> list[Shot]:
     return as_shots([as_shot(row, f"shots file {path}") for row in beside])
 
 
-def shots_of(given: str | list[Shot] | None) -> list[Shot]:
-    """The shots of a request, read from its file if it names one."""
-    return read_shots(given) if isinstance(given, str) else list(given or ())
-
-
 def joined_cameras(paths: Sequence[Trajectory | None], ranges: Sequence[tuple[int, int]]) -> Trajectory | None:
     """The cameras of all shots, one after another, each relative to its own first frame; those without one stand still, and are masked
     where they are used. None if no shot has one."""

@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from diffusers import SchedulerMixin
 
-from kling.cache.store import INDEX, NAMED, CacheConfig, LatentCache, differences, fill_cache, read_index, settings_of
+from kling.cache.fill import fill_cache
+from kling.cache.plan import CacheConfig, settings_of
+from kling.cache.store import INDEX, NAMED, LatentCache, differences, read_index
 from kling.condition.concat import concat_groups
 from kling.condition.state import KEYFRAME, REFERENCE
 from kling.condition.tasks import keyframe_share

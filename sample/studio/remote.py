@@ -15,7 +15,6 @@ from kling.cameras.axes import parse_axes
 from kling.errors import UserError
 from kling.sampling.pipeline import KlingPipeline
 from kling.sampling.request import Request
-from kling.sampling.shots import shots_of
 
 FILES = ("image", "last_image", "video", "mask", "control")
 LOOK = 0.5  # seconds between looks at how far a video is
@@ -114,7 +113,7 @@ def body_of(request: Request) -> dict[str, Any]:
     if "tracks" in fields:
         fields["tracks"] = [{"mask": t.mask and file(t.mask, "tracks"), "points": [list(p) for p in t.points]} for t in fields["tracks"]]
     if "shots" in fields:
-        shots = [{"prompt": s.prompt, "seconds": s.seconds, "camera": _axes(s.camera)} for s in shots_of(fields["shots"])]
+        shots = [{"prompt": s.prompt, "seconds": s.seconds, "camera": _axes(s.camera)} for s in request.storyboard]
         fields["shots"] = [{name: value for name, value in shot.items() if value is not None} for shot in shots]
     if "camera" in fields:
         fields["camera"] = _axes(fields["camera"])
