@@ -473,6 +473,9 @@ MISTAKES = {
     "a time of hundreds of digits": (lambda f: [put(f, "t.jsonl", '{"video": "a", "start": 1' + "0" * 400 + "}")], "give seconds"),
     "a time in another base": (lambda f: [put(f, "t.csv", f"video,timestamp\na,\"[0x{'f' * 999}, 1]\"\n")], "give seconds"),
     "a list without an end in sight": (lambda f: [put(f, "t.csv", "video,caption\na,\"[" + "'a'," * 99_999 + "]\"\n")], "write it as JSON"),
+    "a weight of hundreds of digits": (
+        lambda f: [put(f, "t.jsonl", '{"video": "a", "captions": [{"text": "b", "weight": 1' + "0" * 400 + "}]}")], "captions must be text",
+    ),
     "half a mapping": (lambda f: [str(f / "films"), "--map", "path"], "give FIELD=COLUMN"),
 }  # fmt: skip
 

@@ -225,7 +225,7 @@ class Request:
                 setattr(self, field_.name, math.inf)
         pair = self.guidance_interval
         whole = isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(value, numbers.Real) for value in pair)
-        if pair is not None and not whole:
+        if pair is not None and not (whole and all(abs(value) < 2 for value in pair)):
             raise UserError(f"guidance_interval {_short(pair)}: give two noise levels, such as (0.2, 0.9)")
         if not isinstance(self.camera, str | Path | dict | Trajectory | None):
             raise UserError(f"camera {_short(self.camera)}: give axes as in 'pan=5,zoom=2' or a dict, a file, or a Trajectory")
@@ -315,7 +315,7 @@ def _keyframe(given: Any) -> tuple[Any, int, float]:
         picture, frame, strength = row
         numeric = isinstance(frame, numbers.Integral) and isinstance(strength, numbers.Real)
         if numeric and not isinstance(picture, int | float | None) and not isinstance(frame, bool):
-            return picture, int(frame), float(strength)
+            return picture, int(frame), float(min(strength, 2))  # at most 1, which is checked; an int of hundreds of digits is no float
     raise UserError(f"keyframe {_short(given)}: give (picture, frame) or (picture, frame, strength), such as ('mid.png', 20, 0.8)")
 
 
