@@ -333,7 +333,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         several = [file for file, *_ in value] if isinstance(value, list) and name in ("lora", "lora_2", "keyframes") else [value]
         several = value if isinstance(value, list) and name == "references" else several
         if "" in several and name not in ("prompt", "negative_prompt"):  # as of a shell's variable that is not set
-            raise UserError(f"--{name.replace('_', '-')} is empty: give a value, or leave it out")
+            option = name.removesuffix("s") if name in ("references", "keyframes") else name.replace("_", "-")
+            raise UserError(f"--{option} is empty: give a value, or leave it out")
         if args.replay and name not in REPLAY_TAKES and value not in (None, False):
             raise UserError(f"--replay repeats the record {args.replay}: leave out {'the prompt' if name == 'prompt' else name}")
     return args

@@ -99,7 +99,7 @@ def as_shot(given: Any, where: str = "shots") -> Shot:
     if isinstance(given, dict):
         for key in given:
             if key not in KEYS:
-                raise unknown(f"{where}: key of a shot", str(key), KEYS)
+                raise UserError(f"{where}: {unknown('key of a shot', str(key), KEYS)}")
         given = (given.get("prompt", ""), given.get("seconds"), given.get("camera"))
     if isinstance(given, Shot):
         given = (given.prompt, given.seconds, given.camera)
