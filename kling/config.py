@@ -187,13 +187,14 @@ def built(cls: type[T], settings: Mapping[str, Any], where: str) -> T:
             raise unknown("key", f"{where}.{key}", [f"{where}.{name}" for name in parameters])
         if not is_a(value, hints[key]):
             raise UserError(f"{where}.{key} = {value!r:.60}: expected {_spell(hints[key])}")
-        least = int(parameters[key].default != 0 and not key.endswith(("_layers", "_blocks")))
-        sizes = value if isinstance(value, list | tuple) and int in typing.get_args(hints[key]) else [value]
-        for size in sizes:
-            if type(size) is int and not least <= size <= LARGEST or type(size) is float and size < 0:
-                raise UserError(
-                    f"{where}.{key} = {value!r:.60}: give {f'{least} to {LARGEST}' if type(size) is int else 'a number of 0 or more'}"
-                )
+        whole, least = int in (hints[key], *typing.get_args(hints[key])), int(parameters[key].default != 0)
+        least = 0 if key.endswith(("_layers", "_blocks")) else least
+        for size in value if isinstance(value, list | tuple) and whole else [value]:
+            if isinstance(size, bool) or not isinstance(size, int | float):
+                continue
+            if size < 0 or (whole and not least <= size <= LARGEST):
+                wanted = f"{least} to {LARGEST}" if whole else "a number of 0 or more"
+                raise UserError(f"{where}.{key} = {value!r:.60}: give {wanted}")
     try:
         return cls(**settings)
     except (TypeError, ValueError, ArithmeticError, RuntimeError, IndexError) as error:
