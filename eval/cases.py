@@ -266,6 +266,7 @@ class Task:
     """A kind of case.
 
     make: the k-th case. needs: the required capability. few: few cases are enough, since it is measured in dB or expensive.
+    at_once: not made in hops, so the model must make `FRAMES` frames at once.
     beside: the controls, see `stand_ins` in world.py. ceiling: the score is the difference to the VAE alone.
     cost: of a clip, in clips of `FRAMES`.
     """
@@ -273,6 +274,7 @@ class Task:
     make: Callable[[World, int], Case]
     needs: str = "text"
     few: bool = False
+    at_once: bool = False
     beside: tuple[str, ...] = ("truth", "broken")
     ceiling: bool = False
     cost: float = 1.0
@@ -295,8 +297,8 @@ TASKS = {
         "first_last", few=True, beside=("frozen",), ceiling=True,
     ),
     "keyframes": Task(keyframe_case, "keyframes", few=True, beside=("frozen",), ceiling=True),
-    "restyle-0.3": Task(lambda world, k: restyle_case(world, k, 0.3), "restyle", few=True),
-    "restyle-0.7": Task(lambda world, k: restyle_case(world, k, 0.7), "restyle", few=True),
+    "restyle-0.3": Task(lambda world, k: restyle_case(world, k, 0.3), "restyle", few=True, at_once=True),
+    "restyle-0.7": Task(lambda world, k: restyle_case(world, k, 0.7), "restyle", few=True, at_once=True),
     "brush": Task(brush_case, "brush", beside=("truth", "truth through the VAE", "broken", "frozen", "noise")),
     "brush-none": Task(lambda world, k: brush_case(world, k, brushed=False), "brush", beside=()),
     "brush-camera": Task(lambda world, k: brush_case(world, k, moving=True), "brush", beside=("truth", "broken", "frozen")),

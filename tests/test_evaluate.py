@@ -45,7 +45,8 @@ class Oracle:
     """Answers every case with its truth. Counts what it was asked."""
 
     config = SimpleNamespace(
-        capabilities=["text", "image", "first_last", "keyframes", "restyle", "continuation", "camera", "brush", "reference", "shots"]
+        capabilities=["text", "image", "first_last", "keyframes", "restyle", "continuation", "camera", "brush", "reference", "shots"],
+        max_frames=program.FRAMES,
     )
     device = torch.device("cpu")
 
@@ -130,11 +131,11 @@ def test_the_truth_gets_full_scores_and_broken_clips_none(tmp_path: Path) -> Non
 def test_tasks_beyond_a_model_are_left_out_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = Oracle()
     asked = []
-    monkeypatch.setattr(Oracle, "config", SimpleNamespace(capabilities=["text"]))
+    monkeypatch.setattr(Oracle, "config", SimpleNamespace(capabilities=["text", "restyle"], max_frames=13))
     monkeypatch.setattr(Oracle, "__call__", lambda self, **request: (asked.append(request), SimpleNamespace(frames=torch.zeros(1, 17, 64, 112, 3, dtype=torch.uint8)))[1])  # fmt: skip  # noqa: E501
     report = evaluate(pipe, Options(str(tmp_path / "out"), n=3, limit_minutes=1e-9), {"sha256": {}})
     assert report["n"] == 1  # the limit stops after the first round, and the report says so
-    assert set(report["not_trained_for"]) == {name for name, task in TASKS.items() if task.needs != "text"}
+    assert set(report["not_trained_for"]) == {name for name, task in TASKS.items() if task.needs != "text"}, "nor for 41 frames at once"
     assert all("camera" not in request for request in asked)
     assert report["scores"]["text-en"]["colour"]["value"] == 0  # black shows nothing
 

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # configs/gpu/first.sh [MINUTES] [--more | --rehearse]      a first run on a machine with one GPU and no network; ends within 9 minutes
 #
-# The tests for a GPU; kling-bench in its short form; the shipped model trained from the small world, which is rendered by the CPU's cores and
-# encoded on the GPU, for MINUTES (default 3), compiled and in bf16; its scores. Every stage writes its result to OUT (default out/gpu, at most
+# The tests for a GPU; kling-bench in its short form; the shipped model trained further on the small world, which is rendered by the CPU's cores
+# and encoded on the GPU, for MINUTES (default 3), compiled and in bf16; its scores. Every stage writes its result to OUT (default out/gpu, at most
 # 8 files of 15 MB) as soon as it has one, and a line in OUT/stages.jsonl. --more: the remaining parts, in 3 minutes. --rehearse: the same stages
-# at a small size on a CPU. WHEELS: the folder of wheels.sh's site.tar.xz (default runs/wheels); WORK: the folder of caches and checkpoints.
+# at a small size on a CPU. FROM: the weights to begin with (default shipped, if their files are there; empty: none, so that the model is trained
+# from nothing). WHEELS: the folder of wheels.sh's site.tar.xz (default runs/wheels); WORK: the folder of caches and checkpoints.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 minutes=3 seconds=530 device=cuda patience=1
@@ -12,7 +13,7 @@ for word in "$@"; do
   case $word in
     --more) seconds=170 ;;
     --rehearse) device=cpu seconds=1500 patience=5 ;;
-    *[!0-9.]* | "") sed -n 2,8p "$0" >&2 && exit 2 ;;
+    *[!0-9.]* | "") sed -n 2,9p "$0" >&2 && exit 2 ;;
     *) minutes=$word ;;
   esac
 done
@@ -39,20 +40,24 @@ stage() { # NAME SECONDS COMMAND...: run it within its time and the script's, on
   return "$code"
 }
 
-run=$work/run
+run=$work/run preset=(configs/dit/world.yaml text_from=kling/assets/text_encoder)
+from=${FROM-$([ ! -e kling/assets/transformer ] || echo shipped)}
+[ -z "$from" ] || preset=(configs/dit/world-brush.yaml "init_from=$from")
 if [ $device = cuda ]; then
-  tests=(tests/test_gpu.py) suites=(dit train) clips=(clips=3000 "shorter={17: 6000, 1: 8000}") workers=$(($(nproc) - 2)) probe=60 cases=8
-  preset=(configs/dit/world.yaml compile=true mixed_precision=bf16 batch=64 text_from=kling/assets/text_encoder)
+  tests=(tests/test_gpu.py) suites=(dit train) workers=$(($(nproc) - 2)) probe=60
+  clips=("clips: 3000" "shorter: {17: 4500, 1: 6000}" "paths: {17: 1500, 41: 800}")
+  preset+=(compile=true mixed_precision=bf16 batch=64)
   evaluation=(--quick --n 8 --workers 4)
 else
   export KLING_GPU_TESTS=cpu
-  tests=(tests/test_gpu.py -k "vae or diffusers") suites=(sampler) clips=(clips=10 "shorter={1: 10}") workers=0 probe=2 minutes=0.1
-  preset=(configs/dit/debug.yaml threads=1 "frames=[1,17]" max_frames=17)
+  tests=(tests/test_gpu.py -k "vae or diffusers") suites=(sampler) workers=0 probe=2 minutes=0.1
+  clips=("clips: 6" "shorter: {1: 6}" "paths: {17: 6}")
+  preset+=(threads=1 batch=1 "frames=[1,17]" max_frames=17)
   evaluation=(--n 1 --steps 1 --quick)
 fi
 encode=$work/encode.yaml
 [ $device = cuda ] && lengths="[1, 17, 41]" || lengths="[1, 17]"
-printf '%s\n' "${clips[0]/=/: }" "${clips[1]/=/: }" "shard: 100" "workers: $workers" "data: {frames: $lengths}" >"$encode"
+printf '%s\n' "${clips[@]}" "shard: 100" "workers: $workers" "data: {frames: $lengths}" >"$encode"
 train=("$python" -m kling_programs.train.train_dit "${preset[@]}" "out=$run" "cache=$work/cache" "encode=$encode" "workers=$((workers < 4 ? workers : 4))"
   sample_every=0 "samples=[]" save_every=500 log_every=10 keep_last=1)
 
