@@ -70,9 +70,10 @@ def _groups(model: nn.Module, first: Iterable[Tensor], lr_of: Mapping[str, float
 
 
 def _multiples(model: nn.Module, lr_of: Mapping[str, float]) -> dict[int, float]:
-    """The multiple of the learning rate of parameters, by id, that `lr_of` names. Raises `UserError` for a name that none has."""
+    """The multiple of the learning rate of parameters, by id, that `lr_of` names; of two names of one parameter the longer counts. Raises
+    `UserError` for a name that none has."""
     times: dict[int, float] = {}
-    for part, scale in lr_of.items():
+    for part, scale in sorted(lr_of.items(), key=lambda item: len(item[0])):
         found = [id(p) for name, p in model.named_parameters() if part in name.split(".") or name.startswith(part)]
         if not found or not 0 <= scale < math.inf:
             what = "name a part of the model, such as track_embedding, with a multiple of lr, or with 0 to freeze it"
