@@ -86,6 +86,7 @@ def test_processes_share_the_lines(run, tmp_path: Path, monkeypatch: pytest.Monk
         ('{"prompt": "x", "keyframes": [["a.png", 3, 1' + "0" * 400 + "]]}", "line 2: keyframe at frame 3 has strength"),
         ('{"prompt": "x", "seed": 1e30}', "line 2: seed"),
         ('{"prompt": "x", "camera": {"pan": true}}', "line 2: camera axis pan is True"),
+        ('{"prompt": "' + "a" * 300 + '"}', "line 2: prompt of 300 bytes is longer than this model reads"),
         ('{"prompt": "\\ud800"}', "half a character"),
         ('{"prompt": "x", "loop": true, "last_image": "a.png"}', "line 2: both loop and last_image"),
     ],

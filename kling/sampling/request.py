@@ -18,7 +18,7 @@ from kling.cameras.trajectory import Trajectory
 from kling.condition.state import MOST_REFERENCES
 from kling.errors import UserError, unknown
 from kling.sampling.brush import Track, as_tracks
-from kling.sampling.shots import Shot, as_shots, read_shots
+from kling.sampling.shots import Shot, as_shots, read_shots, whole_characters
 from kling.shapes import ASPECTS, latent_frames, parse_size
 
 Picture = str | Path | np.ndarray | None  # a file, or uint8 (H, W, 3)
@@ -223,6 +223,8 @@ class Request:
                 setattr(self, field_.name, plain(value))
             except OverflowError:  # an int with hundreds of digits; the range checks refuse it
                 setattr(self, field_.name, math.inf)
+        for name in ("prompt", "negative_prompt"):
+            whole_characters(getattr(self, name) or "", name)
         pair = self.guidance_interval
         whole = isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(value, numbers.Real) for value in pair)
         if pair is not None and not (whole and all(abs(value) < 2 for value in pair)):

@@ -108,6 +108,7 @@ def as_shot(given: Any, where: str = "shots") -> Shot:
     prompt, seconds, camera = (*given, None)[:3]
     if not isinstance(prompt, str) or not prompt.strip():
         raise UserError(f"{where}: a shot has the prompt {prompt!r:.40}: say in words what it shows", code="wordless_shot")
+    whole_characters(prompt, f"{where}: prompt")
     if isinstance(seconds, bool) or not isinstance(seconds, numbers.Real) or not 0 < seconds <= LONGEST:
         raise UserError(f"{where}: the shot '{prompt:.40}' lasts {seconds!r:.20} seconds: give a number above 0, and at most {LONGEST}")
     camera = str(camera) if isinstance(camera, Path) else camera
@@ -120,6 +121,12 @@ def as_shot(given: Any, where: str = "shots") -> Shot:
     elif isinstance(camera, str) and not os.path.isfile(camera):
         parse_axes(camera)
     return Shot(prompt, float(seconds), camera)
+
+
+def whole_characters(text: str, where: str) -> None:
+    """Raises `UserError` for half of a character, which no encoder and no record takes."""
+    if any("\ud800" <= c <= "\udfff" for c in text):
+        raise UserError(f"{where} {text!r:.60} holds half a character (a lone surrogate): write it again")
 
 
 def as_shots(given: Any) -> str | list[Shot] | None:

@@ -122,7 +122,7 @@ class ByteTextEncoder(ModelMixin, ConfigMixin):
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, list[int]]:
         """Prompts -> byte ids (b, s) after the begin token, padded with 0 to the longest in whole tokens, and the b lengths."""
-        rows = [[BEGIN, *self._bytes(prompt)] for prompt in prompts]
+        rows = [[BEGIN, *self.as_bytes(prompt)] for prompt in prompts]
         lengths = [len(row) for row in rows]
         width = -(-max(lengths) // self.config.fold) * self.config.fold
         return upload(torch.tensor([row + [0] * (width - len(row)) for row in rows]), self.device), lengths
@@ -155,7 +155,8 @@ class ByteTextEncoder(ModelMixin, ConfigMixin):
         x = self.norm(x) * seen[..., None]
         return F.pad(x, (0, 0, 0, self.num_tokens - x.shape[1]))
 
-    def _bytes(self, prompt: str) -> bytes:
+    def as_bytes(self, prompt: str) -> bytes:
+        """What the encoder reads of a prompt. Raises `UserError` if it is longer than `max_bytes`."""
         data = prompt_bytes(prompt)
         if len(data) > self.config.max_bytes:
             raise UserError(f"prompt of {len(data)} bytes is longer than this model reads ({self.config.max_bytes}): shorten it")
