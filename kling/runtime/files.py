@@ -154,6 +154,14 @@ def parse_json(text: str | bytes, once: bool = False) -> Any:
     raise ValueError(f"it is nested more than {DEEPEST} levels deep")
 
 
+def parse_object(text: str | bytes, once: bool = False) -> dict[str, Any]:
+    """`parse_json` for an object: ValueError for anything else."""
+    value = parse_json(text, once)
+    if not isinstance(value, dict):
+        raise ValueError(f"it holds a {type(value).__name__}, not an object")
+    return value
+
+
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
