@@ -40,6 +40,7 @@ def main(argv: list[str] | None = None) -> None:
     arrivals = Path(tempfile.mkdtemp(prefix="kling-demo-"))
     os.environ["GRADIO_TEMP_DIR"] = str(arrivals)  # must be set before gradio is imported, like the next one
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    os.environ["GRADIO_RUN_HISTORY"] = "False"  # else every request is kept in the browser, and a page of Gradio's own shows it
     try:
         _, page, settings = prepare(args, arrivals)
         page.launch(

@@ -13,6 +13,7 @@ import logging
 import os
 import secrets
 import socket
+import sqlite3
 import sys
 import threading
 from collections.abc import AsyncIterator, Callable
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kling_programs.sample.command import Parser
+from kling_programs.sample.server.fetch import check_url
 
 from kling.errors import UserError, program, unknown
 
@@ -123,9 +125,10 @@ def keep_house(store: Store, over: threading.Event) -> None:
     """Delete what is not needed any more, until the server ends."""
     while not over.wait(HOUSEKEEPING):
         try:
-            store.expire()
+            while store.expire() and not over.is_set():
+                pass  # a thousand at a time
             store.tidy()
-        except Exception:
+        except (OSError, sqlite3.Error):
             logging.exception("housekeeping")
 
 
@@ -205,8 +208,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if args.listen and args.keys is None:
         raise UserError("--listen opens the server to the network: give --keys FILE with access keys and secrets")
     if args.url is not None:
-        if not args.url.startswith(("http://", "https://")):
-            raise UserError(f"--url {args.url}: give the whole address, such as https://video.example.org")
+        check_url(args.url, "--url")
         args.url = args.url.rstrip("/")
     return args
 

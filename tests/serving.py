@@ -83,7 +83,7 @@ class Client:
 
         if self.key is not None and "Authorization" not in headers:
             headers["Authorization"] = f"Bearer {KEYS[self.key]}"
-        reply = httpx.request(method, self.url + path if path.startswith("/") else path, json=body, headers=headers, timeout=60)
+        reply = httpx.request(method, self.url + path if path.startswith("/") else path, json=body, headers=headers, timeout=300)
         kind = reply.headers.get("content-type", "")
         return reply.status_code, reply.json() if kind.startswith("application/json") else reply.content
 
@@ -93,14 +93,14 @@ class Client:
         assert (status, said["code"]) == (200, 0), said
         return said["data"]
 
-    def wait(self, kind: str, name: str) -> dict:
-        """The data of a task that has ended."""
+    def wait(self, kind: str, name: str, every: float = 0.05) -> dict:
+        """The data of a task that has ended; asked for `every` seconds."""
         for _ in range(1200):
             status, said = self("GET", f"/v1/videos/{kind}/{name}")
             assert status == 200, said
             if said["data"]["task_status"] in (DONE, FAILED):
                 return said["data"]
-            time.sleep(0.05)
+            time.sleep(every)
         raise AssertionError(f"{name} does not end: {said}")
 
 

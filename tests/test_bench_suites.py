@@ -61,6 +61,7 @@ def test_clips_of_all_readers_are_the_same_frames(tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)  # two models are loaded, which takes minutes on a crowded core
 def test_a_server_is_measured_by_what_it_made(bench: Bench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pytest.importorskip("fastapi")
     monkeypatch.setattr(serve, "WORKERS", (1,))

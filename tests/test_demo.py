@@ -236,6 +236,17 @@ def test_a_visitor_has_a_share_of_places_and_of_time():
     assert error.value.code == "no_time" and drain(queue.run("c", lambda tell: 1))[1] == 1
 
 
+def test_one_job_ends_when_it_has_used_a_whole_share():
+    """Else eight videos of a minute would hold the model for hours, whatever a visitor's share is; what was told before is kept."""
+    queue, told = ModelQueue(seconds=0.3), []
+    events = queue.run("a", lambda tell: [(tell(i), time.sleep(0.05)) for i in range(1000)])
+    with pytest.raises(Busy, match="ask for fewer or shorter") as error:
+        while True:
+            told.append(next(events))
+    assert error.value.code == "too_long" and 2 < len(told) < 100
+    assert drain(ModelQueue().run("a", lambda tell: [tell(i) for i in range(1000)] and "done"))[1] == "done"
+
+
 def follows(queue: ModelQueue, visitor: str, work, **settings) -> tuple[list, threading.Thread]:
     """A thread that reads a job to its end: ["done", result] or ["stopped"]."""
     seen: list = []

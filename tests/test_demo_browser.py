@@ -25,8 +25,11 @@ from kling.data.video import write_gif
 playwright = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install 'kling[dev]'")
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine: apt install chromium")
-WAIT = 300_000  # ms
+pytestmark = [
+    pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine: apt install chromium"),
+    pytest.mark.timeout(1800),  # a minute or two on an idle core
+]
+WAIT = 600_000  # ms
 ASKED = ["image", "last", "first_last", "keyframes", "loop", "continuation", "restyle", "inpaint", "outpaint", "camera"]
 PLAYING = "(() => { const v = document.querySelector('#stage video'); return v && v.videoWidth > 0 && v.currentTime > 0 })()"
 
@@ -34,9 +37,18 @@ PLAYING = "(() => { const v = document.querySelector('#stage video'); return v &
 @pytest.fixture(scope="module")
 def browser() -> Iterator[playwright.Browser]:
     with playwright.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        browser = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
         yield browser
         browser.close()
+
+
+@pytest.fixture(autouse=True)
+def leave(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Close what a test that failed left open: pages that go on drawing take the time of the next one."""
+    yield
+    if "browser" in request.fixturenames:
+        for visitor in request.getfixturevalue("browser").contexts:
+            visitor.close()
 
 
 def new_page(browser: playwright.Browser, width: int = 1440, **context: object) -> playwright.Page:

@@ -20,6 +20,7 @@ import pytest
 pytest.importorskip("gradio")
 
 from kling_programs.sample.studio import guard, jobs
+from kling_programs.sample.studio.form import FIELDS
 from kling_programs.sample.studio.guard import Door, Limits, own_names, read_accounts
 from test_demo import png
 from test_demo_page import Site, site  # noqa: F401 - a fixture
@@ -120,6 +121,7 @@ def test_an_address_in_a_payload_is_never_fetched(site):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # a minute on an idle core
 def test_numbers_out_of_range_never_fail_on_the_server(site, caplog, capfd):
     """Any input to any field of any event gives one line or nothing, never an error in the log."""
     odd = [1e300, 10**400, -1, 0.5, True, "7", [], {}, "\ud800"]
@@ -139,7 +141,74 @@ def test_numbers_out_of_range_never_fail_on_the_server(site, caplog, capfd):
                 pytest.fail(f"{fn.fn.__name__} of {value!r}: {said[-1500:]} {caplog.text[-1500:]}")
 
 
+def test_a_body_that_names_no_function_or_argument_of_the_page_is_refused_without_a_trace(site, capfd):
+    """What Gradio itself would answer with status 500 and a traceback in the log."""
+    odd = [
+        ("queue/join", {"data": [], "session_hash": "a", "fn_index": 99_999}),
+        ("queue/join", {"data": [], "session_hash": "a", "fn_index": -1}),
+        ("run/predict", {"data": []}),
+        ("run/nothing", {"data": []}),
+        ("call/nothing", {"data": []}),
+        ("call/v2/nothing", {}),
+        ("call/v2/generate", {"promt": "a ball"}),
+        ("call/v2/generate", []),
+        ("call/generate", {"data": {}}),
+        ("cancel", {"session_hash": [], "fn_index": {}, "event_id": 5}),
+    ]
+    for path, body in odd:
+        reply = site.http.post(f"{site.url}gradio_api/{path}", json=body)
+        assert 400 <= reply.status_code < 500 and "Traceback" not in reply.text, (path, body, reply.text)
+    for text in (b"", b"{", b"\xff", b"[" * 100_000, b'{"data":' * 10_000):
+        for path in ("queue/join", "call/generate", "run/predict"):
+            reply = site.http.post(f"{site.url}gradio_api/{path}", content=text, headers={"content-type": "application/json"})
+            assert 400 <= reply.status_code < 500, (path, text[:20])
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_what_the_page_does_not_use_of_gradio_does_not_exist(site):
+    part = {"video": ("a.mp4", b"x")}
+    for path in ("process_recording", "component_server", "vibe-edit", "run-history/connect", "stream/x", "stream/x/close"):
+        assert site.http.post(f"{site.url}gradio_api/{path}", files=part).status_code == 404, path
+    for path in ("deep_link?session_hash=a", "proxy=http://127.0.0.1:1/x", "runs", "run-history/buckets", "vibe-code", "monitoring"):
+        assert site.http.get(f"{site.url}gradio_api/{path}").status_code == 404, path
+    assert site.http.get(f"{site.url}monitoring").status_code == 404 and site.http.get(f"{site.url}config").status_code == 200
+    assert (
+        site.http.get(f"{site.url}gradio_api/file=/srv/runs/monitoring/x.mp4").status_code == 403
+    )  # a folder of such a name is another thing
+
+
+def test_a_tab_of_an_earlier_start_is_told_so_and_leaves_no_trace(site, capfd):
+    for path in ("queue/data?session_hash=gone", "call/generate/0123456789abcdef"):
+        reply = site.http.get(f"{site.url}gradio_api/{path}")
+        assert reply.status_code == 200 and "404: Not Found" in reply.text
+    time.sleep(0.5)
+    assert "Traceback" not in capfd.readouterr().err and not site.studio.door.listening
+
+
+def test_drawings_count_as_uploads(site, monkeypatch):
+    """They are stored, and come with any event of the page."""
+    door = site.studio.door
+    monkeypatch.setattr(door, "_brought", {})
+    monkeypatch.setattr(door, "limits", Limits(hourly=200_000))
+    body = {"data": ["x" * 80_000], "session_hash": "a", "fn_index": 99_999}
+    assert [site.http.post(f"{site.url}gradio_api/queue/join", json=body).status_code for _ in range(3)] == [400, 400, 429]
+    assert [len(sent) for sent in door._brought.values()] == [1]  # what comes soon after another is added to it
+
+
 # --------------------------------------------------------------------------------------------------------------- who listens
+
+
+def test_what_looks_inside_is_stopped_too_when_nobody_listens(site, monkeypatch):
+    monkeypatch.setattr(jobs, "UNHEARD", 1.0)
+    number, fn = next((number, fn) for number, fn in site.page.fns.items() if fn.fn is not None and fn.fn.__name__ == "look")
+    values = {name: None for name in FIELDS} | {"prompt": "a ball", "num_inference_steps": 100, "duration": 20.0}
+    body = {"data": [values[name] for name in FIELDS], "fn_index": number, "session_hash": "nobody"}
+    assert site.http.post(f"{site.url}gradio_api/queue/join", json=body).status_code == 200  # and no GET
+    deadline, ran = time.time() + 60, False
+    while time.time() < deadline and not (ran and not site.studio.queue.running):
+        ran = ran or site.studio.queue.running
+        time.sleep(0.05)
+    assert ran and not site.studio.queue.running
 
 
 def test_a_request_that_nobody_listens_to_is_stopped(site, monkeypatch):
@@ -201,7 +270,11 @@ def test_only_our_own_host_names_are_answered(site):
         assert status(host) == 200, host
     for host in ("evil.example", "127.0.0.1.evil.example:7860", "localhost.evil.example", "evil.example:7860", "", "a@b"):
         assert status(host) == 403, host
-    assert status("127.0.0.1", origin="http://127.0.0.1:9") == 200 and status("127.0.0.1", origin="https://evil.example") == 403
+    assert status("127.0.0.1", origin="http://127.0.0.1:9") == 200
+    for origin in ("https://evil.example", "null", "x", "http://[", "https://evil.example/127.0.0.1"):
+        assert status("127.0.0.1", origin=origin) == 403, origin
+    for host in ("[", "[::1", "a]b", "@", "127.0.0.1@evil.example"):  # no name at all
+        assert raw(site, f"GET / HTTP/1.1\nHost: {host}\nConnection: close") == 403, host
     assert "kling.example" in own_names(["Kling.Example"]) and Door(site.arrivals, own_names(["kling.example"])).knows("kling.example:443")
 
 

@@ -1,4 +1,7 @@
-"""The motion brush, the live preview, mode fast and the written-out prompt in a real browser. Needs chromium (apt install chromium)."""
+"""The motion brush, the tray of things, the storyboard, the live preview, mode fast and the written-out prompt in a real browser.
+
+Needs chromium (apt install chromium).
+"""
 
 # ruff: noqa: F811 - arguments are fixtures
 
@@ -11,8 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from test_demo import png
-from test_demo_browser import browser, fill, new_page, open_for_short_clips, tab, understood, upload  # noqa: F401
+from test_demo_browser import browser, fill, leave, new_page, open_for_short_clips, tab, understood, upload  # noqa: F401
 from test_demo_browser import generate as generate_and_play
 from test_demo_browser import pytestmark as needs_chromium
 from test_demo_page import Site
@@ -20,21 +24,22 @@ from test_enhance import chat_model
 from test_generate import save_tiny
 
 from kling import KlingPipeline, KlingTransformer3DModel
+from kling.data.image import read_image
 
-pytestmark = [needs_chromium, pytest.mark.slow]
+pytestmark = [*needs_chromium, pytest.mark.slow]
 ARROWS = "window.studio.withMask([0, 0], 0, 1)[1].map(({ points }) => points)"  # what the form sends
 W, H = 112, 64
 
 
 def save_able(folder: Path, capabilities: list[str]) -> None:
-    """The tiny model of `save_tiny` with an input for tracks, and with few-step weights."""
+    """The tiny model of `save_tiny` with an input for tracks, references and shots, and with few-step weights."""
     save_tiny(folder, capabilities)
     pipe = KlingPipeline.from_pretrained(folder)
     config = {name: value for name, value in pipe.transformer.config.items() if not name.startswith("_")} | {"track_channels": 5}
     std, fast = KlingTransformer3DModel(**config), KlingTransformer3DModel(**config | {"gate_value": 0.25})
     for parameter in (*std.parameters(), *fast.parameters()):
         torch.nn.init.normal_(parameter, std=0.1)
-    able = [*capabilities, "brush"]
+    able = [*capabilities, "brush", "reference", "shots"]
     whole = KlingPipeline(pipe.vae, std, pipe.text_encoder, pipe.scheduler, able, transformer_fast=fast, max_frames=41)
     whole.save_pretrained(folder)
 
@@ -193,6 +198,155 @@ def test_a_chat_model_fills_the_prompt(browser, able):
     page.wait_for_function("document.querySelector('#prompt textarea').value == 'big fox.'")
     page.fill("#prompt textarea", "big fox. red")  # changed like any other
     page.wait_for_selector("#rough img")
+    page.context.close()
+
+
+def flat(path: Path, colour: str, size: tuple[int, int] = (40, 30)) -> Path:
+    Image.new("RGB", size, colour).save(path)
+    return path
+
+
+def put_in_tray(page, *files: Path) -> None:
+    page.set_input_files("#references input[type=file]", [str(file) for file in files])
+
+
+def in_tray(page, count: int) -> None:
+    page.wait_for_function(f"document.querySelectorAll('#references .gallery-item img').length == {count}")
+
+
+def test_a_tray_is_filled_emptied_sent_and_found_again(browser, able, tmp_path):
+    page = new_page(browser)
+    open_for_short_clips(page, able)
+    page.uncheck("#live input")
+    page.fill("#prompt textarea", "the first thing rolls left on snow")
+    tab(page, "Pictures")
+    put_in_tray(page, flat(tmp_path / "red.png", "red"), flat(tmp_path / "blue.tif", "blue"))
+    in_tray(page, 2)
+    understood(page, "text to video · references × 2")
+    page.wait_for_function("[...document.querySelectorAll('#references img')].every((image) => image.naturalWidth > 0)")  # a TIFF, too
+    page.click("#references .gallery-item >> nth=0 >> .delete-button")
+    in_tray(page, 1)
+    understood(page, "text to video · references × 1")  # without another touch
+    put_in_tray(page, flat(tmp_path / "green.png", "lime"))
+    in_tray(page, 2)
+    (tmp_path / "<b>lie.png").write_bytes(b"words")
+    put_in_tray(page, tmp_path / "<b>lie.png")
+    page.wait_for_selector("[data-testid=toast-body] :text('lie.png is not an image')")
+    in_tray(page, 2)
+    understood(page, "text to video · references × 2")
+    generate_and_play(page)
+    record = made(page, able)
+    things = [read_image(file).float().mean((0, 1)).tolist() for file in record["request"]["references"]]
+    assert things == [[0, 0, 255], [0, 255, 0]] and record["settings"]["task"] == "text"
+    assert set(record["inputs"]) == set(record["request"]["references"])
+    page.reload()
+    in_tray(page, 2)
+    understood(page, "text to video · references × 2")
+    put_in_tray(page, *(flat(tmp_path / f"{i}.png", "red", (40 + i, 30)) for i in range(3)))
+    page.wait_for_selector("#plan .bad:text('At most 4 pictures of things')")
+    page.context.close()
+    other = new_page(browser)  # and with the record, in another browser
+    other.goto(able.url)
+    other.wait_for_selector("#plan p")
+    path = next(one.record_path for one in able.studio.shelf.results() if one.record == record)
+    other.set_input_files("input[type=file]:has(+ #restore)", str(path))
+    understood(other, "text to video · references × 2")
+    other.context.close()
+
+
+STORY = "window.studio.withMask([0, 0, 0], 0, 1, 2)[2]"  # what the form sends
+
+
+def write_shot(page, n: int, words: str, seconds: str = "0.5", camera: str = "") -> None:
+    """A row of the storyboard, added if it is the next."""
+    if page.locator(".story li").count() == n:
+        page.click("[data-do=add-shot]")
+    for name, value in (("prompt", words), ("seconds", seconds), ("camera", camera)):
+        page.fill(f".story li >> nth={n} >> [name={name}]", value)
+
+
+def words_of(page) -> list[str]:
+    shown = page.evaluate("[...document.querySelectorAll('.story [name=prompt]')].map((field) => field.value)")
+    assert shown == page.evaluate(f"{STORY}.map((shot) => shot.prompt)")
+    return shown
+
+
+def test_a_storyboard_is_written_sorted_sent_and_found_again(browser, able):
+    page = new_page(browser)
+    open_for_short_clips(page, able)
+    page.uncheck("#live input")
+    tab(page, "Storyboard")
+    page.click("[data-do=add-shot]")
+    assert page.evaluate("document.activeElement.name") == "prompt"  # ready to be written on
+    page.wait_for_selector("#plan .bad:text('A shot of the storyboard has no words')")
+    for n, (words, camera) in enumerate([("a red ball", "pan=5"), ("<b>二</b>", ""), ("a green cone", "forward_up"), ("gone", "")]):
+        write_shot(page, n, words, camera=camera)
+    page.wait_for_selector("#plan b:has-text('4 shots: 0.625 + 0.5 + 0.5 + 0.5 s')")
+    assert words_of(page) == ["a red ball", "<b>二</b>", "a green cone", "gone"]
+    page.drag_and_drop(".story li >> nth=2 >> .grip", ".story li >> nth=0")
+    assert words_of(page) == ["a green cone", "a red ball", "<b>二</b>", "gone"]
+    page.click(".story li >> nth=1 >> [name=down]")
+    page.click(".story li >> nth=3 >> [name=remove]")
+    assert words_of(page) == ["a green cone", "<b>二</b>", "a red ball"]
+    write_shot(page, 0, "a green cone", "0.5", "sideways")
+    page.wait_for_selector("#plan .bad:has-text(\"shot 1: unknown camera move 'sideways'\")")
+    write_shot(page, 0, "a green cone", "0", "forward_up")
+    page.wait_for_selector("#plan .bad:text('Seconds 0: give a number from 0.1 to 60')")
+    write_shot(page, 0, "a green cone", "1", "forward_up")
+    page.fill("#prompt textarea", "words of all")
+    page.wait_for_selector("#plan .bad:text('The storyboard has no place for “Prompt”')")
+    page.fill("#prompt textarea", "")
+    page.wait_for_selector("#plan b:has-text('3 shots: 1.12 + 0.5 + 0.5 s')")
+    generate_and_play(page)
+    assert page.locator(".strips li span").all_inner_texts() == ["a green cone", "<b>二</b>", "a red ball"]
+    assert page.evaluate("[...document.querySelectorAll('.strips img')].every((image) => image.naturalWidth > image.naturalHeight)")
+    record = made(page, able)
+    shots = [{"prompt": "a green cone", "seconds": 1.0, "camera": "forward_up"}, {"prompt": "<b>二</b>", "seconds": 0.5, "camera": None}]
+    shots += [{"prompt": "a red ball", "seconds": 0.5, "camera": "pan=5"}]
+    assert record["request"]["shots"] == shots and record["request"]["duration"] is None and record["frames"]["shape"][0] == 17
+    page.reload()
+    page.wait_for_selector("#plan b:has-text('3 shots')")
+    tab(page, "Storyboard")
+    page.wait_for_function("document.querySelectorAll('.story li').length == 3")
+    assert words_of(page) == ["a green cone", "<b>二</b>", "a red ball"]
+    for _ in range(3):
+        page.click(".story li >> nth=0 >> [name=remove]")
+    page.wait_for_selector("#plan b:text-is('text to video')")
+    page.context.close()
+    other = new_page(browser)  # and with the record, in another browser
+    other.goto(able.url)
+    other.wait_for_selector("#plan p")
+    path = next(one.record_path for one in able.studio.shelf.results() if one.record == record)
+    other.set_input_files("input[type=file]:has(+ #restore)", str(path))
+    other.wait_for_selector("#plan b:has-text('3 shots')")
+    other.context.close()
+
+
+@pytest.mark.parametrize(("width", "locale"), [(1440, "en-US"), (390, "zh-CN")])
+def test_the_tray_and_the_storyboard_have_room(browser, able, width, locale, tmp_path):
+    page = new_page(browser, width, locale=locale, has_touch=width < 1000)
+    page.goto(able.url)
+    page.wait_for_selector("#plan p")
+    put_in_tray(page, *(flat(tmp_path / f"{i}.png", "red", (40 + i, 30)) for i in range(4)))
+    in_tray(page, 4)
+    for button in page.locator("#references .delete-button").all():
+        box = button.bounding_box()
+        assert min(box["width"], box["height"]) > 18 and button.evaluate("b => getComputedStyle(b).opacity") == "1"
+    tab(page, {"en-US": "Storyboard", "zh-CN": "分镜"}[locale])
+    for n in range(6):
+        write_shot(page, n, "a red ball rolls left on grass, then jumps up and down", "2.5", "right_turn_forward")
+    assert page.is_disabled("[data-do=add-shot]")
+    page.wait_for_function(f"document.documentElement.scrollWidth <= {width}")
+    rows = page.locator(".story li")
+    for row in rows.all():
+        outer = row.bounding_box()
+        boxes = [part.bounding_box() for part in row.locator(".grip, textarea, input, button").all()]
+        assert outer["x"] >= 0 and outer["x"] + outer["width"] <= width
+        for i, a in enumerate(boxes):
+            assert a["x"] >= outer["x"] and a["x"] + a["width"] <= outer["x"] + outer["width"] and a["height"] > 18
+            for b in boxes[:i]:
+                across = min(a["x"] + a["width"], b["x"] + b["width"]) - max(a["x"], b["x"])
+                assert across <= 1 or min(a["y"] + a["height"], b["y"] + b["height"]) - max(a["y"], b["y"]) <= 1
     page.context.close()
 
 

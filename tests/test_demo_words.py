@@ -11,27 +11,31 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 import torch
 from kling_programs.sample.studio import look, runs, views
 from kling_programs.sample.studio.events import Events
-from kling_programs.sample.studio.form import FIELDS, request_of
+from kling_programs.sample.studio.form import FIELDS, check_used, request_of
 from kling_programs.sample.studio.jobs import ModelQueue
 from kling_programs.sample.studio.mistakes import LINES, told_to, without_folders
 from kling_programs.sample.studio.research import Research
 from kling_programs.sample.studio.restore import record_at
 from kling_programs.sample.studio.shelf import Shelf
+from kling_programs.sample.studio.studio import Studio
 from kling_programs.sample.studio.words import CHINESE_TASKS, WORDS
 from PIL import Image
-from test_demo import H, W, clip, drain, pipe, png, uploads  # noqa: F401 - pipe and uploads are fixtures
+from test_demo import H, W, clip, drain, pipe, png, sparse, uploads  # noqa: F401 - pipe and uploads are fixtures
 
-from kling import Request
+from kling import KlingPipeline, Request, Track
 from kling.cameras.axes import axes_trajectory
 from kling.cameras.files import save_trajectory
 from kling.data.video import write_video
 from kling.errors import UserError
+from kling.sampling.enhance import Enhancer
 from kling.sampling.plan import TASK_TITLES as PLANNED
+from kling.sampling.plan import check_flow_map
 
 
 def test_common_errors_are_translated_to_chinese(pipe, uploads, tmp_path, monkeypatch):
@@ -62,9 +66,55 @@ def test_common_errors_are_translated_to_chinese(pipe, uploads, tmp_path, monkey
             patch.setattr("kling.sampling.inputs.MAX_SECONDS", 0.5)
             pipe.plan(Request(video=movie))
 
+    def without_sound() -> str | None:
+        with av.open(str(tmp_path / "s.mp4"), "w") as out:
+            stream = out.add_stream("aac", rate=8000)
+            sound = av.AudioFrame.from_ndarray(np.zeros((2, 1024), np.float32), format="fltp", layout="stereo")
+            sound.sample_rate = 8000
+            out.mux([*stream.encode(sound), *stream.encode()])
+        return handed_in((tmp_path / "s.mp4").read_bytes(), "video", "s.mp4")
+
+    def in_mode_fast() -> None:
+        able = [*pipe.config.capabilities, "shots"]
+        parts = pipe.vae, pipe.transformer, pipe.text_encoder, pipe.scheduler, able
+        KlingPipeline(*parts, transformer_fast=pipe.transformer, max_frames=17).plan(Request(shots=[("x", 1), ("y", 1)], mode="fast"))
+
+    class Chat(dict):
+        """A chat model that writes nothing."""
+
+        device = pad_token_id = folder = "cpu"
+        apply_chat_template = to = lambda self, *_, **__: self
+        generate = lambda self, **_: torch.zeros(1, 1)  # noqa: E731
+        decode = lambda self, *_, **__: ""  # noqa: E731
+
+    def enhanced() -> None:
+        chat = Chat(input_ids=torch.zeros(1, 1))
+        Enhancer.__call__(SimpleNamespace(tokenizer=chat, model=chat, folder="chat"), "x", pipe)
+
+    point = Track(None, ((1.0, 1.0),))
     noise = png(tmp_path / "n.png", (200, 200)).read_bytes()
     mistakes = [
         *(lambda f=f: request_of(f, uploads) for f in ({"prompt": "x" * 9999}, {"seed": 1.5}, {"seed": math.nan}, {"pan": 11})),
+        *(lambda f=f: request_of(f, uploads) for f in ({"prompt": 5}, {"prompt": "\ud800"}, {"loop": 3}, {"mode": "x"}, {"shots": 5})),
+        *(lambda rows=rows: request_of({"shots": rows}, uploads) for rows in ([_row(60), _row(1)], [_row(1, camera="y")])),
+        lambda: request_of({"tracks": [{}]}, uploads),
+        lambda: check_used({"strength": 0.5, "use": "continue"}),
+        lambda: Studio.plan(pipe, Request("x" * 300)),
+        lambda: Request(video=movie, image=image),
+        lambda: Request(video=movie, strength=0.5, tracks=[point]),
+        lambda: pipe.plan(Request(tracks=[Track(None, ((500.0, 1.0),))])),
+        lambda: pipe.plan(Request(tracks=[Track(image, ((1.0, 1.0),))])),
+        lambda: pipe.plan(Request(num_frames=1, camera="pan=3")),
+        lambda: pipe.plan(Request(duration=2, extend_to=0.5)),
+        lambda: pipe.plan(Request(mode="fast")),
+        lambda: check_flow_map(Request(guidance_scale=3)),
+        lambda: check_flow_map(Request(num_inference_steps=1000)),
+        in_mode_fast,
+        enhanced,
+        lambda: pipe.plan(Request(shots=[("x", 0.1)])),
+        without_sound,
+        lambda: handed_in(sparse(tmp_path / "j.mp4", 3, 700).read_bytes(), "video", "j.mp4"),
+        lambda: handed_in(Image.new("F", (9, 9)), "image", "x.tif"),
         lambda: request_of({"camera_file": _poses(uploads.store), "pan": 3}, uploads),
         lambda: request_of({"video": movie, "use": "fill"}, uploads),
         lambda: request_of({"keyframes": [{}] * 9}, uploads),
@@ -99,6 +149,7 @@ def test_common_errors_are_translated_to_chinese(pipe, uploads, tmp_path, monkey
         lambda: handed_in(b"1 2 3", "camera", "p.txt"),
         *(lambda limits=limits: full(**limits) for limits in ({"size": 0}, {"places": 0}, {"seconds": 1e-3})),
         too_long,
+        lambda: drain(ModelQueue(seconds=1e-9).run("a", lambda tell: tell(time.sleep(0.01)))),
         lambda: record_at(Path(movie), "v.mp4", Shelf(tmp_path / "empty", {})),
         lambda: drain(ModelQueue().run("a", no_model)),
         lambda: Shelf(tmp_path / "out", {}).get("x"),
@@ -124,6 +175,10 @@ def test_a_translation_goes_by_the_code_and_uses_the_labels_of_the_page():
         assert told_to(lang, UserError("/a/b.png is odd")) == "b.png is odd"  # without a code
         assert told_to(lang, UserError("/a/b.png is odd", code="not_an_image")).endswith("b.png is odd")  # without its values
         assert told_to(lang, UserError("odd", code="new_since")) == "odd"
+
+
+def _row(seconds: float, **more: Any) -> dict[str, Any]:
+    return {"prompt": "x", "seconds": seconds, **more}
 
 
 def _poses(folder: Path, frames: int = 9) -> str:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from kling.data import transforms
 from kling.data.image import read_image, read_mask, write_png
 from kling.data.transforms import contain, fit, to_tensor, to_uint8
 from kling.data.video import write_gif
@@ -161,6 +162,29 @@ def test_cover_crops_the_centre_and_contain_shows_all():
     assert shown[:, :20].max() == 0 == shown[:, 40:].max() and torch.equal(shown[:, 20:40], wide)
     placed, mask = contain(wide + 7, 60, 60)
     assert mask[:20].min() == 1 == mask[40:].min() and mask[20:40].max() == 0 and placed[:, 0, 0].eq(7).all()
+
+
+@pytest.mark.parametrize("shape", [(1, 2_000_000), (2_000_000, 1), (3, 500_000)])
+def test_a_picture_far_longer_than_the_frame_takes_no_more_memory_than_its_middle(shape, monkeypatch):
+    """A line of pixels, scaled as a whole until it fills the frame, would take terabytes."""
+    sizes, resize = [], transforms.cv2.resize
+    monkeypatch.setattr(transforms.cv2, "resize", lambda picture, size, **how: sizes.append(size) or resize(picture, size, **how))
+    picture = np.zeros((*shape, 3), np.uint8)
+    picture[..., 1] = 200
+    fitted = fit(picture, 64, 112)
+    assert fitted.shape == (64, 112, 3) and fitted[..., 1].unique().tolist() == [200] and max(w * h for w, h in sizes) < 10**6
+    assert np.allclose(fit(np.ones(shape, np.float32), 64, 112), 1)
+
+
+@pytest.mark.parametrize("shape", [(8, 400), (400, 8)])
+def test_the_middle_alone_gives_the_same_picture(shape, monkeypatch):
+    """As scaling all of it and cropping, up to the pixel by which the middle of an odd number is off."""
+    ramp = np.linspace(0, 255, max(shape))
+    ramp = np.broadcast_to(ramp if shape[1] > shape[0] else ramp[:, None], shape)
+    picture = np.stack([ramp] * 3, -1).astype(np.uint8)
+    whole = fit(picture, 64, 112).float()
+    monkeypatch.setattr(transforms, "MOST", 1)
+    assert (fit(picture, 64, 112).float() - whole).abs().mean() < 2
 
 
 def test_shrinking_does_not_alias():

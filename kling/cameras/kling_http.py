@@ -21,11 +21,12 @@ CONVENTIONS: dict[str, dict[str, str]] = {"2024": {}, "2025": {"pan": "tilt", "t
 def axes_from_wire(control: dict[str, Any], convention: str) -> dict[str, float]:
     """Axis values of a `camera_control` object. Several may be non-zero, which Kling's own server refuses.
 
-    Raises `UserError` for an unknown type, axis or convention, a value outside [-10, 10] or not a number, or a config next to a named shot.
+    An axis that is null is not given. Raises `UserError` for an unknown type, axis or convention, a value outside [-10, 10] or no number,
+    or a config next to a named shot.
     """
     names = _names(convention)
     kind, config = control.get("type"), control.get("config") or {}
-    if kind in MOVES:
+    if isinstance(kind, str) and kind in MOVES:
         if any(config.values()):
             raise UserError(f"camera_control '{kind}' has a config: leave it out, or set type to 'simple'")
         return dict(MOVES[kind])
@@ -34,7 +35,7 @@ def axes_from_wire(control: dict[str, Any], convention: str) -> dict[str, float]
     for name, value in config.items():
         if name not in AXES:
             raise unknown("camera axis", name, AXES)
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if isinstance(value, bool) or not isinstance(value, int | float | None):
             raise UserError(f"camera axis {name}={value!r} is not a number: give a value from -10 to 10")
     return check_axes({names.get(name, name): float(value) for name, value in config.items() if value})
 

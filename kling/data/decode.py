@@ -77,7 +77,8 @@ def open_video(source: Source, threads: int = 0, **options: str) -> Iterator[tup
             raise UserError(line, code="damaged_video", file=source)
         if not moving:
             others = ", ".join(sorted({s.type for s in container.streams}))
-            raise UserError(f"{source} has no video stream, only {others}: give a file with a moving picture")
+            line = f"{source} has no video stream, only {others}: give a file with a moving picture"
+            raise UserError(line, code="no_picture", file=source)
         moving[0].thread_type = "AUTO"
         moving[0].codec_context.thread_count = threads
         moving[0].codec_context.options = options
@@ -184,9 +185,9 @@ def _probe(source: Source, mtime_ns: int, size: int) -> VideoInfo:
     span = times[-1] - times[0] if timed else (len(whole) - 1) / fps
     steps = [b - a for a, b in pairwise(times)] or [span / max(1, len(whole) - 1)]
     if max(steps) > MAX_GAP:
-        raise UserError(
-            f"{source} has time stamps that jump by {max(steps):.0f} s: put them right with ffmpeg -i IN -vf setpts=N/FR/TB OUT"
-        )
+        seconds = f"{max(steps):.0f}"
+        line = f"{source} has time stamps that jump by {seconds} s: put them right with ffmpeg -i IN -vf setpts=N/FR/TB OUT"
+        raise UserError(line, code="time_jumps", file=source, seconds=seconds)
     if timed and span > 0 and abs(span * fps - (len(whole) - 1)) > 0.5:  # a variable rate, or a wrong rate in the header
         fps = (len(whole) - 1) / span
     if promised and timed and times[-1] + 1.5 / fps + 0.1 < promised:
@@ -195,7 +196,7 @@ def _probe(source: Source, mtime_ns: int, size: int) -> VideoInfo:
     with open_video(source) as (container, stream):
         first = next(container.decode(stream), None)
         if first is None:
-            raise UserError(f"{source} holds no frame that can be decoded: export it again")
+            raise UserError(f"{source} holds no frame that can be decoded: export it again", code="no_whole_frame", file=source)
         H, W = picture(first, stream.sample_aspect_ratio, source, hdr=False).shape[:2]
         if said := remark(first.color_primaries, first.color_trc):
             log.warning("%s is %s", source, said)

@@ -65,7 +65,8 @@ def _open(path: Source) -> Image.Image:
             line = f"{path} is an animation of {image.n_frames} frames: give it as a video, or export one frame as PNG"
             raise UserError(line, code="animation", file=path, n=image.n_frames)
         if image.mode == "F":
-            raise UserError(f"{path} holds floating-point pixels, whose white is not stated: export it as 8- or 16-bit PNG")
+            line = f"{path} holds floating-point pixels, whose white is not stated: export it as 8- or 16-bit PNG"
+            raise UserError(line, code="float_image", file=path)
         return ImageOps.exif_transpose(image)
     except UnidentifiedImageError:
         remedy = "give it as a video, or export one frame as PNG" if demuxer else "export it as PNG or JPEG"

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from kling.errors import UserError, unknown
 
-LONGEST = 64  # frames that the scaled picture may cover before it is cropped first
 Frames = Tensor | np.ndarray  # uint8 (T, H, W, 3), or one image (H, W, 3)
+MOST = 2**26  # pixels of a scaled picture; a line of 1x1000000 pixels would have 10 ** 10 of them at a height of 112
+AROUND = 4  # pixels kept beside the part of a picture that is used, for the filter
 
 
 def to_tensor(frames: Frames) -> Tensor:
@@ -85,9 +86,10 @@ def _resize(picture: np.ndarray, h: int, w: int) -> np.ndarray:
 
 def _cover(picture: np.ndarray, H: int, W: int) -> np.ndarray:
     h, w = cover_size(*picture.shape[:2], H, W)
-    if h * w > LONGEST * H * W:  # a long strip: scaled as a whole, it would fill the memory
+    if h * w > MOST:  # far longer than the frame: only its middle is scaled
         scale = max(H / picture.shape[0], W / picture.shape[1])
-        picture = crop(picture, *(min(have, math.ceil(want / scale) + 2) for have, want in zip(picture.shape, (H, W), strict=False)))
+        used = (2 * AROUND + math.ceil(side / scale) for side in (H, W))
+        picture = crop(picture, *(min(most, side) for most, side in zip(used, picture.shape, strict=False)))
         h, w = cover_size(*picture.shape[:2], H, W)
     return crop(_resize(picture, h, w), H, W)
 

@@ -173,7 +173,8 @@ def _stroke(track: Track, size: tuple[int, int], picture: tuple[int, int], cell:
         if not (0 <= x <= W and 0 <= y <= H):
             where = "" if (h, w) == (H, W) else " (after its crop to the clip's aspect)"
             px, py = track.points[0]
-            raise UserError(f"a track starts at {px:g},{py:g}, outside the first frame of {w}x{h}{where}: start where the thing is")
+            line = f"a track starts at {px:g},{py:g}, outside the first frame of {w}x{h}{where}: start where the thing is"
+            raise UserError(line, code="track_outside")
         start = path[:1]
     else:
         start = _points_under(_mask_on(track.mask, size, picture), cell, THING_POINTS if track.points else STILL_POINTS)
@@ -197,7 +198,8 @@ def _mask_on(mask: Any, size: tuple[int, int], picture: tuple[int, int]) -> Tens
         h, w = given.shape
         pixels = fit(given.float() / (255 if given.dtype == torch.uint8 and given.max() > 1 else 1), *size)
     if not 1 / RATIO < (w / h) / (picture[1] / picture[0]) < RATIO:
-        raise UserError(f"{name} is {w}x{h} and the first frame {picture[1]}x{picture[0]}: paint it on that frame, so that they match")
+        line = f"{name} is {w}x{h} and the first frame {picture[1]}x{picture[0]}: paint it on that frame, so that they match"
+        raise UserError(line, code="mask_shape", size=f"{w}x{h}", other=f"{picture[1]}x{picture[0]}")
     if not (white := pixels > 0.5).any():
         raise UserError(f"{name} has no white area in the clip's frame: paint white what the track is of", code="nothing_marked")
     return white

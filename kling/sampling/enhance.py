@@ -72,7 +72,8 @@ class Enhancer:
         fits = whole_sentences(text, room(pipe))
         if not fits:
             what = f"wrote {len(prompt_bytes(text))} bytes, and the text encoder reads {room(pipe)}" if text else "wrote nothing"
-            raise UserError(f"--enhance {self.folder} {what}: write the prompt out yourself, or give another model")
+            line = f"--enhance {self.folder} {what}: write the prompt out yourself, or give another model"
+            raise UserError(line, code="not_enhanced")
         return fits
 
 

@@ -68,7 +68,8 @@ def asked_frames(request: Request, fps: float) -> int:
     if request.shots is not None:
         times = timeline(request.storyboard, fps)
         if times.frames > MAX_SECONDS * fps + 1:
-            raise UserError(f"shots of {times.frames / fps:.0f} s in all: give at most {MAX_SECONDS:g} s")
+            seconds, most = f"{times.frames / fps:.0f}", f"{MAX_SECONDS:g}"
+            raise UserError(f"shots of {seconds} s in all: give at most {most} s", code="shots_too_long", seconds=seconds, most=most)
         return times.frames
     return request.num_frames or clip_frames(request.duration or DEFAULT_SECONDS, fps)
 

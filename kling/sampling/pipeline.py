@@ -299,7 +299,8 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             why = "its own weights take few steps already: leave mode out" if few else "distil it with kling-distill, or use mode std"
             raise UserError(f"mode fast: this model has no few-step weights beside its own; {why}", code="no_fast")
         if getattr(self.transformer, "peft_config", None):
-            raise UserError("mode fast: the LoRA changes the transformer, not the few-step weights beside it; unload it, or use mode std")
+            line = "mode fast: the LoRA changes the transformer, not the few-step weights beside it; unload it, or use mode std"
+            raise UserError(line, code="not_fast", field="lora")
         return self.config.get("fast") or {"num_inference_steps": 4}
 
     def check_divides(self, f: int, h: int, w: int) -> None:
@@ -331,15 +332,18 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
                 )
         few = self.transformer_fast if request.mode == "fast" else None
         if request.tracks is not None and few is not None and not few.config.track_channels:
-            raise UserError("mode fast: this model's few-step weights have no input for tracks: use mode std")
+            line = "mode fast: this model's few-step weights have no input for tracks: use mode std"
+            raise UserError(line, code="not_fast", field="tracks")
         if asked["shots"] and few is not None:
-            raise UserError("mode fast: this model's few-step weights were not distilled for shots: use mode std")
+            line = "mode fast: this model's few-step weights were not distilled for shots: use mode std"
+            raise UserError(line, code="not_fast", field="shots")
         if asked["shots"] and self.groups:
             raise UserError("shots: these weights take what is given as extra channels, which know no cut: make one shot at a time")
         if request.references and (self.groups or self.config.get("block_frames")):
             raise UserError("references: this model has no frames beside those that it makes, which references are: leave them out")
         if few is not None and request.references and few.config.num_kinds <= REFERENCE:
-            raise UserError("mode fast: this model's few-step weights know no references: use mode std")
+            line = "mode fast: this model's few-step weights know no references: use mode std"
+            raise UserError(line, code="not_fast", field="references")
         if request.brush_guidance_scale not in (None, 1) and (self.groups or self.config.get("block_frames")):
             raise UserError(f"brush_guidance_scale {request.brush_guidance_scale:g}: this model has no pass without tracks: leave it out")
         if request.guidance_reach and (self.groups or self.config.get("block_frames")):

@@ -111,7 +111,8 @@ def plan_hops(request: Request, inputs: Inputs, frames: int, fps: float, longest
         ]
     elif inputs.video is None:
         if whole is not None and whole < frames and (request.duration or request.num_frames):
-            raise UserError(f"extend_to {request.extend_to:g} s is shorter than the clip of {frames / fps:.1f} s: leave one of them out")
+            line = f"extend_to {request.extend_to:g} s is shorter than the clip of {frames / fps:.1f} s: leave one of them out"
+            raise UserError(line, code="extend_too_short", value=f"{request.extend_to:g}", seconds=f"{frames / fps:.1f}")
         first = min(frames, longest, whole or frames)
         begin = Hop(Given(known=int(inputs.image is not None or request.loop)), first)
         hops = [begin, *_continuations(first, whole or frames, longest)]
@@ -194,7 +195,8 @@ def plan_camera(request: Request, hops: list[Hop], H: int, W: int, fps: float) -
         return _shots_camera(request, request.storyboard, H, W, fps)
     still = max(0, hops[0].overlap - 1)
     if request.camera is not None and hops[-1].end == 1:
-        raise UserError("camera was given for a single picture, in which nothing can move: leave it out, or give a duration")
+        line = "camera was given for a single picture, in which nothing can move: leave it out, or give a duration"
+        raise UserError(line, code="nothing_moves", field="camera")
     camera = read_camera(request.camera, request.camera_scale, hops[-1].end - hops[0].start - still, H, W)
     if camera is None or not still:
         return camera
@@ -217,7 +219,8 @@ def plan_tracks(inputs: Inputs, hops: list[Hop]) -> Tracks | None:
     if not inputs.strokes:
         return None
     if hops[-1].end == 1:
-        raise UserError("tracks were given for a single picture, in which nothing can move: leave them out, or give a duration")
+        line = "tracks were given for a single picture, in which nothing can move: leave them out, or give a duration"
+        raise UserError(line, code="nothing_moves", field="tracks")
     still = max(0, hops[0].overlap - 1)
     tracks = stroke_tracks(inputs.strokes, hops[-1].end - hops[0].start - still)
     before = Tracks(tracks.points[:, :1].expand(-1, still, -1), torch.zeros(len(tracks), still, dtype=torch.bool), tracks.code)
@@ -234,7 +237,7 @@ def _with_keyframes(request: Request, inputs: Inputs, hops: list[Hop]) -> list[H
     """Assign every keyframe to the hop that generates its frame. Frame numbers are those of the result, including a continued video."""
     end, there = hops[-1].end, hops[0].start + hops[0].overlap
     if request.loop and end == 1:
-        raise UserError("loop was asked for of a single picture: give a duration")
+        raise UserError("loop was asked for of a single picture: give a duration", code="nothing_moves", field="loop")
     taken = {0: "image" if inputs.image is not None else "the loop's first frame"} if hops[0].given.known and not there else {}
     names = ["keyframe"] * len(request.keyframes) + ["last_image" if request.last_image is not None else "loop"]
     placed: list[list[int]] = [[] for _ in hops]

@@ -27,6 +27,7 @@ T = TypeVar("T")
 NAMED_IN_A_SHOT = {"prompt": "prompt", "duration": "seconds", "num_frames": "seconds", "camera": "camera"}
 MODES = ("std", "pro", "fast")
 MAX_SECONDS = 180.0
+SHIFTS = (1e-3, 1e3)
 
 
 class Fields(TypedDict, total=False):
@@ -179,8 +180,10 @@ class Request:
             raise UserError(f"strength {self.strength:g}: give a number from 0 (forget the video) to 1 (keep it)")
         if not 0 <= self.sigma_c < 1:
             raise UserError(f"sigma_c {self.sigma_c:g}: give a noise level from 0 to less than 1")
-        if self.shift is not None and not (math.isfinite(self.shift) and self.shift > 0):  # 0 puts every step where there is no noise
-            raise UserError(f"shift {self.shift:g}: give a number above 0")
+        if (
+            self.shift is not None and not SHIFTS[0] <= self.shift <= SHIFTS[1]
+        ):  # near 0 the steps are where there is no noise, and 0 / 0 is NaN
+            raise UserError(f"shift {self.shift:g}: give a number from {SHIFTS[0]:g} to {SHIFTS[1]:g}")
         for name in ("guidance_scale", "camera_guidance_scale", "brush_guidance_scale", "guidance_reach", "camera_scale"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= 0):
@@ -253,11 +256,13 @@ class Request:
             if value is not None and self.video is None and not (name != "strength" and self.image is not None):
                 raise UserError(f"{name} was given without a video to apply it to: give video too")
         if self.video is not None and self.image is not None:
-            raise UserError("both image and video were given: the video's own frames start the clip; leave image out")
+            line = "both image and video were given: the video's own frames start the clip; leave image out"
+            raise UserError(line, code="beside_video", field="image")
         if self.loop and self.last_image is not None:
             raise UserError("both loop and last_image were given: a loop ends where it starts; leave one out", code="loop_and_last")
         if self.video is not None and self.loop:
-            raise UserError("both loop and video were given: loop makes a clip of its own; leave one out")
+            line = "both loop and video were given: loop makes a clip of its own; leave one out"
+            raise UserError(line, code="beside_video", field="loop")
         if self.mask is not None and self.outpaint is not None:
             raise UserError("both mask and outpaint were given: give one of them")
         if self.outpaint is not None and self.aspect is not None:
@@ -268,7 +273,8 @@ class Request:
             length = "duration" if self.duration else "num_frames"
             raise UserError(f"both {length} and extend_to were given: one is what is added, the other the length of the whole; give one")
         if self.edited and self.tracks is not None:
-            raise UserError(f"both {self.edited} and tracks were given: a given video moves as it does; leave one out")
+            line = f"both {self.edited} and tracks were given: a given video moves as it does; leave one out"
+            raise UserError(line, code="tracks_on_edit")
         if self.tracks is None and self.brush_guidance_scale not in (None, 1):
             raise UserError(f"brush_guidance_scale {self.brush_guidance_scale:g} was given without tracks to follow: give tracks too")
         if self.camera is None and self.camera_scale != 1 and not any(shot.camera for shot in self.storyboard):

@@ -73,9 +73,9 @@ def timeline(shots: Sequence[Shot], fps: float) -> Timeline:
     is too short to get a latent frame."""
     whole = sum(shot.seconds for shot in shots)
     if clip_frames(whole, fps) == 1:
-        raise UserError(
-            f"shots of {whole:g} s in all are a single picture: give at least {TEMPORAL / fps:g} s, or a prompt and num_frames 1"
-        )
+        least = f"{TEMPORAL / fps:g}"
+        line = f"shots of {whole:g} s in all are a single picture: give at least {least} s, or a prompt and num_frames 1"
+        raise UserError(line, code="shots_too_short", seconds=f"{whole:g}", least=least)
     until = [sum(shot.seconds for shot in shots[: k + 1]) for k in range(len(shots) - 1)]
     bounds = [0, *(round((t * fps + TEMPORAL - 1) / TEMPORAL) for t in until), latent_frames(clip_frames(whole, fps))]
     for k, (start, end) in enumerate(pairwise(bounds)):

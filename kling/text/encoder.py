@@ -159,5 +159,7 @@ class ByteTextEncoder(ModelMixin, ConfigMixin):
         """What the encoder reads of a prompt. Raises `UserError` if it is longer than `max_bytes`."""
         data = prompt_bytes(prompt)
         if len(data) > self.config.max_bytes:
-            raise UserError(f"prompt of {len(data)} bytes is longer than this model reads ({self.config.max_bytes}): shorten it")
+            most = self.config.max_bytes
+            line = f"prompt of {len(data)} bytes is longer than this model reads ({most}): shorten it"
+            raise UserError(line, code="prompt_too_long", n=len(data), most=most)
         return data

@@ -129,7 +129,8 @@ class UMT5TextEncoder:
         lost = self._tokenizer.decode(ids[self.max_tokens - 1 : self.max_tokens + 24], skip_special_tokens=True)[:60].strip()
         line = f"prompt '{prompt[:40]}…' has {len(ids)} tokens, and umT5 reads {self.max_tokens}"
         if not self.cut:
-            raise UserError(f"{line}: shorten it; from '{lost}…' on it would be lost")
+            line += f": shorten it; from '{lost}…' on it would be lost"
+            raise UserError(line, code="prompt_too_long", n=len(ids), most=self.max_tokens)
         log.warning("%s: cut before '%s…'", line, lost)
 
     @cached_property

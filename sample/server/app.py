@@ -35,6 +35,7 @@ from kling_programs.sample.server.wire import (
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from kling import __version__
 from kling.errors import UserError, unknown
@@ -73,6 +74,34 @@ class Figures:
         return generate_latest(self.registry)
 
 
+class Watch:
+    """ASGI layer: counts the answers, and makes one line of a fault of ours. A client that goes away is none."""
+
+    def __init__(self, app: Any, figures: Figures) -> None:
+        self.app, self.figures = app, figures
+
+    async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        status = 0
+
+        async def sent(message: dict) -> None:
+            nonlocal status
+            status = message.get("status", status)
+            await send(message)
+
+        try:
+            await self.app(scope, receive, sent)
+        except ClientDisconnect:
+            status = status or 499  # as nginx calls it
+        except Exception:  # whatever it is: the client gets its line, the log the traceback
+            log.exception("%s %s", scope["method"], scope["path"])
+            if not status:
+                broken = WireError(BROKEN, "the server failed: its log has the reason; try again")
+                await answer(broken, scope["path"])(scope, receive, sent)
+        self.figures.requests.labels(getattr(scope.get("route"), "path", "other"), str(status)).inc()
+
+
 class Door:
     """ASGI layer: who is it, and is it too much? Before a body is read."""
 
@@ -88,10 +117,9 @@ class Door:
             self._check_host(headers.get(b"host", ""), headers.get(b"origin"))
             if not path.startswith(OPEN):
                 scope.setdefault("state", {})["key"] = self.keys.who(headers.get(b"authorization"))
-            if int(headers.get(b"content-length") or 0) > LARGEST:
+            if int(headers.get(b"content-length") or 0) > LARGEST:  # a number: the server below has read it
                 raise too_large()
-        except (WireError, ValueError) as error:
-            error = error if isinstance(error, WireError) else WireError(BAD_REQUEST, "Content-Length is no number")
+        except WireError as error:
             return await answer(error, path)(scope, receive, send)
         left, refused = LARGEST, False
 
@@ -109,18 +137,28 @@ class Door:
                 refused = True
                 await answer(too_large(), path)(scope, receive, send)
 
-        await self.app(scope, counted, sent)
+        try:
+            await self.app(scope, counted, sent)
+        except ClientDisconnect:
+            if left >= 0:
+                raise
+            await sent({})  # the app has nothing to say about half a body
 
     def _check_host(self, host: str, origin: str | None) -> None:
         """A page of another site must not use a server that needs no key, neither by its address nor by a name that leads here."""
         if self.hosts is None:
             return
-        for given in (host, urlsplit(origin).netloc if origin else None):
-            if given is None:
-                continue
-            name = (urlsplit(f"//{given}").hostname or "").lower().rstrip(".")
+        for url in (f"//{host}", *([origin] if origin is not None else [])):
+            name = _host_of(url)
             if name not in self.hosts and not _loopback(name):
                 raise WireError(NO_PERMISSION, f"host '{name[:60]}' is not this machine: a server without --keys answers to 127.0.0.1 only")
+
+
+def _host_of(url: str) -> str:
+    try:
+        return (urlsplit(url).hostname or "").rstrip(".")
+    except ValueError:  # half an IPv6 address, for one
+        return ""
 
 
 def _loopback(name: str) -> bool:
@@ -196,7 +234,8 @@ def build(server: Server, hosts: set[str] | None, lifespan: Callable[[], Any]) -
     about = "Kling's HTTP interface, classic and newer, and OpenAI's /v1/videos, on one open model. See docs/serving.md."
     app = FastAPI(title="kling-serve", version=__version__, description=about, lifespan=life, redoc_url=None)
     app.add_middleware(Door, keys=server.keys, hosts=hosts)
-    add_errors(app, server.figures)
+    app.add_middleware(Watch, figures=server.figures)  # around the door
+    add_errors(app)
     v1 = classic_routes(server)
     app.include_router(v1)
     app.include_router(v1, prefix="/kling", include_in_schema=False)
@@ -208,38 +247,32 @@ def build(server: Server, hosts: set[str] | None, lifespan: Callable[[], Any]) -
     return app
 
 
-def add_errors(app: FastAPI, figures: Figures) -> None:
+def add_errors(app: FastAPI) -> None:
     """Every refusal is one line in the format of its wire."""
-
-    @app.middleware("http")
-    async def count(request: Request, call_next: Callable) -> Response:
-        try:
-            response = await call_next(request)
-        except Exception:
-            log.exception("%s %s", request.method, request.url.path)
-            response = answer(WireError(BROKEN, "the server failed: its log has the reason; try again"), request.url.path)
-        route = request.scope.get("route")
-        figures.requests.labels(getattr(route, "path", "other"), str(response.status_code)).inc()
-        return response
 
     @app.exception_handler(WireError)
     async def wire(request: Request, error: WireError) -> Response:
-        return answer(error, request.url.path)
+        return answer(error, request.scope["path"])
 
     @app.exception_handler(UserError)
     async def user(request: Request, error: UserError) -> Response:
-        return answer(refusal(error, classic.NAMES), request.url.path)
+        return answer(refusal(error, classic.NAMES), request.scope["path"])
+
+    @app.exception_handler(OverflowError)
+    async def endless(request: Request, error: OverflowError) -> Response:
+        line = "a number in the request has hundreds of digits: give one that a computer can use"
+        return answer(WireError(BAD_FIELD, line), request.scope["path"])
 
     @app.exception_handler(RequestValidationError)
     async def shape(request: Request, error: RequestValidationError) -> Response:
-        return answer(WireError(BAD_FIELD, first_mistake(error, request.url.path)), request.url.path)
+        return answer(WireError(BAD_FIELD, first_mistake(error, request.scope["path"])), request.scope["path"])
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
         if error.status_code not in (404, 405):
-            return answer(WireError(BAD_REQUEST, str(error.detail), error.status_code), request.url.path)
-        line = f"{request.method} {request.url.path} is no method of this server: /docs lists them"
-        return answer(WireError(NO_METHOD, line, error.status_code), request.url.path)
+            return answer(WireError(BAD_REQUEST, str(error.detail), error.status_code), request.scope["path"])
+        line = f"{request.method} {request.scope['path']} is no method of this server: /docs lists them"
+        return answer(WireError(NO_METHOD, line, error.status_code), request.scope["path"])
 
 
 def first_mistake(error: RequestValidationError, path: str) -> str:
@@ -360,14 +393,13 @@ def openai_routes(server: Server) -> APIRouter:
             raise WireError(BAD_FIELD, f"limit {limit}: give 1 to 100")
         if order != "desc":
             raise WireError(BAD_FIELD, f"order '{order[:20]}': only desc, the newest first")
-        tasks = server.store.list(request.state.key, classic.KINDS, 0, -1)
-        ids = [task.id for task in tasks]
-        if after is not None and after not in ids:
+        last = None if after is None else server.store.get(request.state.key, after, classic.KINDS)
+        if after is not None and last is None:
             raise WireError(NO_THING, f"after '{after[:64]}' is none of your videos")
-        first = ids.index(after) + 1 if after else 0
-        data = [told(task) for task in tasks[first : first + limit]]
+        tasks = server.store.list(request.state.key, classic.KINDS, 0, limit + 1, before=last and last.seq)
+        data = [told(task) for task in tasks[:limit]]
         ends = {"first_id": data[0]["id"], "last_id": data[-1]["id"]} if data else {"first_id": None, "last_id": None}
-        return {"object": "list", "data": data, "has_more": len(tasks) > first + limit, **ends}
+        return {"object": "list", "data": data, "has_more": len(tasks) > limit, **ends}
 
     @router.get("/{name}")
     def retrieve(name: str, request: Request) -> dict[str, Any]:
@@ -424,6 +456,7 @@ def operator_routes(server: Server) -> APIRouter:
     def capabilities() -> dict[str, Any]:
         return envelope(server.desk.capabilities())
 
+    @router.head("/files/{name}", include_in_schema=False)
     @router.get("/files/{name}", response_class=FileResponse)
     def files(name: str) -> Response:
         """A result, or its record, by its unguessable name."""
@@ -440,4 +473,6 @@ def operator_routes(server: Server) -> APIRouter:
 
 
 def send(path: Path) -> FileResponse:
+    if not path.is_file():
+        raise WireError(NO_THING, "this file was deleted on the server: make the video again, with its seed")
     return FileResponse(path, media_type=KINDS[path.suffix], headers={"X-Content-Type-Options": "nosniff", "Cache-Control": "private"})

@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 TRIES = 8
 FIRST_WAIT = 2.0  # seconds to the second try; four times as long to each further one, at most an hour
 LONGEST_WAIT = 3600.0
+BROKEN_WAIT = 30.0  # seconds to the next try if the store itself fails
 OLDEST = 300.0  # seconds of a timestamp that a receiver should still accept
 SENDERS = 8
 
@@ -99,8 +100,9 @@ class Sender:
             else:
                 self.store.settle(notice, min(LONGEST_WAIT, FIRST_WAIT * 4**notice.tries))
                 self.told("failed")
-        except Exception:
+        except Exception:  # a full disk, for one: it is still owed, and must not be posted again and again meanwhile
             log.exception("callback %s of task %s", notice.id, notice.task.id)
+            self._stopping.wait(BROKEN_WAIT)
         finally:
             with self.store.changed:
                 self._busy.discard(notice.task.id)

@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal
 
 from kling_programs.sample.server.desk import EXTENSIONS, Ask, Desk
 from kling_programs.sample.server.store import DONE, Task
-from pydantic import BaseModel, ConfigDict, Field
+from kling_programs.sample.server.wire import Shape
+from pydantic import Field
 
 from kling.cameras.kling_http import axes_from_wire
 from kling.errors import UserError
@@ -25,10 +26,8 @@ Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Whole = Annotated[int, Field(strict=True)]
 
 
-class Body(BaseModel):
+class Body(Shape):
     """What all of them take. Fields after `watermark_info` are ours."""
-
-    model_config = ConfigDict(extra="forbid")
 
     model_name: str | None = Field(None, description="any of Kling's names, or this model's own: the server has one model")
     model: str | None = Field(None, description="the earlier name of model_name")
@@ -97,7 +96,7 @@ def read(desk: Desk, kind: str, body: Body, base: str) -> Ask:
     fields |= {"prompt": body.prompt or "", "mode": body.mode}
     if body.negative_prompt:
         fields["negative_prompt"] = body.negative_prompt
-    if (duration := _seconds(body.duration, desk.rules.strict)) is not None:
+    if (duration := seconds_of(body.duration, desk.rules.strict)) is not None:
         fields["duration"] = duration
     if (guidance := desk.guidance(body.cfg_scale)) is not None:
         if body.guidance_scale is not None:
@@ -142,7 +141,7 @@ def _check_known(desk: Desk, body: Body) -> None:
         raise UserError("mode 'fast': choose from std, pro")
 
 
-def _seconds(given: str | float | None, strict: bool) -> float | None:
+def seconds_of(given: str | float | None, strict: bool) -> float | None:
     """Seconds of a duration, which Kling writes as text."""
     if given is None or given == "":
         return None
@@ -150,8 +149,8 @@ def _seconds(given: str | float | None, strict: bool) -> float | None:
         raise UserError(f"duration {given!r}: give '3' to '15', as text")
     try:
         return float(given)
-    except ValueError:
-        raise UserError(f"duration {given[:20]!r} is no number: give seconds, such as '5'") from None
+    except (ValueError, OverflowError):  # whole numbers of hundreds of digits
+        raise UserError(f"duration {str(given)[:20]!r} is no number of seconds: give some, such as '5'") from None
 
 
 def read_shots(body: Body, duration: float | None) -> list[dict[str, Any]]:
@@ -164,10 +163,10 @@ def read_shots(body: Body, duration: float | None) -> list[dict[str, Any]]:
     if body.prompt:
         raise UserError("both prompt and multi_prompt were given: every shot has its own prompt; leave prompt out")
     for row in body.multi_prompt:
-        if set(row) != {"index", "prompt", "duration"} or not isinstance(row["index"], int):
+        if set(row) != {"index", "prompt", "duration"} or type(row["index"]) is not int:
             raise UserError("multi_prompt: give index (a whole number), prompt and duration for every shot")
     rows = sorted(body.multi_prompt, key=lambda row: row["index"])
-    shots = [{"prompt": row["prompt"], "seconds": _seconds(str(row["duration"]), False)} for row in rows]
+    shots = [{"prompt": row["prompt"], "seconds": seconds_of(str(row["duration"]), False)} for row in rows]
     if duration is not None and sum(shot["seconds"] for shot in shots) != duration:
         raise UserError(f"multi_prompt lasts {sum(shot['seconds'] for shot in shots):g} s and duration is {duration:g}: let them be equal")
     return shots

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 from kling_programs.sample.server.fetch import Reach, check_url, fetch
-from kling_programs.sample.server.store import DONE, New, Store, Task, digest, located
+from kling_programs.sample.server.store import DONE, FILES, New, Store, Task, digest, located
 from kling_programs.sample.server.wire import NO_THING, TOO_MANY, WireError, refusal
 from PIL import Image, ImageOps
 
@@ -28,8 +28,9 @@ from kling.sampling.request import MAX_SECONDS, MODES, Request
 from kling.shapes import ASPECTS
 
 MIB = 2**20
-FORMATS = {"PNG": ".png", "JPEG": ".jpg"}
+FORMATS = {"PNG": ".png", "JPEG": ".jpg", "MPO": ".jpg"}  # MPO: a phone's JPEG that holds a second picture
 SEEDS = 2**31  # drawn ones
+MOST_STEPS = 100_000  # of one task; three minutes of video in blocks of a few frames, with 100 steps for each, take a third of that
 FETCHES = 8  # pictures that are fetched at once
 READS = 4  # requests whose pictures are decoded at once: one can take 150 MB
 DEFAULTS = ("num_inference_steps", "guidance_scale", "negative_prompt", "shift", "solver")
@@ -107,7 +108,10 @@ class Desk:
             raise refusal(error, ask.names) from None
 
     def _take(self, key: str, ask: Ask) -> tuple[Task, bool]:
-        marks = digest([ask.kind, ask.body])
+        try:
+            marks = digest([ask.kind, ask.body])
+        except UnicodeEncodeError:
+            raise UserError("the request has half a character, a surrogate without its other: send whole characters, as UTF-8") from None
         if ask.external is not None:
             if not 0 < len(ask.external) <= 256 or not ask.external.isprintable():
                 raise UserError(f"external_task_id '{ask.external[:40]}': give 1 to 256 printable characters")
@@ -118,7 +122,7 @@ class Desk:
                 return first, False
         self.store.check_share(key)  # before anything is fetched or read
         if ask.callback is not None:
-            check_url(ask.callback, "callback_url")
+            check_url(ask.callback, "callback_url", Reach(self.rules.private))
         fields = {"seed": secrets.randbelow(SEEDS)} | ask.fields
         parent = None
         if ask.video is not None:
@@ -149,10 +153,23 @@ class Desk:
 
     def plan(self, fields: dict[str, Any]) -> Plan:
         """What the model would do. Raises `UserError` if it cannot."""
-        plan = self.pipe.plan(Request(**located(self.store.folder, fields)))
+        try:
+            plan = self.pipe.plan(Request(**located(self.store.folder, fields)))
+        except UserError as error:
+            raise UserError(self._without_paths(str(error), fields)) from None
         if plan.frames > MAX_SECONDS * plan.fps + 1:
             raise UserError(f"the video would last {plan.frames / plan.fps:.0f} s: {MAX_SECONDS:g} s are the most")
+        if plan.total_steps > MOST_STEPS:
+            steps = f"num_inference_steps {plan.num_inference_steps} and frame_delay {plan.frame_delay}: {plan.total_steps} steps"
+            raise UserError(f"{steps}, and {MOST_STEPS} are the most of a video: give fewer")
         return plan
+
+    def _without_paths(self, line: str, fields: dict[str, Any]) -> str:
+        """A message in which a file of the store is called by the field that it was given as."""
+        for name in FILES:
+            if fields.get(name):
+                line = line.replace(str((self.store.folder / fields[name]).absolute()), name)
+        return line.replace(f"{self.store.folder.absolute()}/", "")
 
     def _result(self, key: str, video: str) -> Task:
         task = self.store.by_video(key, video)
@@ -166,14 +183,14 @@ class Desk:
         """The file of a picture that was given as URL, base64 or bytes."""
         if isinstance(given, bytes):
             return given
-        return self._url(given, name) if re.match("https?://", given) else self._base64(given, name)
+        return self._url(given, name) if re.match("(?i)https?://", given) else self._base64(given, name)
 
     def _picture(self, data: bytes, name: str) -> str:
         """Check and keep a picture; its name in the store."""
         if len(data) > self.rules.picture:
             raise UserError(f"{name}: the picture has {len(data) / MIB:.1f} MiB: give at most {self.rules.picture / MIB:g} MiB")
         try:
-            with Image.open(io.BytesIO(data), formats=list(FORMATS)) as picture:
+            with Image.open(io.BytesIO(data), formats=["PNG", "JPEG"]) as picture:
                 (width, height), kind = picture.size, picture.format
         except Image.DecompressionBombError:
             width = height = self.rules.pixels

@@ -55,8 +55,9 @@ def is_public(address: str) -> bool:
     return found.is_global and not found.is_multicast
 
 
-def check_url(url: str, what: str) -> None:
-    """Raises `UserError` unless it is an http or https URL with a host and without a password. Looks nothing up."""
+def check_url(url: str, what: str, reach: Reach | None = None) -> None:
+    """Raises `UserError` unless it is an http or https URL with a host and without a password; with `reach`, also unless
+    that allows the address that its host may be. Looks no name up."""
     try:
         parts = urlsplit(url)
         good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.username is None and (parts.port or 1) > 0
@@ -64,19 +65,32 @@ def check_url(url: str, what: str) -> None:
         good = False
     if not good or len(url) > LONGEST or any(c <= " " or c == "\x7f" for c in url):
         raise UserError(f"{what} '{url[:60]}' cannot be used: give http://HOST/… or https://HOST/…, at most {LONGEST} characters")
+    if reach is not None:
+        with suppress(OSError, UnicodeError):  # a name, which may lead elsewhere when it is used
+            _check_public(parts.hostname, addresses_of(url, socket.AI_NUMERICHOST), reach, what)
 
 
 def resolve(url: str, reach: Reach, what: str) -> list[str]:
     """The addresses of a URL's host. Raises `UserError` if there are none, or if any is private and `reach` does not allow it."""
+    host = urlsplit(url).hostname
+    try:
+        found = addresses_of(url)
+    except (OSError, UnicodeError):
+        raise UserError(f"{what}: the host '{host}' is unknown: check the URL") from None
+    _check_public(host, found, reach, what)
+    return found
+
+
+def addresses_of(url: str, flags: int = 0) -> list[str]:
+    """The addresses of a URL's host, in the order of preference. Raises OSError or UnicodeError if there are none."""
     parts = urlsplit(url)
     port = parts.port or (443 if parts.scheme == "https" else 80)
-    try:
-        found = list(dict.fromkeys(str(row[4][0]) for row in socket.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)))
-    except (OSError, UnicodeError):
-        raise UserError(f"{what}: the host '{parts.hostname}' is unknown: check the URL") from None
-    if not reach.private and not all(is_public(address) for address in found):
-        raise UserError(f"{what}: the host '{parts.hostname}' is in a private network, which this server does not reach: give a public URL")
-    return found
+    return list(dict.fromkeys(str(row[4][0]) for row in socket.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM, flags=flags)))
+
+
+def _check_public(host: str | None, addresses: list[str], reach: Reach, what: str) -> None:
+    if not reach.private and not all(map(is_public, addresses)):
+        raise UserError(f"{what}: the host '{host}' is in a private network, which this server does not reach: give a public URL")
 
 
 def fetch(url: str, reach: Reach, what: str, body: bytes | None = None, headers: dict[str, str] | None = None) -> Answer:
@@ -145,11 +159,12 @@ class _Pinned(http.client.HTTPConnection):
     def connect(self) -> None:
         for i, address in enumerate(self.addresses):
             try:
-                self.sock = self.wire = socket.create_connection((address, self.port), self.timeout)
+                self.sock = self.wire = socket.create_connection((address, self.port), self.timeout / len(self.addresses))
                 break
             except OSError:
                 if i == len(self.addresses) - 1:
                     raise
+        self.sock.settimeout(self.timeout)
         if self.secure:
             context = ssl.create_default_context()
             self.sock = self.wire = context.wrap_socket(self.sock, server_hostname=self.host, do_handshake_on_connect=False)

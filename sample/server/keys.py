@@ -60,7 +60,7 @@ class Keys:
             raise WireError(AUTH_LATE, "the token has expired (exp): sign a new one") from None
         except jwt.ImmatureSignatureError:
             raise WireError(AUTH_EARLY, "the token is not valid yet (nbf): check the clock that signed it") from None
-        except jwt.InvalidTokenError as error:
+        except (jwt.InvalidTokenError, TypeError, ValueError, OverflowError, RecursionError) as error:  # the latter by odd claims
             line = f"the token is not valid ({str(error)[:100]}): sign it by HS256 with your secret, with iss = your access key and exp"
             raise WireError(AUTH_FAILED, line) from None
         if not known:

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from kling_programs.sample.server.classic import Number, Whole, read_camera, video_data
+from kling_programs.sample.server.classic import Number, Whole, read_camera, seconds_of, video_data
 from kling_programs.sample.server.desk import EXTENSIONS, Ask, Desk
 from kling_programs.sample.server.store import DONE, Task
-from pydantic import BaseModel, ConfigDict, Field
+from kling_programs.sample.server.wire import Shape
+from pydantic import Field
 
 from kling.errors import UserError, unknown
 
@@ -19,18 +20,14 @@ FRAMES = {"first_frame": "image", "last_frame": "last_image"}
 RESOLUTIONS = ("720p", "1080p", "4k")
 
 
-class Content(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
+class Content(Shape):
     type: str = Field(description="prompt, first_frame or last_frame")
     text: str | None = None
     url: str | None = Field(None, description="a URL, or base64")
 
 
-class Settings(BaseModel):
+class Settings(Shape):
     """Fields after `multi_shot` are ours."""
-
-    model_config = ConfigDict(extra="forbid")
 
     resolution: str | None = Field(None, description="accepted and told: the model has sizes of its own")
     aspect_ratio: str | None = None
@@ -52,17 +49,13 @@ class Settings(BaseModel):
     brush_guidance_scale: Number | None = None
 
 
-class Options(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
+class Options(Shape):
     callback_url: str | None = None
     external_task_id: str | None = None
     watermark_info: dict[str, Any] | None = None
 
 
-class Body(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
+class Body(Shape):
     prompt: Annotated[str, Field(max_length=3072)] | None = None
     negative_prompt: Annotated[str, Field(max_length=2500)] | None = None
     contents: list[Content] | None = None
@@ -86,8 +79,8 @@ def read(desk: Desk, path: str, model: str, body: Body, base: str) -> Ask:
     fields: dict[str, Any] = {name: value for name in EXTENSIONS if (value := getattr(settings, name)) is not None and value is not False}
     fields |= {"prompt": body.prompt or "", "mode": settings.mode}
     fields |= {ours: value for ours, value in (("aspect", settings.aspect_ratio), ("negative_prompt", body.negative_prompt)) if value}
-    if settings.duration is not None:
-        fields["duration"] = float(settings.duration)
+    if (duration := seconds_of(settings.duration, strict=False)) is not None:
+        fields["duration"] = duration
     if settings.camera_control is not None:
         fields["camera"] = read_camera(desk, settings.camera_control)
     pictures: dict[str, str] = {}

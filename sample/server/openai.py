@@ -74,8 +74,10 @@ def read(desk: Desk, form: dict[str, Any], base: str) -> Ask:
 
 def _number(name: str, value: Any, kind: type) -> int | float:
     try:
-        return kind(value) if not isinstance(value, bool) else kind("")
-    except (TypeError, ValueError):
+        if isinstance(value, bool) or (kind is int and isinstance(value, float) and value != int(value)):
+            raise ValueError
+        return kind(value)
+    except (TypeError, ValueError, OverflowError):  # infinity is no whole number
         raise UserError(f"{name} {str(value)[:20]!r} is no {'whole number' if kind is int else 'number'}: give one") from None
 
 

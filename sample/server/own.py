@@ -10,7 +10,8 @@ from typing import Any
 from kling_programs.sample.server.classic import task_data as classic_data
 from kling_programs.sample.server.desk import Ask
 from kling_programs.sample.server.store import FILES, Task
-from pydantic import BaseModel, ConfigDict, Field
+from kling_programs.sample.server.wire import Shape
+from pydantic import Field
 
 from kling.errors import UserError, unknown
 from kling.sampling.request import Request
@@ -20,9 +21,7 @@ MOVIES = ("video", "control")
 FIELDS = [field.name for field in dataclasses.fields(Request) if field.name != "num_videos"]
 
 
-class Body(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
+class Body(Shape):
     request: dict[str, Any] = Field(description="fields of a Request, in which pictures, masks and videos are names of files")
     files: dict[str, str] = Field({}, description="name -> base64")
     external_task_id: str | None = None

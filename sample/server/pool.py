@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 LEASE = 900.0  # seconds without a sign of life after which a worker counts as dead; a step of a large model takes minutes on a CPU
 START = 1800.0  # seconds to load a model
+GRACE = 60.0  # seconds that the store's lease outlasts this, so that whoever waits for a worker tells of its death first
 POLL = 1.0
 PROGRAM = (sys.executable, "-m", "kling_programs.sample.server.worker")
 
@@ -110,9 +111,8 @@ class Pool:
     def __init__(
         self, store: Store, count: int, start: Callable[[int], Worker], told: Callable[[str, float], None], lease: float = LEASE
     ) -> None:
-        self.store, self.start_worker, self.told, self.lease = store, start, told, lease
+        self.store, self.start_worker, self.told, self.lease = store, start, told, lease + GRACE
         self.ready: set[int] = set()  # slots with a loaded worker
-        self.devices: dict[int, str] = {}
         self._stopping = threading.Event()
         self._workers: dict[int, Worker] = {}
         self._threads = [threading.Thread(target=self._run, args=(slot,), name=f"slot {slot}", daemon=True) for slot in range(count)]
@@ -139,7 +139,7 @@ class Pool:
         while not self._stopping.is_set():
             try:
                 worker = self._workers[slot] = self.start_worker(slot)
-                self.devices[slot] = worker.ready()
+                log.info("worker %d is ready: %s", slot, worker.ready())
                 self.ready.add(slot)
                 wait = 1.0
                 while not self._stopping.is_set() and worker.alive():
@@ -147,7 +147,7 @@ class Pool:
                         self._make(worker, task)
             except UserError as error:
                 log.error("%s", error)
-            except Exception:
+            except Exception:  # whatever a worker or the disk failed of, the slot goes on: with a new worker, after a while
                 log.exception("slot %d", slot)
             self.ready.discard(slot)
             if slot in self._workers:
@@ -174,7 +174,8 @@ class Pool:
                     if not self.store.extend(task, line["step"], line["of"], self.lease):
                         worker.stop(task)
                 elif "made" not in line:
-                    self.store.fail(task, line.get("failed") or "cancelled")
+                    reason = line.get("failed", "cancelled")
+                    self.store.fail(task, reason.replace(f"{self.store.folder.absolute()}/", ""))
                 elif self.store.finish(task, f"made/{task.claim}.{line['made']['kind']}", line["made"]):
                     self.told("made", time.time() - task.started)
         finally:

@@ -150,11 +150,11 @@ class Store:
         with writing(folder):
             for path in (self.inputs, self.made):
                 path.mkdir(parents=True, exist_ok=True)
-            self._db = sqlite3.connect(folder / "tasks.sqlite", check_same_thread=False, isolation_level=None)
         self._lock = threading.RLock()
         self.changed = threading.Condition(self._lock)  # notified when a task or a notice is added
         self._recent: dict[str, list[float]] = {}  # key -> times of its last new tasks, of this minute
         try:
+            self._db = sqlite3.connect(folder / "tasks.sqlite", check_same_thread=False, isolation_level=None)
             self._db.row_factory = sqlite3.Row
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=FULL")  # what was answered has reached the disk
@@ -163,6 +163,8 @@ class Store:
                 raise UserError(f"store {folder} has tables of version {version}, not {VERSION}: use that version, or another --store")
             self._db.executescript(TABLES)
             self._db.execute(f"PRAGMA user_version={VERSION}")
+            if (found := self._db.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
+                raise sqlite3.DatabaseError(" ".join(found.split()))
         except sqlite3.DatabaseError as error:
             raise UserError(f"store {folder}: tasks.sqlite cannot be used ({error}): restore it, or give another --store") from None
 
@@ -177,10 +179,11 @@ class Store:
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield self._db
+                self._db.execute("COMMIT")
             except BaseException:
-                self._db.execute("ROLLBACK")
+                if self._db.in_transaction:  # a full disk has ended it already
+                    self._db.execute("ROLLBACK")
                 raise
-            self._db.execute("COMMIT")
 
     # ---- clients ----
 
@@ -239,31 +242,35 @@ class Store:
         with self._lock:
             return self._one("token = ?", token)
 
-    def list(self, key: str, kinds: Sequence[str], offset: int, count: int) -> list[Task]:
-        """Tasks of a key that still have their results, the newest first."""
-        which = f"key = ? AND gone IS NULL AND kind IN ({', '.join('?' * len(kinds))}) ORDER BY seq DESC LIMIT ? OFFSET ?"
+    def list(self, key: str, kinds: Sequence[str], offset: int, count: int, before: int | None = None) -> list[Task]:
+        """Tasks of a key that still have their results, the newest first. before: a `seq` that they are older than."""
+        which = f"key = ? AND gone IS NULL AND kind IN ({', '.join('?' * len(kinds))})" + ("" if before is None else " AND seq < ?")
+        values = (*kinds, *(() if before is None else (before,)), count, offset)
         with self._lock:
-            return self._many(which, key, *kinds, count, offset)
+            return self._many(f"{which} ORDER BY seq DESC LIMIT ? OFFSET ?", key, *values)
 
     def cancel(self, task: Task, reason: str) -> bool:
-        """End an unfinished task; False if it had ended. The worker that has it is told by whoever asks `current`."""
+        """End an unfinished task; False if it had ended. The worker that has it is told at its next step."""
         return self._end(task.id, None, FAILED, reason)
 
     def remove(self, task: Task, reason: str) -> None:
         """Delete a finished task's result; its row keeps the reason."""
         with self._commit() as db:
             db.execute("UPDATE tasks SET gone = ?, asked = '{}' WHERE id = ? AND gone IS NULL", (reason, task.id))
-        self._delete(task)
+            file = self._one("id = ?", task.id).file  # `task` may be from before its end
+        if file is not None:
+            self._unlink(file)
 
     # ---- workers ----
 
     def claim(self, seconds: float) -> Task | None:
-        """The next task, under a new lease of `seconds`; None if nothing waits.
+        """The next task, under a new lease of `seconds`; None if nothing waits. One whose lease has expired waits again.
 
         The key with the fewest running tasks comes first, then the one served longest ago; tasks of one key keep their order.
         """
         now = time.time()
         with self._commit() as db:
+            db.execute("UPDATE tasks SET status = ?, until = NULL, step = 0 WHERE status = ? AND until < ?", (WAITING, RUNNING, now))
             row = db.execute(
                 """SELECT MIN(seq) AS first, key, (SELECT COUNT(*) FROM tasks r WHERE r.key = t.key AND r.status = ?) AS running,
                 COALESCE((SELECT turn FROM turns WHERE turns.key = t.key), 0) AS turn
@@ -293,11 +300,6 @@ class Store:
                 (time.time() + seconds, step, steps, task.id, task.lease, RUNNING),
             )
             return done.rowcount == 1
-
-    def current(self, task: Task) -> bool:
-        """Whether the task is still being made under this lease."""
-        with self._lock:
-            return self._one("id = ? AND lease = ? AND status = ?", task.id, task.lease, RUNNING) is not None
 
     def finish(self, task: Task, file: str, made: dict[str, Any]) -> bool:
         """The result under a lease: `file` in the store, and its record beside it. False, and the files deleted, if the lease is not the
@@ -361,14 +363,15 @@ class Store:
     def owed(self, busy: set[str]) -> tuple[Notice | None, float]:
         """The next notice that is due, of tasks that are not `busy`, and the seconds until another may be. A task's come in order."""
         now = time.time()
+        which = f"seq IN (SELECT MIN(seq) FROM notices GROUP BY task) AND task NOT IN ({', '.join('?' * len(busy))})"
         with self._lock:
-            first = "SELECT MIN(seq) FROM notices GROUP BY task"
-            rows = self._db.execute(f"SELECT * FROM notices WHERE seq IN ({first}) ORDER BY due, seq").fetchall()
-            for row in rows:
-                if row["task"] not in busy and row["due"] <= now:
-                    task = self._one("id = ?", row["task"])
-                    return Notice(row["seq"], row["id"], task, row["url"], row["status"], row["tries"], row["body"]), 0.0
-            return None, min((max(0.05, row["due"] - now) for row in rows if row["task"] not in busy), default=60.0)
+            row = self._db.execute(f"SELECT * FROM notices WHERE {which} ORDER BY due, seq LIMIT 1", tuple(busy)).fetchone()
+            if row is None:
+                return None, 60.0
+            if row["due"] > now:
+                return None, max(0.05, row["due"] - now)
+            task = self._one("id = ?", row["task"])
+            return Notice(row["seq"], row["id"], task, row["url"], row["status"], row["tries"], row["body"]), 0.0
 
     def keep_body(self, notice: Notice, body: str) -> None:
         """Every try sends the same bytes."""
@@ -387,23 +390,24 @@ class Store:
     # ---- files ----
 
     def put_input(self, data: bytes, suffix: str) -> str:
-        """Keep a picture under the hash of its content; its name in the store."""
+        """Keep a picture under the hash of its content; its name in the store. Raises OSError: a full disk is no client's mistake."""
         name = f"inputs/{hashlib.sha256(data).hexdigest()}{suffix}"
         path = self.folder / name
         if path.exists():
             os.utime(path)  # `tidy` leaves new ones alone
         else:
             temporary = self.folder / f"{name}.{secrets.token_hex(8)}.part"
-            with writing(temporary):
+            try:
                 temporary.write_bytes(data)
                 os.replace(temporary, path)
+            finally:
+                temporary.unlink(missing_ok=True)
         return name
 
     def link_input(self, path: Path) -> str:
         """Keep a result as an input of another task, whatever becomes of the result; its name in the store."""
         name = f"inputs/{secrets.token_hex(16)}{path.suffix}"
-        with writing(self.folder / name):
-            os.link(path, self.folder / name)
+        os.link(path, self.folder / name)
         return name
 
     def expire(self) -> int:
@@ -423,10 +427,6 @@ class Store:
         for path in self.inputs.iterdir():
             if f"inputs/{path.name}" not in used and path.stat().st_ctime < time.time() - 600:
                 path.unlink(missing_ok=True)
-
-    def _delete(self, task: Task) -> None:
-        if task.file is not None:
-            self._unlink(task.file)
 
     def _unlink(self, file: str) -> None:
         for name in (file, f"{file}.json"):

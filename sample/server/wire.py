@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from kling.errors import UserError
 
@@ -17,6 +20,7 @@ STATUS = {
     NO_PERMISSION: 403, BAD_REQUEST: 400, BAD_FIELD: 400, NO_METHOD: 404, NO_THING: 404, TOO_FAST: 429, TOO_MANY: 429,
     BROKEN: 500, UNAVAILABLE: 503,
 }  # fmt: skip
+LONGEST_LINE = 1000  # characters of a message
 REFUSED = {"too_fast": TOO_FAST, "too_many": TOO_MANY}  # codes of `store.Refused`
 
 
@@ -25,7 +29,31 @@ class WireError(Exception):
 
     def __init__(self, code: int, line: str, status: int | None = None, wait: float | None = None) -> None:
         super().__init__(line)
-        self.code, self.line, self.status, self.wait = code, line, status or STATUS[code], wait
+        self.code, self.line, self.status, self.wait = code, one_line(line), status or STATUS[code], wait
+
+
+class Shape(BaseModel):
+    """An object of a wire format: no fields beside its own, and null, which some clients send for what they leave out, says nothing."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        return {name: value for name, value in given.items() if value is not None or name not in cls.model_fields}
+
+
+def one_line(text: str) -> str:
+    """A message with what a client sent in it, as one line that can be sent back: no line ends, no half characters, not without end.
+
+    >>> one_line("unknown mode 'a\\nb \\ud800'")
+    "unknown mode 'a b \\\\ud800'"
+    """
+    half = LONGEST_LINE // 2
+    text = text if len(text) <= LONGEST_LINE else f"{text[:half]}…{text[-half:]}"
+    return " ".join(text.encode(errors="backslashreplace").decode().splitlines())
 
 
 def refusal(error: UserError, names: dict[str, str]) -> WireError:

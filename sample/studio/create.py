@@ -114,9 +114,14 @@ class Form:
         self.timeline = gr.HTML(padding=False, elem_id="timeline")
         self.fields["keyframes"] = gr.JSON([], visible=False)
         able = self._able("references")["interactive"]
-        tray = {"type": "filepath", "file_types": ["image"], "columns": MOST_REFERENCES, "height": 130, "object_fit": "contain"}
+        tray = {"type": "filepath", "file_types": ["image"], "columns": MOST_REFERENCES, "height": 150, "object_fit": "contain"}
         self.fields["references"] = gr.Gallery(
-            label=t("references" if able else "references_unable"), interactive=able, buttons=[], elem_id="references", **tray
+            label=t("references" if able else "references_unable"),
+            interactive=able,
+            buttons=[],
+            fit_columns=False,
+            elem_id="references",
+            **tray,
         )
 
     def _video(self) -> None:

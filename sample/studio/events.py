@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import secrets
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import suppress
 from typing import Any
 
@@ -25,10 +25,10 @@ from kling_programs.sample.studio.form import (
     request_of,
 )
 from kling_programs.sample.studio.jobs import Stopped, Waiting
-from kling_programs.sample.studio.mistakes import without_folders
+from kling_programs.sample.studio.mistakes import label, without_folders
 from kling_programs.sample.studio.restore import fields_of, record_at
 from kling_programs.sample.studio.shelf import Result
-from kling_programs.sample.studio.studio import Step, Studio, Weights, guarded, lenient, public, visitor
+from kling_programs.sample.studio.studio import Step, Studio, Weights, guarded, in_place, inform, lenient, told, visitor, warn
 from kling_programs.sample.studio.words import language, say
 
 from kling.cameras.axes import LIMIT, MOVES, UNITS, axes_trajectory, parse_axes
@@ -113,40 +113,44 @@ class Events:
         self.filled = filled
 
     def _checker(self, kind: str) -> Any:
+        @guarded
         def check(request: gr.Request, payload: Any) -> Any:
             try:
                 note = self.studio.uploads.note(payload, kind)
-            except Exception as error:
-                gr.Warning(public(error, request).message, duration=12, title="")
+            except UserError as error:
+                warn(error, request)
                 return None
             if note:
-                gr.Info(say(language(request), "brought", **note), duration=12, title="")
+                inform(say(language(request), "copied" if kind == "image" else "brought", **note))
                 return self.studio.uploads.accept(payload, kind)  # shows the file as it will be used
             return gr.skip()
 
         return check
 
+    @guarded
     def check_tray(self, request: gr.Request, payload: Any) -> Any:
         """The pictures of a tray that can be used; those that cannot are taken out."""
         kept = []
-        for picture in Fields({"references": payload}).references():
+        try:
+            given = Fields({"references": payload}).references()
+        except UserError as error:
+            warn(error, request)
+            return gr.skip()
+        for picture in given:
             try:
                 kept.append(self.studio.uploads.accept(picture, "image"))
-            except Exception as error:
-                gr.Warning(public(error, request).message, duration=12, title="")
+            except UserError as error:
+                warn(error, request)
         return kept
 
+    @in_place
     def explain(self, request: gr.Request, *values: Any) -> str:
         """One line with the recognised task and its cost, or the error."""
-        lang = language(request)
-        try:
-            fields = dict(zip(FIELDS, values, strict=True))
-            asked = request_of(fields, self.studio.uploads)
-            pipe = self.studio.planner(fields)
-            plan = pipe.plan(asked)
-            return views.understood(lang, plan, asked, self.studio.clip_seconds(asked, plan), self.studio.needs(pipe, plan, asked))
-        except Exception as error:
-            return views.mistake(public(error, request).message)
+        fields = dict(zip(FIELDS, values, strict=True))
+        asked, pipe = request_of(fields, self.studio.uploads), self.studio.planner(fields)
+        plan = self.studio.plan(pipe, asked)
+        clip, needs = self.studio.clip_seconds(asked, plan), self.studio.needs(pipe, plan, asked)
+        return views.understood(language(request), plan, asked, clip, needs)
 
     @guarded
     def enhance(self, request: gr.Request, *values: Any) -> Generator:
@@ -154,9 +158,12 @@ class Events:
         fields = dict(zip(FIELDS, values, strict=True))
         asked, pipe = request_of(fields, self.studio.uploads), self.studio.planner(fields)
         if not asked.prompt:
-            raise gr.Error(say(language(request), "nothing_to_enhance"), print_exception=False, title="")
+            raise UserError(say(language(request), "nothing_to_enhance"))
         work = self.studio.queue.run(
-            visitor(request), lambda tell: self.studio.enhancer(asked.prompt, pipe, asked.image is not None), request.session_hash or ""
+            visitor(request),
+            lambda tell: self.studio.enhancer(asked.prompt, pipe, asked.image is not None),
+            request.session_hash or "",
+            listening=self.studio.heard(request),
         )
         try:
             while True:
@@ -187,6 +194,7 @@ class Events:
         """The seed of the selected video."""
         return self._chosen(mine, 0).record["request"]["seed"]
 
+    @guarded
     def restore(self, request: gr.Request, payload: Any) -> list[Any]:
         """Fill the form from a replay JSON, or from a video that contains one or is still on the shelf."""
         lang = language(request)
@@ -195,16 +203,16 @@ class Events:
             name = without_folders(str(file))
             try:
                 fields, remarks = fields_of(record_at(file, name, self.studio.shelf), self.studio)
-            except (TypeError, ValueError, KeyError, AttributeError) as error:
+            except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:  # of a record with any contents
                 if isinstance(error, UserError):
                     raise
                 raise UserError(f"{name} says nothing about how it was made", code="not_a_record", file=name) from None
-        except Exception as error:
-            gr.Warning(public(error, request).message, duration=12, title="")
+        except UserError as error:
+            warn(error, request)
             return [gr.skip()] * len(self.filled)
-        gr.Info(
-            ". ".join([say(lang, "restored", name=name), *(say(lang, key, **values) for key, values in remarks)]), duration=12, title=""
-        )
+        if left := [label(lang, "field", field) for field, value in fields.items() if value and not self._able(field)]:
+            remarks.append(("untrained", {"names": ", ".join(left)}))
+        inform(". ".join([say(lang, "restored", name=name), *(say(lang, key, **values) for key, values in remarks)]))
         return self._fill(fields)
 
     def resume(self, request: gr.Request, saved: Any) -> list[Any]:
@@ -215,6 +223,7 @@ class Events:
 
     def _fill(self, fields: dict[str, Any]) -> list[Any]:
         """Updates of the form's components for these fields; invalid values leave a component unchanged."""
+        fields = {name: value for name, value in fields.items() if self._able(name)}  # others could not be taken out again
         shown: list[Any] = []
         for name in FIELDS:
             value = fields.get(name)
@@ -250,13 +259,17 @@ class Events:
             shown.append(gr.skip())
         return [*shown, painted]
 
+    def _able(self, name: str) -> bool:
+        """Whether this model was trained for a field of the form."""
+        return not missing(self.studio.pipe, "camera" if name in (*UNITS, "camera_file") else name)
+
     @guarded
     def add_keyframe(self, request: gr.Request, picture: Any, frame: Any, strength: Any, rows: Any, seconds: Any) -> Generator:
         kept = self.studio.uploads.accept(picture, "image")
         if kept is None:
             raise UserError("keyframe: upload its picture first", code="keyframe_without_picture")
-        rows = [*(rows or []), {"file": kept, "frame": frame, "strength": strength}]
         Fields({"keyframes": rows}).keyframes()
+        rows = [*(rows or []), {"file": kept, "frame": frame, "strength": strength}]
         yield rows, self._timeline(rows, seconds), None
 
     def measure(self, rows: Any, seconds: Any, frame: Any) -> tuple[str, Any]:
@@ -287,23 +300,20 @@ class Events:
         picture = fit(read_video(video, num_frames=1).frames[0], *clip_size(asked, self.studio.sizes)).numpy()
         yield views.painter(language(request), picture, before)
 
+    @in_place
     def draw_on(self, request: gr.Request, image: Any, video: Any, last_image: Any, aspect: Any) -> str:
         """The picture to draw tracks on: the first frame, the last one of a clip to continue, or an empty one of the clip's shape."""
         if missing(self.studio.pipe, "tracks"):
             return ""
-        uploads = self.studio.uploads
-        try:
-            H, W = canvas_size({"image": image, "video": video, "last_image": last_image, "aspect": aspect}, uploads)
-            shown = None
-            if clip := uploads.accept(video, "video"):
-                shown = read_video(clip).frames[-1]
-            elif first := uploads.accept(image, "image"):
-                shown = read_image(first)
-            scale = min(1.0, BOARD / max(H, W))
-            size = max(1, round(H * scale)), max(1, round(W * scale))
-            return views.board(size, None if shown is None else fit(shown, *size).numpy())
-        except Exception as error:
-            return views.mistake(public(error, request).message)
+        uploads, shown = self.studio.uploads, None
+        H, W = canvas_size({"image": image, "video": video, "last_image": last_image, "aspect": aspect}, uploads)
+        if clip := uploads.accept(video, "video"):
+            shown = read_video(clip).frames[-1]
+        elif first := uploads.accept(image, "image"):
+            shown = read_image(first)
+        scale = min(1.0, BOARD / max(H, W))
+        size = max(1, round(H * scale)), max(1, round(W * scale))
+        return views.board(size, None if shown is None else fit(shown, *size).numpy())
 
     def storyboard(self, request: gr.Request) -> str:
         """The place for the rows of shots, which page.js draws; empty for a model without shots."""
@@ -325,12 +335,9 @@ class Events:
         path = load_trajectory(file, T, (H, W)) if file else axes_trajectory(axes, T, H, W)
         return path.scaled(given.number("camera_scale", 0, 10, 1.0)), H, W
 
+    @in_place
     def draw_camera(self, request: gr.Request, *values: Any) -> str:
-        lang = language(request)
-        try:
-            path, H, W = self.trajectory(*values)
-        except Exception as error:
-            return views.mistake(public(error, request).message)
+        lang, (path, H, W) = language(request), self.trajectory(*values)
         drawn = camera.path_svg(path, say(lang, "path")), camera.motion_svg(path, H, W, say(lang, "motion"))
         return views.drawings(lang, *drawn, trajectory_json(path, self.studio.pipe.config.fps))
 
@@ -350,7 +357,8 @@ class Events:
         stage.cards.select(self.choose, stage.mine, [stage.screen, stage.mine, stage.cards], js=WITH_LIST, **RAW)
         stage.compare.click(self.compare, stage.mine, [stage.screen, stage.mine], js=WITH_LIST, **RAW)
         stage.use_last.click(self.use_last, stage.mine, [fields["image"], fields["video"], form.tabs], js=WITH_LIST, **RAW)
-        stage.extend.click(self.extend, stage.mine, [fields["video"], fields["use"], form.tabs], js=WITH_LIST, **RAW)
+        begun = [fields[name] for name in ("video", "use", "image", "loop")]
+        stage.extend.click(self.extend, stage.mine, [*begun, form.tabs], js=WITH_LIST, **RAW)
 
     def wire_load(self, page: gr.Blocks) -> None:
         """Connect the events of opening or reloading a tab."""
@@ -368,7 +376,7 @@ class Events:
         lang, results = language(request), self._results(mine)
         job = self.studio.queue.job(owner(request, mine))
         if job is not None:
-            yield from self._watch(request, lang, self.studio.queue.follow(job.owner, self._heard(request)), mine, came_back=True)
+            yield from self._watch(request, lang, self.studio.queue.follow(job.owner, self.studio.heard(request)), mine, came_back=True)
             return
         screen = views.result(lang, results[0]) if results else views.empty(lang)
         yield screen, gr.skip(), views.cards(lang, results, results[0].id if results else None), gr.skip(), gr.skip()
@@ -377,37 +385,37 @@ class Events:
         """Update the list after another tab has changed it."""
         return views.cards(language(request), self._results(mine), mine.get("chosen") if isinstance(mine, dict) else None)
 
+    @guarded
     def generate(self, request: gr.Request, *values: Any) -> Generator:
         *values, mine = values
-        lang = language(request)
-        try:
-            fields = dict(zip(FIELDS, values, strict=True))
-            asked, weights = request_of(fields, self.studio.uploads), self.studio.weights_of(fields)
-        except Exception as error:
-            yield self._end(views.failed(public(error, request).message))
-            return
-        yield from self._make(request, lang, asked, mine, weights)
 
+        def ask() -> tuple[Request, Weights | None]:
+            fields = dict(zip(FIELDS, values, strict=True))
+            return request_of(fields, self.studio.uploads), self.studio.weights_of(fields)
+
+        yield from self._make(request, ask, mine)
+
+    @guarded
     def vary(self, request: gr.Request, mine: Any) -> Generator:
         """Run the selected video's request again with another seed."""
+
+        def ask() -> tuple[Request, Weights | None]:
+            one = self._chosen(mine, language(request))
+            asked = recorded_request(one.record, "this video").replace(seed=secrets.randbelow(2**31))
+            return asked, self.studio.weights_from(one.record)
+
+        yield from self._make(request, ask, mine)
+
+    def _make(self, request: gr.Request, ask: Callable[[], tuple[Request, Weights | None]], mine: Any) -> Generator:
+        """Run what `ask` returns and show it on the stage, or what is wrong with it."""
         lang = language(request)
         try:
-            one = self._chosen(mine, lang)
-            asked = recorded_request(one.record, "this video").replace(seed=secrets.randbelow(2**31))
-            weights = self.studio.weights_from(one.record)
-        except Exception as error:
-            yield self._end(views.failed(public(error, request).message))
+            asked, weights = ask()
+        except UserError as error:
+            yield self._end(views.failed(told(error, request)))
             return
-        yield from self._make(request, lang, asked, mine, weights)
-
-    def _heard(self, request: gr.Request) -> Any:
-        door = self.studio.door
-        return None if door is None else lambda: door.heard(request.session_hash)
-
-    def _make(self, request: gr.Request, lang: int, asked: Request, mine: Any, weights: Any) -> Generator:
-        """Run a request and show it on the stage."""
         yield views.waiting(lang, 0), gr.skip(), gr.skip(), gr.update(interactive=False), gr.update(interactive=True)
-        kept = {"keep": True, "listening": self._heard(request)}
+        kept = {"keep": True, "listening": self.studio.heard(request)}
         yield from self._watch(request, lang, self.studio.make(visitor(request), apart(asked), owner(request, mine), weights, **kept), mine)
 
     def _watch(self, request: gr.Request, lang: int, work: Generator, mine: Any, came_back: bool = False) -> Generator:
@@ -448,8 +456,8 @@ class Events:
         except Stopped:
             yield self._end(views.ended(lang, "came_back" if came_back else "stopped"), mine if added else None)
             self.studio.queue.forget(owner(request, mine))
-        except Exception as error:
-            yield self._end(views.failed(public(error, request).message), mine if added else None)
+        except Exception as error:  # whatever ended the job belongs on the stage; `told` logs what is no mistake of the visitor
+            yield self._end(views.failed(told(error, request)), mine if added else None)
             self.studio.queue.forget(owner(request, mine))
         finally:
             work.close()
@@ -477,7 +485,7 @@ class Events:
     def compare(self, request: gr.Request, mine: Any) -> Generator:
         lang = language(request)
         one = self._chosen(mine, lang)
-        gr.Info(say(lang, "pick_two"), title="")
+        inform(say(lang, "pick_two"))
         yield views.result(lang, one), {**self._list(mine), "chosen": one.id, "comparing": True}
 
     @guarded
@@ -497,7 +505,7 @@ class Events:
     @guarded
     def extend(self, request: gr.Request, mine: Any) -> Generator:
         one = self._chosen(mine, language(request))
-        yield self.studio.uploads.keep(one.path), "continue", gr.Tabs(selected="video")
+        yield self.studio.uploads.keep(one.path), "continue", None, False, gr.Tabs(selected="video")
 
     def _list(self, mine: Any) -> dict[str, Any]:
         """This browser's list and this tab's name, with nothing chosen."""

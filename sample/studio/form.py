@@ -5,19 +5,21 @@ Values come as JSON and are all validated. Every error is one line that names th
 
 from __future__ import annotations
 
+import re
 import secrets
 from typing import Any
 
 from kling.cameras.axes import LIMIT, UNITS, parse_axes
+from kling.condition.state import MOST_REFERENCES
 from kling.data.image import read_image
 from kling.data.video import probe
 from kling.errors import UserError, unknown
 from kling.sampling.brush import MOST, Track
 from kling.sampling.inputs import clip_size
 from kling.sampling.pipeline import KlingPipeline
-from kling.sampling.request import MODES, Request
+from kling.sampling.request import MODES, SHIFTS, Request
+from kling.sampling.shots import KEYS, Shot
 from kling.sampling.shots import MOST as MOST_SHOTS
-from kling.sampling.shots import Shot
 from kling.shapes import ASPECTS
 
 LARGEST = 10**15  # larger numbers are not printed in messages
@@ -59,7 +61,7 @@ def request_of(fields: dict[str, Any], uploads: Any) -> Request:
     still = given.flag("still")
     goes_on = not video or use == "continue"  # otherwise the clip is as long as the video
     extend_to = (given.number("extend_to", 0, MAX_SECONDS) or None) if goes_on else None
-    image = None if video else uploads.accept(fields.get("image"), "image")
+    image = uploads.accept(fields.get("image"), "image")
     camera = camera_file or ",".join(f"{name}={value:g}" for name, value in axes.items()) or None
     shots = given.shots()
     return Request(
@@ -69,7 +71,7 @@ def request_of(fields: dict[str, Any], uploads: Any) -> Request:
         last_image=uploads.accept(fields.get("last_image"), "image"),
         keyframes=[(uploads.accept(file, "image"), frame, strength) for file, frame, strength in given.keyframes()],
         references=[uploads.accept(file, "image") for file in given.references()],
-        loop=given.flag("loop") and not video,
+        loop=given.flag("loop"),
         video=video,
         strength=given.number("strength", 0, 1) if video and use == "restyle" else None,
         mask=_mask(fields.get("mask"), uploads) if video and use == "fill" else None,
@@ -86,11 +88,26 @@ def request_of(fields: dict[str, Any], uploads: Any) -> Request:
         mode=given.choice("mode", MODES) or "std",
         num_inference_steps=given.whole("num_inference_steps", 0, MAX_STEPS) or None,  # 0: the model's own
         guidance_scale=given.number("guidance_scale", 0, 50) or None,
-        shift=given.number("shift", 0, 50) or None,
+        shift=_shift(given),
         sigma_c=given.number("sigma_c", 0, 0.99, 0.0),
         seed=seed_of(given.whole("seed", -1, 2**32 - 1)),
         num_videos=given.whole("num_videos", 1, MAX_VIDEOS) or 1,
     )
+
+
+def _shift(given: Fields) -> float | None:
+    """0 is the model's own."""
+    if value := given.number("shift", 0, 50):
+        check_number("shift", value, SHIFTS[0], 50)
+    return value or None
+
+
+def check_used(fields: dict[str, Any]) -> None:
+    """Raises `UserError` for a value that belongs to another use of a clip. Not for the page, whose hidden parts send theirs."""
+    for name, use in (("strength", "restyle"), ("mask", "fill"), ("outpaint", "outpaint")):
+        if fields.get(name) is not None and (fields.get("use") != use or fields.get("video") is None):
+            line = f"{name} was given without a video to {use}: give video and use='{use}' too, or leave {name} out"
+            raise UserError(line, code="unused", field=name)
 
 
 def seed_of(asked: int | None) -> int:
@@ -128,12 +145,16 @@ class Fields:
         self.values = values
 
     def text(self, name: str) -> str:
-        value = self.values.get(name) or ""
+        value = self._given(name)
+        value = "" if value is None else value
         if not isinstance(value, str):
-            raise UserError(f"{name} is not text: write it in words")
+            raise UserError(f"{name} is not text: write it in words", code="not_text", field=name)
         if len(value) > MAX_PROMPT:
             line = f"{name} of {len(value)} characters: give at most {MAX_PROMPT}"
             raise UserError(line, code="text_too_long", field=name, n=len(value), most=MAX_PROMPT)
+        if odd := re.search("[\ud800-\udfff]", value):
+            line = f"{name} holds half a character (a lone surrogate) at place {odd.start() + 1}: delete it, or type it again"
+            raise UserError(line, code="half_character", field=name, n=odd.start() + 1)
         return value
 
     def number(self, name: str, low: float, high: float, default: float | None = None) -> float | None:
@@ -146,68 +167,91 @@ class Fields:
         return None if value is None else int(value)
 
     def flag(self, name: str) -> bool:
-        value = self.values.get(name) or False
-        if not isinstance(value, bool):
-            raise UserError(f"{name}: give true or false")
-        return value
+        value = self._given(name)
+        if not isinstance(value, bool | None):
+            raise UserError(f"{name}: give true or false", code="not_a_flag", field=name)
+        return bool(value)
 
     def choice(self, name: str, choices: Any) -> str | None:
-        value = self.values.get(name) or None
-        value = None if value == "auto" else value
-        if value is not None and (not isinstance(value, str) or value not in choices):
-            raise unknown(name, str(value)[:40], choices)
+        value = self._given(name)
+        if value is None or value == "auto":
+            return None
+        if not isinstance(value, str) or value not in choices:
+            shown, offered = str(value)[:40], ", ".join(choices)
+            raise UserError(str(unknown(name, shown, choices)), code="unknown_choice", field=name, value=shown, choices=offered)
         return value
 
     def keyframes(self) -> list[tuple[Any, int, float]]:
         """[{"file": upload, "frame": t, "strength": s}, …]"""
-        rows = self.values.get("keyframes") or []
-        if not isinstance(rows, list) or len(rows) > MAX_KEYFRAMES or not all(isinstance(row, dict) for row in rows):
-            line = f"keyframes: give a list of at most {MAX_KEYFRAMES}, each with file, frame and strength"
-            raise UserError(line, code="too_many_keyframes", most=MAX_KEYFRAMES)
         found = []
-        for row in rows:
+        for row in self._rows("keyframes", MAX_KEYFRAMES, ("file", "frame", "strength")):
             frame = check_number("keyframe's frame", row.get("frame"), 0, 10_000)
-            if frame is None or frame != int(frame) or not row.get("file"):
-                raise UserError("keyframes: each needs a file and a whole frame number")
+            if not row.get("file"):
+                raise UserError("keyframes: each needs a file", code="keyframe_without_picture")
+            if frame is None or frame != int(frame):
+                line = f"keyframe's frame {frame}: give a whole number"
+                raise UserError(line, code="not_whole", field="keyframe's frame", value="" if frame is None else f"{frame:g}")
             found.append((row["file"], int(frame), check_number("keyframe's strength", row.get("strength"), 0.01, 1, 1.0)))
         return found
 
     def references(self) -> list[Any]:
         """Uploads, in order; the page's gallery has each as {"image": upload}."""
-        rows = self.values.get("references") or []
+        rows = self._given("references")
+        rows = [] if rows is None else rows
         if not isinstance(rows, list) or not all(isinstance(row, dict | str) and row for row in rows):
-            raise UserError("references: give a list of pictures")
+            raise UserError("references: give a list of pictures", code="not_a_list", field="references")
+        if len(rows) > MOST_REFERENCES:
+            line = f"{len(rows)} references were given: give at most {MOST_REFERENCES}"
+            raise UserError(line, code="too_many_references", most=MOST_REFERENCES)
         return [row.get("image") or row if isinstance(row, dict) else row for row in rows]
 
     def tracks(self) -> list[tuple[Any, list[tuple[float, float]]]]:
         """[{"mask": upload or none, "points": [[x, y], …]}, …], x and y as shares of the first frame's width and height"""
-        rows = self.values.get("tracks") or []
-        if not isinstance(rows, list) or len(rows) > MOST or not all(isinstance(row, dict) for row in rows):
-            line = f"tracks: give a list of at most {MOST}, each with points"
-            raise UserError(line, code="too_many_tracks", most=MOST)
         found = []
-        for row in rows:
+        for row in self._rows("tracks", MOST, ("mask", "points")):
             points = row.get("points") or []
             whole = isinstance(points, list) and all(isinstance(point, list) and len(point) == 2 for point in points)
-            if not whole or len(points) > MAX_POINTS or not (points or row.get("mask")):
-                raise UserError(f"tracks: each needs a mask, or 1 to {MAX_POINTS} points [x, y]")
-            found.append((row.get("mask"), [tuple(check_number("a track's point", value, -2, 3, 0.0) for value in p) for p in points]))
+            if not whole or len(points) > MAX_POINTS or not (points or row.get("mask")) or any(v in (None, "") for p in points for v in p):
+                raise UserError(f"tracks: each needs a mask, or 1 to {MAX_POINTS} points [x, y]", code="no_track", most=MAX_POINTS)
+            found.append((row.get("mask"), [tuple(check_number("a track's point", value, -2, 3) for value in p) for p in points]))
         return found
 
     def shots(self) -> list[Shot]:
         """[{"prompt": words, "seconds": s, "camera": axes or a master shot, "" to leave it to the words}, …]"""
-        rows = self.values.get("shots") or []
-        if not isinstance(rows, list) or len(rows) > MOST_SHOTS or not all(isinstance(row, dict) for row in rows):
-            raise UserError(f"shots: give a list of at most {MOST_SHOTS}, each with a prompt", code="too_many_shots", most=MOST_SHOTS)
         found = []
-        for number, row in enumerate(rows, 1):
-            camera, words = row.get("camera") or None, Fields({"prompt": row.get("prompt")}).text("prompt")
-            if camera is not None:  # never a file of the server
-                parse_axes(camera if isinstance(camera, str) else str(camera)[:40])
+        for number, row in enumerate(self._rows("shots", MOST_SHOTS, KEYS), 1):
+            words, camera = Fields(row).text("prompt"), row.get("camera")
+            if camera not in (None, ""):  # never a file of the server
+                try:
+                    parse_axes(camera if isinstance(camera, str) else str(camera)[:40])
+                except UserError as error:
+                    raise UserError(f"shot {number}: {error}", code="shot_camera", number=number, value=str(camera)[:40]) from None
             if not words.strip():
                 raise UserError(f"shot {number} has no words: say what it shows", code="wordless_shot", number=number)
-            found.append(Shot(words, check_number("a shot's seconds", row.get("seconds"), 0.1, MAX_SECONDS, 2.5), camera))
+            found.append(Shot(words, check_number("a shot's seconds", row.get("seconds"), 0.1, MAX_SECONDS, 2.5), camera or None))
+        if (whole := sum(shot.seconds for shot in found)) > MAX_SECONDS:
+            line = f"shots of {whole:g} s in all: give at most {MAX_SECONDS:g} s"
+            raise UserError(line, code="shots_too_long", seconds=f"{whole:g}", most=f"{MAX_SECONDS:g}")
         return found
+
+    def _given(self, name: str) -> Any:
+        """The value of a field; None for "", which an empty component gives."""
+        value = self.values.get(name)
+        return None if isinstance(value, str) and not value else value
+
+    def _rows(self, name: str, most: int, keys: tuple[str, ...]) -> list[dict[str, Any]]:
+        """A list of at most `most` rows with these keys."""
+        rows = self._given(name)
+        rows = [] if rows is None else rows
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise UserError(f"{name}: give a list of rows with {', '.join(keys)}", code="not_a_list", field=name)
+        if len(rows) > most:
+            raise UserError(f"{len(rows)} {name} were given: give at most {most}", code=f"too_many_{name}", most=most)
+        for row in rows:
+            for key in row:
+                if key not in keys:
+                    raise unknown(f"key of {name}", key[:40], keys)
+        return rows
 
 
 def check_number(name: str, value: Any, low: float, high: float, default: float | None = None) -> float | None:

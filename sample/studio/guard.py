@@ -1,6 +1,7 @@
 """Access control for the page: authentication, upload limits, and listeners. An ASGI layer around Gradio's own server.
 
-Every refusal is one line with its status: 403 for another site's request, 413 for too much, 408 for too slow, 429 for too often.
+Every refusal is one line with its status: 400 for what cannot be read, 403 for another site's request, 404 for what the page does not use
+of Gradio, 413 for too much, 408 for too slow, 429 for too often.
 """
 
 from __future__ import annotations
@@ -8,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import json
+import logging
+import math
 import os
 import re
 import socket
@@ -19,16 +22,25 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+from gradio.route_utils import FnIndexInferError
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
 from kling.errors import UserError
 
+log = logging.getLogger(__name__)
 MIB = 2**20
 BODY = 2 * MIB  # bytes of a request other than an upload: enough for a form with a drawn mask
 ENVELOPE = 64 * 1024  # bytes allowed in a multipart upload in addition to its file
 HOUR = 3600.0
+SOON = 10.0  # seconds
 WRONG = 5  # wrong passwords in a row after which an address has to wait
 WAIT = 300.0  # seconds of waiting, doubled every further time, up to an hour
 DELAY = 0.5  # seconds of delay after the first wrong password, doubled with each
 REMEMBERED = 10_000  # addresses
+# What the page and its API use of Gradio. It also has recordings that pass through FFmpeg, files kept for links, histories on the Hub.
+SENT = re.compile(r"/(login|upload|queue/join|cancel|reset|(run|api|call(/v2)?)/\w+)/?$")
+UNUSED = re.compile(r"^/(gradio_api/)?(deep_link|proxy=|runs|run-history|stream/|vibe-code|dev/|monitoring|profiling)")
 
 Send = Callable[[dict], Any]
 
@@ -79,7 +91,10 @@ class Door:
 
     def knows(self, host: str) -> bool:
         """Whether this is an IP address or one of our names. Another name is a foreign site pointed at this machine (DNS rebinding)."""
-        name = urlsplit(f"//{host}").hostname or ""
+        try:
+            name = urlsplit(f"//{host}").hostname or ""
+        except ValueError:  # such as "["
+            return False
         try:
             ipaddress.ip_address(name)
         except ValueError:
@@ -112,15 +127,12 @@ class Door:
 
     def check_upload(self, address: str, size: int) -> None:
         """Raises `TooMuch` if an upload of `size` bytes exceeds a limit."""
-        limits, brought, now = self.limits, self._brought.setdefault(address, deque()), time.monotonic()
-        while brought and brought[0][0] < now - HOUR:
-            brought.popleft()
+        limits = self.limits
         if size > limits.file + ENVELOPE:
             raise TooMuch(413, f"the file exceeds the maximum allowed size of {limits.file // MIB} MiB")
         if self._bringing[address] >= limits.uploads:
             raise TooMuch(429, f"{limits.uploads} uploads are running already: wait for one")
-        if sum(count for _, count in brought) + size > limits.hourly:
-            raise TooMuch(429, f"more than {limits.hourly // MIB} MiB uploaded in an hour: try again later")
+        self.check_hour(address, size)
         if self._stored() + size > limits.stored and self.tidy:
             self.tidy()
         if self._stored() + size > limits.stored:
@@ -130,8 +142,21 @@ class Door:
         """Bytes of all uploads still stored."""
         return sum(_size(path) for folder in (self.arrivals, *self.kept) for path in folder.rglob("*"))
 
+    def check_hour(self, address: str, size: int) -> None:
+        """Raises `TooMuch` if an address sends more than its hourly share."""
+        brought, now = self._brought.get(address, deque()), time.monotonic()
+        while brought and brought[0][0] < now - HOUR:
+            brought.popleft()
+        if sum(count for _, count in brought) + size > self.limits.hourly:
+            raise TooMuch(429, f"more than {self.limits.hourly // MIB} MiB uploaded in an hour: try again later")
+
     def brought(self, address: str, count: int) -> None:
-        self._brought.setdefault(address, deque()).append((time.monotonic(), count))
+        """Record what an address has sent: a page sends a little with every letter, so what comes soon after the last is added to it."""
+        brought, now = self._brought.setdefault(address, deque()), time.monotonic()
+        if brought and now - brought[-1][0] < SOON:
+            now, before = brought.pop()
+            count += before
+        brought.append((now, count))
         while len(self._brought) > REMEMBERED:
             self._brought.pop(next(iter(self._brought)))
 
@@ -150,28 +175,52 @@ class Guard:
         path = scope["path"]
         if not self.door.knows(headers.get(b"host", "")):
             return await _answer(send, 403, "this page is not known by that name: open it by its address, or start it with --host NAME")
-        if (origin := headers.get(b"origin")) and not self.door.knows(urlsplit(origin).netloc):
+        if (origin := headers.get(b"origin")) and not self.door.knows(origin.partition("://")[2]):
             return await _answer(send, 403, "another site may not use this page")
-        if session := self._session(path, scope):
-            self.door.listening[session] += 1
+        if scope["method"] in ("POST", "PUT", "PATCH"):
+            if not SENT.search(path):
+                return await _answer(send, 404, "this page takes nothing at this address")
             try:
-                return await self.app(scope, receive, send)
-            finally:
-                self.door.listening[session] -= 1
-                self.door.listening += Counter()  # removes those at zero
-        if scope["method"] not in ("POST", "PUT", "PATCH"):
-            if self.door.convert and path.endswith((".gif", ".webm")):
-                await asyncio.to_thread(self.door.convert, path.rsplit("/", 1)[-1])  # Gradio serves it like its folder
-            return await self.app(scope, receive, send)
-        try:
-            if path.rstrip("/").endswith("/upload"):
-                return await self._upload(scope, receive, send, headers, address)
-            if path.rstrip("/") == "/login":
-                return await self._login(scope, receive, send, headers, address)
-            body = await _read(receive, headers, BODY, self.door.limits.seconds)
-        except TooMuch as refusal:
-            return await _answer(send, refusal.status, refusal.line)
+                return await self._sent(scope, receive, send, headers, address)
+            except TooMuch as refusal:
+                return await _answer(send, refusal.status, refusal.line)
+            except (LookupError, TypeError, ValueError, FnIndexInferError) as error:  # Gradio's, about names and types in a hand-made body
+                log.info("a request to %s cannot be used", path, exc_info=error)
+                return await _answer(send, 400, "this request cannot be used: its function or arguments are not this page's; see its API")
+        if UNUSED.search(path):
+            return await _answer(send, 404, "this page has nothing at this address")
+        if session := self._session(path, scope):
+            return await self._listen(session, scope, receive, send)
+        if self.door.convert and path.endswith((".gif", ".webm")):
+            await asyncio.to_thread(self.door.convert, path.rsplit("/", 1)[-1])  # Gradio serves it like its folder
+        return await self.app(scope, receive, send)
+
+    async def _sent(self, scope: dict, receive: Callable, send: Send, headers: dict, address: str) -> None:
+        """Pass on what a visitor sends. Raises `TooMuch`."""
+        path = scope["path"].rstrip("/")
+        if path.endswith("/upload"):
+            return await self._upload(scope, receive, send, headers, address)
+        if path == "/login":
+            return await self._login(scope, receive, send, headers, address)
+        body = await _read(receive, headers, BODY, self.door.limits.seconds)
+        self.door.check_hour(address, len(body))  # it may hold a drawing, which is stored
+        self.door.brought(address, len(body))
         return await self.app(scope, _again(body, receive), send)
+
+    async def _listen(self, session: str, scope: dict, receive: Callable, send: Send) -> None:
+        """Count the listener of a session while its stream is open."""
+        listening = self.door.listening
+        listening[session] += 1
+        try:
+            await self.app(scope, receive, send)
+        except RuntimeError as error:  # Gradio tells a tab of an earlier start that its session is gone, and then fails
+            if not isinstance(error.__cause__, HTTPException):
+                raise
+            await send({"type": "http.response.body", "body": b""})
+        finally:
+            listening[session] -= 1
+            if not listening[session]:
+                del listening[session]
 
     def _session(self, path: str, scope: dict) -> str | None:
         """The session whose events are requested."""
@@ -211,7 +260,7 @@ class Guard:
 
         try:
             await self.app(scope, counted, held)
-        except Exception:
+        except ClientDisconnect:  # what the app makes of `http.disconnect`
             if refusal is None:
                 raise
         finally:
@@ -227,7 +276,7 @@ class Guard:
         user = re.search(rb'(?:username=|name="username"\s*\r\n\r\n)([^&\r\n]{0,100})', body)
         keys = (f"from {address}", f"for {user[1].decode('latin-1') if user else ''} from {address}")
         if (wait := self.door.closed(*keys)) > 0:
-            raise TooMuch(429, f"too many wrong passwords: try again in {wait / 60:.0f} minutes")
+            raise TooMuch(429, f"too many wrong passwords: try again in {math.ceil(wait / 60)} minutes")
 
         delay = self.door.tried(False, *keys)  # recorded before checking, otherwise many simultaneous attempts would all be the first
 

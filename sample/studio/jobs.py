@@ -57,7 +57,8 @@ class Job:
     """visitor: whose turn it uses. owner: who may stop it, a tab or a client. keep: it continues without a listener for a while.
 
     rough: a preview, which runs only while nothing else waits, and makes way for what comes.
-    label: a description of the request, and told: the last events, both for a later listener.
+    told: the last events, for a later listener.
+    until: when it has used a whole share of the model's time, None for no limit.
     """
 
     visitor: str
@@ -65,18 +66,20 @@ class Job:
     owner: str = ""
     keep: bool = False
     rough: bool = False
-    label: Any = None
     events: queue.SimpleQueue = field(default_factory=queue.SimpleQueue)  # its events, then (result, error)
     stopped: threading.Event = field(default_factory=threading.Event)
     seen: float = field(default_factory=time.monotonic)  # when there was last a listener
     told: dict[type, Any] = field(default_factory=dict)  # the last event of each type
     end: _End | None = None
+    until: float | None = None
     _switch: threading.Lock = field(default_factory=threading.Lock)
 
     def tell(self, event: Any) -> None:
-        """Emit an event. Raises `Stopped` if there is no listener: this ends the work early."""
+        """Emit an event. Raises `Stopped` if there is no listener, `Busy` if the job has used a whole share: this ends the work early."""
         if self.stopped.is_set() or self.alone:
             raise Stopped
+        if self.until is not None and time.monotonic() > self.until:
+            raise Busy("this took longer than one visitor may use the model in an hour: ask for fewer or shorter videos", code="too_long")
         with self._switch:
             self.told[type(event)] = event
             self.events.put(event)
@@ -111,7 +114,8 @@ class _End:
 class ModelQueue:
     """The queue for the model. size: number of jobs that may wait while one runs.
 
-    places: number of jobs per visitor, waiting or running; seconds: of the model's time per visitor and hour; None: no limit.
+    places: number of jobs per visitor, waiting or running; seconds: of the model's time per visitor and hour, and of one job; None: no
+    limit.
     """
 
     def __init__(self, size: int = 8, places: int | None = None, seconds: float | None = None) -> None:
@@ -134,15 +138,14 @@ class ModelQueue:
         keep: bool = False,
         rough: bool = False,
         listening: Callable[[], bool] | None = None,
-        label: Any = None,
     ) -> Generator[Any, None, Any]:
         """Yield the job's events and return its result. Raises `Busy` if the queue or the share is full, `Stopped` if `stop` was called.
 
-        owner: who may stop it, by default the visitor. keep: `follow` finds it again by its owner, and yields `label` with it.
+        owner: who may stop it, by default the visitor. keep: `follow` finds it again by its owner.
         rough: a preview. It replaces the visitor's last one, waits for all other jobs, uses no place, and is stopped by the next job.
         listening: whether anybody receives what is yielded; a generator may be read although nobody does.
         """
-        job = Job(visitor, work, owner or visitor, keep, rough, label)
+        job = Job(visitor, work, owner or visitor, keep, rough)
         with self._changed:
             self._forget_the_left()
             self._check_share(job)
@@ -268,6 +271,7 @@ class ModelQueue:
         while True:
             job = self._next()
             began = time.monotonic()
+            job.until = None if self.seconds is None else began + self.seconds
             try:
                 end = _End(result=job.work(job.tell))
             except torch.OutOfMemoryError:

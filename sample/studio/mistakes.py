@@ -11,6 +11,16 @@ from kling.errors import UserError
 # code -> (English, Chinese). An empty English text means the library's own, if that names no option of the command line.
 LINES: dict[str, tuple[str, str]] = {
     # the request
+    "not_text": ("{field} is not text: write it in words", "{field}不是文字：请用文字填写"),
+    "half_character": (
+        "{field} holds half a character (a lone surrogate) at place {n}: delete it, or type it again",
+        "{field}的第 {n} 个字符不完整：请删除或重新输入",
+    ),
+    "prompt_too_long": ("", "提示词太长（{n}，该模型最多读 {most}）：请缩短"),
+    "not_a_flag": ("{field}: give true or false", "{field}：请填 true 或 false"),
+    "unknown_choice": ("{field} “{value}” is unknown: choose from {choices}", "{field}没有“{value}”：请选 {choices}"),
+    "not_a_list": ("", "{field}的格式不对：请给列表"),
+    "unused": ("", "给了“{field}”，但没有用到它的视频和用法：请一并给出，或去掉它"),
     "text_too_long": ("{field} has {n} characters: give at most {most}", "{field}有 {n} 个字符：最多 {most} 个"),
     "not_whole": ("{field} {value}: give a whole number", "{field} {value}：请填整数"),
     "not_a_number": ("{field} is not a number: give one from {low} to {high}", "{field}不是数字：请填 {low} 到 {high} 之间的数"),
@@ -24,6 +34,39 @@ LINES: dict[str, tuple[str, str]] = {
         "Both a loop and a last frame were given: a loop ends where it starts; leave one out",
         "同时选了循环和尾帧：循环会回到起点，请去掉其中一个",
     ),
+    "beside_video": (
+        "Both a clip and “{field}” were given: the clip begins the video; leave one of them out",
+        "同时给了输入视频和“{field}”：视频从输入视频开始，请去掉其中一个",
+    ),
+    "tracks_on_edit": (
+        "Arrows were drawn, and the clip is to be changed: its things move as they do; remove the arrows, or choose another use",
+        "画了箭头，又要修改视频：视频里的物体保持原来的运动，请删除箭头，或选其他处理方式",
+    ),
+    "track_outside": (
+        "An arrow starts outside the picture: drag its start onto the thing, or remove it",
+        "有一个箭头的起点在画面之外：请把起点拖到物体上，或删除它",
+    ),
+    "mask_shape": ("", "遮罩是 {size}，首帧是 {other}，形状不同：请在首帧上涂抹"),
+    "no_track": ("", "每个箭头需要遮罩，或 1 到 {most} 个点"),
+    "nothing_moves": (
+        "“{field}” needs a video, and a single picture was asked for: leave it out, or ask for a video",
+        "“{field}”需要视频，而这里只生成一张图片：请去掉它，或改为生成视频",
+    ),
+    "extend_too_short": (
+        "Extending to {value} s is less than the clip of {seconds} s: choose more, or 0",
+        "延长至 {value} 秒比片段的 {seconds} 秒还短：请填更大的数，或填 0",
+    ),
+    "no_fast": ("This model has no few-step weights: choose another mode", "该模型没有快速模式的权重：请选其他模式"),
+    "not_fast": ("Mode fast cannot be used with “{field}”: choose std", "快速模式不能与“{field}”同时使用：请选标准模式"),
+    "fast_guidance": (
+        "“{field}” cannot be set in mode fast, where guidance is built in: leave it out, or choose std",
+        "快速模式已内置引导，不能设置“{field}”：请去掉它，或选标准模式",
+    ),
+    "fast_steps": (
+        "Mode fast takes 1 to {most} steps, not {value}: choose fewer, or std",
+        "快速模式只能用 1 到 {most} 步，不能用 {value} 步：请减少步数，或选标准模式",
+    ),
+    "not_enhanced": ("The chat model wrote nothing that fits: write the prompt out yourself", "聊天模型没有写出合适的提示词：请自己写"),
     "nothing_marked": ("Nothing is marked: paint over the area to regenerate", "还没有涂抹：请涂抹需要重做的部分"),
     "nothing_to_fill": (
         "The clip has the aspect {value} already, so nothing is left to fill: choose another",
@@ -36,6 +79,15 @@ LINES: dict[str, tuple[str, str]] = {
     "too_many_tracks": ("At most {most} arrows", "箭头最多 {most} 个"),
     "too_many_shots": ("At most {most} shots", "镜头最多 {most} 个"),
     "wordless_shot": ("A shot of the storyboard has no words: say what it shows", "分镜里有一个镜头没有文字：请写出它的内容"),
+    "shots_too_long": ("The shots last {seconds} s in all: give at most {most} s", "所有镜头共 {seconds} 秒：最多 {most} 秒"),
+    "shots_too_short": (
+        "The shots last {seconds} s in all, a single picture: give at least {least} s",
+        "所有镜头共 {seconds} 秒，只有一张图片：至少 {least} 秒",
+    ),
+    "shot_camera": (
+        "",
+        "第 {number} 个镜头的运镜“{value}”无法使用：请写 pan=5,zoom=2 这样的轴（-10 到 10），或大师运镜的英文名，例如 forward_up",
+    ),
     "short_shot": (
         "Shot {number} of {seconds} s is too short: give at least {least} s",
         "第 {number} 个镜头只有 {seconds} 秒，太短：至少 {least} 秒",
@@ -77,6 +129,9 @@ LINES: dict[str, tuple[str, str]] = {
     "not_a_video": ("", "{file} 不是视频（内容是 {kind}）：请上传 mp4、mov、webm、mkv、avi 或 gif"),
     "damaged_video": ("", "{file} 已损坏或不完整：请重新下载或导出"),
     "cut_short": ("", "{file} 被截断：请重新下载或导出"),
+    "no_picture": ("", "{file} 里没有画面，只有声音等：请上传有画面的视频"),
+    "time_jumps": ("{file} has a gap of {seconds} s between two frames: export it again", "{file} 的两帧之间相隔 {seconds} 秒：请重新导出"),
+    "float_image": ("", "{file} 的像素是浮点数：请导出为 8 位或 16 位 PNG"),
     "no_whole_frame": ("", "{file} 没有一帧是完整的：请重新下载或导出"),
     "not_an_image": ("", "{file} 不是可读取的图片（内容是 {kind}）：请上传 PNG、JPEG 或 WebP"),
     "damaged_image": ("", "{file} 是损坏的图片：请重新导出或下载"),
@@ -95,6 +150,10 @@ LINES: dict[str, tuple[str, str]] = {
     "no_time": (
         "You have used your {n} minutes of this hour: try again in {wait} minutes",
         "本小时的 {n} 分钟额度已用完：请在 {wait} 分钟后再试",
+    ),
+    "too_long": (
+        "This took longer than one visitor may use the model in an hour: ask for fewer or shorter videos",
+        "这个任务超过了一位用户每小时可用的时间：请减少数量或缩短时长",
     ),
     "no_memory": ("The device has no room for this: ask for fewer seconds", "显存不足：请缩短时长"),
     "gone": ("", "这个作品已不在服务器上：请重新生成"),

@@ -228,12 +228,14 @@
       const button = (what, sign, off) =>
         Object.assign(document.createElement("button"), { type: "button", name: what, textContent: sign, title: words[what], disabled: off });
       const grip = Object.assign(document.createElement("span"), { className: "grip", title: words.drag, textContent: "⠿" });
-      const camera = field("input", "camera", { placeholder: words.camera });
+      const unit = Object.assign(document.createElement("span"), { className: "unit", textContent: words.unit });
+      const camera = field("input", "camera", { placeholder: words.short });
       camera.setAttribute("list", "story-cameras");
       row.append(
         grip,
         field("textarea", "prompt", { rows: 2, placeholder: words.words }),
         field("input", "seconds", { type: "number", min: 0.5, step: 0.5 }),
+        unit,
         camera,
         button("up", "↑", n === 0), button("down", "↓", n === shots.length - 1), button("remove", "×", false),
       );
@@ -260,23 +262,38 @@
     if (row && what === "up") moved(n, n - 1);
     else if (row && what === "down") moved(n, n + 1);
     else if (row && what === "remove") { shots = shots.filter((_, i) => i !== n); tell(); ask(); }
-    else if (event.target.closest?.("[data-do=add-shot]")) { shots = [...shots, { ...NEW }]; tell(); ask(); }
+    else if (event.target.closest?.("[data-do=add-shot]")) {
+      shots = [...shots, { ...NEW }];
+      tell();
+      story().querySelector("li:last-child textarea").focus();
+      ask();
+    }
   });
   document.addEventListener("dragstart", (event) => {
     const row = rowOf(event);
     if (!row) return;
     if (event.target !== row) { event.preventDefault(); return; } // text that is marked in a field stays there
     dragged = Number(row.dataset.n);
+    row.classList.add("dragged");
     event.dataTransfer.effectAllowed = "move";
   });
-  document.addEventListener("dragover", (event) => { if (dragged !== null && rowOf(event)) event.preventDefault(); });
+  const over = (row) => { for (const one of document.querySelectorAll(".story li")) one.classList.toggle("over", one === row); };
+  document.addEventListener("dragover", (event) => {
+    if (dragged === null) return;
+    over(rowOf(event));
+    if (rowOf(event)) event.preventDefault();
+  });
   document.addEventListener("drop", (event) => {
     const row = rowOf(event);
     if (dragged === null || !row) return;
     event.preventDefault();
     moved(dragged, Number(row.dataset.n));
   });
-  document.addEventListener("dragend", () => { dragged = null; });
+  document.addEventListener("dragend", () => {
+    dragged = null;
+    over(null);
+    document.querySelector(".story .dragged")?.classList.remove("dragged");
+  });
 
   // ---- files dropped outside a field: load their settings ----
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,12 @@ import gradio as gr
 from kling_programs.sample.studio import views
 from kling_programs.sample.studio.create import Form, Stage
 from kling_programs.sample.studio.events import Events
-from kling_programs.sample.studio.form import apart, request_of
+from kling_programs.sample.studio.form import apart, check_used, request_of
 from kling_programs.sample.studio.guard import Guard
 from kling_programs.sample.studio.jobs import Waiting
 from kling_programs.sample.studio.mistakes import without_folders
 from kling_programs.sample.studio.research import Research
-from kling_programs.sample.studio.studio import Step, Studio, public, visitor
+from kling_programs.sample.studio.studio import Step, Studio, coded, visitor
 from kling_programs.sample.studio.words import I18N, WORDS, t
 from starlette.middleware import Middleware
 
@@ -37,7 +38,7 @@ class Page(gr.Blocks):
             return await super().preprocess_data(*args, **kwargs)
         except Exception as error:  # of many classes, all caused by what was sent
             line = without_folders(" ".join(str(error).split()))[:200] or type(error).__name__
-            raise gr.Error(f"these values cannot be used ({line}): reload the page", print_exception=False) from None
+            raise gr.Error(escape(f"these values cannot be used ({line}): reload the page"), print_exception=False) from None
 
 
 def build(studio: Studio) -> gr.Blocks:
@@ -95,6 +96,7 @@ def launch_settings(studio: Studio) -> dict[str, Any]:
         "enable_monitoring": False,
         "state_session_capacity": SESSIONS,
         "ssr_mode": False,
+        "_frontend": False,  # does not request the page itself, which fails on a busy machine or behind a proxy
         "app_kwargs": {"middleware": [Middleware(Guard, studio.door)]} if studio.door is not None else {},
     }
 
@@ -149,12 +151,12 @@ def api_of(studio: Studio) -> Any:
             if camera is not None and not isinstance(camera, dict):
                 raise UserError('camera: give its axes by name, such as {"pan": 5}')
             if unknown_axes := [name for name in camera or {} if name not in UNITS]:
-                raise unknown("camera axis", unknown_axes[0], UNITS)
+                raise unknown("camera axis", unknown_axes[0][:40], UNITS)
+            check_used(fields)
             asked, weights = request_of(fields | (camera or {}), studio.uploads), studio.weights_of(fields)
             if note := studio.uploads.note(video):
                 yield {"note": note}
-            listening = None if studio.door is None else lambda: studio.door.heard(request.session_hash)
-            work = studio.make(visitor(request), apart(asked), request.session_hash, weights, listening=listening)
+            work = studio.make(visitor(request), apart(asked), request.session_hash, weights, listening=studio.heard(request))
             while True:
                 event = next(work)
                 if isinstance(event, Waiting):
@@ -164,8 +166,8 @@ def api_of(studio: Studio) -> Any:
         except StopIteration as done:
             made = [{"video": _file(one.path), "record": _file(one.record_path)} for one in done.value]
             yield made[0] | {"videos": made}
-        except Exception as error:
-            raise public(error, request, coded=True) from None
+        except Exception as error:  # `coded` logs what is no mistake of the sender
+            raise coded(error, request) from None
 
     return generate
 

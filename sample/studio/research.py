@@ -43,7 +43,7 @@ class Research:
         lang, began = language(request), time.perf_counter()
         yield views.working(say(lang, "starting")), *[gr.skip()] * outputs
         try:
-            events = self.studio.queue.run(visitor(request), work, request.session_hash or "")
+            events = self.studio.queue.run(visitor(request), work, request.session_hash or "", listening=self.studio.heard(request))
             while True:
                 event = next(events)
                 if isinstance(event, Waiting) and event.place:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from kling_programs.sample.studio.studio import Studio
 
 MAX_JSON = 4 * 2**20  # bytes
+NAMES, NAME = 6, 40  # names in a remark, and characters of one
 SAME = (  # fields of the page with the same names as the request's
     *("prompt", "negative_prompt", "loop", "strength", "outpaint", "camera_scale", "camera_guidance_scale", "aspect", "extend_to", "mode"),
     *("num_inference_steps", "guidance_scale", "shift", "sigma_c", "seed"),
@@ -88,8 +90,9 @@ def fields_of(record: dict[str, Any], studio: Studio) -> tuple[dict[str, Any], R
         path = Path(str(value))
         digest = str((record.get("inputs") or {}).get(str(value), ""))
         for kept in (path, *(studio.uploads.store.glob(f"{digest[:24]}*") if re.fullmatch("[0-9a-f]{64}", digest) else ())):
-            if kept.parent == studio.uploads.store and kept.is_file():
-                return str(kept)
+            if kept.parent == studio.uploads.store:
+                with suppress(UserError):
+                    return str(studio.uploads.place(str(kept)))
         missing.append(path.name)
         return None
 
@@ -112,17 +115,22 @@ def fields_of(record: dict[str, Any], studio: Studio) -> tuple[dict[str, Any], R
     fields |= {} if story is None else {"shots": story}
     remarks: Remarks = []
     if missing:
-        remarks.append(("again", {"names": ", ".join(missing)}))
+        remarks.append(("again", {"names": _some(missing)}))
     shown = {*fields, *SAME, *FILES, "keyframes", "references", "camera", "num_frames", "num_videos", "duration"}
     others = [name for name, value in asked.items() if name not in shown and value not in (defaults.get(name), None)]
     if others:
-        remarks.append(("elsewhere", {"names": ", ".join(others)}))
+        remarks.append(("elsewhere", {"names": _some(others)}))
     weights = studio.weights_from(record)
     if weights is None:
         remarks.append(("other_model", {}))
     else:
         fields |= {"model": weights.model, "lora": weights.lora, "lora_scale": weights.scale}
     return fields, remarks
+
+
+def _some(names: list[str]) -> str:
+    """The first names of a list, which a file may make as long as it likes."""
+    return ", ".join(name[:NAME] for name in names[:NAMES]) + (" …" if len(names) > NAMES else "")
 
 
 def _drawn(tracks: Any, fields: dict[str, Any], studio: Studio) -> list[dict[str, Any]] | None:

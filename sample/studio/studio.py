@@ -7,11 +7,14 @@ import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from functools import wraps
+from html import escape
+from inspect import isgeneratorfunction
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 import numpy as np
+from kling_programs.sample.studio import views
 from kling_programs.sample.studio.form import Fields
 from kling_programs.sample.studio.guard import Door
 from kling_programs.sample.studio.jobs import Busy, ModelQueue, Stopped, Tell
@@ -31,10 +34,12 @@ from kling.sampling.plan import Plan
 from kling.sampling.record import model_hashes
 from kling.sampling.request import Request
 from kling.shapes import ASPECTS, TEMPORAL, latent_frames
+from kling.text.encoder import ByteTextEncoder
 
 log = logging.getLogger(__name__)
 PREVIEW_SHARE = 0.2  # previews take at most this share of the time
 ROUGH_STEPS = 2
+TOAST = 12  # seconds
 
 
 @dataclass(frozen=True)
@@ -90,7 +95,7 @@ class Studio:
         requests, weights = requests if isinstance(requests, list) else [requests], weights or Weights()
         planner = self._planner(weights.model)
         for request in requests:
-            planner.plan(request)  # refuses invalid requests before the wait
+            self.plan(planner, request)  # refuses invalid requests before the wait
 
         def ask(tell: Tell) -> list[Result]:
             made: list[Result] = []
@@ -119,6 +124,10 @@ class Studio:
             return made
 
         return (yield from self.queue.run(visitor, work if self.remote is None else ask, owner, **kept))
+
+    def heard(self, request: gr.Request) -> Callable[[], bool] | None:
+        """A function that says whether anybody receives the events of a request; None if that is not known."""
+        return None if self.door is None else lambda: self.door.heard(request.session_hash)
 
     def rough(self, visitor: str, request: Request) -> np.ndarray | None:
         """A rough clip (T, H, W, 3) uint8 by the few-step weights, once nothing else waits; None if a newer one or a real job came."""
@@ -157,6 +166,13 @@ class Studio:
     def planner(self, fields: dict[str, Any]) -> KlingPipeline:
         """A pipeline that plans for the requested weights, possibly without loading them."""
         return self._planner(self.weights_of(fields).model)
+
+    @staticmethod
+    def plan(pipe: KlingPipeline, request: Request) -> Plan:
+        """The plan of a request whose words the text encoder can read. Raises `UserError`."""
+        if isinstance(pipe.text_encoder, ByteTextEncoder):  # umT5's tokenizer is loaded with it
+            pipe.text_encoder.tokenize([*request.prompts, request.negative_prompt or ""])
+        return pipe.plan(request)
 
     def _planner(self, model: str) -> KlingPipeline:
         if not model:
@@ -232,16 +248,43 @@ def sample(
 
 
 def guarded(fn: Callable) -> Callable:
-    """Wrap an event's generator: a mistake becomes one line for the visitor; unexpected errors go to the server's log."""
+    """Wrap an event, a function or a generator: any error becomes one line, a toast."""
+
+    def toast(error: Exception, args: tuple) -> gr.Error:
+        return gr.Error(escape(told(error, _request_in(args))), print_exception=False, title="")  # a toast shows HTML
 
     @wraps(fn)
-    def run(*args: Any) -> Generator:
+    def run(*args: Any) -> Any:
+        try:
+            return fn(*args)
+        except Exception as error:  # `told` logs what is no mistake of the visitor
+            raise toast(error, args) from None
+
+    @wraps(fn)
+    def generate(*args: Any) -> Generator:
         try:
             yield from fn(*args)
         except Exception as error:
-            raise public(error, next((a for a in args if isinstance(a, gr.Request)), None)) from None
+            raise toast(error, args) from None
+
+    return generate if isgeneratorfunction(fn) else run
+
+
+def in_place(fn: Callable) -> Callable:
+    """Wrap an event that returns HTML: any error becomes one line, in its place."""
+
+    @wraps(fn)
+    def run(*args: Any) -> str:
+        try:
+            return fn(*args)
+        except Exception as error:  # `told` logs what is no mistake of the visitor
+            return views.mistake(told(error, _request_in(args)))
 
     return run
+
+
+def _request_in(args: tuple) -> gr.Request | None:
+    return next((arg for arg in args if isinstance(arg, gr.Request)), None)
 
 
 def lenient(fn: Callable) -> Callable:
@@ -257,19 +300,35 @@ def lenient(fn: Callable) -> Callable:
     return run
 
 
-def public(error: BaseException, request: gr.Request | None = None, coded: bool = False) -> gr.Error:
-    """The error shown to a visitor, without traces and server paths. coded: with the error's code as the title, for programs."""
+def told(error: BaseException, request: gr.Request | None = None) -> str:
+    """The line that a visitor sees for an error, without traces and server paths. Errors that are no mistake of theirs are logged."""
+    return _code_and_line(error, request)[1]
+
+
+def coded(error: BaseException, request: gr.Request | None = None) -> gr.Error:
+    """The same for programs: with the error's code as its title."""
+    code, line = _code_and_line(error, request)
+    return gr.Error(line, print_exception=False, title=code)
+
+
+def _code_and_line(error: BaseException, request: gr.Request | None) -> tuple[str, str]:
     lang = language(request)
-    if isinstance(error, gr.Error):
-        return error
     if isinstance(error, UserError):
-        code, line = error.code or "refused", told_to(lang, error)
-    elif isinstance(error, Stopped):
-        code, line = "stopped", say(lang, "stopped")
-    else:
-        log.error("a request failed", exc_info=error)
-        code, line = "failed", say(lang, "failed")
-    return gr.Error(line, print_exception=False, title=code if coded else "")
+        return error.code or "refused", told_to(lang, error)
+    if isinstance(error, Stopped):
+        return "stopped", say(lang, "stopped")
+    log.error("a request failed", exc_info=error)
+    return "failed", say(lang, "failed")
+
+
+def warn(error: BaseException, request: gr.Request) -> None:
+    """Show an error as a toast while the event goes on."""
+    gr.Warning(escape(told(error, request)), duration=TOAST, title="")
+
+
+def inform(text: str) -> None:
+    """Show a text as a toast, which would take it as HTML."""
+    gr.Info(escape(text), duration=TOAST, title="")
 
 
 def visitor(request: gr.Request | None) -> str:

@@ -1,6 +1,6 @@
 """Checks the visitors' uploads. First come path, size, first bytes and header of a file;
 only then it is decoded. Refused files are deleted, and the reason is remembered. A video that is larger or longer than the model takes is
-reduced once, while it is read; later requests open the small copy.
+reduced once, while it is read; later requests open the small copy. What no browser shows, such as a TIFF, is kept as a copy that it does.
 
 Browsers and clients upload to Gradio's folder and then name the file in their request; other paths and links are refused.
 """
@@ -24,7 +24,7 @@ from PIL import Image
 
 from kling.cameras.files import load_trajectory
 from kling.data.decode import VideoInfo
-from kling.data.image import FORMATS, read_image
+from kling.data.image import FORMATS, read_image, write_png
 from kling.data.video import VideoWriter, probe, stream_video
 from kling.errors import UserError
 from kling.runtime.files import head, sniff, written
@@ -82,7 +82,10 @@ class Uploads:
         return found and found[0]
 
     def note(self, payload: Any, kind: str = "video") -> dict[str, Any] | None:
-        """What was done to an accepted upload so that the model can take it: {"name", "size", "seconds", "of"}; None if nothing was."""
+        """What was done to an accepted upload so that the model, or a browser, can take it; None if nothing was.
+
+        {"name"} of a picture, {"name", "size", "seconds", "of"} of a video.
+        """
         found = self._look(payload, kind)
         return found and found[1]
 
@@ -100,7 +103,7 @@ class Uploads:
                 return str(path), None
             seen = _stamp(path)
             try:
-                check = {"image": _check_image, "video": self._check_video, "camera": _check_camera}[kind]
+                check = {"image": self._check_picture, "video": self._check_video, "camera": _check_camera}[kind]
                 found = check(path)
                 fate = Fate(seen, *(found if isinstance(found, tuple) else (str(self._keep(path, found)),)))
             except UserError as error:
@@ -149,9 +152,23 @@ class Uploads:
     def _place(self, path: Path) -> Path:
         """Check that a path is that of an uploaded file, and return it."""
         inside = path.is_relative_to(self.arrivals) or path.parent == self.store
-        if not inside or path.is_symlink() or path.resolve() != path or not path.is_file():
-            raise _not_here()
-        return path
+        try:
+            if inside and path.resolve() == path and path.is_file():  # so it is no link
+                return path
+        except (OSError, ValueError):  # a name that no file can have
+            pass
+        raise _not_here()
+
+    def _check_picture(self, path: Path) -> str | tuple[str, dict[str, Any]]:
+        """The suffix of a picture that is kept unchanged; for one that no browser shows, its copy and a note."""
+        kind = _check_image(path)
+        if kind in ENDINGS:
+            return ENDINGS[kind]
+        kept = self.store / f"{input_hash(path)[:24]}-{kind.lower()}.png"
+        if not kept.exists():
+            write_png(kept, read_image(path))
+        kept.touch()
+        return str(kept), {"name": path.name}
 
     def _check_video(self, path: Path) -> str | tuple[str, dict[str, Any]]:
         """The suffix of a video that is kept unchanged; for one that is reduced, or that no browser plays, its copy and a note."""
@@ -220,21 +237,24 @@ def _check_size(path: Path, limit: int) -> None:
 
 
 def _check_image(path: Path) -> str:
+    """Pillow's name of the format of a picture that can be read. Raises `UserError`."""
     _check_size(path, MAX_BYTES)
     head(path)
     try:
         with warnings.catch_warnings(), Image.open(path, formats=FORMATS) as image:  # the header only
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             (w, h), kind = image.size, image.format
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning):
-        w, h, kind = 0, 0, None
-    if w * h > MAX_PIXELS:
+        pixels, size = w * h, f"{w}x{h}"
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        pixels, size, kind = Image.MAX_IMAGE_PIXELS, f"more than {Image.MAX_IMAGE_PIXELS}", None
+    except (OSError, ValueError, SyntaxError):
+        pixels, size, kind = 0, "", None
+    if pixels > MAX_PIXELS:
         most = MAX_PIXELS // 10**6
-        raise UserError(
-            f"{path} has {w}x{h} pixels: give at most {most} megapixels", code="image_too_large", file=path, size=f"{w}x{h}", most=most
-        )
+        line = f"{path} has {size} pixels: give at most {most} megapixels"
+        raise UserError(line, code="image_too_large", file=path, size=size.replace("more than ", ">"), most=most)
     read_image(path)  # raises the precise error
-    return ENDINGS.get(kind or "", ".img")
+    return kind or ""
 
 
 def _measure_video(path: Path) -> str:

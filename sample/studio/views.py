@@ -26,6 +26,7 @@ from kling.sampling.shots import MOST, Shot, as_shots
 from kling.sampling.shots import timeline as timeline_of
 
 STRIP = 5  # frames in the strip of a shot
+LONG = 2000  # characters of a setting
 
 
 def moving(frames: np.ndarray, fps: float, width: int = 0) -> str:
@@ -170,9 +171,15 @@ def _caption(one: Result) -> str:
 
 
 def _short(value: Any) -> str:
-    """A setting as text; for a file only its name."""
-    text = f"{value:.6g}" if isinstance(value, float) else str(value)
-    return text.rsplit("/", 1)[1] if text.startswith("/") else text
+    """A setting as text of at most `LONG` characters; for a file only its name."""
+    if isinstance(value, list | tuple):
+        text = ", ".join(map(_short, value))
+    elif isinstance(value, dict):
+        text = " · ".join(f"{name} {_short(part)}" for name, part in value.items() if part is not None)
+    else:
+        text = f"{value:.6g}" if isinstance(value, float) else str(value)
+        text = text.rsplit("/", 1)[1] if text.startswith("/") else text
+    return text if len(text) <= LONG else f"{text[:LONG]} …"
 
 
 def url(path: Any) -> str:
@@ -217,7 +224,8 @@ def drawings(lang: int, path: str, motion: str, file: str) -> str:
 
 def storyboard(lang: int) -> str:
     """The place for the rows of a storyboard; page.js draws them, with these words."""
-    words = {name: say(lang, f"shot_{name}") for name in ("words", "seconds", "camera", "up", "down", "remove", "drag")}
+    words = {name: say(lang, f"shot_{name}") for name in ("words", "seconds", "unit", "camera", "up", "down", "remove", "drag")}
+    words["short"] = say(lang, "camera")
     data = "".join(f' data-{name}="{escape(text)}"' for name, text in words.items())
     cameras = "".join(f'<option value="{name}">' for name in ("static", *MOVES, *(f"{axis}=5" for axis in UNITS)))
     add = f'<button type="button" data-do="add-shot">{say(lang, "shot_add")}</button>'

@@ -2,7 +2,11 @@
 const assert = require("assert"), fs = require("fs"), path = require("path"), vm = require("vm");
 
 class Node {
-  constructor(name) { Object.assign(this, { name, tag: name, values: {}, children: [], dataset: {} }); }
+  constructor(name) {
+    const classList = { add() {}, remove() {}, toggle() {} };
+    Object.assign(this, { name, tag: name, values: {}, children: [], dataset: {}, classList });
+  }
+  focus() { focused = this; }
   setAttribute(key, value) { this.values[key] = String(value); }
   append(...more) { for (const child of more) { child.parent = this; this.children.push(child); } }
   replaceChildren(...more) { this.children = []; this.append(...more); }
@@ -13,14 +17,17 @@ class Node {
     }
     return null;
   }
-  querySelector(selector) { return selector === "ol" ? list : selector === "li" ? (list.children[0] ?? null) : selector === "[data-do=add-shot]" ? add : null; }
+  querySelector(selector) {
+    if (selector === "li:last-child textarea") return list.children.at(-1).part("prompt");
+    return selector === "ol" ? list : selector === "li" ? (list.children[0] ?? null) : selector === "[data-do=add-shot]" ? add : null;
+  }
   part(name) { return this.children.find((child) => child.name === name); }
   matches() { return false; }
 }
 const story = new Node("div"), list = new Node("ol"), add = new Node("button"), handlers = {};
 story.dataset = { most: "3", words: "w", seconds: "s", camera: "c", up: "u", down: "d", remove: "r", drag: "g" };
 story.append(list, add);
-let asked = 0;
+let asked = 0, focused = null;
 const document = {
   addEventListener: (name, handler) => (handlers[name] ??= []).push(handler),
   querySelector: (selector) => (selector === ".story" ? story : selector === "#checked" ? { click: () => asked++ } : null),
@@ -44,7 +51,7 @@ function type(n, name, value) {
 }
 
 assert.deepEqual(sent(), []);
-for (const letter of "abc") { fire("click", add); type(list.children.length - 1, "prompt", letter); }
+for (const letter of "abc") { fire("click", add); assert.equal(focused, list.children.at(-1).part("prompt")); type(list.children.length - 1, "prompt", letter); }
 assert.deepEqual([words(), add.disabled, asked], ["abc", true, 6]);
 type(1, "seconds", "1.5");
 type(1, "camera", "pan=5");
