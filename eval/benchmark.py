@@ -13,9 +13,7 @@ environment, because its pinned versions conflict with ours. `sample` continues 
 from __future__ import annotations
 
 import argparse
-import ast
 import csv
-import json
 import math
 import shlex
 import sys
@@ -23,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from kling_programs.eval.common import protocol_hash, write_json, write_text
+from kling_programs.eval.common import protocol_hash, read_object, write_json, write_text
 from kling_programs.eval.options import benchmark as parse
 from torch import Tensor
 
@@ -33,8 +31,10 @@ from kling.data.video import probe, write_video
 from kling.errors import UserError
 from kling.metrics.benchmarks import BOARDS, Job, board_scores, physics_iq, physics_iq_jobs, vbench_jobs
 from kling.metrics.worldscore import Instance, camera_data, image_data, worldscore, worldscore_aspects, worldscore_instances
-from kling.runtime.files import head
+from kling.runtime.files import head, parse_json, parse_literal
 from kling.runtime.random import derive_seed
+
+OWN = "give the benchmark's own file"
 
 
 def main(argv: list[str]) -> None:
@@ -177,8 +177,14 @@ def read_results(name: str, path: Path) -> dict[str, float]:
     """From a folder of VBench's `*_eval_results.json` ({dimension: [score, videos]}), Physics-IQ's CSV, or what WorldScore wrote."""
     if name == "physics-iq":
         head(path)
-        with path.open(encoding="utf-8", newline="") as file:
-            return physics_iq([{key: parsed(path, key, value) for key, value in row.items()} for row in csv.DictReader(file)])
+        try:
+            with path.open(encoding="utf-8-sig", newline="") as file:
+                rows = list(csv.DictReader(file, strict=True))
+        except (OSError, UnicodeDecodeError, csv.Error) as error:
+            raise UserError(f"{path} cannot be read as a table ({error}): give the benchmark's own file") from None
+        if any(None in row or None in row.values() for row in rows):
+            raise UserError(f"{path} has a row of more or fewer cells than its first line: give the benchmark's own file")
+        return physics_iq([{key: parsed(path, key, value) for key, value in row.items()} for row in rows])
     if name == "worldscore":
         return read_worldscore(path)
     files = sorted(path.rglob("*.json")) if path.is_dir() else [path]
@@ -186,7 +192,7 @@ def read_results(name: str, path: Path) -> dict[str, float]:
     for file in files:
         content = read_json(file)
         if isinstance(content, dict):  # the lists are the prompts, which VBench writes too
-            raw |= {key: number(file, key, value[0] if isinstance(value, list) else value) for key, value in content.items()}
+            raw |= {key: number(file, key, value[0] if isinstance(value, list) and value else value) for key, value in content.items()}
     if not raw:
         raise UserError(f"{path} holds no results: give the folder with *_eval_results.json")
     if missing := [key for key in BOARDS[name].dimensions if key not in raw]:
@@ -203,9 +209,9 @@ def read_worldscore(path: Path) -> dict[str, float]:
         files = [(movement, file) for movement in ("static", "dynamic") for file in sorted((path / movement).rglob("evaluation.json"))]
         if not files:
             raise UserError(f"{path} holds no static/ or dynamic/ with evaluation.json files: give the folder that WorldScore evaluated")
-        aspects = worldscore_aspects([(movement, read_json(file)) for movement, file in files])
+        aspects = worldscore_aspects([(movement, read_object(file, OWN)) for movement, file in files])
         return aspects | worldscore(aspects)
-    found = {key: number(path, key, value) for key, value in read_json(path).items()}
+    found = {key: number(path, key, value) for key, value in read_object(path, OWN).items()}
     aspects = {key: value for key, value in found.items() if not key.startswith("WorldScore-")}
     sums = worldscore(aspects)
     for name, value in sums.items():
@@ -218,8 +224,10 @@ def read_worldscore(path: Path) -> dict[str, float]:
 def parsed(path: Path, key: str, value: str) -> Any:
     """A cell of a CSV: a number, a list of numbers, or text."""
     try:
-        return ast.literal_eval(value)
-    except (ValueError, SyntaxError):
+        return parse_literal(value)
+    except UserError as error:
+        raise UserError(f"{path}, column {key}: {error}") from None
+    except ValueError:
         if key.split("_perspective")[0].endswith(("mse", "iou_v1", "iou", "spatial")):
             raise UserError(f"{path}, column {key}: '{value[:40]}' is no number and no list of numbers") from None
         return value
@@ -234,6 +242,6 @@ def number(path: Path, key: str, value: Any) -> float:
 def read_json(path: Path) -> Any:
     head(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}): give the benchmark's own file") from None
+        raise UserError(f"{path} is not JSON ({error}): {OWN}") from None

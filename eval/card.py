@@ -8,12 +8,11 @@ The card keeps its text: only the parts between its marks `<!-- scores -->` and 
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from kling_programs.eval.cases import TABLE
-from kling_programs.eval.common import found_only, write_text
+from kling_programs.eval.common import found_only, read_object, write_text
 from kling_programs.eval.options import card as parse
 
 from kling.data.world.captions import vocabulary_table
@@ -25,15 +24,13 @@ from kling.runtime.files import head
 def main(argv: list[str]) -> None:
     args = parse(argv)
     card, scores = Path(args.into), Path(args.run) / "scores.json"
-    for path in (scores, card):
-        head(path)
+    report = read_object(scores)
+    head(card)
     text = card.read_text(encoding="utf-8")
-    try:
-        report = json.loads(scores.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{scores} is not JSON ({error}): write the run again") from None
     if report.get("suite") != "world":
         raise UserError(f"{scores} is of the suite {report.get('suite')}: a card takes the scores of kling-eval world")
+    if lacks := [name for name in ("protocol", "n", "scores") if name not in report]:
+        raise UserError(f"{scores} has no {lacks[0]}: write the run again")
     text = between(text, "scores", score_lines(report), card)
     write_text(card, between(text, "vocabulary", vocabulary_table(), card))
     print(card)

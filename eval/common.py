@@ -12,7 +12,7 @@ from typing import Any
 from kling.errors import UserError
 from kling.metrics.controls import Order, violations
 from kling.metrics.report import Row, Summary
-from kling.runtime.files import written
+from kling.runtime.files import head, parse_json, written
 
 EXIT_WRONG_ORDER = 3
 VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif")
@@ -21,6 +21,18 @@ VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif")
 def write_json(path: Path, value: Any) -> None:
     with written(path) as temporary:
         temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_object(path: Path, remedy: str = "write the run again") -> dict[str, Any]:
+    """The object in a JSON file. Raises `UserError` that ends with `remedy` if there is none."""
+    head(path)
+    try:
+        value = parse_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}): {remedy}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds a {type(value).__name__}, not an object: {remedy}")
+    return value
 
 
 def write_text(path: Path, text: str) -> None:

@@ -9,12 +9,11 @@ its interval is narrower than that of two scores. Cases that only one run has ar
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from kling_programs.eval.cases import TABLE
-from kling_programs.eval.common import write_text
+from kling_programs.eval.common import read_object, write_text
 from kling_programs.eval.options import compare as parse
 from kling_programs.eval.world import Record, recorded
 
@@ -67,8 +66,7 @@ def signed(value: float, unit: str) -> str:
 
 def read(folder: Path) -> tuple[dict[str, Any], dict[int, dict[str, Row]]]:
     """A run's settings, and the model's rows of every case by k and task."""
-    for name in ("run.json", "cases.jsonl"):
-        head(folder / name)
-    settings = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    settings = read_object(folder / "run.json")
+    head(folder / "cases.jsonl")
     records: dict[int, Record] = recorded(folder / "cases.jsonl")
     return settings, {k: record["rows"]["model"] for k, record in records.items()}

@@ -10,16 +10,15 @@ from __future__ import annotations
 
 import base64
 import html
-import json
 import math
 from pathlib import Path
 from typing import Any
 
-from kling_programs.eval.common import write_text
+from kling_programs.eval.common import read_object, write_text
 from kling_programs.eval.options import report as parse
 
+from kling.data.manifest import read_lines
 from kling.errors import UserError
-from kling.runtime.files import head
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem; color: #222; background: #fff }
@@ -53,14 +52,8 @@ def read(folder: Path) -> tuple[Path, dict[str, Any] | None, list[dict[str, floa
     scores, log = folder / "scores.json", folder / "metrics.jsonl"
     if not scores.is_file() and not log.is_file():
         raise UserError(f"{folder} holds neither scores.json nor metrics.jsonl: give a folder that kling-eval or kling-train wrote")
-    try:
-        report = json.loads(scores.read_text(encoding="utf-8")) if scores.is_file() else None
-        if log.is_file():
-            head(log)
-        steps = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines() if line.strip()] if log.is_file() else []
-    except ValueError as error:
-        raise UserError(f"{folder}: not JSON ({error}): write the run again") from None
-    return folder, report, steps
+    report = read_object(scores) if scores.is_file() else None
+    return folder, report, [row for _, row in read_lines(log)] if log.is_file() else []
 
 
 def section(folder: Path, report: dict[str, Any] | None, steps: list[dict[str, float]], mixed: set[str]) -> str:

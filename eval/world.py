@@ -25,6 +25,8 @@ import shlex
 import sys
 import threading
 import time
+import zipfile
+import zlib
 from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -79,7 +81,8 @@ from kling.metrics.segment import segment
 from kling.metrics.things import find_things
 from kling.metrics.world import labels, world_ruler
 from kling.runtime.cluster import connect, shared
-from kling.runtime.files import head, written
+from kling.runtime.files import head, parse_json, written
+from kling.runtime.lock import locked
 from kling.runtime.precision import bf16_is_fast, default_device, describe
 from kling.runtime.random import derive_seed
 from kling.sampling.brush import Track
@@ -140,9 +143,11 @@ def main(argv: list[str]) -> None:
         given = {"workers": room.gpus or room.cpus, "ray": True} | given
     options = Options(args.out, tasks=tasks, bf16=bf16_is_fast(default_device()), **((QUICK if args.quick else {}) | given))
     print(describe("bf16" if options.bf16 else "fp32"), file=sys.stderr, flush=True)
-    report = evaluate(load(folder, options), options, model_hashes(folder), folder)
-    report["command"] = shlex.join(["kling-eval", "world", *argv])
-    write_json(Path(options.out) / "scores.json", report)
+    pipe, hashes = load(folder, options), model_hashes(folder)
+    with locked(options.out, "evaluation"):
+        report = evaluate(pipe, options, hashes, folder)
+        report["command"] = shlex.join(["kling-eval", "world", *argv])
+        write_json(Path(options.out) / "scores.json", report)
     print(report["table"])
     if (
         report["n"] > 1
@@ -281,7 +286,10 @@ class Examiner:
         """The model's clip (T, H, W, 3) uint8 at the truth's size, new or from an earlier run, and the seconds it took (0 if not new)."""
         path = clip_path(self.options.out, case.task, case.k)
         if path.is_file():
-            return fit(np.load(path, allow_pickle=False)["frames"], *truth.shape[1:3]), 0.0
+            try:
+                return fit(np.load(path, allow_pickle=False)["frames"], *truth.shape[1:3]), 0.0
+            except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+                raise UserError(f"{path} is damaged ({error}): delete it, and it is made again") from None
         started = time.monotonic()
         frames = np.asarray(self.pipe(**self.fields(case, truth)).frames[0])
         took = time.monotonic() - started
@@ -524,10 +532,16 @@ def recorded(path: Path) -> dict[int, Record]:
     if torn:
         with written(path) as temporary:
             temporary.write_bytes(whole + newline)
-    records = [json.loads(line) for line in whole.splitlines()]
-    for rows in (by_task for record in records for by_task in record["rows"].values()):
-        rows |= {task: found_only(row) for task, row in rows.items()}
-    return {record["k"]: record for record in records}
+    records = {}
+    for number, line in enumerate(whole.split(b"\n") if whole else (), 1):
+        try:
+            record = parse_json(line)
+            for rows in record["rows"].values():
+                rows |= {task: found_only(row) for task, row in rows.items()}
+            records[record["k"]] = record
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path} line {number} is damaged ({error}): remove the line, and its case is measured again") from None
+    return records
 
 
 def claim(out: Path, options: Options, model: dict[str, Any]) -> None:
@@ -545,7 +559,10 @@ def claim(out: Path, options: Options, model: dict[str, Any]) -> None:
     path = out / "run.json"
     if path.is_file():
         head(path)
-        before = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            before = dict(parse_json(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{path} is damaged ({error}): give another --out, or delete that folder's contents") from None
         before |= {"protocol": PROTOCOL} if before.get("protocol") in READ else {}
         if changed := [name for name in mine if before.get(name) != mine[name]]:
             raise UserError(f"{out} holds clips made with other {' and '.join(changed)}: give another --out")

@@ -13,10 +13,13 @@ KLING_ALLOW_ENV=1 allows it for files too.
 
 from __future__ import annotations
 
+import collections.abc
 import dataclasses
+import inspect
 import math
 import os
 import re
+import sys
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -29,6 +32,7 @@ from kling.errors import UserError, unknown
 
 T = TypeVar("T")
 
+LARGEST = 1_000_000  # size of a layer of a model
 DEEPEST, MOST = 50, 100_000  # limits of a config: nesting depth, number of values; aliases of aliases (`*a`) can expand to billions
 ALLOW_ENV = "KLING_ALLOW_ENV"
 # What other trainers (diffusers, transformers, kohya, musubi, DeepSpeed) call our keys, where the spelling is too different to guess from.
@@ -85,13 +89,18 @@ MEANT = {
 
 # What settings of these names can be, in whatever program: outside, a run fails at some later step, or trains without a word for nothing.
 RANGES = (
-    ("steps batch save_every log_every eval_every eval_clips gradient_accumulation group", 1, math.inf),
-    ("shard threads max_frames clips quantiles spatial_factor num_layers", 1, math.inf),
-    ("warmup sample_every keep_every keep_last every rank workers weight_decay watchdog perceptual", 0, math.inf),
+    ("steps save_every log_every eval_every eval_clips shard max_frames clips spatial_factor", 1, math.inf),
+    ("batch gradient_accumulation group", 1, 100_000),
+    ("threads num_layers quantiles", 1, 1000),
+    ("workers processes byte_layers token_layers num_res_blocks camera_residual_blocks", 0, 1000),
+    ("warmup sample_every keep_every keep_last every rank watchdog perceptual", 0, math.inf),
+    ("weight_decay", 0, 1000),
     ("text_drop camera_drop floor", 0, 1),
-    ("shares", 0, math.inf),
+    ("shares lr_of seed", 0, math.inf),
     ("ema betas", 0, math.nextafter(1, 0)),  # of 1 the average never leaves the first weights, which the export would hold
-    ("lr clip_grad temperature fps shift", math.ulp(0), math.inf),
+    ("shift", 0.001, 1000),
+    ("lr", math.ulp(0), 1000),
+    ("clip_grad temperature fps scale", math.ulp(0), math.inf),
 )
 RANGE = {name: (least, most) for names, least, most in RANGES for name in names.split()}
 
@@ -136,25 +145,79 @@ def load_config(cls: type[T], path: str | Path | None = None, overrides: Sequenc
         raise UserError(f"config of {cls.__name__}: {_first_line(error)}") from None
 
 
-def _check_range(key: str, value: Any, where: str) -> None:
-    """Refuse a number that is none, and one that no setting of this name can be, in lists and dicts too; and a run without a folder."""
+def _check_range(key: str, value: Any, where: str, name: str = "") -> None:
+    """Refuse a number that is none, and one that no setting of this name can be, in lists and dicts too; and a run without a folder.
+
+    name: of the setting in `RANGE`, if it is not the last part of the key.
+    """
+    name = name or key.rpartition(".")[2]
     if isinstance(value, Mapping):
-        for name, one in value.items():
-            _check_range(f"{key}.{name}", one, where)
+        for inside, one in value.items():
+            _check_range(f"{key}.{inside}", one, where, name if name in RANGE else "")
         return
     if isinstance(value, Sequence) and not isinstance(value, str):
         for one in value:
-            _check_range(key, one, where)
+            _check_range(key, one, where, name)
         return
     if key == "out" and value == "":
         raise UserError(f"out is empty in {where}: name a folder")
     if isinstance(value, bool) or not isinstance(value, int | float):
         return
-    least, most = RANGE.get(key.rpartition(".")[2], (-math.inf, math.inf))
+    least, most = RANGE.get(name, (-math.inf, math.inf))
     if math.isnan(value) or not least <= value <= most or (math.isinf(value) and math.isinf(most) and least > -math.inf):
-        upper = f" to {'below 1' if 0 < 1 - most < 1e-9 else most}" if most < math.inf else " or more"
-        wanted = "a number" if least == -math.inf else "a number above 0" if 0 < least < 1 else f"{least}{upper}"
+        upper = "below 1" if 0 < 1 - most < 1e-9 else most
+        if least == -math.inf:
+            wanted = "a number"
+        elif least == math.ulp(0):
+            wanted = "a number above 0" + (f", at most {upper}" if most < math.inf else "")
+        else:
+            wanted = f"{least} or more" if most == math.inf else f"{least} to {upper}"
         raise UserError(f"{key} = {value} in {where}: give {wanted}")
+
+
+def built(cls: type[T], settings: Mapping[str, Any], where: str) -> T:
+    """A model `cls` of free-form settings. Raises `UserError` for a key that its constructor lacks, a value of the wrong type or range, and
+    for sizes that do not go together. where: the name of these settings, such as "model".
+
+    A whole number may be 0 only where the default is 0, or if it counts layers.
+    """
+    parameters, hints = inspect.signature(cls).parameters, typing.get_type_hints(inspect.unwrap(cls.__init__))
+    for key, value in settings.items():
+        if key not in parameters:
+            raise unknown("key", f"{where}.{key}", [f"{where}.{name}" for name in parameters])
+        if not is_a(value, hints[key]):
+            raise UserError(f"{where}.{key} = {value!r:.60}: expected {_spell(hints[key])}")
+        whole, least = int in (hints[key], *typing.get_args(hints[key])), int(parameters[key].default != 0)
+        least = 0 if key.endswith(("_layers", "_blocks")) else least
+        for size in value if isinstance(value, list | tuple) and whole else [value]:
+            if isinstance(size, bool) or not isinstance(size, int | float):
+                continue
+            if size < 0 or (whole and not least <= size <= LARGEST):
+                wanted = f"{least} to {LARGEST}" if whole else "a number of 0 or more"
+                raise UserError(f"{where}.{key} = {value!r:.60}: give {wanted}")
+    try:
+        return cls(**settings)
+    except (TypeError, ValueError, ArithmeticError, RuntimeError, IndexError) as error:
+        if isinstance(error, UserError):
+            raise
+        said = ", ".join(f"{key}={value}" for key, value in settings.items())
+        raise UserError(f"{where}: no {cls.__name__} can be built of {said} ({_first_line(error)}): change these sizes") from error
+
+
+def is_a(value: Any, hint: Any) -> bool:
+    """Whether a value of yaml or JSON is of an annotated type: a list stands for a tuple, a whole number for a finite float."""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(is_a(value, one) for one in inner)
+    if origin is tuple and inner[-1] is not ...:
+        return isinstance(value, list | tuple) and len(value) == len(inner) and all(map(is_a, value, inner))
+    if origin in (list, tuple, collections.abc.Sequence):
+        return isinstance(value, list | tuple) and all(is_a(x, inner[0]) for x in value)
+    if origin is dict:
+        return isinstance(value, dict)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    return isinstance(value, hint) and not (hint is int and isinstance(value, bool))
 
 
 def read_preset(path: str | Path) -> dict[str, Any]:
@@ -184,7 +247,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"config '{path}' does not exist: check the path") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"config '{path}' cannot be read: {error}") from None
+        reason = "it is no UTF-8: save it as that" if isinstance(error, UnicodeDecodeError) else f"{error.strerror}: check the path"
+        raise UserError(f"config '{path}' cannot be read, {reason}") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f" line {mark.line + 1}" if mark else ""
@@ -208,6 +272,8 @@ def find_config(path: str | Path) -> Path:
     for folder in PRESETS:
         if (folder / name).is_file():
             return folder / name
+    if path.is_dir():
+        raise UserError(f"config '{path}' is a folder: give a file in it")
     presets = list_presets()
     raise unknown("config", path, presets) if presets else UserError(f"config '{path}' does not exist: check the path")
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import difflib
 import errno
 import functools
+import signal
 import sys
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 EXIT_BAD_INPUT = 2
-FULL = (errno.ENOSPC, errno.EDQUOT)  # a full disk: it can happen at any write of any program
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)  # from writing to a full or broken disk, at any write
 
 
 # Our name for a setting (the first of these that exists), and what diffusers, ComfyUI and Wan's scripts call it. The keys of a training
@@ -99,22 +102,45 @@ def _plain(name: str) -> str:
 
 
 def program(main: Callable[..., None]) -> Callable[..., None]:
-    """Decorate a program's `main(argv)`: a `UserError` or a full disk becomes one line on stderr and exit code 2, never a traceback."""
+    """Decorate a program's `main(argv)`: a `UserError`, a full disk or a file that cannot be used becomes one line on stderr and exit code
+    2, never a traceback. SIGTERM ends it as Ctrl-C does, after everything that a `finally` cleans up."""
 
     @functools.wraps(main)
     def run(argv: list[str] | None = None) -> None:
         try:
-            main(argv)
+            with _ends_on_sigterm():
+                main(argv)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(EXIT_BAD_INPUT) from None
         except OSError as error:
-            if error.errno not in FULL:
+            if error.errno in FULL:
+                line = f"{error.filename or 'a file'} was not written ({error.strerror}): free space there"
+            elif error.filename is not None:
+                line = f"{error.filename} cannot be used ({error.strerror}): check the path and its permissions"
+            else:
                 raise
-            print(f"error: {error.filename or 'a file'} was not written ({error.strerror}): free space there", file=sys.stderr)
+            print(f"error: {line}", file=sys.stderr)
             raise SystemExit(EXIT_BAD_INPUT) from None
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             raise SystemExit(130) from None
 
     return run
+
+
+@contextmanager
+def _ends_on_sigterm() -> Iterator[None]:
+    """SIGTERM raises `SystemExit` with 143, unless the program handles it, as a training does, which saves first."""
+
+    def stop(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    here = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if here:
+        signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        if here and signal.getsignal(signal.SIGTERM) is stop:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -21,11 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from kling.errors import UserError, unknown
-from kling.runtime.files import parse_json
 
 RESULTS = "results.jsonl"  # a line for each result, beside the outputs
-FILES = ("image", "last_image", "video", "mask", "control", "shots")
 NOT_WITH = ("prompt", "image_only", "num_videos", "save_latents", "context_parallel", "replay", "enhance")  # options of one request
+LONGEST_NAME = 200  # bytes; most file systems take 255, with the suffixes of the output and its record
 EXIT_SOME_FAILED = 1
 
 
@@ -67,6 +66,10 @@ def many(args: argparse.Namespace) -> None:
     model_folder, pipe = generate.load_pipeline(args.model, args.device, generate.loading(args, [line.request for line in mine]))
     generate.check_fast([line.request for line in mine], args)
     plans = [planned(pipe, line, args.prompts) for line in mine]  # every mistake is told before anything is made
+    if args.cache and len(steps := sorted({plan.num_inference_steps for plan in plans})) > 1:
+        raise UserError(
+            f"--cache {args.cache} is set up for one number of steps, and {args.prompts} asks for {steps}: give it lines of one"
+        )
     if args.dry_run:
         for line, plan in zip(mine, plans, strict=True):
             print(f"{line.number}: {generate.describe(plan, line.request)} · {line.path}", flush=True)
@@ -114,44 +117,21 @@ def read_lines(args: argparse.Namespace, folder: Path, suffix: str) -> list[Line
     from kling_programs.sample import generate
 
     from kling.sampling.request import Request
+    from kling.sampling.rows import request_rows
 
     file = Path(args.prompts)
-    try:
-        rows = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"--prompts {file} cannot be read ({getattr(error, 'strerror', None) or 'it is no UTF-8'}): give a .jsonl file"
-        ) from None
     names = [field.name for field in dataclasses.fields(Request) if field.name != "num_videos"]
-    defaults = generate.given(args, names)
+    defaults = generate.given(args, names) | generate.given_tracks(args)
     first_seed = defaults.pop("seed", 0)
     found: list[Line] = []
     taken: dict[Path, int] = {}
-    for number, row in enumerate(rows):
-        if not row.strip():
-            continue
-        try:
-            fields = parse_json(row)
-            if not isinstance(fields, dict):
-                raise ValueError("it is no object")
-        except ValueError as error:
-            raise UserError(f'{file} line {number + 1}: {error}: write an object, such as {{"prompt": "a red ball"}}') from None
+    for number, fields in ((number - 1, fields) for number, fields in request_rows(file)):
         name = fields.pop("name", None)
         for field in fields:
             if field not in names:
                 raise UserError(f"{file} line {number + 1}: {unknown('field', field, [*names, 'name'])}")
-        if name is not None and (not isinstance(name, str) or Path(name).name != name or name in ("", ".", "..")):
-            raise UserError(f"{file} line {number + 1}: name {name!r} is no file name: leave out folders and the suffix")
-        for field in FILES:
-            if isinstance(fields.get(field), str):
-                fields[field] = str((file.parent / fields[field]).absolute())
-        if isinstance(camera := fields.get("camera"), str) and (file.parent / camera).is_file():
-            fields["camera"] = str((file.parent / camera).absolute())
-        for frame in fields.get("keyframes") or []:
-            if isinstance(frame, list) and frame and isinstance(frame[0], str):
-                frame[0] = str((file.parent / frame[0]).absolute())
-        if isinstance(fields.get("references"), list):
-            fields["references"] = [str((file.parent / one).absolute()) if isinstance(one, str) else one for one in fields["references"]]
+        if name is not None and not is_file_name(name):
+            raise UserError(f"{file} line {number + 1}: name {str(name)[:60]!r} is no file name: leave out folders and the suffix")
         try:
             request = Request(**{"seed": first_seed + number} | defaults | fields)
         except UserError as error:
@@ -165,6 +145,13 @@ def read_lines(args: argparse.Namespace, folder: Path, suffix: str) -> list[Line
     if not found:
         raise UserError(f"--prompts {file} has no line: write objects, one a line")
     return found
+
+
+def is_file_name(name: Any) -> bool:
+    """Whether a file can have that name, with a suffix and a record beside it."""
+    if not isinstance(name, str) or Path(name).name != name or name in ("", ".", "..") or "\0" in name:
+        return False
+    return len(name.encode(errors="replace")) <= LONGEST_NAME and name.isprintable()
 
 
 def is_made(line: Line, overwrite: bool | None) -> bool:

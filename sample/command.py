@@ -19,6 +19,9 @@ class Parser(argparse.ArgumentParser):
         known, rest = self.parse_known_args(args, namespace)
         if rest:
             self.refuse(rest)
+        for name, value in vars(known).items():
+            if "" in (value if isinstance(value, list) else [value]):  # as of a shell's variable that is not set: as a path, this folder
+                raise UserError(f"{name.replace('_', '-')} is empty: give a value, or leave it out ({self.prog} --help lists everything)")
         return known
 
     def refuse(self, rest: list[str]) -> None:

@@ -333,7 +333,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         several = [file for file, *_ in value] if isinstance(value, list) and name in ("lora", "lora_2", "keyframes") else [value]
         several = value if isinstance(value, list) and name == "references" else several
         if "" in several and name not in ("prompt", "negative_prompt"):  # as of a shell's variable that is not set
-            raise UserError(f"--{name.replace('_', '-')} is empty: give a value, or leave it out")
+            option = name.removesuffix("s") if name in ("references", "keyframes") else name.replace("_", "-")
+            raise UserError(f"--{option} is empty: give a value, or leave it out")
         if args.replay and name not in REPLAY_TAKES and value not in (None, False):
             raise UserError(f"--replay repeats the record {args.replay}: leave out {'the prompt' if name == 'prompt' else name}")
     return args
@@ -373,7 +374,6 @@ def given(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
 
 def asked_request(args: argparse.Namespace) -> Request:
     """The request from the options."""
-    from kling.sampling.brush import Track, parse_brush
     from kling.sampling.request import Request
 
     fields = given(args, (field.name for field in dataclasses.fields(Request)))
@@ -382,11 +382,7 @@ def asked_request(args: argparse.Namespace) -> Request:
             if getattr(args, name) is not None:
                 raise UserError(f"--image-only makes one picture: leave out --{name.replace('_', '-')}")
         fields["num_frames"] = 1
-    if args.brush or args.static:
-        if args.tracks:
-            raise UserError("both --tracks and --brush or --static were given: write all tracks into the file, or leave it out")
-        strokes = [*map(parse_brush, args.brush or []), *map(Track, args.static or [])]
-        fields["tracks"] = [Track(track.mask and a_path(track.mask), track.points) for track in strokes]
+    fields |= given_tracks(args)
     if not fields.keys() & {"prompt", "image", "last_image", "keyframes", "video", "references", "shots"}:
         raise UserError('there is nothing to start from: give a prompt, as in  kling-sample "a red ball rolls left on grass"')
     request = Request(**{"seed": secrets.randbelow(2**31)} | fields)
@@ -394,6 +390,18 @@ def asked_request(args: argparse.Namespace) -> Request:
         request = request.replace(prompt=found)
         print(f"prompt: {found} (what {args.video} was made from; give another to change it)", file=sys.stderr)
     return request
+
+
+def given_tracks(args: argparse.Namespace) -> dict[str, Any]:
+    """The field of a request for --brush and --static; {} without them."""
+    from kling.sampling.brush import Track, parse_brush
+
+    if not (args.brush or args.static):
+        return {}
+    if args.tracks:
+        raise UserError("both --tracks and --brush or --static were given: write all tracks into the file, or leave it out")
+    strokes = [*map(parse_brush, args.brush or []), *map(Track, args.static or [])]
+    return {"tracks": [Track(track.mask and a_path(track.mask), track.points) for track in strokes]}
 
 
 def check_fast(requests: Sequence[Request], args: argparse.Namespace) -> None:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from kling_programs.sample.server.pool import Worker
     from kling_programs.sample.server.store import Store
 
+MOST = 1000  # workers, or threads of one
 HOUSEKEEPING = 600.0  # seconds between looks for results and pictures that are not needed any more
 
 
@@ -54,6 +55,8 @@ def main(argv: list[str] | None = None) -> None:
 
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     keys = read_keys(args.keys)
+    if args.ray is None:
+        check_device(args.device)
     listener = open_port("0.0.0.0" if args.listen else "127.0.0.1", args.port)
     with locked(args.store, "store"):
         store = Store(Path(args.store), Limits(args.places, args.rate, args.days))
@@ -105,6 +108,19 @@ def workers_of(args: argparse.Namespace, store: Store) -> Callable[[int], Worker
     return lambda slot: ProcessWorker(store, Setup(args.model, f"cuda:{slot % cards}" if cards else args.device, threads))
 
 
+def check_device(name: str | None) -> None:
+    """Raises `UserError` for a device that this machine lacks: a worker would tell it only after the port is open. Nothing is put there."""
+    import torch
+
+    try:
+        device = torch.device(name or "cpu")
+    except RuntimeError as error:
+        raise UserError(f"device '{name}' cannot be used ({str(error).splitlines()[0]}): try --device cpu") from None
+    there = torch.cuda.device_count() if device.type == "cuda" else 1
+    if (device.index or 0) >= there:
+        raise UserError(f"device '{name}' cannot be used (this machine has {there} of them): try --device cpu")
+
+
 def keep_house(store: Store, over: threading.Event) -> None:
     """Delete what is not needed any more, until the server ends."""
     while not over.wait(HOUSEKEEPING):
@@ -119,10 +135,12 @@ def keep_house(store: Store, over: threading.Event) -> None:
 def secret_of_callbacks(folder: Path) -> str:
     """The secret that signs the callbacks of a server without keys; made at the first start."""
     path = folder / "callback.secret"
-    with suppress(FileExistsError):
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(handle, "w") as file:
+    if not path.is_file() or not path.read_text():
+        with suppress(FileNotFoundError):
+            (part := path.with_suffix(".part")).unlink()
+        with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
             file.write(secrets.token_hex(32))
+        part.replace(path)  # whole or not at all: an empty secret would sign for anybody
     return path.read_text()
 
 
@@ -180,6 +198,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     for name, least in {"workers": 1, "threads": 0, "places": 1, "rate": 1, "days": 0, "drain": 0, "gpus_per_worker": 0}.items():
         if not getattr(args, name) >= least:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: give at least {least:g}")
+    if args.gpus_per_worker and args.ray is None:
+        raise UserError(f"--gpus-per-worker {args.gpus_per_worker:g} is for Ray: give --ray ADDRESS, or --device")
+    for name in ("workers", "threads"):
+        if getattr(args, name) > MOST:
+            raise UserError(f"--{name} {getattr(args, name)}: give at most {MOST}")
     if args.convention not in ("2024", "2025"):
         raise unknown("convention", args.convention, ["2024", "2025"])
     if args.listen and args.keys is None:

@@ -71,14 +71,43 @@ def test_processes_share_the_lines(run, tmp_path: Path, monkeypatch: pytest.Monk
         ('{"prompt": "x", "image": "none.png"}', "none.png"),
         ('{"prompt": "x", "name": "../x"}', "line 2: name '../x'"),
         ('{"prompt": "x", "name": "one"}', "line 2: name 'one' is that of line 1"),
+        ('{"prompt": "x", "name": "a\\u0000b"}', "line 2: name 'a\\x00b'"),
+        ('{"prompt": "x", "name": "' + "a" * 999 + '"}', "is no file name"),
+        ('{"prompt": "x", "prompt": "y"}', "line 2: 'prompt' is given twice"),
+        ('{"prompt": "x", "keyframes": 5}', "line 2: keyframes 5"),
+        ('{"prompt": "x", "keyframes": [5, []]}', "line 2: keyframe 5"),
+        ('{"prompt": "x", "references": [5]}', "line 2: references [5]"),
+        ('{"prompt": "x", "tracks": [5]}', "line 2: tracks"),
+        ('{"prompt": "x", "tracks": "t.json"}', "nowhere/t.json does not exist"),
+        ('{"prompt": "x", "tracks": [{"mask": "t.png", "points": [[1, 1]]}]}', "nowhere/t.png"),
+        ('{"shots": [{"prompt": "x", "seconds": 1e308}, {"prompt": "x", "seconds": 1e308}]}', "line 2: "),
+        ('{"prompt": "x", "camera": {"pan": 1' + "0" * 400 + "}}", "line 2: camera axis pan"),
+        ('{"prompt": "x", "guidance_interval": [0, 1' + "0" * 400 + "]}", "line 2: guidance_interval"),
+        ('{"prompt": "x", "keyframes": [["a.png", 3, 1' + "0" * 400 + "]]}", "line 2: keyframe at frame 3 has strength"),
+        ('{"prompt": "x", "seed": 1e30}', "line 2: seed"),
+        ('{"prompt": "x", "camera": {"pan": true}}', "line 2: camera axis pan is True"),
+        ('{"prompt": "' + "a" * 300 + '"}', "line 2: prompt of 300 bytes is longer than this model reads"),
+        ('{"prompt": "\\ud800"}', "half a character"),
         ('{"prompt": "x", "loop": true, "last_image": "a.png"}', "line 2: both loop and last_image"),
     ],
 )
 def test_a_mistake_in_one_line_stops_before_anything_is_made(run, tmp_path: Path, row: str, words: str) -> None:  # noqa: F811
-    file = write(tmp_path / "many.jsonl", ['{"prompt": "x", "name": "one"}', row])
+    (tmp_path / "nowhere").mkdir()
+    file = write(tmp_path / "nowhere" / "many.jsonl", ['{"prompt": "x", "name": "one"}', row])
     code, _, error = run("--prompts", file, *QUICK)
     assert code == 2 and error.strip().splitlines()[-1].count("error: ") == 1 and words in error
     assert not (tmp_path / "made").exists()
+
+
+def test_a_list_from_another_editor_is_read_and_no_option_is_ignored(run, tmp_path: Path) -> None:  # noqa: F811
+    """A byte order mark, Windows line ends, and a prompt with what `splitlines` takes for a line's end."""
+    file = tmp_path / "many.jsonl"
+    file.write_bytes(b"\xef\xbb\xbf" + '{"prompt": "a red\u2028ball"}\r\n{"prompt": "a\x85 cone"}\r\n'.encode())
+    code, said, _ = run("--prompts", str(file), *QUICK, "--dry-run")
+    assert code == 0 and said[0].endswith("2 requests, 0 made already")
+    for more in (("--brush", "3,3;9,9"), ("--static", "none.png"), ("--tracks", "none.json")):
+        code, _, error = run("--prompts", str(file), *QUICK, *more)
+        assert code == 2 and any(word in error for word in ("brush", "tracks", "none."))
 
 
 def test_options_of_one_request_are_refused(run, tmp_path: Path) -> None:  # noqa: F811

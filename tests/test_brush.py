@@ -54,6 +54,8 @@ def test_all_ways_to_write_tracks_mean_the_same(tmp_path: Path) -> None:
         ('{"tracks": [{"points": [[1, 2, 3]]}]}', "give \\(x, y\\)"),
         ('{"tracks": [{"points": [1, 2]}]}', "give \\(x, y\\)"),
         ('{"tracks": [{"points": [[1, NaN]]}]}', "give"),
+        ('{"tracks": [{"points": [[1' + "0" * 400 + ", 2]]}]}", "give"),
+        ('{"tracks": [{"points": [[1, 2]], "points": [[3, 4]]}]}', "give"),
         ('{"tracks": [{}]}', "neither a mask nor points"),
         (json.dumps({"tracks": [{"points": [[1, 2]]}] * 17}), "17 tracks were given: give at most 16"),
         ("a picture", "t.json: give"),
@@ -66,7 +68,7 @@ def test_mistakes_in_a_file_are_one_line(tmp_path: Path, text: str, refused: str
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("text", ["", "a.png", "a.png:", "a.png:1", "1,2;3", "a.png:1,2,3", "a.png:x,y"])
+@pytest.mark.parametrize("text", ["", "a.png", "a.png:", "a.png:1", ":1,2", "1,2;3", "a.png:1,2,3", "a.png:x,y"])
 def test_mistakes_in_an_option_are_one_line(text: str) -> None:
     with pytest.raises(UserError, match="write it as MASK.png:x,y;x,y"):
         parse_brush(text)

@@ -257,6 +257,42 @@ def test_any_program_reports_a_full_disk_in_one_line(capsys: pytest.CaptureFixtu
     assert capsys.readouterr().err == "error: runs/x/metrics.jsonl was not written (No space left on device): free space there\n"
 
 
+@pytest.mark.parametrize("code", [errno.EFBIG, errno.EROFS, errno.EACCES, errno.ENAMETOOLONG, errno.EISDIR])
+def test_any_program_reports_a_file_that_cannot_be_used_in_one_line(code: int, capsys: pytest.CaptureFixture) -> None:
+    @program
+    def main(argv: list[str] | None = None) -> None:
+        raise OSError(code, os.strerror(code), "runs/x")
+
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    line = capsys.readouterr().err
+    assert line.startswith("error: runs/x ") and line.count("\n") == 1 and os.strerror(code) in line
+
+
+TERMINATED = """
+import os, sys, time
+from pathlib import Path
+from kling.errors import program
+from kling.runtime.files import written
+
+@program
+def main(argv=None):
+    with written(sys.argv[1]) as temporary:
+        temporary.write_text("half")
+        print("writing", flush=True)
+        time.sleep(60)
+
+main()
+"""
+
+
+def test_sigterm_leaves_nothing_half_written(tmp_path: Path) -> None:
+    process = subprocess.Popen([sys.executable, "-c", TERMINATED, tmp_path / "out.txt"], stdout=subprocess.PIPE, cwd=workers.ROOT)
+    assert process.stdout.readline() == b"writing\n"
+    process.terminate()
+    assert process.wait(timeout=60) == 143 and not list(tmp_path.iterdir())
+
+
 HANGS = """
 import sys, time
 from pathlib import Path

@@ -204,6 +204,28 @@ def test_unusable_clips_are_named_or_counted(root, manifest, tmp_path):
             check_data(config(manifest, **wrong))
 
 
+LIES = {  # what a row can say, by the path to it, and what the error says
+    "start": ("x", -1, 1e9, math.nan), "end": (1e12, math.nan, None), "path": (5, None), "bytes": ("7",), "sha256": ("", "xyz", 5),
+    "captions": ("a cat", ["a cat"], [{"text": 5}], [{"text": "a", "weight": -1}], [{"text": "a", "weight": math.nan}], [{"words": "a"}]),
+    "camera": (5,), "tracks": ([],), "references": ("a.png", [3], ["a"] * 5), "clock": ([0.0], [0.0, [[1]]]), "member": (["a", 1],),
+    "shots": ([1], [[0.0, "x"]]), "measures": ([],), "video.width": (0, -3, "640", 1.5), "video.height": (0,), "video.frames": (0, None),
+    "video.fps": (0, -25.0, math.nan, math.inf, "25", 10**400), "video.duration": (-1.0, 1e300, math.inf),
+    "video.colour": (3,), "colour": (3,),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in LIES.items() for value in values])
+def test_a_row_that_lies_is_refused_with_its_line(root, manifest, key, value):
+    """Each would otherwise end in a traceback far away, or in millions of clips."""
+    row = json.loads(manifest.read_text(encoding="utf-8").splitlines()[0])
+    part = row["video"] if key.startswith("video.") else row
+    part[key.removeprefix("video.")] = value
+    (root / "lies.jsonl").write_text(json.dumps(row))
+    with pytest.raises(UserError, match=r"lies.jsonl line 1") as error:
+        read_manifest(root / "lies.jsonl")
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("text", ["{", '{"path": 3}', "[1]", '{"path": "a", "video": {"width": 3}}'])
 def test_an_invalid_manifest_is_refused_with_its_line(tmp_path, text):
     (tmp_path / "m.jsonl").write_text(f"\n{text}\n")

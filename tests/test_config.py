@@ -188,11 +188,12 @@ def test_round_trip_and_flatten(tmp_path: Path) -> None:
 
 
 WRONG = {
-    "save_every=0": "give 1 or more", "log_every=-2": "give 1 or more", "batch=0": "give 1 or more", "steps=0": "give 1 or more",
+    "save_every=0": "give 1 or more", "log_every=-2": "give 1 or more", "batch=0": "give 1 to 100000", "steps=0": "give 1 or more",
     "ema=1": "give 0 to below 1", "ema=-0.1": "give 0 to below 1", "text_drop=1.5": "give 0 to 1", "warmup=-1": "give 0 or more",
-    "lr=0": "give a number above 0", "lr=-1e-3": "give a number above 0", "lr=.nan": "give a number above 0",
-    "lr=.inf": "give a number above 0",
-    "validation.every=-5": "give 0 or more", "workers=-1": "give 0 or more", "threads=0": "give 1 or more",
+    **dict.fromkeys(("lr=0", "lr=-1e-3", "lr=.nan", "lr=.inf", "lr=1e30"), "give a number above 0, at most 1000"),
+    "validation.every=-5": "give 0 or more", "workers=-1": "give 0 to 1000", "threads=0": "give 1 to 1000",
+    "scheduler.shift=1e-320": "give 0.001 to 1000", "lr_of.dit=-1": "give 0 or more", "lr_of={dit: .inf}": "give 0 or more",
+    "seed=-1": "give 0 or more", "validation.quantiles=100000": "give 1 to 1000",
     "lora.alpha=.nan": "give a number",
     "clip_grad=0": "give a number above 0",
 }  # fmt: skip
@@ -201,7 +202,7 @@ WRONG = {
 @pytest.mark.parametrize("word", WRONG)
 def test_a_number_that_no_run_can_use_is_refused_by_name(word):
     """save_every=0 divides by zero after the first step, ema=1 exports the first weights, lr=-1e-3 climbs."""
-    key, _, _ = word.partition("=")
+    key = word.partition("=")[0] + (".dit" if "{" in word else "")
     with pytest.raises(UserError, match=rf"^{re.escape(key)} = \S+ in override .*: {WRONG[word]}$"):
         load_config(TrainDiTConfig, None, [word])
 

@@ -14,10 +14,11 @@ import pytest
 
 from kling.cameras.axes import axes_trajectory
 from kling.cameras.files import save_trajectory
-from kling.data.manifest import read_manifest
+from kling.data.manifest import Caption, read_manifest
 from kling.data.scan.captioner import PROMPTS
 from kling.data.scan.listing import COLUMNS
 from kling.data.video import write_video
+from kling.errors import UserError
 from kling.metrics.camera.clips import METHODS
 
 sys.path[:0] = [str(Path(__file__).parents[1] / "train")]
@@ -135,6 +136,50 @@ def test_a_local_model_writes_captions_once(scanned, model, capsys):
     assert "0 captions written" in capsys.readouterr().out
     program.main(["scan", str(scanned.parent), "--out", str(scanned), "--allow-bad", "0.5", "--workers", "1"])
     assert {Path(s.path).stem: s for s in read_manifest(scanned).shots} == shots  # a second scan keeps them
+
+
+class Describer:
+    """A caption model that cannot describe one clip, and is interrupted at another."""
+
+    def __init__(self, *_: object, **__: object) -> None:
+        self.asked: list[str] = []
+
+    def describe(self, manifest, shot, prompt, language):  # noqa: ANN001, ANN201
+        self.asked.append(shot.path)
+        if len(self.asked) == 1:
+            raise UserError("the caption model returned nothing")
+        if len(self.asked) == 3:
+            raise KeyboardInterrupt
+        return Caption(f"a clip {language}", language)
+
+
+def test_captions_survive_a_clip_without_one_and_an_interrupt(scanned, capsys, monkeypatch):
+    program.main(["scan", str(scanned.parent), "--out", str(scanned), "--allow-bad", "0.5", "--workers", "1"])
+    monkeypatch.setattr("kling.data.scan.captioner.Captioner", Describer)
+    with pytest.raises(SystemExit) as stop:
+        program.main(["caption", str(scanned), "--model", "any", "--language", "en", "zh"])
+    assert stop.value.code == 130 and "returned nothing" in capsys.readouterr().err
+    assert sum(c.text.startswith("a clip") for shot in read_manifest(scanned).shots for c in shot.captions) == 1
+
+
+def test_two_commands_do_not_change_one_manifest_at_once(scanned, capsys):
+    """Each reads it at the start and writes it as a whole, so that the work of the first to end would be lost."""
+    words = "import sys; from pathlib import Path; from kling.runtime.lock import locked\nf = Path(sys.argv[1])\n"
+    words += "with locked(f.parent, 'manifest', file=f.name): print('held', flush=True); sys.stdin.read()"
+    other = subprocess.Popen([sys.executable, "-c", words, str(scanned)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == "held\n"
+        for command in (
+            ["tracks", scanned],
+            ["camera", scanned],
+            ["caption", scanned, "--model", "x"],
+            ["scan", scanned.parent, "--out", scanned],
+        ):
+            with pytest.raises(SystemExit) as stop:
+                program.main([str(word) for word in command])
+            assert stop.value.code == 2 and f"manifest {scanned} is in use by process {other.pid}" in capsys.readouterr().err
+    finally:
+        other.communicate("")
 
 
 def test_a_folder_without_a_model_is_refused(scanned, capsys):

@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 from kling import KlingPipeline, KlingTransformer3DModel, Request
 from kling.errors import UserError
 from kling.hub.detect import build_of, transformer_config
-from kling.hub.files import read_shapes, read_tensors
+from kling.hub.files import read_shapes, read_tensors, weight_files
 from kling.hub.keys import original_transformer_name, original_vae_name, transformer_name, vae_name
-from kling.hub.load import find_folder, load_transformer
+from kling.hub.load import find_folder, load_transformer, read_index
 from kling.hub.registry import CHECKPOINTS, Build, by_build, by_name
 from kling.text.umt5 import UMT5TextEncoder, clean_prompt
 
@@ -340,3 +340,14 @@ def _pipeline(folder: Path) -> WanPipeline:
 
 def _request(**fields: object) -> Request:
     return Request("a ball", **fields)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "[]", "5", "", '{"a": '])
+def test_an_index_that_is_none_is_told_in_one_line(tmp_path: Path, text: str) -> None:
+    (tmp_path / "model_index.json").write_text(text)
+    with pytest.raises(UserError, match="is damaged: model_index.json is not readable") as error:
+        read_index(tmp_path)
+    assert "\n" not in str(error.value)
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(UserError, match="is not readable"):
+        weight_files(tmp_path)

@@ -11,7 +11,7 @@ from kling_programs.train import data, distill, encode, plan, train_dit
 DIT, CACHE, DISTILL = "configs/dit/debug.yaml", "configs/cache/debug.yaml", "configs/distill/debug.yaml"
 PROGRAMS = {"train": train_dit, "encode": encode, "data": data, "plan": plan, "export": export, "distill": distill}
 
-MISTAKES = [  # program and words, and what the line says; {tmp} is a folder with the file `file` and the folder `empty`
+MISTAKES = [  # program and words, and what the line says; {tmp} is a folder with the file `file` and the folders `empty` and `films`
     (f"train {DIT} betas=[0.5]", "betas [0.5]: give two numbers"),
     (f"train {DIT} betas=[0.9,2]", "betas = 2.0"),
     (f"distill {DISTILL} betas=[0.9]", "betas [0.9]: give two numbers"),
@@ -21,6 +21,22 @@ MISTAKES = [  # program and words, and what the line says; {tmp} is a folder wit
     (f"train {DIT} tasks.text=-1", "tasks.text = -1: give 0"),
     (f"train {DIT} frames=[]", "frames is empty"),
     (f"train {DIT} model.num_layers=0", "model.num_layers = 0"),
+    (f"train {DIT} model.num_layers=1000000000", "model.num_layers = 1000000000"),
+    (f"train {DIT} out={{tmp}}/run model.num_layer=2", "(did you mean 'model.num_layers'?)"),
+    (f"train {DIT} out={{tmp}}/run model.num_layers=two", "model.num_layers = 'two': expected int"),
+    (f"train {DIT} out={{tmp}}/run model.ffn_dim=1000000000000", "model.ffn_dim = 1000000000000: give 1 to"),
+    (f"train {DIT} out={{tmp}}/run model.attention_head_dim=31", "attention_head_dim 31"),
+    (f"train {DIT} out={{tmp}}/run model.patch_size=[1,2]", "patch_size [1, 2]: give three numbers"),
+    (f"train {DIT} out={{tmp}}/run text.byte_dim=31", "byte_dim 31: give a multiple of head_dim 32"),
+    (f"train {DIT} out={{tmp}}/run text.bytes=31", "unknown key 'text.bytes'"),
+    (f"train {DIT} threads=100000", "threads = 100000"),
+    (f"train {DIT} workers=100000", "workers = 100000"),
+    (f"train {DIT} seed=-1", "seed = -1"),
+    (f"train {DIT} lr_of.transformer=-1", "lr_of.transformer = -1"),
+    (f"train {DIT} lr_of.transformer=.inf", "lr_of.transformer = inf"),
+    (f"train {DIT} out={{tmp}}/run lr_of.transformers=0", "lr_of transformers 0: name a part of the model"),
+    (f"train {DIT} out={{tmp}}/run lr_of.transformer=0 lr_of.text_encoder=0", "leave one part above 0"),
+    (f"train {DIT} max_frames=18", "18 frames"),
     (f"train {DIT} scheduler.shift=-1", "scheduler.shift = -1"),
     (f"train {DIT} out=", "out is empty"),
     (f"train {DIT} out={{tmp}}/file", "is a file, where a folder is needed"),
@@ -33,6 +49,12 @@ MISTAKES = [  # program and words, and what the line says; {tmp} is a folder wit
     ("plan configs/dit/wan.yaml", "has no model and frames"),
     ("data scan {tmp}/empty --out {tmp}/m.jsonl", "no video or picture"),
     ("data report {tmp}/empty", "cannot be read"),
+    ("data scan {tmp}/films --root {tmp} --out {tmp}/m.jsonl", "is for tables"),
+    ("data scan {tmp}/films --map path=video --out {tmp}/m.jsonl", "a mapping of columns is for tables"),
+    ("data scan {tmp}/rows.csv --root {tmp}/none --out {tmp}/m.jsonl", "none is no folder"),
+    ("data camera {tmp}/good.jsonl --video {tmp}/file", "--video is for a camera file"),
+    ("data camera {tmp}/good.jsonl --png {tmp}/x.png", "--png is for a camera file"),
+    ("data camera {tmp}/file --method colmap", "--method is for a manifest"),
     ("export {tmp}/empty {tmp}/out", "holds 0 safetensors files"),
     ("export kling/assets {tmp}/file", "exists already"),
 ]
@@ -44,7 +66,10 @@ def test_a_mistake_gets_one_line(
 ) -> None:
     monkeypatch.chdir(Path(__file__).parents[1])
     (tmp_path / "file").write_text("x")
+    (tmp_path / "good.jsonl").write_text("{}")
+    (tmp_path / "rows.csv").write_text("video\na.mp4\n")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "films").mkdir()
     name, *given = words.replace("{tmp}", str(tmp_path)).split()
     with pytest.raises(SystemExit) as end:
         PROGRAMS[name].main(given)

@@ -470,6 +470,12 @@ MISTAKES = {
     "captions without a stretch": (
         lambda f: [put(f, "t.csv", "video,caption,timestamp\na,\"['x','y','z']\",\"[[0,1],[1,2]]\"\n")], "3 captions for 2 stretches",
     ),
+    "a time of hundreds of digits": (lambda f: [put(f, "t.jsonl", '{"video": "a", "start": 1' + "0" * 400 + "}")], "give seconds"),
+    "a time in another base": (lambda f: [put(f, "t.csv", f"video,timestamp\na,\"[0x{'f' * 999}, 1]\"\n")], "give seconds"),
+    "a list without an end in sight": (lambda f: [put(f, "t.csv", "video,caption\na,\"[" + "'a'," * 99_999 + "]\"\n")], "write it as JSON"),
+    "a weight of hundreds of digits": (
+        lambda f: [put(f, "t.jsonl", '{"video": "a", "captions": [{"text": "b", "weight": 1' + "0" * 400 + "}]}")], "captions must be text",
+    ),
     "half a mapping": (lambda f: [str(f / "films"), "--map", "path"], "give FIELD=COLUMN"),
 }  # fmt: skip
 
@@ -487,6 +493,23 @@ def test_a_mistake_is_one_line_that_names_it(tmp_path, capsys, mistake):
     said = capsys.readouterr().err.replace("\r", "\n").strip().splitlines()[-1]
     assert stop.value.code == 2 and said.startswith("error: ") and says in said
     assert all(path.read_bytes() == text for path, text in before.items())
+
+
+def test_a_name_that_no_file_can_have_costs_only_its_row(tmp_path):
+    make(tmp_path / "a.mp4", n=2)
+    names = ["a.mp4", "b\0.mp4", f"{'c' * 300}.mp4", "\ud83d.mp4"]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps({"video": name, "caption": "a"}) + "\n" for name in names))
+    out = tmp_path / "manifest.jsonl"
+    *_, summary = scan(Listing().find([tmp_path / "t.jsonl"]), out)
+    assert summary.clips == 1 and sum(summary.bad.values()) == 3
+    assert len(read_quarantine(quarantine_of(out))) == 3
+
+
+@pytest.mark.parametrize("line", ['{"a": 1}', '{"path": "a"}', '{"path": 5, "reason": "x", "detail": "y"}'])
+def test_another_file_in_the_place_of_the_quarantine_is_refused(tmp_path, line):
+    put(tmp_path, "quarantine.jsonl", line)
+    with pytest.raises(UserError, match=r"quarantine.jsonl line 1"):
+        read_quarantine(tmp_path / "quarantine.jsonl")
 
 
 def test_splitting_without_pyscenedetect_says_so_before_anything_is_decoded(tmp_path, monkeypatch):

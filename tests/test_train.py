@@ -153,6 +153,38 @@ def test_a_resumed_dit_run_is_bit_equal_and_its_model_samples(vae, cache, tmp_pa
     assert (straight / "samples" / "00000004.png").is_file()
 
 
+def test_a_frozen_part_stays_and_a_run_with_one_resumes_exactly(vae, cache, tmp_path):
+    """lr_of: 0 means no gradient, no state of the optimizer and no place in a checkpoint; the export holds the part as it began."""
+    whole, parts, none = tmp_path / "whole", tmp_path / "parts", tmp_path / "none"
+    frozen = ["lr_of={text_encoder: 0, transformer.proj_out: 0.0, transformer: 2}", "schedule=constant", "sample_every=0"]
+    train(vae, cache, whole, "steps=4", *frozen)
+    train(vae, cache, parts, "steps=2", *frozen)
+    torch.rand(5)  # an unrelated draw changes nothing
+    train(vae, cache, parts, "steps=4", *frozen)
+    assert_same(weights(whole), weights(parts))
+    held = {name.split(".")[0] for name in weights(whole)}
+    assert held == {"model/transformer", "ema/transformer", "optimizer/transformer"}
+    assert not any("proj_out" in name for name in weights(whole)), "the longer name counts"
+    train(vae, cache, none, "steps=1", "lr=1e-30", "ema=0", "schedule=constant", "sample_every=0")  # the weights as all of these began
+    for folder, file in (("text_encoder", "diffusion_pytorch_model"), ("transformer", "diffusion_pytorch_model")):
+        began, made = (load_file(run / "export" / folder / f"{file}.safetensors") for run in (none, parts))
+        same = {name for name in began if torch.equal(began[name], made[name])}
+        assert same >= set(began) if folder == "text_encoder" else "patch_embedding.weight" not in same
+
+    from kling_programs.sample.studio import runs  # the page builds a run's model anew, and finds only what was trained in a checkpoint
+
+    shown = runs.pipeline_of(parts, "step-00000004", "cpu")
+    exported = load_file(parts / "export" / "text_encoder" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(t.to(exported[name].dtype), exported[name]) for name, t in shown.text_encoder.state_dict().items())
+
+
+def test_freezing_everything_is_refused(vae, cache, tmp_path, capsys):
+    for words, said in (("{transformer: 0, text_encoder: 0}", "leave one part above 0"), ("{text_encoder: -1}", "lr_of.text_encoder = -1")):
+        with pytest.raises(SystemExit) as end:
+            train(vae, cache, tmp_path / "run", "steps=1", f"lr_of={words}")
+        assert end.value.code == 2 and said in capsys.readouterr().err
+
+
 def test_a_text_encoder_learns_phrasings_resumes_exactly_and_starts_a_transformer(vae, cache, tmp_path):
     words = ["configs/text/world.yaml", "text={byte_dim: 32, byte_layers: 1, out_dim: 32, token_layers: 1}", "batch=16", "lr=3e-3"]
     words += ["warmup=5", "schedule=constant", "mixed_precision=fp32", "workers=0", "log_every=1", "save_every=20"]

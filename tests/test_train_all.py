@@ -84,12 +84,38 @@ def test_the_same_command_resumes_and_another_recipe_is_refused(tmp_path: Path, 
         ("stages.vae-images.init_from=clips/export", "put stage 'clips' before"),
         ("stages.more.program=train", "stage 'more' has no preset"),
         ("stages.text.preset=text/wold.yaml", "did you mean 'text/world.yaml'"),
+        ("stages.clips.step=5", "stage 'clips': unknown key in override 'step=5': 'step' (did you mean 'steps'?)"),
+        ("stages.clips.lr=fast", "stage 'clips': lr = 'fast'"),
+        ("stages.clips.program=[train]", "unknown program of stage 'clips'"),
+        ("stages.model={program: train, preset: dit/debug.yaml}", "stage 'model' cannot have that name"),
+        ("stages={'../x': {program: train, preset: dit/debug.yaml}}", "stage '../x' cannot have that name"),
+        ("model=clip/export", "model 'clip/export' begins with no stage's name"),
+        ("model=", "model '' begins with no stage's name"),
+        ("scale=.inf", "scale = inf"),
+        ("scale=0", "scale = 0.0"),
+        ("processes=-1", "processes = -1"),
     ],
 )
 def test_mistakes_are_reported_before_anything_runs(word: str, message: str, tmp_path: Path, started: list[list[str]], capsys) -> None:
     with pytest.raises(SystemExit, match="2"):
         train_all.main(["configs/shipped.yaml", f"out={tmp_path}", word])
     assert message in capsys.readouterr().err and not started
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '{"text": {}}', "[" * 9999])
+def test_a_damaged_list_of_finished_stages_is_told(text: str, tmp_path: Path, started: list[list[str]], capsys) -> None:
+    (tmp_path / "stages.json").write_text(text)
+    with pytest.raises(SystemExit, match="2"):
+        train_all.main(["configs/shipped.yaml", f"out={tmp_path}"])
+    assert "stages.json is damaged" in capsys.readouterr().err and not started
+
+
+def test_a_model_that_no_stage_made_is_told_and_the_old_one_stays(tmp_path: Path, started: list[list[str]], capsys) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "old").write_text("precious")
+    with pytest.raises(SystemExit, match="2"):
+        train_all.main(["configs/shipped.yaml", f"out={tmp_path}", "scale=0.01", "model=clips/exports"])
+    assert "model 'clips/exports' is no folder" in capsys.readouterr().err and (tmp_path / "model" / "old").read_text() == "precious"
 
 
 CHILD = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit({})); print('up', flush=True); time.sleep(60)"

@@ -15,6 +15,7 @@ import argparse
 import math
 import os
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -35,7 +36,18 @@ METHODS = ("rotation", "colmap")
 @program
 def main(argv: list[str] | None = None) -> None:
     args = parser().parse_args(argv)
-    args.run(args)
+    with own(Path(getattr(args, args.changes))) if "changes" in args else nullcontext():
+        args.run(args)
+
+
+def own(manifest: Path, new: bool = False) -> AbstractContextManager[None]:
+    """Keep other commands from changing a manifest, which is read at the start and written as a whole: one's work would be lost. new: it
+    may not exist yet."""
+    if manifest.suffix != ".jsonl" or not (new or manifest.is_file()):
+        return nullcontext()
+    from kling.runtime.lock import locked
+
+    return locked(manifest.parent, "manifest", file=manifest.name)
 
 
 def parser() -> Parser:
@@ -74,18 +86,18 @@ def parser() -> Parser:
     cmd.add_argument("--prompt", help="the question to the model, instead of the default one")
     cmd.add_argument("--frames", type=int, default=4, help="number of frames shown to the model (default %(default)s)")
     cmd.add_argument("--device", default="cpu")
-    cmd.set_defaults(run=run_caption)
+    cmd.set_defaults(run=run_caption, changes="manifest")
 
     cmd = commands.add_parser("camera", help="estimate the cameras of a manifest's clips, or check one camera file")
     cmd.add_argument("path", help="a manifest, or a camera file (RealEstate10K .txt, .json)")
-    cmd.add_argument("--method", choices=METHODS, default="rotation", help="rotation: a camera that only rotates; colmap: pycolmap")
+    cmd.add_argument("--method", choices=METHODS, help="rotation (default): a camera that only rotates; colmap: pycolmap")
     cmd.add_argument("--video", help="the video of a camera file, to check the file's convention against it")
     cmd.add_argument("--png", help="where to draw the path of a camera file (default: its name in .png)")
-    cmd.set_defaults(run=run_camera)
+    cmd.set_defaults(run=run_camera, changes="path")
 
     cmd = commands.add_parser("tracks", help="follow points through a manifest's clips, for training the motion brush")
     cmd.add_argument("manifest")
-    cmd.set_defaults(run=run_tracks)
+    cmd.set_defaults(run=run_tracks, changes="manifest")
     return top
 
 
@@ -115,7 +127,7 @@ def run_scan(args: argparse.Namespace) -> None:
     candidates = listing.find(args.paths)
     cores = os.cpu_count() if args.ray is None else connect(args.ray).cpus
     how = {"workers": args.workers or cores, "split": args.shots, "per_minute": args.seconds_per_minute, "cluster": args.ray is not None}
-    with tqdm(total=len(candidates), unit="file", desc=f"scan to {out}") as bar:
+    with own(out, new=True), tqdm(total=len(candidates), unit="file", desc=f"scan to {out}") as bar:
         for step in scan(candidates, out, filters=filters, **how):
             if isinstance(step, Summary):
                 summary = step
@@ -146,24 +158,37 @@ def run_report(args: argparse.Namespace) -> None:
 
 
 def run_caption(args: argparse.Namespace) -> None:
-    """Existing captions in a language are kept, so running the same command again continues where it stopped."""
+    """Existing captions in a language are kept, so running the same command again continues where it stopped. A clip that cannot be
+    described costs only itself."""
     from tqdm import tqdm
 
     from kling.data.manifest import read_manifest, write_manifest
     from kling.data.scan.captioner import PROMPTS, Captioner
+    from kling.sampling.machine import pick_device
 
     if args.frames < 1:
         raise UserError(f"--frames {args.frames}: give at least 1")
     path = Path(args.manifest)
-    manifest, captioner = read_manifest(path), Captioner(args.model, args.frames, device=args.device)
+    manifest, captioner = read_manifest(path), Captioner(args.model, args.frames, device=str(pick_device(args.device)))
     todo = [(i, x) for i, shot in enumerate(manifest.shots) for x in args.language if x not in {c.language for c in shot.captions}]
-    for done, (i, language) in enumerate(tqdm(todo, unit="caption"), 1):
-        shot = manifest.shots[i]
-        caption = captioner.describe(manifest, shot, args.prompt or PROMPTS[language], language)
-        manifest.shots[i] = replace(shot, captions=(*shot.captions, caption))
-        if done % SAVE_EVERY == 0 or done == len(todo):
+    written = saved = 0
+    try:
+        for i, language in tqdm(todo, unit="caption"):
+            shot = manifest.shots[i]
+            try:
+                caption = captioner.describe(manifest, shot, args.prompt or PROMPTS[language], language)
+            except UserError as error:
+                print(f"{shot.name}: {error}", file=sys.stderr)
+                continue
+            manifest.shots[i] = replace(shot, captions=(*shot.captions, caption))
+            written += 1
+            if written - saved == SAVE_EVERY:
+                write_manifest(path, manifest.shots)
+                saved = written
+    finally:  # also after Ctrl-C
+        if written > saved:
             write_manifest(path, manifest.shots)
-    print(f"{len(todo)} captions written to {path}, {sum(not s.captions for s in manifest.shots)} clips without one")
+    print(f"{written} captions written to {path}, {sum(not s.captions for s in manifest.shots)} clips without one")
 
 
 def run_camera(args: argparse.Namespace) -> None:
@@ -176,8 +201,12 @@ def run_camera(args: argparse.Namespace) -> None:
     from kling.metrics.camera.clips import check_file, estimated
     from kling.metrics.camera.rotation import WIDTH
 
-    path = Path(args.path)
-    if path.suffix != ".jsonl":
+    path, file = Path(args.path), Path(args.path).suffix != ".jsonl"
+    for name in ("method",) if file else ("video", "png"):
+        if getattr(args, name) is not None:
+            kind, other = ("camera file", "manifest") if file else ("manifest", "camera file")
+            raise UserError(f"--{name} is for a {other}, and {path} is a {kind}: leave it out")
+    if file:
         times, trajectory = read_path(path)
         picture = Path(args.png or path.with_suffix(".png"))
         if picture.suffix.lower() != ".png":
@@ -197,7 +226,7 @@ def run_camera(args: argparse.Namespace) -> None:
             continue
         try:
             if shot.camera is None:
-                manifest.shots[i] = shot = estimated(manifest, shot, args.method)
+                manifest.shots[i] = shot = estimated(manifest, shot, args.method or METHODS[0])
             else:
                 error = check_file(manifest.folder / shot.camera, manifest.check(shot), shot.start, shot.end)
                 manifest.shots[i] = shot = replace(shot, measures=shot.measures | {"camera": {"method": "given", "error": round(error, 3)}})

@@ -18,11 +18,12 @@ from typing import Any
 
 import torch
 from kling_programs.train.command import helped
+from kling_programs.train.train_dit import TrainDiTConfig
 
+from kling.cache.plan import CacheConfig
 from kling.condition.state import MOST_REFERENCES
 from kling.condition.tasks import TASKS, keyframe_share
-from kling.config import PRESETS, find_config, load_config, read_preset
-from kling.data.source import DataConfig
+from kling.config import PRESETS, built, find_config, load_config, read_preset
 from kling.dit import KlingTransformer3DModel
 from kling.dit.cost import forward_flops
 from kling.dit.memory import StepMemory, step_memory
@@ -108,6 +109,7 @@ def main(argv: list[str] | None = None) -> None:
     preset = read_preset(argv[0])
     if "model" not in preset or "frames" not in preset:
         raise UserError(f"preset '{argv[0]}' has no model and frames: give one that sets its sizes, such as configs/dit/1.3b.yaml")
+    load_config(TrainDiTConfig, argv[0])  # raises for what kling-train would refuse
     plan = load_config(PlanConfig, None, argv[1:])
     if plan.method not in METHODS:
         raise unknown("method", plan.method, METHODS)
@@ -125,7 +127,7 @@ def own_size(preset: dict[str, Any]) -> tuple[int, int, str]:
     """(height, width, their origin): the largest clips of the cache that a preset names, or the size of published models."""
     if not preset.get("encode"):
         return 480, 832, "assumed, since the preset names no cache: give height= and width= of yours"
-    data = load_config(DataConfig, None) if "data" not in (cache := read_preset(preset["encode"])) else DataConfig(**cache["data"])
+    data = load_config(CacheConfig, preset["encode"]).data
     sizes = (aspect_size(aspect, data.scale) for aspect in data.aspects)
     return *max(sizes, key=math.prod), f"of {preset['encode']}"
 
@@ -135,9 +137,9 @@ def report(preset: dict[str, Any], plan: PlanConfig, name: str = "PRESET") -> li
     if (optimizer := preset.get("optimizer", "adamw")) not in MOMENTS:
         raise unknown("optimizer", optimizer, MOMENTS)
     with torch.device("meta"):
-        text = ByteTextEncoder(**preset.get("text", {}))
+        text = built(ByteTextEncoder, preset.get("text", {}), "text")
         model = {"text_dim": text.config.out_dim, **preset["model"]}
-        config = {**KlingTransformer3DModel(**{**model, "num_layers": 1}).config, "num_layers": model.get("num_layers", 40)}
+        config = {**built(KlingTransformer3DModel, {**model, "num_layers": 1}, "model").config, "num_layers": model.get("num_layers", 40)}
     height, width, whose = own_size(preset)
     height, width, whose = plan.height or height, plan.width or width, "as given" if plan.height or plan.width else whose
     patch, frames, l = tuple(config["patch_size"]), max(preset["frames"]), text.num_tokens
@@ -195,7 +197,7 @@ def stored_references(preset: dict[str, Any]) -> int:
     """The most references that a batch has: as many as the cache holds of a clip."""
     if not preset.get("reference"):
         return 0
-    return read_preset(preset["encode"]).get("references", 0) if preset.get("encode") else MOST_REFERENCES
+    return load_config(CacheConfig, preset["encode"]).references if preset.get("encode") else MOST_REFERENCES
 
 
 def level_runs(tasks: dict[str, float], grid: tuple[int, int, int], references: int = 0) -> int:

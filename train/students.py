@@ -46,7 +46,7 @@ from kling.training.start import (
     complete_text,
     open_start,
 )
-from kling.training.validation import draw_samples
+from kling.training.validation import draw_samples, sample_requests
 from kling.vae import AutoencoderKLKling
 
 VELOCITIES = ("teacher", "data")
@@ -195,6 +195,8 @@ class DistillConfig:
         check_names(self.optimizer, self.schedule, self.betas)
         check_tasks(self.tasks)
         check_lengths(self.frames)
+        if self.sample_every:
+            sample_requests(self.samples)  # raises for what is no request
         for name, value, known in (("method", self.method, METHODS), ("long_captions", self.long_captions, LONG_CAPTIONS)):
             if value not in known:
                 raise unknown(name, value, known)
@@ -268,7 +270,7 @@ def prepare(cfg: DistillConfig, loop: Loop) -> Parts:
     if keyframe_share(cfg.tasks):
         cache.check_lengths(cfg.frames)
     guide, text = Guide(cfg, start), start.text({}, cfg.cache)
-    asked = [Request(**fields) for fields in cfg.samples] if cfg.sample_every else []
+    asked = sample_requests(cfg.samples) if cfg.sample_every else []
     if start.published and accelerator.is_main_process:
         complete_text(text, cfg.cache, [guide.negative, *(request.prompt for request in asked)], device, loop.stop)
     accelerator.wait_for_everyone()

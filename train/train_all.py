@@ -11,6 +11,7 @@ OUT gets a folder for each stage and, at the end, OUT/model. Every command is pr
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import math
 import shlex
@@ -30,9 +31,11 @@ from kling_programs.train.command import helped
 from kling.config import load_config, read_preset
 from kling.errors import UserError, program, unknown
 from kling.runtime.accelerator import EXIT_STOPPED
-from kling.runtime.files import write_atomic
+from kling.runtime.files import parse_json, write_atomic, written_folder
 
 PROGRAMS = {"encode": "encode", "train-vae": "train_vae", "train-text": "train_text", "train": "train_dit"}
+CONFIGS = {"encode": "CacheConfig", "train-vae": "TrainVAEConfig", "train-text": "TrainTextConfig", "train": "TrainDiTConfig"}
+MODEL = "model"  # folder of OUT
 SCALED = ("steps", "warmup", "clips")  # numbers of a preset that `scale` multiplies; also the values of `shorter`
 ALONE = ("train-text",)  # takes minutes on one process, and does not run on several
 
@@ -64,7 +67,13 @@ def main(argv: list[str] | None = None) -> None:
     cfg = load_config(TrainAllConfig, argv[0], argv[1:])
     out, processes = Path(cfg.out), cfg.processes or max(1, torch.cuda.device_count())
     words = {name: stage_words(cfg, name, processes) for name in cfg.stages}  # mistakes are reported before the first stage starts
-    source = place(cfg, cfg.model, list(cfg.stages))
+    for name in words:
+        check_settings(cfg, name, words[name])
+    if cfg.model.split("/")[0] not in cfg.stages:
+        raise UserError(
+            f"model '{cfg.model}' begins with no stage's name: give one of {', '.join(cfg.stages) or 'stages'}, as in NAME/export"
+        )
+    source = Path(place(cfg, cfg.model, list(cfg.stages)))
     recipes = {name: stage_words(dataclasses.replace(cfg, out="OUT", threads=None), name, 1) for name in cfg.stages}
     done = finished(out / "stages.json", recipes)
     out.mkdir(parents=True, exist_ok=True)
@@ -80,11 +89,12 @@ def main(argv: list[str] | None = None) -> None:
         done[name] = {"words": recipes[name], "seconds": seconds}  # of the last run only, if the stage was interrupted
         write_atomic(out / "stages.json", json.dumps(done, indent=1, ensure_ascii=False) + "\n")
         print(f"{title}: {seconds} s", flush=True)
-    target, temporary = out / "model", out / ".model.part"
-    for folder in (temporary, target):
-        shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(source, temporary)
-    temporary.rename(target)
+    if not source.is_dir():
+        raise UserError(f"all stages are done, and model '{cfg.model}' is no folder of theirs: give model= another and run again")
+    with written_folder(target := out / MODEL) as temporary:
+        for file in filter(Path.is_file, source.rglob("*")):
+            (copy := temporary / file.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, copy)
     print(
         f'{target} · kling-sample --model {target} "a red ball rolls left on grass" · kling-eval world --model {target} --out {out}/scores'
     )
@@ -95,7 +105,9 @@ def stage_words(cfg: TrainAllConfig, name: str, processes: int) -> list[str]:
     settings = dict(cfg.stages[name]) if isinstance(cfg.stages[name], dict) else {}
     if missing := [key for key in ("program", "preset") if not settings.get(key)]:
         raise UserError(f"stage '{name}' has no {missing[0]}: give stages.{name}.{missing[0]}=...")
-    kind, preset = settings.pop("program"), settings.pop("preset")
+    if name == MODEL or Path(name).name != name or name in (".", ".."):
+        raise UserError(f"stage '{name}' cannot have that name, which is that of its folder in OUT, beside OUT/{MODEL}: give another")
+    kind, preset = str(settings.pop("program")), str(settings.pop("preset"))
     if kind not in PROGRAMS:
         raise unknown(f"program of stage '{name}'", kind, PROGRAMS)
     earlier = list(cfg.stages)[: list(cfg.stages).index(name)]
@@ -111,6 +123,20 @@ def stage_words(cfg: TrainAllConfig, name: str, processes: int) -> list[str]:
         settings["threads"] = cfg.threads
     settings = {key: place(cfg, value, earlier) for key, value in settings.items()}
     return [preset, f"out={Path(cfg.out) / name}", *(f"{key}={written_as(value)}" for key, value in settings.items())]
+
+
+def check_settings(cfg: TrainAllConfig, name: str, words: list[str]) -> None:
+    """Raises `UserError` if the program of a stage would refuse its settings."""
+    try:
+        load_config(config_of(cfg.stages[name]["program"]), words[0], words[1:])
+    except UserError as error:
+        raise UserError(f"stage '{name}': {error}") from None
+
+
+def config_of(kind: str) -> type:
+    """The settings of a stage's program."""
+    module = importlib.import_module(f"kling_programs.train.{PROGRAMS[kind]}")
+    return getattr(module, CONFIGS[kind])
 
 
 def scaled(count: int, scale: float) -> int:
@@ -136,9 +162,13 @@ def finished(path: Path, recipes: dict[str, list[str]]) -> dict[str, Any]:
     """The finished stages, whatever the number of processes and the folder. Raises `UserError` if one was done with other settings."""
     if not path.is_file():
         return {}
-    done = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        done = parse_json(path.read_text(encoding="utf-8"))
+        words = {name: list(map(str, stage["words"])) for name, stage in done.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged ({error}): delete it; stages that are finished then end at once") from None
     for name, stage in done.items():
-        if name in recipes and stage["words"] != recipes[name]:
+        if name in recipes and words[name] != recipes[name]:
             was, now = (shlex.join(sorted({*a} - {*b})) for a, b in ((stage["words"], recipes[name]), (recipes[name], stage["words"])))
             raise UserError(f"{path.parent} has stage '{name}' done with {was}, and {now} is asked for: give another out")
     return {name: stage for name, stage in done.items() if name in recipes}

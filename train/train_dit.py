@@ -21,14 +21,13 @@ from torch import Tensor, nn
 from kling.cache.batches import LatentSteps
 from kling.cache.store import LatentCache
 from kling.condition.tasks import check_tasks, keyframe_share
-from kling.config import load_config
+from kling.config import built, load_config
 from kling.data.clips import ClipSample
-from kling.data.source import DataConfig
 from kling.dit import KlingTransformer3DModel
 from kling.dit.cost import forward_flops
 from kling.errors import UserError, program, unknown
 from kling.flow.diffusers_scheduler import shift_key
-from kling.flow.levels import draw_sigma
+from kling.flow.levels import DENSITIES, draw_sigma
 from kling.flow.losses import flow_loss
 from kling.flow.path import velocity
 from kling.runtime.accelerator import keep_in_fp32, wrap_what_is_there
@@ -38,7 +37,7 @@ from kling.runtime.parallel import same_rng, split_sequence, total, whole
 from kling.runtime.random import generator, noise_like
 from kling.sampling.pipeline import KlingPipeline, load_vae
 from kling.sampling.request import Request
-from kling.shapes import check_lengths
+from kling.shapes import check_lengths, latent_frames
 from kling.text import ByteTextEncoder
 from kling.training.ema import EMA, restore_average
 from kling.training.examples import Drawing, Example, check_divides, draw_example
@@ -48,7 +47,7 @@ from kling.training.loop import Loop
 from kling.training.lora import Lora, add_lora, check_half, export_lora
 from kling.training.meter import Meter, log_line, matmul_ceiling
 from kling.training.model import Trained, set_checkpointing
-from kling.training.optim import check_names, make_optimizer, set_lr
+from kling.training.optim import check_names, freeze, make_optimizer, set_lr
 from kling.training.start import (
     LONG_CAPTIONS,
     SHIPPED,
@@ -64,7 +63,16 @@ from kling.training.start import (
     open_start,
     taught_text,
 )
-from kling.training.validation import Validation, draw_samples, encode, held_out, level_quantiles, task_requests, validation_loss
+from kling.training.validation import (
+    Validation,
+    draw_samples,
+    encode,
+    held_out,
+    level_quantiles,
+    sample_requests,
+    task_requests,
+    validation_loss,
+)
 
 
 @dataclass
@@ -76,7 +84,7 @@ class TrainDiTConfig:
     of a shorter one there are more, for the same number of tokens.
     group: consecutive batches of one shape. If the number of processes divides it, all of them have equal work in every step.
     optimizer: adamw or muon, with the same lr. lr: highest learning rate. lr_of: multiples of it for parts of the model, by name, such as
-    {track_embedding: 5} for an input that starts at zero. betas: of the optimizer's moments.
+    {track_embedding: 5} for an input that starts at zero; 0 freezes a part. betas: of the optimizer's moments.
     warmup: updates in which lr rises from 0. schedule: constant or cosine, after the warmup. floor: fraction of lr at the end of cosine.
     weight_decay: of matrices, relative to lr. clip_grad: largest norm of the gradients. ema: decay of the averaged weights, per update.
     model: keys of KlingTransformer3DModel. text: keys of ByteTextEncoder. scheduler: settings stored with the weights, such as shift.
@@ -174,6 +182,7 @@ def main(argv: list[str] | None = None) -> None:
     check_names(cfg.optimizer, cfg.schedule, cfg.betas)
     check_tasks(cfg.tasks)
     check_lengths(cfg.frames)
+    latent_frames(cfg.max_frames)  # raises for what is not 1 + 4k
     if cfg.text_from and cfg.init_from:
         raise UserError("text_from and init_from are both set: the folder of init_from has its own text encoder, so leave one out")
     if cfg.lora.rank and not cfg.init_from:
@@ -186,6 +195,8 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("sample_every is set, and samples need both experts: leave it at 0, and sample from the export")
     if cfg.long_captions not in LONG_CAPTIONS:
         raise unknown("long_captions", cfg.long_captions, LONG_CAPTIONS)
+    if cfg.sample_every and not sample_requests(cfg.samples) and not cfg.sample_tasks:
+        raise UserError(f"sample_every {cfg.sample_every} is set, and there is nothing to draw: give samples, or sample_every=0")
     if cfg.sample_tasks and not cfg.sample_every:
         raise UserError("sample_tasks is set but not sample_every: say every how many steps")
     cfg.vae = cfg.vae or ("" if cfg.init_from == SHIPPED else cfg.init_from) or ""
@@ -200,6 +211,13 @@ def train(cfg: TrainDiTConfig, loop: Loop) -> None:
     check_half(cfg.lora, accelerator.mixed_precision)
     start = open_start(cfg.init_from, cfg.checkpoint, cfg.expert) if cfg.init_from else None
     within = start.within if start else (0.0, 1.0)
+    scheduler = scheduler_of(cfg, start)
+    density, shift = cfg.scheduler.get("density", scheduler.config.get("density", DENSITIES[0])), scheduler.config[shift_key(scheduler)]
+    if density not in DENSITIES:
+        raise unknown("scheduler.density", density, DENSITIES)
+    if not (start or cfg.text_from):
+        with torch.device("meta"):
+            build(cfg, None)  # a mistake in its sizes is told before hours go into a cache
     vae = load_vae(cfg.vae).to(device)
     complete_cache(cfg.cache, cfg.encode, vae, stop, accelerator)
     cache = LatentCache(cfg.cache)
@@ -207,9 +225,7 @@ def train(cfg: TrainDiTConfig, loop: Loop) -> None:
     if keyframe_share(cfg.tasks):
         cache.check_lengths(cfg.frames)
     data = LatentSteps(cache, cfg.batch, cfg.frames, cfg.seed, cfg.group, cfg.shots)
-    scheduler = scheduler_of(cfg, start)
-    density, shift = cfg.scheduler.get("density", scheduler.config.get("density", "logit_normal")), scheduler.config[shift_key(scheduler)]
-    source = DataConfig(**cache.settings["data"])
+    source = cache.data
     clips = held_out(cfg.validation, source, max(cfg.frames)) if cfg.validation.every or cfg.sample_tasks else []
     held = encode(clips, vae) if cfg.validation.every else []
     asked = requests(cfg, clips) if cfg.sample_every else []
@@ -220,7 +236,6 @@ def train(cfg: TrainDiTConfig, loop: Loop) -> None:
         complete_text(start.text(cfg.text, cfg.cache), cfg.cache, prompts, device, stop)
     accelerator.wait_for_everyone()
 
-    torch.manual_seed(cfg.seed)  # the initial weights; every later draw is counter-based
     model = build(cfg, start)
     transformer, text_encoder = model.transformer, model.text_encoder
     max_bytes = check_captions(text_encoder, cache, [request.prompt for request in asked], cfg.long_captions)
@@ -316,24 +331,26 @@ def train(cfg: TrainDiTConfig, loop: Loop) -> None:
 
 
 def requests(cfg: TrainDiTConfig, clips: list[ClipSample]) -> list[Request]:
-    """The samples to draw during training. Raises `UserError` for a field that requests do not have."""
-    try:
-        asked = [Request(**fields) for fields in cfg.samples]
-    except TypeError as error:
-        raise UserError(f"samples: {str(error).removeprefix('Request.__init__() ')}; its keys are the fields of Request") from None
+    """The samples to draw during training."""
+    asked = sample_requests(cfg.samples)
     return asked + (task_requests(clips[0], [name for name, weight in cfg.tasks.items() if weight]) if cfg.sample_tasks else [])
 
 
 def build(cfg: TrainDiTConfig, start: Start | None) -> Trained:
-    """The models to train: new ones, or those to start from, with the conditions that `model` adds, or with low-rank weights."""
+    """The models to train: new ones, or those to start from, with the conditions that `model` adds, or with low-rank weights; frozen where
+    `lr_of` says so. The same each time: a checkpoint does not hold what is frozen."""
+    torch.manual_seed(cfg.seed)  # the initial weights; every later draw is counter-based
     if start:
         frozen = torch.bfloat16 if cfg.lora.rank and cfg.lora.half else torch.float32
         model = Trained(start.transformer(cfg.model, frozen), start.text(cfg.text, cfg.cache))
     else:
-        text = taught_text(cfg.text_from, cfg.text) if cfg.text_from else ByteTextEncoder(**cfg.text)
-        model = Trained(KlingTransformer3DModel(**{"text_dim": text.config.out_dim, **cfg.model}), text)
+        text = taught_text(cfg.text_from, cfg.text) if cfg.text_from else built(ByteTextEncoder, cfg.text, "text")
+        if (asked := cfg.model.get("text_dim", text.config.out_dim)) != text.config.out_dim:
+            raise UserError(f"model.text_dim = {asked!r} for a text encoder of text.out_dim = {text.config.out_dim}: leave it out")
+        model = Trained(built(KlingTransformer3DModel, {"text_dim": text.config.out_dim, **cfg.model}, "model"), text)
     if cfg.lora.rank:
         add_lora(model, cfg.lora)
+    freeze(model, cfg.lr_of)
     return model.train()
 
 

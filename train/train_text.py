@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from kling_programs.train.command import helped
 
-from kling.config import load_config
+from kling.config import built, load_config
 from kling.data.source import ClipSource, DataConfig, check_data
 from kling.errors import UserError, program, unknown
 from kling.runtime.files import written_folder
@@ -111,7 +111,7 @@ def train(cfg: TrainTextConfig, loop: Loop) -> None:
         raise UserError(f"kling-train-text on {accelerator.num_processes} processes: it takes minutes on one; start one")
     source = ClipSource(cfg.data, cfg.seed)
     torch.manual_seed(cfg.seed)  # the initial weights; every later draw is counter-based
-    model = ByteTextEncoder(**cfg.text).train()
+    model = built(ByteTextEncoder, cfg.text, "text").train()
     exact = accelerator.mixed_precision == "no"
     optimizer = make_optimizer(cfg.optimizer, model, cfg.lr, weight_decay=cfg.weight_decay, exact=exact)
     cut = model.config.max_bytes if cfg.long_captions == "cut" else None

@@ -18,7 +18,7 @@ import torch
 from kling_programs.train.command import helped
 from torch import Tensor
 
-from kling.config import load_config
+from kling.config import built, load_config
 from kling.data.image import write_png
 from kling.data.source import ClipSource, DataConfig, StepBatches, check_data
 from kling.data.strip import strip
@@ -133,7 +133,7 @@ def train(cfg: TrainVAEConfig, loop: Loop) -> None:
     if accelerator.is_fsdp2:
         raise UserError("a VAE is trained whole on every GPU: use configs/accelerate/ddp.yaml")
     torch.manual_seed(cfg.seed)  # the initial weights; every later draw is counter-based
-    model = load_vae("" if cfg.init_from == SHIPPED else cfg.init_from) if cfg.init_from else AutoencoderKLKling(**cfg.model)
+    model = load_vae("" if cfg.init_from == SHIPPED else cfg.init_from) if cfg.init_from else built(AutoencoderKLKling, cfg.model, "model")
     model.train()
     for name in cfg.freeze:
         if name not in FREEZABLE:

@@ -27,7 +27,7 @@ import zlib
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -37,11 +37,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from kling.cameras.trajectory import Trajectory
-from kling.config import flatten
+from kling.config import flatten, is_a
 from kling.data.buckets import Bucket
 from kling.data.manifest import as_line
+from kling.data.source import DataConfig
 from kling.errors import UserError
-from kling.runtime.files import sha256
+from kling.runtime.files import parse_json, sha256
 from kling.shapes import latent_frames
 from kling.vae import AutoencoderKLKling
 
@@ -141,6 +142,13 @@ class LatentCache:
     def missing(self) -> int:
         """Number of clips that were left out because their files were gone."""
         return sum(entry.get("missing", 0) for entry in self.shards.values())
+
+    @property
+    def data(self) -> DataConfig:
+        """The data that it was made of. Raises `UserError` for a cache of a later version."""
+        if odd := sorted(self.settings["data"].keys() - {field.name for field in fields(DataConfig)}):
+            raise UserError(f"latent cache {self.folder} was made with data.{odd[0]}, which this version does not know: use a later one")
+        return DataConfig(**self.settings["data"])
 
     @property
     def holds(self) -> set[str]:
@@ -279,11 +287,16 @@ def differences(was: dict[str, Any], now: dict[str, Any]) -> str:
 def read_index(path: Path) -> dict[str, Any]:
     """Read an index. Raises `UserError` if it is missing or invalid."""
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
+        index = parse_json(path.read_text(encoding="utf-8"))
+        for entry in index["shards"].values():
+            if entry["clips"] and not (is_a(entry["bytes"], int) and is_a(entry["aspect"], str) and is_a(entry["sha256"], str)):
+                raise ValueError
+        if not is_a(index["settings"]["data"]["frames"], list[int]):
+            raise ValueError
         return {name: index[name] for name in ("key", "settings", "shards")}
     except OSError:
         raise UserError(f"latent cache {path.parent} does not exist: make it with kling-encode") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"latent cache {path.parent} is damaged: {path.name} is not readable; delete it and run kling-encode") from None
 
 

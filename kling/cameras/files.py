@@ -172,8 +172,8 @@ def _from_json(path: Path, text: str, timed: bool) -> tuple[Tensor, Tensor, Tens
     if any(len(pose) == 4 for pose in c2w):
         _check_last_rows(path, torch.tensor([pose[3] if len(pose) == 4 else LAST_ROW for pose in c2w], dtype=torch.float64))
         c2w = [pose[:3] for pose in c2w]
-    if not isinstance(fps, int | float) or not fps > 0:
-        raise UserError(f"camera file {path} has fps {fps!r}: give a positive number of poses a second")
+    if not _is_number(fps) or not fps > 0:
+        raise UserError(f"camera file {path} has fps {fps!r:.40}: give a positive number of poses a second")
     times = torch.arange(counts[0], dtype=torch.float64) / fps
     return times, torch.tensor(intrinsics, dtype=torch.float64), torch.tensor(c2w, dtype=torch.float64)
 
@@ -186,7 +186,12 @@ def _check_last_rows(path: Path, rows: Tensor) -> None:
 
 
 def _numbers(row: object, n: int) -> bool:
-    return isinstance(row, list) and len(row) == n and all(isinstance(x, int | float) for x in row)
+    return isinstance(row, list) and len(row) == n and all(map(_is_number, row))
+
+
+def _is_number(x: object) -> bool:
+    """Whether torch can hold it: JSON may have whole numbers of hundreds of digits."""
+    return isinstance(x, float) or (isinstance(x, int) and abs(x) < 2**63)
 
 
 def _check(path: Path, intrinsics: Tensor, c2w: Tensor) -> None:

@@ -12,6 +12,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
+import typing
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -19,10 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from kling.condition.state import MOST_REFERENCES
+from kling.config import is_a
 from kling.data.info import VideoInfo
-from kling.errors import UserError
+from kling.errors import UserError, unknown
 from kling.runtime.files import Member, Source, parse_json, stamp, written
 
+LONGEST = 1e6  # seconds of a file, eleven days
 IMAGE = "image"  # VideoInfo.container of a still picture
 
 
@@ -136,8 +140,14 @@ def quarantine_of(manifest: Path) -> Path:
 
 
 def read_quarantine(path: str | Path) -> list[Bad]:
-    """The lines of a quarantine; [] if there is none."""
-    return [Bad(**line) for _, line in read_lines(Path(path))] if Path(path).is_file() else []
+    """The lines of a quarantine; [] if there is none. Raises `UserError` with the line number for invalid ones."""
+    path, rows = Path(path), []
+    for number, line in read_lines(path) if path.is_file() else ():
+        _check_types(Bad, line, where := f"{path} line {number}")
+        if lacks := {"path", "reason", "detail"} - set(line):
+            raise UserError(f"{where} has no {min(lacks)}: it is no quarantine of kling-data scan; move it away and scan again")
+        rows.append(Bad(**line))
+    return rows
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -172,8 +182,12 @@ def as_line(row: dict[str, Any]) -> bytes:
 
 
 def shot_from(row: dict[str, Any], where: str) -> Shot:
-    """The `Shot` of a manifest's line. Raises `UserError` that begins with `where`."""
+    """The `Shot` of a manifest's line. Raises `UserError` that begins with `where`, for a line that a scan cannot have written."""
     try:
+        _check_types(Shot, row, where)
+        for cls, parts in ((VideoInfo, [row["video"]]), (Caption, row.get("captions", []))):
+            for part in parts:
+                _check_types(cls, part, where)
         video = VideoInfo(**row["video"] | {"keyframes": tuple(row["video"].get("keyframes", ()))})
         captions = tuple(Caption(**c) for c in row.get("captions", []))
         member = tuple(row["member"]) if row.get("member") else None
@@ -181,7 +195,10 @@ def shot_from(row: dict[str, Any], where: str) -> Shot:
         clock = (row["clock"][0], tuple(map(tuple, row["clock"][1]))) if row.get("clock") else None
         shot = Shot(**row | {"video": video, "captions": captions, "member": member, "clock": clock, "shots": shots})
     except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(f"{where} is not a line of a manifest ({error}): make it with kling-data scan") from None
+    _check_facts(shot, where)
     if shots:
         begins = [start for start, _ in shots]
         if begins[0] != shot.start or any(b <= a for a, b in pairwise([*begins, shot.end])) or shot.is_image:
@@ -195,9 +212,41 @@ def shot_from(row: dict[str, Any], where: str) -> Shot:
         if shot.camera or shot.tracks:
             raise UserError(f"{where}: a clip of several shots has a camera or tracks, which are of one: leave them out")
     files = shot.references
-    if not isinstance(files, list | tuple) or not all(isinstance(file, str) for file in files) or len(files) > MOST_REFERENCES:
+    if len(files) > MOST_REFERENCES:
         raise UserError(f"{where}: references {files!r:.60}: give a list of up to {MOST_REFERENCES} pictures")
     return dataclasses.replace(shot, references=tuple(files))
+
+
+def _check_types(cls: type, row: Any, where: str) -> None:
+    """Raises `UserError` for a value of a row that is not of its field's type. Parts with fields of their own are checked by themselves."""
+    line = f"{where} is not a line of a {'quarantine' if cls is Bad else 'manifest'}"
+    hints = typing.get_type_hints(cls)
+    if not isinstance(row, dict):
+        raise UserError(f"{line}: {row!r:.60} is a {type(row).__name__}: give an object of {', '.join(hints)}")
+    for key, value in row.items():
+        if key not in hints:
+            raise UserError(f"{line}: {unknown('key', key, hints)}")
+        plain = {"video": dict, "captions": list[object]}.get(key) if cls is Shot else None
+        if not is_a(value, plain or hints[key]):
+            raise UserError(f"{line}: {key} is {value!r:.60}: give a {_called(plain or hints[key])}")
+
+
+def _called(hint: Any) -> str:
+    return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
+
+
+def _check_facts(shot: Shot, where: str) -> None:
+    """Raises `UserError` for what no file can have, or a clip that lies outside its file: readers take these facts as given."""
+    video = shot.video
+    if min(video.width, video.height, video.frames) < 1 or video.fps <= 0 or not 0 <= video.duration <= LONGEST or video.pixel_aspect <= 0:
+        facts = f"{video.width}x{video.height}, {video.frames} frames, {video.fps:g} fps, {video.duration:g} s"
+        raise UserError(f"{where}: no video is of {facts}: scan it again")
+    if not 0 <= shot.start <= shot.end <= video.duration + max(1.0, video.gap):
+        raise UserError(f"{where}: a clip from {shot.start:g} to {shot.end:g} s of a file of {video.duration:g} s: give times inside it")
+    if not re.fullmatch("[0-9a-f]{64}", shot.sha256):
+        raise UserError(f"{where}: sha256 is {shot.sha256!r:.40}: give 64 hexadecimal digits, or scan it again")
+    if bad := next((caption for caption in shot.captions if caption.weight <= 0), None):
+        raise UserError(f"{where}: the caption '{bad.text:.40}' has weight {bad.weight:g}: give a number above 0")
 
 
 def relative(path: Path, folder: Path) -> str:

@@ -5,6 +5,7 @@ safetensors   points (n, T, 2) x and y divided by width and height; there (n, T)
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
@@ -32,6 +33,10 @@ def load_tracks(path: Path, when: Tensor, size: tuple[int, int]) -> Tracks:
             told = file.metadata()
             points, there, code = (file.get_tensor(name) for name in ("points", "there", "code"))
             fps, start, ratio = (float(told[name]) for name in ("fps", "start", "ratio"))
+        if points.ndim != 3 or points.shape[1] < 1 or points.shape[2] != 2 or there.shape != points.shape[:2] or len(code) != len(points):
+            raise ValueError(f"points of shape {tuple(points.shape)} that are there in {tuple(there.shape)}")
+        if not (points.isfinite().all() and fps > 0 and ratio > 0 and math.isfinite(fps * ratio) and math.isfinite(start)):
+            raise ValueError("a number that is none")
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"tracks {path} cannot be read ({error}): run kling-data tracks again") from None
     place = (when.double() - start) * fps  # (T,) in frames of the file

@@ -105,6 +105,10 @@ class KlingTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
             raise unknown("deltatime_type", deltatime_type, DELTATIME_TYPES)
         if qk_norm not in (None, "rms_norm_across_heads"):
             raise unknown("qk_norm", qk_norm, ["rms_norm_across_heads"])
+        if attention_head_dim % 2 or freq_dim % 2 or freq_dim < 4:
+            raise UserError(f"attention_head_dim {attention_head_dim}, freq_dim {freq_dim}: give even numbers, and a freq_dim of 4 or more")
+        if len(patch_size) != 3:
+            raise UserError(f"patch_size {list(patch_size)}: give three numbers, of latent frames, rows and columns, such as [1, 2, 2]")
         dim = num_attention_heads * attention_head_dim
         patch_size = tuple(patch_size)
 

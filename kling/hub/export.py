@@ -24,7 +24,7 @@ from kling.hub.detect import transformer_config, transformer_names
 from kling.hub.files import read_shapes, read_tensors
 from kling.hub.keys import original_transformer_name, original_vae_name
 from kling.hub.load import OURS, has, load_scheduler, read_index
-from kling.runtime.files import writing, written_folder
+from kling.runtime.files import parse_object, writing, written_folder
 
 NAMINGS = ("diffusers", "original")
 EXPERTS = {"transformer": "high_noise_model", "transformer_2": "low_noise_model"}
@@ -140,7 +140,7 @@ def published_scheduler(scheduler: SchedulerMixin) -> SchedulerMixin:
 
 def _config(folder: Path, name: str = "config.json") -> dict[str, Any]:
     try:
-        return json.loads((folder / name).read_text(encoding="utf-8"))
+        return parse_object((folder / name).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise UserError(f"{folder} has no readable {name}: get it again") from None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from kling.errors import UserError
+from kling.runtime.files import parse_object
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -31,7 +31,7 @@ def weight_files(path: str | Path) -> list[Path]:
         return [path]
     if indices := sorted(path.glob("*.safetensors.index.json")):
         try:
-            names = sorted(set(json.loads(indices[0].read_text(encoding="utf-8"))["weight_map"].values()))
+            names = sorted(set(parse_object(indices[0].read_text(encoding="utf-8"))["weight_map"].values()))
         except (ValueError, KeyError, AttributeError):
             raise UserError(f"{indices[0]} is not readable: get it again") from None
         if missing := [name for name in names if not (path / name).is_file()]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from kling.hub.detect import build_of, transformer_config, transformer_names
 from kling.hub.files import PICKLES, read_shapes, read_tensors
 from kling.hub.keys import strip_prefix, vae_name
 from kling.hub.registry import CHECKPOINTS, PublishedCheckpoint, by_build, by_name
+from kling.runtime.files import parse_object
 from kling.runtime.precision import bf16_is_fast
 from kling.text.encoder import ByteTextEncoder
 from kling.text.umt5 import UMT5TextEncoder
@@ -79,7 +79,7 @@ def find_file(path: str | Path, name: str | None, usual: str, **hub: Any) -> Pat
 def read_index(folder: Path) -> dict[str, Any]:
     """The model_index.json of a pipeline folder."""
     try:
-        return json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        return parse_object((folder / "model_index.json").read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(
             f"model folder '{folder}' does not exist or holds no model_index.json: give a folder that kling-train exported, "
@@ -266,7 +266,7 @@ def load_vae_file(path: str | Path, folder: Path) -> AutoencoderKLKling:
 def load_scheduler(folder: Path) -> SchedulerMixin:
     """The folder's own scheduler: ours, or any of diffusers' flow schedulers."""
     try:
-        config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
+        config = parse_object((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise UserError(f"model {folder} is incomplete: scheduler/scheduler_config.json is missing or not readable") from None
     name = config.get("_class_name")

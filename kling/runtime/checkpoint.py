@@ -30,7 +30,7 @@ from torch import Tensor
 
 from kling.config import flatten, read_yaml
 from kling.errors import UserError
-from kling.runtime.files import as_umask, sha256, sync_to_disk, write_atomic
+from kling.runtime.files import as_umask, parse_object, sha256, sync_to_disk, write_atomic
 from kling.runtime.parallel import first_row, local
 
 log = logging.getLogger(__name__)
@@ -260,7 +260,7 @@ def verify(path: str | Path) -> dict[str, Any]:
     if not path.is_dir():
         raise UserError(f"checkpoint {path} does not exist: give a step-* folder")
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        manifest = parse_object((path / MANIFEST).read_text(encoding="utf-8"))
         files = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
         manifest["step"] = int(manifest["step"])
     except FileNotFoundError:

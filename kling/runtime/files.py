@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import errno
+import ast
 import hashlib
 import json
 import os
@@ -16,10 +16,10 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from kling.errors import UserError
+from kling.errors import FULL, UserError
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)  # errors that come from writing to a full or broken disk only
 DEEPEST = 100  # nesting depth allowed in JSON; thousands of levels would overflow the code that walks it later
+LONGEST = 100_000  # characters of a value in Python syntax
 HEAD = 512  # bytes that `sniff` needs: two MPEG-TS packets and a little
 
 # (offset, magic, FFmpeg demuxer). The demuxer is forced: left to guess, FFmpeg takes a text file named x.mp4 for a playlist
@@ -139,10 +139,11 @@ def sniff(start: bytes) -> tuple[str | None, str]:
         return None, "unknown data"
 
 
-def parse_json(text: str | bytes) -> Any:
-    """`json.loads`. Raises ValueError for invalid JSON, and for values nested deeper than `DEEPEST`."""
+def parse_json(text: str | bytes, once: bool = False) -> Any:
+    """`json.loads`. Raises ValueError for invalid JSON, and for values nested deeper than `DEEPEST`. once: also for a key given twice, of
+    which JSON takes the last."""
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_each_once if once else None)
     except RecursionError:
         raise ValueError("it is nested thousands of levels deep") from None
     level = [value] if isinstance(value, dict | list) else []
@@ -151,6 +152,37 @@ def parse_json(text: str | bytes) -> Any:
         if not level:
             return value
     raise ValueError(f"it is nested more than {DEEPEST} levels deep")
+
+
+def parse_object(text: str | bytes, once: bool = False) -> dict[str, Any]:
+    """`parse_json` for an object: ValueError for anything else."""
+    value = parse_json(text, once)
+    if not isinstance(value, dict):
+        raise ValueError(f"it holds a {type(value).__name__}, not an object")
+    return value
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"'{next(key for key in values if keys.count(key) > 1)}' is given twice")
+    return values
+
+
+def parse_literal(text: str) -> Any:
+    """A value in JSON or Python syntax, as tables hold lists. Raises ValueError for anything else, and for what is nested too deep;
+    `UserError` for long Python syntax, for which its parser takes minutes and gigabytes."""
+    try:
+        return parse_json(text)
+    except ValueError:
+        pass
+    if len(text) > LONGEST:
+        raise UserError(f'a cell of {len(text)} characters is no JSON: write it as JSON, such as ["a", "b"]')
+    try:
+        return ast.literal_eval(text)
+    except (SyntaxError, TypeError, RecursionError, MemoryError) as error:
+        raise ValueError(str(error) or "it is nested thousands of levels deep") from None
 
 
 @contextmanager

@@ -28,32 +28,34 @@ _held: set[tuple[int, int]] = set()  # (device, inode) of the lock files that th
 
 
 @contextmanager
-def locked(folder: str | Path, what: str = "run", accelerator: Accelerator | None = None) -> Iterator[None]:
+def locked(folder: str | Path, what: str = "run", accelerator: Accelerator | None = None, file: str = "") -> Iterator[None]:
     """Lock a folder, made if it is missing, for the duration of the block. A process may lock a folder twice.
 
-    what: how messages call the folder. accelerator: of a run on several processes; the main one takes the lock for all. Raises `UserError`
-    in all of them, with host and process, if another run holds it on this machine or, if the file system shares its locks, on another.
+    what: how messages call the folder. accelerator: of a run on several processes; the main one takes the lock for all. file: lock only
+    this file of the folder, which may not exist yet. Raises `UserError` in all processes, with host and process, if another run holds it on
+    this machine or, if the file system shares its locks, on another.
     """
-    path, refused, file, several = Path(folder) / LOCK, None, None, accelerator is not None and accelerator.num_processes > 1
+    path, name = Path(folder) / (f".{file}{LOCK}" if file else LOCK), Path(folder) / file
+    refused, held, several = None, None, accelerator is not None and accelerator.num_processes > 1
     if accelerator is None or accelerator.is_main_process:
         try:
-            file = _take(path, what)
+            held = _take(path, f"{what} {name}")
         except UserError as error:
             refused = error
     if several:
         from kling.runtime.parallel import same_for_all  # imports torch and accelerate, which a single process does not need here
 
         if not same_for_all(accelerator, int(refused is None)) and refused is None:
-            refused = UserError(f"{what} {folder} is in use: see the message of the main process")
+            refused = UserError(f"{what} {name} is in use: see the message of the main process")
     if refused is not None:
         raise refused
     try:
         yield
     finally:
-        if file is not None:
-            _held.discard(_key(os.fstat(file)))
-            os.truncate(file, 0)  # the file is not deleted: another process may be waiting for its lock
-            os.close(file)
+        if held is not None:
+            _held.discard(_key(os.fstat(held)))
+            os.truncate(held, 0)  # the file is not deleted: another process may be waiting for its lock
+            os.close(held)
 
 
 def _take(path: Path, what: str) -> int | None:
@@ -71,7 +73,7 @@ def _take(path: Path, what: str) -> int | None:
         holder = os.pread(file, 4096, 0)
         os.close(file)
         if error.errno not in _NO_LOCKS:
-            raise UserError(f"{what} {path.parent} is in use by {_spell(holder)}: wait for it, stop it, or take another folder") from None
+            raise UserError(f"{what} is in use by {_spell(holder)}: wait for it, stop it, or take another folder") from None
         print(f"{path}: this file system has no locks: make sure that only one program at a time writes there", file=sys.stderr)
         return None
     with writing(path):

@@ -82,7 +82,7 @@ def _point(given: Any, where: str) -> tuple[float, float]:
         x, y = (float(value) for value in given if not isinstance(value, str | bool))
         if math.isfinite(x) and math.isfinite(y):
             return x, y
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         pass
     raise UserError(f"{where}: point {given!r:.40}: give (x, y) in pixels of the first frame")
 
@@ -109,12 +109,12 @@ def parse_brush(text: str) -> Track:
     >>> parse_brush("ball.png:10,20;30,20.5")
     Track(mask='ball.png', points=((10.0, 20.0), (30.0, 20.5)))
     """
-    mask, _, path = text.rpartition(":")
+    mask, colon, path = text.rpartition(":")
     try:
         points = tuple(tuple(float(number) for number in point.split(",")) for point in path.split(";") if point.strip())
     except ValueError:
         points = ()
-    if not points or any(len(point) != 2 for point in points):
+    if not points or any(len(point) != 2 for point in points) or (colon and not mask):  # a mask as of a shell's variable that is not set
         raise UserError(f"brush '{text}': write it as MASK.png:x,y;x,y, such as ball.png:120,300;400,260, or leave the mask out")
     return as_track((mask or None, points), "brush")
 
@@ -124,7 +124,7 @@ def read_tracks(path: str | Path) -> list[Track]:
     path = Path(path)
     head(path)
     try:
-        rows = parse_json(path.read_text(encoding="utf-8-sig"))["tracks"]
+        rows = parse_json(path.read_text(encoding="utf-8-sig"), once=True)["tracks"]
         if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
             raise TypeError
     except (ValueError, KeyError, TypeError):

@@ -19,6 +19,7 @@ from diffusers import ContextParallelConfig, FirstBlockCacheConfig, MagCacheConf
 
 from kling.errors import UserError, unknown
 from kling.runtime.device import multiply_in_tf32
+from kling.runtime.files import parse_json
 
 OFFLOADS = ("model", "group")
 ATTENTIONS = {  # our name -> diffusers' name, and whether it runs on a CPU
@@ -184,8 +185,10 @@ def _no_number(text: str) -> UserError:
 def read_ratios(path: str, experts: int) -> list[list[float]]:
     """MagCache's ratios of residual sizes from `write_ratios`: a list for each expert with one ratio per step."""
     try:
-        rows = [[float(ratio) for ratio in row] for row in json.loads(Path(path).read_text(encoding="utf-8"))]
-    except (OSError, ValueError, TypeError):
+        rows = [[float(ratio) for ratio in row] for row in parse_json(Path(path).read_text(encoding="utf-8"))]
+        if not all(math.isfinite(ratio) for row in rows for ratio in row):
+            raise ValueError
+    except (OSError, ValueError, TypeError, OverflowError):
         raise UserError(
             f"--cache mag needs the ratios of these weights, and '{path}' is no JSON with a list of numbers for each expert: "
             "make it once with --cache calibrate=ratios.json, or use first-block"

@@ -236,6 +236,8 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
     def _prepare(self, request: Request) -> tuple[Plan, Inputs, Trajectory | None]:
         fps, longest, patch = self.config.fps, self.config.max_frames, self.transformer.config.patch_size
         frames = asked_frames(request, fps)
+        for prompt in (*request.prompts, request.negative_prompt or "") if isinstance(self.text_encoder, ByteTextEncoder) else ():
+            self.text_encoder.as_bytes(prompt)  # raises for one that is too long
         inputs = read_inputs(request, frames, fps, longest, self.config.get("sizes") or ASPECTS, self.vae.spatial_factor)
         H, W = inputs.height, inputs.width
         h, w = latent_size(H, W, self.vae.spatial_factor, patch[1])

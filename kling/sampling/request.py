@@ -18,7 +18,7 @@ from kling.cameras.trajectory import Trajectory
 from kling.condition.state import MOST_REFERENCES
 from kling.errors import UserError, unknown
 from kling.sampling.brush import Track, as_tracks
-from kling.sampling.shots import Shot, as_shots, read_shots
+from kling.sampling.shots import Shot, as_shots, read_shots, whole_characters
 from kling.shapes import ASPECTS, latent_frames, parse_size
 
 Picture = str | Path | np.ndarray | None  # a file, or uint8 (H, W, 3)
@@ -226,13 +226,17 @@ class Request:
                 setattr(self, field_.name, plain(value))
             except OverflowError:  # an int with hundreds of digits; the range checks refuse it
                 setattr(self, field_.name, math.inf)
+        for name in ("prompt", "negative_prompt"):
+            whole_characters(getattr(self, name) or "", name)
         pair = self.guidance_interval
         whole = isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(value, numbers.Real) for value in pair)
-        if pair is not None and not whole:
+        if pair is not None and not (whole and all(abs(value) < 2 for value in pair)):
             raise UserError(f"guidance_interval {_short(pair)}: give two noise levels, such as (0.2, 0.9)")
         if not isinstance(self.camera, str | Path | dict | Trajectory | None):
             raise UserError(f"camera {_short(self.camera)}: give axes as in 'pan=5,zoom=2' or a dict, a file, or a Trajectory")
-        if isinstance(self.camera, dict) and (bad := [k for k, v in self.camera.items() if not isinstance(v, numbers.Real)]):
+        if isinstance(self.camera, dict) and (
+            bad := [k for k, v in self.camera.items() if isinstance(v, bool) or not isinstance(v, numbers.Real)]
+        ):
             raise UserError(f"camera axis {bad[0]} is {_short(self.camera[bad[0]])}: give a number from -10 to 10")
         self.camera = str(self.camera) if isinstance(self.camera, Path) else self.camera
         self.tracks = as_tracks(self.tracks)
@@ -319,7 +323,7 @@ def _keyframe(given: Any) -> tuple[Any, int, float]:
         picture, frame, strength = row
         numeric = isinstance(frame, numbers.Integral) and isinstance(strength, numbers.Real)
         if numeric and not isinstance(picture, int | float | None) and not isinstance(frame, bool):
-            return picture, int(frame), float(strength)
+            return picture, int(frame), float(min(strength, 2))  # at most 1, which is checked; an int of hundreds of digits is no float
     raise UserError(f"keyframe {_short(given)}: give (picture, frame) or (picture, frame, strength), such as ('mid.png', 20, 0.8)")
 
 

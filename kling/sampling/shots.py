@@ -13,7 +13,6 @@ camera to its words. A latent frame holds four pixel frames and shows one shot, 
 from __future__ import annotations
 
 import dataclasses
-import math
 import numbers
 import os
 from collections.abc import Sequence
@@ -32,6 +31,7 @@ from kling.runtime.files import head
 from kling.shapes import TEMPORAL, clip_frames, first_frame, latent_frames
 
 MOST = 6  # shots of one clip
+LONGEST = 3600  # seconds of a shot; a request allows fewer for the whole
 KEYS = ("prompt", "seconds", "camera")
 
 
@@ -99,7 +99,7 @@ def as_shot(given: Any, where: str = "shots") -> Shot:
     if isinstance(given, dict):
         for key in given:
             if key not in KEYS:
-                raise unknown(f"{where}: key of a shot", str(key), KEYS)
+                raise UserError(f"{where}: {unknown('key of a shot', str(key), KEYS)}")
         given = (given.get("prompt", ""), given.get("seconds"), given.get("camera"))
     if isinstance(given, Shot):
         given = (given.prompt, given.seconds, given.camera)
@@ -108,8 +108,9 @@ def as_shot(given: Any, where: str = "shots") -> Shot:
     prompt, seconds, camera = (*given, None)[:3]
     if not isinstance(prompt, str) or not prompt.strip():
         raise UserError(f"{where}: a shot has the prompt {prompt!r:.40}: say in words what it shows", code="wordless_shot")
-    if isinstance(seconds, bool) or not isinstance(seconds, numbers.Real) or not (math.isfinite(seconds) and seconds > 0):
-        raise UserError(f"{where}: the shot '{prompt:.40}' lasts {seconds!r:.20} seconds: give a number above 0")
+    whole_characters(prompt, f"{where}: prompt")
+    if isinstance(seconds, bool) or not isinstance(seconds, numbers.Real) or not 0 < seconds <= LONGEST:
+        raise UserError(f"{where}: the shot '{prompt:.40}' lasts {seconds!r:.20} seconds: give a number above 0, and at most {LONGEST}")
     camera = str(camera) if isinstance(camera, Path) else camera
     if not isinstance(camera, str | dict | Trajectory | None):
         raise UserError(f"{where}: camera {camera!r:.40}: give axes as in 'pan=5,zoom=2' or a dict, a file, or a Trajectory")
@@ -120,6 +121,12 @@ def as_shot(given: Any, where: str = "shots") -> Shot:
     elif isinstance(camera, str) and not os.path.isfile(camera):
         parse_axes(camera)
     return Shot(prompt, float(seconds), camera)
+
+
+def whole_characters(text: str, where: str) -> None:
+    """Raises `UserError` for half of a character, which no encoder and no record takes."""
+    if any("\ud800" <= c <= "\udfff" for c in text):
+        raise UserError(f"{where} {text!r:.60} holds half a character (a lone surrogate): write it again")
 
 
 def as_shots(given: Any) -> str | list[Shot] | None:
@@ -149,7 +156,7 @@ def read_shots(path: str | Path) -> list[Shot]:
         raise UserError(f"shots file {path}: give shots: and below it a line '- {{prompt: …, seconds: …, camera: …}}' for each")
     beside = [
         row | {"camera": str(path.parent / row["camera"])}
-        if isinstance(row.get("camera"), str) and (path.parent / row["camera"]).is_file()
+        if isinstance(row.get("camera"), str) and os.path.isfile(path.parent / row["camera"])
         else row
         for row in rows
     ]

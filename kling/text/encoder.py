@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -16,7 +17,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kling.errors import UserError
+from kling.errors import UserError, unknown
 from kling.runtime.device import upload
 
 BEGIN = 256  # the token before the first byte; alone, it is the empty prompt
@@ -86,6 +87,9 @@ class ByteTextEncoder(ModelMixin, ConfigMixin):
         max_bytes: int = 255,
     ) -> None:
         super().__init__()
+        for name, dim in (("byte_dim", byte_dim), ("out_dim", out_dim)):
+            if dim % head_dim:
+                raise UserError(f"{name} {dim}: give a multiple of head_dim {head_dim}")
         self.num_tokens = -(-(max_bytes + 1) // fold)  # including the begin token
         self.byte_embedding = nn.Embedding(257, byte_dim)
         self.position_embedding = nn.Embedding(self.num_tokens * fold, byte_dim)
@@ -94,6 +98,15 @@ class ByteTextEncoder(ModelMixin, ConfigMixin):
         self.token_blocks = nn.ModuleList(EncoderLayer(out_dim, out_dim // head_dim, ffn_mult * out_dim) for _ in range(token_layers))
         self.norm = nn.LayerNorm(out_dim)
         self.initialize_weights()
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:
+        """As in diffusers, but an unknown key is refused instead of ignored: another model's folder would give random weights."""
+        known = cls._get_init_keys(cls) - {"self"}
+        for key in config_dict:
+            if key not in known and not key.startswith("_"):
+                raise unknown("text encoder config key", key, sorted(known))
+        return super().extract_init_dict(config_dict, **kwargs)
 
     def initialize_weights(self) -> None:
         for module in self.modules():
@@ -109,7 +122,7 @@ class ByteTextEncoder(ModelMixin, ConfigMixin):
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, list[int]]:
         """Prompts -> byte ids (b, s) after the begin token, padded with 0 to the longest in whole tokens, and the b lengths."""
-        rows = [[BEGIN, *self._bytes(prompt)] for prompt in prompts]
+        rows = [[BEGIN, *self.as_bytes(prompt)] for prompt in prompts]
         lengths = [len(row) for row in rows]
         width = -(-max(lengths) // self.config.fold) * self.config.fold
         return upload(torch.tensor([row + [0] * (width - len(row)) for row in rows]), self.device), lengths
@@ -142,7 +155,8 @@ class ByteTextEncoder(ModelMixin, ConfigMixin):
         x = self.norm(x) * seen[..., None]
         return F.pad(x, (0, 0, 0, self.num_tokens - x.shape[1]))
 
-    def _bytes(self, prompt: str) -> bytes:
+    def as_bytes(self, prompt: str) -> bytes:
+        """What the encoder reads of a prompt. Raises `UserError` if it is longer than `max_bytes`."""
         data = prompt_bytes(prompt)
         if len(data) > self.config.max_bytes:
             most = self.config.max_bytes

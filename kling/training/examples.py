@@ -38,11 +38,16 @@ SAY_CAMERA = 0.9  # share of clips with a moving camera but no camera signal who
 def check_divides(
     data: LatentSteps, tasks: Mapping[str, float], transformer: KlingTransformer3DModel, split: int, reference: float = 0.0
 ) -> None:
-    """Raises `UserError` if the tokens of any possible batch do not divide over the `split` processes that share it."""
+    """Raises `UserError` if the latents of any possible batch do not divide into patches, or its tokens over the `split` processes that
+    share it."""
+    _, ph, pw = transformer.config.patch_size
     for bucket in data.cache.clips:
         for frames in sorted({T for T in data.frames if bucket.frames >= T}):
             first = data.cache.batch(bucket, [0], frames)
             _, _, f, h, w = first.latents.shape
+            if h % ph or w % pw:
+                line = f"latents of {h}x{w} ({bucket.aspect}) do not divide into patches of {ph}x{pw}"
+                raise UserError(f"{line}: change model.patch_size, or leave that aspect out of the cache")
             counts = sorted({min(count, stored_references(first)) for count in (0, *(REFERENCES if reference else ()))})
             for lone, count in product(range(2 if f > 1 and keyframe_share(tasks) else 1), counts):
                 n = math.prod(token_grid(f + lone + count, h, w, tuple(transformer.config.patch_size)))

@@ -70,14 +70,29 @@ def _groups(model: nn.Module, first: Iterable[Tensor], lr_of: Mapping[str, float
 
 
 def _multiples(model: nn.Module, lr_of: Mapping[str, float]) -> dict[int, float]:
-    """The multiple of the learning rate of parameters, by id, that `lr_of` names. Raises `UserError` for a name that none has."""
+    """The multiple of the learning rate of parameters, by id, that `lr_of` names; of two names of one parameter the longer counts. Raises
+    `UserError` for a name that none has."""
     times: dict[int, float] = {}
-    for part, scale in lr_of.items():
+    for part, scale in sorted(lr_of.items(), key=lambda item: len(item[0])):
         found = [id(p) for name, p in model.named_parameters() if part in name.split(".") or name.startswith(part)]
-        if not found or not scale > 0:
-            raise UserError(f"lr_of {part} {scale:g}: name a part of the model, such as track_embedding, with a multiple above 0")
+        if not found or not 0 <= scale < math.inf:
+            what = "name a part of the model, such as track_embedding, with a multiple of lr, or with 0 to freeze it"
+            raise UserError(f"lr_of {part} {scale:g}: {what}")
         times |= dict.fromkeys(found, scale)
     return times
+
+
+def freeze(model: nn.Module, lr_of: Mapping[str, float]) -> None:
+    """Stop training the parameters whose multiple in `lr_of` is 0: no gradient, decay, average or state of the optimizer.
+
+    Raises `UserError` if none is left to train.
+    """
+    times = _multiples(model, lr_of)
+    for p in model.parameters():
+        if times.get(id(p)) == 0:
+            p.requires_grad_(False)
+    if lr_of and not any(p.requires_grad for p in model.parameters()):
+        raise UserError(f"lr_of {dict(lr_of)} freezes every parameter that trains: leave one part above 0")
 
 
 def make_optimizer(
@@ -85,7 +100,7 @@ def make_optimizer(
     lr_of: Mapping[str, float] = NONE,
 ) -> AdamW:  # fmt: skip
     """The optimizer of a config's `optimizer:`. exact: see `muon`. lr_of: parts of the model, by a word or the beginning of their names,
-    and the multiple of lr that they take. Raises `UserError` for an unknown name."""
+    and the multiple of lr that they take (of 0: `freeze` them first). Raises `UserError` for an unknown name."""
     if name not in OPTIMIZERS:
         raise unknown("optimizer", name, OPTIMIZERS)
     extra = {"exact": exact} if name == "muon" else {}

@@ -8,7 +8,7 @@ in the middle of a round finds the very clips that it had. PLACE counts batches 
 
 from __future__ import annotations
 
-import json
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -33,6 +33,7 @@ from kling.runtime.random import derive_seed, permutation
 from kling.sampling.inputs import read_clip
 from kling.sampling.pipeline import Asked, KlingPipeline, ray_grid
 from kling.sampling.request import Request
+from kling.sampling.rows import request_rows
 from kling.training.examples import Example
 
 ROLLOUTS = "rollouts"
@@ -63,33 +64,23 @@ class RequestFile:
 
     def __init__(self, path: str | Path, held: int = 0, heldout: bool = False, pairs: bool = False) -> None:
         self.path = Path(path)
-        try:
-            lines = [line for line in self.path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"requests {path} cannot be read ({error}): give 'world' or a jsonl file") from None
-        rows = [self._row(number, line, pairs) for number, line in enumerate(lines, 1)]
+        rows = [self._checked(number, row, pairs) for number, row in request_rows(self.path)]
         self.rows = rows[:held] if heldout else rows[held:]
         if not self.rows:
             raise UserError(
                 f"requests {path} has {len(rows)} lines, and {held} are held out for checks: give more lines, or set checks lower"
             )
 
-    def _row(self, number: int, line: str, pairs: bool) -> dict[str, Any]:
-        try:
-            row = json.loads(line)
-            given = {key: value for key, value in row.items() if key not in ("win", "lose")}
-            Request(**given)
-        except (ValueError, AttributeError, TypeError) as error:
-            raise UserError(f"{self.path} line {number}: {str(error).splitlines()[0]}") from None
+    def _checked(self, number: int, row: dict[str, Any], pairs: bool) -> dict[str, Any]:
         for key in ("win", "lose") if pairs else ():
-            if not (self.path.parent / str(row.get(key, ""))).is_file():
-                raise UserError(f"{self.path} line {number}: {key} {row.get(key)!r} is no file: give the path of a video")
-        for key in ("image", "last_image", "video", "mask"):
-            if isinstance(given.get(key), str):
-                given[key] = str(self.path.parent / given[key])
-        if isinstance(given.get("references"), list):
-            given["references"] = [str(self.path.parent / one) if isinstance(one, str) else one for one in given["references"]]
-        return given | {key: str(self.path.parent / row[key]) for key in (("win", "lose") if pairs else ())}
+            if not isinstance(row.get(key), str) or not os.path.isfile(row[key]):
+                raise UserError(f"{self.path} line {number}: {key} {row.get(key)!r:.200} is no file: give the path of a video")
+        asked = {key: value for key, value in row.items() if key not in ("win", "lose")}
+        try:
+            Request(**asked)
+        except UserError as error:
+            raise UserError(f"{self.path} line {number}: {error}") from None
+        return row if pairs else asked
 
     def __call__(self, index: int) -> tuple[dict[str, Any], None]:
         return dict(self.rows[index % len(self.rows)]), None

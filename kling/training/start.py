@@ -19,8 +19,9 @@ from kling.cache.fill import fill_cache
 from kling.cache.plan import CacheConfig, settings_of
 from kling.cache.store import INDEX, NAMED, LatentCache, differences, read_index
 from kling.condition.concat import concat_groups
-from kling.condition.state import REFERENCE
-from kling.config import load_config
+from kling.condition.state import KEYFRAME, REFERENCE
+from kling.condition.tasks import keyframe_share
+from kling.config import built, is_a, load_config
 from kling.dit import KlingTransformer3DModel
 from kling.errors import UserError, unknown
 from kling.flow.diffusers_scheduler import shift_key
@@ -101,6 +102,8 @@ class Start:
         for key in given:
             if key not in ("shift", "density"):
                 raise UserError(f"scheduler.{key} is set, and model {self.folder} keeps its {type(own).__name__}: leave it out")
+        if not is_a(shift := given.get("shift", 1.0), float):
+            raise UserError(f"scheduler.shift = {shift!r}: give a number above 0")
         return type(own).from_config(own.config, **({shift_key(own): given["shift"]} if "shift" in given else {}))
 
 
@@ -222,12 +225,8 @@ def refuse_long(clips: Iterable[tuple[str, Sequence[str]]], most: int, where: st
 
 
 def new_scheduler(settings: Mapping[str, Any]) -> KlingFlowScheduler:
-    """Our scheduler. Raises `UserError` for an unknown setting."""
-    known = KlingFlowScheduler._get_init_keys(KlingFlowScheduler) - {"self"}
-    for key in settings:
-        if key not in known:
-            raise unknown("key of scheduler", key, sorted(known))
-    return KlingFlowScheduler(**settings)
+    """Our scheduler. Raises `UserError` for a setting that is unknown or of the wrong kind."""
+    return built(KlingFlowScheduler, settings, "scheduler")
 
 
 def grow(folder: str | Path, model: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> KlingTransformer3DModel:
@@ -277,6 +276,10 @@ def check_fit(vae: AutoencoderKLKling, transformer: KlingTransformer3DModel, tas
     if z != config.out_channels:
         raise UserError(f"the VAE has latents of {z} channels and the transformer makes {config.out_channels}: give vae= its own VAE")
     if not (groups := concat_groups(config.in_channels, z)):
+        if keyframe_share(tasks) and config.num_kinds <= KEYFRAME:
+            lone = next(name for name, weight in tasks.items() if weight > 0 and keyframe_share({name: weight}))
+            line = f"tasks.{lone} appends a keyframe, and this model knows {config.num_kinds} kinds of frames"
+            raise UserError(f"{line}: set model.num_kinds={KEYFRAME + 1}, or tasks.{lone}=0")
         return
     if "control" in groups or config.pos_embed_seq_len:
         what = "a control video" if "control" in groups else "both ends"
@@ -344,7 +347,7 @@ def taught_text(folder: str, settings: Mapping[str, Any]) -> ByteTextEncoder:
     """The text encoder exported by kling-train-text. Raises `UserError` if there is none, or if `settings` differ."""
     if not (Path(folder) / "config.json").is_file():
         raise UserError(f"text_from '{folder}' holds no text encoder: give the `export` folder of kling-train-text")
-    text = ByteTextEncoder.from_pretrained(folder, torch_dtype=torch.float32)
+    text = loaded(Path(folder).parent, Path(folder).name, ByteTextEncoder, torch_dtype=torch.float32)
     _check_text(text, settings, f"text_from {folder}")
     return text
 

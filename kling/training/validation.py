@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -111,6 +112,17 @@ def task_requests(clip: ClipSample, tasks: Iterable[str]) -> list[Request]:
         Request(**{"prompt": clip.captions[0], "size": f"{W}x{H}", "num_frames": T, **TASKS[task][2](video)})  # type: ignore[arg-type]
         for task in tasks
     ]
+
+
+def sample_requests(rows: list[dict[str, Any]]) -> list[Request]:
+    """The requests of a config's `samples:`. Raises `UserError` with the number of the one that is none."""
+    asked = []
+    for number, row in enumerate(rows, 1):
+        try:
+            asked.append(Request(**{str(name): value for name, value in row.items()}))
+        except UserError as error:
+            raise UserError(f"samples, entry {number}: {error}") from None
+    return asked
 
 
 def draw_samples(pipe: KlingPipeline, requests: list[Request], picture: Path | None) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hmac
-import json
 import stat
 import warnings
 from pathlib import Path
@@ -12,6 +11,7 @@ import jwt
 from kling_programs.sample.server.wire import AUTH_EARLY, AUTH_EMPTY, AUTH_FAILED, AUTH_INVALID, AUTH_LATE, WireError
 
 from kling.errors import UserError
+from kling.runtime.files import parse_json
 
 SHORTEST = 16  # characters of a secret
 LOCAL = "local"  # whose tasks they are on a server without keys
@@ -81,7 +81,7 @@ def read_keys(file: str | None) -> Keys:
     if mode != 0o600:
         raise UserError(f"--keys {file} has mode {mode:04o}, so that others may use its secrets: chmod 600 {file}")
     try:
-        secrets = json.loads(text)
+        secrets = parse_json(text, once=True)
     except ValueError as error:
         raise UserError(f"--keys {file} is no JSON ({error}): {example}") from None
     if not isinstance(secrets, dict) or not secrets or not all(isinstance(s, str) and k for k, s in secrets.items()):

@@ -40,8 +40,9 @@ def pipeline_of(run: Path, name: str, device: Any) -> KlingPipeline:
     start = open_start(cfg.init_from, cfg.checkpoint, cfg.expert) if cfg.init_from else None
     model = build(cfg, start)
     left = model.load_state_dict(saved.tensors["ema"], strict=False)
-    if left.missing_keys or left.unexpected_keys:
-        raise UserError(f"checkpoint {name} is not of the model in config.yaml: {(left.missing_keys + left.unexpected_keys)[0]}")
+    trained = {key for key, p in model.named_parameters() if p.requires_grad}  # what is frozen is as `build` makes it
+    if wrong := [*left.unexpected_keys, *(key for key in left.missing_keys if key in trained)]:
+        raise UserError(f"checkpoint {name} is not of the model in config.yaml: {wrong[0]}")
     pipe = pipeline(cfg, model.eval(), load_vae(cfg.vae), start).to(device)
     pipe.set_progress_bar_config(disable=True)
     return pipe

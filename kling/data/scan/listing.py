@@ -7,7 +7,6 @@ A .json table is a list of such rows, as VideoX-Fun and DiffSynth keep them: [{"
 
 from __future__ import annotations
 
-import ast
 import csv
 import math
 import os
@@ -22,11 +21,12 @@ from typing import Any
 from kling.data.manifest import Caption, read_lines
 from kling.data.scan.sidecar import caption, caption_suffixes, captions_from, captions_in, find_camera, nothing, read_captions
 from kling.errors import UserError, unknown
-from kling.runtime.files import Member, Source, file_of, head, member_of, parse_json, sniff
+from kling.runtime.files import Member, Source, file_of, head, member_of, parse_json, parse_literal, sniff
 
 VIDEOS = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".gif", ".mpg", ".mpeg", ".ts", ".m2ts", ".flv", ".wmv", ".ogv", ".3gp")
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 TEXTS = (".txt", ".json", ".jsonl", ".csv", ".tsv", ".md", ".yaml", ".html")  # files that are not checked for being a video
+TABLES = (".csv", ".tsv", ".json", ".jsonl")
 COLUMNS = {
     "path": ("path", "video", "video_path", "file", "file_path", "file_name", "filename", "videoID", "clip_id"),
     "caption": ("caption", "captions", "text", "prompt"),
@@ -36,7 +36,6 @@ COLUMNS = {
     "camera": ("camera",),
 }
 csv.field_size_limit(1 << 24)  # Koala's captions are long
-TOO_DEEP = (RecursionError, MemoryError)  # what Python's parser raises for deeply nested brackets
 
 
 @dataclass(frozen=True)
@@ -61,6 +60,8 @@ class Listing:
     def __init__(self, mapping: Mapping[str, str | Sequence[str]] | None = None, root: str | Path | None = None) -> None:
         self.mapping = {name: [columns] if isinstance(columns, str) else list(columns) for name, columns in (mapping or {}).items()}
         self.root, self.passed = root, Counter[str]()
+        if root is not None and not Path(root).is_dir():
+            raise UserError(f"root {root} is no folder: give the one that the table's paths begin in")
         for name, columns in self.mapping.items():
             if name not in COLUMNS:
                 raise unknown("field", name, COLUMNS)
@@ -72,8 +73,11 @@ class Listing:
 
         Raises `UserError` for an invalid path or table.
         """
-        found: dict[tuple, Candidate] = {}
-        for path in map(Path, paths):
+        paths, found = [Path(path) for path in paths], {}
+        given = [name for name, value in (("a mapping of columns", self.mapping), (f"the root {self.root}", self.root)) if value]
+        if given and not any(path.suffix.lower() in TABLES and not path.is_dir() for path in paths):
+            raise UserError(f"{given[0]} is for tables, and {', '.join(map(str, paths))} are none: leave it out, or give a table")
+        for path in paths:
             if path.is_dir():
                 candidates = self._folder(path)
             elif path.suffix.lower() in (".csv", ".tsv"):
@@ -187,11 +191,13 @@ class Listing:
         if stamps is None:
             return [(seconds(self._field(row, "start", where), where), seconds(self._field(row, "end", where), where))]
         try:
-            pairs = ast.literal_eval(stamps) if isinstance(stamps, str) else stamps
+            pairs = parse_literal(stamps) if isinstance(stamps, str) else stamps
             pairs = pairs if isinstance(pairs[0], list | tuple) else [pairs]
             return [(seconds(a, where), seconds(b, where)) for a, b in pairs]
-        except (ValueError, SyntaxError, TypeError, IndexError, KeyError, *TOO_DEEP):
-            raise UserError(f"{where}: timestamp {stamps!r}: give [start, end], or a list of such pairs") from None
+        except (ValueError, TypeError, IndexError, KeyError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"{where}: timestamp {stamps!r:.60}: give [start, end], or a list of such pairs") from None
 
 
 def _joined(first: Candidate, again: Candidate) -> Candidate:
@@ -205,6 +211,8 @@ def with_sidecars(path: Path) -> Candidate:
         return Candidate(path, read_captions(path), camera=find_camera(path))
     except UserError as error:
         return Candidate(path, trouble=str(error))
+    except OSError as error:  # such as a name that is too long for a file, in a table
+        return Candidate(path, trouble=f"{str(path)[:200]} cannot be read ({error.strerror}): check the path")
 
 
 def walk(root: Path) -> list[Path]:
@@ -242,10 +250,10 @@ def seconds(value: Any, where: str) -> float | None:
                 total = 60 * total + float(part)
         else:
             total = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         total = math.nan
     if not 0 <= total < math.inf:
-        raise UserError(f"{where}: time {value!r}: give seconds, or h:mm:ss.sss")
+        raise UserError(f"{where}: time {value!r:.60}: give seconds, or h:mm:ss.sss")
     return total
 
 
@@ -253,8 +261,10 @@ def _captions(value: Any, where: str) -> list[Caption]:
     """The captions in a table's cell: a text, or a list of them, which csv writes in Python or JSON syntax."""
     if isinstance(value, str) and value.startswith("[") and value.endswith("]"):
         try:
-            value = ast.literal_eval(value)
-        except (ValueError, SyntaxError, *TOO_DEEP):
+            value = parse_literal(value)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+        except ValueError:
             return [caption(value, where=where)]  # not a list: a sentence in brackets
     return captions_from({"captions": value}, where)
 

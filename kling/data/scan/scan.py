@@ -156,7 +156,7 @@ class ScanJournal:
     def key(self, candidate: Candidate) -> str:
         try:
             now = stamp(candidate.source)
-        except OSError:
+        except (OSError, ValueError):  # ValueError: a NUL in the name
             now = (0, 0)
         return json.dumps([str(candidate.source), *now, candidate.start, candidate.end, self.split, FINDS], ensure_ascii=False)
 

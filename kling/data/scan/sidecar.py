@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from kling.config import is_a
 from kling.data.manifest import Caption
 from kling.errors import UserError
 from kling.runtime.files import Source, parse_json, read_bytes
@@ -109,8 +110,8 @@ def caption(text: str, language: str = "", weight: float = 1.0, where: object = 
 
 def _weighted(record: dict[str, Any], where: object) -> Caption | None:
     text, language, weight = record.get("text"), record.get("language", ""), record.get("weight", 1.0)
-    good = isinstance(text, str) and isinstance(language, str) and isinstance(weight, int | float) and not isinstance(weight, bool)
-    return caption(text, language, float(weight), where) if good and math.isfinite(weight) and weight > 0 else None
+    good = isinstance(text, str) and isinstance(language, str) and is_a(weight, float)
+    return caption(text, language, float(weight), where) if good and weight > 0 else None
 
 
 def find_camera(media: Path) -> Path | None:
