@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 
@@ -31,6 +32,7 @@ from kling_programs.sample.server.worker import Maker, Setup, outcome
 from PIL import Image
 from test_generate import save_tiny
 
+HTTP = httpx.Client(verify=False, timeout=300)  # one for all: each loads certificates, which costs more than a request
 KEYS = {"anna": "a" * 32, "ben": "b" * 32}
 SHORT = {"prompt": "a red ball", "duration": "2", "seed": 5}
 
@@ -79,11 +81,9 @@ class Client:
         self.url, self.key = url, key
 
     def __call__(self, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, Any]:
-        import httpx
-
         if self.key is not None and "Authorization" not in headers:
             headers["Authorization"] = f"Bearer {KEYS[self.key]}"
-        reply = httpx.request(method, self.url + path if path.startswith("/") else path, json=body, headers=headers, timeout=300)
+        reply = HTTP.request(method, self.url + path if path.startswith("/") else path, json=body, headers=headers)
         kind = reply.headers.get("content-type", "")
         return reply.status_code, reply.json() if kind.startswith("application/json") else reply.content
 

@@ -329,8 +329,10 @@ def test_the_tray_and_the_storyboard_have_room(browser, able, width, locale, tmp
     page.wait_for_selector("#plan p")
     put_in_tray(page, *(flat(tmp_path / f"{i}.png", "red", (40 + i, 30)) for i in range(4)))
     in_tray(page, 4)
+    tray = page.locator("#references").bounding_box()
     for button in page.locator("#references .delete-button").all():
         box = button.bounding_box()
+        assert box["y"] + box["height"] <= tray["y"] + tray["height"] and box["x"] + box["width"] <= tray["x"] + tray["width"]  # not cut
         assert min(box["width"], box["height"]) > 18 and button.evaluate("b => getComputedStyle(b).opacity") == "1"
     tab(page, {"en-US": "Storyboard", "zh-CN": "分镜"}[locale])
     for n in range(6):

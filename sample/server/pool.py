@@ -146,7 +146,8 @@ class Pool:
                     if task := self._claim():
                         self._make(worker, task)
             except UserError as error:
-                log.error("%s", error)
+                if not self._stopping.is_set():  # which ends those that are loading
+                    log.error("%s", error)
             except Exception:  # whatever a worker or the disk failed of, the slot goes on: with a new worker, after a while
                 log.exception("slot %d", slot)
             self.ready.discard(slot)
