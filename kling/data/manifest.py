@@ -212,7 +212,7 @@ def shot_from(row: dict[str, Any], where: str) -> Shot:
         if shot.camera or shot.tracks:
             raise UserError(f"{where}: a clip of several shots has a camera or tracks, which are of one: leave them out")
     files = shot.references
-    if len(files) > MOST_REFERENCES:
+    if not is_a(files, list[str]) or len(files) > MOST_REFERENCES:
         raise UserError(f"{where}: references {files!r:.60}: give a list of up to {MOST_REFERENCES} pictures")
     return dataclasses.replace(shot, references=tuple(files))
 
@@ -226,7 +226,7 @@ def _check_types(cls: type, row: Any, where: str) -> None:
     for key, value in row.items():
         if key not in hints:
             raise UserError(f"{line}: {unknown('key', key, hints)}")
-        plain = {"video": dict, "captions": list[object]}.get(key) if cls is Shot else None
+        plain = {"video": dict, "captions": list[object], "references": object}.get(key) if cls is Shot else None
         if not is_a(value, plain or hints[key]):
             raise UserError(f"{line}: {key} is {value!r:.60}: give a {_called(plain or hints[key])}")
 
