@@ -61,7 +61,7 @@ def check_axes(axes: dict[str, float]) -> dict[str, float]:
         if name not in UNITS:
             raise unknown("camera axis", name, UNITS)
         if not -LIMIT <= value <= LIMIT:  # also refuses nan
-            said = f"{value:g}" if abs(value) < 1e300 else "a number of hundreds of digits"
+            said = "a number of hundreds of digits" if abs(value) >= 1e300 else f"{value:g}"  # nan is no such number
             raise UserError(f"camera axis {name}={said} is outside [-10, 10]: give a smaller move")
     return axes
 
