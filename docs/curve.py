@@ -16,6 +16,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from textwrap import fill
 
 from kling_programs.eval.cases import TABLE
 
@@ -111,7 +112,7 @@ def draw(table: Table, path: Path) -> None:
             axis.axhline(percent * float(line.target.split()[1]), color="tab:green", linewidth=0.8, linestyle="--")
         if line.chance is not None:
             axis.axhline(percent * line.chance, color="grey", linewidth=0.8, linestyle=":")
-        axis.set_title(f"{title}{f', {line.unit}' if line.unit else ''}", fontsize=8)
+        axis.set_title(fill(f"{title}{f', {line.unit}' if line.unit else ''}", 42), fontsize=8)
         axis.tick_params(labelsize=7, labelbottom=True)
         if line.unit == "%" and line.task != "zh - en":
             axis.set_ylim(-3, 103)
