@@ -323,7 +323,7 @@ def _keyframe(given: Any) -> tuple[Any, int, float]:
         picture, frame, strength = row
         numeric = isinstance(frame, numbers.Integral) and isinstance(strength, numbers.Real)
         if numeric and not isinstance(picture, int | float | None) and not isinstance(frame, bool):
-            return picture, int(frame), float(min(strength, 2))  # at most 1, which is checked; an int of hundreds of digits is no float
+            return picture, int(frame), float(min(max(strength, -1e9), 1e9))  # an int of hundreds of digits is no float
     raise UserError(f"keyframe {_short(given)}: give (picture, frame) or (picture, frame, strength), such as ('mid.png', 20, 0.8)")
 
 
