@@ -149,9 +149,7 @@ def main(argv: list[str]) -> None:
         report["command"] = shlex.join(["kling-eval", "world", *argv])
         write_json(Path(options.out) / "scores.json", report)
     print(report["table"])
-    if (
-        report["n"] > 1
-    ):  # of a single case a correct metric may rank controls wrongly: a camera that only travels turns no more than a still one
+    if report["n"] > 1:  # a single case may rank controls wrongly: a camera that only travels turns no more than one that stands still
         check_order(ORDERS, report["columns"])
 
 

@@ -11,7 +11,6 @@ OUT gets a folder for each stage and, at the end, OUT/model. Every command is pr
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 import math
 import shlex
@@ -34,7 +33,6 @@ from kling.runtime.accelerator import EXIT_STOPPED
 from kling.runtime.files import parse_json, write_atomic, written_folder
 
 PROGRAMS = {"encode": "encode", "train-vae": "train_vae", "train-text": "train_text", "train": "train_dit"}
-CONFIGS = {"encode": "CacheConfig", "train-vae": "TrainVAEConfig", "train-text": "TrainTextConfig", "train": "TrainDiTConfig"}
 MODEL = "model"  # folder of OUT
 SCALED = ("steps", "warmup", "clips")  # numbers of a preset that `scale` multiplies; also the values of `shorter`
 ALONE = ("train-text",)  # takes minutes on one process, and does not run on several
@@ -134,9 +132,14 @@ def check_settings(cfg: TrainAllConfig, name: str, words: list[str]) -> None:
 
 
 def config_of(kind: str) -> type:
-    """The settings of a stage's program."""
-    module = importlib.import_module(f"kling_programs.train.{PROGRAMS[kind]}")
-    return getattr(module, CONFIGS[kind])
+    """The settings of a stage's program, whose modules are heavy."""
+    from kling_programs.train.train_dit import TrainDiTConfig
+    from kling_programs.train.train_text import TrainTextConfig
+    from kling_programs.train.train_vae import TrainVAEConfig
+
+    from kling.cache.plan import CacheConfig
+
+    return {"encode": CacheConfig, "train-vae": TrainVAEConfig, "train-text": TrainTextConfig, "train": TrainDiTConfig}[kind]
 
 
 def scaled(count: int, scale: float) -> int:

@@ -135,10 +135,10 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         self.register_to_config(capabilities=list(capabilities), fps=fps, max_frames=max_frames)
         extra = {"sizes": sizes, "boundary_ratio": boundary_ratio, "block_frames": block_frames or None, "defaults": defaults}
         extra |= {
-            "track_writing": track_writing,
             "licence": licence,
             "vocabulary": vocabulary,
             "sampling_dtype": sampling_dtype,
+            "track_writing": track_writing,
             "fast": fast,
         }
         self.register_to_config(**{key: value for key, value in extra.items() if value is not None})
@@ -404,16 +404,8 @@ class KlingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """One video: (T, H, W, 3) uint8, and the latents of its last hop."""
         if request.loop and inputs.image is None:  # a loop needs a first frame to return to
-            alone = {
-                "loop": False,
-                "keyframes": [],
-                "camera": None,
-                "camera_scale": 1.0,
-                "tracks": None,
-                "num_frames": 1,
-                "duration": None,
-                "extend_to": None,
-            }
+            alone = {"loop": False, "keyframes": [], "camera": None, "camera_scale": 1.0, "tracks": None}
+            alone |= {"num_frames": 1, "duration": None, "extend_to": None}
             still = request.replace(**alone, seed=seed, num_videos=1)
             inputs = replace(inputs, image=torch.from_numpy(self(still).frames[0, 0]))
         device = self._execution_device

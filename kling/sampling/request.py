@@ -180,9 +180,7 @@ class Request:
             raise UserError(f"strength {self.strength:g}: give a number from 0 (forget the video) to 1 (keep it)")
         if not 0 <= self.sigma_c < 1:
             raise UserError(f"sigma_c {self.sigma_c:g}: give a noise level from 0 to less than 1")
-        if (
-            self.shift is not None and not SHIFTS[0] <= self.shift <= SHIFTS[1]
-        ):  # near 0 the steps are where there is no noise, and 0 / 0 is NaN
+        if self.shift is not None and not SHIFTS[0] <= self.shift <= SHIFTS[1]:  # near 0 no step has noise, and 0 / 0 is NaN
             raise UserError(f"shift {self.shift:g}: give a number from {SHIFTS[0]:g} to {SHIFTS[1]:g}")
         for name in ("guidance_scale", "camera_guidance_scale", "brush_guidance_scale", "guidance_reach", "camera_scale"):
             value = getattr(self, name)
