@@ -24,6 +24,7 @@ TASKS = (
     *("continuation", "continuation-same", "continuation-other", "continuation-none"),
 )
 MODES = ("std", "pro", "fast")
+PRECISIONS = ("auto", "bf16", "fp32")
 QUICK = {"n": 8, "examples": 120}
 NETWORKS = ("fvd", "jedi", "fid", "lpips", "clipscore", "clip", "dino")
 FVD_FRAMES = 16
@@ -47,19 +48,23 @@ def world(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--steps", metavar="N", type=int, help="sampling steps; default: the checkpoint's own")
     parser.add_argument("--mode", metavar="MODE", help="of the requests: std, pro or fast; default: std")
     parser.add_argument("--workers", metavar="N", type=int, help="processes that share the cases and the processor (1)")
+    parser.add_argument("--batch", metavar="N", type=int, help="cases that each process samples at once (8 on a GPU, else 1)")
+    parser.add_argument("--precision", metavar="NAME", help="auto, bf16 or fp32; a folder has one (auto: what is faster)")
     parser.add_argument("--ray", metavar="ADDRESS", help="share the cases over this Ray cluster: auto, local or HOST:6379")
     names = ", ".join(TASKS)
     parser.add_argument("--tasks", metavar="A,B", help=f"only these: {names}; a first word names all that begin with it")
     parser.add_argument("--quick", action="store_true", help=f"{QUICK['n']} cases and less certain detectors")
     parser.add_argument("--limit-minutes", metavar="M", type=float, help="stop after this time, and report the n that was reached")
     args = parser.parse_args(argv)
-    for name in ("n", "workers", "steps"):
+    for name in ("n", "workers", "steps", "batch"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)}: give at least 1")
     if args.seed is not None and args.seed < 0:
         raise UserError(f"--seed {args.seed}: give 0 or more")
     if args.mode is not None and args.mode not in MODES:
         raise unknown("mode", args.mode, MODES)
+    if args.precision is not None and args.precision not in PRECISIONS:
+        raise unknown("precision", args.precision, PRECISIONS)
     if args.limit_minutes is not None and not 0 < args.limit_minutes < math.inf:
         raise UserError(f"--limit-minutes {args.limit_minutes}: give a positive number")
     return args

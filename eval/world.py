@@ -3,12 +3,18 @@
 kling-eval world --model runs/dit/export --out out/eval --n 256 --workers 2
 kling-eval world --out /tmp/eval --tasks text,camera,image --n 64 --steps 12 --workers 2     # ten minutes, for checkpoints during training
 kling-eval world --model /data/export --out /data/eval --ray auto    # on all hosts of a Ray cluster, which share /data
+kling-eval world --model EXPORT --out out/eval --workers 14 --limit-minutes 1.2 --precision fp32    # one GPU and 16 cores, see below
 kling-eval world --out /tmp/eval --quick                             # minutes: a quick look, not a score
 
 OUT gets scores.json, scores.md, strips/<task>.png, clips/<task>/<k>.npz, and cases.jsonl with a line for every case as soon as it is
 measured: run again, the same command continues where it stopped. Every score is given with the same measurement on rendered truth (the
 accuracy of the metric itself), on truth through the VAE, on a truth that does what the task forbids (broken: an object vanishes half way,
 the camera moves another way …), on three clips that follow nothing (frozen, shuffled, noise), and with chance.
+
+On a GPU the workers share it, and each samples `--batch` cases at once (8; on a CPU 1, which is as fast there). Measuring is work for the
+processor: give as many workers as cores. With --limit-minutes each worker measures at least one case, and begins no other when the time is
+over. What OUT/run.json and OUT/cases.jsonl hold can be taken to another machine, where the same command goes on with the other cases; its
+--precision must be the same.
 
 Right-or-wrong measures use N cases. Measures in dB vary little, and some clips are expensive: these use the first 64 cases, and the
 controls use the first 32 (the truth of the text tasks uses all). The table gives the n of each. With --tasks, for a quick look during
@@ -21,6 +27,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import pickle
 import shlex
 import sys
 import threading
@@ -28,7 +35,7 @@ import time
 import zipfile
 import zlib
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import closing
 from dataclasses import dataclass
@@ -37,6 +44,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 from kling_programs.eval.cases import (
@@ -83,10 +91,11 @@ from kling.metrics.world import labels, world_ruler
 from kling.runtime.cluster import connect, shared
 from kling.runtime.files import head, parse_json, written
 from kling.runtime.lock import locked
-from kling.runtime.precision import bf16_is_fast, default_device, describe
+from kling.runtime.precision import default_device, describe, pick_precision
 from kling.runtime.random import derive_seed
 from kling.sampling.brush import Track
 from kling.sampling.record import model_hashes
+from kling.sampling.request import Request
 
 PROTOCOL = 4  # raised when a case is asked or measured in another way: older measurements are then not mixed with new ones
 READ = (3, PROTOCOL)  # protocols that a folder may hold: cases of 3 counted a camera that was not found, which is left out on reading
@@ -94,6 +103,7 @@ EXAMPLES = 400  # rendered clips to which the detectors are fitted
 PICTURES = 64  # number of cases for tasks that need few
 CONTROLS = 32  # number of cases in which controls, and the VAE alone, are measured
 STRIP_ROWS = 4
+BATCH = 8  # cases that a worker samples at once on a GPU
 STROKES = 11  # points of a brushed path
 
 Measured = dict[str, dict[str, list[Row]]]  # by who answered (the model or a stand-in), then by task
@@ -114,6 +124,7 @@ class Options:
     bf16: bool = False  # transformer, text encoder and VAE in bfloat16
     workers: int = 1
     ray: bool = False  # workers are processes of the Ray cluster that this process has joined, each with a GPU if it has some
+    batch: int = 1  # cases that a worker samples at once
     limit_minutes: float | None = None
 
     @property
@@ -135,14 +146,16 @@ def main(argv: list[str]) -> None:
     from kling.sampling.pipeline import ASSETS
 
     folder = Path(args.model) if args.model else ASSETS
-    names = ("n", "steps", "mode", "seed", "workers", "limit_minutes")
+    names = ("n", "steps", "mode", "seed", "workers", "batch", "limit_minutes")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     tasks = chosen(args.tasks) if args.tasks else ()
     if args.ray is not None:
         room = connect(args.ray)
         given = {"workers": room.gpus or room.cpus, "ray": True} | given
-    options = Options(args.out, tasks=tasks, bf16=bf16_is_fast(default_device()), **((QUICK if args.quick else {}) | given))
-    print(describe("bf16" if options.bf16 else "fp32"), file=sys.stderr, flush=True)
+    precision = pick_precision(args.precision or "auto")
+    given = {"batch": BATCH if default_device() == "cuda" else 1} | given
+    options = Options(args.out, tasks=tasks, bf16=precision == "bf16", **((QUICK if args.quick else {}) | given))
+    print(describe(precision), file=sys.stderr, flush=True)
     pipe, hashes = load(folder, options), model_hashes(folder)
     with locked(options.out, "evaluation"):
         report = evaluate(pipe, options, hashes, folder)
@@ -160,26 +173,24 @@ def load(folder: Path, options: Options) -> Any:
 
 
 def evaluate(pipe: Any, options: Options, model: dict[str, Any], folder: Path | None = None) -> dict[str, Any]:
-    """Generate, measure, report. `pipe` needs these of `KlingPipeline`: `__call__`, `encode`, `decode`, `device`, and in its config
-    `capabilities` and `max_frames`.
+    """Generate, measure, report. `pipe` needs these of `KlingPipeline`: `__call__` (with a batch `together`), `encode`, `decode`, `device`,
+    and in its config `capabilities` and `max_frames`.
 
     folder: from which other workers load the model.
     """
-    out, started = Path(options.out), time.monotonic()
+    out, started = Path(options.out), time.time()
     claim(out, options, model)
     records = {k: record for k, record in recorded(out / "cases.jsonl").items() if k < options.n}
     before, todo = len(records), [k for k in range(options.n) if k not in records]
-    examiner = Examiner(pipe, make_ruler(options) if todo else None, options)
-    if todo:
-        print(estimate(examiner, todo), file=sys.stderr, flush=True)
+    examiner = Examiner(pipe, None, options, started + 60 * options.limit_minutes if options.limit_minutes else None)
     with closing(examined(examiner, todo, folder)) as answers, open(out / "cases.jsonl", "a", encoding="utf-8") as file:
-        for record in answers:
-            file.write(json.dumps(record) + "\n")
+        for found in answers:
+            for record in found:
+                file.write(json.dumps(record) + "\n")
+                records[record["k"]] = record
             file.flush()
-            records[record["k"]] = record
-            progress(records, before, options, started)
-            if options.limit_minutes and time.monotonic() - started > 60 * options.limit_minutes:
-                break
+            if found:
+                progress(records, before, options, started)
     for task in examiner.able:
         show(out, task, examiner.world, [k for k in range(STRIP_ROWS) if clip_path(out, task, k).is_file()])
     asked = options.tasks or tuple(TASKS)
@@ -189,49 +200,77 @@ def evaluate(pipe: Any, options: Options, model: dict[str, Any], folder: Path | 
 def estimate(examiner: Examiner, todo: list[int]) -> str:
     """The number of clips to make and measure, and the approximate time, from that of the first one, which is kept."""
     counts = examiner.missing(todo)
-    task = next((task for task, count in counts.items() if count), None)
+    task, total = next((task for task, count in counts.items() if count), None), sum(counts.values())
     if task is None:
         return "all clips exist: they are measured"
+    shown = f"{total} clips ({', '.join(f'{task} {count}' for task, count in counts.items())})"
+    if examiner.deadline is not None:
+        return f"{shown}, as many as {examiner.options.limit_minutes:g} minutes allow"
     case = TASKS[task].make(examiner.world, todo[0])
     truth, started = rendered(case.scene), time.monotonic()
-    video, took = examiner.answer(case, truth)
+    ((video, took),) = examiner.answers([case], [truth])
     measure(examiner.ruler, case, video, truth)
-    each, total = time.monotonic() - started, sum(counts.values())
-    shown = ", ".join(f"{task} {count}" for task, count in counts.items())
+    each = time.monotonic() - started
     minutes = sum(count * TASKS[task].cost for task, count in counts.items()) * each / TASKS[case.task].cost / 60 / examiner.options.workers
-    return f"{total} clips ({shown}), {took:.1f} s to make and {each - took:.1f} s to measure each: about {minutes:.0f} minutes"
+    return f"{shown}, {took:.1f} s to make and {each - took:.1f} s to measure each: about {minutes:.0f} minutes"
 
 
-# -------------------------------------------------------------------------------------------------------- one case after another
+# -------------------------------------------------------------------------------------------------------- some cases after others
 
 
-def examined(examiner: Examiner, todo: list[int], folder: Path | None) -> Iterator[Record]:
-    """Cases as they are finished: here, or by `options.workers` processes that each load the model from `folder`."""
-    options = examiner.options
-    if todo and options.ray:
-        yield from shared(partial(loaded, folder, examiner.ruler, options), todo, options.workers, on_gpu=True)
+def examined(examiner: Examiner, todo: list[int], folder: Path | None) -> Iterator[list[Record]]:
+    """Cases as they are finished: here, or by `options.workers` processes that each load the model from `folder`.
+
+    Those processes also fit the detectors together: one alone takes longer for that than all do for many cases.
+    """
+    options, jobs = examiner.options, shares(todo, examiner.options)
+    if not todo:
         return
-    if not todo or options.workers == 1:
-        yield from map(examiner, todo)
+    if options.workers == 1 or options.ray:
+        examiner.ruler = make_ruler(options)
+        print(estimate(examiner, todo), file=sys.stderr, flush=True)
+        if options.ray:
+            make = partial(loaded, folder, examiner.ruler, options, examiner.deadline)
+            yield from shared(make, jobs, options.workers, on_gpu=True)
+        else:
+            yield from map(examiner, jobs)
         return
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(options.workers, context, start_worker, (folder, examiner.ruler, options))
-    try:
-        for future in as_completed(pool.submit(work, k) for k in todo):
-            yield future.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+    with ProcessPoolExecutor(options.workers, context, start_worker, (folder, options, examiner.deadline)) as pool:
+        try:
+            examiner.ruler = make_ruler(options, partial(pool.map, chunksize=4))
+            print(estimate(examiner, todo), file=sys.stderr, flush=True)
+            ruler = pickle.dumps(examiner.ruler)  # as bytes: a tensor would go through a file in shared memory, once for every job
+            for future in as_completed(pool.submit(work, ruler, job) for job in jobs):
+                yield future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
-def start_worker(folder: Path, ruler: Ruler, options: Options) -> None:
+def shares(todo: list[int], options: Options) -> list[list[int]]:
+    """The cases in jobs of at most `options.batch`, which take about equally long: controls are measured in the first cases only, so each
+    worker takes some of them. Earlier cases come in earlier jobs."""
+    rounds = -(-len(todo) // (options.workers * options.batch))
+    size = -(-len(todo) // max(1, rounds))
+    return [
+        job
+        for start in range(0, len(todo), max(1, size))
+        for i in range(options.workers)
+        if (job := todo[start : start + size][i :: options.workers])
+    ]
+
+
+def start_worker(folder: Path, options: Options, deadline: float | None) -> None:
     global work_on
     threading.Thread(target=leave_with_parent, daemon=True).start()
-    torch.set_num_threads(max(1, torch.get_num_threads() // options.workers))
-    work_on = loaded(folder, ruler, options)
+    threads = max(1, torch.get_num_threads() // options.workers)
+    torch.set_num_threads(threads)
+    cv2.setNumThreads(threads)
+    work_on = loaded(folder, None, options, deadline)
 
 
-def loaded(folder: Path, ruler: Ruler, options: Options) -> Examiner:
-    return Examiner(load(folder, options), ruler, options)
+def loaded(folder: Path, ruler: Ruler | None, options: Options, deadline: float | None) -> Examiner:
+    return Examiner(load(folder, options), ruler, options, deadline)
 
 
 def leave_with_parent() -> None:
@@ -240,15 +279,18 @@ def leave_with_parent() -> None:
     os._exit(1)
 
 
-def work(k: int) -> Record:
-    return work_on(k)
+def work(ruler: bytes, job: list[int]) -> list[Record]:
+    if work_on.ruler is None:
+        work_on.ruler = pickle.loads(ruler)
+    return work_on(job)
 
 
 class Examiner:
-    """Generates the clips of one case for all tasks, and measures them."""
+    """Generates the clips of some cases for all tasks, and measures them. deadline: seconds since the epoch, after which it begins no other
+    case but its first."""
 
-    def __init__(self, pipe: Any, ruler: Ruler | None, options: Options) -> None:
-        self.pipe, self.ruler, self.options = pipe, ruler, options
+    def __init__(self, pipe: Any, ruler: Ruler | None, options: Options, deadline: float | None = None) -> None:
+        self.pipe, self.ruler, self.options, self.deadline, self.done = pipe, ruler, options, deadline, 0
         self.world = held_out(options.seed, FRAMES, max_things=1)
         self.camera = "camera" in pipe.config.capabilities
         fits = pipe.config.max_frames >= FRAMES
@@ -256,16 +298,35 @@ class Examiner:
             name for name in options.tasks or TASKS if TASKS[name].needs in pipe.config.capabilities and (fits or not TASKS[name].at_once)
         ]
 
-    def __call__(self, k: int) -> Record:
+    @property
+    def late(self) -> bool:
+        return self.done > 0 and self.deadline is not None and time.time() > self.deadline
+
+    def __call__(self, job: Sequence[int]) -> list[Record]:
+        """The cases of `job` that the time allows."""
+        made: dict[int, list[tuple[Case, Tensor, Tensor, float]]] = {k: [] for k in job}
+        asked = [(task, k) for k in job for task in self.able if k < self.options.cases(task)]
+        for some in [asked] if self.options.batch > 1 else [[one] for one in asked]:  # tasks of one shape are also sampled together
+            if self.late:
+                return []
+            cases = [TASKS[task].make(self.world, k) for task, k in some]
+            truths = [rendered(case.scene) for case in cases]
+            for case, truth, (video, took) in zip(cases, truths, self.answers(cases, truths), strict=True):
+                made[case.k].append((case, truth, video, took))
+        records = []
+        for k in job:
+            if self.late:
+                break
+            records.append(self.measured(k, made.pop(k)))
+            self.done += 1
+        return records
+
+    def measured(self, k: int, clips: list[tuple[Case, Tensor, Tensor, float]]) -> Record:
+        """Scores of a case: its (case, truth, model's clip, seconds to make it) of every task, and of the controls beside them."""
         rows: dict[str, dict[str, Row]] = defaultdict(dict)
-        seconds, passed = [], Passed(self.pipe)
-        for task in self.able:
-            if k >= self.options.cases(task):
-                continue
-            case = TASKS[task].make(self.world, k)
-            truth = rendered(case.scene)
-            video, took = self.answer(case, truth)
-            seconds += [took] if took else []
+        seconds, passed = [took for *_, took in clips if took], Passed(self.pipe)
+        for case, truth, video, _ in clips:
+            task = case.task
             rows["model"][task] = measure(self.ruler, case, video, truth)
             for name, other in stand_ins(passed, case, truth, self.options.controls):
                 rows[name][task] = measure(self.ruler, case, other, truth)
@@ -280,21 +341,30 @@ class Examiner:
             for task in self.able
         }
 
-    def answer(self, case: Case, truth: Tensor) -> tuple[Tensor, float]:
-        """The model's clip (T, H, W, 3) uint8 at the truth's size, new or from an earlier run, and the seconds it took (0 if not new)."""
-        path = clip_path(self.options.out, case.task, case.k)
-        if path.is_file():
-            try:
-                return fit(np.load(path, allow_pickle=False)["frames"], *truth.shape[1:3]), 0.0
-            except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-                raise UserError(f"{path} is damaged ({error}): delete it, and it is made again") from None
+    def answers(self, cases: Sequence[Case], truths: Sequence[Tensor]) -> Iterator[tuple[Tensor, float]]:
+        """The model's clips (T, H, W, 3) uint8 at the truths' size, and the seconds each took (0 if it was there before)."""
+        paths = [clip_path(self.options.out, case.task, case.k) for case in cases]
+        new = [i for i, path in enumerate(paths) if not path.is_file()]
         started = time.monotonic()
-        frames = np.asarray(self.pipe(**self.fields(case, truth)).frames[0])
-        took = time.monotonic() - started
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with written(path) as temporary, open(temporary, "wb") as file:
-            np.savez_compressed(file, frames=frames)
-        return fit(frames, *truth.shape[1:3]), took
+        made = dict(zip(new, self.sampled([self.fields(cases[i], truths[i]) for i in new]), strict=True))
+        took = (time.monotonic() - started) / max(1, len(new))
+        for i, (path, truth) in enumerate(zip(paths, truths, strict=True)):
+            if i not in made:
+                try:
+                    yield fit(np.load(path, allow_pickle=False)["frames"], *truth.shape[1:3]), 0.0
+                except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+                    raise UserError(f"{path} is damaged ({error}): delete it, and it is made again") from None
+                continue
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with written(path) as temporary, open(temporary, "wb") as file:
+                np.savez_compressed(file, frames=made[i])
+            yield fit(made[i], *truth.shape[1:3]), took
+
+    def sampled(self, asked: list[dict[str, Any]]) -> list[np.ndarray]:
+        """Clips (T, H, W, 3) uint8 of requests, given as their fields: one alone, several in batches."""
+        if len(asked) < 2:
+            return [np.asarray(self.pipe(**fields).frames[0]) for fields in asked]
+        return [frames.numpy() for frames in self.pipe.together([Request(**fields) for fields in asked])]
 
     def fields(self, case: Case, truth: Tensor) -> dict[str, Any]:
         """The fields of the `Request` for a case."""
@@ -373,9 +443,9 @@ def broken(case: Case) -> Tensor:
 # ----------------------------------------------------------------------------------------------------------- what is measured
 
 
-def make_ruler(options: Options) -> Ruler:
-    """Detectors fitted to rendered clips of the training split, with a seed that no case has."""
-    return world_ruler(options.seed, FRAMES, ASPECT, options.examples)
+def make_ruler(options: Options, share: Callable[..., Iterable[Any]] = map) -> Ruler:
+    """Detectors fitted to rendered clips of the training split, with a seed that no case has. share: see `world_ruler`."""
+    return world_ruler(options.seed, FRAMES, ASPECT, options.examples, share)
 
 
 def measure(ruler: Ruler, case: Case, video: Tensor, truth: Tensor) -> Row:
@@ -514,7 +584,7 @@ def show(out: Path, task: str, world: World, cases: list[int]) -> None:
 
 
 def progress(records: dict[int, Record], before: int, options: Options, started: float) -> None:
-    spent, n = time.monotonic() - started, len(records)
+    spent, n = time.time() - started, len(records)
     own = by_answer(list(records.values()))["model"]
     score = summarise(own["text-en"]) | summarise(own["camera"])
     so_far = " ".join(f"{q} {100 * score[q]['value']:.0f} %" for q in (*QUESTIONS, "whole", "class") if q in score)

@@ -118,6 +118,26 @@ def test_sampling_runs_on_the_device_and_no_step_waits(mode: str, monkeypatch: p
         assert marks[-1] == marks[0], f"steps waited: {device.waits[marks[0] : marks[-1]]}"
 
 
+def test_requests_are_sampled_together_on_the_device_and_no_step_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a scoring on a GPU does: words, a first picture, cameras, tracks, references and shots, in batches of one shape."""
+    pipe = tiny_pipeline(capabilities=["text", "image", "camera", "brush", "reference", "shots"])
+    settings = {"num_frames": 5, "num_inference_steps": 3, "guidance_scale": 2.0}
+    hand = [{"mask": HOLE.astype(np.uint8), "points": [(40.0, 30.0), (60.0, 40.0)]}]
+    story = {"num_frames": None, "shots": [("a ball", 0.5, "pan=5"), ("a cube", 0.6)]}
+    kinds = [{}, {"camera": "pan=5"}, {"image": picture(), "tracks": hand}, {"references": [picture()]}, story]
+    words = ["a ball", "a cube"]
+    asked = [Request("" if "shots" in kind else word, **settings | kind, seed=3) for kind in kinds for word in words]
+    want, marks = pipe.together(asked), []
+    step = KlingFlowScheduler.step
+    with pretend.device(monkeypatch) as device:
+        monkeypatch.setattr(KlingFlowScheduler, "step", lambda *a, **b: (marks.append(len(device.waits)), step(*a, **b))[1])
+        pipe.to(pretend.CUDA)
+        made = pipe.together(asked)
+    assert all(int((a.int() - b.int()).abs().max()) <= 1 for a, b in zip(made, want, strict=True))
+    walks = [marks[i : i + 3] for i in range(0, len(marks), 3)]
+    assert len(walks) == len(kinds) and all(walk[0] == walk[-1] for walk in walks), device.waits
+
+
 def test_training_steps_wait_only_for_the_log(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """With all tasks, keyframes and cameras, and both optimizers: one copy of the logged numbers every second step, and no other."""
     monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", "cuda:0")

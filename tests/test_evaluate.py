@@ -30,6 +30,7 @@ from kling.metrics.controls import noise
 from kling.metrics.motion import magnitude
 from kling.metrics.ruler import Ruler
 from kling.sampling.pipeline import ASSETS
+from kling.sampling.request import Request
 
 N = 2
 
@@ -54,11 +55,15 @@ class Oracle:
         world = held_out(0, program.FRAMES, max_things=1)
         asked = [task.make(world, k) for task in TASKS.values() for k in range(1 if task.few else N)]
         self.asked = {key(case.request): case for case in asked}
-        self.calls = 0
+        self.calls, self.batches = 0, []
 
     def __call__(self, **request: Any) -> SimpleNamespace:
         self.calls += 1
         return SimpleNamespace(frames=cases.rendered(self.asked[key(request)].scene)[None].numpy())
+
+    def together(self, requests: list[Request]) -> list[Tensor]:
+        self.batches.append(len(requests))
+        return [torch.from_numpy(self(**vars(request)).frames[0]) for request in requests]
 
     def encode(self, frames: Tensor) -> Tensor:
         return frames[None]
@@ -67,7 +72,7 @@ class Oracle:
         return latents
 
 
-def ruler(options: Options) -> Ruler:
+def ruler(options: Options, share: Callable[..., Any] = map) -> Ruler:
     return taught()
 
 
@@ -163,6 +168,30 @@ def test_selected_tasks_and_the_time_estimate(tmp_path: Path, capsys: pytest.Cap
         evaluate(pipe, options, {"sha256": {"a": "2"}})
 
 
+def test_cases_in_batches_have_the_scores_of_cases_one_by_one(tmp_path: Path) -> None:
+    """Every batch holds all tasks of its cases; a clip that is there is not made again; no time means one case a worker."""
+    one, pipe = Options(str(tmp_path / "one"), n=N, tasks=chosen("text-en,image,plain")), Oracle()
+    want = evaluate(Oracle(), one, {"sha256": {}})
+    several = dataclasses.replace(one, out=str(tmp_path / "several"), batch=2)
+    found = evaluate(pipe, several, {"sha256": {}})
+    assert found["scores"] == want["scores"] and found["columns"] == want["columns"]
+    assert pipe.batches == [2 * len(one.tasks) - 1 - 1], "all but the clip of the estimate; image is asked once"
+    short = evaluate(pipe, dataclasses.replace(several, out=str(tmp_path / "short"), limit_minutes=1e-9), {"sha256": {}})
+    assert short["n"] == 1 and len(list((tmp_path / "short" / "clips").rglob("*.npz"))) == pipe.batches[-1]
+    again = evaluate(pipe, dataclasses.replace(several, out=str(tmp_path / "short")), {"sha256": {}})
+    assert again["scores"] == want["scores"] and len(pipe.batches) == 2, "another limit, the same run, from its clips"
+
+
+@pytest.mark.parametrize(("n", "workers", "batch"), [(256, 14, 8), (5, 14, 8), (64, 2, 1), (33, 2, 8), (0, 2, 8), (7, 1, 3)])
+def test_jobs_hold_every_case_once_and_spread_the_dear_first_ones(n: int, workers: int, batch: int) -> None:
+    jobs = program.shares(list(range(100, 100 + n)), Options("", workers=workers, batch=batch))
+    assert sorted(k for job in jobs for k in job) == list(range(100, 100 + n)) and all(0 < len(job) <= batch for job in jobs)
+    assert all(job[0] == 100 + i for i, job in enumerate(jobs[:workers])), "each worker begins with another of the first cases"
+    firsts = [min(jobs[i : i + workers])[0] for i in range(0, len(jobs), workers)]
+    assert firsts == sorted(firsts), "earlier cases first"
+    assert len(jobs) <= workers or max(map(len, jobs)) - min(map(len, jobs[:workers])) <= 1, "of about the same size"
+
+
 def test_a_camera_that_was_not_found_is_counted_and_in_no_mean_also_in_files_from_before(tmp_path: Path) -> None:
     """Two clips of four degrees, and one that counted 180 when protocol 3 wrote it: in the table, in a run that goes on, on the card."""
     right = {"class": True, "rotation": 4.0, "translation": 0.5, "registered": True}
@@ -236,6 +265,8 @@ def test_two_runs_are_compared_case_by_case(tmp_path: Path, capsys: pytest.Captu
         (["world", "--out", "x", "--n", "0"], "--n 0"),
         (["world", "--out", "x", "--workers", "0"], "--workers 0"),
         (["world", "--out", "x", "--steps", "0"], "--steps 0"),
+        (["world", "--out", "x", "--batch", "0"], "--batch 0"),
+        (["world", "--out", "x", "--precision", "fp23"], "unknown precision 'fp23' (did you mean 'fp32'?)"),
         (["world", "--out", "x", "--limit-minutes", "nan"], "--limit-minutes nan"),
         (["world", "--out", "x", "--seed", "-1"], "--seed -1"),
         (["world", "--out", "x", "--mode", "fats"], "unknown mode 'fats' (did you mean 'fast'?)"),
@@ -331,4 +362,4 @@ def test_two_processes_share_the_cases_and_one_resumes_after_a_kill(tmp_path: Pa
     assert report["n"] == n and report["scores"]["camera"]["class"]["n"] == 4
     alone = program.Examiner(pipe, program.make_ruler(options), dataclasses.replace(options, out=str(tmp_path / "alone")))
     k = max(k for k in shared if k < n)
-    assert k >= first and alone(k)["rows"] == shared[k]["rows"], "who measures changes nothing"
+    assert k >= first and alone([k])[0]["rows"] == shared[k]["rows"], "who measures changes nothing"

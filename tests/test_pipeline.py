@@ -227,3 +227,37 @@ def test_a_solver_can_be_chosen(pipe):
     assert pipe.plan(Request(mode="pro", solver="euler")).solver == "euler"
     with pytest.raises(UserError, match="unknown solver 'eular' .did you mean 'euler'"):
         pipe.plan(Request(solver="eular"))
+
+
+def test_requests_made_together_are_those_made_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tasks of one shape in one batch, with and without a picture, a camera for some shots only; hops, joins and pasted parts alone."""
+    pipe = tiny_pipeline(capabilities=[*TASKS, "camera", "reference", "shots"])
+    settings = {"num_frames": 5, "num_inference_steps": 3, "guidance_scale": 2.0}
+    story = {"num_frames": None, "shots": [("a ball", 0.5, "pan=5"), ("a cube", 0.6)]}
+    asked = [
+        {"prompt": "a ball"},
+        {"prompt": "a cube rolls", "image": picture(), "guidance_reach": 0.0},
+        {"prompt": "a ball", "num_frames": 9},
+        {"prompt": "a ball", "camera": "pan=5"},
+        {"prompt": "a cube", "camera": "zoom=2", "image": picture(1)},
+        {"prompt": "a ball", "num_frames": None, "extend_to": 2.5},
+        {"prompt": "a ball", "video": movie(9)},
+        {"prompt": "a ball", "references": [picture(2)]},
+        {"prompt": "a cube", "references": [picture(3)]},
+        story,
+        story | {"shots": [("a cone", 0.6), ("a ring", 0.5)]},
+        story | {"shots": [("a ring", 0.6, "dolly=3"), ("a cone", 0.5, "tilt=2")]},
+    ]
+    requests = [Request(**settings | fields, seed=seed) for seed, fields in enumerate(asked)]
+    sizes, sample = [], KlingPipeline._sample
+    monkeypatch.setattr(KlingPipeline, "_sample", lambda self, many, seeds: (sizes.append(len(seeds)), sample(self, many, seeds))[1])
+    for solver in ("euler", "renoise"):
+        pipe.register_modules(scheduler=KlingFlowScheduler(solver=solver))
+        sizes.clear()
+        made = pipe.together(requests)
+        assert sorted(sizes) == [1, 1, 2, 2, 2, 2]
+        for request, frames in zip(requests, made, strict=True):
+            alone = torch.from_numpy(pipe(request).frames[0])
+            assert frames.shape == alone.shape and int((frames.int() - alone.int()).abs().max()) <= 1, request
+    with pytest.raises(UserError, match="2 videos of one request"):
+        pipe.together([requests[0].replace(num_videos=2)])

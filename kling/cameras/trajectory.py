@@ -8,6 +8,7 @@ Conventions, written down once:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -110,6 +111,12 @@ class Cameras:
         return replace(
             self, **{name: getattr(self, name).expand(k, *getattr(self, name).shape[1:]) for name in ("c2w", "intrinsics", "appended")}
         )
+
+    @staticmethod
+    def joined(parts: Sequence[Cameras]) -> Cameras:
+        """The cameras of several clips of the same length, grid and appended pictures, as of one batch."""
+        whole = {name: torch.cat([getattr(part, name) for part in parts]) for name in ("c2w", "intrinsics", "appended")}
+        return replace(parts[0], **whole)
 
     def rays(self, start: int = 0, end: int | None = None) -> Tensor:
         """The packed rays P of latent frames start … end - 1, on the device of the poses: (b, 24, end - start, H, W).

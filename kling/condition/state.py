@@ -185,6 +185,13 @@ class State:
         whole.__dict__["_runs"] = tuple(t.expand(k, *t.shape[1:]) for t in self._runs)
         return whole
 
+    @staticmethod
+    def joined(parts: Sequence[State]) -> State:
+        """Samples of several as one batch. They have the same F, K, patch and sigma_c, and either all or none have tracks, and shots."""
+        first = parts[0]
+        whole = {name: torch.cat([getattr(part, name) for part in parts]) for name in TENSORS if getattr(first, name) is not None}
+        return replace(first, **whole, host=tuple(torch.cat(both) for both in zip(*(part.host for part in parts), strict=True)))
+
     def to(self, device: torch.device | str) -> State:
         """Copy to another device without waiting for it."""
         there = replace(self, **{name: upload(t, device) for name in TENSORS if (t := getattr(self, name)) is not None})

@@ -53,14 +53,14 @@ class Detectors:
     @classmethod
     def fit(cls, examples: Iterable[tuple[Tensor, Mapping[str, str]]], palette: Palette) -> Detectors:
         """Fit to (video (T, H, W, 3) uint8, labels by question). Examples whose object leaves the picture are used for the ground only."""
-        solids, grounds, motions = [], [], []
-        for video, labels in examples:
-            track = follow(video, palette)
-            grounds.append((ground_features(video, palette), labels["ground"]))
-            if track is not None:
-                solids.append((solid_features(video, track), labels["solid"]))
-                motions.append((motion_features(track), labels["motion"]))
-        return cls(palette, *(_Ridge.fit(rows) for rows in (solids, grounds, motions)))
+        return cls.learned((example_features(video, labels, palette) for video, labels in examples), palette)
+
+    @classmethod
+    def learned(cls, examples: Iterable[Mapping[str, tuple[np.ndarray, str]]], palette: Palette) -> Detectors:
+        """As `fit`, from the features of each example, which several processes may have computed."""
+        known = list(examples)
+        rows = ([(torch.from_numpy(x[q][0]), x[q][1]) for x in known if q in x] for q in ("solid", "ground", "motion"))
+        return cls(palette, *map(_Ridge.fit, rows))
 
     def read(self, video: Tensor) -> Reading:
         """The answers for a clip (T, H, W, 3) uint8 with a static camera; colour, solid and ground are also valid for a moving one."""
@@ -72,6 +72,15 @@ class Detectors:
             reading["solid"] = self.solid(solid_features(video, track))
             reading["motion"] = self.motion(motion_features(track))
         return reading
+
+
+def example_features(video: Tensor, labels: Mapping[str, str], palette: Palette) -> dict[str, tuple[np.ndarray, str]]:
+    """What detectors learn from one example: by question the features, and the right answer; the ground's alone if the object leaves."""
+    found, track = {"ground": (ground_features(video, palette).numpy(), labels["ground"])}, follow(video, palette)
+    if track is not None:
+        found["solid"] = (solid_features(video, track).numpy(), labels["solid"])
+        found["motion"] = (motion_features(track).numpy(), labels["motion"])
+    return found
 
 
 def follow(video: Tensor, palette: Palette) -> Track | None:

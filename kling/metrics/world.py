@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
 
 from kling.cameras.axes import MOVES, UNITS, axes_trajectory
 from kling.data.world.render import HAZE, HAZE_DISTANCE
 from kling.data.world.scene import COLOUR_RGB, FOCAL, Scene, World, render_scene, start_pose
 from kling.metrics.camera.errors import SINGLE
 from kling.metrics.camera.odometry import Stage
-from kling.metrics.control import Detectors
+from kling.metrics.control import Detectors, example_features
 from kling.metrics.ruler import Ruler
 from kling.runtime.random import derive_seed
 from kling.shapes import aspect_size
@@ -20,12 +22,19 @@ SCENES_A_CASE = {2: 40, 3: 200}  # scenes searched for one with so many distingu
 OVERLAPS = 0.2  # share of the frames in which they may overlap
 
 
-def world_ruler(seed: int, frames: int, aspect: str, examples: int) -> Ruler:
-    """Detectors fitted to `examples` rendered clips of the training split, with a seed that no case has."""
+def world_ruler(seed: int, frames: int, aspect: str, examples: int, share: Callable[..., Iterable[Any]] = map) -> Ruler:
+    """Detectors fitted to `examples` rendered clips of the training split, with a seed that no case has.
+
+    share(f, numbers): f of each number in order, as the builtin `map`; an executor's `map` uses several processes.
+    """
     stage = Stage(start_pose(), FOCAL, float(HAZE.mean()), HAZE_DISTANCE, COLOUR_RGB)
     world = World(derive_seed(seed, "ruler"), frames, aspect, split="train", max_things=1)
-    scenes = (with_camera(world, world.scene(i), {}, "static") for i in range(examples))
-    return Ruler(stage, Detectors.fit(((render_scene(scene), labels(scene)) for scene in scenes), COLOUR_RGB))
+    return Ruler(stage, Detectors.learned(share(partial(_example, world), range(examples)), COLOUR_RGB))
+
+
+def _example(world: World, i: int) -> dict[str, Any]:
+    scene = still(world, i)
+    return example_features(render_scene(scene), labels(scene), COLOUR_RGB)
 
 
 def still(world: World, k: int) -> Scene:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -47,6 +47,18 @@ class Signals:
         text = {which: t.repeat(k, 1, 1) for which, t in self.text.items()}  # (k · S, l, e), one clip after another
         return Signals(text, None if self.camera is None else self.camera.repeated(k), **wide)
 
+    @staticmethod
+    def joined(parts: Sequence[Signals]) -> Signals:
+        """Those of several clips as of one batch. They have the same inputs, of the same shapes; only some may have a camera_mask."""
+        first = parts[0]
+        whole = {name: torch.cat([getattr(p, name) for p in parts]) for name in ("concat", "image") if getattr(first, name) is not None}
+        if any(part.camera_mask is not None for part in parts):
+            like = next(part.camera_mask for part in parts if part.camera_mask is not None)  # (1, G)
+            rows = [torch.ones_like(like) if part.camera_mask is None else part.camera_mask for part in parts]
+            whole["camera_mask"] = torch.cat(rows)
+        text = {which: torch.cat([part.text[which] for part in parts]) for which in first.text}  # (b · S, l, e), one clip after another
+        return Signals(text, None if first.camera is None else Cameras.joined([part.camera for part in parts]), **whole)
+
 
 @dataclass(frozen=True)
 class Sampler:
@@ -57,17 +69,21 @@ class Sampler:
     scheduler: SchedulerMixin
     plan: Plan
 
-    def __call__(self, state: State, signals: Signals, noise: Tensor, seed: int = 0, hop: int = 0) -> Iterator[Step]:
-        """From noise (b, c, G, h, w) to the clips; yields after every step. seed, hop: for the noise that few-step weights add."""
+    def __call__(self, state: State, signals: Signals, noise: Tensor, seeds: Sequence[int], hop: int = 0) -> Iterator[Step]:
+        """From noise (b, c, G, h, w) to the clips; yields after every step. seeds (one per clip), hop: for the noise that few-step weights
+        add."""
         plan = self.plan
         for expert in self.experts:
             expert._reset_stateful_cache()  # a step cache may hold results of another clip
 
         def fresh(start: int = 0, end: int | None = None) -> Callable[[int], Tensor]:
-            like = noise[:, :, start:end]
-            return lambda i: upload(
-                torch.randn(like.shape, generator=generator(seed, "renoise", hop, start, i)).to(like.dtype), like.device
-            )
+            like = noise[:1, :, start:end]
+
+            def again(i: int) -> Tensor:
+                rows = [torch.randn(like.shape, generator=generator(seed, "renoise", hop, start, i)) for seed in seeds]
+                return upload(torch.cat(rows).to(like.dtype), like.device)
+
+            return again
 
         if not plan.block_frames:
             predict = self._predict(state, signals)
