@@ -63,7 +63,9 @@ class Oracle:
 
     def together(self, requests: list[Request]) -> list[Tensor]:
         self.batches.append(len(requests))
-        return [torch.from_numpy(self(**vars(request)).frames[0]) for request in requests]
+        mine = [case for case in self.asked.values() if case.task in ("things-2", "image", "image-motion")]
+        known = {(x.request["prompt"], x.request["seed"], "image" in x.request): x for x in mine}
+        return [cases.rendered(known[x.prompt, x.seed, x.image is not None].scene) for x in requests]
 
     def encode(self, frames: Tensor) -> Tensor:
         return frames[None]
@@ -170,7 +172,7 @@ def test_selected_tasks_and_the_time_estimate(tmp_path: Path, capsys: pytest.Cap
 
 def test_cases_in_batches_have_the_scores_of_cases_one_by_one(tmp_path: Path) -> None:
     """Every batch holds all tasks of its cases; a clip that is there is not made again; no time means one case a worker."""
-    one, pipe = Options(str(tmp_path / "one"), n=N, tasks=chosen("text-en,image,plain")), Oracle()
+    one, pipe = Options(str(tmp_path / "one"), n=N, tasks=chosen("things-2,image")), Oracle()
     want = evaluate(Oracle(), one, {"sha256": {}})
     several = dataclasses.replace(one, out=str(tmp_path / "several"), batch=2)
     found = evaluate(pipe, several, {"sha256": {}})
