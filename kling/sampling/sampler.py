@@ -69,7 +69,7 @@ class Sampler:
     scheduler: SchedulerMixin
     plan: Plan
 
-    def __call__(self, state: State, signals: Signals, noise: Tensor, seeds: Sequence[int], hop: int = 0) -> Iterator[Step]:
+    def __call__(self, state: State, signals: Signals, noise: Tensor, seeds: Sequence[int] = (0,), hop: int = 0) -> Iterator[Step]:
         """From noise (b, c, G, h, w) to the clips; yields after every step. seeds (one per clip), hop: for the noise that few-step weights
         add."""
         plan = self.plan
