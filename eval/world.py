@@ -27,7 +27,6 @@ import dataclasses
 import json
 import multiprocessing
 import os
-import pickle
 import shlex
 import sys
 import threading
@@ -240,8 +239,7 @@ def examined(examiner: Examiner, todo: list[int], folder: Path | None) -> Iterat
         try:
             examiner.ruler = make_ruler(options, partial(pool.map, chunksize=4))
             print(estimate(examiner, todo), file=sys.stderr, flush=True)
-            ruler = pickle.dumps(examiner.ruler)  # as bytes: a tensor would go through a file in shared memory, once for every job
-            for future in as_completed(pool.submit(work, ruler, job) for job in jobs):
+            for future in as_completed(pool.submit(work, examiner.ruler, job) for job in jobs):
                 yield future.result()
         finally:
             pool.shutdown(cancel_futures=True)
@@ -279,9 +277,8 @@ def leave_with_parent() -> None:
     os._exit(1)
 
 
-def work(ruler: bytes, job: list[int]) -> list[Record]:
-    if work_on.ruler is None:
-        work_on.ruler = pickle.loads(ruler)
+def work(ruler: Ruler, job: list[int]) -> list[Record]:
+    work_on.ruler = ruler
     return work_on(job)
 
 
