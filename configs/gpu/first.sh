@@ -47,7 +47,7 @@ if [ $device = cuda ]; then
   tests=(tests/test_gpu.py) suites=(dit train) workers=$(($(nproc) - 2)) probe=60
   clips=("clips: 3000" "shorter: {17: 4500, 1: 6000}" "paths: {17: 1500, 41: 800}")
   preset+=(compile=true mixed_precision=bf16 batch=64)
-  evaluation=(--quick --n 8 --workers 4)
+  evaluation=(--tasks text-en,plain,words,camera,image-motion,things-2,brush --steps 12 --workers "$(nproc)" --precision fp32)
 else
   export KLING_GPU_TESTS=cpu
   tests=(tests/test_gpu.py -k "vae or diffusers") suites=(sampler) workers=0 probe=2 minutes=0.1
@@ -87,6 +87,7 @@ if [ -d "$run/export" ]; then
   left=$(((end - $(date +%s)) / 60))
   stage scores 400 "$python" -m kling_programs.eval.evaluate world --model "$run/export" --out "$work/eval" "${evaluation[@]}" --limit-minutes $((left > 1 ? left - 1 : 1))
   [ -e "$work/eval/scores.json" ] && cp "$work/eval/scores.json" "$out/"
+  [ -e "$work/eval/cases.jsonl" ] && tar -C "$work/eval" -czf "$out/eval.tar.gz" run.json cases.jsonl # enough to go on elsewhere
 fi
 ls -l "$out"
 [ -e "$work/done/scores" ]
