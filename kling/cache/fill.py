@@ -27,6 +27,8 @@ from kling.runtime.files import sha256, write_atomic, writing
 from kling.text.encoder import prompt_bytes
 from kling.vae import AutoencoderKLKling
 
+UNRENDERED = 32  # clips that each worker has ready for a GPU, 10 kB each
+
 
 def fill_cache(
     cfg: CacheConfig, vae: AutoencoderKLKling, rank: int = 0, ranks: int = 1, wait: Callable[[], None] = lambda: None,
@@ -60,7 +62,7 @@ def fill_cache(
         done = total - sum(len(shard.numbers) for shard in mine)
         yield done, total
         dataset = _Clips(source, mine, cfg.skip_missing, cfg.references, late)
-        clips = batches(dataset, 0, len(dataset.places), cfg.workers)
+        clips = batches(dataset, 0, len(dataset.places), cfg.workers, ahead=UNRENDERED if late else 2)
         for shard in mine:
             ends = sorted(T for T in set(cfg.data.frames) if 1 < T <= shard.bucket.frames)
             there = [(n, sample) for n, sample in zip(shard.numbers, islice(clips, len(shard.numbers)), strict=True) if sample is not None]

@@ -179,15 +179,16 @@ class StepBatches(Dataset):
         return f"{self.source.manifest.report()}\n{self.epochs.report()}" if self.source.manifest else ""
 
 
-def batches(data: Dataset, start: int, steps: int, workers: int) -> Iterator:
-    """The batches of steps start … steps - 1, prepared ahead by `workers` processes of one thread each.
+def batches(data: Dataset, start: int, steps: int, workers: int, ahead: int = 2) -> Iterator:
+    """The batches of steps start … steps - 1, prepared ahead by `workers` processes of one thread each: up to `ahead` by each of them.
 
     A `UserError` in a worker is raised here unchanged, without the worker's traceback in its message. The workers end with this iterator,
     and at the latest with the program, however that ends.
     """
     if start >= steps:
         return
-    loader = DataLoader(_Told(data), batch_size=None, sampler=range(start, steps), num_workers=workers, worker_init_fn=_start_worker)
+    ready = {"prefetch_factor": ahead} if workers else {}
+    loader = DataLoader(_Told(data), None, sampler=range(start, steps), num_workers=workers, worker_init_fn=_start_worker, **ready)
     feed = iter(loader)
     if workers:
         _feeds.add(feed)

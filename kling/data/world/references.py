@@ -9,11 +9,13 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from kling.cameras.axes import axes_trajectory
+from kling.cameras.trajectory import Trajectory
 from kling.condition.state import MOST_REFERENCES
 from kling.data.world.captions import COLOURS, SOLIDS
 from kling.data.world.render import Ground, Solid, Take, render
@@ -77,4 +79,10 @@ def reference_take(reference: Reference, H: int, W: int) -> Take:
     start = torch.cat([R, torch.tensor([[0.0], [-size - far * math.sin(up)], [0.0]])], dim=1)  # (3, 4) world pose of the eye
     solid = Solid(reference.solid, COLOUR_RGB[reference.colour], size, reference.yaw, centre)
     ground = GROUND_LOOK[reference.ground] if reference.ground else PLAIN
-    return Take((solid,), ground, reference.phases, start, axes_trajectory({}, 1, H, W, FOCAL))
+    return Take((solid,), ground, reference.phases, start, _still(H, W))
+
+
+@cache
+def _still(H: int, W: int) -> Trajectory:
+    """A camera of one frame."""
+    return axes_trajectory({}, 1, H, W, FOCAL)

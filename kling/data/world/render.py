@@ -84,10 +84,12 @@ def render(takes: Sequence[Take], H: int, W: int, device: torch.device | str = "
 def _passes(takes: Sequence[Take], frames: int) -> Iterator[list[Take]]:
     """Consecutive takes of at most `frames` in all, or one longer take."""
     part: list[Take] = []
+    room = frames
     for take in takes:
-        if part and sum(map(len, part)) + len(take) > frames:
+        room -= len(take)
+        if part and room < 0:
             yield part
-            part = []
+            part, room = [], frames - len(take)
         part.append(take)
     yield part
 
