@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from kling.cache import fill
 from kling.cache.fill import fill_cache
 from kling.cache.plan import CacheConfig
 from kling.cache.store import SUMS, read_index
-from kling.data.source import ClipSource, DataConfig, packed, rendered
+from kling.data.source import ClipSource, DataConfig, packed, rendered, unpacked
 from kling.data.world import render as module
 from kling.data.world.references import draw_references, reference_take
 from kling.data.world.render import Ground, Take, render
@@ -147,7 +146,7 @@ def test_clips_rendered_together_keep_their_own_words_and_pictures() -> None:
     source = ClipSource(DataConfig())
     asked = [(4, "train"), (5, "paths"), (6, "shots")]
     alone = [source.clip(i, 13, "1:1", split, references=k) for k, (i, split) in enumerate(asked)]
-    sent = [pickle.loads(packed(source.unrendered(i, 13, "1:1", split, k))) for k, (i, split) in enumerate(asked)]
+    sent = [unpacked(packed(source.unrendered(i, 13, "1:1", split, k))) for k, (i, split) in enumerate(asked)]
     for want, got in zip(alone, rendered(sent), strict=True):
         assert (want.name, want.captions, want.shots) == (got.name, got.captions, got.shots)
         assert torch.equal(want.trajectory.c2w, got.trajectory.c2w) and len(want.references) == len(got.references)

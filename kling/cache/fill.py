@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
 from itertools import islice
@@ -21,7 +20,7 @@ from kling.cache.store import INDEX, STAMPS, cache_key, differences, file_state,
 from kling.condition.state import MOST_REFERENCES
 from kling.data.clips import ClipSample
 from kling.data.manifest import MissingClip
-from kling.data.source import ClipSource, batches, check_data, packed, rendered
+from kling.data.source import ClipSource, batches, check_data, packed, rendered, unpacked
 from kling.errors import UserError
 from kling.runtime.files import sha256, write_atomic, writing
 from kling.text.encoder import prompt_bytes
@@ -67,7 +66,7 @@ def fill_cache(
             ends = sorted(T for T in set(cfg.data.frames) if 1 < T <= shard.bucket.frames)
             there = [(n, sample) for n, sample in zip(shard.numbers, islice(clips, len(shard.numbers)), strict=True) if sample is not None]
             tensors, rows, samples = {}, [], [sample for _, sample in there]
-            samples = rendered([pickle.loads(sample) for sample in samples], vae.device) if late else samples
+            samples = rendered([unpacked(sample) for sample in samples], vae.device) if late else samples
             if samples:
                 ids = [sample.name for sample in samples] if source.manifest else [n for n, _ in there]
                 tensors, rows = encode_clips(vae, samples, ids, ends, cfg.seed, precision, tracked, places)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import atexit
 import io
-import pickle
 import random
 import signal
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
@@ -203,14 +203,17 @@ def batches(data: Dataset, start: int, steps: int, workers: int, ahead: int = 2)
 
 
 def packed(item: Any) -> bytes:
-    """An item for another process, which reads it with `pickle.loads`. Its tensors travel in the message; torch would put each into a file
-    of its own in shared memory, which takes the reader longer than to render a clip on a GPU."""
+    """An item as a message to another process, which reads it with `unpacked`. Its tensors travel in the message; torch would put each into
+    a file of its own in shared memory, which takes the reader longer than to render a clip on a GPU."""
     buffer = io.BytesIO()
-    _Packer(buffer, pickle.HIGHEST_PROTOCOL).dump(item)
+    _Packer(buffer).dump(item)
     return buffer.getvalue()
 
 
-class _Packer(pickle.Pickler):
+unpacked = ForkingPickler.loads
+
+
+class _Packer(ForkingPickler):
     def reducer_override(self, x: Any) -> Any:
         return (torch.from_numpy, (x.numpy(),)) if isinstance(x, Tensor) else NotImplemented
 
