@@ -172,10 +172,10 @@ def _render(takes: list[Take], H: int, W: int, device: torch.device) -> Tensor:
     d = (R[:, 0] * u + R[:, 2]) + R[:, 1] * v  # (3, N, H, W) directions; no matrix product, which TF32 would round
     pixel = 1.0 / (fx * W)  # (N, 1, 1) size of a pixel at depth 1
     things = list(shoot.bodies([_far_to_near(take, o) for take, (_, o) in zip(takes, poses, strict=True)]))
-    picture, depth = _backdrop(eye, d, pixel, shoot.look(look), [body for _, body in things])
+    picture, depth = _backdrop(eye.unbind(), d.unbind(), pixel, shoot.look(look), [body for _, body in things])
     for shape, body in things:
         at = body.at
-        cover, t, shade = _INTERSECT[shape](body, eye[:, at] - body.centre, d[:, at], pixel[at])  # (n, H, W) each
+        cover, t, shade = _INTERSECT[shape](body, (eye[:, at] - body.centre).unbind(), d[:, at].unbind(), pixel[at])  # (n, H, W) each
         alpha, shown = cover * (t < depth[at]), picture[:, at]
         picture[:, at] = shown.lerp_(shade * body.colour, alpha)
         depth[at] = torch.where(alpha > 0.5, t, depth[at])
@@ -189,7 +189,7 @@ def _far_to_near(take: Take, eye: Tensor) -> Sequence[Solid]:
     return sorted(take.solids, key=lambda s: -float((s.centre - eye).norm(dim=-1).mean()))
 
 
-def _backdrop(eye: Tensor, d: Tensor, pixel: Tensor, look: _Look, shadows: list[_Bodies]) -> tuple[Tensor, Tensor]:
+def _backdrop(eye: Planes, d: Planes, pixel: Tensor, look: _Look, shadows: list[_Bodies]) -> tuple[Tensor, Tensor]:
     """Ground and sky: colours (3, N, H, W) and depth (N, H, W)."""
     down = d[1].clamp(min=1e-4)
     t = (-eye[1] / down).clamp(max=FAR)  # depth of the ground along the ray
@@ -206,12 +206,12 @@ def _backdrop(eye: Tensor, d: Tensor, pixel: Tensor, look: _Look, shadows: list[
 
     # Clouds lie on a dome: project the direction to a plane overhead. They are at infinity, so only rotation moves them.
     up = (-d[1]).clamp(min=0) * (d[0] ** 2 + d[1] ** 2 + d[2] ** 2).rsqrt()
-    azimuth, p = torch.atan2(d[0], d[2]), look.p
+    azimuth, p = torch.atan2(d[0], d[2]), look.p.unbind()
     clouds = torch.sin(6 * azimuth + 5 * up + p[0]) + torch.sin(11 * azimuth - 16 * up + p[1]) + torch.sin(17 * azimuth + 24 * up + p[2])
     clouds = (clouds * 0.25 + 0.15).clamp_(0, 0.75) * (up * 6).clamp_(max=1)
     overhead = (up * 2.2).clamp(max=1)
 
-    picture = torch.empty_like(d)
+    picture = up.new_empty(3, *up.shape)
     for i, (horizon, zenith) in enumerate(zip(HAZE.tolist(), ZENITH, strict=True)):
         sky = (overhead * (zenith - horizon)).add_(horizon)
         sky += (0.97 - sky) * clouds
