@@ -187,8 +187,10 @@ def batches(data: Dataset, start: int, steps: int, workers: int, ahead: int = 2)
     """
     if start >= steps:
         return
-    ready = {"prefetch_factor": ahead} if workers else {}
-    loader = DataLoader(_Told(data), None, sampler=range(start, steps), num_workers=workers, worker_init_fn=_start_worker, **ready)
+    pinned, ready = workers > 0 and torch.cuda.is_available(), {"prefetch_factor": ahead} if workers else {}
+    loader = DataLoader(
+        _Told(data), None, sampler=range(start, steps), num_workers=workers, worker_init_fn=_start_worker, pin_memory=pinned, **ready
+    )
     feed = iter(loader)
     if workers:
         _feeds.add(feed)
