@@ -18,6 +18,7 @@ from kling.vae.model import PIXELS_PER_PASS
 
 TRACKS = 64  # of a clip at most
 LASTING = 4  # frames that a track must be there
+GPU_PASS = 16  # times as many pixels together on a GPU, which a small VAE would leave waiting for its next kernel
 
 
 def keyframe_times(clip: int | str, ends: list[int], seed: int) -> list[int]:
@@ -34,7 +35,8 @@ def encode_videos(vae: AutoencoderKLKling, video: Tensor, precision: str = "fp32
     They are copied to the device as uint8. precision: fp32, or bf16 by autocast. known: number of first frames to encode; the rest is grey.
     """
     latents, device = [], vae.device
-    for part in video.split(max(1, PIXELS_PER_PASS // video[0, ..., 0].numel())):
+    pixels = PIXELS_PER_PASS * (GPU_PASS if device.type == "cuda" else 1)
+    for part in video.split(max(1, pixels // video[0, ..., 0].numel())):
         x = to_batch(part.to(device))  # (b, 3, T, H, W)
         if known is not None:
             x[:, :, known:] = 0
