@@ -112,7 +112,7 @@ def test_real_clips_train_with_their_tracks(tmp_path: Path, capsys: pytest.Captu
     model = KlingTransformer3DModel(**size, in_channels=z, out_channels=z, track_channels=z + 1)
     check_brush(1.0, model, cache)
     batch.tracks[3] = 0
-    example = draw_example(Drawing(0, {"image": 1.0}, 0.0, 0.0, brush=1.0), batch, 0, model, vae)
+    example = draw_example(Drawing(0, {"image": 1.0}, 0.0, 0.0, brush=1.0), batch, 0, model.config, vae.spatial_factor)
     assert example.state.tracks.flatten(1).any(1).tolist() == [True, True, True, False] and set(example.prompts) == {"a clip"}
-    none = draw_example(Drawing(0, {"image": 1.0}, 0.0, 0.0), batch, 0, model, vae)
+    none = draw_example(Drawing(0, {"image": 1.0}, 0.0, 0.0), batch, 0, model.config, vae.spatial_factor)
     assert not none.state.tracks.any()

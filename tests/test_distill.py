@@ -262,7 +262,7 @@ def test_data_with_steps_of_length_0_is_plain_training(teacher: Path, tmp_path: 
     model, vae = Trained(start.transformer({}), start.text({}, "")), load_vae(str(teacher / "model"))
     data = LatentSteps(LatentCache(teacher / "cache"), 4, [17], 0, 1)
     batch = data[0]
-    example = draw_example(Drawing(0, {"text": 1, "image": 1}, 0.05, 0.4, 1, 63), batch, 0, model.transformer, vae)
+    example = draw_example(Drawing(0, {"text": 1, "image": 1}, 0.05, 0.4, 1, 63), batch, 0, model.transformer.config, vae.spatial_factor)
     scheduler = start.settings["scheduler"].config
     t, _ = draw_steps(len(batch.ids), len(batch.ids), generator(0, "sigma", 0), scheduler["density"], scheduler["shift"])
     noise = noise_like(example.state.clean, 0, "noise", 0, range(len(batch.ids)))

@@ -168,7 +168,7 @@ def test_validation_and_samples_leave_training_bit_equal(words: list[str], tmp_p
 
 def test_a_run_in_parts_equals_the_whole_run(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two resumes in one epoch, 0, 1 and 2 workers, unrelated random draws in every step: the same clips, noise, weights and rates."""
-    for name in ("draw_example", "noise_like", "flow_loss"):
+    for name in ("Loop", "flow_loss"):
         monkeypatch.setattr(train_dit, name, getattr(train_dit, name))
     workers.record(0)
     words = [*words, "warmup=2", "lr=0.01", "floor=0.1"]
@@ -238,8 +238,9 @@ def test_five_bad_updates_are_noticed_when_the_log_is_read(words: list[str], tmp
 
 def test_a_rollback_rewinds_the_weights_and_keeps_the_place(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Clips at places 2 to 6 give NaN whenever they are drawn. The run continues after them, like one that never drew them."""
-    bad, met, real = range(2, 7), [], train_dit.draw_example
-    monkeypatch.setattr(train_dit, "draw_example", lambda how, batch, place, *rest: met.append(place) or real(how, batch, place, *rest))
+    bad, met = range(2, 7), []
+    monkeypatch.setattr(train_dit, "Loop", train_dit.Loop)
+    workers.watch(lambda data, place, noise: met.append(place))
     loss = train_dit.flow_loss
     monkeypatch.setattr(train_dit, "flow_loss", lambda *args: loss(*args) * (math.nan if met[-1] in bad else 1.0))
     train_dit.main([*words, "steps=8", "log_every=1", f"out={tmp_path / 'back'}"])

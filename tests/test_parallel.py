@@ -230,8 +230,7 @@ def test_a_run_resumes_with_another_number_of_processes(
     words = [*words, f"out={tmp_path / 'run'}", "validation.every=3", "validation.clips=3", "validation.quantiles=2", "sample_every=3",
              "samples=[{prompt: a ball, num_frames: 5, num_inference_steps: 1}]"]  # fmt: skip
     monkeypatch.setenv("SEEN", str(seen))
-    monkeypatch.setattr(workers.train_dit, "draw_example", workers.train_dit.draw_example)
-    monkeypatch.setattr(workers.train_dit, "noise_like", workers.train_dit.noise_like)
+    monkeypatch.setattr(workers.train_dit, "Loop", workers.train_dit.Loop)
     workers.record(0)
     workers.train_dit.main([*words, "steps=2", "gradient_accumulation=4"])
     for steps, config, ranks, sizes in ((3, "fsdp2", 2, {"dp_shard": 2}), (4, "ddp", 4, {})):

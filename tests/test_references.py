@@ -223,9 +223,9 @@ def test_training_draws_references_for_its_share_whose_words_point_at_the_right_
     ordinals = re.compile("(first|second|third|fourth) (?:thing|object|picture)|第(一|二|三|四)")
     places = {"first": 0, "second": 1, "third": 2, "fourth": 3, "一": 0, "二": 1, "三": 2, "四": 3}
     for place in range(10):
-        plain = draw_example(Drawing(0, tasks, 0.1, 0.4), batch, place, *tiny)
+        plain = draw_example(Drawing(0, tasks, 0.1, 0.4), batch, place, tiny[0].config, tiny[1].spatial_factor)
         how = Drawing(0, tasks, 0.1, 0.4, brush=0.3, reference=0.6)
-        drawn, again = (draw_example(how, batch, place, *tiny) for _ in range(2))
+        drawn, again = (draw_example(how, batch, place, tiny[0].config, tiny[1].spatial_factor) for _ in range(2))
         assert torch.equal(drawn.state.clean, again.state.clean) and drawn.prompts == again.prompts
         state, K = drawn.state, plain.state.mask.shape[2]
         R = state.mask.shape[2] - K
@@ -250,13 +250,13 @@ def test_training_draws_references_for_its_share_whose_words_point_at_the_right_
     assert 0.7 < told[0] / told[1] <= 1
     place = counts.index(max(counts))
     batch.pictured[0] = 1  # all clips of a batch get as many as the poorest has
-    assert draw_example(how, batch, place, *tiny).state.kind.eq(REFERENCE).sum() == len(batch.ids)
-    short = draw_example(dataclasses.replace(how, max_bytes=30, reference=1.0), batch, 0, *tiny)
+    assert draw_example(how, batch, place, tiny[0].config, tiny[1].spatial_factor).state.kind.eq(REFERENCE).sum() == len(batch.ids)
+    short = draw_example(dataclasses.replace(how, max_bytes=30, reference=1.0), batch, 0, tiny[0].config, tiny[1].spatial_factor)
     assert all(len(prompt.encode()) <= 30 for prompt in short.prompts), "words drawn anew are as short as the text encoder needs"
     batch.names[0] = "world/9/train/16:9/3"
     if frames > 1:
         with pytest.raises(UserError, match="make the cache again"):
-            draw_example(Drawing(0, {"text": 1.0}, 0.0, 0.0, reference=1.0), batch, 0, *tiny)
+            draw_example(Drawing(0, {"text": 1.0}, 0.0, 0.0, reference=1.0), batch, 0, tiny[0].config, tiny[1].spatial_factor)
 
 
 def test_gradients_reach_a_reference_and_its_loss_counts_for_nothing(tiny) -> None:
@@ -264,7 +264,7 @@ def test_gradients_reach_a_reference_and_its_loss_counts_for_nothing(tiny) -> No
     model, vae = tiny
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.1)
-    example = draw_example(Drawing(0, {"text": 1.0}, 0.0, 1.0, reference=1.0), batch_of(5, 2), 0, model, vae)
+    example = draw_example(Drawing(0, {"text": 1.0}, 0.0, 1.0, reference=1.0), batch_of(5, 2), 0, model.config, vae.spatial_factor)
     state = example.state
     given = (state.clean / 100).requires_grad_()
     noise = torch.randn_like(given)
@@ -363,7 +363,7 @@ def test_a_manifest_names_references(tmp_path: Path) -> None:
     torch.testing.assert_close(batch.references[0, 0], grey, atol=5e-3, rtol=5e-3)
     said = {0: set(), 1: set()}
     for place in range(40):
-        example = draw_example(Drawing(0, {"text": 1.0}, 0.0, 0.0, reference=0.5), batch, place, model, vae)
+        example = draw_example(Drawing(0, {"text": 1.0}, 0.0, 0.0, reference=0.5), batch, place, model.config, vae.spatial_factor)
         R = example.state.mask.shape[2] - 2
         said[R] |= set(example.prompts)
         assert not R or torch.equal(example.state.clean[1, :, 2], batch.references[1, 0])

@@ -292,7 +292,7 @@ def test_training_gives_every_shot_its_own_words_and_camera(cache: LatentCache) 
     batch = cache.batch(Bucket("1:1", 13), [0, 3, 4], 13)
     how, silent, shown = Drawing(0, {"text": 1.0, "last": 1.0}, 0.3, 0.5), [], []
     for place in range(30):
-        example = draw_example(how, batch, place, model, vae)
+        example = draw_example(how, batch, place, model.config, vae.spatial_factor)
         assert example.state.shot is not None and len(example.prompts) == 6 and example.prompts[1] == ""
         assert example.state.shot[0].max() == 0 and example.has_camera.shape == example.state.shot.shape
         for i in (1, 2):
@@ -304,7 +304,7 @@ def test_training_gives_every_shot_its_own_words_and_camera(cache: LatentCache) 
             assert all(len(set(example.has_camera[i][example.state.shot[i] == k].tolist())) == 1 for k in (0, 1))
         assert example.rows(1).prompts == example.prompts[2:]
     assert 0.1 < sum(silent) / len(silent) < 0.5 and 0.3 < sum(shown) / len(shown) < 0.7
-    plain = draw_example(how, cache.batch(Bucket("1:1", 13), [0, 1], 13), 0, model, vae)
+    plain = draw_example(how, cache.batch(Bucket("1:1", 13), [0, 1], 13), 0, model.config, vae.spatial_factor)
     assert plain.state.shot is None and len(plain.prompts) == 2 and plain.has_camera.ndim == 1
 
 

@@ -160,7 +160,7 @@ def test_image_weights_get_the_inputs_of_their_original_pipeline(tmp_path: Path)
     model = KlingTransformer3DModel.from_pretrained(wan / "transformer")
     given = [Given(known=1), Given()]
     state = build_state(given, batch.latents, None)
-    example = as_extra_channels(Example(state, ["", ""], None, torch.zeros(2, dtype=torch.bool)), batch, given, model)
+    example = as_extra_channels(Example(state, ["", ""], None, torch.zeros(2, dtype=torch.bool)), batch, given, model.config)
     frame = Image.fromarray(np.asarray(source.clip(0, 5, "16:9").video[0]))
     H, W = frame.height, frame.width
     pixels = theirs.video_processor.preprocess(frame, height=H, width=W)

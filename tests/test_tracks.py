@@ -287,9 +287,9 @@ def test_training_draws_tracks_for_its_share_and_nothing_else_changes() -> None:
     tasks, batch = {"text": 1.0, "image": 1.0, "last": 1.0, "restyle": 1.0, "continuation": 1.0}, batch_of(17)
     shares, told = [], []
     for place in range(12):
-        plain = draw_example(Drawing(0, tasks, 0.1, 0.4), batch, place, model, vae)
-        brushed = draw_example(Drawing(0, tasks, 0.1, 0.4, brush=0.5), batch, place, model, vae)
-        again = draw_example(Drawing(0, tasks, 0.1, 0.4, brush=0.5), batch, place, model, vae)
+        plain = draw_example(Drawing(0, tasks, 0.1, 0.4), batch, place, model.config, vae.spatial_factor)
+        brushed = draw_example(Drawing(0, tasks, 0.1, 0.4, brush=0.5), batch, place, model.config, vae.spatial_factor)
+        again = draw_example(Drawing(0, tasks, 0.1, 0.4, brush=0.5), batch, place, model.config, vae.spatial_factor)
         assert torch.equal(brushed.state.tracks, again.state.tracks) and brushed.prompts == again.prompts
         assert not plain.state.tracks.any() and plain.state.tracks.shape[1] == C + 1
         assert torch.equal(plain.state.mask, brushed.state.mask) and torch.equal(plain.has_camera, brushed.has_camera)
@@ -301,7 +301,7 @@ def test_training_draws_tracks_for_its_share_and_nothing_else_changes() -> None:
     assert all(told) and 0.25 < sum(shares) / len(shares) < 0.75
     batch.names[0] = "world/9/train/16:9/3"
     with pytest.raises(UserError, match="make the cache again"):
-        draw_example(Drawing(0, {"text": 1.0}, 0.0, 0.0, brush=1.0), batch, 0, model, vae)
+        draw_example(Drawing(0, {"text": 1.0}, 0.0, 0.0, brush=1.0), batch, 0, model.config, vae.spatial_factor)
 
 
 def test_a_cache_of_free_paths_trains_with_tracks_and_words_that_do_not_say_them(tmp_path) -> None:
@@ -317,7 +317,7 @@ def test_a_cache_of_free_paths_trains_with_tracks_and_words_that_do_not_say_them
     z = batch.latents.shape[1]
     model = KlingTransformer3DModel(**TINY | {"in_channels": z, "out_channels": z}, track_channels=z + 1)
     check_brush(0.3, model, cache)
-    example = draw_example(Drawing(0, {"image": 1.0}, 0.0, 0.0, brush=1e-9), batch, 0, model, vae)
+    example = draw_example(Drawing(0, {"image": 1.0}, 0.0, 0.0, brush=1e-9), batch, 0, model.config, vae.spatial_factor)
     assert example.state.tracks.flatten(1).any(1).tolist() == [False, False, True, True, True]
     for i in (2, 3, 4):
         scene = scene_of(batch.names[i], batch.whole)

@@ -14,7 +14,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -120,22 +120,25 @@ def _train(words: list[str], env: dict[str, str], rank: int, first: Callable[[in
 
 def record(rank: int) -> None:
     """Record what each micro-step trains on: place, clips and a hash of the noise, one line each in the file SEEN.<rank>."""
-    draw, noise = train_dit.draw_example, train_dit.noise_like
-    clips: dict[int, list[str]] = {}
 
-    def drawn(how: Any, batch: Any, place: int, *rest: Any) -> Any:
-        clips[place] = batch.names
-        return draw(how, batch, place, *rest)
+    def note(data: Any, place: int, noise: torch.Tensor) -> None:
+        digest = hashlib.sha256(noise.numpy().tobytes()).hexdigest()
+        with Path(f"{os.environ['SEEN']}.{rank}").open("a") as file:
+            file.write(json.dumps([place, data.names(place), list(noise.shape), digest]) + "\n")
 
-    def noised(x: torch.Tensor, seed: int, purpose: str, place: int, samples: Any) -> torch.Tensor:
-        values = noise(x, seed, purpose, place, samples)
-        if purpose == "noise":
-            with Path(f"{os.environ['SEEN']}.{rank}").open("a") as file:
-                digest = hashlib.sha256(values.numpy().tobytes()).hexdigest()
-                file.write(json.dumps([place, clips[place], list(values.shape), digest]) + "\n")
-        return values
+    watch(note)
 
-    train_dit.draw_example, train_dit.noise_like = drawn, noised
+
+def watch(note: Callable[[Any, int, torch.Tensor], None]) -> None:
+    """Call `note(data, place, noise)` for every micro-step of kling-train, when its example is used."""
+
+    class Watched(train_dit.Loop):
+        def batches(self, data: Any, *rest: Any) -> Iterator[tuple[int, Any]]:
+            for place, (example, noise) in super().batches(data, *rest):
+                note(data, place, noise)
+                yield place, (example, noise)
+
+    train_dit.Loop = Watched
 
 
 def recorded(seen: Path) -> list[list[Any]]:

@@ -26,9 +26,9 @@ from kling.runtime.accelerator import keep_in_fp32, wrap_what_is_there
 from kling.runtime.device import upload
 from kling.runtime.log import Later
 from kling.runtime.parallel import whole
-from kling.runtime.random import generator, noise_like
+from kling.runtime.random import generator
 from kling.training.ema import EMA
-from kling.training.examples import draw_example
+from kling.training.examples import Examples
 from kling.training.health import DeviceGuard
 from kling.training.loop import Loop
 from kling.training.meter import Meter, log_line, matmul_ceiling
@@ -72,13 +72,12 @@ def train(cfg: DistillConfig, loop: Loop) -> None:
     guard = DeviceGuard(device)
     meter = Meter(device, matmul_ceiling(device, torch.float32 if exact else torch.bfloat16))
 
-    for place, batch in loop.batches(data, guard, meter):
-        example = draw_example(parts.drawing, batch, place, transformer, parts.vae).to(device)
-        state, b = example.state, len(batch.ids)
+    for place, (example, noise) in loop.batches(Examples(data, parts.drawing, transformer, parts.vae), guard, meter):
+        example, noise = example.to(device), upload(noise, device)  # noise (b, c, G, h, w)
+        state, b = example.state, len(noise)
         still = int(how.plain * b + (place % 2) / 2)  # samples with steps of length 0
         drawn = draw_steps(b, still, generator(cfg.seed, "sigma", place), parts.density, parts.shift, how.to_clean, how.counts)
         t, r = (upload(x, device) for x in drawn)
-        noise = noise_like(state.clean, cfg.seed, "noise", place, range(b))
         z = state.noised(t, noise)  # (b, c, G, h, w)
         meter.lap("data")
         with torch.no_grad():

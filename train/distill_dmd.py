@@ -28,7 +28,7 @@ from kling.runtime.log import Later
 from kling.runtime.parallel import whole
 from kling.runtime.random import generator, noise_like
 from kling.training.ema import EMA
-from kling.training.examples import Example, draw_example
+from kling.training.examples import Example, Examples
 from kling.training.health import DeviceGuard
 from kling.training.loop import Loop
 from kling.training.meter import Meter, log_line, matmul_ceiling
@@ -63,11 +63,11 @@ def train(cfg: DistillConfig, loop: Loop) -> None:
     grid = sigma_grid(cfg.num_inference_steps, parts.shift).to(device)
     moved = torch.zeros(2, device=device)  # over an update: change between neighbouring frames, of the student's clips and of the data
 
-    for place, batch in loop.batches(data, guard, meter):
+    for place, (example, start) in loop.batches(Examples(data, parts.drawing, student.transformer, parts.vae), guard, meter):
         turn = "student" if loop.done % (cfg.dmd.critic_updates + 1) == cfg.dmd.critic_updates else "critic"
         model, net, optimizer = {"student": student, "critic": critic}[turn], nets[turn], optimizers[turn]
-        example = draw_example(parts.drawing, batch, place, student.transformer, parts.vae).to(device)
-        state, b = example.state, len(batch.ids)
+        example, start = example.to(device), upload(start, device)  # the noise of the roll-out (b, c, G, h, w)
+        state, b = example.state, len(start)
         noise = lambda name: noise_like(state.clean, cfg.seed, name, place, range(b))  # noqa: E731, B023
         last = random.Random(f"last/{cfg.seed}/{loop.done}").randrange(cfg.num_inference_steps)  # sharded weights need the same on all
         drawn = draw_sigma((b,), generator(cfg.seed, "sigma", place), "uniform", parts.shift)
@@ -76,7 +76,7 @@ def train(cfg: DistillConfig, loop: Loop) -> None:
         with accelerator.accumulate(net), accelerator.autocast():
             with torch.no_grad():
                 words, nothing = parts.words(example)  # (b, l, e)
-                levels, z = grid[: last + 1], state.noised(grid[:1], noise("noise"))
+                levels, z = grid[: last + 1], state.noised(grid[:1], start)
                 for i in range(last):
                     z = step(nets["student"], example, z, levels[i : i + 1], grid[i + 1 : i + 2], words, noise(f"again/{i}"))
             meter.lap("roll-out")

@@ -34,13 +34,13 @@ from kling.runtime.accelerator import keep_in_fp32, wrap_what_is_there
 from kling.runtime.device import upload
 from kling.runtime.log import Later
 from kling.runtime.parallel import same_rng, split_sequence, total, whole
-from kling.runtime.random import generator, noise_like
+from kling.runtime.random import generator
 from kling.sampling.pipeline import KlingPipeline, load_vae
 from kling.sampling.request import Request
 from kling.shapes import check_lengths, latent_frames
 from kling.text import ByteTextEncoder
 from kling.training.ema import EMA, restore_average
-from kling.training.examples import Drawing, Example, check_divides, draw_example
+from kling.training.examples import Drawing, Example, Examples, check_divides
 from kling.training.export import save_pipeline
 from kling.training.health import DeviceGuard
 from kling.training.loop import Loop
@@ -286,11 +286,10 @@ def train(cfg: TrainDiTConfig, loop: Loop) -> None:
     guard = DeviceGuard(device)
     meter = Meter(device, matmul_ceiling(device, torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32))
 
-    for place, batch in loop.batches(data, guard, meter):
-        example = draw_example(drawing, batch, place, transformer, vae).to(device)
-        b = len(batch.ids)  # clips of one shape, with as many tokens as `cfg.batch` clips of the largest
+    for place, (example, noise) in loop.batches(Examples(data, drawing, transformer, vae), guard, meter):
+        example, noise = example.to(device), upload(noise, device)  # noise (b, c, G, h, w)
+        b = len(noise)  # clips of one shape, with as many tokens as `cfg.batch` clips of the largest
         level = upload(draw_sigma((b,), generator(cfg.seed, "sigma", place), density, shift, within), device)  # (b,)
-        noise = noise_like(example.state.clean, cfg.seed, "noise", place, range(b))  # (b, c, G, h, w)
         meter.lap("data")
         with accelerator.accumulate(net):
             v = predict(example, level, noise)

@@ -26,12 +26,12 @@ from kling.flow.losses import flow_loss
 from kling.flow.path import velocity
 from kling.runtime.device import upload
 from kling.runtime.precision import pick_precision
-from kling.runtime.random import generator, noise_like
+from kling.runtime.random import generator
 from kling.sampling.pipeline import load_vae
 from kling.shapes import latent_frames
 from kling.text import ByteTextEncoder
 from kling.training.ema import EMA
-from kling.training.examples import Drawing, draw_example
+from kling.training.examples import Drawing, Examples
 from kling.training.model import CHECKPOINTING, Trained, set_checkpointing
 from kling.training.optim import make_optimizer
 
@@ -103,18 +103,16 @@ class Ours:
         text = ByteTextEncoder()
         self.model = Trained(KlingTransformer3DModel(**SHIPPED, text_dim=text.config.out_dim), text).to(device)
         self.optimizer, self.ema = make_optimizer("muon", self.model, 1e-4), EMA(self.model, 0.999)
-        self.steps, self.vae = LatentSteps(LatentCache(cache), batch, [frames], 0), load_vae()
-        self.drawing, self.done = Drawing(0, {"text": 1.0}, 0.1, 0.4), 0
+        steps, drawing = LatentSteps(LatentCache(cache), batch, [frames], 0), Drawing(0, {"text": 1.0}, 0.1, 0.4)
+        self.examples, self.done = Examples(steps, drawing, self.model.transformer, load_vae()), 0
         self.device, self.autocast = device, torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
         tokens = latent_frames(frames) * 28  # 4 x 7 tokens a latent frame of 112x64
         self.flops = 3 * batch * forward_flops(self.model.transformer.config, tokens, text.num_tokens)
 
     def __call__(self) -> None:
-        batch = self.steps[self.done]
-        example = draw_example(self.drawing, batch, self.done, self.model.transformer, self.vae).to(self.device)
-        b = len(batch.ids)
-        level = upload(draw_sigma((b,), generator(0, "sigma", self.done)), self.device)  # (b,)
-        noise = noise_like(example.state.clean, 0, "noise", self.done, range(b))  # (b, c, G, h, w)
+        example, noise = self.examples[self.done]
+        example, noise = example.to(self.device), upload(noise, self.device)  # noise (b, c, G, h, w)
+        level = upload(draw_sigma((len(noise),), generator(0, "sigma", self.done)), self.device)  # (b,)
         with self.autocast:
             v = self.model(example, example.state.noised(level, noise), level, self.model.words(example.prompts))
         flow_loss(v.float(), velocity(example.state.clean, noise), example.state.mask).mean().backward()

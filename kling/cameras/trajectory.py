@@ -8,7 +8,9 @@ Conventions, written down once:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from einops import rearrange
@@ -99,17 +101,19 @@ class Cameras:
 
     def to(self, device: torch.device | str) -> Cameras:
         """On another device, without waiting for it."""
-        return replace(self, **{name: upload(getattr(self, name), device) for name in ("c2w", "intrinsics", "appended")})
+        return self.each(partial(upload, device=device))
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Cameras:
+        """The same with every tensor changed."""
+        return replace(self, **{name: change(getattr(self, name)) for name in ("c2w", "intrinsics", "appended")})
 
     def rows(self, start: int) -> Cameras:
         """The samples from `start` on."""
-        return replace(self, **{name: getattr(self, name)[start:] for name in ("c2w", "intrinsics", "appended")})
+        return self.each(lambda t: t[start:])
 
     def repeated(self, k: int) -> Cameras:
         """The camera of one clip for k equal ones."""
-        return replace(
-            self, **{name: getattr(self, name).expand(k, *getattr(self, name).shape[1:]) for name in ("c2w", "intrinsics", "appended")}
-        )
+        return self.each(lambda t: t.expand(k, *t.shape[1:]))
 
     def rays(self, start: int = 0, end: int | None = None) -> Tensor:
         """The packed rays P of latent frames start … end - 1, on the device of the poses: (b, 24, end - start, H, W).

@@ -15,9 +15,9 @@ G = F target frames + K appended ones: keyframes, then references. The noise lev
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 import torch.nn.functional as F
@@ -187,9 +187,13 @@ class State:
 
     def to(self, device: torch.device | str) -> State:
         """Copy to another device without waiting for it."""
-        there = replace(self, **{name: upload(t, device) for name in TENSORS if (t := getattr(self, name)) is not None})
-        there.__dict__["_runs"] = tuple(upload(t, device) for t in self._runs)
-        return there
+        return self.each(partial(upload, device=device))
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> State:
+        """The same with every tensor changed that the network reads, those that are found on demand included."""
+        changed = replace(self, **{name: change(t) for name in TENSORS if (t := getattr(self, name)) is not None})
+        changed.__dict__["_runs"] = tuple(change(t) for t in self._runs)
+        return changed
 
     @cached_property
     def _runs(self) -> tuple[Tensor, Tensor]:

@@ -156,7 +156,10 @@ def batches(data: Dataset, start: int, steps: int, workers: int) -> Iterator:
     """
     if start >= steps:
         return
-    loader = DataLoader(_Told(data), batch_size=None, sampler=range(start, steps), num_workers=workers, worker_init_fn=_start_worker)
+    pinned = workers > 0 and torch.cuda.is_available()
+    loader = DataLoader(
+        _Told(data), batch_size=None, sampler=range(start, steps), num_workers=workers, worker_init_fn=_start_worker, pin_memory=pinned
+    )
     feed = iter(loader)
     if workers:
         _feeds.add(feed)

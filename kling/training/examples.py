@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from kling.cache.batches import LatentSteps
 from kling.cache.store import LatentBatch
@@ -25,7 +28,7 @@ from kling.data.world.tracks import DROPPED, brushed_caption, draw_tracks, is_un
 from kling.dit import KlingTransformer3DModel
 from kling.errors import UserError
 from kling.runtime.device import upload
-from kling.sampling.pipeline import ray_grid
+from kling.runtime.random import noise_like
 from kling.shapes import first_frame, pixel_frames, token_grid
 from kling.text.encoder import cut_prompt
 from kling.vae import AutoencoderKLKling
@@ -105,15 +108,45 @@ class Example:
         prompts = self.prompts[start * len(self.prompts) // len(self.state.position) :]
         return replace(self, state=self.state.rows(start), prompts=prompts, cameras=cameras, **cut)
 
-    def to(self, device: torch.device) -> Example:
+    def to(self, device: torch.device | str) -> Example:
         """Copy to the device without waiting for it."""
-        moved = {name: upload(t, device) for name in ("has_camera", "concat", "seen") if (t := getattr(self, name)) is not None}
-        cameras = None if self.cameras is None else self.cameras.to(device)
-        return replace(self, state=self.state.to(device), cameras=cameras, **moved)
+        return self.each(partial(upload, device=device))
+
+    def pin_memory(self) -> Example:
+        """In memory from which a GPU copies without the processor: `DataLoader` calls this in a thread of its own."""
+        return self.each(Tensor.pin_memory)
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Example:
+        """The same with every tensor changed."""
+        changed = {name: change(t) for name in ("has_camera", "concat", "seen") if (t := getattr(self, name)) is not None}
+        cameras = None if self.cameras is None else self.cameras.each(change)
+        return replace(self, state=self.state.each(change), cameras=cameras, **changed)
 
 
-def draw_example(how: Drawing, batch: LatentBatch, place: int, transformer: KlingTransformer3DModel, vae: AutoencoderKLKling) -> Example:
-    """The given content of every clip of a batch, its prompt and its camera. Draws depend only on (seed, place)."""
+class Examples(Dataset):
+    """The example at every place of a run's sequence of batches, and its noise (b, c, G, h, w): a function of (seed, place) only.
+
+    A clip of 41 frames takes about a millisecond of a processor's time, a GPU's step less: so the workers that read the clips draw them.
+    """
+
+    def __init__(self, steps: LatentSteps, how: Drawing, transformer: KlingTransformer3DModel, vae: AutoencoderKLKling) -> None:
+        self.steps, self.how = steps, how
+        self.config, self.factor = transformer.config, vae.spatial_factor  # not the models themselves: a worker has no use for them
+
+    def __getitem__(self, place: int) -> tuple[Example, Tensor]:
+        example = draw_example(self.how, self.steps[place], place, self.config, self.factor).to("cpu")  # finds the levels of its tokens
+        clean = example.state.clean  # (b, c, G, h, w)
+        return example, noise_like(clean, self.how.seed, "noise", place, range(len(clean)))
+
+    def names(self, place: int) -> list[str]:
+        return self.steps.names(place)
+
+
+def draw_example(how: Drawing, batch: LatentBatch, place: int, config: Mapping[str, Any], factor: int) -> Example:
+    """The given content of every clip of a batch, its prompt and its camera. Draws depend only on (seed, place).
+
+    config: of the transformer. factor: pixels of a latent's side.
+    """
     rng = random.Random(f"condition/{how.seed}/{place}")
     b, _, f, h, w = batch.latents.shape
     K = int(f > 1 and how.appends_keyframe(place))  # the same for all clips of a batch, which share a shape, as is the next
@@ -142,14 +175,14 @@ def draw_example(how: Drawing, batch: LatentBatch, place: int, transformer: Klin
         words.append(told)
         starts.append([0] if shots is None else [j for j, _ in shots])
     lone = torch.stack(appended).unflatten(0, (b, K + R)).transpose(1, 2) if K + R else None  # (b, c, K + R, h, w)
-    asked = tracks if transformer.config.track_channels else None  # also if no clip has any: every process must use every parameter
-    state = build_state(given, batch.latents, lone, tuple(transformer.config.patch_size), tracks=asked, shots=starts)
+    asked = tracks if config["track_channels"] else None  # also if no clip has any: every process must use every parameter
+    state = build_state(given, batch.latents, lone, tuple(config["patch_size"]), tracks=asked, shots=starts)
     most = 1 if state.shot is None else max(map(len, words))
     prompts = [prompt for mine in words for prompt in [*(prompt for prompt, _ in mine), *[""] * (most - len(mine))]]  # b · S
     has_camera = torch.tensor([[shown for _, shown in mine] + [False] * (most - len(mine)) for mine in words])  # (b, S)
     has_camera = has_camera[:, 0] if state.shot is None else has_camera.gather(1, state.shot)  # (b,) or (b, G)
-    example = Example(state, prompts, batch_cameras(batch, given, transformer, vae), has_camera)
-    return as_extra_channels(example, batch, given, transformer)
+    example = Example(state, prompts, batch_cameras(batch, given, config, factor), has_camera)
+    return as_extra_channels(example, batch, given, config)
 
 
 def draw_story(rng: random.Random, how: Drawing, batch: LatentBatch, i: int, shots: Sequence[tuple[int, int]]) -> list[tuple[str, bool]]:
@@ -269,13 +302,13 @@ def is_static(camera: Trajectory) -> bool:
     return bool((camera.c2w == camera.c2w[:1]).all() and (camera.intrinsics == camera.intrinsics[:1]).all())
 
 
-def as_extra_channels(example: Example, batch: LatentBatch, given: list[Given], transformer: KlingTransformer3DModel) -> Example:
+def as_extra_channels(example: Example, batch: LatentBatch, given: list[Given], config: Mapping[str, Any]) -> Example:
     """The same example for weights that take given content as extra channels: in the clip itself nothing is given any more."""
-    config, state, b = transformer.config, example.state, len(given)
-    if config.image_dim is not None:
-        seen = torch.zeros(b, 1, config.image_dim) if batch.seen is None else batch.seen
+    state, b = example.state, len(given)
+    if config["image_dim"] is not None:
+        seen = torch.zeros(b, 1, config["image_dim"]) if batch.seen is None else batch.seen
         example = replace(example, seen=seen * torch.tensor([what.known > 0 for what in given])[:, None, None])
-    if not (groups := concat_groups(config.in_channels, config.out_channels)):
+    if not (groups := concat_groups(config["in_channels"], config["out_channels"])):
         return example
     shown = torch.zeros_like(batch.latents) if batch.shown is None else batch.shown
     concat = concat_channels(replace(state, clean=shown) if "clean" in groups else state, groups)
@@ -284,18 +317,19 @@ def as_extra_channels(example: Example, batch: LatentBatch, given: list[Given], 
     return replace(example, state=replace(opened, tracks=maps), concat=concat)
 
 
-def batch_cameras(batch: LatentBatch, given: list[Given], transformer: KlingTransformer3DModel, vae: AutoencoderKLKling) -> Cameras | None:
+def batch_cameras(batch: LatentBatch, given: list[Given], config: Mapping[str, Any], factor: int) -> Cameras | None:
     """The camera of every clip, static if it is not known (`Example.has_camera` then masks it).
 
     Also if no clip of the batch has one, because every process must use every parameter in every step.
     """
-    if not transformer.config.camera_channels:
+    if not config["camera_channels"]:
         return None
     _, _, f, h, w = batch.latents.shape
     T = pixel_frames(f)
     still = Trajectory(torch.eye(3, 4).expand(T, 3, 4), torch.tensor([1.0, 1.0, 0.5, 0.5]).expand(T, 4))
     paths = [still if camera is None else camera for camera in batch.cameras]
-    grid = ray_grid(transformer, vae, h * vae.spatial_factor, w * vae.spatial_factor)
+    fine = config["camera_downscale"]  # rays a latent's side
+    grid = h * fine, w * fine
     appended = torch.tensor([[t for t, _ in what.keyframes] for what in given], dtype=torch.long)
     poses = (torch.stack([path.c2w for path in paths]), torch.stack([path.intrinsics for path in paths]))
     return Cameras(*poses, grid, appended, given[0].references)

@@ -87,15 +87,15 @@ def validation_loss(
 
     run(example, level, noise) -> velocity. All processes make the same number of passes, as sharded weights require.
     """
-    sums = torch.zeros(2, len(levels), device=device)
+    sums, config = torch.zeros(2, len(levels), device=device), model.transformer.config
     for i in range(-(-len(clips) // layout.ranks)):
         mine = i * layout.ranks + layout.rank
         batch = clips[mine % len(clips)]
         given = [Given()]
-        state = build_state(given, batch.latents, None, tuple(model.transformer.config.patch_size))
+        state = build_state(given, batch.latents, None, tuple(config.patch_size))
         has_camera = torch.tensor([batch.cameras[0] is not None])
-        example = Example(state, [batch.captions[0][0]], batch_cameras(batch, given, model.transformer, vae), has_camera)
-        example = as_extra_channels(example, batch, given, model.transformer).to(device)
+        example = Example(state, [batch.captions[0][0]], batch_cameras(batch, given, config, vae.spatial_factor), has_camera)
+        example = as_extra_channels(example, batch, given, config).to(device)
         for q, level in enumerate(levels):
             noise = noise_like(example.state.clean, 0, "validation", q, batch.ids)
             v = run(example, upload(level[None], device), noise)  # (1, c, f, h, w)
