@@ -160,7 +160,7 @@ def draw_example(how: Drawing, batch: LatentBatch, place: int, config: Mapping[s
         if K:
             what, j = choose_keyframe(what, batch.times[i].tolist(), f, rng)
             appended.append(batch.keyframes[i, j])
-        given.append(what := replace(what, references=R))
+        given.append(what := replace(what, references=R) if R else what)
         shots = batch.shots[i] if batch.shots else None
         if shots is None:
             prompt, shown = draw_words(rng, how, batch.captions[i], batch.weights[i], batch.cameras[i], R > 0)
@@ -233,7 +233,7 @@ def scene_in(batch: LatentBatch, i: int) -> Scene | None:
     if scene is None:
         return None
     T = pixel_frames(batch.latents.shape[2])
-    if camera is None or not torch.allclose(camera.c2w, scene.trajectory.c2w[:T], atol=1e-4):
+    if camera is None or not bool(((camera.c2w - scene.trajectory.c2w[:T]).abs() <= 1e-4).all()):
         raise UserError(f"clip {batch.names[i]} of the latent cache is not what this version of the world shows: make the cache again")
     return scene
 
@@ -299,7 +299,7 @@ def draw_words(
 
 def is_static(camera: Trajectory) -> bool:
     """Whether a camera neither moves, rotates nor zooms."""
-    return bool((camera.c2w == camera.c2w[:1]).all() and (camera.intrinsics == camera.intrinsics[:1]).all())
+    return all(bool((path == path[:1]).all()) for path in (camera.c2w.numpy(), camera.intrinsics.numpy()))
 
 
 def as_extra_channels(example: Example, batch: LatentBatch, given: list[Given], config: Mapping[str, Any]) -> Example:
