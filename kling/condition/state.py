@@ -257,7 +257,7 @@ def build_state(
     maps: Tensor | None = None
     if tracks is not None:
         maps = track_maps(tracks, clean, [g.known for g in given], [[t for t, _ in g.keyframes] for g in given])
-        maps = F.pad(maps, (0, 0, 0, 0, 0, R))  # nothing moves to or from a reference
+        maps = F.pad(maps, (0, 0, 0, 0, 0, R)) if R else maps  # nothing moves to or from a reference
     if K:
         clean = torch.cat([clean, appended], dim=2)  # (b, c, G, h, w)
     return State(clean, _whole_tokens(mask, patch), position, kind, frames, patch, sigma_c, maps, shot)

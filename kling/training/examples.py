@@ -153,12 +153,12 @@ def draw_example(how: Drawing, batch: LatentBatch, place: int, config: Mapping[s
     R = min(how.references(place), stored_references(batch))
     given: list[Given] = []
     tracks: list[Tracks | None] = []
-    appended, words, starts = [], [], []
+    times, appended, words, starts = batch.times.tolist(), [], [], []
     for i in range(b):
         task = draw_task(rng, how.tasks, K) if f > 1 else "text"
         what = TASKS[task][1](rng, f, h, w)
         if K:
-            what, j = choose_keyframe(what, batch.times[i].tolist(), f, rng)
+            what, j = choose_keyframe(what, times[i], f, rng)
             appended.append(batch.keyframes[i, j])
         given.append(what := replace(what, references=R) if R else what)
         shots = batch.shots[i] if batch.shots else None
@@ -285,7 +285,8 @@ def draw_words(
     and prompts that do not mention it come almost only from clips with a static camera. A caption that points at references is used only
     with them (referring).
     """
-    if not referring and (plain := [i for i, text in enumerate(captions) if not speaks_of_reference(text)]):
+    pointing = not referring and speaks_of_reference("\n".join(captions))  # asked of all at once: hardly any clip's do
+    if pointing and (plain := [i for i, text in enumerate(captions) if not speaks_of_reference(text)]):
         captions, weights = [captions[i] for i in plain], [weights[i] for i in plain]
     prompt = rng.choices(captions, weights)[0]
     shown = camera is not None and rng.random() >= how.camera_drop
