@@ -81,7 +81,7 @@ def train(cfg: DistillConfig, loop: Loop) -> None:
         z = state.noised(t, noise)  # (b, c, G, h, w)
         meter.lap("data")
         with torch.no_grad():
-            words, nothing = parts.words(example)  # (b, l, e)
+            words, nothing = parts.words(example)  # (b · S, l, e)
             with accelerator.autocast():
                 if how.velocity == "teacher":
                     v = guide(partial(teacher, z=z, level=t), example, words, nothing)
@@ -89,7 +89,7 @@ def train(cfg: DistillConfig, loop: Loop) -> None:
                     v = guide(partial(net, z=z, level=t), example, words, nothing, velocity(state.clean, noise))
             target = v.clone()
             if still < b:
-                moving, heard = example.rows(still), words[still:]
+                moving, heard = example.rows(still), words[still * len(words) // b :]  # of every shot
                 mean = lambda z, t, r: net(moving, z, t, (heard,), r, exact=not how.stride)  # noqa: E731, B023
                 there = z[still:], v[still:], t[still:], r[still:], moving.state.mask
                 with accelerator.autocast():

@@ -75,7 +75,7 @@ def train(cfg: DistillConfig, loop: Loop) -> None:
         meter.lap("data")
         with accelerator.accumulate(net), accelerator.autocast():
             with torch.no_grad():
-                words, nothing = parts.words(example)  # (b, l, e)
+                words, nothing = parts.words(example)  # (b · S, l, e)
                 levels, z = grid[: last + 1], state.noised(grid[:1], start)
                 for i in range(last):
                     z = step(nets["student"], example, z, levels[i : i + 1], grid[i + 1 : i + 2], words, noise(f"again/{i}"))

@@ -42,6 +42,7 @@ from kling.training.start import (
     check_captions,
     check_fit,
     check_reference,
+    check_shots,
     complete_cache,
     complete_text,
     open_start,
@@ -132,7 +133,8 @@ class DistillConfig:
     encode: preset of kling-encode that fills the cache. frames: lengths to draw from in pixel frames, each 1 + 4k, at most the cache's; one
     listed twice is drawn twice as often.
     tasks: how often each is drawn, as shares. text_drop, camera_drop: share of clips, 0 to 1, whose text or camera is left out.
-    brush: share of clips with tracks, for a teacher that knows them. reference: share of batches with references, likewise.
+    brush: share of clips with tracks, for a teacher that knows them. reference: share of batches with references, likewise. shots: share of
+    the clips of a length that are storyboards; 0 leaves those of the cache out.
     long_captions: what to do with a caption that is too long for our text encoder: refuse (before the first step), or cut it.
     samples: what is drawn every `sample_every` updates, as fields of `Request`. sample_every: updates between samples, 0 draws none.
     save_every: updates between checkpoints. keep_last: checkpoints to keep. log_every: updates between lines of the log.
@@ -177,6 +179,7 @@ class DistillConfig:
     camera_drop: float = 0.4
     brush: float = 0.0
     reference: float = 0.0
+    shots: float = 0.0
     long_captions: str = "refuse"
     samples: list[dict[str, Any]] = field(default_factory=list)
     sample_every: int = 0
@@ -252,9 +255,9 @@ class Parts:
     asked: list[Request]
 
     def words(self, example: Example) -> tuple[Tensor, Tensor]:
-        """Embeddings (b, l, e) of the prompts and of the negative prompt."""
-        b, device = len(example.prompts), self.negative.device
-        return self.text.encode(example.prompts).to(device).float(), self.negative.expand(b, -1, -1)
+        """Embeddings (b · S, l, e) of the prompts and of the negative prompt, for every shot of every clip."""
+        n, device = len(example.prompts), self.negative.device
+        return self.text.encode(example.prompts).to(device).float(), self.negative.expand(n, -1, -1)
 
 
 def prepare(cfg: DistillConfig, loop: Loop) -> Parts:
@@ -289,10 +292,11 @@ def prepare(cfg: DistillConfig, loop: Loop) -> Parts:
     check_fit(vae, student.transformer, cfg.tasks, cache)
     check_brush(cfg.brush, student.transformer, cache)
     check_reference(cfg.reference, student.transformer, cache)
+    check_shots(cfg.shots, student.transformer, cache)
     own = start.settings["scheduler"]
     return Parts(
         start, vae, text, teacher, student, guide, negative,
-        LatentSteps(cache, cfg.batch, cfg.frames, cfg.seed, cfg.group),
+        LatentSteps(cache, cfg.batch, cfg.frames, cfg.seed, cfg.group, cfg.shots),
         Drawing(cfg.seed, cfg.tasks, cfg.text_drop, cfg.camera_drop, cfg.group, max_bytes, cfg.brush, cfg.reference),
         own.config.get("density", "logit_normal"), own.config[shift_key(own)], asked,
     )  # fmt: skip

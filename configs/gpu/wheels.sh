@@ -5,7 +5,9 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 folder=${1:-runs/wheels}
-packages=(diffusers==0.42.1 omegaconf opencv-python-headless pillow pyyaml psutil tqdm peft pytest pytest-timeout pluggy iniconfig importlib-metadata zipp packaging)
+packages=(diffusers==0.42.1 requests urllib3 charset-normalizer idna certifi importlib-metadata zipp packaging)  # diffusers refuses to start without
+packages+=(omegaconf pyyaml opencv-python-headless pillow psutil tqdm peft pytest pytest-timeout pluggy iniconfig)
+[ -z "${PACKAGES:-}" ] || read -ra packages <<<"$PACKAGES"  # fewer, for a machine that has some of these
 mkdir -p "$folder/download"
 "${PYTHON:-python3}" -m pip download --quiet --no-deps --only-binary=:all: --dest "$folder/download" --python-version 3.12 \
   --implementation cp --abi cp312 --abi abi3 --abi none --platform manylinux2014_x86_64 --platform manylinux_2_28_x86_64 "${packages[@]}"
