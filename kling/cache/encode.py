@@ -12,11 +12,13 @@ from torch import Tensor
 from kling.condition.tracks import Tracks
 from kling.data.clips import ClipSample
 from kling.data.transforms import to_batch
+from kling.runtime.device import upload
 from kling.vae import AutoencoderKLKling
 from kling.vae.model import PIXELS_PER_PASS
 
 TRACKS = 64  # of a clip at most
 LASTING = 4  # frames that a track must be there
+GPU_PASS = 16  # times as many pixels together on a GPU, which a small VAE would leave waiting for its next kernel
 
 
 def keyframe_times(clip: int | str, ends: list[int], seed: int) -> list[int]:
@@ -33,14 +35,15 @@ def encode_videos(vae: AutoencoderKLKling, video: Tensor, precision: str = "fp32
     They are copied to the device as uint8. precision: fp32, or bf16 by autocast. known: number of first frames to encode; the rest is grey.
     """
     latents, device = [], vae.device
-    for part in video.split(max(1, PIXELS_PER_PASS // video[0, ..., 0].numel())):
+    pixels = PIXELS_PER_PASS * (GPU_PASS if device.type == "cuda" else 1)
+    for part in video.split(max(1, pixels // video[0, ..., 0].numel())):
         x = to_batch(part.to(device))  # (b, 3, T, H, W)
         if known is not None:
             x[:, :, known:] = 0
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             mean = vae.encode(x).latent_dist.mode()  # (b, c, f, h, w)
-        latents.append(vae.normalize(mean.float()).cpu())
-    return torch.cat(latents)
+        latents.append(vae.normalize(mean.float()))
+    return torch.cat(latents).cpu()  # once for all: each copy waits for the device
 
 
 def encode_clips(
@@ -55,7 +58,8 @@ def encode_clips(
     latents = encode_videos(vae, video, precision)  # (n, c, f, h, w)
     lone = latents.new_zeros(n, 0, *latents[0, :, 0].shape)
     if times.numel():
-        frames = video[torch.arange(n)[:, None], times].reshape(-1, 1, H, W, 3)
+        which = upload(torch.arange(n)[:, None] * T + times, video.device).flatten()  # (nK,)
+        frames = video.flatten(0, 1)[which][:, None]  # (nK, 1, H, W, 3)
         lone = encode_videos(vae, frames, precision)[:, :, 0].unflatten(0, tuple(times.shape))  # (n, K, c, h, w)
     cameras = [clip.trajectory for clip in clips]
     tensors = {
@@ -110,5 +114,5 @@ def first_frames(
     and `seen` (n, i, e), CLIP's tokens of that frame, from `clip_tokens` (which takes a picture uint8 (H, W, 3))."""
     tensors = {"shown": encode_videos(vae, together(clips), precision, known=1)}
     if clip_tokens is not None:
-        tensors["seen"] = torch.stack([clip_tokens(torch.as_tensor(clip.video[0])) for clip in clips])
+        tensors["seen"] = torch.stack([clip_tokens(torch.as_tensor(clip.video[0]).cpu()) for clip in clips])
     return {name: t.half().cpu().contiguous() for name, t in tensors.items()}

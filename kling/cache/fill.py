@@ -20,23 +20,26 @@ from kling.cache.store import INDEX, STAMPS, cache_key, differences, file_state,
 from kling.condition.state import MOST_REFERENCES
 from kling.data.clips import ClipSample
 from kling.data.manifest import MissingClip
-from kling.data.source import ClipSource, batches, check_data
+from kling.data.source import ClipSource, batches, check_data, packed, rendered, unpacked
 from kling.errors import UserError
 from kling.runtime.files import sha256, write_atomic, writing
 from kling.text.encoder import prompt_bytes
 from kling.vae import AutoencoderKLKling
 
+UNRENDERED = 32  # clips that each worker has ready for a GPU, 10 kB each
+
 
 def fill_cache(
     cfg: CacheConfig, vae: AutoencoderKLKling, rank: int = 0, ranks: int = 1, wait: Callable[[], None] = lambda: None,
     clip_tokens: Callable[[Tensor], Tensor] | None = None, precision: str = "fp32",
-    hold: Callable[[], AbstractContextManager] = nullcontext,
+    hold: Callable[[], AbstractContextManager] = nullcontext, late: bool | None = None,
 ) -> Iterator[tuple[int, int]]:  # fmt: skip
     """Encode the missing shards; yields (clips done, clips in all) after every shard, counting the shards that exist already.
 
     Process `rank` of `ranks` takes every ranks-th missing shard; `wait` is a barrier for all of them.
     clip_tokens: a picture uint8 (H, W, 3) -> its CLIP tokens (i, e), for `cfg.image` and weights that take them.
-    precision: fp32 or bf16. hold: keeps other runs from writing to the folder while shards are made.
+    precision: fp32 or bf16. hold: keeps other runs from writing to the folder while shards are made. late: render the clips of the world
+    shard by shard on the VAE's device, rather than one by one in the workers; None: if that device is a GPU.
 
     Raises `MissingClip` if a clip's file is gone, unless `cfg.skip_missing`; finished shards stay.
     """
@@ -45,6 +48,7 @@ def fill_cache(
     plan, settings = list(plan_shards(cfg, source)), settings_of(cfg)
     tracked = source.manifest is not None and any(shot.tracks for shot in source.manifest.manifest.shots)
     places = cfg.references if source.manifest is None else MOST_REFERENCES * source.manifest.has_references
+    late = source.manifest is None and (vae.device.type == "cuda" if late is None else late)
     key = cache_key(vae, settings)
 
     writer = CacheWriter(cfg.out, key, settings, rank, cfg.verify, cfg.skip_missing)
@@ -56,11 +60,13 @@ def fill_cache(
         total = sum(len(shard.numbers) for shard in plan)
         done = total - sum(len(shard.numbers) for shard in mine)
         yield done, total
-        clips = batches(_Clips(source, mine, cfg.skip_missing, cfg.references), 0, sum(len(shard.numbers) for shard in mine), cfg.workers)
+        dataset = _Clips(source, mine, cfg.skip_missing, cfg.references, late)
+        clips = batches(dataset, 0, len(dataset.places), cfg.workers, ahead=UNRENDERED if late else 2)
         for shard in mine:
             ends = sorted(T for T in set(cfg.data.frames) if 1 < T <= shard.bucket.frames)
             there = [(n, sample) for n, sample in zip(shard.numbers, islice(clips, len(shard.numbers)), strict=True) if sample is not None]
             tensors, rows, samples = {}, [], [sample for _, sample in there]
+            samples = rendered([unpacked(sample) for sample in samples], vae.device) if late else samples
             if samples:
                 ids = [sample.name for sample in samples] if source.manifest else [n for n, _ in there]
                 tensors, rows = encode_clips(vae, samples, ids, ends, cfg.seed, precision, tracked, places)
@@ -186,16 +192,17 @@ class CacheWriter:
 
 class _Clips(Dataset):
     """The clips of a list of shards in order, so that workers read them ahead. skip_missing: None for a clip whose file is gone.
-    references: of each clip of the world."""
+    references: of each clip of the world. late: clips of the world that are not rendered yet, `packed`."""
 
-    def __init__(self, source: ClipSource, shards: list[Shard], skip_missing: bool = False, references: int = 0) -> None:
-        self.source, self.skip_missing, self.references = source, skip_missing, references
+    def __init__(self, source: ClipSource, shards: list[Shard], skip_missing: bool, references: int, late: bool) -> None:
+        self.source, self.skip_missing, self.references, self.late = source, skip_missing, references, late
         self.places = [(shard.bucket, number, shard.split) for shard in shards for number in shard.numbers]
 
-    def __getitem__(self, i: int) -> ClipSample | None:
+    def __getitem__(self, i: int) -> ClipSample | bytes | None:
         bucket, number, split = self.places[i]
         if not self.source.manifest:
-            return self.source.clip(number, bucket.frames, bucket.aspect, split, self.references)
+            clip = self.source.unrendered(number, bucket.frames, bucket.aspect, split, self.references)
+            return packed(clip) if self.late else rendered([clip])[0]
         try:
             return self.source.manifest.clip(bucket, number)
         except MissingClip as error:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import atexit
+import io
 import random
 import signal
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +18,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from kling.cameras.trajectory import Trajectory
 from kling.data.buckets import Epochs, cuts_of
 from kling.data.clips import ClipSample, ManifestClips, held_out, open_manifest
 from kling.data.info import frame_rate
-from kling.data.world.references import draw_references, render_reference
-from kling.data.world.scene import FPS, World
-from kling.data.world.storyboard import SHORTEST, Storyboards
+from kling.data.world.references import draw_references, reference_take
+from kling.data.world.render import Take, render
+from kling.data.world.scene import FPS, World, take_of
+from kling.data.world.storyboard import SHORTEST, Storyboards, takes_of
 from kling.errors import UserError
 from kling.shapes import ASPECTS, aspect_size, latent_frames
 
@@ -47,6 +52,30 @@ class DataConfig:
 
 
 SHOTS = "shots"  # the split of the world whose clips are storyboards
+
+
+@dataclass(frozen=True)
+class Unrendered:
+    """A clip of the world before it is rendered, which takes a thousandth of its time. For the fields see `ClipSample`."""
+
+    size: tuple[int, int]  # (H, W)
+    takes: tuple[Take, ...]  # of its shots
+    references: tuple[Take, ...]
+    captions: list[str]
+    trajectory: Trajectory
+    name: str
+    shots: list[tuple[int, int]] | None = None
+
+
+def rendered(clips: Sequence[Unrendered], device: torch.device | str = "cpu") -> list[ClipSample]:
+    """Clips of one size with their pixels, all rendered at once on the device, where the pixels stay."""
+    size, shown = clips[0].size, [take for clip in clips for take in clip.references]
+    videos = render([take for clip in clips for take in clip.takes], *size, device).split([len(clip.trajectory) for clip in clips])
+    pictures = iter(render(shown, *size, device) if shown else ())  # (H, W, 3) each
+    return [
+        ClipSample(video, clip.captions, clip.trajectory, clip.name, None, None, clip.shots, tuple(islice(pictures, len(clip.references))))
+        for clip, video in zip(clips, videos, strict=True)
+    ]
 
 
 class ClipSource:
@@ -76,24 +105,26 @@ class ClipSource:
         instead of the source's. references: pictures of the world's things to render with it."""
         if self.manifest:
             return self.manifest.any(index, frames, aspect)
-        split = split or self.split
-        if split == SHOTS:
-            return self._story(index, frames, aspect, references)
-        clip = World(self.seed, frames, aspect, split).clip(index)
-        captions = [text for texts in clip.captions.values() for text in texts]
-        name, size = f"world/{self.seed}/{split}/{aspect}/{index}", clip.video.shape[1:3]
-        pictures = tuple(render_reference(one, *size) for one in draw_references(clip.scene, references, name))
-        return ClipSample(clip.video, captions, clip.trajectory, name, references=pictures)
+        return rendered([self.unrendered(index, frames, aspect, split, references)])[0]
 
-    def _story(self, index: int, frames: int, aspect: str, references: int) -> ClipSample:
-        """A clip of several shots; the captions of each follow those of the one before."""
-        clip = Storyboards(self.seed, frames, aspect, self.split).clip(index)
-        told = [[text for texts in shot.values() for text in texts] for shot in clip.captions]
-        shots = [(start, len(texts)) for start, texts in zip(clip.storyboard.starts, told, strict=True)]
-        name, texts = f"world/{self.seed}/{SHOTS}/{aspect}/{index}", [text for texts in told for text in texts]
-        pictures = draw_references(clip.storyboard.shots[0], references, name)  # its things are those of all shots
-        pictures = tuple(render_reference(one, *clip.video.shape[1:3]) for one in pictures)
-        return ClipSample(clip.video, texts, clip.trajectory, name, references=pictures, shots=shots)
+    def unrendered(self, index: int, frames: int, aspect: str, split: str = "", references: int = 0) -> Unrendered:
+        """Clip `index` of the world, as `clip`, to be rendered later together with others."""
+        split, size = split or self.split, aspect_size(aspect)
+        name = f"world/{self.seed}/{split}/{aspect}/{index}"
+        if split == SHOTS:
+            world = Storyboards(self.seed, frames, aspect, self.split)
+            board = world.storyboard(index)
+            takes, first, trajectory = takes_of(board), board.shots[0], board.trajectory  # the first has the things of all shots
+            told = [[text for texts in shot.values() for text in texts] for shot in world.captions(board)]
+            captions = [text for texts in told for text in texts]  # those of each shot follow those of the one before
+            shots = [(start, len(texts)) for start, texts in zip(board.starts, told, strict=True)]
+        else:
+            world = World(self.seed, frames, aspect, split)
+            first = world.scene(index)
+            takes, trajectory, shots = (take_of(first),), first.trajectory, None
+            captions = [text for texts in world.captions(first).values() for text in texts]
+        pictures = tuple(reference_take(one, *size) for one in draw_references(first, references, name))
+        return Unrendered(size, takes, pictures, captions, trajectory, name, shots)
 
     def captions(self, index: int) -> list[str]:
         """Captions of clip `index`, without rendering or decoding it."""
@@ -148,17 +179,17 @@ class StepBatches(Dataset):
         return f"{self.source.manifest.report()}\n{self.epochs.report()}" if self.source.manifest else ""
 
 
-def batches(data: Dataset, start: int, steps: int, workers: int) -> Iterator:
-    """The batches of steps start … steps - 1, prepared ahead by `workers` processes of one thread each.
+def batches(data: Dataset, start: int, steps: int, workers: int, ahead: int = 2) -> Iterator:
+    """The batches of steps start … steps - 1, prepared ahead by `workers` processes of one thread each: up to `ahead` by each of them.
 
     A `UserError` in a worker is raised here unchanged, without the worker's traceback in its message. The workers end with this iterator,
     and at the latest with the program, however that ends.
     """
     if start >= steps:
         return
-    pinned = workers > 0 and torch.cuda.is_available()
+    pinned, ready = workers > 0 and torch.cuda.is_available(), {"prefetch_factor": ahead} if workers else {}
     loader = DataLoader(
-        _Told(data), batch_size=None, sampler=range(start, steps), num_workers=workers, worker_init_fn=_start_worker, pin_memory=pinned
+        _Told(data), None, sampler=range(start, steps), num_workers=workers, worker_init_fn=_start_worker, pin_memory=pinned, **ready
     )
     feed = iter(loader)
     if workers:
@@ -171,6 +202,22 @@ def batches(data: Dataset, start: int, steps: int, workers: int) -> Iterator:
     finally:
         if workers:
             _end_workers(feed)
+
+
+def packed(item: Any) -> bytes:
+    """An item as a message to another process, which reads it with `unpacked`. Its tensors travel in the message; torch would put each into
+    a file of its own in shared memory, which takes the reader longer than to render a clip on a GPU."""
+    buffer = io.BytesIO()
+    _Packer(buffer).dump(item)
+    return buffer.getvalue()
+
+
+unpacked = ForkingPickler.loads
+
+
+class _Packer(ForkingPickler):
+    def reducer_override(self, x: Any) -> Any:
+        return (torch.from_numpy, (x.numpy(),)) if isinstance(x, Tensor) else NotImplemented
 
 
 class _Told(Dataset):

@@ -9,14 +9,16 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from kling.cameras.axes import axes_trajectory
+from kling.cameras.trajectory import Trajectory
 from kling.condition.state import MOST_REFERENCES
 from kling.data.world.captions import COLOURS, SOLIDS
-from kling.data.world.render import Ground, Solid, render
+from kling.data.world.render import Ground, Solid, Take, render
 from kling.data.world.scene import COLOUR_RGB, FOCAL, GROUND_LOOK, Scene
 
 PLAIN = Ground((0.86, 0.86, 0.86), (0.86, 0.86, 0.86), wavelength=1.0)  # what a thing that was photographed for a catalogue stands on
@@ -62,7 +64,12 @@ def draw_references(scene: Scene, count: int, name: str, plain: bool = True) -> 
 
 
 def render_reference(reference: Reference, H: int, W: int) -> Tensor:
-    """The picture (H, W, 3) uint8. The eye's distance makes the thing as large as it should be."""
+    """The picture (H, W, 3) uint8."""
+    return render([reference_take(reference, H, W)], H, W)[0]
+
+
+def reference_take(reference: Reference, H: int, W: int) -> Take:
+    """What `render_reference` renders, one frame. The eye's distance makes the thing as large as it should be."""
     size, focal = 0.5, FOCAL * (H * W) ** 0.5  # half the thing's height in metres, and pixels
     far = 2 * size * focal / (reference.share * min(H, W))  # metres from the eye
     up, down = math.radians(reference.elevation), math.radians(reference.elevation + reference.aim)
@@ -72,4 +79,10 @@ def render_reference(reference: Reference, H: int, W: int) -> Tensor:
     start = torch.cat([R, torch.tensor([[0.0], [-size - far * math.sin(up)], [0.0]])], dim=1)  # (3, 4) world pose of the eye
     solid = Solid(reference.solid, COLOUR_RGB[reference.colour], size, reference.yaw, centre)
     ground = GROUND_LOOK[reference.ground] if reference.ground else PLAIN
-    return render([solid], ground, reference.phases, start, axes_trajectory({}, 1, H, W, FOCAL), H, W)[0]
+    return Take((solid,), ground, reference.phases, start, _still(H, W))
+
+
+@cache
+def _still(H: int, W: int) -> Trajectory:
+    """A camera of one frame."""
+    return axes_trajectory({}, 1, H, W, FOCAL)

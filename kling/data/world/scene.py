@@ -18,7 +18,7 @@ from torch import Tensor
 from kling.cameras.axes import MOVES, UNITS, axes_trajectory
 from kling.cameras.trajectory import Trajectory
 from kling.data.world.captions import COLOURS, GROUNDS, LANGUAGES, MOTIONS, SOLIDS, caption
-from kling.data.world.render import Ground, Solid, render
+from kling.data.world.render import Ground, Solid, Take, render
 from kling.errors import unknown
 from kling.shapes import ASPECTS, aspect_size, latent_frames
 
@@ -162,12 +162,11 @@ class World:
         return Scene(index, aspect, self.frames, rng.choice(list(GROUNDS)), things, axes, move, phases, trajectory)
 
     def _thing(self, rng: random.Random, place: int, colour: str, slot: int | None, half_view: float, aspect: str) -> Thing:
-        allowed = [(c, s, m) for c in COLOURS for s in SOLIDS for m in MOTIONS if (c, s, m) not in HELD_OUT and c == colour]
         solid, motion = rng.choice(list(SOLIDS)), rng.choice(list(MOTIONS))
         if self.split == "heldout" and place == 0:
             colour, solid, motion = rng.choice(HELD_OUT)
         elif (colour, solid, motion) in HELD_OUT:
-            colour, solid, motion = rng.choice(allowed)
+            solid, motion = rng.choice([(s, m) for s in SOLIDS for m in MOTIONS if (colour, s, m) not in HELD_OUT])
         size, yaw = rng.uniform(0.5, 0.72), rng.uniform(0, math.pi / 2)
         x, z, room = place_of(rng, place, slot, half_view, size)
         if self.split == "paths" and rng.random() < FREE:
@@ -232,6 +231,10 @@ def free_path(x: float, z: float, size: float, half_view: float, rng: random.Ran
 
 def render_scene(scene: Scene, size: tuple[int, int] | None = None) -> Tensor:
     """Video (T, H, W, 3) uint8 of a scene, at its aspect's size or another size with the same field of view."""
-    H, W = size or aspect_size(scene.aspect)
-    solids = [Solid(t.solid, COLOUR_RGB[t.colour], t.size, t.yaw, t.centre) for t in scene.things]
-    return render(solids, GROUND_LOOK[scene.ground], scene.phases, start_pose(), scene.trajectory, H, W)
+    return render([take_of(scene)], *(size or aspect_size(scene.aspect)))
+
+
+def take_of(scene: Scene) -> Take:
+    """What `render_scene` renders."""
+    solids = tuple(Solid(t.solid, COLOUR_RGB[t.colour], t.size, t.yaw, t.centre) for t in scene.things)
+    return Take(solids, GROUND_LOOK[scene.ground], scene.phases, start_pose(), scene.trajectory)

@@ -20,7 +20,7 @@ from torch import Tensor
 from kling.cameras.axes import axes_trajectory, rotation
 from kling.cameras.trajectory import Trajectory
 from kling.data.world.captions import LANGUAGES, MOTIONS, caption
-from kling.data.world.render import Solid, render
+from kling.data.world.render import Solid, Take, render
 from kling.data.world.scene import (
     COLOUR_RGB,
     FOCAL,
@@ -141,18 +141,22 @@ class Storyboards:
 
 def render_storyboard(board: Storyboard, size: tuple[int, int] | None = None) -> Tensor:
     """Video (T, H, W, 3) uint8 of all shots, one after another."""
-    H, W = size or aspect_size(board.aspect)
-    return torch.cat([_render_shot(shot, place, H, W) for shot, place in zip(board.shots, board.places, strict=True)])
+    return render(takes_of(board), *(size or aspect_size(board.aspect)))
 
 
-def _render_shot(shot: Scene, place: Tensor, H: int, W: int) -> Tensor:
+def takes_of(board: Storyboard) -> tuple[Take, ...]:
+    """What `render_storyboard` renders: a take for every shot."""
+    return tuple(_take(shot, place) for shot, place in zip(board.shots, board.places, strict=True))
+
+
+def _take(shot: Scene, place: Tensor) -> Take:
     """A shot where it is: its things and its camera are moved together over the ground, under the same sun."""
     R, o = place[:, :3], place[:, 3]
     turned = math.atan2(float(R[0, 2]), float(R[0, 0]))
-    solids = [Solid(t.solid, COLOUR_RGB[t.colour], t.size, t.yaw + turned, t.centre @ R.T + o) for t in shot.things]
+    solids = tuple(Solid(t.solid, COLOUR_RGB[t.colour], t.size, t.yaw + turned, t.centre @ R.T + o) for t in shot.things)
     start = start_pose()
     start = torch.cat([R @ start[:, :3], (R @ start[:, 3] + o)[:, None]], dim=1)
-    return render(solids, GROUND_LOOK[shot.ground], shot.phases, start, shot.trajectory, H, W)
+    return Take(solids, GROUND_LOOK[shot.ground], shot.phases, start, shot.trajectory)
 
 
 def _place(rng: random.Random) -> Tensor:
