@@ -17,7 +17,7 @@ from kling.cache.store import LatentBatch, LatentCache
 from kling.cameras.axes import axes_trajectory
 from kling.cameras.trajectory import pixel_rays
 from kling.condition.state import Given, build_state
-from kling.condition.tracks import Tracks, codes, joined, track_map
+from kling.condition.tracks import Tracks, codes, joined, track_map, track_maps
 from kling.data.buckets import Bucket
 from kling.data.source import DataConfig
 from kling.data.transforms import to_tensor, to_uint8
@@ -92,6 +92,20 @@ def test_the_map_is_that_of_a_slow_second_implementation(known: int) -> None:
     tracks = Tracks(points, torch.rand(12, T, generator=draw) > 0.2, torch.arange(12) % 4)
     appended = (T - 1, 3)
     torch.testing.assert_close(track_map(tracks, latents(), known, appended), slow_map(tracks, latents(), known, appended))
+
+
+def test_the_maps_of_a_batch_are_those_of_its_clips() -> None:
+    """Clips with different numbers of tracks, of given frames and times of keyframes; one has no tracks, and one knows nothing."""
+    draw, clean = torch.Generator().manual_seed(5), torch.stack([latents(seed) for seed in range(5)])
+    tracks = [
+        Tracks(1.2 * torch.rand(n, T, 2, generator=draw) - 0.1, torch.rand(n, T, generator=draw) > 0.2, torch.arange(n) % 4) if n else None
+        for n in (3, 0, 1, 7, 2)
+    ]
+    known, appended = [1, 2, 0, 2, 3], [(T - 1,), (0,), (3,), (5,), (1,)]
+    maps = track_maps(tracks, clean, known, appended)
+    assert maps.shape == (5, C + 1, F + 1, HH, WW) and not maps[1].any()
+    for i in (0, 2, 3, 4):
+        torch.testing.assert_close(maps[i], slow_map(tracks[i], clean[i], known[i], appended[i]))
 
 
 def test_a_latent_is_copied_from_under_the_start_to_every_later_place() -> None:

@@ -32,6 +32,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -48,7 +49,7 @@ from kling.vae import AutoencoderKLKling
 
 INDEX, STAMPS = "index.json", "stamps.json"
 ROWS, ENDS, SUMS = "rows", "row_ends", "row_sums"  # in a shard, next to the tensors of its clips
-OPEN = 64  # shards that a reader keeps open
+OPEN = 1024  # shards that a reader keeps mapped
 NAMED = 3  # clips that an error message names
 
 
@@ -153,7 +154,7 @@ class LatentCache:
     @property
     def holds(self) -> set[str]:
         """The names of the tensors stored for every clip."""
-        return set(self._shard(next(iter(self.clips.values())).shards[0]).names)
+        return set(self._shard(next(iter(self.clips.values())).shards[0]).arrays)
 
     def check_vae(self, vae: AutoencoderKLKling) -> None:
         """Raises `UserError` unless the latents were made by this VAE."""
@@ -183,18 +184,18 @@ class LatentCache:
 
     def batch(self, bucket: Bucket, ids: list[int], frames: int) -> LatentBatch:
         """The clips `ids` of a bucket, cut to their first `frames` pixel frames. Raises `UserError` for a damaged clip."""
-        f = latent_frames(frames)
+        f, places = latent_frames(frames), self.clips[bucket]
         rows, columns = [], {}
         for i in ids:
-            row, tensors = self._shard(self.clips[bucket][i][0]).read(self.clips[bucket][i][1])
-            rows.append(row)
-            for name, t in tensors.items():
-                columns.setdefault(name, []).append(t[:, :f] if name in ("latents", "shown") else t)
-        stacked = {name: torch.stack(column) for name, column in columns.items()}
-        cameras = [
-            Trajectory(c2w[:frames], k[:frames]) if float(k[0, 0]) > 0 else None
-            for c2w, k in zip(stacked["c2w"], stacked["intrinsics"], strict=True)
-        ]
+            shard, row = places[i]
+            line, arrays = self._shard(shard).read(row)
+            rows.append(line)
+            for name, values in arrays.items():
+                columns.setdefault(name, []).append(values[:, :, :f] if name in ("latents", "shown") else values)
+        stacked = {name: torch.from_numpy(np.concatenate(column)) for name, column in columns.items()}
+        known = (stacked["intrinsics"][:, 0, 0] > 0).tolist()
+        paths = zip(stacked["c2w"][:, :frames].unbind(), stacked["intrinsics"][:, :frames].unbind(), known, strict=True)
+        cameras = [Trajectory(c2w, k) if there else None for c2w, k, there in paths]
         lone = stacked["keyframes"].float(), stacked["keyframe_times"]
         first = {name: stacked[name].float() for name in ("shown", "seen") if name in stacked}
         first |= {"tracks": stacked["tracks"][:, :, :frames].float()} if "tracks" in stacked else {}
@@ -223,32 +224,35 @@ class LatentCache:
 
 
 class _Shard:
-    """An open shard, read row by row."""
+    """An open shard, mapped into memory and read row by row."""
 
     def __init__(self, path: Path, damaged: Callable[[str, str], UserError]) -> None:
         self.path, self.damaged = path, damaged
         try:
-            self.file = safe_open(path, framework="pt")
-            there = set(self.file.keys())
-            self.names = sorted(there - {ROWS, ENDS, SUMS})
-            self.slices = {name: self.file.get_slice(name) for name in (*self.names, *({ROWS} & there))}
+            with safe_open(path, framework="pt") as file:  # its tensors are views of the map, which they keep
+                arrays = {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118 - no dict
+            self.text, ends, sums = (arrays.pop(name, None) for name in (ROWS, ENDS, SUMS))
+            self.arrays = dict(sorted(arrays.items()))
             self.old_rows: list[dict] | None = None
-            if ROWS in there:
-                self.ends, self.sums = [0, *self.file.get_tensor(ENDS).tolist()], self.file.get_tensor(SUMS).tolist()
-            else:  # an older cache
+            if self.text is None:  # an older cache
                 self.old_rows = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+            else:
+                self.ends, self.sums = [0, *ends.tolist()], sums.tolist()
         except (SafetensorError, OSError, ValueError) as error:
             raise damaged(path.name, f"cannot be read ({error})") from None
 
-    def read(self, row: int) -> tuple[dict, dict[str, Tensor]]:
-        """(row, tensors) of a clip."""
-        tensors = {name: self.slices[name][row] for name in self.names}
+    def read(self, row: int) -> tuple[dict, dict[str, np.ndarray]]:
+        """(row, its part of every tensor, with a first axis of 1) of a clip."""
+        arrays = {name: values[row : row + 1] for name, values in self.arrays.items()}
         if self.old_rows is not None:
-            return self.old_rows[row], tensors
+            return self.old_rows[row], arrays
         line = self._line(row)
-        if checksum(tensors, line) != self.sums[row]:
+        sum_ = zlib.crc32(line)
+        for values in arrays.values():
+            sum_ = zlib.crc32(values, sum_)
+        if sum_ != self.sums[row]:
             raise self.damaged(self.path.name, f"has changed since it was written (clip {row})")
-        return json.loads(line), tensors
+        return json.loads(line), arrays
 
     def all_rows(self) -> Iterator[dict]:
         """All rows, without the tensors."""
@@ -258,7 +262,7 @@ class _Shard:
             yield from (json.loads(self._line(row)) for row in range(len(self.sums)))
 
     def _line(self, row: int) -> bytes:
-        return self.slices[ROWS][self.ends[row] : self.ends[row + 1]].numpy().tobytes()
+        return self.text[self.ends[row] : self.ends[row + 1]].tobytes()
 
 
 def checksum(tensors: Mapping[str, Tensor], line: bytes) -> int:

@@ -207,15 +207,15 @@ class State:
         """The distinct values of m of each sample, ascending, (b, k), padded by repeating the last one; and for each run of equal tokens
         which of them it has, (b, g) with the fewest runs: 1, G or n."""
         tokens = self.host[0][:, 0, :, :: self.patch[1], :: self.patch[2]].flatten(1)  # (b, n)
-        found = [torch.unique(row, return_inverse=True) for row in tokens]
-        k = max(len(values) for values, _ in found)
-        values = torch.stack([torch.cat([values, values[-1:].expand(k - len(values))]) for values, _ in found])  # (b, k)
-        index = torch.stack([places for _, places in found])  # (b, n)
-        for g in (1, self.mask.shape[2]):
-            runs = index.unflatten(1, (g, -1))
-            if bool((runs == runs[..., :1]).all()):
-                index = runs[..., 0]
-                break
+        frames = tokens.unflatten(1, (self.mask.shape[2], -1))  # (b, G, n / G)
+        level = frames.flatten(1) if bool((frames != frames[..., :1]).any()) else frames[..., 0]  # (b, n), or (b, G) if that tells all
+        ordered, order = level.sort(dim=1)
+        rank = F.pad((ordered[:, 1:] != ordered[:, :-1]).cumsum(dim=1), (1, 0))  # (b, g) the number of the value of each
+        k = int(rank[:, -1].max()) + 1
+        values = ordered[:, -1:].repeat(1, k).scatter_(1, rank, ordered)  # (b, k)
+        index = torch.empty_like(rank).scatter_(1, order, rank)  # (b, g)
+        if k == 1 or bool((index == index[:, :1]).all()):
+            index = index[:, :1]
         return upload(values, self.mask.device), upload(index, self.mask.device)
 
 
@@ -244,23 +244,16 @@ def build_state(
     if len(given) != b or any((g.appended, g.references) != (K, R) for g in given):
         counts = [(len(g.keyframes), g.references) for g in given]
         raise ValueError(f"{len(given)} conditions with {counts} keyframes and references for a batch of {b} with {K} appended frames")
-    mask = torch.ones(b, 1, frames + K, h, w, device=clean.device, dtype=clean.dtype)
-    position = torch.arange(frames, dtype=torch.float32, device=clean.device).repeat(b, 1)  # (b, F)
-    position = torch.cat([position, position.new_zeros(b, K)], dim=1)  # (b, G)
-    kind = torch.full((b, frames + K), TARGET, device=clean.device)
+    there, at = range(frames), [[frame_position(t) for t, _ in g.keyframes] + [-1.0 - k for k in range(R)] for g in given]
+    level = [[1 - g.hold if j >= g.known else 0 for j in there] + [1 - strength for _, strength in g.keyframes] + [0] * R for g in given]
+    mask = torch.tensor(level, dtype=clean.dtype)[:, None, :, None, None].repeat(1, 1, 1, h, w)  # (b, 1, G, h, w)
     for i, g in enumerate(given):
-        mask[i, :, :frames] *= 1 - g.hold
         if g.space is not None:
             mask[i, :, :frames] *= g.space.to(mask)
-        mask[i, :, : g.known] = 0
-        for k, (t, strength) in enumerate(g.keyframes, start=frames):
-            mask[i, :, k] = 1 - strength
-            position[i, k] = frame_position(t)
-            kind[i, k] = KEYFRAME
-    if R:
-        mask[:, :, -R:] = 0
-        position[:, -R:] = torch.arange(-1, -1 - R, -1, dtype=torch.float32, device=clean.device)
-        kind[:, -R:] = REFERENCE
+    mask = mask.to(clean.device)
+    position = torch.tensor([[*there, *mine] for mine in at], dtype=torch.float32, device=clean.device)  # (b, G)
+    kind = [TARGET] * frames + [KEYFRAME] * (K - R) + [REFERENCE] * R
+    kind = torch.tensor(kind, device=clean.device).repeat(b, 1)  # (b, G)
     shot = None
     if shots is not None and any(len(starts) > 1 for starts in shots):
         # the latent frame of each; references lie before the clip, and read the words of its first shot
@@ -271,7 +264,7 @@ def build_state(
     maps: Tensor | None = None
     if tracks is not None:
         maps = track_maps(tracks, clean, [g.known for g in given], [[t for t, _ in g.keyframes] for g in given])
-        maps = F.pad(maps, (0, 0, 0, 0, 0, R))  # nothing moves to or from a reference
+        maps = F.pad(maps, (0, 0, 0, 0, 0, R)) if R else maps  # nothing moves to or from a reference
     if K:
         clean = torch.cat([clean, appended], dim=2)  # (b, c, G, h, w)
     return State(clean, _whole_tokens(mask, patch), position, kind, frames, patch, sigma_c, maps, shot)

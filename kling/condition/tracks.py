@@ -54,56 +54,63 @@ def codes(index: Tensor, channels: int) -> Tensor:
 
 
 def track_map(tracks: Tracks, clean: Tensor, known: int, appended: Sequence[int] = ()) -> Tensor:
-    """The map (c + 1, G, h, w) of one clip.
-
-    Args:
-        tracks: over the T pixel frames of the clip.
-        clean: (c, F, h, w) latents, of which only the first `known` are used.
-        known: latent frames that are given at the start of the clip. Latents are copied from the last of them, and tracks that are not in
-            it are left out; the map says nothing about earlier ones. With 0 the map has codes.
-        appended: pixel frames of the keyframes that follow the F frames of the clip.
-    """
-    c, F, h, w = clean.shape
-    n, T, _ = tracks.points.shape
-    if latent_frames(T) != F:
-        raise ValueError(f"tracks over {T} frames for {F} latent frames: give {1 + TEMPORAL * (F - 1)}")
-    G, last = F + len(appended), max(0, known - 1)
-    cell, weight = _spread(tracks, h, w)  # (n, T, 4), (n, T, 4)
-    latent = torch.tensor([latent_of_frame(t) for t in range(T)])  # (T,)
-    shown = torch.where(latent == 0, 1.0, 1 / TEMPORAL) * (latent >= last)  # (T,) share of each frame in its latent
-    if known:
-        source = (weight * (latent == last)[:, None]).flatten(1)  # (n, 4T)
-        under = clean[:, last].flatten(1).T[cell.flatten(1)]  # (n, 4T, c)
-        reached = source.sum(1, keepdim=True)  # (n, 1)
-        content = (under * source[..., None]).sum(1) / reached.clamp(min=1e-6)  # (n, c)
-        weight = weight * (reached > 0)[..., None]
-    else:
-        content = codes(tracks.code, c)  # (n, c)
-
-    at = [t for t in range(T)] + list(appended)
-    frame = torch.cat([latent, torch.arange(F, G)])  # (T + K,) the latent frame of each
-    share = torch.cat([shown, torch.ones(len(appended))])  # (T + K,)
-    place = (frame[:, None] * (h * w) + cell[:, at]).flatten(1)  # (n, 4(T + K))
-    amount = (weight[:, at] * share[:, None]).flatten(1)  # (n, 4(T + K))
-    sums = torch.zeros(G * h * w, c + 1).index_add_(
-        0, place.flatten(), (torch.cat([content, torch.ones(n, 1)], dim=1)[:, None] * amount[..., None]).flatten(0, 1)
-    )  # (G · h · w, c + 1)
-    sums = sums / sums[:, -1:].clamp(min=1)  # where many tracks meet: their mean
-    if not known:
-        sums[:, -1] *= -1
-    return sums.T.unflatten(1, (G, h, w)).contiguous()  # (c + 1, G, h, w)
+    """The map (c + 1, G, h, w) of one clip with latents (c, F, h, w); see `track_maps`."""
+    return track_maps([tracks], clean[None], [known], [appended])[0]
 
 
 def track_maps(
     tracks: Sequence[Tracks | None], clean: Tensor, known: Sequence[int], appended: Sequence[Sequence[int]]
 ) -> Tensor:  # fmt: skip
-    """The maps (b, c + 1, G, h, w) of a batch of clips with latents (b, c, F, h, w); 0 for a clip without tracks."""
+    """The maps (b, c + 1, G, h, w) of a batch of clips; 0 for a clip without tracks.
+
+    Args:
+        tracks: of each clip, over its T pixel frames.
+        clean: (b, c, F, h, w) latents, of which only the first `known` are used.
+        known: latent frames that are given at the start of each clip. Latents are copied from the last of them, and tracks that are not in
+            it are left out; the map says nothing about earlier ones. With 0 the map has codes.
+        appended: pixel frames of the keyframes that follow the F frames of each clip, as many for all.
+    """
     b, c, F, h, w = clean.shape
     maps = torch.zeros(b, c + 1, F + len(appended[0]), h, w)
-    for i, mine in enumerate(tracks):
-        if mine is not None and len(mine):
-            maps[i] = track_map(mine, clean[i].float().cpu(), known[i], appended[i])
+    some = [i for i, mine in enumerate(tracks) if mine is not None and len(mine)]
+    if some:
+        begins, times = torch.tensor([known[i] for i in some]), torch.tensor([list(appended[i]) for i in some], dtype=torch.long)
+        maps[some] = _maps([mine for mine in tracks if mine is not None and len(mine)], clean[some].float().cpu(), begins, times)
     return maps.to(clean)
+
+
+def _maps(tracks: Sequence[Tracks], clean: Tensor, known: Tensor, appended: Tensor) -> Tensor:
+    """(b, c + 1, G, h, w) of clips that all have tracks, n together: clean (b, c, F, h, w), known (b,), appended (b, K)."""
+    b, c, F, h, w = clean.shape
+    every, T, K = joined(tracks), tracks[0].points.shape[1], appended.shape[1]
+    if latent_frames(T) != F:
+        raise ValueError(f"tracks over {T} frames for {F} latent frames: give {1 + TEMPORAL * (F - 1)}")
+    G, of = F + K, torch.repeat_interleave(torch.arange(b), torch.tensor([len(mine) for mine in tracks]))  # (n,) whose track it is
+    cell, weight = _spread(every, h, w)  # (n, T, 4), (n, T, 4)
+    latent = torch.tensor([latent_of_frame(t) for t in range(T)])  # (T,)
+    last = (known - 1).clamp(min=0)  # (b,)
+    shown = torch.where(latent == 0, 1.0, 1 / TEMPORAL) * (latent >= last[of, None])  # (n, T) share of each frame in its latent
+    content = codes(every.code, c)  # (n, c)
+    copied = (known[of] > 0).nonzero()[:, 0]  # (m,) tracks of clips with a frame to copy from
+    if len(copied):
+        source = (weight[copied] * (latent == last[of[copied], None])[..., None]).flatten(1)  # (m, 4T)
+        frame = clean[torch.arange(b), :, last].flatten(2).mT  # (b, h · w, c)
+        under = frame[of[copied, None], cell[copied].flatten(1)]  # (m, 4T, c)
+        reached = source.sum(1, keepdim=True)  # (m, 1)
+        content[copied] = (under * source[..., None]).sum(1) / reached.clamp(min=1e-6)
+        weight[copied] *= (reached > 0)[..., None]
+
+    lone = torch.arange(len(of))[:, None], appended[of]  # places at the keyframes (n, K)
+    cell, weight = torch.cat([cell, cell[lone]], dim=1), torch.cat([weight, weight[lone]], dim=1)  # (n, T + K, 4)
+    frame = torch.cat([latent, torch.arange(F, G)])  # (T + K,) the latent frame of each
+    place = ((of[:, None] * G + frame) * (h * w))[..., None] + cell  # (n, T + K, 4)
+    amount = weight * torch.cat([shown, torch.ones(len(of), K)], dim=1)[..., None]  # (n, T + K, 4)
+    track, when, corner = amount.nonzero(as_tuple=True)  # (s,) each
+    values = torch.cat([content, torch.ones(len(of), 1)], dim=1)[track] * amount[track, when, corner, None]  # (s, c + 1)
+    sums = torch.zeros(b * G * h * w, c + 1).index_add_(0, place[track, when, corner], values)
+    sums = (sums / sums[:, -1:].clamp(min=1)).unflatten(0, (b, G, h, w))  # where many tracks meet: their mean
+    sums[known == 0, ..., -1] *= -1
+    return sums.movedim(-1, 1)
 
 
 def _spread(tracks: Tracks, h: int, w: int) -> tuple[Tensor, Tensor]:

@@ -153,14 +153,14 @@ def draw_example(how: Drawing, batch: LatentBatch, place: int, config: Mapping[s
     R = min(how.references(place), stored_references(batch))
     given: list[Given] = []
     tracks: list[Tracks | None] = []
-    appended, words, starts = [], [], []
+    times, appended, words, starts = batch.times.tolist(), [], [], []
     for i in range(b):
         task = draw_task(rng, how.tasks, K) if f > 1 else "text"
         what = TASKS[task][1](rng, f, h, w)
         if K:
-            what, j = choose_keyframe(what, batch.times[i].tolist(), f, rng)
+            what, j = choose_keyframe(what, times[i], f, rng)
             appended.append(batch.keyframes[i, j])
-        given.append(what := replace(what, references=R))
+        given.append(what := replace(what, references=R) if R else what)
         shots = batch.shots[i] if batch.shots else None
         if shots is None:
             prompt, shown = draw_words(rng, how, batch.captions[i], batch.weights[i], batch.cameras[i], R > 0)
@@ -233,7 +233,7 @@ def scene_in(batch: LatentBatch, i: int) -> Scene | None:
     if scene is None:
         return None
     T = pixel_frames(batch.latents.shape[2])
-    if camera is None or not torch.allclose(camera.c2w, scene.trajectory.c2w[:T], atol=1e-4):
+    if camera is None or not bool(((camera.c2w - scene.trajectory.c2w[:T]).abs() <= 1e-4).all()):
         raise UserError(f"clip {batch.names[i]} of the latent cache is not what this version of the world shows: make the cache again")
     return scene
 
@@ -285,7 +285,8 @@ def draw_words(
     and prompts that do not mention it come almost only from clips with a static camera. A caption that points at references is used only
     with them (referring).
     """
-    if not referring and (plain := [i for i, text in enumerate(captions) if not speaks_of_reference(text)]):
+    pointing = not referring and speaks_of_reference("\n".join(captions))  # asked of all at once: hardly any clip's do
+    if pointing and (plain := [i for i, text in enumerate(captions) if not speaks_of_reference(text)]):
         captions, weights = [captions[i] for i in plain], [weights[i] for i in plain]
     prompt = rng.choices(captions, weights)[0]
     shown = camera is not None and rng.random() >= how.camera_drop
@@ -299,7 +300,7 @@ def draw_words(
 
 def is_static(camera: Trajectory) -> bool:
     """Whether a camera neither moves, rotates nor zooms."""
-    return bool((camera.c2w == camera.c2w[:1]).all() and (camera.intrinsics == camera.intrinsics[:1]).all())
+    return all(bool((path == path[:1]).all()) for path in (camera.c2w.numpy(), camera.intrinsics.numpy()))
 
 
 def as_extra_channels(example: Example, batch: LatentBatch, given: list[Given], config: Mapping[str, Any]) -> Example:

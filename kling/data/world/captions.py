@@ -74,7 +74,7 @@ def speaks_of_camera(text: str) -> bool:
 
 def speaks_of_reference(text: str) -> bool:
     """Whether a caption points at a picture that is given with it, such as "the second thing"."""
-    return any(found in text.lower() for found in _pointers())
+    return any(map(text.lower().__contains__, _pointers()))
 
 
 @cache

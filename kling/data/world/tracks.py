@@ -8,7 +8,9 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,6 +31,7 @@ TELLS = 4  # points of the ground that show how the camera moves
 SAY_CAMERA, MAY_SAY_CAMERA = 0.9, 0.5  # share of captions that say it, if nothing else shows it, and if something does
 
 
+@lru_cache(maxsize=4096)  # a training draws every clip many times
 def scene_of(name: str, frames: int) -> Scene | None:
     """The scene of a clip of the world by its name in a cache, over `frames` frames; None for other clips and for storyboards."""
     kind, *rest = name.split("/")
@@ -43,78 +46,88 @@ def is_unnamed(name: str) -> bool:
     return name.startswith("world/") and name.split("/")[2] == "paths"
 
 
-def project(points: Tensor, camera: Trajectory) -> tuple[Tensor, Tensor]:
+@np.errstate(invalid="ignore")
+def project(points: Tensor, camera: Trajectory, poses: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
     """Where the camera sees points (…, T, 3) of the world: x and y (…, T, 2), divided by width and height, and the depth (…, T) in metres.
 
-    x = K Rᵀ (p - o), for the camera's world pose [R | o] in each frame. A point behind the camera is at infinity.
+    x = K Rᵀ (p - o), for the camera's world pose [R | o] in each frame. A point behind the camera is at infinity. poses: `world_poses` of
+    the camera, if they are known already.
     """
-    R, o = world_poses(camera)  # (T, 3, 3), (T, 3)
-    seen = ((points - o)[..., None, :] @ R)[..., 0, :]  # (…, T, 3) in the camera's axes
-    depth = seen[..., 2]
-    f, c = camera.intrinsics[:, :2], camera.intrinsics[:, 2:]
-    places = f * seen[..., :2] / depth.clamp(min=1e-6)[..., None] + c  # (…, T, 2)
-    return torch.where(depth[..., None] > 0.05, places, torch.inf), depth
+    R, o = (t.numpy() for t in poses or world_poses(camera))  # (T, 3, 3), (T, 3); arrays, because the points are few
+    off = (points.numpy() - o)[..., None]  # (…, T, 3, 1)
+    seen = off[..., 0, :] * R[:, 0] + off[..., 1, :] * R[:, 1] + off[..., 2, :] * R[:, 2]  # (…, T, 3) in the camera's axes
+    depth, k = seen[..., 2], camera.intrinsics.numpy()
+    places = k[:, :2] * seen[..., :2] / np.maximum(depth, 1e-6)[..., None] + k[:, 2:]  # (…, T, 2)
+    return torch.from_numpy(np.where(depth[..., None] > 0.05, places, np.float32(np.inf))), torch.from_numpy(depth)
 
 
 def world_poses(camera: Trajectory) -> tuple[Tensor, Tensor]:
     """Rotation (T, 3, 3) and position (T, 3) of the camera in the world."""
-    start = start_pose()
+    start = _start()
     return start[:, :3] @ camera.c2w[:, :, :3], (start[:, :3] @ camera.c2w[:, :, 3:] + start[:, 3:])[:, :, 0]
+
+
+_start = cache(start_pose)
 
 
 @dataclass(frozen=True)
 class Places:
     """Where the k things of a scene are in the picture: centres (k, T, 2) and half of their height (k, T, 2), both divided by width and
-    height; depth (k, T) in metres."""
+    height; depth (k, T) in metres; and the poses of the camera in the world."""
 
     centre: Tensor
     half: Tensor
     depth: Tensor
+    poses: tuple[Tensor, Tensor]
 
     def visible(self, k: int, t: int) -> bool:
         """Whether the centre of thing k is in the picture of frame t, and no nearer thing is in front of it."""
-        inside = bool(((self.centre[k, t] >= 0) & (self.centre[k, t] <= 1)).all())
-        return inside and not bool(self.hides(self.centre[k], self.depth[k], but=k)[t])
+        x, y = self.centre[k, t].tolist()
+        return 0 <= x <= 1 and 0 <= y <= 1 and not self.hides(self.centre[k], self.depth[k], but=k)[t].item()
 
+    @np.errstate(invalid="ignore")
     def hides(self, place: Tensor, depth: Tensor, but: int | None = None) -> Tensor:
         """(…, T) bool: points at places (…, T, 2) and depths (…, T) that are behind a thing, other than thing `but`."""
-        hidden = torch.zeros(depth.shape, dtype=torch.bool)
-        for k in range(len(self.centre)):
+        at, far = place.numpy(), depth.numpy()
+        hidden = np.zeros(far.shape, bool)
+        for k, (centre, half, near) in enumerate(zip(self.centre.numpy(), self.half.numpy(), self.depth.numpy(), strict=True)):
             if k != but:
-                off = (place - self.centre[k]) / (HIDES * self.half[k])  # (…, T, 2)
-                hidden |= (off.square().sum(-1) < 1) & (depth > self.depth[k])
-        return hidden
+                off = (at - centre) / (np.float32(HIDES) * half)  # (…, T, 2)
+                hidden |= (off[..., 0] ** 2 + off[..., 1] ** 2 < 1) & (far > near)
+        return torch.from_numpy(hidden)
 
 
 def places_of(scene: Scene) -> Places:
     """Where the things of a scene are in every frame."""
     centres = torch.stack([thing.centre for thing in scene.things])  # (k, T, 3)
-    centre, depth = project(centres, scene.trajectory)
+    poses = world_poses(scene.trajectory)
+    centre, depth = project(centres, scene.trajectory, poses)
     size = torch.tensor([thing.size for thing in scene.things])[:, None, None]  # (k, 1, 1)
-    return Places(centre, size * scene.trajectory.intrinsics[:, :2] / depth.clamp(min=0.05)[..., None], depth)
+    return Places(centre, size * scene.trajectory.intrinsics[:, :2] / depth.clamp(min=0.05)[..., None], depth, poses)
 
 
 def thing_tracks(scene: Scene, k: int, offsets: Tensor, places: Places | None = None) -> Tracks:
     """Tracks of n points of thing k, with code k + 1. offsets: (n, 2) from its centre to the right and down in frame 0, in its sizes.
     places: of the scene, if they are known already."""
     places = places or places_of(scene)
-    R, _ = world_poses(scene.trajectory)
+    R, _ = places.poses
     thing = scene.things[k]
     points = thing.centre + thing.size * (offsets @ R[0, :, :2].T)[:, None]  # (n, T, 3)
-    place, depth = project(points, scene.trajectory)
+    place, depth = project(points, scene.trajectory, places.poses)
     return Tracks(place, ~places.hides(place, depth, but=k), torch.full((len(offsets),), k + 1))
 
 
 def ground_tracks(scene: Scene, pixels: Tensor, start: int = 0, places: Places | None = None) -> Tracks:
     """Tracks of the points of ground and sky at places `pixels` (n, 2) of frame `start`; those that a thing hides there are left out.
     places: of the scene's things, if they are known already."""
-    R, o = world_poses(scene.trajectory)
+    places = places or places_of(scene)
+    R, o = places.poses
     f, c = scene.trajectory.intrinsics[start, :2], scene.trajectory.intrinsics[start, 2:]
     rays = torch.cat([(pixels - c) / f, torch.ones(len(pixels), 1)], dim=1) @ R[start].T  # (n, 3)
     far = torch.where(rays[:, 1] > 1e-4, -o[start, 1] / rays[:, 1].clamp(min=1e-4), FAR).clamp(max=FAR)  # the ground is y = 0
     points = o[start] + far[:, None] * rays  # (n, 3)
-    place, depth = project(points[:, None].expand(-1, scene.frames, -1), scene.trajectory)
-    there = ~(places or places_of(scene)).hides(place, depth)
+    place, depth = project(points[:, None].expand(-1, scene.frames, -1), scene.trajectory, places.poses)
+    there = ~places.hides(place, depth)
     kept = there[:, start]
     return Tracks(place[kept], there[kept], torch.full((int(kept.sum()),), BACKGROUND))
 
@@ -161,8 +174,9 @@ def _shortened(tracks: Tracks, rng: random.Random, start: int) -> Tracks:
     """The tracks of one thing, from `start` on, and in some cases to an early end."""
     T = tracks.there.shape[1]
     end = rng.randint(min(T, start + 2), T) if rng.random() < DROPPED else T
-    time = torch.arange(T)
-    return Tracks(tracks.points, tracks.there & (time >= start) & (time < end), tracks.code)
+    there = torch.zeros_like(tracks.there)
+    there[:, start:end] = tracks.there[:, start:end]
+    return Tracks(tracks.points, there, tracks.code)
 
 
 def brushed_caption(
