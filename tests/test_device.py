@@ -193,12 +193,12 @@ def test_the_vae_s_kernels_are_channels_last_like_its_clips(monkeypatch: pytest.
 @pytest.mark.slow
 @pytest.mark.timeout(1600)
 def test_the_gpu_script_runs_in_a_rehearsal(tmp_path: Path) -> None:
-    """The script for a machine with a GPU, at a small size: every stage succeeds and leaves at most 8 files of 15 MB."""
+    """The script for a machine with a GPU, at a small size: every stage succeeds, and leaves at most 8 files of 15 MB."""
     env = os.environ | {"PYTHON": sys.executable, "OUT": str(tmp_path / "out"), "WORK": str(tmp_path / "work"), "WHEELS": str(tmp_path)}
     subprocess.run(["bash", str(ROOT / "configs" / "gpu" / "first.sh"), "--rehearse"], env=env, check=True)
     stages = [json.loads(line) for line in (tmp_path / "out" / "stages.jsonl").read_text().splitlines()]
-    assert [s["stage"] for s in stages] == ["machine", "tests", "bench", "encode", "pace", "train", "scores"]
+    assert [s["stage"] for s in stages] == ["machine", "tests", "encode", "pace", "train", "student", "scores", "bench"]
     assert all(stage["code"] == 0 or (stage["stage"], stage["code"]) == ("bench", 143) for stage in stages), stages  # 143: out of time
     files = list((tmp_path / "out").iterdir())
     assert len(files) <= 8 and all(file.stat().st_size <= 15e6 for file in files)
-    assert {"bench.json", "scores.json", "metrics.jsonl.gz", "weights.tar.aa", "logs.tar.gz"} <= {file.name for file in files}
+    assert {"eval.tar.gz", "metrics.jsonl.gz", "weights.tar.aa", "fast.tar.aa", "logs.tar.gz"} <= {file.name for file in files}

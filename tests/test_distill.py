@@ -253,14 +253,22 @@ def test_the_student_begins_as_the_teacher(teacher: Path, tmp_path: Path) -> Non
     assert alone[0]["loss"] < 1e-8 < 1e-5 < guided[0]["loss"]
 
 
-def test_data_with_steps_of_length_0_is_plain_training(teacher: Path, tmp_path: Path) -> None:
-    """The loss of the first step, against kling-train's formula computed here from the teacher."""
-    line = run(
-        teacher, tmp_path, "steps=1", "flow_map.plain=1", "flow_map.velocity=data", "guidance_scale=1", "camera_guidance_scale=1", "group=1"
-    )[0]
+@pytest.fixture(scope="module")
+def stories(teacher: Path) -> Path:
+    """A cache of three clips and four storyboards."""
+    folder = teacher / "stories"
+    encode.main(["configs/cache/debug.yaml", f"vae={teacher / 'model' / 'vae'}", f"out={folder}", "clips=3", "shots={17: 4}", "workers=0"])
+    return folder
+
+
+@pytest.mark.parametrize("shots", [0.0, 1.0])
+def test_data_with_steps_of_length_0_is_plain_training(teacher: Path, stories: Path, tmp_path: Path, shots: float) -> None:
+    """The loss of the first step, against kling-train's formula computed here from the teacher; also of clips of several shots."""
+    plain = ("flow_map.velocity=data", "guidance_scale=1", "camera_guidance_scale=1", "group=1", f"cache={stories}", f"shots={shots}")
+    line = run(teacher, tmp_path, "steps=1", "flow_map.plain=1", *plain)[0]
     start = open_start(teacher / "model")
     model, vae = Trained(start.transformer({}), start.text({}, "")), load_vae(str(teacher / "model"))
-    data = LatentSteps(LatentCache(teacher / "cache"), 4, [17], 0, 1)
+    data = LatentSteps(LatentCache(stories), 4, [17], 0, 1, shots)
     batch = data[0]
     example = draw_example(Drawing(0, {"text": 1, "image": 1}, 0.05, 0.4, 1, 63), batch, 0, model.transformer.config, vae.spatial_factor)
     scheduler = start.settings["scheduler"].config
@@ -271,6 +279,8 @@ def test_data_with_steps_of_length_0_is_plain_training(teacher: Path, tmp_path: 
     error = ((v - (noise - example.state.clean)) ** 2).mean(1, keepdim=True) * example.state.mask
     losses = error.flatten(1).sum(1) / example.state.mask.flatten(1).sum(1)
     assert line["loss"] == pytest.approx(float(losses.mean()), rel=1e-5)
+    mixed = run(teacher, tmp_path / "mixed", "steps=1", *plain)[0]  # also steps of some length
+    assert mixed["loss"] > 0
 
 
 MATCHING = ("method=dmd", "dmd.critic_updates=2", "dmd.critic_lr=1e-3", "lr=1e-3", "num_inference_steps=3", "guidance_scale=3")
