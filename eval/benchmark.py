@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import io
 import math
 import shlex
 import sys
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from kling_programs.eval.common import protocol_hash, read_object, write_json, write_text
+from kling_programs.eval.common import as_expected, protocol_hash, read_object, results, write_json, write_text
 from kling_programs.eval.options import benchmark as parse
 from torch import Tensor
 
@@ -31,7 +32,7 @@ from kling.data.video import probe, write_video
 from kling.errors import UserError
 from kling.metrics.benchmarks import BOARDS, Job, board_scores, physics_iq, physics_iq_jobs, vbench_jobs
 from kling.metrics.worldscore import Instance, camera_data, image_data, worldscore, worldscore_aspects, worldscore_instances
-from kling.runtime.files import head, parse_json, parse_literal
+from kling.runtime.files import head, parse_json, parse_literal, read_text
 from kling.runtime.random import derive_seed
 
 OWN = "give the benchmark's own file"
@@ -40,7 +41,7 @@ OWN = "give the benchmark's own file"
 def main(argv: list[str]) -> None:
     args = parse(argv)
     if args.action == "import":
-        results(args, argv)
+        imported(args, argv)
         return
     if args.name == "worldscore":
         worlds = worldscore_instances(read_list(Path(args.info), "static.json or dynamic.json"), args.still or "")
@@ -56,11 +57,21 @@ def main(argv: list[str]) -> None:
 
 def read_jobs(args: argparse.Namespace) -> list[Job]:
     path = Path(args.info)
-    head(path)
-    if args.name == "physics-iq":
-        with path.open(encoding="utf-8", newline="") as file:
-            return physics_iq_jobs(list(csv.DictReader(file)))
-    return vbench_jobs(args.name, read_list(path, "full_info.json"))
+    with as_expected(path, OWN):
+        if args.name == "physics-iq":
+            return physics_iq_jobs(read_rows(path))
+        return vbench_jobs(args.name, read_list(path, "full_info.json"))
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV by the names in its first line."""
+    try:
+        rows = list(csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True))
+    except csv.Error as error:
+        raise UserError(f"{path} cannot be read as a table ({error}): {OWN}") from None
+    if any(None in row or None in row.values() for row in rows):
+        raise UserError(f"{path} has a row of more or fewer cells than its first line: {OWN}")
+    return rows
 
 
 def read_list(path: Path, name: str) -> list[Any]:
@@ -153,9 +164,14 @@ def check_worlds(args: argparse.Namespace, worlds: list[Instance]) -> None:
     print(f"worldscore: all {len(worlds)} worlds are there, {' or '.join(str(n) for n in sorted(lengths))} frames each")
 
 
-def results(args: argparse.Namespace, argv: list[str]) -> None:
+def imported(args: argparse.Namespace, argv: list[str]) -> None:
     """The benchmark's own numbers, with its own weights."""
     found = read_results(args.name, Path(args.results))
+    with results(args, "benchmark"):
+        write_results(args, argv, found)
+
+
+def write_results(args: argparse.Namespace, argv: list[str], found: dict[str, float]) -> None:
     table = "\n".join(["| | score |", "| --- | ---: |", *(f"| {name} | {100 * value:.2f} % |" for name, value in found.items())])
     if args.name in ("physics-iq", "worldscore"):
         table = "\n".join(["| | score |", "| --- | ---: |", *(f"| {name} | {value:.3f} |" for name, value in found.items())])
@@ -176,15 +192,9 @@ def results(args: argparse.Namespace, argv: list[str]) -> None:
 def read_results(name: str, path: Path) -> dict[str, float]:
     """From a folder of VBench's `*_eval_results.json` ({dimension: [score, videos]}), Physics-IQ's CSV, or what WorldScore wrote."""
     if name == "physics-iq":
-        head(path)
-        try:
-            with path.open(encoding="utf-8-sig", newline="") as file:
-                rows = list(csv.DictReader(file, strict=True))
-        except (OSError, UnicodeDecodeError, csv.Error) as error:
-            raise UserError(f"{path} cannot be read as a table ({error}): give the benchmark's own file") from None
-        if any(None in row or None in row.values() for row in rows):
-            raise UserError(f"{path} has a row of more or fewer cells than its first line: give the benchmark's own file")
-        return physics_iq([{key: parsed(path, key, value) for key, value in row.items()} for row in rows])
+        rows = read_rows(path)
+        with as_expected(path, OWN):
+            return physics_iq([{key: parsed(path, key, value) for key, value in row.items()} for row in rows])
     if name == "worldscore":
         return read_worldscore(path)
     files = sorted(path.rglob("*.json")) if path.is_dir() else [path]
@@ -193,7 +203,7 @@ def read_results(name: str, path: Path) -> dict[str, float]:
         content = read_json(file)
         if isinstance(content, dict):  # the lists are the prompts, which VBench writes too
             raw |= {key: number(file, key, value[0] if isinstance(value, list) and value else value) for key, value in content.items()}
-    if not raw:
+    if not raw.keys() & set(BOARDS[name].dimensions):
         raise UserError(f"{path} holds no results: give the folder with *_eval_results.json")
     if missing := [key for key in BOARDS[name].dimensions if key not in raw]:
         print(f"not measured, counted as 0 as {name} does: {', '.join(missing)}", file=sys.stderr)
@@ -240,8 +250,8 @@ def number(path: Path, key: str, value: Any) -> float:
 
 
 def read_json(path: Path) -> Any:
-    head(path)
+    text = read_text(path)
     try:
-        return parse_json(path.read_text(encoding="utf-8"))
+        return parse_json(text)
     except ValueError as error:
         raise UserError(f"{path} is not JSON ({error}): {OWN}") from None

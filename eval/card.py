@@ -12,26 +12,26 @@ from pathlib import Path
 from typing import Any
 
 from kling_programs.eval.cases import TABLE
-from kling_programs.eval.common import found_only, read_object, write_text
+from kling_programs.eval.common import as_expected, found_only, read_scores, write_text
 from kling_programs.eval.options import card as parse
 
 from kling.data.world.captions import vocabulary_table
 from kling.errors import UserError
 from kling.metrics.report import Summary, markdown, summarise
-from kling.runtime.files import head
+from kling.runtime.files import read_text
 
 
 def main(argv: list[str]) -> None:
     args = parse(argv)
     card, scores = Path(args.into), Path(args.run) / "scores.json"
-    report = read_object(scores)
-    head(card)
-    text = card.read_text(encoding="utf-8")
+    report = read_scores(scores)
+    text = read_text(card)
     if report.get("suite") != "world":
         raise UserError(f"{scores} is of the suite {report.get('suite')}: a card takes the scores of kling-eval world")
     if lacks := [name for name in ("protocol", "n", "scores") if name not in report]:
         raise UserError(f"{scores} has no {lacks[0]}: write the run again")
-    text = between(text, "scores", score_lines(report), card)
+    with as_expected(scores):
+        text = between(text, "scores", score_lines(report), card)
     write_text(card, between(text, "vocabulary", vocabulary_table(), card))
     print(card)
 

@@ -15,6 +15,7 @@ is missed is printed as a result; it is not an error.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import os
 import shlex
@@ -23,7 +24,7 @@ from collections import defaultdict
 from importlib.util import find_spec
 from pathlib import Path
 
-from kling_programs.eval.common import VIDEOS, files, protocol_hash, write_json, write_text
+from kling_programs.eval.common import MOST_GIB, VIDEOS, files, protocol_hash, results, write_json, write_text
 from kling_programs.eval.options import SEED
 from kling_programs.eval.options import certify as parse
 from torch import Tensor
@@ -61,6 +62,12 @@ STAGE = Stage(start_pose(), FOCAL, float(HAZE.mean()), HAZE_DISTANCE, COLOUR_RGB
 
 def main(argv: list[str]) -> None:
     args = parse(argv)
+    with results(args, "certify"):
+        scored(args, argv)
+
+
+def scored(args: argparse.Namespace, argv: list[str]) -> None:
+    made = files(args.made, VIDEOS, "videos") if args.made else {}
     rows: dict[str, list[Row]] = defaultdict(list)
     by_move: dict[str, Row] = {}
     for H, W in args.sizes:
@@ -81,9 +88,8 @@ def main(argv: list[str]) -> None:
             for i, axes in enumerate(CLASSED):
                 video, path = shot(axes, 10 * k + i, H, W, args.seed, "none")
                 rows[f"class {name}"].append({"class": vbench_class(path) in camera_classes(optical_flow(video))})
-    if args.made:
-        for name, path in files(args.made, VIDEOS, "videos").items():
-            rows["made"].append(by_move.setdefault(f"made {name}", compared(read_video(path).frames)))
+    for name, path in made.items():
+        rows["made"].append(by_move.setdefault(f"made {name}", compared(read_video(path, max_gib=MOST_GIB).frames)))
     scores = {task: summarise(found) for task, found in rows.items()}
     lines = [Line("made", ruler, f"{ruler}, made clips, camera found", "%") for ruler in ("world", "any")]
     lines.append(Line("made", "rotation", "any against world, made clips, RotErr", "°", None, "<= 2"))

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from kling.errors import UserError
 from kling.metrics.controls import Order, violations
 from kling.metrics.report import Row, Summary
-from kling.runtime.files import head, parse_json, written
+from kling.runtime.files import parse_json, read_text, written
+from kling.runtime.lock import locked
 
 EXIT_WRONG_ORDER = 3
+MOST_GIB = 2  # pixels of a video that is measured as a whole: its floats and its motion take twenty times as much
+KINDS: dict[str, type] = dict.fromkeys(("suite", "protocol", "command", "table"), str)  # of the parts of scores.json
+KINDS |= {"n": int, "failures": dict, "options": dict, "scores": dict, "ranked": list}
 VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif")
 
 
@@ -25,14 +31,54 @@ def write_json(path: Path, value: Any) -> None:
 
 def read_object(path: Path, remedy: str = "write the run again") -> dict[str, Any]:
     """The object in a JSON file. Raises `UserError` that ends with `remedy` if there is none."""
-    head(path)
+    text = read_text(path)
     try:
-        value = parse_json(path.read_text(encoding="utf-8"))
+        value = parse_json(text)
     except ValueError as error:
         raise UserError(f"{path} is not JSON ({error}): {remedy}") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} holds a {type(value).__name__}, not an object: {remedy}")
     return value
+
+
+def read_scores(path: Path) -> dict[str, Any]:
+    """The scores.json of a run. Raises `UserError` if a part of it is not of the kind that a suite writes."""
+    report = read_object(path)
+    for name, kind in KINDS.items():
+        if not isinstance(report.get(name, kind()), kind):
+            raise UserError(f"{path}: {name} is {report[name]!r:.60}, which no suite writes: write the run again")
+    return report
+
+
+@contextmanager
+def as_expected(path: Path, remedy: str = "write the run again") -> Iterator[None]:
+    """Turn the errors of code that goes through a file's contents into a `UserError`: they are not what belongs there."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, IndexError, ZeroDivisionError) as error:
+        raise UserError(f"{path} is not as expected ({type(error).__name__}: {error}): {remedy}") from None
+
+
+@contextmanager
+def results(args: argparse.Namespace, suite: str, same: bool = True) -> Iterator[None]:
+    """Lock the folder --out while a suite works, so that one which cannot be written is told before the work.
+
+    Raises `UserError` if it holds the scores of another suite or, with `same`, of other options: they would be lost.
+    """
+    scores = Path(args.out) / "scores.json"
+    with locked(args.out, "evaluation"):
+        if scores.is_file():
+            report = read_object(scores, f"give another --out, or delete {scores}")
+            name = report.get("suite", "world")
+            if name != suite or (same and given(report.get("options")) != given(vars(args))):
+                told = report.get("command") or f"kling-eval {name}"
+                raise UserError(f"{args.out} holds the scores of another run ({told}): give another --out, or delete that folder")
+        yield
+
+
+def given(options: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The options of a run, without its folder, as scores.json holds them."""
+    return json.loads(json.dumps({name: value for name, value in (options or {}).items() if name != "out" and value is not None}))
 
 
 def write_text(path: Path, text: str) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kling_programs.eval.cases import TABLE
-from kling_programs.eval.common import read_object, write_text
+from kling_programs.eval.common import as_expected, read_object, write_text
 from kling_programs.eval.options import compare as parse
 from kling_programs.eval.world import Record, recorded
 
@@ -27,7 +27,10 @@ SAME = ("seed", "examples")  # settings that make two runs' cases the same and m
 def main(argv: list[str]) -> None:
     args = parse(argv)
     first = Path(args.a)
-    tables = [f"{other} less {first}\n\n{difference(first, Path(other))}" for other in args.b]
+    tables = []
+    for other in args.b:
+        with as_expected(Path(other) / "cases.jsonl"):
+            tables.append(f"{other} less {first}\n\n{difference(first, Path(other))}")
     print("\n\n".join(tables))
     if args.out:
         write_text(Path(args.out), "\n\n".join(tables) + "\n")
@@ -69,4 +72,5 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[int, dict[str, Row]]]:
     settings = read_object(folder / "run.json")
     head(folder / "cases.jsonl")
     records: dict[int, Record] = recorded(folder / "cases.jsonl")
-    return settings, {k: record["rows"]["model"] for k, record in records.items()}
+    with as_expected(folder / "cases.jsonl"):
+        return settings, {k: dict(record["rows"]["model"]) for k, record in records.items()}

@@ -13,16 +13,17 @@ from __future__ import annotations
 
 import argparse
 import shlex
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from kling_programs.eval.common import VIDEOS, check_order, files, protocol_hash, write_json, write_text
+from kling_programs.eval.common import VIDEOS, check_order, files, protocol_hash, results, write_json, write_text
 from kling_programs.eval.options import features as parse
 from torch import Tensor
 
 from kling.data.transforms import fit
-from kling.data.video import read_video
+from kling.data.video import stream_video
 from kling.errors import UserError
 from kling.metrics.controls import Order, frozen, noise
 from kling.metrics.distances import frechet, mmd_polynomial
@@ -38,7 +39,7 @@ from kling.metrics.features import (
 )
 from kling.metrics.report import Line, markdown
 from kling.metrics.stats import mean
-from kling.runtime.files import head
+from kling.runtime.files import read_text
 
 TITLES = {"fvd": "FVD", "jedi": "JEDi", "fid": "FID", "lpips": "LPIPS", "clipscore": "CLIPScore"}
 TITLES |= {"clip": "CLIP consistency", "dino": "DINO consistency"}
@@ -54,6 +55,11 @@ Found = dict[str, dict[str, float]]  # by control ("" for the videos themselves)
 def main(argv: list[str]) -> None:
     args = parse(argv)
     given = [Weights.parse(text) for text in args.weights]
+    with results(args, "features"):
+        scored(args, given, argv)
+
+
+def scored(args: argparse.Namespace, given: list[Weights], argv: list[str]) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     made, truth, prompts = load(args)
     columns: dict[str, Any] = {}
@@ -127,17 +133,15 @@ def load(args: argparse.Namespace) -> tuple[list[Tensor], list[Tensor], list[str
         truth = [fit(clip(path, args), *made[0].shape[1:3]) for path in chosen]
     if args.prompts:
         for name in paths:
-            path = Path(args.prompts) / f"{name}.txt"
-            head(path)
-            prompts.append(path.read_text(encoding="utf-8").strip())
+            prompts.append(read_text(Path(args.prompts) / f"{name}.txt").strip())
     return made, truth, prompts
 
 
 def clip(path: Path, args: argparse.Namespace) -> Tensor:
     """The first `--frames` frames, every `--stride`th. Raises `UserError` if the video is shorter."""
-    video = read_video(path).frames[:: args.stride]
-    if len(video) < args.frames:
+    frames = list(islice(stream_video(path), 0, args.frames * args.stride, args.stride))
+    if len(frames) < args.frames:
         raise UserError(
-            f"{path} has {len(video)} frames at stride {args.stride}: give videos of at least {args.frames}, or a smaller --frames"
+            f"{path} has {len(frames)} frames at stride {args.stride}: give videos of at least {args.frames}, or a smaller --frames"
         )
-    return video[: args.frames]
+    return torch.stack(frames)

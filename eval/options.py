@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import ast
 import math
+import os
 from importlib.util import find_spec
 from pathlib import Path
 
-from kling_programs.sample.command import Parser
+from kling_programs.sample.command import Parser, limits
 
 import kling
 from kling.errors import UserError, unknown
@@ -26,7 +27,10 @@ TASKS = (
 MODES = ("std", "pro", "fast")
 PRECISIONS = ("auto", "bf16", "fp32")
 QUICK = {"n": 8, "examples": 120}
-NETWORKS = ("fvd", "jedi", "fid", "lpips", "clipscore", "clip", "dino")
+COMPARE = ("fvd", "jedi", "fid", "lpips")  # with real videos
+NETWORKS = (*COMPARE, "clipscore", "clip", "dino")
+MOST = 100_000  # cases, or frames: more are a mistake
+SEEDS = 2**32 - 1
 FVD_FRAMES = 16
 MOVES, SEED = 7, 11
 ACTIONS = ("sample", "check", "import")
@@ -37,6 +41,16 @@ CARD = Path(kling.__file__).parent / "assets" / "README.md"
 def described(suite: str) -> str:
     """The docstring of a suite's file, which is not imported."""
     return ast.get_docstring(ast.parse(Path(__file__).with_name(f"{suite}.py").read_text(encoding="utf-8")))
+
+
+def once(given: list[str], what: str) -> None:
+    """Raises `UserError` if something is given twice, also in another spelling of its path."""
+    seen: set[str] = set()
+    for one in map(str, given):
+        path = os.path.realpath(one)
+        if path in seen:
+            raise UserError(f"{what} {one} is given twice: give each once")
+        seen.add(path)
 
 
 def world(argv: list[str]) -> argparse.Namespace:
@@ -56,11 +70,7 @@ def world(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help=f"{QUICK['n']} cases and less certain detectors")
     parser.add_argument("--limit-minutes", metavar="M", type=float, help="stop after this time, and report the n that was reached")
     args = parser.parse_args(argv)
-    for name in ("n", "workers", "steps", "batch"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)}: give at least 1")
-    if args.seed is not None and args.seed < 0:
-        raise UserError(f"--seed {args.seed}: give 0 or more")
+    limits(args, n=(1, MOST), steps=(1, 1000), seed=(0, SEEDS), workers=(1, 1000), batch=(1, 1000))
     if args.mode is not None and args.mode not in MODES:
         raise unknown("mode", args.mode, MODES)
     if args.precision is not None and args.precision not in PRECISIONS:
@@ -81,8 +91,7 @@ def videos(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--seams", metavar="FRAMES", help="first frames of hops: 41,73 or 41:32")
     parser.add_argument("--n", metavar="N", type=int, help="only the first N names")
     args = parser.parse_args(argv)
-    if args.n is not None and args.n < 1:
-        raise UserError(f"--n {args.n}: give at least 1")
+    limits(args, n=(1, MOST))
     if args.colmap and not args.cameras:
         raise UserError("--colmap estimates cameras: give --cameras, the requested paths")
     if args.colmap and find_spec("pycolmap") is None:
@@ -102,9 +111,13 @@ def features(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     names = [text.partition("=")[0] for text in args.weights]
     args.paired = "lpips" in names or "clipscore" in names
-    if min(args.frames, args.stride) < 1:
-        raise UserError(f"--frames {args.frames} --stride {args.stride}: give at least 1")
-    if (sets := [name for name in names if name in ("fvd", "jedi", "fid", "lpips")]) and not args.reference:
+    limits(args, frames=(1, MOST), stride=(1, MOST))
+    once(names, "--with")
+    if args.reference and not {"clipscore", *COMPARE} & set(names):
+        raise UserError(f"--reference is for {', '.join(COMPARE)} and clipscore: leave it out, or give one of them --with")
+    if args.prompts and "clipscore" not in names:
+        raise UserError("--prompts is for clipscore: leave it out, or give --with clipscore=FOLDER")
+    if (sets := [name for name in names if name in COMPARE]) and not args.reference:
         raise UserError(f"{sets[0]} compares with real videos: give --reference FOLDER")
     if "clipscore" in names and not args.prompts:
         raise UserError("clipscore compares with words: give --prompts FOLDER, NAME.txt for each video")
@@ -127,10 +140,13 @@ def vae(argv: list[str]) -> argparse.Namespace:
     args.size = parse_size(args.size) if args.size else None
     for T in args.frames:
         latent_frames(T)
-    if len(set(args.folders)) < len(args.folders):
-        raise UserError("one folder is given twice: give each VAE once")
-    if args.n < 1:
-        raise UserError(f"--n {args.n}: give at least 1")
+    once(args.folders, "the folder")
+    once(args.frames, "--frames")
+    if max(args.frames) > MOST:
+        raise UserError(f"--frames {max(args.frames)}: give at most {MOST}")
+    if args.size and min(args.size) < 16:
+        raise UserError(f"--size {args.size[1]}x{args.size[0]}: give at least 16x16")
+    limits(args, n=(1, MOST))
     return args
 
 
@@ -143,8 +159,11 @@ def certify(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--made", metavar="FOLDER", help="videos of the small world made by a model, without zoom")
     args = parser.parse_args(argv)
     args.sizes = [parse_size(size) for size in args.sizes.split(",")]
-    if args.n < 1 or min(min(size) for size in args.sizes) < 32:
-        raise UserError("give --n of at least 1 and --sizes of at least 32x32")
+    once([f"{W}x{H}" for H, W in args.sizes], "--sizes")
+    for H, W in args.sizes:
+        if not 32 <= min(H, W) <= max(H, W) <= 4096:
+            raise UserError(f"--sizes {W}x{H}: give from 32x32 to 4096x4096")
+    limits(args, n=(1, MOST), seed=(0, SEEDS))
     return args
 
 
@@ -186,8 +205,10 @@ def side_by_side(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--port", metavar="N", type=int, help="of the page")
     parser.add_argument("--share", action="store_true", help="give the page a public address")
     args = parser.parse_args(argv)
-    if args.port is not None and not 0 < args.port < 65536:
-        raise UserError(f"--port {args.port}: give a number from 1 to 65535")
+    limits(args, port=(1, 65535))
+    once([args.a, args.b], "the folder")
+    if args.result and (args.share or args.port is not None):
+        raise UserError(f"--result opens no page: leave out {'--share' if args.share else '--port'}")
     return args
 
 
@@ -196,6 +217,7 @@ def report(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("runs", metavar="RUN", nargs="+", help="folders with scores.json or metrics.jsonl")
     parser.add_argument("--out", metavar="FILE.html", required=True)
     args = parser.parse_args(argv)
+    once(args.runs, "the run")
     if Path(args.out).suffix.lower() not in (".html", ".htm"):
         raise UserError(f"--out {args.out}: end the page's name in .html")
     return args
@@ -206,7 +228,9 @@ def compare(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("a", metavar="A", help="a folder that kling-eval world wrote")
     parser.add_argument("b", metavar="B", nargs="+", help="others with the same cases; each is compared with A")
     parser.add_argument("--out", metavar="FILE.md", help="also write the table here")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    once([args.a, *args.b], "the run")
+    return args
 
 
 def card(argv: list[str]) -> argparse.Namespace:

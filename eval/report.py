@@ -14,7 +14,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from kling_programs.eval.common import read_object, write_text
+from kling_programs.eval.common import as_expected, read_scores, write_text
 from kling_programs.eval.options import report as parse
 
 from kling.data.manifest import read_lines
@@ -41,7 +41,10 @@ def main(argv: list[str]) -> None:
         if report:
             suites.setdefault(report.get("suite", "world"), set()).add(report.get("protocol", ""))
     mixed = {suite for suite, protocols in suites.items() if len(protocols) > 1}
-    sections = [section(folder, report, steps, mixed) for folder, report, steps in runs]
+    sections = []
+    for folder, report, steps in runs:
+        with as_expected(folder / "scores.json"):
+            sections.append(section(folder, report, steps, mixed))
     page = f"<!doctype html><html lang=en><meta charset=utf-8><title>kling-eval report</title><style>{STYLE}</style><h1>Evaluation</h1>"
     write_text(Path(args.out), page + "".join(sections) + "</html>\n")
     print(args.out)
@@ -52,7 +55,7 @@ def read(folder: Path) -> tuple[Path, dict[str, Any] | None, list[dict[str, floa
     scores, log = folder / "scores.json", folder / "metrics.jsonl"
     if not scores.is_file() and not log.is_file():
         raise UserError(f"{folder} holds neither scores.json nor metrics.jsonl: give a folder that kling-eval or kling-train wrote")
-    report = read_object(scores) if scores.is_file() else None
+    report = read_scores(scores) if scores.is_file() else None
     return folder, report, [row for _, row in read_lines(log)] if log.is_file() else []
 
 

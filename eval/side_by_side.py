@@ -23,9 +23,10 @@ from typing import Any
 from kling_programs.eval.common import VIDEOS, files
 from kling_programs.eval.options import side_by_side as parse
 
-from kling.data.video import probe, read_video, write_video
+from kling.data.video import VideoWriter, probe, stream_video
 from kling.errors import UserError
 from kling.metrics.stats import wilson
+from kling.runtime.files import head, writing
 
 CHOICES = {"left": "The left one", "tie": "No difference", "right": "The right one"}
 
@@ -35,7 +36,8 @@ class Votes:
 
     def __init__(self, path: Path, a: str, b: str) -> None:
         self.path, self.a, self.b = path, a, b
-        path.parent.mkdir(parents=True, exist_ok=True)
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with closing(self._open()) as base, base:
                 base.execute("create table if not exists votes (voter text, time real, a text, b text, name text, winner text, left text)")
@@ -53,6 +55,11 @@ class Votes:
     def seen(self, voter: str) -> set[str]:
         with closing(self._open()) as base:
             return {name for (name,) in base.execute("select name from votes where voter = ? and a = ? and b = ?", (voter, self.a, self.b))}
+
+    def pairs(self) -> list[tuple[str, str]]:
+        """The folders that there are votes on, as they were given."""
+        with closing(self._open()) as base:
+            return base.execute("select distinct a, b from votes").fetchall()
 
     def counts(self) -> dict[str, int]:
         with closing(self._open()) as base:
@@ -129,9 +136,10 @@ def playable(path: Path, folder: Path) -> Path:
     target = folder / uuid.uuid4().hex
     if probe(path).plays_in_browsers:
         return Path(shutil.copy(path, target.with_suffix(path.suffix)))
-    clip = read_video(path)
-    H, W = clip.frames.shape[1:3]
-    write_video(target.with_suffix(".mp4"), clip.frames[:, : H - H % 2, : W - W % 2], clip.fps)
+    with VideoWriter(target.with_suffix(".mp4"), probe(path).fps) as out:
+        for frame in stream_video(path):
+            H, W = frame.shape[:2]
+            out.write(frame[: H - H % 2, : W - W % 2])
     return target.with_suffix(".mp4")
 
 
@@ -145,6 +153,8 @@ def chosen(choice: str, left: str) -> str:
 def main(argv: list[str]) -> None:
     args = parse(argv)
     both = pairs(args.a, args.b)
+    if args.result:
+        head(Path(args.votes))
     votes = Votes(Path(args.votes), args.a, args.b)
     if not args.result:
         shown = page(both, votes)
@@ -155,6 +165,7 @@ def main(argv: list[str]) -> None:
     counts = votes.counts()
     rate, low, high = win_rate(counts)
     if not sum(counts.values()):
-        print(f"no votes yet on {args.a} against {args.b}")
+        others = "".join(f"; there are votes on {a} against {b}" for a, b in votes.pairs())
+        print(f"no votes yet on {args.a} against {args.b}{others}")
         return
     print(f"{args.a} wins {100 * rate:.1f} % ({100 * low:.1f} to {100 * high:.1f}): {counts['a']} to {counts['b']}, {counts['tie']} ties")

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kling_programs.eval.common import VIDEOS, check_order, files, protocol_hash, write_json, write_text
+from kling_programs.eval.common import VIDEOS, check_order, files, protocol_hash, results, write_json, write_text
 from kling_programs.eval.options import vae as parse
 from torch import Tensor
 
@@ -38,6 +38,11 @@ BEFORE = "less the first"  # name of the lines that compare with the first folde
 
 def main(argv: list[str]) -> None:
     args = parse(argv)
+    with results(args, "vae"):
+        scored(args, argv)
+
+
+def scored(args: argparse.Namespace, argv: list[str]) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     clips = {T: load(args, T) for T in args.frames}
     rows: dict[str, list[Row]] = defaultdict(list)

@@ -20,18 +20,19 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-from kling_programs.eval.common import VIDEOS, check_order, files, protocol_hash, write_json, write_text
+from kling_programs.eval.common import MOST_GIB, VIDEOS, check_order, files, protocol_hash, results, write_json, write_text
 from kling_programs.eval.options import videos as parse
 
 from kling.cameras.files import load_trajectory
 from kling.data.image import read_image, write_png
-from kling.data.strip import strip
+from kling.data.strip import spread, strip
 from kling.data.transforms import fit
-from kling.data.video import probe, read_video
+from kling.data.video import read_video
 from kling.errors import UserError
 from kling.metrics.clip import METRICS, Clip
 from kling.metrics.controls import Order, frozen, noise, shuffled, stepped, turned
@@ -47,14 +48,18 @@ def main(argv: list[str]) -> None:
     args = parse(argv)
     if args.seams:
         seams(args.seams, 2)  # a mistake is told before the first video is read
-    report = evaluate(args)
-    report["command"] = shlex.join(["kling-eval", "videos", *argv])
-    write_json(Path(args.out) / "scores.json", report)
+    with results(args, "videos"):
+        report = evaluate(args)
+        report["command"] = shlex.join(["kling-eval", "videos", *argv])
+        write_json(Path(args.out) / "scores.json", report)
     print(report["head"], report["table"], sep="\n\n")
     for name, reason in report["failures"].items():
         print(f"failed, in no mean: {name}: {reason}", file=sys.stderr)
     if report["camera_not_found"]:
         print(lost_in_words(report["camera_not_found"]), file=sys.stderr)
+    nothing = [task for task, n in report["failed"].items() if n == report["n"]]
+    if nothing:
+        raise UserError(f"no video could be measured in {' and '.join(nothing)}: every reason is above, and in {args.out}/scores.md")
     check_order([Order(f"{m.task} {m.name}", m.controls, m.higher) for m in METRICS if m.controls], report["columns"])
 
 
@@ -77,12 +82,12 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     for k, name in enumerate(names):
         try:
             clip, troubles = load(name, made, beside, pictures, args)
+            rows[name] = measure(clip, seconds)
         except UserError as error:
             failed[name], rows[name] = dict.fromkeys(tasks, str(error)), {}
             continue
         failed |= {name: troubles} if troubles else {}
         frames += len(clip.video)
-        rows[name] = measure(clip, seconds)
         if shown < CONTROLS:
             shown += 1
             for control, row in control_rows(clip):
@@ -115,9 +120,10 @@ def load(
     """
     if name not in made:
         raise UserError("there is no such video")
-    video = read_video(made[name]).frames
+    whole = read_video(made[name], max_gib=MOST_GIB)
+    video = whole.frames
     T, H, W, _ = video.shape
-    clip = Clip(video, probe(made[name]).fps, colmap=args.colmap)
+    clip = Clip(video, whole.fps, colmap=args.colmap)
     troubles: dict[str, str] = {}
 
     def beside_it(task: str, read: Callable[[], None]) -> None:
@@ -129,7 +135,7 @@ def load(
     def reference() -> None:
         if name not in beside["reference"]:
             raise UserError(f"{args.reference} has no video of that name")
-        clip.reference = read_video(beside["reference"][name]).frames
+        clip.reference = read_video(beside["reference"][name], max_gib=MOST_GIB).frames
         if clip.reference.shape != video.shape:
             there, clip.reference = "x".join(str(x) for x in clip.reference.shape[:3]), None
             raise UserError(f"it has {T}x{H}x{W} frames, height and width, its reference {there}")
@@ -167,8 +173,9 @@ def seams(text: str, T: int) -> list[int]:
         first, colon, step = text.partition(":")
         if colon and int(first) > 0 and int(step) > 0:
             return list(range(int(first), T, int(step)))
-        if not colon and all(int(x) > 0 for x in text.split(",")):
-            return [int(x) for x in text.split(",") if int(x) < T]
+        frames = [] if colon else [int(x) for x in text.split(",")]
+        if frames and frames[0] > 0 and all(a < b for a, b in pairwise(frames)):
+            return [x for x in frames if x < T]
     except ValueError:
         pass
     raise UserError(f"--seams {text}: give frames like 41,73 or a first and a step like 41:32")
@@ -281,7 +288,7 @@ def show(args: argparse.Namespace, names: list[str], rows: dict[str, dict[str, R
     ends = ranked if len(ranked) <= 2 * STRIPS else ranked[:STRIPS] + ranked[-STRIPS:]
     if ends:
         made = files(args.folder, VIDEOS, "videos")
-        clips = [read_video(made[name]).frames for name in ends]
+        clips = [spread(read_video(made[name], max_gib=MOST_GIB).frames) for name in ends]
         H, W = clips[0].shape[1:3]
         write_png(Path(args.out) / "strips" / f"{key.task}-{key.name}.png", strip([fit(clip, H, W) for clip in clips]))
     return ranked

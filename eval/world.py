@@ -23,6 +23,7 @@ training, it is half as many of the former and a quarter of the latter.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import multiprocessing
@@ -65,7 +66,7 @@ from kling_programs.eval.cases import (
     rendered,
     spoiled,
 )
-from kling_programs.eval.common import check_order, found_only, protocol_hash, write_json
+from kling_programs.eval.common import check_order, found_only, protocol_hash, results, write_json
 from kling_programs.eval.options import QUICK
 from kling_programs.eval.options import world as parse
 from torch import Tensor
@@ -89,7 +90,6 @@ from kling.metrics.things import find_things
 from kling.metrics.world import labels, world_ruler
 from kling.runtime.cluster import connect, shared
 from kling.runtime.files import head, parse_json, written
-from kling.runtime.lock import locked
 from kling.runtime.precision import default_device, describe, pick_precision
 from kling.runtime.random import derive_seed
 from kling.sampling.brush import Track
@@ -151,15 +151,19 @@ def main(argv: list[str]) -> None:
     if args.ray is not None:
         room = connect(args.ray)
         given = {"workers": room.gpus or room.cpus, "ray": True} | given
+    with results(args, "world", same=False):  # `claim` compares the settings
+        scored(args, argv, folder, tasks, given)
+
+
+def scored(args: argparse.Namespace, argv: list[str], folder: Path, tasks: tuple[str, ...], given: dict[str, Any]) -> None:
     precision = pick_precision(args.precision or "auto")
     given = {"batch": BATCH if default_device() == "cuda" else 1} | given
     options = Options(args.out, tasks=tasks, bf16=precision == "bf16", **((QUICK if args.quick else {}) | given))
     print(describe(precision), file=sys.stderr, flush=True)
     pipe, hashes = load(folder, options), model_hashes(folder)
-    with locked(options.out, "evaluation"):
-        report = evaluate(pipe, options, hashes, folder)
-        report["command"] = shlex.join(["kling-eval", "world", *argv])
-        write_json(Path(options.out) / "scores.json", report)
+    report = evaluate(pipe, options, hashes, folder)
+    report["command"] = shlex.join(["kling-eval", "world", *argv])
+    write_json(Path(options.out) / "scores.json", report)
     print(report["table"])
     if report["n"] > 1:  # a single case may rank controls wrongly: a camera that only travels turns no more than one that stands still
         check_order(ORDERS, report["columns"])

@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import Any
 
 from kling.errors import UserError, unknown
+
+
+def limits(args: argparse.Namespace, **bounds: tuple[float, float]) -> None:
+    """Raises `UserError` for the first option whose number is not from least to most, which nan is not; an option left out is right."""
+    for name, (least, most) in bounds.items():
+        value = getattr(args, name)
+        if value is not None and not least <= value <= most:
+            raise UserError(f"--{name.replace('_', '-')} {value}: give {f'at most {most}' if value > most else f'at least {least}'}")
 
 
 class Parser(argparse.ArgumentParser):
@@ -16,6 +25,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog, description=description, allow_abbrev=allow_abbrev, **more)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        self.given = sys.argv[1:] if args is None else list(args)
         known, rest = self.parse_known_args(args, namespace)
         if rest:
             self.refuse(rest)
@@ -24,6 +34,15 @@ class Parser(argparse.ArgumentParser):
                 raise UserError(f"{name.replace('_', '-')} is empty: give a value, or leave it out ({self.prog} --help lists everything)")
         return known
 
+    def is_strange(self, word: str) -> bool:
+        """Whether a word looks like an option that there is not."""
+        name = word.split("=")[0]
+        return (
+            len(name) > 2
+            and name.startswith("--")
+            and not any(option == name or self.allow_abbrev and option.startswith(name) for option in self._option_string_actions)
+        )
+
     def refuse(self, rest: list[str]) -> None:
         """Report the first unknown word, and the option that was probably meant."""
         if rest[0].startswith("-"):
@@ -31,4 +50,6 @@ class Parser(argparse.ArgumentParser):
         self.error(f"'{rest[0]}' is left over")
 
     def error(self, message: str) -> None:
+        if "required" in message and (strange := [word for word in self.given if self.is_strange(word)]):
+            self.refuse(strange)  # --output, where --out is required
         raise UserError(f"{message} ({self.prog} --help lists everything)")

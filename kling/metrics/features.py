@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor
 
 from kling.errors import UserError, unknown
@@ -62,6 +64,8 @@ class Weights:
         form = f"{name}=FILE#SHA256" if source.script else f"{name}=FOLDER"
         place, _, digest = rest.partition("#")
         path = Path(place)
+        if source.script and path.is_dir():
+            raise UserError(f"{path} is a folder: give {source.what}, a file, as --with {form}")
         if not place or not path.exists():
             lacks = f"{path} does not exist" if place else "none were given"
             raise UserError(f"{name} needs weights, {source.what}, and {lacks}: get them from {source.where} and give --with {form}")
@@ -128,11 +132,24 @@ def lpips(weights: Weights, device: torch.device) -> Callable[[Tensor, Tensor], 
     return distance
 
 
+def opened(kind: Any, weights: Weights, device: torch.device, **more: Any) -> Any:
+    """The model of transformers in a folder. Raises `UserError` for another one, of which transformers would draw layers."""
+    where = f"get {SOURCES[weights.name].what} from {SOURCES[weights.name].where}"
+    try:
+        model, found = kind.from_pretrained(weights.path, local_files_only=True, use_safetensors=True, output_loading_info=True, **more)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, SafetensorError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(f"{weights.name}: {weights.path} cannot be opened ({reason}): {where}") from None
+    if lacks := sorted(found["missing_keys"]):
+        raise UserError(f"{weights.name}: {weights.path} has no {lacks[0]}, so it is another model: {where}")
+    return model.to(device).eval()
+
+
 def clip_network(weights: Weights, device: torch.device) -> tuple[Callable[[Tensor], Tensor], Callable[[str], Tensor]]:
     """CLIP's two encoders, with unit-length outputs: frames (T, H, W, 3) uint8 -> (T, d), and a sentence -> (1, d)."""
     from transformers import AutoTokenizer, CLIPModel
 
-    model = CLIPModel.from_pretrained(weights.path, local_files_only=True, use_safetensors=True).to(device).eval()
+    model = opened(CLIPModel, weights, device)
     side = model.config.vision_config.image_size
 
     def pictures(frames: Tensor) -> Tensor:
@@ -155,7 +172,7 @@ def dino_network(weights: Weights, device: torch.device) -> Callable[[Tensor], T
     """Frames (T, H, W, 3) uint8 -> unit vectors (T, d): the class token of DINO's last layer, with a short side of 224 as in VBench."""
     from transformers import ViTModel
 
-    model = ViTModel.from_pretrained(weights.path, local_files_only=True, use_safetensors=True, add_pooling_layer=False).to(device).eval()
+    model = opened(ViTModel, weights, device, add_pooling_layer=False)
     side = model.config.image_size
 
     def pictures(frames: Tensor) -> Tensor:

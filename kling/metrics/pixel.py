@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kling.errors import UserError
+
 SSIM_WINDOW, SSIM_SIGMA = 11, 1.5
 NEIGHBOURS = 6  # pairs of frames on each side of a seam that are compared with it
 
@@ -28,6 +30,8 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
 
     Wang, Bovik, Sheikh, Simoncelli, "Image quality assessment: from error visibility to structural similarity", 2004.
     """
+    if min(a.shape[-2:]) < SSIM_WINDOW:
+        raise UserError(f"{a.shape[-1]}x{a.shape[-2]} pixels are too few for SSIM: give at least {SSIM_WINDOW}x{SSIM_WINDOW}")
     n = SSIM_WINDOW // 2
     k = torch.exp(-(torch.arange(-n, n + 1, dtype=torch.float64) ** 2) / (2 * SSIM_SIGMA**2))
     k = (k / k.sum()).to(a.device)

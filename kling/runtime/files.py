@@ -121,6 +121,15 @@ def head(source: Source) -> bytes:
     return start
 
 
+def read_text(path: Path) -> str:
+    """The text of a file. Raises `UserError` as `head` does, and if it is no UTF-8."""
+    head(path)
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is no UTF-8 text (byte {error.start}): save it as UTF-8") from None
+
+
 def sniff(start: bytes) -> tuple[str | None, str]:
     """(FFmpeg demuxer or None, a name for the contents) from a file's first bytes; the file's name is ignored."""
     for offset, magic, kind in OTHER_MAGIC:
