@@ -29,10 +29,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kling_programs.sample.command import Parser
+from kling_programs.sample.command import Parser, limits
 
 from kling.errors import UserError, program, unknown
-from kling.runtime.files import written
+from kling.runtime.files import check_writable, written
 
 if TYPE_CHECKING:  # torch takes seconds to import, which --help and a typing mistake should not cost
     from kling_programs.eval.benches.measure import Bench, Row
@@ -55,8 +55,13 @@ def main(argv: list[str] | None = None) -> None:
     for suite in args.suites:
         if suite not in SUITES:
             raise unknown("suite", suite, SUITES)
-    if args.threads < 1:
-        raise UserError(f"--threads {args.threads}: give at least 1")
+    limits(args, threads=(1, 1024), core=(0, 8191), seed=(0, 2**32 - 1))
+    if args.core is not None and args.threads > 1:
+        raise UserError(f"--core {args.core} is for a single thread, and --threads is {args.threads}: leave one of them out")
+    if args.json:
+        if args.json.suffix.lower() != ".json":
+            raise UserError(f"--json {args.json}: end the name in .json; the plot beside it ends in .png")
+        check_writable(args.json)
 
     import torch
     from kling_programs.eval.benches.machine import ceilings, describe, pin

@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 import errno
 import functools
+import os
+import select
 import signal
 import sys
 import threading
@@ -109,11 +111,18 @@ def program(main: Callable[..., None]) -> Callable[..., None]:
     def run(argv: list[str] | None = None) -> None:
         try:
             with _ends_on_sigterm():
-                main(argv)
+                try:
+                    main(argv)
+                finally:
+                    if sys.stdout is not None:
+                        sys.stdout.flush()
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(EXIT_BAD_INPUT) from None
         except OSError as error:
+            if isinstance(error, BrokenPipeError) and _nobody_reads():  # as after `| head -1`
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                raise SystemExit(128 + signal.SIGPIPE) from None
             if error.errno in FULL:
                 line = f"{error.filename or 'a file'} was not written ({error.strerror}): free space there"
             elif error.filename is not None:
@@ -127,6 +136,16 @@ def program(main: Callable[..., None]) -> Callable[..., None]:
             raise SystemExit(130) from None
 
     return run
+
+
+def _nobody_reads() -> bool:
+    """Whether the reader of this program's output has closed it."""
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+        return any(event & select.POLLERR for _, event in poll.poll(0))
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 @contextmanager

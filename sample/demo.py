@@ -10,7 +10,9 @@ kling-demo --models models --loras loras     # folders from which visitors choos
 from __future__ import annotations
 
 import argparse
+import math
 import os
+import re
 import shutil
 import signal
 import socket
@@ -19,7 +21,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from kling_programs.sample.command import Parser
+from kling_programs.sample.command import Parser, limits
+from kling_programs.sample.server.fetch import check_url
 
 from kling.errors import UserError, program
 
@@ -142,10 +145,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not 0 < args.port < 65536:
         raise UserError(f"port {args.port}: give a number from 1 to 65535")
-    for name, least in (("keep", 1), ("places", 1), ("minutes", 0.1)):
-        value = getattr(args, name)
-        if value is not None and not value >= least:
-            raise UserError(f"--{name} {value}: give at least {least}")
+    limits(args, keep=(1, math.inf), places=(1, math.inf), minutes=(0.1, math.inf))
+    if args.server:
+        check_url(args.server, "--server")
+    for name in args.host or ():
+        if not re.fullmatch(r"[^\s/:]+", name):
+            raise UserError(f"--host '{name}': give a name alone, such as video.example.org, without http://, port and path")
     for name in ("models", "loras", "run"):
         if args.server and getattr(args, name):
             raise UserError(f"--{name} needs the weights here, and --server {args.server} has them: leave one of them out")

@@ -28,23 +28,24 @@ def main(argv: list[str] | None = None) -> None:
         action="store_true",
         help="make eight clips in fp32 and in bf16, and write sampling_dtype into MODEL/model_index.json",
     )
-    parser.add_argument("--naming", metavar="diffusers|original", default="diffusers")
+    parser.add_argument("--naming", metavar="diffusers|original", help="default: diffusers")
     args = parser.parse_args(sys.argv[1:] if argv is None else argv)
 
     from kling.hub.export import export_weights  # imported here because torch takes seconds, which a typing mistake should not cost
     from kling.hub.load import find_folder
 
     if args.measure_bf16:
-        if args.target is not None:
-            raise UserError(f"--measure-bf16 writes into {args.model} itself: leave out {args.target}")
+        if extra := [word for word in (args.target, args.naming and f"--naming {args.naming}") if word]:
+            raise UserError(f"--measure-bf16 writes into {args.model} itself: leave out {extra[0]}")
         measure_bf16(find_folder(args.model))
         return
     if args.target is None:
         parser.error("the following arguments are required: FOLDER")
-    files = export_weights(find_folder(args.model), args.target, args.naming)
+    naming = args.naming or "diffusers"
+    files = export_weights(find_folder(args.model), args.target, naming)
     size = sum(file.stat().st_size for file in files)
-    print(f"{args.target}: {len(files)} files, {size / 1e6:.1f} MB, {args.naming} naming")
-    if args.naming == "original":
+    print(f"{args.target}: {len(files)} files, {size / 1e6:.1f} MB, {naming} naming")
+    if naming == "original":
         print("text and image encoders are not included: they are the published ones, unchanged")
 
 

@@ -21,7 +21,7 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kling_programs.sample.command import Parser
+from kling_programs.sample.command import Parser, limits
 from kling_programs.sample.server.fetch import check_url
 
 from kling.errors import UserError, program, unknown
@@ -116,7 +116,8 @@ def check_device(name: str | None) -> None:
         device = torch.device(name or "cpu")
     except RuntimeError as error:
         raise UserError(f"device '{name}' cannot be used ({str(error).splitlines()[0]}): try --device cpu") from None
-    there = torch.cuda.device_count() if device.type == "cuda" else 1
+    kind = getattr(torch, device.type, None)
+    there = 1 if device.type == "cpu" else kind.device_count() if hasattr(kind, "device_count") else 0
     if (device.index or 0) >= there:
         raise UserError(f"device '{name}' cannot be used (this machine has {there} of them): try --device cpu")
 
@@ -195,14 +196,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not 0 < args.port < 65536:
         raise UserError(f"port {args.port}: give a number from 1 to 65535")
-    for name, least in {"workers": 1, "threads": 0, "places": 1, "rate": 1, "days": 0, "drain": 0, "gpus_per_worker": 0}.items():
-        if not getattr(args, name) >= least:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: give at least {least:g}")
+    limits(args, workers=(1, MOST), threads=(0, MOST), places=(1, 10**9), rate=(1, 10**9), days=(0, 36500), drain=(0, 86400))
+    limits(args, gpus_per_worker=(0, 1000))
     if args.gpus_per_worker and args.ray is None:
         raise UserError(f"--gpus-per-worker {args.gpus_per_worker:g} is for Ray: give --ray ADDRESS, or --device")
-    for name in ("workers", "threads"):
-        if getattr(args, name) > MOST:
-            raise UserError(f"--{name} {getattr(args, name)}: give at most {MOST}")
     if args.convention not in ("2024", "2025"):
         raise unknown("convention", args.convention, ["2024", "2025"])
     if args.listen and args.keys is None:

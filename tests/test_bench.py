@@ -144,6 +144,13 @@ def test_what_is_recorded() -> None:
         (["dit", "--threads", "0"], "--threads 0"),
         (["dit", "--core", "4096"], "--core 4096: this process may use"),
         (["dit", "--device", "cuda:99"], "cannot be used"),
+        (["dit", "--device", "meta"], "cannot be used"),
+        (["dit", "--threads", "1000000"], "--threads 1000000: give at most"),
+        (["dit", "--core", "-1"], "--core -1"),
+        (["dit", "--core", "0", "--threads", "2"], "--core 0 is for a single thread"),
+        (["dit", "--seed", "99999999999999999999999999"], "--seed"),
+        (["dit", "--json", "x.png"], "end the name in .json"),
+        (["dit", "--json", "/dev/null/x.json"], "is a file, where a folder is needed"),
     ],
 )
 def test_mistakes_are_one_line(argv: list[str], message: str, capsys: pytest.CaptureFixture) -> None:

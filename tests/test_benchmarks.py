@@ -172,12 +172,40 @@ def test_import_reads_vbench_results(tmp_path: Path, capsys: pytest.CaptureFixtu
         (["check", "vbench", "--info", "x", "--videos", "y", "--model", "z"], "check does not use --model"),
         (["sample", "worldscore"], "sample needs --info"),
         (["sample", "vbench", "--info", "x", "--videos", "y", "--still", "z"], "sample does not use --still"),
+        (["check", "vbench", "--info", "{tmp}/list.json", "--videos", "y"], "list.json is not as expected"),
+        (["check", "physics-iq", "--info", "{tmp}/latin.csv", "--videos", "y"], "latin.csv is no UTF-8 text"),
+        (["import", "physics-iq", "--results", "{tmp}/rows.csv", "--out", "x"], "rows.csv is not as expected (KeyError"),
+        (["import", "vbench", "--results", "{tmp}/other.json", "--out", "x"], "other.json holds no results"),
     ],
 )
-def test_bad_benchmark_commands(argv: list[str], message: str, capsys: pytest.CaptureFixture) -> None:
+def test_bad_benchmark_commands(argv: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "list.json").write_text("[1]")
+    (tmp_path / "other.json").write_text('{"speed": 1}')
+    (tmp_path / "latin.csv").write_bytes(b"sc\xe9ne\n")
+    (tmp_path / "rows.csv").write_text("a,b\n1,2\n")
     with pytest.raises(SystemExit) as stop:
-        main(["benchmark", *argv])
-    assert stop.value.code == 2 and message in capsys.readouterr().err
+        main(["benchmark", *(word.replace("{tmp}", str(tmp_path)) for word in argv)])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and message in error and error.count("\n") == 1
+
+
+def test_bad_votes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in "ab":
+        write_video(tmp_path / folder / "x.mp4", torch.zeros(2, 16, 16, 3, dtype=torch.uint8), 8)
+    for words, message in (
+        ("a a/ --votes v.sqlite", "the folder a/ is given twice"),
+        ("a b --votes v.sqlite --result --port 80", "--result opens no page: leave out --port"),
+        ("a b --votes v.sqlite --result", "v.sqlite does not exist"),
+        ("a b --votes a/x.mp4/v.sqlite", "is a file, where a folder is needed"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main(["side-by-side", *words.split()])
+        assert stop.value.code == 2 and message in capsys.readouterr().err
+    assert not (tmp_path / "v.sqlite").exists()
+    Votes(tmp_path / "v.sqlite", "a", "b").add("me", "x", "a", "a")
+    main(["side-by-side", "b", "a", "--votes", "v.sqlite", "--result"])
+    assert "no votes yet on b against a; there are votes on a against b" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------------------------------ WorldScore

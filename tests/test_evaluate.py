@@ -274,14 +274,55 @@ def test_two_runs_are_compared_case_by_case(tmp_path: Path, capsys: pytest.Captu
         (["world", "--out", "x", "--mode", "fats"], "unknown mode 'fats' (did you mean 'fast'?)"),
         (["compare", "x"], "B"),
         (["report", "run", "--out", "run/scores.json"], "end the page's name in .html"),
+        (["world", "--out", "x", "--n", "100000000000"], "--n 100000000000: give at most"),
+        (["world", "--out", "x", "--seed", str(2**32)], "--seed 4294967296: give at most 4294967295"),
+        (["world", "--out", "x", "--workers", "1000000"], "--workers 1000000"),
+        (["world", "--output", "x"], "unknown option '--output' (did you mean '--out'?)"),
+        (["world", "--out", "x", "--ray", "head"], "--ray head: give auto, local or HOST:PORT"),
+        (["world", "--out", "{tmp}/file"], "is a file, where a folder is needed"),
+        (["world", "--out", "{tmp}/other"], "holds the scores of another run (kling-eval videos a/ --out b)"),
+        (["certify", "--out", "{tmp}/damaged"], "is not JSON"),
+        (["certify", "--out", "x", "--n", "100000000000"], "--n 100000000000"),
+        (["certify", "--out", "x", "--sizes", "99999x64"], "--sizes 99999x64: give from 32x32"),
+        (["certify", "--out", "x", "--sizes", "64x64,64x64"], "--sizes 64x64 is given twice"),
+        (["certify", "--out", "x", "--seed", "-1"], "--seed -1"),
+        (["certify", "--out", "{tmp}/c", "--made", "{tmp}/none"], "none is not a folder"),
+        (["vae", "a", "./a", "--out", "x"], "the folder ./a is given twice"),
+        (["vae", "a", "--out", "x", "--frames", "5,5"], "--frames 5 is given twice"),
+        (["vae", "a", "--out", "x", "--frames", "4000000001"], "give at most"),
+        (["vae", "a", "--out", "x", "--size", "8x8"], "--size 8x8: give at least 16x16"),
+        (["compare", "{tmp}/other", "{tmp}/other/"], "is given twice"),
+        (["compare", "{tmp}/run", "{tmp}/truth"], "cases.jsonl is not as expected (KeyError: 'model')"),
+        (["report", "{tmp}/odd", "--out", "{tmp}/r.html"], "suite is ['x'], which no suite writes"),
+        (["report", "{tmp}/ranked", "--out", "{tmp}/r.html"], "scores.json is not as expected"),
+        (["card", "{tmp}/scored", "--into", "{tmp}/card.md"], "scores.json is not as expected"),
+        (["card", "{tmp}/scored", "--into", "{tmp}/latin.md"], "latin.md is no UTF-8 text"),
         (["world", "--out", "x", "--tasks", "text,camra"], "unknown task 'camra' (did you mean 'camera'?)"),
     ],
 )
-def test_bad_command_lines(argv: list[str], message: str, capsys: pytest.CaptureFixture) -> None:
+def test_bad_command_lines(argv: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "card.md").write_text("<!-- scores --><!-- /scores -->")
+    (tmp_path / "latin.md").write_bytes(b"\xe9")
+    world = {"suite": "world", "protocol": "x", "n": 1}
+    reports = {
+        "other": {"suite": "videos", "command": "kling-eval videos a/ --out b"},
+        "odd": {"suite": ["x"]},
+        "ranked": world | {"ranked": [["a"]], "options": {"folder": str(tmp_path)}},
+        "scored": world | {"scores": {"text-en": {"motion": 5}}},
+    }
+    for name, text in {"damaged": "{"}.items() | {name: json.dumps(value) for name, value in reports.items()}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "scores.json").write_text(text)
+    for name, who in (("run", "model"), ("truth", "truth")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").write_text("{}")
+        (tmp_path / name / "cases.jsonl").write_text(json.dumps({"k": 0, "rows": {who: {"text-en": {"motion": True}}}}) + "\n")
     with pytest.raises(SystemExit) as stop:
-        main(argv)
+        main([word.replace("{tmp}", str(tmp_path)) for word in argv])
     assert stop.value.code == 2
-    assert message in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
 
 
 def share(out: Path, n: int) -> None:

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 from kling_programs.sample import export
-from kling_programs.train import data, distill, encode, plan, train_dit
+from kling_programs.train import align, data, distill, encode, plan, train_dit
 
+ALIGN = "configs/align/debug.yaml"
 DIT, CACHE, DISTILL = "configs/dit/debug.yaml", "configs/cache/debug.yaml", "configs/distill/debug.yaml"
-PROGRAMS = {"train": train_dit, "encode": encode, "data": data, "plan": plan, "export": export, "distill": distill}
+PROGRAMS = {"train": train_dit, "encode": encode, "data": data, "plan": plan, "export": export, "distill": distill, "align": align}
 
 MISTAKES = [  # program and words, and what the line says; {tmp} is a folder with the file `file` and the folders `empty` and `films`
     (f"train {DIT} betas=[0.5]", "betas [0.5]: give two numbers"),
@@ -17,6 +18,25 @@ MISTAKES = [  # program and words, and what the line says; {tmp} is a folder wit
     (f"distill {DISTILL} betas=[0.9]", "betas [0.9]: give two numbers"),
     (f"distill {DISTILL} schedule=linear", "unknown schedule 'linear'"),
     (f"distill {DISTILL} optimizer=sgd", "unknown optimizer 'sgd'"),
+    (f"distill {DIT}", "configs/dit/debug.yaml is a preset of kling-train: kling-distill takes"),
+    (f"align {DISTILL}", "configs/distill/debug.yaml is a preset of kling-distill: kling-align takes"),
+    (f"distill {DISTILL} guidance_scale=-1", "guidance_scale = -1.0"),
+    (f"distill {DISTILL} num_inference_steps=0", "num_inference_steps = 0"),
+    (f"distill {DISTILL} flow_map.counts=[1000000000]", "flow_map.counts = 1000000000"),
+    (f"distill {DISTILL} flow_map.to_clean=0.3", "flow_map.to_clean 0.3 is for freely drawn steps"),
+    (f"distill {DISTILL} flow_map.delta=0.01", "flow_map.delta 0.01 is for a derivative"),
+    (f"distill {DISTILL} method=dmd dmd.critic_updates=1000000000", "dmd.critic_updates = 1000000000"),
+    (f"distill {DISTILL} samples=[] sample_every=3", "nothing to draw"),
+    (f"distill {DISTILL} lora.rank=1000000000", "lora.rank = 1000000000"),
+    (f"distill {DISTILL} out={{tmp}}/run vae={{tmp}}/vae", "vae cannot be loaded"),
+    (f"align {ALIGN} groups=0", "groups = 0"),
+    (f"align {ALIGN} updates=1000000000", "updates = 1000000000"),
+    (f"align {ALIGN} checks=0", "checks = 0"),
+    (f"align {ALIGN} world.frames=1000001", "world.frames = 1000001"),
+    (f"align {ALIGN} world.examples=1000000000", "world.examples = 1000000000"),
+    (f"align {ALIGN} beta=5", "beta 5 belongs to method dpo, and this run's is nft"),
+    (f"align {ALIGN} reward_model={{tmp}}/empty", "would not be asked"),
+    (f"align {ALIGN} out={{tmp}}/run request.prompt=x", "request.prompt would be ignored"),
     (f"train {DIT} tasks={{}}", "would change nothing"),
     (f"train {DIT} tasks.text=-1", "tasks.text = -1: give 0"),
     (f"train {DIT} frames=[]", "frames is empty"),
@@ -57,6 +77,7 @@ MISTAKES = [  # program and words, and what the line says; {tmp} is a folder wit
     ("data camera {tmp}/file --method colmap", "--method is for a manifest"),
     ("export {tmp}/empty {tmp}/out", "holds 0 safetensors files"),
     ("export kling/assets {tmp}/file", "exists already"),
+    ("export kling/assets --measure-bf16 --naming original", "leave out --naming original"),
 ]
 
 
@@ -69,6 +90,9 @@ def test_a_mistake_gets_one_line(
     (tmp_path / "good.jsonl").write_text("{}")
     (tmp_path / "rows.csv").write_text("video\na.mp4\n")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "config.json").write_text("{}")
+    (tmp_path / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"\x80\x04K\x01.")  # a pickle
     (tmp_path / "films").mkdir()
     name, *given = words.replace("{tmp}", str(tmp_path)).split()
     with pytest.raises(SystemExit) as end:

@@ -544,6 +544,11 @@ def test_a_server_without_keys_answers_to_this_machine_only(start) -> None:
         (["--keys", "/nowhere"], "/nowhere"),
         (["--key", "x"], "--keys"),
         (["--days", "nan"], "--days"),
+        (["--days", "1e300"], "--days 1e+300"),
+        (["--drain", "inf"], "--drain inf"),
+        (["--places", "100000000000000000000000"], "--places"),
+        (["--device", "meta"], "cannot be used"),
+        (["--keys", "/dev/null"], "/dev/null"),
     ],
 )
 def test_mistakes_on_the_command_line(argv: list[str], words: str, capsys: pytest.CaptureFixture) -> None:

@@ -149,6 +149,12 @@ def test_classes_of_paths() -> None:
         (["videos", ".", "--out", "x"], "holds no videos"),
         (["videos", ".", "--out", "x", "--seams", "41:"], "--seams 41:"),
         (["videos", ".", "--out", "x", "--n", "0"], "--n 0"),
+        (["videos", ".", "--out", "x", "--seams", "9,5"], "--seams 9,5"),
+        (["features", ".", "--out", "x", "--with", "dino=x", "--reference", "."], "--reference is for fvd, jedi, fid, lpips and clipscore"),
+        (["features", ".", "--out", "x", "--with", "dino=x", "--prompts", "."], "--prompts is for clipscore"),
+        (["features", ".", "--out", "x", "--with", "dino=x", "--with", "dino=y"], "--with dino is given twice"),
+        (["features", ".", "--out", "x", "--with", "dino=x", "--stride", "100000000000000000000"], "--stride 100000000000000000000"),
+        (["features", ".", "--out", "x", "--with", "fvd=.", "--reference", "."], ". is a folder: give i3d_torchscript.pt"),
         (["videos", ".", "--out", "x", "--colmap"], "give --cameras"),
     ],
 )
@@ -160,3 +166,23 @@ def test_mistakes_are_one_line(
         main(argv)
     error = capsys.readouterr().err
     assert stop.value.code == 2 and message in error and error.count("\n") == 1
+
+
+def test_a_film_too_long_to_be_measured_is_named(clips: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """Its pixels would take more than the limit: it is not read, and nothing was measured, so that the run has failed."""
+    monkeypatch.setattr(program, "MOST_GIB", 1e-6)
+    with pytest.raises(SystemExit) as stop:
+        main(["videos", str(clips / "made"), "--out", str(clips / "long")])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "more than the 1e-06 that are held at once" in error
+    assert error.splitlines()[-1].startswith("error: no video could be measured in motion")
+    assert (clips / "long" / "scores.md").is_file()
+
+
+def test_scores_of_other_options_are_kept(clips: Path, capsys: pytest.CaptureFixture) -> None:
+    kept = clips / "kept" / "scores.json"
+    kept.parent.mkdir()
+    kept.write_text('{"suite": "videos", "options": {"folder": "others/"}}')
+    with pytest.raises(SystemExit) as stop:
+        main(["videos", str(clips / "made"), "--out", str(kept.parent)])
+    assert stop.value.code == 2 and "holds the scores of another run" in capsys.readouterr().err and "others/" in kept.read_text()

@@ -230,6 +230,11 @@ def check(cfg: AlignConfig) -> None:
     for name, value in (("b", cfg.b), ("beta", cfg.beta), ("clip", cfg.clip)):
         if value <= 0:
             raise UserError(f"{name} {value:g}: give a number above 0")
+    for name, method in (("b", "nft"), ("beta", "dpo"), ("clip", "awm")):
+        if cfg.method != method and getattr(cfg, name) != getattr(AlignConfig, name):
+            raise UserError(f"{name} {getattr(cfg, name):g} belongs to method {method}, and this run's is {cfg.method}: leave it out")
+    if cfg.reward_model and "model" not in used(cfg):
+        raise UserError(f"reward_model {cfg.reward_model} would not be asked: set rewards.model=1, or name model as a checker")
     for name, value in (("kl", cfg.kl), ("hinge", cfg.hinge), ("follow", cfg.follow)):
         if value < 0:
             raise UserError(f"{name} {value:g}: give 0 or more")
@@ -249,6 +254,8 @@ def train(cfg: AlignConfig, loop: Loop) -> None:
     for fields, base in ((asking(0)[0], cfg.request), (held(0)[0], cfg.check_request)):
         if taken := {"seed", "num_videos"} & {*fields, *base}:
             raise UserError(f"{min(taken)} is set in a request: the clips of a group follow from the run's seed and clips; leave it out")
+        if cfg.requests == "world" and not cfg.pairs and (idle := base.keys() & fields_of(fields).keys()):
+            raise UserError(f"request.{min(idle)} would be ignored: every request of the small world has its own; leave it out")
         Request(**{**base, **fields_of(fields)})  # raises for unknown fields, before anything is loaded
     judge = Judge(rewards(cfg), counted(cfg), cfg.checker) if used(cfg) else None
     vae, text = load_vae(cfg.vae).to(device), start.text({}, out)

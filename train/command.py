@@ -89,12 +89,22 @@ def helped(name: str, argv: Sequence[str]) -> bool:
     if not argv:
         raise UserError(f"usage: {name} {PROGRAMS[name].usage} ({name} --help lists every key and preset)")
     if not {"-h", "--help"} & set(argv):
+        check_preset(name, argv[0])
         return False
     try:
         print(help_text(name), flush=True)
     except BrokenPipeError:  # the reader, such as `| head`, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return True
+
+
+def check_preset(name: str, config: str) -> None:
+    """Raises `UserError` for a shipped preset of another program, whose keys this one does not have."""
+    preset = config.removeprefix("configs/")
+    others = {p.presets: other for other, p in PROGRAMS.items() if p.presets != PROGRAMS[name].presets and other != "kling-plan"}
+    owner = others.get(preset.split("/")[0])
+    if owner and preset in list_presets():
+        raise UserError(f"{config} is a preset of {owner}: {name} takes {PROGRAMS[name].usage} ({name} --help lists its presets)")
 
 
 def help_text(name: str) -> str:

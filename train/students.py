@@ -85,6 +85,10 @@ class FlowMap:
                 raise UserError(f"flow_map.counts {count}: give numbers of steps, each at least 1")
         if not 0 < self.delta <= 0.1:
             raise UserError(f"flow_map.delta {self.delta:g}: give more than 0 and at most 0.1")
+        if self.counts and self.to_clean != FlowMap.to_clean:
+            raise UserError(f"flow_map.to_clean {self.to_clean:g} is for freely drawn steps: leave it out, or set flow_map.counts=[]")
+        if self.stride and self.delta != FlowMap.delta:
+            raise UserError(f"flow_map.delta {self.delta:g} is for a derivative in time: leave it out, or set flow_map.stride=0")
 
 
 @dataclass
@@ -198,8 +202,8 @@ class DistillConfig:
         check_names(self.optimizer, self.schedule, self.betas)
         check_tasks(self.tasks)
         check_lengths(self.frames)
-        if self.sample_every:
-            sample_requests(self.samples)  # raises for what is no request
+        if self.sample_every and not sample_requests(self.samples):  # raises for what is no request
+            raise UserError(f"sample_every {self.sample_every} is set, and there is nothing to draw: give samples, or sample_every=0")
         for name, value, known in (("method", self.method, METHODS), ("long_captions", self.long_captions, LONG_CAPTIONS)):
             if value not in known:
                 raise unknown(name, value, known)

@@ -45,8 +45,12 @@ def connect(address: str) -> Room:
     try:
         if address not in ("local", "auto") and "://" not in address:
             host, _, port = address.rpartition(":")
+            if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+                raise UserError(f"--ray {address}: give auto, local or HOST:PORT, such as head:6379")
             socket.create_connection((host, int(port)), timeout=ANSWER).close()
         ray.init(None if address == "local" else address, log_to_driver=True, configure_logging=False)
+    except UserError:
+        raise
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         line = str(error).strip().splitlines()[0][:200]
         raise UserError(

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -235,12 +236,7 @@ def sync_to_disk(path: Path) -> None:
 def written(path: str | Path) -> Iterator[Path]:
     """`replaced` for a path that the user gave: makes the folder if it is missing, and turns the system's errors into `UserError`s."""
     path = Path(path)
-    with writing(path):
-        if path.is_dir():
-            raise IsADirectoryError(0, "it is a folder")
-        if path.parent.exists() and not path.parent.is_dir():
-            raise NotADirectoryError(0, f"{path.parent} is a file")
-        path.parent.mkdir(parents=True, exist_ok=True)
+    _make_room(path)
     with ExitStack() as stack:
         with writing(path):
             temporary = stack.enter_context(replaced(path))
@@ -248,6 +244,23 @@ def written(path: str | Path) -> Iterator[Path]:
             yield temporary
         with writing(path):
             stack.close()
+
+
+def check_writable(path: Path) -> None:
+    """Raises `UserError` if a file cannot be written there, which is better told before the work than after it. Makes its folder."""
+    _make_room(path)
+    with writing(path), tempfile.TemporaryFile(dir=path.parent):
+        pass
+
+
+def _make_room(path: Path) -> None:
+    """Make the folder of a file. Raises `UserError` if there can be none, or if the file is one."""
+    with writing(path):
+        if path.is_dir():
+            raise IsADirectoryError(0, "it is a folder")
+        if path.parent.exists() and not path.parent.is_dir():
+            raise NotADirectoryError(0, f"{path.parent} is a file")
+        path.parent.mkdir(parents=True, exist_ok=True)
 
 
 @contextmanager

@@ -51,7 +51,7 @@ class Enhancer:
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
             self.model = AutoModelForCausalLM.from_pretrained(self.folder, local_files_only=True, dtype=dtype).to(device).eval()
-        except (OSError, ValueError, KeyError, ImportError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
             raise UserError(
                 f"--enhance {folder} cannot be read ({str(error).splitlines()[0]}): give a chat model for transformers"
             ) from None

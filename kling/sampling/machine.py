@@ -85,10 +85,10 @@ def pick_device(name: str | None) -> torch.device:
     """The requested device, by default CUDA if there is one. Raises `UserError` if it is not available."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()  # which a device without memory, such as meta, has not
         multiply_in_tf32()
         return device
-    except (RuntimeError, AssertionError) as error:  # torch raises either for a missing device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch raises any of them for a missing device
         raise UserError(f"device '{name}' cannot be used ({str(error).splitlines()[0]}): try --device cpu") from None
 
 

@@ -32,7 +32,7 @@ from kling.errors import UserError
 from kling.flow.diffusers_scheduler import shift_key
 from kling.flow.solvers import KlingFlowScheduler
 from kling.hub.clip import clip_tokens
-from kling.hub.load import find_file, find_folder, load
+from kling.hub.load import find_file, find_folder, load, loaded
 from kling.hub.lora import add_lora, add_loras
 from kling.runtime.device import upload
 from kling.runtime.files import as_umask
@@ -641,4 +641,4 @@ def load_vae(path: str | Path = "") -> AutoencoderKLKling:
         folder = folder / "vae"
     if not (folder / "config.json").is_file():
         raise UserError(f"VAE folder '{path}' does not exist or holds no config.json: give the export of kling-train-vae")
-    return AutoencoderKLKling.from_pretrained(folder, torch_dtype=torch.float32, use_safetensors=True).eval()
+    return loaded(folder.parent, folder.name, AutoencoderKLKling, torch_dtype=torch.float32).eval()

@@ -75,7 +75,7 @@ def read_keys(file: str | None) -> Keys:
     path, example = Path(file), 'write {"ACCESS": "SECRET"} into it, chmod 600'
     try:
         mode = stat.S_IMODE(path.stat().st_mode)
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
     except (OSError, ValueError) as error:
         raise UserError(f"--keys {file} cannot be read ({getattr(error, 'strerror', error)}): {example}") from None
     if mode != 0o600:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from kling.sampling.request import Request
 
 FILES = ("image", "last_image", "video", "mask", "control")
 LOOK = 0.5  # seconds between looks at how far a video is
+AWAY = (502, 503, 504)  # what a proxy says while the server behind it starts again
 SILENT = 60.0  # seconds without the server after which a video is given up
 
 
@@ -26,6 +30,8 @@ class Remote:
 
     def __init__(self, url: str, key: str | None = None) -> None:
         self.url = url.rstrip("/")
+        if key and not (key.isascii() and key.isprintable()):
+            raise UserError("KLING_SERVER_KEY holds characters that no header can: set it to a secret of the server's --keys")
         head = {"Authorization": f"Bearer {key}"} if key else {}
         self.http = httpx.Client(base_url=self.url, headers=head, timeout=30, follow_redirects=False)
 
@@ -34,15 +40,20 @@ class Remote:
         there = self._ask("GET", "/v1/capabilities")
         for name in ("capabilities", "fps"):
             here = pipe.config[name]
-            if there[name] != (list(here) if isinstance(here, list | tuple) else here):
-                raise UserError(f"--server {self.url} serves a model with {name} {there[name]}, this one has {here}: give the same --model")
+            with self._as_known():
+                served = there[name]
+            if served != (list(here) if isinstance(here, list | tuple) else here):
+                raise UserError(f"--server {self.url} serves a model with {name} {served}, this one has {here}: give the same --model")
 
     def make(self, request: Request, tell: Tell) -> tuple[str, bytes, dict[str, Any]]:
         """One video: its kind ("mp4", or "png" for a picture), the file and its record. tell((step, of)) after every step.
 
         Raises `UserError` for what the server refuses, `Stopped` if nobody listens any more.
         """
-        task = self._ask("POST", "/v1/requests", json=body_of(request))
+        with self._as_known():
+            return self._made(self._ask("POST", "/v1/requests", json=body_of(request)), tell)
+
+    def _made(self, task: dict[str, Any], tell: Tell) -> tuple[str, bytes, dict[str, Any]]:
         name, seen = task["task_id"], time.monotonic()
         try:
             while task["task_status"] in ("submitted", "processing"):
@@ -61,6 +72,15 @@ class Remote:
         video = task["task_result"]["videos"][0]
         return video["url"].rpartition(".")[2], self._get(video["url"]).content, self._get(video["record"]).json()
 
+    @contextmanager
+    def _as_known(self) -> Iterator[None]:
+        """Turn the errors of code that reads an answer into a `UserError`: the server is of another version, or something else."""
+        try:
+            yield
+        except (KeyError, TypeError, IndexError, AttributeError, json.JSONDecodeError) as error:
+            line = f"the server {self.url} answers otherwise than kling-serve of this version ({type(error).__name__}: {error})"
+            raise UserError(f"{line}: give the address of one, and update it with this program") from None
+
     def _ask(self, method: str, path: str, **more: Any) -> dict[str, Any]:
         reply = self._call(method, path, **more)
         try:
@@ -69,17 +89,29 @@ class Remote:
                 return said["data"]
             line = said["message"]
         except (ValueError, KeyError, TypeError):
-            line = f"status {reply.status_code}"
+            line = f"status {reply.status_code}, as no kling-serve does: check the address"
+        if reply.status_code == 401:
+            line = f"{line} (here: set KLING_SERVER_KEY to a secret of its --keys)"
         raise UserError(f"the server {self.url} says: {line}" if method == "GET" else str(line))
 
     def _get(self, url: str) -> httpx.Response:
         """A file of a result, from the server as it is known here: it may know itself by another name."""
-        return self._call("GET", "/files/" + url.rpartition("/")[2]).raise_for_status()
+        reply = self._call("GET", "/files/" + url.rpartition("/")[2])
+        if reply.status_code != 200:
+            raise UserError(f"the server {self.url} does not give the video that it made (status {reply.status_code}): make it again")
+        return reply
 
     def _call(self, method: str, path: str, **more: Any) -> httpx.Response:
         try:
-            return self.http.request(method, path, **more)
+            reply = self.http.request(method, path, **more)
+            if reply.status_code in AWAY and "json" not in reply.headers.get("content-type", ""):
+                raise httpx.HTTPError(f"status {reply.status_code}")
+            if reply.has_redirect_location:
+                raise UserError(f"the server {self.url} leads to {reply.headers['location'][:200]}: give that address")
+            return reply
         except httpx.HTTPError as error:
+            if "CERTIFICATE_VERIFY" in str(error):
+                raise UserError(f"the server {self.url} has a certificate that is not trusted here: set SSL_CERT_FILE to it") from None
             raise Unreachable(f"the server {self.url} does not answer ({error}): is kling-serve running there?") from None
 
 
