@@ -445,5 +445,6 @@ def test_sources_on_a_path_without_an_installation_have_their_version(monkeypatc
     def missing(name: str) -> str:
         raise metadata.PackageNotFoundError(name)
 
+    assert versions("no-such-package") == {"no-such-package": "absent"}
     monkeypatch.setattr(metadata, "version", missing)
     assert versions("kling", "torch") == {"kling": kling.__version__, "torch": "absent"}
