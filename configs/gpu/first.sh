@@ -50,7 +50,7 @@ workers=$(($(nproc) - 3)) lengths="[1, 17, 41]" mix="frames=[1$(printf ', %s' 17
 tests=(tests/test_gpu.py) few=(batch=128 "$mix" lr=3.0e-4)
 evaluation=(--tasks text-en,plain,words,camera,image-motion,things-2,brush,shots,reference --steps 12 --workers "$workers" --precision fp32)
 case $size in
-  whole) clips=("clips: 14000" "shorter: {17: 12000, 1: 12000}" "paths: {17: 3000, 41: 4000}" "shots: {17: 3000, 41: 3500}") probe=60 share=0.3 ;;
+  whole) clips=("clips: 8000" "shorter: {17: 8000, 1: 6000}" "paths: {17: 2000, 41: 2500}" "shots: {17: 2000, 41: 2500}") probe=60 share=0.3 ;;
   small) clips=("clips: 800" "shorter: {17: 800, 1: 800}" "paths: {17: 300, 41: 300}" "shots: {17: 300, 41: 300}") probe=40 share=0.5 ;;
   tiny) clips=("clips: 6" "shorter: {1: 6}" "paths: {17: 6}" "shots: {17: 6}") probe=2 share=0.3 ;;
 esac
