@@ -27,10 +27,12 @@ from kling_programs.sample.server.desk import Desk, Rules
 from kling_programs.sample.server.fetch import Reach
 from kling_programs.sample.server.keys import Keys
 from kling_programs.sample.server.pool import Pool
-from kling_programs.sample.server.store import DONE, FAILED, Limits, New, Store, located
+from kling_programs.sample.server.store import DONE, FAILED, Limits, New, Store
 from kling_programs.sample.server.worker import Maker, Setup, outcome
 from PIL import Image
 from test_generate import save_tiny
+
+from kling.sampling.rows import located
 
 HTTP = httpx.Client(verify=False, timeout=300)  # one for all: each loads certificates, which costs more than a request
 KEYS = {"anna": "a" * 32, "ben": "b" * 32}
@@ -63,7 +65,7 @@ class Here:
             time.sleep(0.01)
             yield {"step": 0, "of": 1}
         folder = self.store.folder
-        job = {"request": located(folder, task.request), "output": str(folder / "made" / task.claim)}
+        job = {"request": located(task.request, folder), "output": str(folder / "made" / task.claim)}
         yield outcome(self.maker, job, lambda step, of: None)
 
     def stop(self, task: Any) -> None: ...

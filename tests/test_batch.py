@@ -65,7 +65,7 @@ def test_processes_share_the_lines(run, tmp_path: Path, monkeypatch: pytest.Monk
     ("row", "words"),
     [
         ("{", "line 2"),
-        ("[]", "line 2: it is no object"),
+        ("[]", "line 2: it holds a list, not an object"),
         ('{"promt": "x"}', "line 2: unknown field 'promt' (did you mean 'prompt'?)"),
         ('{"prompt": "x", "num_frames": 6}', "line 2: 6 frames"),
         ('{"prompt": "x", "image": "none.png"}', "none.png"),

@@ -105,7 +105,7 @@ def generate(page: playwright.Page) -> None:
     before = page.evaluate("document.querySelectorAll('.card').length")
     page.click("#generate")
     page.wait_for_function(f"document.querySelectorAll('.card').length > {before}")
-    page.locator("#stage video").scroll_into_view_if_needed()  # a browser plays by itself only what is on the screen
+    page.evaluate("document.querySelector('#stage').scrollIntoView()")  # a browser plays by itself only what is on the screen
     page.wait_for_function(PLAYING)
 
 

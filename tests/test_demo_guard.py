@@ -337,8 +337,12 @@ def test_the_program_with_accounts_and_tls(tmp_path):
         [*command, "--out", str(tmp_path / "out")], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path
     )
     try:
-        line = process.stdout.readline()
-        assert f"https://127.0.0.1:{port}" in line, line + process.stdout.read()
+        told = []
+        for line in process.stdout:
+            told.append(line)
+            if f"https://127.0.0.1:{port}" in line:
+                break
+        assert f"https://127.0.0.1:{port}" in told[-1], told
         assert b"secret" not in Path(f"/proc/{process.pid}/cmdline").read_bytes()
         url = f"https://127.0.0.1:{port}"
         with httpx.Client(verify=False, timeout=60) as client:  # noqa: S501 - our own certificate

@@ -109,14 +109,16 @@ def test_the_page_sends_them_to_a_server_and_the_server_takes_them(model: Path, 
     pytest.importorskip("httpx")
     from kling_programs.sample.server import own
     from kling_programs.sample.server.desk import Desk, Rules
-    from kling_programs.sample.server.store import Store, located, names_of
+    from kling_programs.sample.server.store import Store, names_of
     from kling_programs.sample.studio.remote import body_of
+
+    from kling.sampling.rows import located
 
     desk = Desk(Store(tmp_path / "store"), str(model), Rules())
     sent = body_of(Request("the first thing", references=files(tmp_path), num_frames=5))
     task, _ = desk.take("anna", own.read(own.Body(**json.loads(json.dumps(sent))), ""))
     assert names_of(task.request) == task.request["references"] and len(task.request["references"]) == 2
-    again = Request(**located(desk.store.folder, task.request))
+    again = Request(**located(task.request, desk.store.folder))
     assert [np.array_equal(_pixels(file), picture(i)) for i, file in enumerate(again.references)] == [True, True]
     for bad in ("a.png", ["/etc/passwd"], [{"a": 1}]):  # a name might lead to a file of the server
         with pytest.raises(UserError, match="references"):

@@ -11,12 +11,14 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+import kling
 from kling import KlingPipeline
 from kling.errors import UserError
 from kling.runtime import precision
@@ -25,6 +27,7 @@ from kling.runtime.checkpoint import load, save
 from kling.runtime.log import RunLog, duration, read_metrics
 from kling.runtime.precision import describe, pick_precision
 from kling.runtime.random import derive_seed, generator, noise_like, permutation, uniform
+from kling.runtime.versions import versions
 from kling.training.ema import EMA
 from kling.training.meter import Meter
 from kling.training.muon import orthogonal
@@ -434,3 +437,14 @@ def test_trackers_offline(tmp_path: Path) -> None:
             log.log(step, {"loss": 1.0})
     assert list(tmp_path.rglob("events.out.tfevents.*")) and list(tmp_path.rglob("offline-run-*"))
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 2
+
+
+def test_sources_on_a_path_without_an_installation_have_their_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine without a network, to which only the sources were carried: a training there ended at its first checkpoint."""
+
+    def missing(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    assert versions("no-such-package") == {"no-such-package": "absent"}
+    monkeypatch.setattr(metadata, "version", missing)
+    assert versions("kling", "torch") == {"kling": kling.__version__, "torch": "absent"}

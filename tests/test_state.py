@@ -146,3 +146,10 @@ def test_every_task_draws_what_its_name_says():
     assert {draw_task(rng, weights, 1) for _ in range(10)} == {"last"}
     with pytest.raises(UserError, match="lst"):
         draw_task(rng, {"lst": 1}, 0)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_task_gives_whole_numbers_of_frames(name: str) -> None:
+    """A truth value is one of them in most places, and makes a batch of tensors of another kind in some."""
+    rng = random.Random(0)
+    assert {type(TASKS[name][1](rng, 5, 8, 14).known) for _ in range(20)} == {int}

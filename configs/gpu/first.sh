@@ -50,9 +50,9 @@ workers=$(($(nproc) - 3)) lengths="[1, 17, 41]" mix="frames=[1$(printf ', %s' 17
 tests=(tests/test_gpu.py) few=(batch=128 "$mix" lr=3.0e-4)
 evaluation=(--tasks text-en,plain,words,camera,image-motion,things-2,brush,shots,reference --steps 12 --workers "$workers" --precision fp32)
 case $size in
-  whole) clips=("clips: 14000" "shorter: {17: 12000, 1: 12000}" "paths: {17: 3000, 41: 4000}" "shots: {17: 3000, 41: 3500}") probe=60 student=700 ;;
-  small) clips=("clips: 800" "shorter: {17: 800, 1: 800}" "paths: {17: 300, 41: 300}" "shots: {17: 300, 41: 300}") probe=40 student=20 ;;
-  tiny) clips=("clips: 6" "shorter: {1: 6}" "paths: {17: 6}" "shots: {17: 6}") probe=2 student=2 ;;
+  whole) clips=("clips: 8000" "shorter: {17: 8000, 1: 6000}" "paths: {17: 2000, 41: 2500}" "shots: {17: 2000, 41: 2500}") probe=60 share=0.3 ;;
+  small) clips=("clips: 800" "shorter: {17: 800, 1: 800}" "paths: {17: 300, 41: 300}" "shots: {17: 300, 41: 300}") probe=40 share=0.5 ;;
+  tiny) clips=("clips: 6" "shorter: {1: 6}" "paths: {17: 6}" "shots: {17: 6}") probe=2 share=0.3 ;;
 esac
 if [ $device = cuda ]; then
   preset+=(compile=true mixed_precision=bf16 batch=256 lr=1.5e-3 warmup=100 camera_drop=0.3 "$mix")
@@ -67,23 +67,23 @@ printf '%s\n' "${clips[@]}" "references: 4" "shard: 100" "workers: $workers" "da
 train=("$python" -m kling_programs.train.train_dit "${preset[@]}" "${extra[@]}" "out=$run" "cache=$work/cache" "encode=$encode" "workers=$workers"
   sample_every=0 "samples=[]" save_every=500 log_every=10 keep_last=1)
 distill=("$python" -m kling_programs.train.distill configs/distill/world.yaml "teacher=$run/export" "${extra[@]}" "${few[@]}" "out=$work/fast"
-  "cache=$work/cache" encode= "steps=$student" "workers=$workers" sample_every=0 "samples=[]" save_every=100 log_every=10)
+  "cache=$work/cache" encode= "workers=$workers" sample_every=0 "samples=[]" save_every=100 log_every=10)
 
-stage machine 20 "$python" -c "import torch, platform; print(platform.platform(), torch.__version__, torch.cuda.is_available() and torch.cuda.get_device_name())"
+stage machine 20 "$python" -c "import torch, platform; print(platform.platform(), torch.__version__, torch.cuda.is_available() and torch.cuda.get_device_name()); import os, shutil; print(os.cpu_count(), 'processors,', shutil.disk_usage('/dev/shm').total >> 30, 'GiB of shared memory')"
 stage tests 120 "$python" -m pytest -q -p no:cacheprovider -m gpu "${tests[@]}" &
 stage encode 110 "$python" -m kling_programs.train.encode "$encode" "out=$work/cache"
 [ $size = whole ] || wait
 # A few steps show the speed, and so how many fit: the learning rate reaches its end with the last of them.
 stage pace 150 "${train[@]}" "steps=$probe"
 if [ ! -e "$work/steps" ] && [ -e "$run/metrics.jsonl" ]; then
-  "$python" - "$run/metrics.jsonl" "$minutes" >"$work/steps" <<'PY'
+  "$python" - "$run/metrics.jsonl" "$minutes" "$share" >"$work/steps" <<'PY'
 import json, statistics, sys
 lines = [json.loads(line) for line in open(sys.argv[1])]
 pace = statistics.mean(line["time/step"] for line in lines[len(lines) // 2 :])
-print(len(lines) + max(1, int(60 * float(sys.argv[2]) / pace)))
+print(len(lines) + max(1, int(60 * float(sys.argv[2]) / pace)), 1 + int(60 * float(sys.argv[2]) * float(sys.argv[3]) / (2 * pace)))
 PY
 fi
-steps=$(cat "$work/steps" 2>/dev/null || echo $probe)
+read -r steps student < <(cat "$work/steps" 2>/dev/null || echo $probe 20) # an update of the student, of half as many clips, takes about twice as long
 limit=$("$python" -c "print(int(60 * $minutes * 1.15) + 40)")
 if ! stage train "$limit" "${train[@]}" "steps=$steps" && [ -e "$run/latest" ]; then # out of time: what there is becomes the model
   stage export 40 "${train[@]}" "steps=$((10#$(tr -dc 0-9 <"$run/latest")))"
@@ -94,7 +94,9 @@ if [ -d "$run/export" ]; then
   rm -f "$out"/weights.tar.*
   tar -C "$run/export" -c transformer text_encoder scheduler model_index.json | split -b 14m - "$out/weights.tar."
   (
-    stage student 160 "${distill[@]}"
+    if ! stage student 160 "${distill[@]}" "steps=$student" && [ -e "$work/fast/latest" ]; then
+      stage export-student 40 "${distill[@]}" "steps=$((10#$(tr -dc 0-9 <"$work/fast/latest")))"
+    fi
     [ -d "$work/fast/export" ] && tar -C "$work/fast/export" -c transformer_fast model_index.json | split -b 14m - "$out/fast.tar."
   ) &
   left=$(((end - $(date +%s)) / 60))

@@ -7,7 +7,6 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch.nn.functional as F
 
 from kling.errors import UserError
 from kling.runtime.precision import bf16_is_fast
+from kling.runtime.versions import versions
 
 PACKAGES = ("torch", "diffusers", "av", "decord", "torchcodec", "numpy", "opencv-python-headless", "accelerate")
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
@@ -79,7 +79,7 @@ def describe(device: torch.device, core: int | None, seed: int) -> dict[str, Any
         "load": round(os.getloadavg()[0], 2),
         "memory GiB": round(psutil.virtual_memory().total / 2**30, 1),
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": versions(*PACKAGES),
         "commit": commit(),
         "seed": seed,
         "time": time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime()) + " UTC",
@@ -96,15 +96,8 @@ def describe(device: torch.device, core: int | None, seed: int) -> dict[str, Any
     return found
 
 
-def version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "absent"
-
-
 def _has_nvml() -> bool:
-    return version("nvidia-ml-py") != "absent"
+    return versions("nvidia-ml-py")["nvidia-ml-py"] != "absent"
 
 
 def ceilings(device: torch.device, quick: bool = False) -> dict[str, float]:

@@ -57,7 +57,7 @@ TASKS: dict[str, tuple[int, Draw, Show]] = {
     "text": (0, lambda rng, F, h, w: Given(), lambda video: {}),
     "image": (0, lambda rng, F, h, w: Given(known=1), lambda video: {"image": video[0]}),
     "continuation": (0, lambda rng, F, h, w: Given(known=rng.randint(2, max(2, F // 2))), _begun),
-    "inpaint": (0, lambda rng, F, h, w: Given(known=rng.random() < 0.2, space=_box(rng, h, w)), _holed),
+    "inpaint": (0, lambda rng, F, h, w: Given(known=int(rng.random() < 0.2), space=_box(rng, h, w)), _holed),
     "restyle": (0, lambda rng, F, h, w: Given(hold=rng.uniform(0.2, 0.9)), lambda video: {"video": video, "strength": 0.5}),
     "last": (1, lambda rng, F, h, w: Given(keyframes=((_end(F), 1.0),)), lambda video: {"last_image": video[-1]}),
     "first_last": (
@@ -67,7 +67,7 @@ TASKS: dict[str, tuple[int, Draw, Show]] = {
     ),
     "keyframes": (
         1,
-        lambda rng, F, h, w: Given(known=rng.random() < 0.5, keyframes=((-1, rng.choice((1.0, 1.0, 0.7))),)),
+        lambda rng, F, h, w: Given(known=int(rng.random() < 0.5), keyframes=((-1, rng.choice((1.0, 1.0, 0.7))),)),
         lambda video: {"keyframes": [(video[len(video) // 2], len(video) // 2, 1.0)]},
     ),
 }

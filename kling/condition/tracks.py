@@ -74,7 +74,7 @@ def track_maps(
     maps = torch.zeros(b, c + 1, F + len(appended[0]), h, w)
     some = [i for i, mine in enumerate(tracks) if mine is not None and len(mine)]
     if some:
-        begins, times = torch.tensor([known[i] for i in some]), torch.tensor([list(appended[i]) for i in some], dtype=torch.long)
+        begins, times = (torch.tensor([of[i] for i in some], dtype=torch.long) for of in (known, [*map(list, appended)]))
         maps[some] = _maps([mine for mine in tracks if mine is not None and len(mine)], clean[some].float().cpu(), begins, times)
     return maps.to(clean)
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import threading
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -140,8 +139,3 @@ def find_latest(accelerator: Accelerator, run_dir: str | Path, lost: int = 0) ->
     if step < 0:
         return None
     return found or open_folder(folder(run_dir, step))
-
-
-def versions() -> dict[str, str]:
-    """The versions of the packages that a checkpoint was made with."""
-    return {name: version(name) for name in ("kling", "torch", "diffusers", "accelerate", "safetensors")}

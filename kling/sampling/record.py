@@ -15,7 +15,6 @@ import platform
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from importlib import metadata
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ import torch
 from kling import __version__
 from kling.errors import UserError
 from kling.runtime.files import head, parse_json, sha256, written
+from kling.runtime.versions import versions
 from kling.sampling.brush import tracks_of
 from kling.sampling.request import Request
 
@@ -204,9 +204,13 @@ def _input_files(request: Request) -> Iterator[Path]:
 
 def machine(device: torch.device) -> Record:
     """What affects the last bit apart from the model and the request. Threads split sums, which changes rounding."""
-    versions = {name: metadata.version(name) for name in ("torch", "diffusers", "numpy", "av")}
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {torch.backends.cpu.get_cpu_capability()}"
-    return {"python": platform.python_version(), **versions, "device": kind, "threads": torch.get_num_threads()}
+    return {
+        "python": platform.python_version(),
+        **versions("torch", "diffusers", "numpy", "av"),
+        "device": kind,
+        "threads": torch.get_num_threads(),
+    }
 
 
 def input_hash(path: Path) -> str:

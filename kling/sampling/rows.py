@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterator
 from contextlib import suppress
@@ -13,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from kling.errors import UserError
-from kling.runtime.files import parse_json
+from kling.runtime.files import parse_object
 
-FILES = ("image", "last_image", "video", "mask", "control", "shots", "tracks", "win", "lose")  # the last two are of a pair of clips
+FILES = ("image", "last_image", "video", "mask", "control")  # fields of a request that name a file
+MORE_FILES = ("shots", "tracks", "win", "lose")  # and of a line; the last two are of a pair of clips
 
 
 def request_rows(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -31,16 +33,15 @@ def request_rows(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
         if not line.strip():
             continue
         try:
-            fields = parse_json(line, once=True)
-            if not isinstance(fields, dict):
-                raise ValueError("it is no object")
+            fields = parse_object(line, once=True)
         except ValueError as error:
             raise UserError(f'{path} line {number}: {error}: write an object, such as {{"prompt": "a red ball"}}') from None
-        yield number, located(fields, path.parent.absolute())
+        yield number, located(fields, path.parent)
 
 
 def located(fields: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Changes the fields of a line so that the files that they name, which lie in `folder`, are found; returns them."""
+    """A copy of the fields of a request in which the files that they name are found: they lie in `folder`."""
+    folder, fields = folder.absolute(), copy.deepcopy(fields)
 
     def file(name: Any) -> Any:
         return str(folder / name) if isinstance(name, str) and name else name
@@ -48,7 +49,7 @@ def located(fields: dict[str, Any], folder: Path) -> dict[str, Any]:
     def camera(move: Any) -> Any:  # a move, unless there is a file of that name
         return file(move) if isinstance(move, str) and os.path.isfile(folder / move) else move
 
-    for name in FILES:
+    for name in (*FILES, *MORE_FILES):
         if name in fields:
             fields[name] = file(fields[name])
     if "camera" in fields:

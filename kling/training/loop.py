@@ -25,7 +25,8 @@ from kling.runtime.lock import locked
 from kling.runtime.log import Later, RunLog, finished
 from kling.runtime.parallel import check_draws, lay_out
 from kling.runtime.random import generator
-from kling.runtime.saver import Saver, find_latest, versions
+from kling.runtime.saver import Saver, find_latest
+from kling.runtime.versions import versions
 from kling.runtime.watchdog import Watchdog
 from kling.training.ema import EMA
 from kling.training.health import Guard
@@ -33,6 +34,7 @@ from kling.training.meter import StepClock
 from kling.training.optim import lr_at
 from kling.training.run_state import load_run_tensors, run_tensors
 
+PACKAGES = ("kling", "torch", "diffusers", "accelerate", "safetensors")  # whose versions a checkpoint names
 OPTIONAL = {"gradient_accumulation": 1, "keep_every": 0, "save_in_background": True, "watchdog": 0.0}  # for programs without these settings
 
 
@@ -152,7 +154,7 @@ class Loop:
             for prefix, (model, optimizer, ema) in self._kept.items():
                 tensors |= run_tensors(model, optimizer.optimizer, ema, prefix)
             tensors |= {name: average.state_dict() for name, average in self._averages.items()}
-            self._saver.save(self.done, tensors, {"config": self.config, "places": self.places, "versions": versions()})
+            self._saver.save(self.done, tensors, {"config": self.config, "places": self.places, "versions": versions(*PACKAGES)})
             if self._clock is not None:
                 self._clock.lap("save")
 

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from kling_programs.sample.server.pool import LEASE, START
-from kling_programs.sample.server.store import Store, Task, located, names_of
+from kling_programs.sample.server.store import Store, Task, names_of
 from kling_programs.sample.server.worker import Maker, Setup, Stopped, outcome
 
 from kling.errors import UserError
+from kling.sampling.rows import located
 
 LOOK = 0.5  # seconds between looks at how far a task is
 
@@ -49,7 +50,7 @@ class Actor:
                 (folder / part).mkdir()
             for kept, data in files.items():
                 (folder / kept).write_bytes(data)
-            line = outcome(self.maker, {"request": located(folder, request), "output": str(folder / "made" / name)}, tell)
+            line = outcome(self.maker, {"request": located(request, folder), "output": str(folder / "made" / name)}, tell)
             if "made" in line:
                 video = folder / "made" / f"{name}.{line['made']['kind']}"
                 record = video.with_name(f"{video.name}.json").read_text(encoding="utf-8")

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 from kling_programs.sample.server.fetch import Reach, check_url, fetch
-from kling_programs.sample.server.store import DONE, FILES, New, Store, Task, digest, located
+from kling_programs.sample.server.store import DONE, New, Store, Task, digest
 from kling_programs.sample.server.wire import NO_THING, TOO_MANY, WireError, refusal
 from PIL import Image, ImageOps
 
@@ -25,6 +25,7 @@ from kling.sampling.brush_http import tracks_from_wire
 from kling.sampling.pipeline import ASSETS, KlingPipeline
 from kling.sampling.plan import Plan
 from kling.sampling.request import MAX_SECONDS, MODES, Request
+from kling.sampling.rows import FILES, located
 from kling.shapes import ASPECTS
 
 MIB = 2**20
@@ -154,7 +155,7 @@ class Desk:
     def plan(self, fields: dict[str, Any]) -> Plan:
         """What the model would do. Raises `UserError` if it cannot."""
         try:
-            plan = self.pipe.plan(Request(**located(self.store.folder, fields)))
+            plan = self.pipe.plan(Request(**located(fields, self.store.folder)))
         except UserError as error:
             raise UserError(self._without_paths(str(error), fields)) from None
         if plan.frames > MAX_SECONDS * plan.fps + 1:

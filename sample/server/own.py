@@ -9,12 +9,13 @@ from typing import Any
 
 from kling_programs.sample.server.classic import task_data as classic_data
 from kling_programs.sample.server.desk import Ask
-from kling_programs.sample.server.store import FILES, Task
+from kling_programs.sample.server.store import Task
 from kling_programs.sample.server.wire import Shape
 from pydantic import Field
 
 from kling.errors import UserError, unknown
 from kling.sampling.request import Request
+from kling.sampling.rows import FILES
 
 KIND = "request"
 MOVIES = ("video", "control")

@@ -16,10 +16,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any, Protocol
 
-from kling_programs.sample.server.store import Store, Task, located
+from kling_programs.sample.server.store import Store, Task
 from kling_programs.sample.server.worker import Setup
 
 from kling.errors import UserError
+from kling.sampling.rows import located
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +82,7 @@ class ProcessWorker:
 
     def make(self, task: Task) -> Iterator[dict[str, Any]]:
         folder = self.store.folder
-        self._say({"make": task.claim, "request": located(folder, task.request), "output": str(folder / "made" / task.claim)})
+        self._say({"make": task.claim, "request": located(task.request, folder), "output": str(folder / "made" / task.claim)})
         while line := self._next(self.lease):
             yield line
             if "step" not in line:

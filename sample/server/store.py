@@ -24,13 +24,13 @@ from typing import Any
 
 from kling.errors import UserError
 from kling.runtime.files import writing
+from kling.sampling.rows import FILES
 
 WAITING, RUNNING, DONE, FAILED = "submitted", "processing", "succeed", "failed"
 LIVE = (WAITING, RUNNING)
 VERSION = 1  # of the tables
 ATTEMPTS = 3  # claims of a task whose worker died before it is given up: it may be what kills them
 DAY = 86400.0
-FILES = ("image", "last_image", "video", "mask", "control")  # fields of a request that name a file; three others have several
 TABLES = """
 CREATE TABLE IF NOT EXISTS tasks (
     seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT UNIQUE NOT NULL, key TEXT NOT NULL, external TEXT, digest TEXT NOT NULL,
@@ -458,18 +458,6 @@ def names_of(request: dict[str, Any]) -> list[str]:
     named = [request.get(field) for field in FILES] + [row[0] for row in request.get("keyframes") or []]
     named += request.get("references") or []
     return [name for name in (*named, *(track["mask"] for track in request.get("tracks") or [])) if name is not None]
-
-
-def located(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a request with files of the store in `folder` by their absolute paths."""
-    fields = {name: str((folder / value).absolute()) if name in FILES and value is not None else value for name, value in request.items()}
-    if fields.get("keyframes"):
-        fields["keyframes"] = [[str((folder / name).absolute()), *rest] for name, *rest in fields["keyframes"]]
-    if fields.get("references"):
-        fields["references"] = [str((folder / name).absolute()) for name in fields["references"]]
-    if fields.get("tracks"):
-        fields["tracks"] = [t | {"mask": t["mask"] and str((folder / t["mask"]).absolute())} for t in fields["tracks"]]
-    return fields
 
 
 def digest(content: Any) -> str:

@@ -18,8 +18,8 @@ from kling.cameras.axes import parse_axes
 from kling.errors import UserError
 from kling.sampling.pipeline import KlingPipeline
 from kling.sampling.request import Request
+from kling.sampling.rows import FILES
 
-FILES = ("image", "last_image", "video", "mask", "control")
 LOOK = 0.5  # seconds between looks at how far a video is
 AWAY = (502, 503, 504)  # what a proxy says while the server behind it starts again
 SILENT = 60.0  # seconds without the server after which a video is given up

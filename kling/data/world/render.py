@@ -41,7 +41,7 @@ class Solid:
 
 @dataclass(frozen=True)
 class Ground:
-    """Two colours and how they are mixed: `ripple` stretches the pattern along x, `hard` sharpens it into cells."""
+    """Two colours and how they are mixed: `ripple` stretches the pattern along x, `cells` sharpens it into tiles."""
 
     low: tuple[float, float, float]
     high: tuple[float, float, float]
