@@ -17,7 +17,7 @@ from kling.data.world.references import Reference, draw_references
 from kling.data.world.scene import FOCAL, FPS, PHRASINGS, Scene, Thing, World, free_path, render_scene
 from kling.data.world.storyboard import Storyboard, Storyboards, render_storyboard
 from kling.data.world.tracks import places_of
-from kling.errors import unknown
+from kling.errors import UserError, unknown
 from kling.metrics.camera.errors import CLASSES
 from kling.metrics.control import QUESTIONS
 from kling.metrics.controls import Order
@@ -323,6 +323,8 @@ def chosen(names: str) -> tuple[str, ...]:
     """
     families = {task: (task, task.split("-")[0]) for task in TASKS}
     given = [name.strip() for name in names.split(",")]
+    if "" in given:
+        raise UserError(f"--tasks '{names}' has an empty name: write names with a comma between two")
     for name in given:
         if not any(name in family for family in families.values()):
             raise unknown("task", name, dict.fromkeys(x for family in families.values() for x in family))

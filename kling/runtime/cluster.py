@@ -43,10 +43,10 @@ def connect(address: str) -> Room:
     except ModuleNotFoundError:
         raise UserError("--ray needs Ray, which is not installed: pip install 'kling[ray]'") from None
     try:
-        if address not in ("local", "auto") and "://" not in address:
-            host, _, port = address.rpartition(":")
-            if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-                raise UserError(f"--ray {address}: give auto, local or HOST:PORT, such as head:6379")
+        if address not in ("local", "auto"):
+            host, _, port = address.removeprefix("ray://").rpartition(":")
+            if not host or "/" in host or not port.isdecimal() or not 0 < int(port) < 65536:
+                raise UserError(f"--ray {address}: give auto, local, HOST:PORT or ray://HOST:PORT, such as head:6379")
             socket.create_connection((host, int(port)), timeout=ANSWER).close()
         ray.init(None if address == "local" else address, log_to_driver=True, configure_logging=False)
     except UserError:
