@@ -53,7 +53,7 @@ def read_video(
     start: float = 0.0,
     num_frames: int | None = None,
     size: tuple[int, int] | None = None,
-    max_gib: float = MAX_GIB,
+    max_gib: float | None = None,
 ) -> Clip:
     """Read a video as uint8 frames (T, H, W, 3).
 
@@ -61,13 +61,13 @@ def read_video(
     start       seconds into the video
     num_frames  exactly this many; default all that follow
     size        (H, W) that the frames are fitted to, covering it (`transforms.fit`)
-    max_gib     limit of their pixels
+    max_gib     limit of their pixels; default `MAX_GIB`
 
     Raises `UserError` if the file is bad, has fewer frames than requested, or would not fit into memory.
     """
     path, info = as_source(path), probe(path)
     fps, wanted, size = _ask(path, info, fps, start, num_frames, size)
-    gib = wanted * math.prod(size) * 3 / 2**30
+    gib, max_gib = wanted * math.prod(size) * 3 / 2**30, MAX_GIB if max_gib is None else max_gib
     if gib > max_gib:
         held = f"{gib:.1f} GiB, more than the {max_gib:g} that are held at once"
         raise UserError(f"{path}: {wanted} frames of {size[1]}x{size[0]} take {held}: give fewer frames or a smaller size")
