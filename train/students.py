@@ -80,9 +80,6 @@ class FlowMap:
         for name in ("plain", "to_clean", "gate", "stride"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"flow_map.{name} {getattr(self, name):g}: give a share from 0 to 1")
-        for count in self.counts:
-            if count < 1:
-                raise UserError(f"flow_map.counts {count}: give numbers of steps, each at least 1")
         if not 0 < self.delta <= 0.1:
             raise UserError(f"flow_map.delta {self.delta:g}: give more than 0 and at most 0.1")
         if self.counts and self.to_clean != FlowMap.to_clean:
@@ -102,8 +99,6 @@ class Matching:
     critic_lr: float = 1e-6
 
     def check(self) -> None:
-        if self.critic_updates < 1:
-            raise UserError(f"dmd.critic_updates {self.critic_updates}: give at least 1")
         if not self.critic_lr > 0:
             raise UserError(f"dmd.critic_lr {self.critic_lr:g}: give a positive number")
 
