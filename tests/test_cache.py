@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -157,6 +159,38 @@ def test_an_older_cache_is_read_and_checked_and_not_made_again(made: Path, cache
     flip(cache / "00000.safetensors", 0.5, keep_time=False)
     with pytest.raises(UserError, match="00000.safetensors has changed"):
         LatentCache(cache).batch(BUCKET, [0], 5)
+
+
+def test_a_cache_outlives_a_tuned_decoder_and_no_other_encoder(cache: Path, films: Path, vae: AutoencoderKLKling) -> None:
+    """Latents do not depend on the decoder. A cache of an older version, whose key is over all weights, is still one of the same VAE's."""
+
+    def keyed(weights: dict[str, torch.Tensor]) -> str:
+        index = json.loads((cache / "index.json").read_text())
+        parts = [json.dumps(index["settings"], sort_keys=True).encode()]
+        for name in sorted(weights):
+            parts += [name.encode(), weights[name].numpy().tobytes()]
+        (cache / "index.json").write_text(json.dumps(index | {"key": (key := hashlib.sha256(b"".join(parts)).hexdigest())}))
+        return key
+
+    weights, times = vae.state_dict(), {path.name: path.stat().st_mtime_ns for path in cache.glob("0*")}
+    tuned, other = copy.deepcopy(vae), copy.deepcopy(vae)
+    with torch.no_grad():
+        tuned.decoder.conv_out.bias += 0.1
+        other.encoder.conv_in.bias += 0.1
+    LatentCache(cache).check_vae(tuned)
+    old = keyed(weights)
+    with pytest.raises(UserError, match="made with another VAE"):
+        LatentCache(cache).check_vae(tuned)
+    LatentCache(cache).check_vae(vae)
+    list(fill_cache(config(films, cache), vae))
+    assert times == {path.name: path.stat().st_mtime_ns for path in cache.glob("0*")} and LatentCache(cache).key != old
+    LatentCache(cache).check_vae(tuned)
+    list(fill_cache(config(films, cache), tuned))
+    with pytest.raises(UserError, match="made with another VAE"):
+        LatentCache(cache).check_vae(other)
+    with pytest.raises(UserError, match="with another VAE"):
+        list(fill_cache(config(films, cache), other))
+    assert times == {path.name: path.stat().st_mtime_ns for path in cache.glob("0*")}
 
 
 def test_clips_encoded_together_equal_those_encoded_alone(films: Path, vae: AutoencoderKLKling, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from kling.cache.encode import encode_clips, first_frames
 from kling.cache.plan import CacheConfig, Shard, plan_shards, settings_of
-from kling.cache.store import INDEX, STAMPS, cache_key, differences, file_state, packed_rows, read_index, read_stamps
+from kling.cache.store import INDEX, STAMPS, cache_keys, differences, file_state, packed_rows, read_index, read_stamps
 from kling.condition.state import MOST_REFERENCES
 from kling.data.clips import ClipSample
 from kling.data.manifest import MissingClip
@@ -49,9 +49,8 @@ def fill_cache(
     tracked = source.manifest is not None and any(shot.tracks for shot in source.manifest.manifest.shots)
     places = cfg.references if source.manifest is None else MOST_REFERENCES * source.manifest.has_references
     late = source.manifest is None and (vae.device.type == "cuda" if late is None else late)
-    key = cache_key(vae, settings)
 
-    writer = CacheWriter(cfg.out, key, settings, rank, cfg.verify, cfg.skip_missing)
+    writer = CacheWriter(cfg.out, cache_keys(vae, settings), settings, rank, cfg.verify, cfg.skip_missing)
     with hold() if any(shard not in writer for shard in plan) else nullcontext():
         writer.look()  # again: another run may have made some before this one locked the folder
         missing = [shard for shard in plan if shard not in writer]
@@ -83,13 +82,15 @@ def fill_cache(
 class CacheWriter:
     """Writes the shards of one process. A shard in the index with the right hash and contents is never made again.
 
-    verify: compare all hashes, not only those of files that have changed since. lacking: accept shards in which clips are missing.
+    keys: see `cache_keys`; it writes the first. verify: compare all hashes, not only those of files that have changed since. lacking:
+    accept shards in which clips are missing.
     """
 
     def __init__(
-        self, folder: str | Path, key: str, settings: dict[str, Any], rank: int = 0, verify: bool = False, lacking: bool = False
-    ) -> None:
-        self.folder, self.key, self.settings, self.own = Path(folder), key, settings, f"index.{rank}.json"
+        self, folder: str | Path, keys: tuple[str, str], settings: dict[str, Any], rank: int = 0, verify: bool = False,
+        lacking: bool = False,
+    ) -> None:  # fmt: skip
+        self.folder, self.keys, self.settings, self.own = Path(folder), keys, settings, f"index.{rank}.json"
         self.verify, self.lacking = verify, lacking
         with writing(self.folder / INDEX):
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -159,7 +160,7 @@ class CacheWriter:
         shards: dict[str, dict[str, Any]] = {}
         for path in (path for pattern in indices for path in sorted(self.folder.glob(pattern))):
             index = read_index(path)
-            if index["key"] != self.key:
+            if index["key"] not in self.keys:
                 raise UserError(f"cache {self.folder} was made {differences(index['settings'], self.settings)}: choose another folder")
             for name, entry in index["shards"].items():
                 if "mtime_ns" in entry:
@@ -186,7 +187,7 @@ class CacheWriter:
         return self._hashes[name, mtime_ns]
 
     def _write(self, name: str, shards: dict[str, dict[str, Any]]) -> None:
-        index = {"key": self.key, "settings": self.settings, "shards": dict(sorted(shards.items()))}
+        index = {"key": self.keys[0], "settings": self.settings, "shards": dict(sorted(shards.items()))}
         _write_if_new(self.folder / name, json.dumps(index, indent=1))
 
 

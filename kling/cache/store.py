@@ -49,17 +49,21 @@ from kling.vae import AutoencoderKLKling
 
 INDEX, STAMPS = "index.json", "stamps.json"
 ROWS, ENDS, SUMS = "rows", "row_ends", "row_sums"  # in a shard, next to the tensors of its clips
+ENCODING = ("encoder.", "quant_conv.")  # weights of a VAE that its latents depend on
 OPEN = 1024  # shards that a reader keeps mapped
 NAMED = 3  # clips that an error message names
 
 
-def cache_key(vae: AutoencoderKLKling, settings: dict[str, Any]) -> str:
-    """Hash of the VAE's weights and of everything else that determines the encoding: another key is another cache."""
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+def cache_keys(vae: AutoencoderKLKling, settings: dict[str, Any]) -> tuple[str, str]:
+    """Hashes of everything that determines the encoding, settings and weights: a cache with another key is another cache. The first is over
+    the part of the VAE that encodes, so that a cache outlives a tuned decoder; the second, over all of it, is that of older caches."""
+    digest, older = (hashlib.sha256(json.dumps(settings, sort_keys=True).encode()) for _ in range(2))
     for name, tensor in sorted(vae.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().float().contiguous().cpu().numpy().tobytes())
-    return digest.hexdigest()
+        numbers = name.encode() + tensor.detach().float().contiguous().cpu().numpy().tobytes()
+        older.update(numbers)
+        if name.startswith(ENCODING):
+            digest.update(numbers)
+    return digest.hexdigest(), older.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -109,11 +113,9 @@ class LatentCache:
     """Reads a cache; shards stay memory-mapped. Raises `UserError` if there is none, if a shard is missing or has another size, and, when
     reading a clip, if it differs from what was written."""
 
-    def __init__(self, folder: str | Path, key: str | None = None) -> None:
+    def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         index = read_index(self.folder / INDEX)
-        if key is not None and index["key"] != key:
-            raise UserError(f"latent cache {folder} was made with another VAE or other settings: choose another folder")
         self.key, self.settings, self.shards = index["key"], index["settings"], index["shards"]
         self.clips: dict[Bucket, Places] = {}
         self.storyboards: dict[Bucket, list[int]] = {}  # the numbers of the clips of several shots
@@ -158,7 +160,7 @@ class LatentCache:
 
     def check_vae(self, vae: AutoencoderKLKling) -> None:
         """Raises `UserError` unless the latents were made by this VAE."""
-        if cache_key(vae, self.settings) != self.key:
+        if self.key not in cache_keys(vae, self.settings):
             raise UserError(f"latent cache {self.folder} was made with another VAE: give that one with vae=, or make the cache again")
 
     def check_lengths(self, frames: Iterable[int]) -> None:
