@@ -140,7 +140,7 @@ def test_a_plan(capsys: pytest.CaptureFixture) -> None:
     main(["configs/dit/debug.yaml", "gpus=1", "memory=0.001", "tflops=800", "height=64", "width=112"])
     assert "nothing fits: the smallest layout needs 0.0" in capsys.readouterr().out
     for words, message in (
-        (["configs/vae/world.yaml"], "has no model and frames"),
+        (["configs/vae/world.yaml"], "is a preset of kling-train-vae: kling-plan takes configs/dit/PRESET.yaml"),
         (["configs/dit/debug.yaml", "height=100"], "does not divide"),
         (["configs/dit/debug.yaml", "mfu=40"], "an mfu of at most 1"),
         (["configs/dit/debug.yaml", "gpus=12"], "not full machines"),
