@@ -5,8 +5,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 folder=${1:-runs/wheels}
-packages=(diffusers==0.42.1 requests urllib3 charset-normalizer idna certifi importlib-metadata zipp packaging)  # diffusers refuses to start without
-packages+=(omegaconf pyyaml opencv-python-headless pillow psutil tqdm peft pytest pytest-timeout pluggy iniconfig)
+packages=(diffusers==0.42.1 requests urllib3 charset-normalizer importlib-metadata zipp)  # diffusers refuses to start without the last five
+packages+=(omegaconf opencv-python-headless pillow peft pytest pytest-timeout pluggy iniconfig)  # the rest comes with transformers and accelerate
 [ -z "${PACKAGES:-}" ] || read -ra packages <<<"$PACKAGES"  # fewer, for a machine that has some of these
 mkdir -p "$folder/download"
 "${PYTHON:-python3}" -m pip download --quiet --no-deps --only-binary=:all: --dest "$folder/download" --python-version 3.12 \
