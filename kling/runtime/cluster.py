@@ -36,6 +36,10 @@ def connect(address: str) -> Room:
 
     Raises `UserError` if there is none, or no Ray.
     """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    given = address not in ("local", "auto")
+    if given and (not host or "/" in host or not port.isdecimal() or not 0 < int(port) < 65536):
+        raise UserError(f"--ray {address}: give auto, local, HOST:PORT or ray://HOST:PORT, such as head:6379")
     if address != "local":
         os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "1")  # of 40 s each; Ray's own 20 look like a hang
     try:
@@ -43,14 +47,9 @@ def connect(address: str) -> Room:
     except ModuleNotFoundError:
         raise UserError("--ray needs Ray, which is not installed: pip install 'kling[ray]'") from None
     try:
-        if address not in ("local", "auto"):
-            host, _, port = address.removeprefix("ray://").rpartition(":")
-            if not host or "/" in host or not port.isdecimal() or not 0 < int(port) < 65536:
-                raise UserError(f"--ray {address}: give auto, local, HOST:PORT or ray://HOST:PORT, such as head:6379")
+        if given:
             socket.create_connection((host, int(port)), timeout=ANSWER).close()
         ray.init(None if address == "local" else address, log_to_driver=True, configure_logging=False)
-    except UserError:
-        raise
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         line = str(error).strip().splitlines()[0][:200]
         raise UserError(
