@@ -6,7 +6,7 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 folder=${1:-runs/wheels}
 packages=(diffusers==0.42.1 requests urllib3 charset-normalizer importlib-metadata zipp)  # diffusers refuses to start without the last five
-packages+=(omegaconf opencv-python-headless pillow peft pytest pytest-timeout pluggy iniconfig)  # the rest comes with transformers and accelerate
+packages+=(omegaconf opencv-python-headless pillow pytest pytest-timeout pluggy iniconfig)  # the rest comes with transformers and accelerate
 [ -z "${PACKAGES:-}" ] || read -ra packages <<<"$PACKAGES"  # fewer, for a machine that has some of these
 mkdir -p "$folder/download"
 "${PYTHON:-python3}" -m pip download --quiet --no-deps --only-binary=:all: --dest "$folder/download" --python-version 3.12 \
