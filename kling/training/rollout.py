@@ -30,8 +30,9 @@ from kling.rewards.reward import Judge
 from kling.runtime.checkpoint import step_of
 from kling.runtime.files import written
 from kling.runtime.random import derive_seed, permutation
+from kling.sampling.batches import Asked
 from kling.sampling.inputs import read_clip
-from kling.sampling.pipeline import Asked, KlingPipeline, ray_grid
+from kling.sampling.pipeline import KlingPipeline, ray_grid
 from kling.sampling.request import Request
 from kling.sampling.rows import request_rows
 from kling.training.examples import Example
