@@ -15,7 +15,7 @@ from typing import Any
 from kling_programs.eval.cases import TABLE
 from kling_programs.eval.common import as_expected, read_object, write_text
 from kling_programs.eval.options import compare as parse
-from kling_programs.eval.world import Record, recorded
+from kling_programs.eval.world_folder import Record, recorded
 
 from kling.errors import UserError
 from kling.metrics.report import Line, Row, number, paired, summarise

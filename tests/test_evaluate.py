@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from kling_programs.eval import cases, certify
+from kling_programs.eval import cases, certify, world_folder
 from kling_programs.eval import world as program
 from kling_programs.eval.cases import TASKS, chosen, held_out
 from kling_programs.eval.evaluate import main
@@ -89,8 +89,13 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(program, "make_ruler", ruler)
     monkeypatch.setattr(program, "magnitude", lambda video: magnitude(video[:2]))
     monkeypatch.setattr(cases, "GOES_ON", 8)
-    for name, value in {"FRAMES": 17, "LONG": 21, "CONTROLS": 1, "PICTURES": 1}.items():
-        monkeypatch.setattr(program, name, value)
+    for module, name, value in (
+        (program, "FRAMES", 17),
+        (program, "LONG", 21),
+        (world_folder, "CONTROLS", 1),
+        (world_folder, "PICTURES", 1),
+    ):
+        monkeypatch.setattr(module, name, value)
 
 
 def test_the_truth_gets_full_scores_and_broken_clips_none(tmp_path: Path) -> None:
@@ -386,7 +391,7 @@ def test_certify_compares_the_rulers_on_generated_clips(tmp_path: Path, monkeypa
 def test_two_processes_share_the_cases_and_one_resumes_after_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only words and camera are asked from case 64 on: the 64 dearer ones before are said to have been measured."""
     monkeypatch.undo()
-    first, n, out = program.PICTURES, program.PICTURES + 4, tmp_path / "out"
+    first, n, out = world_folder.PICTURES, world_folder.PICTURES + 4, tmp_path / "out"
     program.claim(out, Options(str(out), steps=1, examples=24), {"sha256": {}})
     cases = out / "cases.jsonl"
     cases.write_text("".join(json.dumps({"k": k, "seconds": [], "rows": {"model": {}}}) + "\n" for k in range(first)))

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from kling_programs.eval import evaluate
-from kling_programs.eval.world import EXAMPLES, Options, load, make_ruler
+from kling_programs.eval.world import Options, load, make_ruler
+from kling_programs.eval.world_folder import EXAMPLES
 from kling_programs.sample import generate
 
 from kling import KlingPipeline
