@@ -91,7 +91,7 @@ MEANT = {
 RANGES = (
     ("steps save_every log_every eval_every eval_clips shard max_frames clips spatial_factor", 1, math.inf),
     ("batch gradient_accumulation group groups updates checks critic_updates counts num_inference_steps frames examples", 1, 100_000),
-    ("guidance_scale camera_guidance_scale guidance_reach", 0, math.inf),
+    ("guidance_scale camera_guidance_scale brush_guidance_scale reference_guidance_scale guidance_reach", 0, math.inf),
     ("rank", 0, 10_000),
     ("threads num_layers quantiles", 1, 1000),
     ("workers processes byte_layers token_layers num_res_blocks camera_residual_blocks", 0, 1000),
