@@ -87,17 +87,26 @@ MODES: dict[str, tuple[dict[str, Any], Any]] = {
     "extra channels": ({"image": picture()}, extra_channels),
 }  # fmt: skip
 
+ABLE = [
+    "text", "image", "last", "first_last", "keyframes", "continuation", "inpaint", "restyle", "camera", "text_to_image", "diffusion_forcing",
+    "reference", "shots",
+]  # fmt: skip
+
+
+def in_mode(mode: str) -> tuple[KlingPipeline, str, dict[str, Any]]:
+    """A small pipeline that can do it, the prompt and the other fields of a request."""
+    fields, change = MODES[mode]
+    pipe = tiny_pipeline(capabilities=ABLE)
+    if change is not None:
+        change(pipe)
+    words = "" if "shots" in fields else "a ball"  # every shot has its own
+    return pipe, words, {"num_frames": 5, "num_inference_steps": 3, "guidance_scale": 2.0, "seed": 1, **fields}
+
 
 @pytest.mark.parametrize("mode", MODES)
 def test_sampling_runs_on_the_device_and_no_step_waits(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Latents of every mode; frames of a clip, a picture and a video of several hops, since all others are decoded alike."""
-    fields, change = MODES[mode]
-    able = ["text", "image", "last", "first_last", "keyframes", "continuation", "inpaint", "restyle", "camera", "text_to_image"]
-    pipe = tiny_pipeline(capabilities=[*able, "diffusion_forcing", "reference", "shots"])
-    if change is not None:
-        change(pipe)
-    asked = {"num_frames": 5, "num_inference_steps": 3, "guidance_scale": 2.0, "seed": 1, **fields}
-    words = "" if "shots" in fields else "a ball"
+    pipe, words, asked = in_mode(mode)
     want = pipe(words, output_type="latent", **asked).latents
     marks: list[int] = []
     with pretend.device(monkeypatch) as device:
@@ -113,7 +122,7 @@ def test_sampling_runs_on_the_device_and_no_step_waits(mode: str, monkeypatch: p
     torch.testing.assert_close(latents, want, atol=2e-3, rtol=1e-3)
     assert not decoded or (out.frames.dtype == np.uint8 and out.frames.shape[-3:-1] == (H, W))
     hops = len(pipe.plan(Request(words, **asked)).hops)
-    if hops == 1 and not fields.get("loop"):
+    if hops == 1 and not asked.get("loop"):
         assert not device.since(marks[0]).keys() & {w for w in device.waits[: marks[-1]]}, device.since(marks[0])
         assert marks[-1] == marks[0], f"steps waited: {device.waits[marks[0] : marks[-1]]}"
 
@@ -197,7 +206,7 @@ def test_the_gpu_script_runs_in_a_rehearsal(tmp_path: Path) -> None:
     env = os.environ | {"PYTHON": sys.executable, "OUT": str(tmp_path / "out"), "WORK": str(tmp_path / "work"), "WHEELS": str(tmp_path)}
     subprocess.run(["bash", str(ROOT / "configs" / "gpu" / "first.sh"), "--rehearse"], env=env, check=True)
     stages = [json.loads(line) for line in (tmp_path / "out" / "stages.jsonl").read_text().splitlines()]
-    assert [s["stage"] for s in stages] == ["machine", "tests", "encode", "pace", "train", "student", "scores", "bench"]
+    assert sorted(s["stage"] for s in stages) == sorted(["machine", "tests", "encode", "pace", "train", "student", "scores", "bench"])
     assert all(stage["code"] == 0 or (stage["stage"], stage["code"]) == ("bench", 143) for stage in stages), stages  # 143: out of time
     files = list((tmp_path / "out").iterdir())
     assert len(files) <= 8 and all(file.stat().st_size <= 15e6 for file in files)

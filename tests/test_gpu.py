@@ -15,7 +15,7 @@ import pytest
 import tiny_wan
 import torch
 import workers
-from test_device import MODES
+from test_device import MODES, in_mode
 from test_pipeline import tiny_pipeline
 
 from kling import KlingPipeline, KlingTransformer3DModel, Request
@@ -37,22 +37,17 @@ def waits(kind: str) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_sampling_matches_the_cpu_and_no_step_waits(mode: str) -> None:
-    fields, change = MODES[mode]
-    able = ["text", "image", "last", "first_last", "keyframes", "continuation", "inpaint", "restyle", "camera", "text_to_image"]
-    pipe = tiny_pipeline(capabilities=[*able, "diffusion_forcing"])
-    if change is not None:
-        change(pipe)
-    asked = {"num_frames": 5, "num_inference_steps": 3, "guidance_scale": 2.0, "seed": 1, **fields}
-    want = pipe("a ball", output_type="latent", **asked).latents
+    pipe, prompt, asked = in_mode(mode)
+    want = pipe(prompt, output_type="latent", **asked).latents
     pipe.to(DEVICE)
-    steps = pipe.plan(Request(prompt="a ball", **asked)).total_steps if not fields.get("loop") and mode != "hops" else 0
+    steps = pipe.plan(Request(prompt=prompt, **asked)).total_steps if not asked.get("loop") and mode != "hops" else 0
 
     def note(pipe: KlingPipeline, step: int, timestep: float, kwargs: dict[str, Any]) -> dict[str, Any]:
         waits("error" if step + 1 < steps else "default")  # from the first step on; after the last one the clip is read
         return kwargs
 
     try:
-        found = pipe("a ball", output_type="latent", callback_on_step_end=note, **asked).latents.cpu()
+        found = pipe(prompt, output_type="latent", callback_on_step_end=note, **asked).latents.cpu()
     finally:
         waits("default")
     torch.testing.assert_close(found, want, atol=2e-2, rtol=1e-2)
