@@ -26,6 +26,7 @@ from kling import KlingFlowScheduler, KlingPipeline, KlingTransformer3DModel, Re
 from kling.runtime.accelerator import StopSignal
 from kling.runtime.device import multiply_in_tf32
 from kling.sampling.machine import pick_device
+from kling.text import ByteTextEncoder
 
 ROOT = Path(__file__).parents[1]
 train_dit = workers.train_dit
@@ -88,8 +89,8 @@ MODES: dict[str, tuple[dict[str, Any], Any]] = {
 }  # fmt: skip
 
 ABLE = [
-    "text", "image", "last", "first_last", "keyframes", "continuation", "inpaint", "restyle", "camera", "text_to_image", "diffusion_forcing",
-    "reference", "shots",
+    "text", "image", "last", "first_last", "keyframes", "continuation", "inpaint", "restyle", "camera", "text_to_image",
+    "diffusion_forcing", "reference", "shots",
 ]  # fmt: skip
 
 
@@ -145,6 +146,20 @@ def test_requests_are_sampled_together_on_the_device_and_no_step_waits(monkeypat
     assert all(int((a.int() - b.int()).abs().max()) <= 1 for a, b in zip(made, want, strict=True))
     walks = [marks[i : i + 3] for i in range(0, len(marks), 3)]
     assert len(walks) == len(kinds) and all(walk[0] == walk[-1] for walk in walks), device.waits
+
+
+def test_prompts_run_in_few_groups_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A group's two hundred small kernels take as long for 32 prompts as for 512."""
+    encoder, groups = ByteTextEncoder(byte_dim=32, out_dim=48, head_dim=16, max_bytes=63), []
+    prompts = ["a" * (37 * i % 60) for i in range(600)]
+    monkeypatch.setattr(encoder, "_encode", lambda *a, plain=encoder._encode: (groups.append(len(a[0])), plain(*a))[1])
+    with torch.no_grad():
+        want = encoder.encode(prompts)
+        there = len(groups)
+        with pretend.device(monkeypatch):
+            found = encoder.to(pretend.CUDA).encode(prompts).cpu()
+    torch.testing.assert_close(found, want, atol=1e-4, rtol=1e-4)
+    assert groups[there:] == [512, 88] and there == 19
 
 
 def test_training_steps_wait_only_for_the_log(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -179,6 +179,18 @@ def test_compiled_blocks_need_few_graphs_of_real_numbers_for_any_shape() -> None
     assert not any(value.is_complex() for value in values if isinstance(value, Tensor))
 
 
+@pytest.mark.slow
+def test_a_block_may_have_more_than_eight_graphs() -> None:
+    torch._dynamo.reset()
+    plain, compiled, backend = kling(wan(num_layers=1)), kling(wan(num_layers=1)), Counted()
+    compiled.compile_repeated_blocks(dynamic=False, backend=backend)
+    with torch.no_grad():
+        for frames in range(1, 11):
+            x, level, text = torch.randn(1, 4, frames, 4, 4), torch.tensor([0.5]), torch.randn(1, 5, 12)
+            torch.testing.assert_close(compiled(x, level, text).sample, plain(x, level, text).sample, atol=1e-5, rtol=1e-4)
+    assert len(backend.graphs) == 10
+
+
 # ---- positions ----
 
 

@@ -1,4 +1,4 @@
-"""The script for a machine with a GPU (configs/gpu/first.sh) on a simulated one, with a clock and programs that take the time they are told.
+"""The script for a machine with a GPU (configs/gpu/first.sh) on a simulated one: a clock, and programs that last as long as told.
 
 Every second on such a machine is lent: whatever lasts longer than planned, the script must end in time and leave its results.
 """
@@ -156,8 +156,8 @@ def test_it_ends_in_time_with_the_weights_of_its_last_step(words: list[str], lim
     assert trying or steps * (USUAL | speed)["step"] > 60, "the late compilation of one step is no reason to train a few steps only"
     files = {path.name for path in found.out.iterdir()}
     assert {"eval.tar.gz", "logs.tar.gz", "metrics.jsonl.gz", "stages.jsonl"} < files and len(files) <= 8
-    logs = tarfile.open(found.out / "logs.tar.gz").getnames()
-    assert {f"logs/{name}.log" for name in done} <= set(logs)
+    with tarfile.open(found.out / "logs.tar.gz") as logs:
+        assert {f"logs/{name}.log" for name in done} <= set(logs.getnames())
 
 
 def test_workers_are_counted_although_one_thread_is_asked_for(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from importlib import metadata
 from pathlib import Path
@@ -340,6 +341,23 @@ def test_a_signal_becomes_a_flag_and_the_handlers_are_restored(number: signal.Si
         assert signal.getsignal(number) == before[number], "a second signal acts as usual"
     assert {s: signal.getsignal(s) for s in StopSignal.SIGNALS} == before
     assert EXIT_STOPPED == 143
+
+
+def test_a_signal_sent_twice_at_once_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """coreutils' timeout sends it to the process and to its group; the second would have ended a run that was about to save."""
+    usual: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: usual.append(number))
+    try:
+        with StopSignal() as stop:
+            again = threading.Timer(StopSignal.AT_ONCE / 3, os.kill, (os.getpid(), signal.SIGTERM))
+            again.start()
+            os.kill(os.getpid(), signal.SIGTERM)
+            again.join()
+            assert stop and not usual
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert usual == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 TWO_PROCESSES = """

@@ -27,7 +27,7 @@ import zlib
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -86,6 +86,10 @@ class LatentBatch:
     shots: list[list[tuple[int, int]] | None] = field(default_factory=list)  # as in `ClipSample`, of the shots that begin in these frames
     references: Tensor | None = None  # (b, R, c, h, w) pictures of the clips' things; None if the cache has none
     pictured: list[int] = field(default_factory=list)  # how many of these each clip has
+
+    def first(self, n: int) -> LatentBatch:
+        """Its first n clips."""
+        return replace(self, **{name: value[:n] for name, value in vars(self).items() if isinstance(value, list | Tensor)})
 
 
 class Places(Sequence[tuple[str, int]]):

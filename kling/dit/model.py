@@ -38,6 +38,7 @@ from kling.runtime.diffusers_internals import ContextParallelInput, ContextParal
 from kling.shapes import token_grid
 
 RAYS_PER_PASS = 2**23  # numbers in the rays that are made at once while sampling
+MOST_GRAPHS = 32  # that torch may compile of a block
 DELTATIME_TYPES = ("r", "t-r")
 ANYFLOW_KEYS = {"init_far_model", "init_flowmap_model", "chunk_partition", "compressed_patch_size", "full_chunk_limit"}  # of its training
 OUTPUT = "thwc"  # order of the numbers that a token becomes: Wan's, in which the channel is the fastest axis
@@ -166,6 +167,8 @@ class KlingTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
 
         Unlike diffusers' method, it compiles only the computation of a block and not the hooks on it, so that nothing breaks its graph.
         """
+        # torch gives up after 8 graphs: the batches of the small world need 5 on a CPU, and a GPU has more kernels of attention
+        torch._dynamo.config.recompile_limit = max(MOST_GRAPHS, torch._dynamo.config.recompile_limit)
         if dynamic:  # otherwise two lengths that are equal in the first batch, such as samples and levels, must be equal in every batch
             torch.fx.experimental._config.use_duck_shape = False
         for block in self.blocks:

@@ -181,10 +181,12 @@ class StopSignal:
                 if stop.seen(accelerator):
                     save(); raise SystemExit(EXIT_STOPPED)
 
-    A second signal has its usual effect (a second Ctrl-C interrupts at once).
+    A second signal has its usual effect (a second Ctrl-C interrupts at once). What comes within `AT_ONCE` is the same one: coreutils'
+    `timeout` sends it to the process, and again to its group.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    AT_ONCE = 0.5  # seconds
     EVERY = 5.0  # seconds between the messages by which processes agree: torchrun and Slurm kill 30 s after their signal
 
     def __init__(self) -> None:
@@ -206,6 +208,9 @@ class StopSignal:
 
     def _note(self, number: int, _: FrameType | None) -> None:
         self.name = signal.Signals(number).name
+        for s in self._before:
+            signal.signal(s, signal.SIG_IGN)
+        time.sleep(self.AT_ONCE)
         self.__exit__()
 
     def __bool__(self) -> bool:

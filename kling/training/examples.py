@@ -154,9 +154,12 @@ def draw_example(how: Drawing, batch: LatentBatch, place: int, config: Mapping[s
     config: of the transformer. factor: pixels of a latent's side.
     """
     rng = random.Random(f"condition/{how.seed}/{place}")
-    b, _, f, h, w = batch.latents.shape
+    _, _, f, h, w = batch.latents.shape
     K = int(f > 1 and how.appends_keyframe(place))  # the same for all clips of a batch, which share a shape, as is the next
     R = min(how.references(place), stored_references(batch))
+    if R and f == 1:  # R times the tokens of the picture itself: fewer pictures, so that the batch is no larger than others
+        batch = batch.first(max(1, len(batch.ids) // (1 + R)))
+    b = len(batch.ids)
     given: list[Given] = []
     tracks: list[Tracks | None] = []
     times, appended, words, starts = batch.times.tolist(), [], [], []
