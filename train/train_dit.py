@@ -100,7 +100,8 @@ class TrainDiTConfig:
     cache's `paths` always have some, unless it is 0.
     shots: share of the clips of a length, 0 to 1, that are storyboards: several shots, each with words and a camera of its own. 0 leaves
     those of the cache out.
-    reference: share of batches, 0 to 1, whose clips come with references, pictures of their things, of which the cache must hold some.
+    reference: share of batches, 0 to 1, whose clips come with references, pictures of their things, of which the cache must hold some;
+    a batch of single pictures then has fewer of them, for the same number of tokens.
     init_from: a model folder to start from, ours, published or shipped; conditions that `model` adds to it start at zero. checkpoint: the
     registry's name of it, if its files do not tell. expert: of two, the one to train, high or low.
     lora: train low-rank weights on top of it.

@@ -13,7 +13,7 @@ cd "$(dirname "$0")/../.."
 minutes=5 seconds="" device=cuda size=whole patience=1 python=${PYTHON:-python3}
 for word in "$@"; do
   case $word in
-    --try) seconds=230 size=small minutes=0 ;;
+    --try) seconds=220 size=small minutes=0 ;;
     --more) seconds=155 ;;
     --rehearse) device=cpu size=tiny seconds=1800 patience=5 minutes=0.1 ;;
     *[!0-9.]* | "") sed -n 2,10p "$0" >&2 && exit 2 ;;
@@ -89,7 +89,7 @@ reached() { echo $((10#$(tr -dc 0-9 <"$1/latest"))); } # RUN: the steps of its n
 
 stage machine 60 "$python" -c "import torch, platform; print(platform.platform(), torch.__version__, torch.backends.cudnn.version(), torch.cuda.is_available() and torch.cuda.get_device_name()); import os, shutil; print(os.cpu_count(), 'processors,', shutil.disk_usage('/dev/shm').total >> 30, 'GiB of shared memory')"
 # pytest ends by itself, with a report: stopped by a signal it would leave none
-stage tests 150 "$python" -m pytest -v --tb=short --timeout=$((50 * patience)) --session-timeout=$((90 * patience)) -p no:cacheprovider -m gpu "${tests[@]}" &
+stage tests 175 "$python" -m pytest -v --tb=short --timeout=$((70 * patience)) --session-timeout=$((100 * patience)) -p no:cacheprovider -m gpu "${tests[@]}" &
 stage encode 110 "$python" -m kling_programs.train.encode "$encode" "out=$work/cache"
 # A few steps show the pace, and so how many fit into what is left: the learning rate reaches its end with the last of them.
 spare=60 stage pace 180 "${train[@]}" "steps=$probe"
@@ -99,7 +99,7 @@ if [ -e "$run/config.yaml" ] && [ ! -e "$run/latest" ]; then # it began, and did
   train=("${train[@]/compile=true/compile=false}")
   spare=60 stage plain 90 "${train[@]}" "steps=$probe"
 fi
-if [ ! -s "$work/steps" ] && [ -s "$run/metrics.jsonl" ]; then
+if [[ ! -s $work/steps && (-e $work/done/pace || -e $work/done/plain) ]]; then # the first steps of one cut short mostly compiled
   # 120 s: the start and export of the training, then the student and the scores
   "$python" - "$run/metrics.jsonl" "$minutes" $((end - 120 - $(date +%s))) >"$work/steps" <<'PY'
 import json, sys
@@ -119,7 +119,6 @@ fi
 if [ ! -d "$run/export" ] && [ -e "$run/latest" ]; then # out of time: what there is becomes the model
   stage export 40 "${train[@]}" "steps=$(reached "$run")"
 fi
-wait
 if [ -d "$run/export" ]; then
   gzip -c "$run/metrics.jsonl" >"$out/metrics.jsonl.gz"
   rm -f "$out"/weights.tar.* "$out"/fast.tar.*
@@ -137,8 +136,8 @@ if [ -d "$run/export" ]; then
   limit=$("$python" -c "print(max(0.1, min(0.4 if '$size' == 'small' else 60, ($end - 40 - $(date +%s)) / 60)))")
   stage scores 400 "$python" -m kling_programs.eval.evaluate world --model "$run/export" --out "$work/eval" "${evaluation[@]}" --limit-minutes "$limit"
   [ -e "$work/eval/cases.jsonl" ] && tar -C "$work/eval" -czf "$out/eval.tar.gz" $(cd "$work/eval" && ls -d run.json cases.jsonl scores.* strips 2>/dev/null)
-  wait
 fi
+wait
 [ $size = whole ] || stage bench 75 "$python" -m kling_programs.eval.bench $([ $device = cuda ] && echo dit train || echo sampler) --device $device --quick --json "$work/logs/bench.json"
 cp "$run/metrics.jsonl" "$work/logs/" 2>/dev/null
 logs end
