@@ -19,6 +19,7 @@ from kling import KlingPipeline, Request
 from kling.condition.tasks import TASKS
 from kling.data.image import write_png
 from kling.data.video import write_video
+from kling.flow.preferences import nft_loss, norm_hinge
 from kling.rewards.pixels import REWARDS
 from kling.rewards.reward import Reward
 from kling.rewards.world import TERMS
@@ -144,6 +145,29 @@ def test_the_policy_begins_as_the_model(tiny: Path, tmp_path: Path, settings: tu
     assert first["kl"] == 0 and first["norm_ratio"] == 1 and first["hinge"] == 0 and first["grad_norm"] > 0
     rounds = [line for line in map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines()) if "rollout/reward" in line]
     assert 0 < rounds[0]["rollout/magnitude"] < 1 and rounds[0]["rollout/diversity"] > 0
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_old_policy_is_the_policy_where_a_round_begins(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    """With follow=0 the old policy becomes the policy after each round; the reference stays the start."""
+    seen: list[tuple[torch.Tensor, ...]] = []
+
+    def loss(v: torch.Tensor, v_old: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+        seen.append((v.detach(), v_old))
+        return nft_loss(v, v_old, *rest)
+
+    def hinge(v: torch.Tensor, v_ref: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        seen[-1] = (*seen[-1], v_ref)
+        return norm_hinge(v, v_ref, mask)
+
+    monkeypatch.setattr(align, "nft_loss", loss)
+    monkeypatch.setattr(align, "norm_hinge", hinge)
+    run(tiny, tmp_path, "steps=3", "follow=0", f"mixed_precision={precision}", "warmup=0", "lr=0.01")
+    v, v_old, v_ref = seen[2]  # the first update of the second round
+    torch.testing.assert_close(v_old, v)
+    assert float((v - v_ref).abs().max()) > 0.01
 
 
 def test_given_pairs_begin_at_log_2(tiny: Path, tmp_path: Path) -> None:

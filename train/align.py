@@ -370,10 +370,10 @@ def train(cfg: AlignConfig, loop: Loop) -> None:
         t = upload(draw_sigma((b,), generator(cfg.seed, "sigma", place), density, shift)[pairs], device)  # (b,)
         z, target = state.noised(t, noise), velocity(state.clean, noise)
         meter.lap("data")
-        with torch.no_grad(), accelerator.autocast():
-            with ref.swap(model):
+        with torch.no_grad():  # each with an autocast of its own, which remembers the weights that it has cast
+            with ref.swap(model), accelerator.autocast():
                 v_ref = net(example, z, t, (words,)).float()
-            with old.swap(model):
+            with old.swap(model), accelerator.autocast():
                 v_old = net(example, z, t, (words,)).float()
         meter.lap("policies")
         with accelerator.accumulate(net):
