@@ -158,6 +158,12 @@ class Loop:
             if self._clock is not None:
                 self._clock.lap("save")
 
+    def leave(self) -> None:
+        """Stop here if a signal was seen: for long work between two updates. Updates since the last checkpoint will be made again."""
+        if self.stop.seen(self.accelerator):
+            self._saver.wait()
+            raise SystemExit(EXIT_STOPPED)
+
     def due(self, every: int) -> bool:
         """Whether this is a multiple of `every` updates, or the end. False for 0, when the run is stopping, and after a rollback."""
         return every > 0 and not (self._stopping or self._back) and self._at(every)
