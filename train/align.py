@@ -362,7 +362,7 @@ def train(cfg: AlignConfig, loop: Loop) -> None:
             write_atomic(out / "checks.json", json.dumps(plain))
             show(out, step, clips[:STRIP])
         if not same_for_all(accelerator, int(falls([*history(checks).values()], 1))):
-            average = {name: whole(x).cpu() for name, x in ema.average.items()}  # of every process its part
+            average = {name: whole(x).cpu().contiguous() for name, x in ema.average.items()}  # of every process its part
             if accelerator.is_main_process:
                 with written(out / PASSED) as temporary:
                     save_file(average, temporary)
