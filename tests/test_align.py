@@ -32,7 +32,20 @@ from kling.runtime.accelerator import EXIT_STOPPED
 from kling.sampling.sampler import Sampler
 from kling.training.ema import EMA
 from kling.training.model import Trained
-from kling.training.rollout import Group, belong, check_even, chunk, example_of, falls, forget, left_out, make_group
+from kling.training.rollout import (
+    Group,
+    belong,
+    check_even,
+    chunk,
+    example_of,
+    falls,
+    forget,
+    history,
+    left_out,
+    make_group,
+    read_checks,
+    write_checks,
+)
 
 SMALL = {"num_frames": 5, "size": "32x32"}
 
@@ -130,6 +143,17 @@ def test_jitter_of_the_checker_ends_no_run() -> None:
     rng = np.random.default_rng(0)
     runs = [(0.75 + 0.06 * rng.standard_normal(13)).tolist() for _ in range(300)]
     assert np.mean([any(falls(run[: n + 1]) for n in range(13)) for run in runs]) < 0.01
+
+
+def test_a_term_that_no_request_has_survives_its_file(tmp_path: Path) -> None:
+    """Such as the motion, where every held-out request moves the camera: it stopped the run at the second check."""
+    path, row = tmp_path / "checks.json", {"check/motion": math.nan, "check/checker": 0.5}
+    write_checks(path, {0: row})
+    write_checks(path, read_checks(path, 1) | {1: row | {"check/checker": math.nan}})
+    found = read_checks(path, 1)
+    assert (
+        "NaN" not in path.read_text() and math.isnan(found[0]["check/motion"]) and history(found) == {0: 0.5} and not read_checks(path, -1)
+    )
 
 
 def test_rounds_are_kept_for_the_checkpoints_that_a_run_goes_back_to(tmp_path: Path) -> None:

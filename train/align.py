@@ -9,7 +9,6 @@ A round: the old policy makes `clips` clips of each of `groups` requests; `updat
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from dataclasses import dataclass, field
@@ -40,7 +39,7 @@ from kling.rewards.world import TERMS, WorldRequests, world_reward
 from kling.runtime.accelerator import keep_in_fp32, wrap_what_is_there
 from kling.runtime.checkpoint import Rows
 from kling.runtime.device import upload
-from kling.runtime.files import write_atomic, written
+from kling.runtime.files import written
 from kling.runtime.log import Later
 from kling.runtime.parallel import same_for_all, same_rng, total, whole
 from kling.runtime.random import generator, noise_like
@@ -77,6 +76,7 @@ from kling.training.rollout import (
     round_folder,
     seeds_of,
     start_of,
+    write_checks,
 )
 from kling.training.start import SHIPPED, Start, open_start
 
@@ -356,10 +356,7 @@ def train(cfg: AlignConfig, loop: Loop) -> None:
         loop.log(values)
         checks = read_checks(out / "checks.json", step) | {step: values}
         if accelerator.is_main_process:
-            plain = {
-                s: {name: x if math.isfinite(x) else None for name, x in found.items()} for s, found in checks.items()
-            }  # no NaN in JSON
-            write_atomic(out / "checks.json", json.dumps(plain))
+            write_checks(out / "checks.json", checks)
             show(out, step, clips[:STRIP])
         if not same_for_all(accelerator, int(falls([*history(checks).values()], 1))):
             average = {name: whole(x).cpu().contiguous() for name, x in ema.average.items()}  # of every process its part

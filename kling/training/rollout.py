@@ -34,7 +34,7 @@ from kling.rewards.pixels import speed, speed_of
 from kling.rewards.reward import Judge
 from kling.runtime.checkpoint import MAY_CHANGE, step_of
 from kling.runtime.device import upload
-from kling.runtime.files import ends_hash, written
+from kling.runtime.files import ends_hash, write_atomic, written
 from kling.runtime.random import derive_seed, permutation
 from kling.sampling.batches import Asked
 from kling.sampling.inputs import read_clip
@@ -261,16 +261,22 @@ def _passes(request: Request, plan: Plan) -> tuple[Any, ...]:
 
 
 def read_checks(path: Path, step: int) -> dict[int, dict[str, float]]:
-    """The checks made until a step; later ones belong to lost work."""
+    """The checks made until a step; later ones belong to lost work. A term that no request has is NaN, null in the file."""
     if not path.is_file():
         return {}
-    return {int(s): values for s, values in json.loads(path.read_text(encoding="utf-8")).items() if int(s) <= step}
+    rows = json.loads(path.read_text(encoding="utf-8"))
+    return {int(s): {name: math.nan if x is None else x for name, x in row.items()} for s, row in rows.items() if int(s) <= step}
+
+
+def write_checks(path: Path, checks: dict[int, dict[str, float]]) -> None:
+    """As `read_checks` reads them."""
+    plain = {s: {name: x if math.isfinite(x) else None for name, x in row.items()} for s, row in checks.items()}
+    write_atomic(path, json.dumps(plain))
 
 
 def history(checks: dict[int, dict[str, float]]) -> dict[int, float]:
     """The checker at every step at which it had a value."""
-    found = {s: checks[s]["check/checker"] for s in sorted(checks)}
-    return {s: x for s, x in found.items() if x is not None and math.isfinite(x)}
+    return {s: x for s in sorted(checks) if math.isfinite(x := checks[s]["check/checker"])}
 
 
 def falls(checks: list[float], times: int = 2) -> bool:
