@@ -97,7 +97,7 @@ RANGES = (
     ("workers processes byte_layers token_layers num_res_blocks camera_residual_blocks", 0, 1000),
     ("warmup sample_every keep_every keep_last every watchdog perceptual", 0, math.inf),
     ("weight_decay", 0, 1000),
-    ("text_drop camera_drop floor", 0, 1),
+    ("text_drop camera_drop reference_drop floor", 0, 1),
     ("shares lr_of seed", 0, math.inf),
     ("ema betas", 0, math.nextafter(1, 0)),  # of 1 the average never leaves the first weights, which the export would hold
     ("shift", 0.001, 1000),
