@@ -91,13 +91,13 @@ MEANT = {
 RANGES = (
     ("steps save_every log_every eval_every eval_clips shard max_frames clips spatial_factor", 1, math.inf),
     ("batch gradient_accumulation group groups updates checks critic_updates counts num_inference_steps frames examples", 1, 100_000),
-    ("guidance_scale camera_guidance_scale guidance_reach", 0, math.inf),
+    ("guidance_scale camera_guidance_scale brush_guidance_scale reference_guidance_scale guidance_reach", 0, math.inf),
     ("rank", 0, 10_000),
     ("threads num_layers quantiles", 1, 1000),
     ("workers processes byte_layers token_layers num_res_blocks camera_residual_blocks", 0, 1000),
     ("warmup sample_every keep_every keep_last every watchdog perceptual", 0, math.inf),
     ("weight_decay", 0, 1000),
-    ("text_drop camera_drop floor", 0, 1),
+    ("text_drop camera_drop reference_drop floor", 0, 1),
     ("shares lr_of seed", 0, math.inf),
     ("ema betas", 0, math.nextafter(1, 0)),  # of 1 the average never leaves the first weights, which the export would hold
     ("shift", 0.001, 1000),

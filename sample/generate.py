@@ -249,6 +249,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--strength", metavar="0..1", type=float, help=holds)
     thing = "a picture of a thing that the prompt points at: 'the first thing rolls left on snow'; repeat for the second, up to four"
     add("--reference", metavar="FILE", dest="references", type=a_path, action="append", help=thing)
+    add(
+        "--reference-guidance-scale",
+        metavar="X",
+        type=float,
+        help="1: none; more resembles the references closer, for one more pass a step",
+    )
     add("--loop", action="store_true", help="the end leads back to the beginning")
 
     add = parser.add_argument_group("camera").add_argument
@@ -553,12 +559,15 @@ def details(plan: Plan, pipe: KlingPipeline, paths: list[Path], machine: Machine
     """The additional lines of a dry run. It gives no seconds, because nothing was measured."""
     from kling.sampling.memory import report
 
+    scales = {"text": plan.guidance_scale, "camera": plan.camera_guidance_scale}
+    scales |= {"brush": plan.brush_guidance_scale} if plan.brush_guidance_scale != 1 else {}
+    scales |= {"references": plan.reference_guidance_scale} if plan.reference_guidance_scale != 1 else {}
     rows = {
         "length": f"{plan.frames / plan.fps:.1f} s",
         **({"cuts": f"at frames {', '.join(map(str, plan.cuts))}"} if plan.cuts else {}),
         "tokens": f"{plan.tokens} at once",
         "steps": f"{plan.total_steps} in all, {plan.solver}, shift {plan.shift:g}",
-        "guidance": f"{plan.guidance_scale:g} on the text, {plan.camera_guidance_scale:g} on the camera",
+        "guidance": ", ".join(f"{scale:g} on the {what}" for what, scale in scales.items()),
         **report(pipe, plan, machine, device),
         **({"licence": f"{pipe.config.licence} (of the weights)"} if pipe.config.get("licence") else {}),
         "output": ", ".join(map(str, paths)) + " (dry run: nothing is written)",

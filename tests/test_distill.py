@@ -13,6 +13,7 @@ import pytest
 import torch
 import workers
 from kling_programs.train import distill, distill_dmd, encode, students
+from kling_programs.train.students import Guide
 from test_generate import save_tiny
 from torch import Tensor
 
@@ -21,6 +22,7 @@ from kling.cache.batches import LatentSteps
 from kling.cache.store import LatentCache
 from kling.condition.state import Given, build_state
 from kling.condition.tasks import TASKS
+from kling.condition.tracks import Tracks
 from kling.config import load_config
 from kling.errors import UserError
 from kling.flow.flow_map import composed_target, draw_steps, flow_map_target
@@ -30,7 +32,7 @@ from kling.flow.matching import matching_target
 from kling.hub.load import dtype_of
 from kling.runtime.random import generator, noise_like
 from kling.sampling.pipeline import load_vae
-from kling.training.examples import Drawing, draw_example
+from kling.training.examples import Drawing, Example, draw_example
 from kling.training.loop import Loop
 from kling.training.model import Trained
 from kling.training.start import open_start
@@ -281,6 +283,26 @@ def test_data_with_steps_of_length_0_is_plain_training(teacher: Path, stories: P
     assert line["loss"] == pytest.approx(float(losses.mean()), rel=1e-5)
     mixed = run(teacher, tmp_path / "mixed", "steps=1", *plain)[0]  # also steps of some length
     assert mixed["loss"] > 0
+
+
+def test_the_brush_and_references_are_guided_too() -> None:
+    """The guided velocity of a network that only adds what it is given, written out here."""
+    draw = torch.Generator().manual_seed(0)
+    clean, lone, words = torch.randn(2, 4, 3, 4, 6, generator=draw), torch.randn(2, 4, 1, 4, 6, generator=draw), torch.ones(2, 5, 8)
+    here = Tracks(torch.full((1, 9, 2), 0.5), torch.ones(1, 9, dtype=torch.bool), torch.zeros(1, dtype=torch.long))
+    state = build_state([Given(references=1)] * 2, clean, lone, tracks=[here, None])
+    example, guide = Example(state, ["", ""], None, torch.zeros(2, dtype=torch.bool)), object.__new__(Guide)
+    guide.scale, guide.camera_scale, guide.brush, guide.reference, guide.reach = 3.0, 1.0, 4.0, 2.0, 0.0
+
+    def net(shown: Example, z: torch.Tensor, words: tuple[torch.Tensor]) -> torch.Tensor:
+        maps = shown.state.tracks.abs().sum((1, 2, 3, 4))
+        return torch.ones_like(z) * (words[0].sum((1, 2)) + 10 * maps + 100 * z[:, :, -1].abs().sum((1, 2, 3)))[:, None, None, None, None]
+
+    v = guide(net, example, clean := torch.cat([clean, lone], dim=2), words, torch.zeros(2, 5, 8))
+    text, maps, picture = 40.0, 10 * state.tracks.abs().sum((1, 2, 3, 4)), 100 * clean[:, :, -1].abs().sum((1, 2, 3))
+    assert maps[0] > 0 == maps[1] and guide.passes(state) == 4
+    asked = text + maps + picture + (3 - 1) * text + (4 - 1) * maps + (2 - 1) * picture
+    assert torch.allclose(v[:, 0, 0, 0, 0], asked) and guide.passes(build_state([Given()], clean[:1, :, :3], None)) == 2
 
 
 MATCHING = ("method=dmd", "dmd.critic_updates=2", "dmd.critic_lr=1e-3", "lr=1e-3", "num_inference_steps=3", "guidance_scale=3")

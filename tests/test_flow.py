@@ -74,8 +74,11 @@ def test_guidance_follows_its_formula_without_needless_passes():
     assert float(guided_velocity(predict, 3.0, 2.0, True)) == 5 + 2 * (5 - 2) + 1 * (5 - 3)
     calls.clear()
     assert float(guided_velocity(predict, 1.0, 1.0, True)) == 5 and calls == [("prompt", True)]
-    values["no tracks", True] = 4.5
-    assert float(guided_velocity(predict, 3.0, 2.0, True, None, 4.0)) == 5 + 2 * (5 - 2) + 1 * (5 - 3) + 3 * (5 - 4.5)
+    values |= {("no tracks", True): 4.5, ("no references", True): 4.0}
+    more = {"no tracks": 4.0, "no references": 1.0}
+    assert float(guided_velocity(predict, 3.0, 2.0, True, None, more)) == 5 + 2 * (5 - 2) + 1 * (5 - 3) + 3 * (5 - 4.5)
+    more["no references"] = 2.5
+    assert float(guided_velocity(predict, 3.0, 1.0, True, None, more)) == 5 + 2 * (5 - 2) + 3 * (5 - 4.5) + 1.5 * (5 - 4)
 
 
 def test_guidance_grows_away_from_frames_that_are_given():

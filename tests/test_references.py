@@ -259,6 +259,26 @@ def test_training_draws_references_for_its_share_whose_words_point_at_the_right_
             draw_example(Drawing(0, {"text": 1.0}, 0.0, 0.0, reference=1.0), batch, 0, tiny[0].config, tiny[1].spatial_factor)
 
 
+def test_some_references_show_nothing_and_their_words_still_point(tiny) -> None:
+    """So guidance has a pass to compare with: latents of 0, and everything else as it was."""
+    batch, how = batch_of(17, 4), Drawing(0, {"text": 1.0, "image": 1.0}, 0.0, 0.0, brush=0.3, reference=1.0)
+    blank, of = 0, 0
+    for place in range(12):
+        shown, drawn = (
+            draw_example(dataclasses.replace(how, reference_drop=drop), batch, place, tiny[0].config, tiny[1].spatial_factor)
+            for drop in (0.0, 0.3)
+        )
+        assert drawn.prompts == shown.prompts and torch.equal(drawn.state.position, shown.state.position)
+        at = shown.state.mask.shape[2] - shown.state.references
+        assert shown.state.references == int((shown.state.kind[0] == REFERENCE).sum()) > 0
+        assert torch.equal(drawn.state.clean[:, :, :at], shown.state.clean[:, :, :at])
+        for mine, theirs in zip(drawn.state.clean[:, :, at:], shown.state.clean[:, :, at:], strict=True):
+            assert torch.equal(mine, theirs) or not mine.any()
+            blank, of = blank + (not mine.any()), of + 1
+        assert torch.equal(drawn.state.clean, shown.state.without_references(shown.state.clean)) or blank < of
+    assert 0.1 < blank / of < 0.5
+
+
 def test_gradients_reach_a_reference_and_its_loss_counts_for_nothing(tiny) -> None:
     torch.manual_seed(0)
     model, vae = tiny
@@ -408,6 +428,22 @@ def test_references_go_with_everything(given: dict) -> None:
     kept = 9 if given.keys() == {"video"} else 0
     assert len({frames[kept:].tobytes() for frames in (one, two, turned)}) == 3 and one.shape == two.shape
     assert np.array_equal(one[:kept], two[:kept])
+
+
+def test_guidance_on_references_costs_a_pass_that_sees_none_of_them(pipe: KlingPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    request, seen = Request("a", num_inference_steps=1, seed=1, num_frames=9, references=[A, B]), []
+    forward = type(pipe.transformer).forward
+    looked = lambda self, x, *a, **k: seen.append(x[:, :, -2:].abs().amax().item()) or forward(self, x, *a, **k)  # noqa: E731
+    monkeypatch.setattr(type(pipe.transformer), "forward", looked)
+    plain, passes = pipe(request).frames, len(seen)
+    assert all(seen)
+    seen.clear()
+    guided = pipe(request, reference_guidance_scale=3.0).frames
+    assert len(seen) == passes + 1 and seen.count(0.0) == 1 and not np.array_equal(plain, guided)
+    assert pipe.plan(request.replace(reference_guidance_scale=3.0)).passes == pipe.plan(request).passes + 1
+    assert pipe.plan(request.replace(references=[])).reference_guidance_scale == 1
+    with pytest.raises(UserError, match="given without references: give pictures too"):
+        request.replace(references=[], reference_guidance_scale=2.0)
 
 
 def test_a_picture_is_shown_whole_whatever_its_aspect_and_does_not_set_the_clip_s(pipe: KlingPipeline) -> None:

@@ -84,9 +84,9 @@ def train(cfg: DistillConfig, loop: Loop) -> None:
             words, nothing = parts.words(example)  # (b · S, l, e)
             with accelerator.autocast():
                 if how.velocity == "teacher":
-                    v = guide(partial(teacher, z=z, level=t), example, words, nothing)
+                    v = guide(partial(teacher, level=t), example, z, words, nothing)
                 else:
-                    v = guide(partial(net, z=z, level=t), example, words, nothing, velocity(state.clean, noise))
+                    v = guide(partial(net, level=t), example, z, words, nothing, velocity(state.clean, noise))
             target = v.clone()
             if still < b:
                 moving, heard = example.rows(still), words[still * len(words) // b :]  # of every shot
@@ -108,7 +108,7 @@ def train(cfg: DistillConfig, loop: Loop) -> None:
             meter.lap("forward")
             accelerator.backward(losses.mean())
             meter.lap("backward")
-        passes = 3 + guide.passes + (1 if how.stride else 2) * (b - still) / b
+        passes = 3 + guide.passes(state) + (1 if how.stride else 2) * (b - still) / b
         meter.add(t, losses, b * state.tokens, b * passes * forward_flops(transformer.config, state.tokens, words.shape[1]))
         if not accelerator.sync_gradients:
             continue

@@ -88,7 +88,7 @@ def train(cfg: DistillConfig, loop: Loop) -> None:
                 with torch.no_grad():
                     z, sigma = at()
                     fake = z - sigma * nets["critic"](example, z, t, (words,)).float()
-                    real = z - sigma * guide(partial(teacher, z=z, level=t), example, words, nothing)
+                    real = z - sigma * guide(partial(teacher, level=t), example, z, words, nothing)
                 losses = 0.5 * flow_loss(x0, matching_target(x0.float(), fake, real, state.mask), state.mask)  # (b,)
             else:
                 z, _ = at()
@@ -97,7 +97,7 @@ def train(cfg: DistillConfig, loop: Loop) -> None:
             accelerator.backward(losses.mean())
             meter.lap("backward")
         moved += torch.stack([motion(x0.detach(), state.frames), motion(state.clean, state.frames)])
-        passes = last + 3 + (guide.passes + 1 if turn == "student" else 1)
+        passes = last + 3 + (guide.passes(state) + 1 if turn == "student" else 1)
         meter.add(t, losses, b * state.tokens, b * passes * forward_flops(model.transformer.config, state.tokens, words.shape[1]))
         if not accelerator.sync_gradients:
             continue

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from kling.cache.batches import LatentSteps
 from kling.cache.store import LatentCache
+from kling.condition.state import State
 from kling.condition.tasks import check_tasks, keyframe_share
 from kling.dit import KlingTransformer3DModel
 from kling.errors import UserError, unknown
@@ -218,22 +219,35 @@ class Guide:
         pipe = KlingPipeline.from_pretrained(start.folder, weights=False, checkpoint=cfg.checkpoint)
         self.scale = pipe.setting("guidance_scale", cfg.guidance_scale)[0]
         self.camera_scale = pipe.setting("camera_guidance_scale", cfg.camera_guidance_scale)
+        self.brush, self.reference = pipe.setting("brush_guidance_scale"), pipe.setting("reference_guidance_scale")
         self.reach = pipe.setting("guidance_reach", cfg.guidance_reach)
         self.negative = pipe.setting("negative_prompt")
-        self.passes = 1 + (self.scale != 1) + (self.camera_scale != 1)
 
-    def __call__(self, net: Callable[..., Tensor], example: Example, words: Tensor, nothing: Tensor, v: Tensor | None = None) -> Tensor:
-        """The guided velocity (b, c, G, h, w) of `net`, or `v` guided by it."""
+    def without(self, state: State) -> dict[str, float]:
+        """Scales of what else can be left out, where there is any."""
+        return {"no tracks": 1.0 if state.tracks is None else self.brush, "no references": self.reference if state.references else 1.0}
+
+    def passes(self, state: State) -> int:
+        """The number of passes for the velocity of a batch."""
+        return 1 + sum(scale != 1 for scale in (self.scale, self.camera_scale, *self.without(state).values()))
+
+    def __call__(
+        self, net: Callable[..., Tensor], example: Example, z: Tensor, words: Tensor, nothing: Tensor, v: Tensor | None = None
+    ) -> Tensor:
+        """The guided velocity (b, c, G, h, w) of `net` at z, or `v` guided by it."""
 
         def predict(which: str, camera: bool) -> Tensor:
             if v is not None and which == "prompt" and camera == (example.cameras is not None):
                 return v
             shown = example if camera else replace(example, has_camera=torch.zeros_like(example.has_camera))
-            return net(shown, words=(words if which == "prompt" else nothing,)).float()
+            shown = replace(shown, state=state.without_tracks()) if which == "no tracks" else shown
+            seen = state.without_references(z) if which == "no references" else z
+            return net(shown, z=seen, words=(nothing if which == "negative" else words,)).float()
 
-        share = given_share(*example.state.host, self.reach)
-        share = None if share is None else upload(share, example.state.mask.device)
-        return guided_velocity(predict, self.scale, self.camera_scale, example.cameras is not None, share)
+        state = example.state
+        share = given_share(*state.host, self.reach)
+        share = None if share is None else upload(share, state.mask.device)
+        return guided_velocity(predict, self.scale, self.camera_scale, example.cameras is not None, share, self.without(state))
 
 
 @dataclass
@@ -315,6 +329,8 @@ def build(cfg: DistillConfig, start: Start, teacher: Trained | None = None) -> T
                 f"student {cfg.student} has gate_value {earlier.config.gate_value}, and flow_map.gate is {gate:g}: give a flow map with it"
             )
         gate = earlier.config.gate_value
+    if cfg.beside and gate is None:
+        raise UserError("beside: mode fast takes a flow map, and dmd alone makes none: set beside=false, or student=FOLDER of a flow map")
     transformer = start.transformer({} if gate is None else {"gate_value": gate}, frozen_dtype(cfg))
     if earlier is not None:
         own = transformer.state_dict()
@@ -361,8 +377,9 @@ def sample(cfg: DistillConfig, loop: Loop, parts: Parts, ema: EMA) -> None:
     main, device = loop.accelerator.is_main_process, loop.accelerator.device
     if main or loop.layout.sharded:  # sharded weights need all processes
         picture = loop.out / "samples" / f"{loop.done:08d}.png" if main else None
+        alone = replace(cfg, beside=False)  # beside the teacher, only requests of mode fast would show the student
         with ema.swap(parts.student), same_rng(device), loop.accelerator.autocast():
-            draw_samples(pipeline(cfg, parts.student, parts.vae, parts.text, parts.start), parts.asked, picture)
+            draw_samples(pipeline(alone, parts.student, parts.vae, parts.text, parts.start), parts.asked, picture)
 
 
 def pipeline(cfg: DistillConfig, model: Trained, vae: nn.Module, text: ByteTextEncoder | UMT5TextEncoder, start: Start) -> KlingPipeline:

@@ -94,7 +94,8 @@ class TrainDiTConfig:
     listed twice is drawn twice as often. max_frames: longest clip in pixel frames that the exported model generates at once.
     tasks: how often each is drawn, as shares.
     long_captions: what to do with a caption that is too long for our text encoder: refuse (before the first step), or cut it.
-    text_drop, camera_drop: share of clips, 0 to 1, whose text or camera is left out, for guidance.
+    text_drop, camera_drop: share of clips, 0 to 1, whose text or camera is left out, for guidance. reference_drop: share of the clips with
+    references whose pictures show nothing, likewise.
     brush: share of clips, 0 to 1, with tracks of things or of the ground (motion brush), for a model with `track_channels`; clips of the
     cache's `paths` always have some, unless it is 0.
     shots: share of the clips of a length, 0 to 1, that are storyboards: several shots, each with words and a camera of its own. 0 leaves
@@ -149,6 +150,7 @@ class TrainDiTConfig:
     tasks: dict[str, float] = field(default_factory=lambda: {"text": 1.0})
     text_drop: float = 0.1
     camera_drop: float = 0.4
+    reference_drop: float = 0.1
     brush: float = 0.0
     shots: float = 0.0
     reference: float = 0.0
@@ -239,7 +241,9 @@ def train(cfg: TrainDiTConfig, loop: Loop) -> None:
     model = build(cfg, start)
     transformer, text_encoder = model.transformer, model.text_encoder
     max_bytes = check_captions(text_encoder, cache, [request.prompt for request in asked], cfg.long_captions)
-    drawing = Drawing(cfg.seed, cfg.tasks, cfg.text_drop, cfg.camera_drop, cfg.group, max_bytes, cfg.brush, cfg.reference)
+    drawing = Drawing(
+        cfg.seed, cfg.tasks, cfg.text_drop, cfg.camera_drop, cfg.group, max_bytes, cfg.brush, cfg.reference, cfg.reference_drop
+    )
     check_fit(vae, transformer, cfg.tasks, cache)
     check_brush(cfg.brush, transformer, cache)
     check_shots(cfg.shots, transformer, cache, layout.split)

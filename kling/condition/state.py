@@ -144,6 +144,22 @@ class State:
         """The clip: given elements restored exactly, appended frames cut off. (b, c, F, h, w)"""
         return torch.where(self.mask > 0, z, self.clean)[:, :, : self.frames]
 
+    def without_references(self, z: Tensor) -> Tensor:
+        """The same latents (b, c, G, h, w) with references that show nothing: 0, as in training (`reference_drop`)."""
+        shown = z.shape[2] - self.references
+        return torch.cat([z[:, :, :shown], torch.zeros_like(z[:, :, shown:])], dim=2)
+
+    def without_tracks(self) -> State:
+        """The same, with nothing that says where points move."""
+        still = replace(self, tracks=None if self.tracks is None else torch.zeros_like(self.tracks))
+        still.__dict__["_runs"] = self._runs
+        return still
+
+    @cached_property
+    def references(self) -> int:
+        """Number of the references of a clip, its last frames."""
+        return int((self.host[1][0] < 0).sum())
+
     @property
     def tokens(self) -> int:
         """Number of tokens of one clip."""

@@ -1,8 +1,8 @@
-"""Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598), on the text and separately on the camera and on tracks."""
+"""Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598), on the text and separately on the camera, tracks and references."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -10,14 +10,15 @@ from torch import Tensor
 
 def guided_velocity(
     predict: Callable[[str, bool], Tensor], guidance_scale: float, camera_guidance_scale: float, camera: bool,
-    share: Tensor | None = None, brush_guidance_scale: float = 1.0,
+    share: Tensor | None = None, without: Mapping[str, float] = {},
 ) -> Tensor:  # fmt: skip
     """Combine as few predictions as the scales require.
 
-        v = v(text, cam) + (g - 1) (v(text, cam) - v(negative, cam)) + (g_cam - 1) (v(text, cam) - v(text, no cam)), and the same for tracks
+        v = v(text, cam) + (g - 1) (v(text, cam) - v(negative, cam)) + (g_cam - 1) (v(text, cam) - v(text, no cam))
 
-    predict(which, camera): the velocity with text "prompt" or "negative", or with the prompt and "no tracks", with the camera or without;
-    each a new tensor, which may be overwritten. A scale of 1 costs no extra pass; that of the tracks must be 1 without any.
+    predict(which, camera): the velocity with text "prompt" or "negative", with the camera or without; each a new tensor, which may be
+    overwritten. A scale of 1 costs no extra pass.
+    without: scales of what else can be left out, "no tracks" and "no references": `predict` gets these names, for a pass with the prompt.
     share: (b, 1, G, 1, 1) the fraction of every scale - 1 for each frame; None is all of it. See `given_share`.
     """
     v = full = predict("prompt", camera)
@@ -27,9 +28,10 @@ def guided_velocity(
     if camera and camera_guidance_scale != 1:
         change = torch.sub(full, predict("prompt", False)).mul_(camera_guidance_scale - 1)
         v = v + (change if share is None else share.to(v) * change)
-    if brush_guidance_scale != 1:
-        change = torch.sub(full, predict("no tracks", camera)).mul_(brush_guidance_scale - 1)
-        v = v + (change if share is None else share.to(v) * change)
+    for which, scale in without.items():
+        if scale != 1:
+            change = torch.sub(full, predict(which, camera)).mul_(scale - 1)
+            v = v + (change if share is None else share.to(v) * change)
     return v
 
 
@@ -56,12 +58,14 @@ class Guidance:
 
     interval: the levels (low, high) between which guidance is used; it gains nothing at high noise and little at low noise (Kynkäänniemi et
     al. 2024, arXiv 2404.07724). every: it is computed in every `every`-th of these steps; the steps between add the last change again.
-    share, brush: for each frame, and the scale of the tracks, as in `guided_velocity`.
+    share, without: as in `guided_velocity`.
     """
 
-    def __init__(self, interval: tuple[float, float] = (0.0, 1.0), every: int = 1, share: Tensor | None = None, brush: float = 1.0) -> None:
+    def __init__(
+        self, interval: tuple[float, float] = (0.0, 1.0), every: int = 1, share: Tensor | None = None, without: Mapping[str, float] = {}
+    ) -> None:
         self.low, self.high = interval
-        self.every, self.share, self.brush = every, share, brush
+        self.every, self.share, self.without = every, share, without
         self.steps = 0
         self.change: Tensor | None = None
 
@@ -76,7 +80,7 @@ class Guidance:
         if not again:
             return predict("prompt", camera) + self.change
         if self.every == 1:
-            return guided_velocity(predict, guidance_scale, camera_guidance_scale, camera, self.share, self.brush)
+            return guided_velocity(predict, guidance_scale, camera_guidance_scale, camera, self.share, self.without)
         plain: list[Tensor] = []
 
         def remember(which: str, with_camera: bool) -> Tensor:
@@ -84,6 +88,6 @@ class Guidance:
             plain.append(v)
             return v
 
-        v = guided_velocity(remember, guidance_scale, camera_guidance_scale, camera, self.share, self.brush)
+        v = guided_velocity(remember, guidance_scale, camera_guidance_scale, camera, self.share, self.without)
         self.change = v - plain[0]  # the first prediction is the plain one
         return v

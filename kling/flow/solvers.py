@@ -48,6 +48,7 @@ class KlingFlowScheduler(SchedulerMixin, ConfigMixin):
         guidance_scale: float = 3.0,
         camera_guidance_scale: float = 1.0,
         brush_guidance_scale: float = 1.0,
+        reference_guidance_scale: float = 1.0,
         guidance_reach: float = 0.0,
         density: str = "logit_normal",
     ) -> None:

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -184,10 +185,14 @@ class StopSignal:
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    EVERY = 5.0  # seconds between the messages by which processes agree: torchrun and Slurm kill 30 s after their signal
 
     def __init__(self) -> None:
         self.name: str | None = None  # of the signal received
         self._before: dict[int, object] = {}
+        self._calls = 0  # of `seen` since the last message, the same number on every process
+        self._wait = 1  # calls until the next message
+        self._sent: float | None = None  # when the last one was
 
     def __enter__(self) -> StopSignal:
         if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
@@ -207,8 +212,17 @@ class StopSignal:
         return self.name is not None
 
     def seen(self, accelerator: Accelerator) -> bool:
-        """True on every process as soon as one of them got a signal: they must leave at the same step."""
+        """Whether any process got a signal: the same answer on all, which must leave at the same step. Every step calls it once.
+
+        Several processes agree by a message, for which a GPU's host waits, so they send one about every `EVERY` seconds.
+        """
         if accelerator.num_processes == 1:
             return bool(self)
-        flag = torch.tensor(float(bool(self)), device=accelerator.device)
-        return bool(accelerator.reduce(flag, reduction="sum").item() > 0)
+        self._calls += 1
+        if self._calls < self._wait:
+            return False
+        now = time.monotonic()
+        each = 0.0 if self._sent is None else (now - self._sent) / self._calls  # seconds of a step, here
+        flags, each = accelerator.reduce(torch.tensor([float(bool(self)), each], device=accelerator.device), reduction="mean").tolist()
+        self._calls, self._sent, self._wait = 0, now, 1 if each == 0 else max(1, min(1000, int(self.EVERY / each)))
+        return flags > 0

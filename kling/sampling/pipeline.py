@@ -187,9 +187,11 @@ class KlingPipeline(Batches, DiffusionPipeline, WanLoraLoaderMixin):
 
     def setting(self, name: str, asked: Any = None) -> Any:
         """`asked`, or the checkpoint's own value if that is None: `num_inference_steps`, `guidance_scale` (two: high and low noise),
-        `camera_guidance_scale`, `brush_guidance_scale`, `guidance_reach`, `negative_prompt`, `shift` or `solver`."""
+        `camera_guidance_scale`, `brush_guidance_scale`, `reference_guidance_scale`, `guidance_reach`, `negative_prompt`, `shift` or
+        `solver`."""
         scheduler = self.scheduler
         own = {"negative_prompt": "", "camera_guidance_scale": 1.0, "brush_guidance_scale": 1.0}
+        own |= {"reference_guidance_scale": 1.0}
         own |= {"guidance_reach": 0.0, "solver": type(scheduler).__name__}
         own |= self.config.get("defaults") or {}
         own |= scheduler.config if isinstance(scheduler, KlingFlowScheduler) else {}
@@ -247,6 +249,7 @@ class KlingPipeline(Batches, DiffusionPipeline, WanLoraLoaderMixin):
         if steps is None:
             steps = self.setting("num_inference_steps") * (PRO_STEPS if request.mode == "pro" and not few else 1)
 
+        unshown = not request.references
         unmapped = request.tracks is None or bool(self.groups)  # then there is no map of tracks to leave out
 
         def appended(hop: Hop) -> int:
@@ -267,6 +270,7 @@ class KlingPipeline(Batches, DiffusionPipeline, WanLoraLoaderMixin):
             guidance_scale_2=low,
             camera_guidance_scale=1.0 if few else self.setting("camera_guidance_scale", request.camera_guidance_scale),
             brush_guidance_scale=1.0 if few or unmapped else self.setting("brush_guidance_scale", request.brush_guidance_scale),
+            reference_guidance_scale=1.0 if few or unshown else self.setting("reference_guidance_scale", request.reference_guidance_scale),
             shift=self.setting("shift", (fast or {}).get("shift") if request.shift is None else request.shift),
             fast=fast is not None,
             tokens=max(latent_frames(hop.frames) + appended(hop) for hop in hops) * (h // patch[1]) * (w // patch[2]),

@@ -67,6 +67,7 @@ class Plan:
     shift: float
     tokens: int  # of the longest hop
     brush_guidance_scale: float = 1.0  # 1 without tracks
+    reference_guidance_scale: float = 1.0  # 1 without references
     fast: bool = False  # whether the few-step weights beside the transformer make it
     block_frames: int = 0  # latent frames generated at a time; 0: all
     frame_delay: int = 0  # steps by which each latent frame is behind the previous one
@@ -75,6 +76,12 @@ class Plan:
     guidance_reach: float = 0.0  # distance in latent frames from a given frame at which guidance is full; 0: full everywhere
     cuts: tuple[int, ...] = ()  # pixel frames at which another shot begins
     notes: tuple[str, ...] = ()  # remarks for the user, before sampling
+
+    @property
+    def passes(self) -> int:
+        """The most passes of a step."""
+        scales = self.guidance_scale, self.camera_guidance_scale, self.brush_guidance_scale, self.reference_guidance_scale
+        return 1 + sum(scale != 1 for scale in scales)
 
     @property
     def frames(self) -> int:
@@ -176,6 +183,7 @@ def check_flow_map(request: Request) -> None:
         "guidance_scale": request.guidance_scale not in (None, 1) or None,
         "camera_guidance_scale": request.camera_guidance_scale not in (None, 1) or None,
         "brush_guidance_scale": request.brush_guidance_scale not in (None, 1) or None,
+        "reference_guidance_scale": request.reference_guidance_scale not in (None, 1) or None,
         "guidance_interval": request.guidance_interval,
         "guidance_every": request.guidance_every != 1 or None,
         "guidance_reach": request.guidance_reach,

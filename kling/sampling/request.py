@@ -59,6 +59,7 @@ class Fields(TypedDict, total=False):
     guidance_scale: float | None
     camera_guidance_scale: float | None
     brush_guidance_scale: float | None
+    reference_guidance_scale: float | None
     guidance_interval: tuple[float, float] | None
     guidance_every: int
     guidance_reach: float | None
@@ -148,6 +149,7 @@ class Request:
     guidance_scale: float | None = None
     camera_guidance_scale: float | None = None
     brush_guidance_scale: float | None = None
+    reference_guidance_scale: float | None = None
     guidance_interval: tuple[float, float] | None = None
     guidance_every: int = 1
     guidance_reach: float | None = None
@@ -182,7 +184,14 @@ class Request:
             raise UserError(f"sigma_c {self.sigma_c:g}: give a noise level from 0 to less than 1")
         if self.shift is not None and not SHIFTS[0] <= self.shift <= SHIFTS[1]:  # near 0 no step has noise, and 0 / 0 is NaN
             raise UserError(f"shift {self.shift:g}: give a number from {SHIFTS[0]:g} to {SHIFTS[1]:g}")
-        for name in ("guidance_scale", "camera_guidance_scale", "brush_guidance_scale", "guidance_reach", "camera_scale"):
+        for name in (
+            "guidance_scale",
+            "camera_guidance_scale",
+            "brush_guidance_scale",
+            "reference_guidance_scale",
+            "guidance_reach",
+            "camera_scale",
+        ):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= 0):
                 raise UserError(f"{name} {value}: give a number of 0 or more")
@@ -275,6 +284,9 @@ class Request:
             raise UserError(line, code="tracks_on_edit")
         if self.tracks is None and self.brush_guidance_scale not in (None, 1):
             raise UserError(f"brush_guidance_scale {self.brush_guidance_scale:g} was given without tracks to follow: give tracks too")
+        if not self.references and self.reference_guidance_scale not in (None, 1):
+            line = f"reference_guidance_scale {self.reference_guidance_scale:g} was given without references: give pictures too"
+            raise UserError(line)
         if self.camera is None and self.camera_scale != 1 and not any(shot.camera for shot in self.storyboard):
             raise UserError(f"camera_scale {self.camera_scale:g} was given without a camera to scale: give camera too")
         if self.shots is not None:

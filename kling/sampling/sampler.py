@@ -125,7 +125,8 @@ class Sampler:
         walk_caches: dict[tuple[bool, str], WalkCache] = {}
         share = given_share(*state.host, plan.guidance_reach)
         share = None if share is None else upload(share, state.mask.device)
-        guided = Guidance(plan.guidance_interval, plan.guidance_every, share, plan.brush_guidance_scale)
+        without = {"no tracks": plan.brush_guidance_scale, "no references": plan.reference_guidance_scale}
+        guided = Guidance(plan.guidance_interval, plan.guidance_every, share, without)
 
         def cache(second: bool, which: str) -> WalkCache:
             if (second, which) not in walk_caches:
@@ -155,7 +156,8 @@ class Sampler:
     ) -> Tensor:  # fmt: skip
         """One pass of one expert: z (1, c, G, h, w) and its level (1,), or its tokens' levels -> velocity (1, c, G, h, w)."""
         dtype = expert.dtype
-        text, tracks = ("prompt", None) if which == "no tracks" else (which, state.tracks)
+        text, tracks = which if which == "negative" else "prompt", None if which == "no tracks" else state.tracks
+        z = state.without_references(z) if which == "no references" else z
         x = z if signals.concat is None else torch.cat([z, signals.concat], dim=1)
         branch = which if camera or signals.camera is None else "no camera"  # step caches use this name to keep passes apart
         with expert.cache_context(branch) if expert.is_cache_enabled else nullcontext():

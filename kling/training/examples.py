@@ -65,7 +65,8 @@ def check_divides(
 @dataclass(frozen=True)
 class Drawing:
     """How examples are drawn: weights of the tasks, and how often text or camera are left out. group: consecutive places of one shape.
-    max_bytes: longer captions are cut to it. brush: share of clips with tracks. reference: share of batches with references."""
+    max_bytes: longer captions are cut to it. brush: share of clips with tracks. reference: share of batches with references.
+    reference_drop: share of the clips with references whose pictures show nothing, for guidance."""
 
     seed: int
     tasks: Mapping[str, float]
@@ -75,6 +76,7 @@ class Drawing:
     max_bytes: int | None = None
     brush: float = 0.0
     reference: float = 0.0
+    reference_drop: float = 0.0
 
     def appends_keyframe(self, place: int) -> bool:
         """Whether the batch of a place is for tasks that append a frame; the same within a group, since it changes the amount of work."""
@@ -88,6 +90,10 @@ class Drawing:
         """How many references the clips of a batch get, if they have as many; the same within a group."""
         rng = random.Random(f"references/{self.seed}/{place // self.group}")
         return rng.choice(REFERENCES) if rng.random() < self.reference else 0
+
+    def shows_references(self, place: int, i: int) -> bool:
+        """Whether the references of clip i of a batch show anything: latents of 0 do not, and their words point at nothing."""
+        return not self.reference_drop or random.Random(f"reference drop/{self.seed}/{place}/{i}").random() >= self.reference_drop
 
 
 @dataclass(frozen=True)
@@ -170,7 +176,8 @@ def draw_example(how: Drawing, batch: LatentBatch, place: int, config: Mapping[s
         else:  # its words name what its pictures show
             mine, told = None, draw_story(rng, how, batch, i, shots)
             pictures, _, _ = draw_references(how, batch, i, place, R, "", False)
-        appended += [batch.references[i, k] for k in pictures]
+        seen = 1 if how.shows_references(place, i) else 0
+        appended += [batch.references[i, k] * seen for k in pictures]
         tracks.append(mine)
         words.append(told)
         starts.append([0] if shots is None else [j for j, _ in shots])

@@ -131,12 +131,11 @@ class Loop:
 
         values: for the log. clips: the number of clips of this update, over all processes.
         """
-        guard, rank, ranks = self._guard, self.accelerator.process_index, self.accelerator.num_processes
+        guard, rank = self._guard, self.accelerator.process_index
         self.done, self.places = self.done + 1, self.places + self.micro * self.layout.ranks
         self._watchdog.beat()
         self._log.log(self.done, values, clips)
-        look = self._at(self._log.log_every)  # several processes must agree on a signal, which costs a message
-        stopping = (look or ranks == 1) and self.stop.seen(self.accelerator)
+        stopping = self.stop.seen(self.accelerator)
         save = stopping or self._at(self.cfg.save_every)
         if save:
             self._log.flush()

@@ -57,6 +57,7 @@ class Body(Shape):
     camera_scale: Number | None = None
     sigma_c: Number | None = None
     brush_guidance_scale: Number | None = None
+    reference_guidance_scale: Number | None = None
 
 
 class Text2Video(Body):

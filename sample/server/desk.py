@@ -38,7 +38,7 @@ DEFAULTS = ("num_inference_steps", "guidance_scale", "negative_prompt", "shift",
 # Fields of a `Request` that the wires take as they are, beside Kling's own.
 EXTENSIONS = (
     "seed", "num_inference_steps", "guidance_scale", "solver", "shift", "size", "loop", "num_frames", "camera_scale", "sigma_c",
-    "brush_guidance_scale",
+    "brush_guidance_scale", "reference_guidance_scale",
 )  # fmt: skip
 
 

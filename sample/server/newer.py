@@ -47,6 +47,7 @@ class Settings(Shape):
     camera_scale: Number | None = None
     sigma_c: Number | None = None
     brush_guidance_scale: Number | None = None
+    reference_guidance_scale: Number | None = None
 
 
 class Options(Shape):

@@ -15,7 +15,7 @@ STATUS = {WAITING: "queued", RUNNING: "in_progress", DONE: "completed", FAILED: 
 NAMES = {"duration": "seconds", "image": "input_reference"}
 SIZES = ("720x1280", "1280x720", "1024x1792", "1792x1024")  # theirs, which stand for an aspect where the model lacks them
 WHOLE = ("seed", "num_inference_steps", "num_frames")
-NUMBERS = ("guidance_scale", "shift", "camera_scale", "sigma_c", "brush_guidance_scale")
+NUMBERS = ("guidance_scale", "shift", "camera_scale", "sigma_c", "brush_guidance_scale", "reference_guidance_scale")
 OWN = ("model", "prompt", "seconds", "size", "negative_prompt", "input_reference", "mode", *EXTENSIONS)
 
 

@@ -219,8 +219,7 @@ def operations(pipe: KlingPipeline, plan: Plan) -> float:
     weights = sum(p.numel() for p in pipe.transformer.parameters())
     pairs = config.num_layers * config.num_attention_heads * config.attention_head_dim
     n = plan.tokens
-    passes = plan.total_steps * (1 + (plan.guidance_scale != 1) + (plan.camera_guidance_scale != 1) + (plan.brush_guidance_scale != 1))
-    return passes * (2 * weights * n + 4 * pairs * n**2)
+    return plan.total_steps * plan.passes * (2 * weights * n + 4 * pairs * n**2)
 
 
 def sample(
