@@ -255,7 +255,8 @@ def _passes(request: Request, plan: Plan) -> tuple[Any, ...]:
     guided = (
         plan.guidance_scale != 1,
         request.camera is not None and plan.camera_guidance_scale != 1,
-        request.tracks is not None and plan.brush_guidance_scale != 1,
+        plan.brush_guidance_scale != 1,
+        plan.reference_guidance_scale != 1,
     )
     return plan.num_inference_steps, plan.solver, plan.guidance_interval, plan.guidance_every, *guided
 
