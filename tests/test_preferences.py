@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kling.flow.preferences import advantages, awm_loss, dpo_loss, nft_loss, norm_hinge, norm_ratio, optimality, varies
+from kling.flow.preferences import advantages, awm_loss, deviation, dpo_loss, nft_loss, norm_hinge, norm_ratio, optimality
 
 
 def clips(b: int = 4, seed: int = 0) -> tuple[Tensor, ...]:
@@ -31,11 +31,14 @@ def gradient(loss: Tensor, v: Tensor) -> Tensor:
     return torch.autograd.grad(loss.sum(), v)[0]
 
 
-def test_advantages_are_those_of_a_group() -> None:
-    A = advantages(torch.tensor([0.0, 1.0, 1.0, 0.0]))
-    assert A.tolist() == [-1, 1, 1, -1] and optimality(A).tolist() == pytest.approx([0.4, 0.6, 0.6, 0.4])
-    assert not varies(torch.ones(3)) and advantages(torch.ones(3)).tolist() == [0, 0, 0]
-    assert optimality(torch.tensor([-50.0, 0.0, 50.0])).tolist() == [0, 0.5, 1]
+def test_advantages_are_measured_by_the_deviation_of_all_groups() -> None:
+    """Jitter of 0.01 in one group, a broken clip in another: not the same push."""
+    broken, jitter, equal = torch.tensor([1.0, 1.0, 1.0, 0.0]), torch.tensor([0.50, 0.51, 0.50, 0.51]), torch.ones(4)
+    scale = deviation([broken, jitter, equal])
+    assert scale == pytest.approx(math.sqrt((3 * 0.25**2 + 0.75**2 + 4 * 0.005**2) / 12))
+    assert advantages(broken, scale)[3] == pytest.approx(-0.75 / scale) and float(advantages(jitter, scale).abs().max()) < 0.02
+    assert advantages(equal, scale).tolist() == [0, 0, 0, 0]
+    assert optimality(torch.tensor([-50.0, 0.0, 1.0, 50.0])).tolist() == pytest.approx([0, 0.5, 0.6, 1])
 
 
 @pytest.mark.parametrize("b", [0.1, 1.0])

@@ -10,14 +10,16 @@ import pytest
 import torch
 from kling_programs.eval.cases import exchanged, other_camera, spoiled
 
-from kling.data.world.scene import render_scene
+from kling.data.world.scene import World, render_scene
 from kling.errors import UserError
+from kling.metrics.camera.errors import CLASSES
 from kling.metrics.controls import frozen, taken_over
 from kling.metrics.pixel import diversity
+from kling.metrics.world import camera_scene, with_camera
 from kling.rewards.local import model_reward
 from kling.rewards.pixels import magnitude, speed
 from kling.rewards.reward import Judge, Reward
-from kling.rewards.world import ASKS, TERMS, WorldRequests, world_reward
+from kling.rewards.world import ASKS, TERMS, Truth, WorldRequests, world_reward
 from kling.sampling.request import Request
 
 FRAMES = 17
@@ -43,6 +45,17 @@ def test_truth_earns_more_than_what_was_not_asked_for(obeys: Reward, ask: str) -
     assert float(true.nanmean()) > 0.85 and float(true.nanmean()) > float(false.nanmean()) + 0.15
     applies = dict(zip(TERMS, (~true.isnan()).all(0).tolist(), strict=True))
     assert applies["colour"] and applies["camera"] == (ask in ("plain", "camera", "words"))
+
+
+@pytest.mark.parametrize("name", ["dolly+", "zoom-", "horizontal+", "down_back"])
+def test_a_camera_that_stands_still_earns_half_of_one_that_goes_as_asked(obeys: Reward, name: str) -> None:
+    """Its rotation is right where none was asked for; its way and its class are not."""
+    world = World(3, FRAMES, "16:9", max_things=1)
+    asked = camera_scene(world, CLASSES.index(name), CLASSES)
+    scenes = (asked, with_camera(world, asked, {}, "static"))
+    rows = obeys.score(torch.stack([render_scene(scene) for scene in scenes]), [Request()] * 2, [Truth("camera", asked)] * 2)
+    true, still = rows[:, TERMS.index("camera")].tolist()
+    assert true > 0.8 and still < 0.55 and true > still + 0.35
 
 
 def test_requests_are_a_function_of_their_index() -> None:

@@ -9,7 +9,6 @@ A round: the old policy makes `clips` clips of each of `groups` requests; `updat
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from kling_programs.train.command import helped
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from kling.config import load_config
@@ -31,14 +31,15 @@ from kling.flow.diffusers_scheduler import shift_key
 from kling.flow.levels import draw_sigma
 from kling.flow.losses import flow_loss
 from kling.flow.path import velocity
-from kling.flow.preferences import advantages, awm_loss, dpo_loss, nft_loss, norm_hinge, norm_ratio, optimality, varies
+from kling.flow.preferences import CLIP, advantages, awm_loss, deviation, dpo_loss, nft_loss, norm_hinge, norm_ratio, optimality
 from kling.rewards.local import model_reward
 from kling.rewards.pixels import REWARDS
 from kling.rewards.reward import Judge, Reward
 from kling.rewards.world import TERMS, WorldRequests, world_reward
 from kling.runtime.accelerator import keep_in_fp32, wrap_what_is_there
+from kling.runtime.checkpoint import Rows
 from kling.runtime.device import upload
-from kling.runtime.files import write_atomic, written
+from kling.runtime.files import written
 from kling.runtime.log import Later
 from kling.runtime.parallel import same_for_all, same_rng, total, whole
 from kling.runtime.random import generator, noise_like
@@ -46,7 +47,7 @@ from kling.sampling.pipeline import KlingPipeline, load_vae
 from kling.sampling.request import Request
 from kling.text import ByteTextEncoder
 from kling.text.umt5 import UMT5TextEncoder
-from kling.training.ema import EMA, Follower, restore_average
+from kling.training.ema import EMA, Follower, load_average, restore_average
 from kling.training.export import save_pipeline
 from kling.training.health import DeviceGuard
 from kling.training.loop import Loop
@@ -55,26 +56,34 @@ from kling.training.meter import Meter, log_line, matmul_ceiling
 from kling.training.model import Trained, set_checkpointing
 from kling.training.optim import check_names, make_optimizer, set_lr
 from kling.training.rollout import (
+    FALLEN,
     Asking,
     Group,
     Places,
     RequestFile,
+    belong,
     cached,
+    check_even,
     chunk,
     example_of,
     falls,
     forget,
+    history,
+    left_out,
     make_group,
+    read_checks,
     read_pair,
     round_folder,
     seeds_of,
     start_of,
+    write_checks,
 )
 from kling.training.start import SHIPPED, Start, open_start
 
 METHODS = ("nft", "dpo", "awm")
 KNOWN = (*TERMS, *(term for reward in REWARDS for term in reward.terms), "model")  # terms of rewards
 STRIP = 4  # clips of a strip
+PASSED = "passed.safetensors"  # averaged weights of the last check that passed
 
 
 @dataclass
@@ -99,7 +108,8 @@ class AlignConfig:
     method: nft (DiffusionNFT), dpo (the best and the worst clip of a group, or given pairs) or awm (advantage-weighted matching).
     requests: world, or a jsonl file with the fields of one request in each line; cycled through.
     pairs: a jsonl file instead: fields of a request, and the videos `win` and `lose`; for dpo.
-    request: fields that the requests of rounds share, such as fewer steps; those of a line go first.
+    request: fields that the requests of rounds share, such as fewer steps; those of a line go first. Guidance is the model's own, so that
+    rewards judge what users get: what it does already need not be learned.
     check_request: likewise for checks, which otherwise use the model's own steps and guidance.
     asks: if requests is world, how often each is drawn: text (one thing, static camera), plain (the same, no camera given), camera, words
     (the camera by words alone), things (two of them).
@@ -107,11 +117,15 @@ class AlignConfig:
     truth, magnitude is how much moves, and model is `reward_model`.
     reward_model: folder of a transformers model that scores clips: a dual encoder such as CLIP, or one that answers questions.
     checker: terms that check the policy on held-out requests, and that no reward may use.
-    checks: number of held-out requests. check_every: updates between checks, 0 is never. After three falls of the checker in a row the run
-    stops.
+    checks: number of held-out requests. check_every: updates between checks, 0 is never. If the checker is below three quarters of its
+    first value in two checks in a row, the run exports the weights of the last check before them, and ends.
     groups: requests of a round, over all processes. clips: of each request. updates: of a round. batch: clips of a micro-step, of one
     request; for dpo as pairs.
     b: of nft: a smaller one goes further at once. beta: of dpo. clip: of awm's ratio.
+    jitter: deviation of the rewards that means nothing: that of a round, by which advantages are measured, counts as at least this; dpo
+    learns from pairs that differ by more.
+    null: share of the clips that learn nothing from rewards: without text or camera, where the guidance of roll-outs leaves these out, the
+    velocity is only held to the start's.
     kl: weight of the squared distance of the velocity from the start's (from the old policy's for awm).
     hinge: weight of the velocity's growth over the start's.
     follow: the old policy's decay after round i is `follow` times i. follow_most: at most this, 0 to below 1.
@@ -134,9 +148,7 @@ class AlignConfig:
     method: str = "nft"
     requests: str = "world"
     pairs: str = ""
-    request: dict[str, Any] = field(
-        default_factory=lambda: {"num_inference_steps": 10, "guidance_scale": 1.0, "camera_guidance_scale": 1.0}
-    )
+    request: dict[str, Any] = field(default_factory=lambda: {"num_inference_steps": 10})
     check_request: dict[str, Any] = field(default_factory=dict)
     asks: dict[str, float] = field(default_factory=lambda: {"text": 1.0, "plain": 1.0, "camera": 1.0, "words": 1.0, "things": 1.0})
     world: World = field(default_factory=World)
@@ -152,6 +164,8 @@ class AlignConfig:
     b: float = 1.0
     beta: float = 2000.0
     clip: float = 0.2
+    jitter: float = 0.05
+    null: float = 0.1
     kl: float = 1e-4
     hinge: float = 0.01
     follow: float = 0.001
@@ -227,12 +241,14 @@ def check(cfg: AlignConfig) -> None:
         raise UserError(f"the term {min(asked)} needs the small world's truth: set requests=world, or take others")
     if cfg.world.examples < 20:
         raise UserError(f"world.examples {cfg.world.examples}: the detectors need more to tell solids and motions apart; give at least 20")
-    for name, value in (("b", cfg.b), ("beta", cfg.beta), ("clip", cfg.clip)):
+    for name, value in (("b", cfg.b), ("beta", cfg.beta), ("clip", cfg.clip), ("jitter", cfg.jitter)):
         if value <= 0:
             raise UserError(f"{name} {value:g}: give a number above 0")
     for name, method in (("b", "nft"), ("beta", "dpo"), ("clip", "awm")):
         if cfg.method != method and getattr(cfg, name) != getattr(AlignConfig, name):
             raise UserError(f"{name} {getattr(cfg, name):g} belongs to method {method}, and this run's is {cfg.method}: leave it out")
+    if not 0 <= cfg.null < 1:
+        raise UserError(f"null {cfg.null:g}: give a number from 0 to below 1, such as 0.1")
     if cfg.reward_model and "model" not in used(cfg):
         raise UserError(f"reward_model {cfg.reward_model} would not be asked: set rewards.model=1, or name model as a checker")
     for name, value in (("kl", cfg.kl), ("hinge", cfg.hinge), ("follow", cfg.follow)):
@@ -257,12 +273,16 @@ def train(cfg: AlignConfig, loop: Loop) -> None:
         if cfg.requests == "world" and not cfg.pairs and (idle := base.keys() & fields_of(fields).keys()):
             raise UserError(f"request.{min(idle)} would be ignored: every request of the small world has its own; leave it out")
         Request(**{**base, **fields_of(fields)})  # raises for unknown fields, before anything is loaded
-    judge = Judge(rewards(cfg), counted(cfg), cfg.checker) if used(cfg) else None
+    known = rewards(cfg)
+    judge = None if cfg.pairs else Judge(known, counted(cfg))
+    examiner = Judge(known, counted(cfg), cfg.checker) if cfg.check_every else None
     vae, text = load_vae(cfg.vae).to(device), start.text({}, out)
     if start.published and cfg.requests != "world" and accelerator.is_main_process:  # before the transformer takes the device's memory
         prompts = {row.get("prompt", "") for source in (asking, held) for row in source.rows}
         for _ in text.learn(sorted({"", (start.settings.get("defaults") or {}).get("negative_prompt", ""), *prompts}), device):
             pass
+    if accelerator.is_main_process:
+        belong(out, loop.config, [start.folder, *(Path(name) for name in (cfg.vae, cfg.reward_model, cfg.requests, cfg.pairs) if name)])
     accelerator.wait_for_everyone()
 
     torch.manual_seed(cfg.seed)  # of low-rank weights; every later draw is counter-based
@@ -283,74 +303,97 @@ def train(cfg: AlignConfig, loop: Loop) -> None:
     pipe = pipeline(model, vae, text, start)
     guard = DeviceGuard(device)
     meter = Meter(device, matmul_ceiling(device, torch.float32 if exact else torch.bfloat16))
-    beside = torch.zeros(4, device=device)  # sums over an update: KL, |v| / |v_ref|, the hinge, samples
+    matching = {"nft": CLIP / cfg.b, "awm": 1.0, "dpo": cfg.beta / 4}[cfg.method]  # weight of flow matching in the gradient
+    beside = torch.zeros(5, device=device)  # sums over an update: KL, |v| / |v_ref|, the hinge, |log ratio| of awm, samples
 
     def roll_out(number: int, folder: Path) -> list[Group]:
-        """The groups of a round, each made by one process and read by all; those without variance are left out."""
+        """The groups of a round, each made by one process and read by all. A signal may stop it between two: their files stay."""
         found, made, rows = [], False, [asking(number * cfg.groups + g)[0] for g in range(cfg.groups)]
         paths = [folder / f"{g:03d}.safetensors" for g in range(cfg.groups)]
         asked = [pipe.ask(Request(**{**cfg.request, **fields_of(fields)})) for fields in rows]
         with old.swap(model), same_rng(device), accelerator.autocast(), torch.no_grad():
             transformer.eval()
             for j in range(cfg.groups // layout.ranks):
+                loop.leave()
                 g = j * layout.ranks + layout.rank
                 lacks = float(total(accelerator, torch.tensor(float(not paths[g].is_file()), device=device)))
                 if lacks:  # of any process: sharded weights need all of them
                     made = True
-                    cached(paths[g], partial(one_group, number * cfg.groups + g, asked[g]), again=True)
+                    cached(paths[g], partial(one_group, number * cfg.groups + g, asked[g], start_of(folder)), again=True)
             transformer.train()
         accelerator.wait_for_everyone()
         stored = [cached(path, dict) for path in paths]
         for g, tensors in enumerate(stored):
             gained = tensors["terms"][:, 0] if cfg.pairs else judge.total(tensors["terms"])
             found.append(Group(asked[g], tensors["latents"], gained))
-        kept = [group for group in found if varies(group.rewards)]
         if made:
-            means = {"rollout/reward": mean([group.rewards for group in found]), "rollout/dropped": len(found) - len(kept)}
+            gains = [group.rewards for group in found]
+            means = {"rollout/reward": mean(gains), "rollout/deviation": deviation(gains)}
             loop.log(summary(("win",) if cfg.pairs else judge.terms, stored) | means)
-        return kept or found  # a round in which nothing varies holds the policy where it is
+        return found
 
-    def one_group(index: int, asked: Any) -> dict[str, Tensor]:
+    def one_group(index: int, asked: Any, place: int) -> dict[str, Tensor]:
         fields, truth = asking(index)
         if cfg.pairs:
             return read_pair(pipe, asked, fields)
-        return make_group(pipe, asked, Request(**{**cfg.request, **fields}), truth, judge, seeds_of(cfg.seed, index, cfg.clips))[0]
+        seeds = seeds_of(cfg.seed, index, cfg.clips, place)
+        return make_group(pipe, asked, Request(**{**cfg.request, **fields}), truth, judge, seeds)[0]
 
     def look(step: int) -> None:
-        """Check the averaged weights on held-out requests; stop if what no reward uses falls for the third time."""
+        """Check the averaged weights on held-out requests, and keep them if they pass."""
         results, clips = [], []
         with ema.swap(model), same_rng(device), accelerator.autocast(), torch.no_grad():
             transformer.eval()
             for i in range(cfg.checks):
                 fields, truth = held(i)
                 request = Request(**{**cfg.check_request, **fields_of(fields)})
-                stored, videos = make_group(pipe, pipe.ask(request), request, truth, judge, seeds_of(cfg.seed + 1, i, 2))
+                stored, videos = make_group(pipe, pipe.ask(request), request, truth, examiner, seeds_of(cfg.seed + 1, i, 2))
                 results.append(stored)
                 clips.append(videos[0])
             transformer.train()
-        values = summary(judge.terms, results, "check")
+        values = summary(examiner.terms, results, "check")
         values["check/checker"] = mean([torch.tensor([values[f"check/{term}"] for term in cfg.checker])])
         loop.log(values)
         checks = read_checks(out / "checks.json", step) | {step: values}
         if accelerator.is_main_process:
-            plain = {
-                s: {name: x if math.isfinite(x) else None for name, x in found.items()} for s, found in checks.items()
-            }  # no NaN in JSON
-            write_atomic(out / "checks.json", json.dumps(plain))
+            write_checks(out / "checks.json", checks)
             show(out, step, clips[:STRIP])
-        history = [x for s in sorted(checks) if (x := checks[s]["check/checker"]) is not None]
-        if same_for_all(accelerator, int(falls(history))):
-            path = " -> ".join(f"{value:.3f}" for value in history[-4:])
-            raise UserError(f"the checker ({', '.join(cfg.checker)}) fell in three checks in a row, {path}: the policy hacks its rewards. "
-                            f"The run stops at update {step}; take an earlier checkpoint, or change the rewards")  # fmt: skip
+        if not same_for_all(accelerator, int(falls([*history(checks).values()], 1))):
+            average = {name: whole(x).cpu().contiguous() for name, x in ema.average.items()}  # of every process its part
+            if accelerator.is_main_process:
+                with written(out / PASSED) as temporary:
+                    save_file(average, temporary)
+        end_if_hacked(step)
 
+    def end_if_hacked(step: int) -> None:
+        """Export the last weights that passed and end the run, if what no reward uses got worse and stayed so."""
+        accelerator.wait_for_everyone()  # until the main process has written it
+        found = history(read_checks(out / "checks.json", step))
+        if not same_for_all(accelerator, int(falls([*found.values()]))):
+            return
+        if accelerator.is_main_process:
+            publish(cfg, vae, text, out, start, out / PASSED)
+        accelerator.wait_for_everyone()
+        first, *_, a, b = found.values()
+        good = max(s for s, value in found.items() if value >= FALLEN * first)
+        raise UserError(
+            f"the checker ({', '.join(cfg.checker)}) began at {first:.3f} and was {a:.3f} and {b:.3f} in the last two checks: the policy "
+            f"hacks its rewards. The run ends at update {step}, and {result(cfg)} has the weights of update {good}, the last that passed; "
+            "change the rewards, in another out"
+        )
+
+    if cfg.check_every:
+        end_if_hacked(loop.done)
+    if layout.sharded and not cfg.pairs:
+        last = cfg.groups * math.ceil(cfg.steps / cfg.updates)
+        check_even(pipe, [Request(**{**cfg.request, **asking(i)[0]}) for i in range(last)], layout.ranks)
     if layout.sharded:  # FSDP2 takes the module of the first forward pass as the root, and sampling calls the transformer alone
         asked = pipe.ask(Request(**{**cfg.request, **fields_of(asking(0)[0])}))
         clip = asked.state.clean[:, :, : asked.state.frames]  # (1, c, F, h, w)
         example, words = example_of(asked, clip, transformer, pipe)
         with torch.no_grad(), accelerator.autocast():
             net(example, example.state.clean, torch.ones(1, device=device), (words,))
-    number, folder, groups = -1, out, []
+    number, folder, groups, scale = -1, out, [], 1.0
     unseen = cfg.check_every and same_for_all(accelerator, int(loop.done == 0 and not read_checks(out / "checks.json", 0)))
     for place, _ in loop.batches(Places(), guard, meter):
         if unseen:
@@ -360,21 +403,25 @@ def train(cfg: AlignConfig, loop: Loop) -> None:
             number = loop.done // cfg.updates
             folder = round_folder(out, number, loop.places, loop.done % cfg.updates == 0)
             groups = roll_out(number, folder)
+            scale = max(deviation([group.rewards for group in groups]), cfg.jitter)
             meter.lap("rollout")
         group, rows = chunk(groups, cfg.batch, cfg.seed, number, place - start_of(folder), cfg.method == "dpo")
-        b, advantage = len(rows), upload(advantages(group.rewards)[rows], device)  # (b,)
+        b, advantage = len(rows), upload(advantages(group.rewards, scale)[rows], device)  # (b,)
         example, words = example_of(group.asked, group.latents[rows].to(device), transformer, pipe)
         state = example.state
         pairs = [i // 2 if cfg.method == "dpo" else i for i in range(b)]  # the two clips of a pair have the same noise and level
+        if cfg.null:
+            example, words, bare = left_out(example, words, group.asked, cfg.null, generator(cfg.seed, "null", place), pairs)  # (b,)
         noise = noise_like(state.clean, cfg.seed, "noise", place, pairs)  # (b, c, G, h, w)
         t = upload(draw_sigma((b,), generator(cfg.seed, "sigma", place), density, shift)[pairs], device)  # (b,)
         z, target = state.noised(t, noise), velocity(state.clean, noise)
         meter.lap("data")
-        with torch.no_grad(), accelerator.autocast():
-            with ref.swap(model):
+        with torch.no_grad():  # each with an autocast of its own, which remembers the weights that it has cast
+            with ref.swap(model), accelerator.autocast():
                 v_ref = net(example, z, t, (words,)).float()
-            with old.swap(model):
-                v_old = net(example, z, t, (words,)).float()
+            if cfg.method != "dpo":  # which compares with the start
+                with old.swap(model), accelerator.autocast():
+                    v_old = net(example, z, t, (words,)).float()
         meter.lap("policies")
         with accelerator.accumulate(net):
             with accelerator.autocast():
@@ -384,20 +431,28 @@ def train(cfg: AlignConfig, loop: Loop) -> None:
             elif cfg.method == "awm":
                 losses = awm_loss(v, v_old, target, state.mask, advantage, cfg.clip)
             else:
-                losses = dpo_loss(v, v_ref, target, state.mask, cfg.beta)  # (b / 2,)
-            distance, hinge = flow_loss(v, v_old if cfg.method == "awm" else v_ref, state.mask), norm_hinge(v, v_ref, state.mask)  # (b,)
-            beside += torch.stack([flow_loss(v, v_ref, state.mask).sum(), norm_ratio(v, v_ref, state.mask).sum(), hinge.sum(),
-                                   torch.tensor(float(b), device=device)]).detach()  # fmt: skip
+                differ = group.rewards[rows[::2]] - group.rewards[rows[1::2]] > cfg.jitter
+                losses = dpo_loss(v, v_ref, target, state.mask, cfg.beta) * upload(differ, device)  # (b / 2,)
+            moved, hinge = flow_loss(v, v_ref, state.mask), norm_hinge(v, v_ref, state.mask)  # (b,)
+            distance, ratio = moved, torch.zeros_like(moved)
+            if cfg.method == "awm":
+                distance, ratio = flow_loss(v, v_old, state.mask), flow_loss(v_old, target, state.mask) - flow_loss(v, target, state.mask)
+            if cfg.null:
+                still = matching * moved.view(len(losses), -1).mean(1)
+                losses = torch.where(bare.view(len(losses), -1)[:, 0], still, losses)
+            beside += torch.stack([moved.sum(), norm_ratio(v, v_ref, state.mask).sum(), hinge.sum(),
+                                   ratio.abs().sum(), torch.tensor(float(b), device=device)]).detach()  # fmt: skip
             meter.lap("forward")
             accelerator.backward(losses.mean() + cfg.kl * distance.mean() + cfg.hinge * hinge.mean())
             meter.lap("backward")
         levels = t[::2] if cfg.method == "dpo" else t
-        meter.add(levels, losses, b * state.tokens, 5 * b * forward_flops(transformer.config, state.tokens, words.shape[1]))
+        passes = 4 if cfg.method == "dpo" else 5  # of the start, the old policy and the policy, whose gradient is worth two
+        meter.add(levels, losses, b * state.tokens, passes * b * forward_flops(transformer.config, state.tokens, words.shape[1]))
         if not accelerator.sync_gradients:
             continue
 
         norm = whole(accelerator.clip_grad_norm_(model.parameters(), cfg.clip_grad))  # () on the device, as all here is
-        sums, also = meter.sums(accelerator), total(accelerator, beside.clone())  # (2, bins), (4,)
+        sums, also = meter.sums(accelerator), total(accelerator, beside.clone())  # (2, bins), (5,)
         beside.zero_()
         optimizer.optimizer.found_inf = bad = guard.judge(sums[0].sum(), norm)
         set_lr(optimizer, lr := loop.lr(cfg.lr))
@@ -409,16 +464,16 @@ def train(cfg: AlignConfig, loop: Loop) -> None:
         meter.lap("optimizer")
         speed = meter.close(layout.ranks, accelerator.num_processes)
         numbers = torch.cat([also, sums.flatten(), norm.view(1), guard.counts])
-        loop.update(Later(numbers, partial(told, guard, lr, speed)), clips=b * loop.micro * layout.ranks)
+        loop.update(Later(numbers, partial(told, guard, lr, speed, cfg.method)), clips=b * loop.micro * layout.ranks)
         if accelerator.is_main_process:
-            forget(out, cfg.updates)
+            forget(out, cfg.updates, cfg.keep_last)
         if loop.due(cfg.check_every):
             look(loop.done)
             meter.lap("check")
 
     if accelerator.is_main_process:
         publish(cfg, vae, text, out, start)
-    loop.finish(out / ("lora" if cfg.lora.rank and not cfg.lora.merge else "export"))
+    loop.finish(result(cfg))
 
 
 def requests(cfg: AlignConfig, start: Start) -> tuple[Asking, Asking]:
@@ -479,17 +534,11 @@ def summary(terms: tuple[str, ...], groups: list[dict[str, Tensor]], title: str 
     return found | {f"{title}/{name}": mean([group[name] for group in groups]) for name in ("speed", "diversity")}
 
 
-def told(guard: DeviceGuard, lr: float, speed: Any, numbers: list[float]) -> dict[str, float]:
+def told(guard: DeviceGuard, lr: float, speed: Any, method: str, numbers: list[float]) -> dict[str, float]:
     """A step's line in the log."""
-    kl, ratio, hinge, count, *rest = numbers
-    return log_line(guard, lr, speed, rest) | {"kl": kl / count, "norm_ratio": ratio / count, "hinge": hinge / count}
-
-
-def read_checks(path: Path, step: int) -> dict[int, dict[str, float]]:
-    """The checks made until a step; later ones belong to lost work."""
-    if not path.is_file():
-        return {}
-    return {int(s): values for s, values in json.loads(path.read_text(encoding="utf-8")).items() if int(s) <= step}
+    kl, norm, hinge, ratio, count, *rest = numbers
+    values = {"kl": kl, "norm_ratio": norm, "hinge": hinge} | ({"log_ratio": ratio} if method == "awm" else {})
+    return log_line(guard, lr, speed, rest) | {name: value / count for name, value in values.items()}
 
 
 def show(out: Path, step: int, clips: list[Tensor]) -> None:
@@ -503,10 +552,20 @@ def show(out: Path, step: int, clips: list[Tensor]) -> None:
     write_png(out / "strips" / f"{step:08d}.png", strip(rows).numpy())
 
 
-def publish(cfg: AlignConfig, vae: nn.Module, text: ByteTextEncoder | UMT5TextEncoder, out: Path, start: Start) -> None:
-    """Export the averaged weights of the last checkpoint."""
+def result(cfg: AlignConfig) -> Path:
+    """The folder of the result."""
+    return Path(cfg.out) / ("lora" if cfg.lora.rank and not cfg.lora.merge else "export")
+
+
+def publish(
+    cfg: AlignConfig, vae: nn.Module, text: ByteTextEncoder | UMT5TextEncoder, out: Path, start: Start, average: Path | None = None
+) -> None:
+    """Export averaged weights: those of a file, or of the last checkpoint."""
     model = build(cfg, start)
-    restore_average(out, model)
+    if average is None:
+        restore_average(out, model)
+    else:
+        load_average(Rows([average]), model)
     if cfg.lora.rank:
         export_lora(model.transformer, out / "lora")
         if not cfg.lora.merge:

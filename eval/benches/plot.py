@@ -41,6 +41,7 @@ def plot(rows: list[Row], path: Path) -> bool:
             style = "-o" if name.endswith(", ours") else "--s"
             ax.plot(*zip(*sorted(points), strict=True), style, label=name, markersize=4)
         ax.set(xlabel=axis, ylabel=quantity, ylim=(0, None))
+        ax.xaxis.get_major_locator().set_params(integer=True)  # there is no half a frame, token or worker
         ax.grid(alpha=0.3)
         ax.legend(fontsize=7)
     figure.tight_layout()

@@ -6,6 +6,8 @@ clips, z = (1 - sigma) x0 + sigma eps, and mask m (b, 1, G, h, w): means run ove
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,15 +17,18 @@ from kling.flow.losses import flow_loss
 CLIP = 5.0  # advantages beyond it count as it
 
 
-def advantages(rewards: Tensor) -> Tensor:
-    """A = (R - mean) / deviation within a group of clips of one request, (k,) -> (k,); 0 in a group whose rewards are all equal."""
-    centred = rewards - rewards.mean()
-    return centred / rewards.std(correction=0).clamp(min=1e-6) if varies(rewards) else torch.zeros_like(centred)
+def deviation(groups: Sequence[Tensor]) -> float:
+    """Of rewards (k,) from the means of their groups, over all groups of a round."""
+    return float(torch.cat([rewards - rewards.mean() for rewards in groups]).std(correction=0))
 
 
-def varies(rewards: Tensor) -> bool:
-    """Whether the rewards (k,) of a group differ: a group that is all right or all wrong teaches nothing."""
-    return bool(rewards.max() - rewards.min() > 1e-6)
+def advantages(rewards: Tensor, scale: float) -> Tensor:
+    """A = (R - mean) / scale in a group of clips of one request, (k,) -> (k,).
+
+    scale: the `deviation` of all groups, as in DiffusionNFT. Divided by its own, a group of clips that differ by the jitter of a ruler
+    would weigh as much as one with a broken clip; so it moves next to nothing, like one whose clips are all right or all wrong.
+    """
+    return (rewards - rewards.mean()) / scale
 
 
 def optimality(advantage: Tensor) -> Tensor:

@@ -31,6 +31,11 @@ def speed(video: Tensor) -> float:
     return motion.magnitude(video) / min(video.shape[1:3])
 
 
+def speed_of(term: Tensor) -> Tensor:
+    """The speed for which a clip got its term `magnitude`, whose optical flow is the costliest thing to measure."""
+    return HALF * term / (1 - term)
+
+
 @reward("magnitude")
 def magnitude(videos: Tensor, requests: Sequence[Request], truths: Sequence[Any]) -> Tensor:
     """s / (s + `HALF`) for the mean speed s of all pixels (optical flow): 0 for a still, towards 1 for fast motion. A small weight keeps a

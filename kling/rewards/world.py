@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,8 +15,7 @@ from kling.data.transforms import fit
 from kling.data.world.captions import LANGUAGES
 from kling.data.world.scene import PHRASINGS, Scene, World
 from kling.errors import UserError, unknown
-from kling.metrics.camera.errors import CLASSES, rotation_error
-from kling.metrics.camera.odometry import estimate_trajectory
+from kling.metrics.camera.errors import CLASSES
 from kling.metrics.ruler import Ruler
 from kling.metrics.things import read_things
 from kling.metrics.world import camera_scene, crowded, labels, still, world_ruler
@@ -24,7 +24,7 @@ from kling.sampling.request import Request
 from kling.shapes import aspect_size
 
 TERMS = ("colour", "solid", "ground", "motion", "count", "permanence", "camera")
-TURN = 3.0  # degrees of the camera's mean rotation error that earn 1/e
+TURN, TRAVEL = 3.0, 0.3  # errors of the camera that earn 1/e: mean rotation in degrees, and translation relative to the path's length
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class WorldRequests:
 
 def obedience(ruler: Ruler) -> Reward:
     """`TERMS` of clips against the truth: right or wrong for colour, solid, ground and motion, of several objects the share that is right;
-    the number of objects; the share of frames in order; and exp(-RotErr / `TURN`) for the camera."""
+    the number of objects; the share of frames in order; and the camera, see `_followed`."""
 
     def score(videos: Tensor, requests: Sequence[Request], truths: Sequence[Truth]) -> Tensor:
         return torch.stack([_judged(ruler, video, truth) for video, truth in zip(videos, truths, strict=True)])
@@ -120,12 +120,22 @@ def _judged(ruler: Ruler, video: Tensor, truth: Truth) -> Tensor:
     whole = stays["in_order"] * (not stays["reshaped"])
     count = float(not (stays["vanished"] or stays["extra"] or stays["split"]))
     moving = nan if scene.axes else right["motion"]  # detectors of motion are for a static camera
-    turned = nan
-    if truth.ask in ("plain", "camera", "words"):
-        path = estimate_trajectory(video, ruler.stage)
-        error = rotation_error(path.trajectory, scene.trajectory, path.registered)
-        turned = 0.0 if error is None else float(torch.tensor(-error / TURN).exp())
-    return torch.tensor([right["colour"], right["solid"], right["ground"], moving, count, whole, turned])
+    camera = _followed(ruler, video, scene) if truth.ask in ("plain", "camera", "words") else nan
+    return torch.tensor([right["colour"], right["solid"], right["ground"], moving, count, whole, camera])
+
+
+def _followed(ruler: Ruler, video: Tensor, scene: Scene) -> float:
+    """The mean of exp(-RotErr / `TURN`), exp(-TransErr / `TRAVEL`) where the camera should travel, and its class, right or wrong, where it
+    has one. The rotation alone would pay a camera that stands still for a dolly or a zoom. 0 where its path cannot be read."""
+    row = ruler.camera(video, scene.trajectory, scene.axes if scene.move or len(scene.axes) < 2 else None)
+    if row["rotation"] is None:
+        return 0.0
+    found = [math.exp(-row["rotation"] / TURN)]
+    if row["translation"] is not None:
+        found.append(math.exp(-row["translation"] / TRAVEL))
+    if row["class"] is not None:
+        found.append(float(row["class"]))
+    return sum(found) / len(found)
 
 
 def world_reward(seed: int, frames: int, aspect: str, examples: int) -> Reward:

@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from kling.errors import FULL, UserError
 
 DEEPEST = 100  # nesting depth allowed in JSON; thousands of levels would overflow the code that walks it later
 LONGEST = 100_000  # characters of a value in Python syntax
+END = 2**20  # bytes of a file, at both ends, that tell weights apart
 HEAD = 512  # bytes that `sniff` needs: two MPEG-TS packets and a little
 
 # (offset, magic, FFmpeg demuxer). The demuxer is forced: left to guess, FFmpeg takes a text file named x.mp4 for a playlist
@@ -102,6 +103,18 @@ def sha256(source: Source) -> str:
             digest.update(block)
             left -= len(block)
         return digest.hexdigest()
+
+
+def ends_hash(files: Iterable[Path]) -> bytes:
+    """Hash of the files' names, sizes, and first and last bytes: weights of many gigabytes that differ at all differ there."""
+    digest = hashlib.sha256()
+    for path in files:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(END)
+            file.seek(max(0, size - END))
+            digest.update(repr((path.name, size)).encode() + start + file.read(END))
+    return digest.digest()
 
 
 def head(source: Source) -> bytes:

@@ -23,12 +23,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kling.errors import UserError
-from kling.runtime.files import written
+from kling.runtime.files import ends_hash, written
 
 log = logging.getLogger(__name__)
 FOLDERS = ("tokenizer", "text_encoder")
 MAX_TOKENS = 512
-END = 2**20  # bytes
 
 
 def clean_prompt(prompt: str) -> str:
@@ -160,15 +159,7 @@ class UMT5TextEncoder:
 
     @cached_property
     def _identity(self) -> bytes:
-        """Hash of the files' names, sizes and last bytes: weights of many gigabytes that differ at all differ there."""
-        digest = hashlib.sha256()
-        for path in sorted(path for part in FOLDERS for path in (self.folder / part).iterdir() if path.is_file()):
-            size = path.stat().st_size
-            with path.open("rb") as file:
-                start = file.read(END)
-                file.seek(max(0, size - END))
-                digest.update(repr((path.name, size)).encode() + start + file.read(END))
-        return digest.digest()
+        return ends_hash(sorted(path for part in FOLDERS for path in (self.folder / part).iterdir() if path.is_file()))
 
     def _file(self, prompt: str) -> Path:
         """A file name from all that determines the embedding: the encoder, its dtype, the length and the prompt."""

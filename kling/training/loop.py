@@ -23,7 +23,7 @@ from kling.runtime.accelerator import EXIT_STOPPED, StopSignal, make_accelerator
 from kling.runtime.checkpoint import check_same_config
 from kling.runtime.lock import locked
 from kling.runtime.log import Later, RunLog, finished
-from kling.runtime.parallel import check_draws, lay_out
+from kling.runtime.parallel import check_draws, lay_out, total
 from kling.runtime.random import generator
 from kling.runtime.saver import Saver, find_latest
 from kling.runtime.versions import versions
@@ -156,6 +156,12 @@ class Loop:
             self._saver.save(self.done, tensors, {"config": self.config, "places": self.places, "versions": versions(*PACKAGES)})
             if self._clock is not None:
                 self._clock.lap("save")
+
+    def leave(self) -> None:
+        """Stop here if any process got a signal: for long work between two updates. Those since the last checkpoint will be made again."""
+        if total(self.accelerator, torch.tensor(float(bool(self.stop)), device=self.accelerator.device)) > 0:
+            self._saver.wait()
+            raise SystemExit(EXIT_STOPPED)
 
     def due(self, every: int) -> bool:
         """Whether this is a multiple of `every` updates, or the end. False for 0, when the run is stopping, and after a rollback."""

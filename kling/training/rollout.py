@@ -1,16 +1,20 @@
 """The clips that a policy is aligned on: rounds of groups, each group several clips of one request with their rewards.
 
-    out/rollouts/ROUND-PLACE/GROUP.safetensors      latents (k, c, F, h, w) fp32, terms (k, ·) of the rewards, speed (k,), diversity ()
+    out/rollouts/ROUND-PLACE/GROUP.safetensors      latents (k, c, F, h, w) fp32, terms (k, ·) of the rewards, speed (k or 2,), diversity ()
 
 A round's clips are all made before its first update, by one policy, and stay on the disk until no checkpoint needs them: a run that goes on
-in the middle of a round finds the very clips that it had. PLACE counts batches and never repeats, so a rollback makes new clips.
+in the middle of a round finds the very clips that it had. PLACE counts batches and never repeats, and seeds follow from it: where a
+rollback begins a round again, it makes new clips. rollouts/run.txt tells which run they are of: settings and first weights.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,22 +26,26 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from kling.cameras.trajectory import Cameras
+from kling.config import flatten
 from kling.dit import KlingTransformer3DModel
 from kling.errors import UserError
 from kling.metrics.pixel import diversity
-from kling.rewards.pixels import speed
+from kling.rewards.pixels import speed, speed_of
 from kling.rewards.reward import Judge
-from kling.runtime.checkpoint import step_of
-from kling.runtime.files import written
+from kling.runtime.checkpoint import MAY_CHANGE, step_of
+from kling.runtime.device import upload
+from kling.runtime.files import ends_hash, write_atomic, written
 from kling.runtime.random import derive_seed, permutation
 from kling.sampling.batches import Asked
 from kling.sampling.inputs import read_clip
 from kling.sampling.pipeline import KlingPipeline, ray_grid
+from kling.sampling.plan import Plan
 from kling.sampling.request import Request
 from kling.sampling.rows import request_rows
 from kling.training.examples import Example
 
 ROLLOUTS = "rollouts"
+FALLEN = 0.75  # of its first check: below it, a checker says that the policy got worse
 Asking = Callable[[int], tuple[dict[str, Any], Any]]  # index -> fields of a request, and its truth or None
 
 
@@ -90,13 +98,16 @@ class RequestFile:
 def make_group(
     pipe: KlingPipeline, asked: Asked, request: Request, truth: Any, judge: Judge, seeds: list[int]
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Clips of one request, as they are stored, and as pixels (k, T, H, W, 3) uint8."""
+    """Clips of one request, as they are stored, and as pixels (k, T, H, W, 3) uint8. Their speeds are those of two clips where no term
+    has measured it: its optical flow takes as long as a third of a clip."""
     latents = pipe.sample_group(asked, seeds)
     videos = pipe.decode(latents)
+    terms = judge(videos, [request] * len(seeds), [truth] * len(seeds))
+    known = "magnitude" in judge.terms
     stored = {
         "latents": latents.float().cpu().contiguous(),
-        "terms": judge(videos, [request] * len(seeds), [truth] * len(seeds)),
-        "speed": torch.tensor([speed(video) for video in videos]),
+        "terms": terms,
+        "speed": speed_of(terms[:, judge.terms.index("magnitude")]) if known else torch.tensor([speed(video) for video in videos[:2]]),
         "diversity": torch.tensor(diversity(videos)),
     }
     return stored, videos
@@ -140,12 +151,26 @@ def start_of(folder: Path) -> int:
     return int(folder.name.split("-")[1])
 
 
-def forget(out: Path, updates: int) -> None:
-    """Delete the rounds before the one of the oldest checkpoint. updates: of a round."""
-    steps = [step_of(path) for path in out.glob("step-*") if path.name.removeprefix("step-").isdigit()]
+def forget(out: Path, updates: int, keep_last: int) -> None:
+    """Delete the rounds before the one of the oldest checkpoint that a run may go back to. updates: of a round. keep_last: as in `Saver`;
+    older checkpoints are kept to look at."""
+    steps = sorted(step_of(path) for path in out.glob("step-*") if path.name.removeprefix("step-").isdigit())
     for folder in (out / ROLLOUTS).glob("*-*"):
-        if steps and int(folder.name.split("-")[0]) < min(steps) // updates:
+        if steps and int(folder.name.split("-")[0]) < steps[-keep_last:][0] // updates:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def belong(out: Path, config: dict[str, Any], named: Sequence[Path]) -> None:
+    """Delete clips that another run left in the folder: with other settings, or with other contents of the files and folders that they
+    name, such as the first weights, a reward model or the requests."""
+    settings = {key: value for key, value in flatten(config).items() if key.split(".")[0] not in MAY_CHANGE}
+    files = [path for top in named for path in (top, *sorted(top.rglob("*"))) if path.is_file()]
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode() + ends_hash(files)).hexdigest()
+    mark = out / ROLLOUTS / "run.txt"
+    if not mark.is_file() or mark.read_text(encoding="utf-8") != digest:
+        shutil.rmtree(mark.parent, ignore_errors=True)
+        with written(mark) as temporary:
+            temporary.write_text(digest, encoding="utf-8")
 
 
 def chunk(groups: list[Group], size: int, seed: int, number: int, turn: int, pairs: bool) -> tuple[Group, list[int]]:
@@ -162,9 +187,9 @@ def chunk(groups: list[Group], size: int, seed: int, number: int, turn: int, pai
     return group, order[part * size : (part + 1) * size]
 
 
-def seeds_of(seed: int, index: int, count: int) -> list[int]:
-    """The seeds of the clips of request number `index`."""
-    return [derive_seed(seed, "rollout", index, i) for i in range(count)]
+def seeds_of(seed: int, index: int, count: int, place: int = 0) -> list[int]:
+    """The seeds of the clips of request number `index` in the round that begins at `place`."""
+    return [derive_seed(seed, "rollout", place, index, i) for i in range(count)]
 
 
 def example_of(asked: Asked, latents: Tensor, transformer: KlingTransformer3DModel, pipe: KlingPipeline) -> tuple[Example, Tensor]:
@@ -188,7 +213,74 @@ def example_of(asked: Asked, latents: Tensor, transformer: KlingTransformer3DMod
     return example, signals.text["prompt"].float()
 
 
-def falls(checks: list[float], times: int = 3) -> bool:
-    """Whether the last `times` checks are each lower than the one before, and all lower than the first of all."""
-    last = checks[-times - 1 :]
-    return len(last) > times and all(b < a for a, b in zip(last, last[1:], strict=False)) and max(last[1:]) < checks[0]
+def left_out(
+    example: Example, words: Tensor, asked: Asked, share: float, g: torch.Generator, pairs: list[int]
+) -> tuple[Example, Tensor, Tensor]:
+    """The clips of `example_of` of which a share has no text or no camera, where guidance of the roll-outs leaves them out: the network
+    answers these too, and nothing that it learns from rewards tells it how. pairs: clips of the same number are treated alike.
+
+    Returns the example, its text, and (b,) True for these clips. Without guidance there are none.
+    """
+    device, signals = words.device, asked.signals
+    camera = signals.camera is not None and asked.plan.camera_guidance_scale != 1
+    names = ["text"] * ("negative" in signals.text) + ["camera"] * camera
+    draw = (torch.rand(len(pairs), generator=g)[pairs] / share * len(names)).long()  # a place in `names`, or beyond: nothing is left out
+    which = {name: upload(draw == i, device) for i, name in enumerate(names)}
+    if "text" in which:
+        several = words.view(len(pairs), -1, *words.shape[1:])  # (b, S, l, e)
+        words = torch.where(which["text"].view(-1, 1, 1, 1), signals.text["negative"].to(words), several).flatten(0, 1)
+    if "camera" in which:
+        shown = example.has_camera  # (b,) or (b, G)
+        example = replace(example, has_camera=shown & ~which["camera"].view(-1, *[1] * (shown.ndim - 1)))
+    return example, words, upload(draw < len(names), device)
+
+
+def check_even(pipe: KlingPipeline, requests: Sequence[Request], ranks: int) -> None:
+    """Raises `UserError` if requests that `ranks` processes answer at once, in order, need different numbers of passes: of sharded weights
+    every process needs every pass of every other."""
+    for first in range(0, len(requests), ranks):
+        beside = requests[first : first + ranks]
+        one, *others = (_passes(request, pipe.plan(request)) for request in beside)
+        for request, other in zip(beside[1:], others, strict=True):
+            if other != one:
+                raise UserError(
+                    f"'{beside[0].prompt[:40]}' and '{request.prompt[:40]}' are sampled at once, with different steps or guidance, which "
+                    "sharded weights cannot: give all requests the same (of the small world, asks of one kind), guidance scales of 1, or "
+                    "take DDP"
+                )
+
+
+def _passes(request: Request, plan: Plan) -> tuple[Any, ...]:
+    """What decides how many passes a request takes."""
+    guided = (
+        plan.guidance_scale != 1,
+        request.camera is not None and plan.camera_guidance_scale != 1,
+        plan.brush_guidance_scale != 1,
+        plan.reference_guidance_scale != 1,
+    )
+    return plan.num_inference_steps, plan.solver, plan.guidance_interval, plan.guidance_every, *guided
+
+
+def read_checks(path: Path, step: int) -> dict[int, dict[str, float]]:
+    """The checks made until a step; later ones belong to lost work. A term that no request has is NaN, null in the file."""
+    if not path.is_file():
+        return {}
+    rows = json.loads(path.read_text(encoding="utf-8"))
+    return {int(s): {name: math.nan if x is None else x for name, x in row.items()} for s, row in rows.items() if int(s) <= step}
+
+
+def write_checks(path: Path, checks: dict[int, dict[str, float]]) -> None:
+    """As `read_checks` reads them."""
+    plain = {s: {name: x if math.isfinite(x) else None for name, x in row.items()} for s, row in checks.items()}
+    write_atomic(path, json.dumps(plain))
+
+
+def history(checks: dict[int, dict[str, float]]) -> dict[int, float]:
+    """The checker at every step at which it had a value."""
+    return {s: x for s in sorted(checks) if math.isfinite(x := checks[s]["check/checker"])}
+
+
+def falls(checks: list[float], times: int = 2) -> bool:
+    """Whether the last `times` checks are below `FALLEN` of the first of all. A few held-out requests jitter: three falls in a row, however
+    small, occur in every seventh run of 13 checks whose policy does not change."""
+    return len(checks) > times and max(checks[-times:]) < FALLEN * checks[0]
