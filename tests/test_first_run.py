@@ -76,7 +76,7 @@ if program == "encode":
     code = 143 if speed["encode"] > limit else 0
     speed["encode_left"] = speed["encode"] - seconds
 if program == "train_dit":
-    eager = 1.7 if words["compile"] == "false" else 1
+    eager = 1.7 if words.get("compile") == "false" else 1
     code, seconds = trained(speed["step"] * eager * (speed["later"] if int(words["steps"]) > 60 else 1), compiles=True)
 if program == "distill":
     code, seconds = trained(2 * speed["step"])

@@ -24,7 +24,9 @@ done
 end=$(($(date +%s) + seconds)) # a stage that is stopped then has 20 s more to save
 out=${OUT:-out/gpu} work=${WORK:-runs/gpu-$size} wheels=${WHEELS:-runs/wheels}
 mkdir -p "$out" "$work/done" "$work/logs" "$work/site/kling_programs"
-[ -e "$work/site/diffusers" ] || [ ! -e "$wheels/site.tar.xz" ] || "$python" -m tarfile -e "$wheels/site.tar.xz" "$work/site"
+if [ ! -e "$work/site/diffusers" ] && [ -e "$wheels/site.tar.xz" ]; then
+  tar -C "$work/site" -xJf "$wheels/site.tar.xz" || "$python" -m tarfile -e "$wheels/site.tar.xz" "$work/site" # where there is no xz
+fi
 for folder in train sample eval configs; do ln -sfn "$PWD/$folder" "$work/site/kling_programs/$folder"; done
 export PYTHONPATH="$PWD:$(cd "$work/site" && pwd)${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1 PYTHONUTF8=1 PYTHONUNBUFFERED=1
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} PYTHONFAULTHANDLER=1
