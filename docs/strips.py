@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from kling import KlingPipeline, Request, Track
+from kling import KlingPipeline, Request, Shot, Track
 from kling.cameras.axes import MOVES, UNITS
 from kling.data.image import write_png
 from kling.data.strip import strip
@@ -21,6 +21,7 @@ from kling.data.world.scene import World
 HERE = Path(__file__).parent / "strips"
 FAST = ({}, {"mode": "fast"}, {"mode": "fast", "num_inference_steps": 2})
 PATHS = ([(86, 37), (30, 42)], [(86, 37), (60, 27)], [(86, 37), (95, 52)])  # of the brush: left, away, toward the camera
+STORY = [Shot("a red ball rolls left on grass", 2.5), Shot("a red ball jumps up and down on grass", 2.5, "pan=5")]
 STILL = "a yellow ball stays still on grey tiles"
 
 
@@ -42,6 +43,7 @@ def requests() -> dict[str, list[Request]]:
         "keyframes": Request(prompt, keyframes=[(video[20].numpy(), 20, 1.0)], seed=6),
         "brush": [Request("a red ball on grass", image=ball, tracks=[Track(None, path)], seed=5) for path in PATHS],
         "brush-camera": Request("a red ball on grass", image=ball, tracks=[Track(None, PATHS[1])], camera="pan=5", seed=5),
+        "shots": Request(shots=STORY, seed=1),
         "loop": Request("a green ball moves in a circle on sand", loop=True, seed=7),
         "continuation": Request(prompt, video=video[:17].numpy(), num_frames=25, seed=8),
         "inpaint": Request(prompt, video=video.numpy(), mask=hole.numpy(), seed=9),

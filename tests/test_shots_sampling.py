@@ -220,14 +220,15 @@ def test_beyond_the_model_s_length_hops_end_at_cuts(pipe: KlingPipeline) -> None
 def test_what_a_model_cannot_do_is_refused_by_name(pipe: KlingPipeline) -> None:
     with pytest.raises(UserError, match="not trained for 'shots'"):
         tiny_pipeline().plan(Request(shots=TWO))
-    with pytest.raises(UserError, match="not trained for 'shots'"):
-        KlingPipeline.from_pretrained(weights=False).plan(Request(shots=TWO))
     pipe.transformer_fast = pipe.transformer
     try:
         with pytest.raises(UserError, match="few-step weights were not distilled for shots"):
             pipe.plan(Request(shots=TWO, mode="fast"))
+        pipe.register_to_config(fast={"num_inference_steps": 4, "shots": True})
+        assert pipe.plan(Request(shots=TWO, mode="fast")).cuts == pipe.plan(Request(shots=TWO)).cuts
     finally:
         pipe.transformer_fast = None
+        pipe.register_to_config(fast=None)
 
 
 # ------------------------------------------------------------------------------------------------------ the command line

@@ -389,7 +389,7 @@ def pipeline(cfg: DistillConfig, model: Trained, vae: nn.Module, text: ByteTextE
     if cfg.beside:
         teacher = start.transformer({}, model.transformer.dtype).to(model.transformer.device)
         models = start.other_models(teacher) | {"transformer_fast": model.transformer}
-        extra = {"fast": {"num_inference_steps": cfg.num_inference_steps, "shift": shift}}
+        extra = {"fast": {"num_inference_steps": cfg.num_inference_steps, "shift": shift} | ({"shots": True} if cfg.shots else {})}
     else:
         models = start.other_models(model.transformer)
         solver = "renoise" if model.transformer.config.gate_value is None else "flow_map"

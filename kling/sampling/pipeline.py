@@ -75,8 +75,8 @@ class KlingPipeline(Batches, DiffusionPipeline, WanLoraLoaderMixin):
     """VAE, transformer, text encoder and scheduler, and what the checkpoint can do.
 
     transformer_2, boundary_ratio: a second expert, for levels below the ratio. transformer_fast: a few-step flow map, distilled from the
-    transformer, for mode "fast"; `fast` are its `num_inference_steps` and `shift`. image_encoder, image_processor: CLIP, for the Wan 2.1
-    image models. scheduler: ours, or any flow scheduler of diffusers.
+    transformer, for mode "fast"; `fast` are its `num_inference_steps` and `shift`, and whether it knows `shots`. image_encoder,
+    image_processor: CLIP, for the Wan 2.1 image models. scheduler: ours, or any flow scheduler of diffusers.
 
     capabilities: names of the tasks (and "camera", "brush", "reference", "shots", "control") that the weights were trained for; others are
     refused by name.
@@ -331,7 +331,7 @@ class KlingPipeline(Batches, DiffusionPipeline, WanLoraLoaderMixin):
         if request.tracks is not None and few is not None and not few.config.track_channels:
             line = "mode fast: this model's few-step weights have no input for tracks: use mode std"
             raise UserError(line, code="not_fast", field="tracks")
-        if asked["shots"] and few is not None:
+        if asked["shots"] and few is not None and not (self.config.get("fast") or {}).get("shots"):
             line = "mode fast: this model's few-step weights were not distilled for shots: use mode std"
             raise UserError(line, code="not_fast", field="shots")
         if asked["shots"] and self.groups:
