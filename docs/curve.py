@@ -105,7 +105,7 @@ def draw(table: Table, path: Path) -> None:
                 if points:
                     x, y = [p[0] for p in points], [percent * p[1] for p in points]
                     axis.plot(x, y, marker + "-", color=colour, markersize=4, linewidth=1)
-                    if line.unit == "%" and "below" not in line.task and line.task != "zh - en":
+                    if line.unit == "%" and "below" not in line.task and " - " not in line.task:  # differences are no shares
                         spans = [wilson(round(value * n), n) for _, value, n in points]
                         axis.vlines(x, [100 * low for low, _ in spans], [100 * high for _, high in spans], color=colour, alpha=0.35)
         if line.target:
@@ -114,7 +114,7 @@ def draw(table: Table, path: Path) -> None:
             axis.axhline(percent * line.chance, color="grey", linewidth=0.8, linestyle=":")
         axis.set_title(fill(f"{title}{f', {line.unit}' if line.unit else ''}", 42), fontsize=8)
         axis.tick_params(labelsize=7, labelbottom=True)
-        if line.unit == "%" and line.task != "zh - en":
+        if line.unit == "%" and " - " not in line.task:
             axis.set_ylim(-3, 103)
         axis.set_xlim(left=0)
     dot = plt.Line2D
