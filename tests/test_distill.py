@@ -308,6 +308,14 @@ def test_the_brush_and_references_are_guided_too() -> None:
 MATCHING = ("method=dmd", "dmd.critic_updates=2", "dmd.critic_lr=1e-3", "lr=1e-3", "num_inference_steps=3", "guidance_scale=3")
 
 
+def test_matching_alone_makes_nothing_for_mode_fast(teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Refused before the first update: mode fast takes flow maps."""
+    with pytest.raises(SystemExit) as ended:
+        run(teacher, tmp_path, "steps=1", "beside=true", *MATCHING)
+    assert ended.value.code == 2 and "beside: mode fast takes a flow map, and dmd alone makes none" in capsys.readouterr().err
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
 def test_matching_resumes_to_the_bit_and_its_export_goes_to_clean_and_back(teacher: Path, tmp_path: Path) -> None:
     """Stopped after an update of the critic: both networks and their optimizers go on. Every third update is the student's."""
     straight = run(teacher, tmp_path / "a", "steps=6", "save_every=2", *MATCHING)
