@@ -18,7 +18,7 @@ from kling.cache.plan import CacheConfig, settings_of
 from kling.cache.store import LatentBatch, LatentCache
 from kling.cameras.axes import axes_trajectory
 from kling.cameras.trajectory import Cameras
-from kling.condition.state import KEYFRAME, REFERENCE, TARGET, Given, build_state
+from kling.condition.state import KEYFRAME, NUMBERED, TARGET, Given, build_state
 from kling.condition.tasks import REFERENCES
 from kling.condition.tracks import Tracks
 from kling.data.buckets import Bucket
@@ -48,7 +48,7 @@ from tests.test_pipeline import movie, picture, tiny_pipeline
 
 C, F, HH, WW = 4, 3, 4, 6
 TINY = {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 2, "ffn_dim": 64, "text_dim": 8, "freq_dim": 16}
-TINY |= {"in_channels": C, "out_channels": C, "num_kinds": 3}
+TINY |= {"in_channels": C, "out_channels": C, "num_kinds": 8}
 
 
 def state_of(given: Given, seed: int = 0, **more):
@@ -67,7 +67,7 @@ def test_references_lie_before_the_clip_clean_and_change_nothing_else_of_it(besi
     without, state = state_of(plain), state_of(given, sigma_c=0.02)
     G = F + len(keyframes)
     assert state.position[0].tolist() == [0, 1, 2, *((t + 1.5) / 4 for t, _ in keyframes), -1, -2, -3]
-    assert state.kind[0].tolist() == [TARGET] * F + [KEYFRAME] * len(keyframes) + [REFERENCE] * 3
+    assert state.kind[0].tolist() == [TARGET] * F + [KEYFRAME] * len(keyframes) + [2, 5, 6]
     assert not state.mask[:, :, G:].any() and torch.equal(state.mask[:, :, :G], without.mask)
     assert given.task(F) == plain.task(F) and given.gives and given.appended == len(keyframes) + 3 and state.frames == F
     level = torch.tensor([0.8])
@@ -118,8 +118,8 @@ def test_guidance_is_as_without_references() -> None:
         assert (share is None and without is None) if not beside else torch.equal(share[:, :, :n], without)
 
 
-def test_the_network_knows_a_reference_by_its_position_alone() -> None:
-    """Two pictures that change places with their positions are the same input; if they change without them, another."""
+def test_the_network_knows_a_reference_by_its_position_and_number_alone() -> None:
+    """Two pictures that change places with their positions and kinds are the same input; if they change without either, another."""
     torch.manual_seed(0)
     model = KlingTransformer3DModel(**TINY).eval()
     for p in model.parameters():
@@ -132,8 +132,9 @@ def test_the_network_knows_a_reference_by_its_position_alone() -> None:
         return model(z, state.levels(level), text, positions=positions, kinds=kinds).sample[:, :, :F]
 
     v = velocity(z, state.position)
-    torch.testing.assert_close(velocity(swapped, state.position[:, order]), v, atol=1e-5, rtol=1e-4)
-    assert (velocity(swapped, state.position) - v).abs().max() > 1e-3
+    torch.testing.assert_close(velocity(swapped, state.position[:, order], state.kind[:, order]), v, atol=1e-5, rtol=1e-4)
+    assert (velocity(swapped, state.position, state.kind[:, order]) - v).abs().max() > 1e-3
+    assert (velocity(swapped, state.position[:, order]) - v).abs().max() > 1e-3
     assert (velocity(z, state.position, torch.zeros_like(state.kind)) - v).abs().max() > 1e-3, "and by its kind"
 
 
@@ -235,7 +236,7 @@ def test_training_draws_references_for_its_share_whose_words_point_at_the_right_
         assert b == (n if frames > 1 else n // (1 + R)) == len(drawn.prompts) == len(state.tracks) == len(drawn.cameras.c2w)
         assert torch.equal(state.mask[:, :, :K], plain.state.mask[:b]) and torch.equal(drawn.has_camera, plain.has_camera[:b])
         assert torch.equal(state.clean[:, :, :K], plain.state.clean[:b]) and drawn.cameras.frames == K + R == state.tracks.shape[2]
-        assert (state.kind[:, K:] == REFERENCE).all() and (state.kind[:, :K] != REFERENCE).all()
+        assert state.kind[:, K:].eq(torch.tensor(NUMBERED[:R])).all() and not torch.isin(state.kind[:, :K], torch.tensor(NUMBERED)).any()
         for i, (prompt, before) in enumerate(zip(drawn.prompts, plain.prompts[:b], strict=True)):
             numbers = state.clean[i, 0, K:, 0, 0].tolist()
             assert all(k // 100 == i for k in numbers) and len(set(numbers)) == R, "its own pictures, each once"
@@ -254,7 +255,7 @@ def test_training_draws_references_for_its_share_whose_words_point_at_the_right_
     place = counts.index(max(counts))
     batch.pictured[0] = 1  # all clips of a batch get as many as the poorest has
     poor = draw_example(how, batch, place, tiny[0].config, tiny[1].spatial_factor).state.kind
-    assert poor.eq(REFERENCE).sum() == (n if frames > 1 else n // 2)
+    assert torch.isin(poor, torch.tensor(NUMBERED)).sum() == (n if frames > 1 else n // 2)
     short = draw_example(dataclasses.replace(how, max_bytes=30, reference=1.0), batch, 0, tiny[0].config, tiny[1].spatial_factor)
     assert all(len(prompt.encode()) <= 30 for prompt in short.prompts), "words drawn anew are as short as the text encoder needs"
     batch.names[0] = "world/9/train/16:9/3"
@@ -274,7 +275,7 @@ def test_some_references_show_nothing_and_their_words_still_point(tiny) -> None:
         )
         assert drawn.prompts == shown.prompts and torch.equal(drawn.state.position, shown.state.position)
         at = shown.state.mask.shape[2] - shown.state.references
-        assert shown.state.references == int((shown.state.kind[0] == REFERENCE).sum()) > 0
+        assert shown.state.references == int(torch.isin(shown.state.kind[0], torch.tensor(NUMBERED)).sum()) > 0
         assert torch.equal(drawn.state.clean[:, :, :at], shown.state.clean[:, :, :at])
         for mine, theirs in zip(drawn.state.clean[:, :, at:], shown.state.clean[:, :, at:], strict=True):
             assert torch.equal(mine, theirs) or not mine.any()
@@ -323,8 +324,8 @@ def test_the_cache_holds_each_picture_encoded_alone(tmp_path: Path) -> None:
     z = batch.latents.shape[1]
     model = KlingTransformer3DModel(**TINY | {"in_channels": z, "out_channels": z})
     check_reference(0.3, model, cache)
-    with pytest.raises(UserError, match="set model.num_kinds=3"):
-        check_reference(0.3, KlingTransformer3DModel(**TINY | {"in_channels": z, "out_channels": z, "num_kinds": 2}), cache)
+    with pytest.raises(UserError, match="set model.num_kinds=8"):
+        check_reference(0.3, KlingTransformer3DModel(**TINY | {"in_channels": z, "out_channels": z, "num_kinds": 7}), cache)
     with pytest.raises(UserError, match="share of batches with references"):
         check_reference(3, model, cache)
     with pytest.raises(UserError, match="0 to 4"):
@@ -340,8 +341,8 @@ def test_a_table_of_kinds_grows_by_zeros(tmp_path: Path) -> None:
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.2)
     model.save_pretrained(tmp_path / "transformer")
-    grown = grow(tmp_path / "transformer", {"num_kinds": 3})
-    assert grown.config.num_kinds == 3 and not grown.kind_embedding.weight[2].any()
+    grown = grow(tmp_path / "transformer", {"num_kinds": 8})
+    assert grown.config.num_kinds == 8 and not grown.kind_embedding.weight[2:].any()
     assert torch.equal(grown.kind_embedding.weight[:2], model.kind_embedding.weight)
     z, text = torch.randn(1, C, 2, 4, 6), torch.randn(1, 3, 8)
     kinds = torch.tensor([[0, 1]])

@@ -4,7 +4,7 @@
     z, c     (b, c, G, h, w)             current latents; clean latents (0 where unknown)
     m        (b, 1, G, h, w) in [0, 1]   denoise mask: 1 generate, 0 given, between = soft (m = 1 - strength)
     p        (b, G) float                temporal position in latent frames
-    kind     (b, G) int                  0 target, 1 keyframe, 2 reference, 3 source video, 4 history
+    kind     (b, G) int                  0 target, 1 keyframe, 2 first reference, 3 source video, 4 history, 5 to 7 later references
     P        (b, 24, G, ...) or None     packed camera rays
     tracks   (b, c + 1, G, h, w) or None map of where points move (`condition.tracks`)
     shot     (b, G) int or None          which shot the frame is of: its words are that shot's, and p jumps by `SHOT_GAP` at every cut
@@ -29,7 +29,10 @@ from kling.runtime.device import upload
 from kling.shapes import frame_position, latent_of_frame
 
 TARGET, KEYFRAME, REFERENCE, SOURCE, HISTORY = range(5)
-MOST_REFERENCES = 4  # of one clip
+# Kinds of the first to the fourth reference. Words point at them by number, and their positions alone do not say it: attention sees only
+# how far they are from the frame that reads them, which is another distance for every frame.
+NUMBERED = (REFERENCE, 5, 6, 7)
+MOST_REFERENCES = len(NUMBERED)  # of one clip
 SHOT_GAP = 4.5  # latent frames that p jumps at a cut, in addition to 1; no whole number, so that no time within a shot is like a cut
 TENSORS = ("clean", "mask", "position", "kind", "tracks", "shot")  # of a State, each with a row for every sample
 
@@ -43,7 +46,7 @@ class Given:
     space: (h, w) mask over all frames, 1 where to generate: in- and outpainting of a given clip.
     hold: how strongly a whole given clip is kept (restyling): every target has m = 1 - hold.
     references: pictures of things that the clip shows, appended after the keyframes. They are no frames of the clip: each is encoded alone,
-    stays clean, and lies before it, the k-th (from 0) at position -1 - k.
+    stays clean, and lies before it, the k-th (from 0) at position -1 - k and of kind `NUMBERED[k]`.
     """
 
     known: int = 0
@@ -268,7 +271,7 @@ def build_state(
             mask[i, :, :frames] *= g.space.to(mask)
     mask = mask.to(clean.device)
     position = torch.tensor([[*there, *mine] for mine in at], dtype=torch.float32, device=clean.device)  # (b, G)
-    kind = [TARGET] * frames + [KEYFRAME] * (K - R) + [REFERENCE] * R
+    kind = [TARGET] * frames + [KEYFRAME] * (K - R) + list(NUMBERED[:R])
     kind = torch.tensor(kind, device=clean.device).repeat(b, 1)  # (b, G)
     shot = None
     if shots is not None and any(len(starts) > 1 for starts in shots):

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from kling.cameras.trajectory import Cameras, Trajectory
 from kling.condition.concat import concat_channels, concat_groups, opened
-from kling.condition.state import REFERENCE, Given, State, build_state
+from kling.condition.state import NUMBERED, Given, State, build_state
 from kling.condition.tracks import Tracks
 from kling.condition.writing import write_tracks
 from kling.data.transforms import to_tensor, to_uint8
@@ -338,7 +338,7 @@ class KlingPipeline(Batches, DiffusionPipeline, WanLoraLoaderMixin):
             raise UserError("shots: these weights take what is given as extra channels, which know no cut: make one shot at a time")
         if request.references and (self.groups or self.config.get("block_frames")):
             raise UserError("references: this model has no frames beside those that it makes, which references are: leave them out")
-        if few is not None and request.references and few.config.num_kinds <= REFERENCE:
+        if few is not None and request.references and few.config.num_kinds <= max(NUMBERED):
             line = "mode fast: this model's few-step weights know no references: use mode std"
             raise UserError(line, code="not_fast", field="references")
         if request.brush_guidance_scale not in (None, 1) and (self.groups or self.config.get("block_frames")):

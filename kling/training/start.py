@@ -19,7 +19,7 @@ from kling.cache.fill import fill_cache
 from kling.cache.plan import CacheConfig, settings_of
 from kling.cache.store import INDEX, NAMED, LatentCache, differences, read_index
 from kling.condition.concat import concat_groups
-from kling.condition.state import KEYFRAME, REFERENCE
+from kling.condition.state import KEYFRAME, NUMBERED
 from kling.condition.tasks import keyframe_share
 from kling.config import built, is_a, load_config
 from kling.dit import KlingTransformer3DModel
@@ -330,10 +330,10 @@ def check_reference(share: float, transformer: KlingTransformer3DModel, cache: L
         raise UserError(f"reference {share:g}: give the share of batches with references, from 0 to 1")
     if not share:
         return
-    if transformer.config.num_kinds <= REFERENCE:
+    if transformer.config.num_kinds <= max(NUMBERED):
         raise UserError(
             f"reference {share:g} is set, and this model knows {transformer.config.num_kinds} kinds of frames: set "
-            f"model.num_kinds={REFERENCE + 1}, or reference=0"
+            f"model.num_kinds={max(NUMBERED) + 1}, or reference=0"
         )
     if concat_groups(transformer.config.in_channels, transformer.config.out_channels):
         raise UserError(f"reference {share:g} is set, and these weights take what is given as extra channels, which have no place for one")
