@@ -25,7 +25,7 @@ def tiny_pipeline(**kwargs) -> KlingPipeline:
     )  # fmt: skip
     dit = KlingTransformer3DModel(
         num_attention_heads=1, attention_head_dim=16, in_channels=4, out_channels=4, text_dim=32, freq_dim=16, ffn_dim=32,
-        num_layers=1, num_kinds=3, camera_channels=24, camera_fold="pool", camera_downscale=1, camera_residual_blocks=0,
+        num_layers=1, num_kinds=8, camera_channels=24, camera_fold="pool", camera_downscale=1, camera_residual_blocks=0,
         track_channels=5,
     )  # fmt: skip
     for p in dit.parameters():  # nothing may be zero, otherwise some input would not affect the output
