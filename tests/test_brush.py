@@ -14,6 +14,7 @@ from kling.condition.tracks import codes
 from kling.data.image import write_png
 from kling.data.transforms import fit
 from kling.errors import UserError
+from kling.flow.solvers import KlingFlowScheduler
 from kling.sampling.brush import as_tracks, parse_brush, read_strokes, read_tracks, stroke_tracks
 from kling.sampling.brush_http import tracks_from_wire, tracks_to_wire
 from kling.sampling.inputs import Inputs
@@ -151,6 +152,24 @@ def test_guidance_on_the_tracks_costs_a_pass_and_changes_the_frames(pipe: KlingP
     assert pipe.plan(request.replace(tracks=None)).brush_guidance_scale == 1
     with pytest.raises(UserError, match="without tracks to follow"):
         request.replace(tracks=None, brush_guidance_scale=2.0)
+
+
+def test_a_loop_makes_its_first_frame_without_the_brush_and_copies_what_lies_there(pipe: KlingPipeline) -> None:
+    """The still is that of `num_frames=1` with the same seed, so the clip is the loop that begins with that picture."""
+    request = Request("a ball", num_inference_steps=1, seed=1, num_frames=9, loop=True, tracks=RIGHT, brush_guidance_scale=2.0)
+    frames, plain = pipe(request).frames[0], pipe(request.replace(tracks=None, brush_guidance_scale=None)).frames[0]
+    still = pipe("a ball", num_inference_steps=1, seed=1, num_frames=1).frames[0, 0]
+    assert np.array_equal(frames, pipe(request, image=still).frames[0]) and not np.array_equal(frames, plain)
+
+
+def test_weights_that_go_block_by_block_have_no_pass_without_tracks() -> None:
+    """Also where their scheduler asks for one."""
+    pipe = brushed_pipeline(block_frames=1)
+    pipe.register_modules(scheduler=KlingFlowScheduler(num_inference_steps=1, brush_guidance_scale=4.0))
+    request = Request("a ball", num_frames=5, seed=1, tracks=RIGHT)
+    assert pipe.plan(request).brush_guidance_scale == 1
+    frames = [pipe(request, tracks=tracks).frames for tracks in (RIGHT, LEFT)]
+    assert not np.array_equal(*frames)
 
 
 def test_a_hop_takes_its_part_of_the_path(pipe: KlingPipeline) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
+from kling.condition.state import KEYFRAME, TARGET
 from kling.errors import UserError
 from kling.flow.diffusers_scheduler import DiffusersWalk
 from kling.flow.guidance import Guidance, given_share, guided_velocity
@@ -83,12 +84,12 @@ def test_guidance_follows_its_formula_without_needless_passes():
 
 def test_guidance_grows_away_from_frames_that_are_given():
     """Frames 0 and, appended, 5.5 are given; half of frame 3 is too, which does not count. Reach 4."""
-    mask, position = torch.ones(1, 1, 9, 2, 2), torch.tensor([[*range(8), 5.5]])
+    mask, position, kind = torch.ones(1, 1, 9, 2, 2), torch.tensor([[*range(8), 5.5]]), torch.tensor([[TARGET] * 8 + [KEYFRAME]])
     mask[:, :, [0, 8]], mask[:, :, 3, 0] = 0, 0
-    share = given_share(mask, position, 4.0)
+    share = given_share(mask, position, kind, 4.0)
     assert share.shape == (1, 1, 9, 1, 1)
     assert share.flatten().tolist() == [0, 0.25, 0.5, 0.625, 0.375, 0.125, 0.125, 0.375, 0]
-    assert given_share(mask, position, 0.0) is None and given_share(mask.clamp(min=0.1), position, 4.0) is None
+    assert given_share(mask, position, kind, 0.0) is None and given_share(mask.clamp(min=0.1), position, kind, 4.0) is None
     values = {("prompt", True): 5.0, ("prompt", False): 3.0, ("negative", True): 2.0}
     v = guided_velocity(lambda *which: torch.full((1, 2, 9, 2, 2), values[which]), 3.0, 2.0, True, share)
     torch.testing.assert_close(v, (5 + share * (2 * (5 - 2) + 1 * (5 - 3))).expand_as(v))

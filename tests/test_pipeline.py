@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ from kling.cameras.axes import axes_trajectory
 from kling.condition.tasks import TASKS
 from kling.errors import UserError
 from kling.flow.diffusers_scheduler import DiffusersWalk
+from kling.sampling import pipeline as pipeline_file
 
 H, W = 64, 112
 SHORT = {"num_frames": 5, "num_inference_steps": 2}
@@ -261,3 +264,55 @@ def test_requests_made_together_are_those_made_alone(monkeypatch: pytest.MonkeyP
             assert frames.shape == alone.shape and int((frames.int() - alone.int()).abs().max()) <= 1, request
     with pytest.raises(UserError, match="2 videos of one request"):
         pipe.together([requests[0].replace(num_videos=2)])
+
+
+@pytest.mark.parametrize("second", [1.0, 2.0])
+def test_an_expert_adds_nothing_of_the_guidance_of_the_other(second: float) -> None:
+    """The one for low noise begins at the fourth of five steps, which takes over the change of the third if there is one expert."""
+    pipe = tiny_pipeline()
+    torch.manual_seed(1)
+    low = KlingTransformer3DModel.from_config(pipe.transformer.config)
+    for p in low.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    pipe.register_modules(transformer_2=low)
+    pipe.register_to_config(boundary_ratio=0.5)
+    pipe.register_modules(scheduler=KlingFlowScheduler(num_inference_steps=5, guidance_scale=[3.0, second]))
+    request, seen = Request("a ball", num_frames=5, guidance_every=2), []
+    note = lambda pipe, i, t, kept: seen.append((t / 1000, kept["latents"], kept["x0"])) or kept  # noqa: E731
+    pipe(request, callback_on_step_end=note, output_type="latent")
+    words = {which: pipe.text_encoder.encode([text]) for which, text in (("prompt", "a ball"), ("negative", ""))}
+    (_, z, _), (level, _, x0) = seen[2:4]
+    with torch.no_grad():
+        v = {which: low(z, torch.tensor([level]), text).sample for which, text in words.items()}
+    want = v["prompt"] + (second - 1) * (v["prompt"] - v["negative"])
+    torch.testing.assert_close(x0, z - level * want, atol=1e-4, rtol=1e-4)
+
+
+def test_a_plan_counts_the_passes_that_a_step_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the camera only where there is one, whatever the checkpoint's scale; of words also if only the second expert is guided."""
+    pipe = tiny_pipeline()
+    pipe.register_modules(scheduler=KlingFlowScheduler(num_inference_steps=1, guidance_scale=3.0, camera_guidance_scale=5.5))
+    calls, forward = [], KlingTransformer3DModel.forward
+    monkeypatch.setattr(KlingTransformer3DModel, "forward", lambda self, *a, **k: calls.append(1) or forward(self, *a, **k))
+    for fields in ({}, {"camera": "pan=5"}, {"guidance_scale": 1.0}, {"guidance_scale": 1.0, "camera": "pan=5"}):
+        calls.clear()
+        pipe("a ball", num_frames=5, output_type="latent", **fields)
+        assert len(calls) == pipe.plan(Request("a ball", num_frames=5, **fields)).passes, fields
+    plan = pipe.plan(Request("a ball", num_frames=5, guidance_scale=1.0))
+    assert dataclasses.replace(plan, guidance_scale_2=4.0).passes == 2
+    assert pipe.plan(Request("a", extend_to=2.5)).title == "text to video, then 1 continuation"
+
+
+def test_given_pictures_are_read_and_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request among several is read once; a reference is encoded once for all hops and videos, and the words for all videos."""
+    pipe, read, encoded, said = tiny_pipeline(), [], [], []
+    reader, encode, say = pipeline_file.read_inputs, KlingPipeline.encode, ByteTextEncoder.encode
+    monkeypatch.setattr(pipeline_file, "read_inputs", lambda *a: read.append(1) or reader(*a))
+    monkeypatch.setattr(KlingPipeline, "encode", lambda self, frames: encoded.append(len(frames)) or encode(self, frames))
+    monkeypatch.setattr(ByteTextEncoder, "encode", lambda self, texts: said.append(texts) or say(self, texts))
+    requests = [Request("a", **SHORT), Request("b", **SHORT, image=picture()), Request("c", **SHORT, video=movie(5))]
+    pipe.together(requests)
+    assert len(read) == 3
+    encoded.clear(), said.clear()
+    pipe("a", references=[picture(1), picture(2)], extend_to=3.0, num_videos=2, num_inference_steps=1, guidance_scale=1.0)
+    assert encoded.count(1) == 2 and len(encoded) > 2 and said == [["a"]]

@@ -7,6 +7,7 @@ import json
 import random
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from kling.cache.plan import CacheConfig, settings_of
 from kling.cache.store import LatentBatch, LatentCache
 from kling.cameras.axes import axes_trajectory
 from kling.cameras.trajectory import Cameras
-from kling.condition.state import KEYFRAME, NUMBERED, TARGET, Given, build_state
+from kling.condition.state import HISTORY, KEYFRAME, NUMBERED, TARGET, Given, build_state
 from kling.condition.tasks import REFERENCES
 from kling.condition.tracks import Tracks
 from kling.data.buckets import Bucket
@@ -37,10 +38,12 @@ from kling.errors import UserError
 from kling.flow.guidance import given_share
 from kling.flow.losses import flow_loss
 from kling.flow.path import velocity
+from kling.flow.solvers import KlingFlowScheduler
 from kling.metrics.segment import segment
+from kling.runtime.random import generator
 from kling.sampling import record as records
 from kling.sampling.inputs import read_inputs
-from kling.training.examples import Drawing, draw_example
+from kling.training.examples import Drawing, check_divides, draw_example
 from kling.training.start import check_reference, grow
 from kling.vae import AutoencoderKLKling
 from tests import workers
@@ -264,6 +267,16 @@ def test_training_draws_references_for_its_share_whose_words_point_at_the_right_
             draw_example(Drawing(0, {"text": 1.0}, 0.0, 0.0, reference=1.0), batch, 0, tiny[0].config, tiny[1].spatial_factor)
 
 
+def test_every_number_of_references_that_a_batch_may_have_must_divide_over_the_processes(tiny) -> None:
+    """Not only those of the first clip, which has none here: others of the cache have some."""
+    bucket, one = Bucket("16:9", 17), dataclasses.replace(batch_of(17, 1), pictured=[0])
+    data = SimpleNamespace(frames=[17], cache=SimpleNamespace(clips={bucket: [0]}, batch=lambda bucket, ids, frames: one))
+    check_divides(data, {"text": 1.0}, tiny[0], split=10)
+    check_divides(data, {"text": 1.0}, tiny[0], split=28, reference=0.5)
+    with pytest.raises(UserError, match=r"168 tokens \(16:9 of 17 frames and 1 reference\) do not divide over cp_size = 10"):
+        check_divides(data, {"text": 1.0}, tiny[0], split=10, reference=0.5)
+
+
 def test_some_references_show_nothing_and_their_words_still_point(tiny) -> None:
     """So guidance has a pass to compare with: latents of 0, and everything else as it was."""
     batch, how = batch_of(17, 4), Drawing(0, {"text": 1.0, "image": 1.0}, 0.0, 0.0, brush=0.3, reference=1.0)
@@ -410,6 +423,7 @@ def pipe() -> KlingPipeline:
 
 
 A, B = picture(11), picture(12, 60, 60)
+NAMES = {"euler": ("noise", 0), "renoise": ("renoise", 0, 0, 0)}  # of the noise that a clip starts from, and that its first step adds
 
 
 @pytest.mark.parametrize(
@@ -449,6 +463,70 @@ def test_guidance_on_references_costs_a_pass_that_sees_none_of_them(pipe: KlingP
     assert pipe.plan(request.replace(references=[])).reference_guidance_scale == 1
     with pytest.raises(UserError, match="given without references: give pictures too"):
         request.replace(references=[], reference_guidance_scale=2.0)
+
+
+@pytest.mark.parametrize("solver", ["euler", "renoise"])
+def test_appended_pictures_leave_the_noise_of_the_clip_and_of_each_other(monkeypatch: pytest.MonkeyPatch, solver: str) -> None:
+    """Clips with and without them are pairs: made alone, in a group of seeds, and with fresh noise at every step."""
+    pipe, drawn, step = tiny_pipeline(), [], KlingFlowScheduler.step
+    pipe.register_modules(scheduler=KlingFlowScheduler(num_inference_steps=2, solver=solver))
+
+    def noted(self, v, sigma, next_sigma, z, mask, clean, noise=None):
+        drawn.append(z if noise is None else noise)
+        return step(self, v, sigma, next_sigma, z, mask, clean, **({} if noise is None else {"noise": noise}))
+
+    monkeypatch.setattr(KlingFlowScheduler, "step", noted)
+    end, request = [(picture(5), 8, 1e-6)], Request("a", seed=1, num_frames=9, guidance_scale=1.0)
+    given = [{}, {"references": [A]}, {"keyframes": end}, {"keyframes": end, "references": [A, B]}]
+
+    def first(make) -> list[torch.Tensor]:
+        found = []
+        for fields in given:
+            drawn.clear()
+            make(request.replace(**fields))
+            found.append(drawn[0])
+        return found
+
+    for make in (pipe, lambda asked: pipe.sample_group(pipe.ask(asked), [1, 2])):
+        plain, one, key, both = first(make)
+        want = [torch.randn(1, 4, 3, 8, 14, generator=generator(seed, *name)) for seed in (1, 2) for name in [NAMES[solver]]]
+        assert torch.equal(plain, torch.cat(want)[: len(plain)]), "as it has always been"
+        for other in (one, key, both):
+            assert torch.equal(other[:, :, :3], plain)
+        torch.testing.assert_close(both[:, :, 3], key[:, :, 3], msg="the keyframe's")
+
+
+def test_blank_references_are_as_noisy_as_references(pipe: KlingPipeline) -> None:
+    state, noise = state_of(Given(references=2), sigma_c=0.1), torch.randn(1, C, F + 2, HH, WW)
+    z = state.noised(torch.tensor([0.6]), noise)
+    blank = dataclasses.replace(state, clean=torch.cat([state.clean[:, :, :F], torch.zeros_like(state.clean[:, :, F:])], dim=2))
+    torch.testing.assert_close(state.without_references(z), blank.noised(torch.tensor([0.6]), noise), atol=1e-6, rtol=0)
+    exact = state_of(Given(references=2))
+    assert not exact.without_references(exact.noised(torch.tensor([0.6]), noise))[:, :, F:].any()
+
+
+def test_references_are_counted_by_their_kinds() -> None:
+    """Not by their positions: history would lie before the clip too, and is part of it."""
+    state = state_of(Given(known=1, references=2))
+    position, kind = state.position.clone(), state.kind.clone()
+    position[:, 0], kind[:, 0] = -1.0, HISTORY
+    past = dataclasses.replace(state, position=position, kind=kind, host=None)
+    assert past.references == 2 and past.rows(0).references == 2 and past.repeated(3).references == 2 and past.part(0, F).references == 0
+    assert given_share(*past.host, 4.0).flatten().tolist() == [0, 0.5, 0.75, 0, 0.25]
+
+
+def test_passes_with_one_text_share_its_keys_and_values(pipe: KlingPipeline) -> None:
+    """Of all passes of a step only two texts are embedded: with the prompt, and with the negative prompt."""
+    calls: list[int] = []
+    hook = pipe.transformer.blocks[0].attn2.to_k.register_forward_hook(lambda *_: calls.append(1))
+    asked = {"references": [A], "tracks": [Track(None, [(40, 30), (90, 30)])], "num_frames": 5, "num_inference_steps": 2}
+    try:
+        plan = pipe.plan(request := Request("a", **asked, guidance_scale=2.0, brush_guidance_scale=2.0, reference_guidance_scale=2.0))
+        assert plan.tokens < 16 * pipe.text_encoder.encode(["a"]).shape[1], "else nothing is kept"
+        pipe(request)
+    finally:
+        hook.remove()
+    assert plan.passes == 4 and len(calls) == 2
 
 
 def test_a_picture_is_shown_whole_whatever_its_aspect_and_does_not_set_the_clip_s(pipe: KlingPipeline) -> None:

@@ -12,6 +12,7 @@ from kling.condition.tasks import TASKS, draw_task, keyframe_share
 from kling.errors import UserError
 from kling.flow.levels import frame_grid, sigma_grid
 from kling.flow.solvers import KlingFlowScheduler
+from kling.flow.walk import walk
 
 B, C, F, HH, WW = 2, 3, 4, 4, 6
 
@@ -153,3 +154,23 @@ def test_a_task_gives_whole_numbers_of_frames(name: str) -> None:
     """A truth value is one of them in most places, and makes a batch of tensors of another kind in some."""
     rng = random.Random(0)
     assert {type(TASKS[name][1](rng, 5, 8, 14).known) for _ in range(20)} == {int}
+
+
+def test_a_keyframe_goes_with_the_frame_at_which_it_lies():
+    """Delayed frame by frame, a soft keyframe has its frame's level at every step, references are never behind, and no step is added."""
+    clean, lone = torch.zeros(2, C, F, HH, WW), torch.zeros(2, C, 2, HH, WW)
+    given = [Given(keyframes=((t, 0.4),), references=1) for t in (5, 12)]
+    for shots in (None, [[0, 2], [0, 3]]):
+        state = build_state(given, clean, lone, shots=shots)
+        assert state.lies_at.tolist() == [[0, 1, 2, 3, 2, 0], [0, 1, 2, 3, 3, 0]]
+    scheduler, seen = KlingFlowScheduler(num_inference_steps=4), []
+
+    def predict(z, level, next_level, highest):
+        seen.append(level)
+        return torch.zeros_like(z)
+
+    steps = list(walk(state, scheduler, predict, torch.randn_like(state.clean), None, delay=2))
+    assert len(steps) == 4 + 2 * (F - 1)
+    for level in seen:
+        assert torch.equal(level[:, 4], level.gather(1, torch.tensor([[2], [3]]))[:, 0]) and torch.equal(level[:, 5], level[:, 0])
+    assert seen[4][0].tolist() == [0.0, 0.5, 1.0, 1.0, 1.0, 0.0]

@@ -46,7 +46,7 @@ class Given:
     space: (h, w) mask over all frames, 1 where to generate: in- and outpainting of a given clip.
     hold: how strongly a whole given clip is kept (restyling): every target has m = 1 - hold.
     references: pictures of things that the clip shows, appended after the keyframes. They are no frames of the clip: each is encoded alone,
-    stays clean, and lies before it, the k-th (from 0) at position -1 - k and of kind `NUMBERED[k]`.
+    is given like a first frame, and lies before it, the k-th (from 0) at position -1 - k and of kind `NUMBERED[k]`.
     """
 
     known: int = 0
@@ -103,11 +103,11 @@ class State:
     sigma_c: float = 0.0  # conditioning noise of given tokens
     tracks: Tensor | None = None  # (b, c + 1, G, h, w)
     shot: Tensor | None = None  # (b, G), from 0; None: one shot
-    host: tuple[Tensor, Tensor] | None = None  # mask and position on the CPU; None: `mask` and `position` themselves
+    host: tuple[Tensor, Tensor, Tensor] | None = None  # mask, position and kind on the CPU; None: those tensors themselves
 
     def __post_init__(self) -> None:
         if self.host is None:
-            object.__setattr__(self, "host", (self.mask.cpu(), self.position.cpu()))
+            object.__setattr__(self, "host", (self.mask.cpu(), self.position.cpu(), self.kind.cpu()))
 
     def sigma(self, level: Tensor) -> Tensor:
         """Noise level of every latent element, (b, 1, G, h, w), for a schedule level (b,) or one per frame (b, G) in [0, 1]."""
@@ -148,9 +148,10 @@ class State:
         return torch.where(self.mask > 0, z, self.clean)[:, :, : self.frames]
 
     def without_references(self, z: Tensor) -> Tensor:
-        """The same latents (b, c, G, h, w) with references that show nothing: 0, as in training (`reference_drop`)."""
+        """The same latents (b, c, G, h, w) with references that show nothing: clean latents of 0, as in training (`reference_drop`)."""
         shown = z.shape[2] - self.references
-        return torch.cat([z[:, :, :shown], torch.zeros_like(z[:, :, shown:])], dim=2)
+        noise = z[:, :, shown:] - (1 - self.sigma_c) * self.clean[:, :, shown:]  # sigma_c eps: references are given
+        return torch.cat([z[:, :, :shown], noise], dim=2)
 
     def without_tracks(self) -> State:
         """The same, with nothing that says where points move."""
@@ -161,7 +162,13 @@ class State:
     @cached_property
     def references(self) -> int:
         """Number of the references of a clip, its last frames."""
-        return int((self.host[1][0] < 0).sum())
+        return int(is_reference(self.host[2][0]).sum())
+
+    @cached_property
+    def lies_at(self) -> Tensor:
+        """The target frame at which each frame lies, (b, G) on the CPU: a target's own, a keyframe's nearest, a reference's first."""
+        position = self.host[1]
+        return (position[:, :, None] - position[:, None, : self.frames]).abs().argmin(dim=2)
 
     @property
     def tokens(self) -> int:
@@ -188,12 +195,13 @@ class State:
         """Target frames start … end - 1 only, at the positions that they have in the clip."""
         cut = {name: t[:, :, start:end] for name in ("clean", "mask", "tracks") if (t := getattr(self, name)) is not None}
         cut |= {name: t[:, start:end] for name in ("position", "kind", "shot") if (t := getattr(self, name)) is not None}
-        return replace(self, **cut, frames=end - start, host=(self.host[0][:, :, start:end], self.host[1][:, start:end]))
+        mask, *rest = self.host
+        return replace(self, **cut, frames=end - start, host=(mask[:, :, start:end], *(t[:, start:end] for t in rest)))
 
     def rows(self, start: int) -> State:
         """The samples from `start` on."""
         cut = {name: t[start:] for name in TENSORS if (t := getattr(self, name)) is not None}
-        part = replace(self, **cut, host=(self.host[0][start:], self.host[1][start:]))
+        part = replace(self, **cut, host=tuple(t[start:] for t in self.host))
         part.__dict__["_runs"] = tuple(t[start:] for t in self._runs)
         return part
 
@@ -236,6 +244,11 @@ class State:
         if k == 1 or bool((index == index[:, :1]).all()):
             index = index[:, :1]
         return upload(values, self.mask.device), upload(index, self.mask.device)
+
+
+def is_reference(kind: Tensor) -> Tensor:
+    """Which frames are references, of any number, by their kinds."""
+    return torch.isin(kind, torch.tensor(NUMBERED))
 
 
 def _over_frames(level: Tensor) -> Tensor:

@@ -28,12 +28,6 @@ class History:
     def __init__(self, layers: int) -> None:
         self.layers = [LayerHistory() for _ in range(layers)]
 
-    @property
-    def tokens(self) -> int:
-        """Number of remembered tokens."""
-        past = self.layers[0].past
-        return 0 if past is None else past[0].shape[1]
-
     def keep(self, keep: bool) -> None:
         for layer in self.layers:
             layer.keep = keep

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from kling.condition.state import is_reference
+
 
 def guided_velocity(
     predict: Callable[[str, bool], Tensor], guidance_scale: float, camera_guidance_scale: float, camera: bool,
@@ -35,17 +37,17 @@ def guided_velocity(
     return v
 
 
-def given_share(mask: Tensor, position: Tensor, reach: float) -> Tensor | None:
+def given_share(mask: Tensor, position: Tensor, kind: Tensor, reach: float) -> Tensor | None:
     """The fraction of guidance for each frame: 0 where a whole frame is given, 1 from `reach` latent frames away, linear in between.
 
     A picture carries more information than words, and guidance moves the frames near it away from its colours. Stable Video Diffusion
     (Blattmann et al. 2023, arXiv 2311.15127) raises the scale over the frames after a first one; this does so from any given frame.
 
-    mask: (b, 1, G, h, w), 0 where given. position: (b, G). Both on the CPU, otherwise the host waits for them. A frame before the clip (its
-    position is negative) is a reference: it shows a thing, not what a frame near it looks like, so it takes no guidance from the clip.
+    mask: (b, 1, G, h, w), 0 where given. position, kind: (b, G). All on the CPU, otherwise the host waits for them. A reference shows a
+    thing, not what a frame near it looks like, so it takes no guidance from the clip.
     Returns (b, 1, G, 1, 1), or None if no clip has a whole given frame.
     """
-    whole = (mask.amax(dim=(1, 3, 4)) == 0) & (position >= 0)  # (b, G)
+    whole = (mask.amax(dim=(1, 3, 4)) == 0) & ~is_reference(kind)  # (b, G)
     if reach == 0 or not bool(whole.any()):
         return None
     far = (position[:, :, None] - position[:, None]).abs()  # (b, G, G)

@@ -61,10 +61,12 @@ def sigma_grid(steps: int, shift: float = 1.0) -> Tensor:
 
 
 def frame_grid(sigmas: Tensor, delays: Tensor) -> Tensor:
-    """Levels (steps', G) where frame g starts `delays[g]` steps after the first: diffusion forcing (Chen et al. 2024, arXiv 2407.01392).
+    """Levels (steps', *delays.shape) where a frame starts `delays` steps after the first: diffusion forcing (Chen et al. 2024, arXiv
+    2407.01392).
 
     With all delays 0 every column is the plain grid.
     """
     last = len(sigmas) - 1
-    step = torch.arange(len(sigmas) + int(delays.max()), device=sigmas.device)[:, None] - delays[None, :]  # (steps', G)
+    time = torch.arange(len(sigmas) + int(delays.max()), device=sigmas.device)  # (steps',)
+    step = time.view(-1, *[1] * delays.ndim) - delays
     return sigmas[step.clamp(0, last)]

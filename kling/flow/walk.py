@@ -43,16 +43,17 @@ Fresh = Callable[[int], Tensor]
 
 
 def walk(state: State, scheduler: Scheduler, predict: Predict, noise: Tensor, fresh: Fresh, delay: int = 0) -> Iterator[Step]:
-    """From noise (b, c, G, h, w) to the clip. delay: number of steps by which each frame is behind the one before (diffusion forcing).
+    """From noise (b, c, G, h, w) to the clip. delay: number of steps by which each frame is behind the one before (diffusion forcing); a
+    keyframe goes with the frame at which it lies.
 
     All levels are known on the host before the first step and are copied to the device at once, so that no step waits for it.
     """
-    grid = scheduler.sigmas[:, None]  # (steps + 1, 1)
+    grid = scheduler.sigmas[:, None, None]  # (steps + 1, 1, 1)
     if delay:
-        grid = frame_grid(scheduler.sigmas, delay * torch.arange(noise.shape[2]))  # (steps', G)
-    highest, mask = grid.amax(1).tolist(), state.mask if state.gives else None
+        grid = frame_grid(scheduler.sigmas, delay * state.lies_at)  # (steps', b, G)
+    highest, mask = grid.amax((1, 2)).tolist(), state.mask if state.gives else None
     z = state.noised(torch.ones(1, device=noise.device), noise)
-    for i, (level, next_level) in enumerate(pairwise(upload(grid, noise.device)[:, None])):  # (1, 1 or G) each
+    for i, (level, next_level) in enumerate(pairwise(upload(grid, noise.device))):  # (1, 1) or (b, G) each
         v = predict(z, level, next_level, highest[i])
         again = {"noise": fresh(i)} if getattr(scheduler, "renoises", False) else {}
         z, x0 = scheduler.step(v, state.spread_sigma(level), state.spread_sigma(next_level), z, mask, state.clean, **again)

@@ -38,13 +38,13 @@ def agreement(folder: str | Path, clips: int = CLIPS) -> Iterator[float]:
 
     If the folder has few-step weights for mode fast, of the worse mode.
     """
-    exact, fast = (KlingPipeline.from_pretrained(folder, torch_dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+    exact, half = (KlingPipeline.from_pretrained(folder, torch_dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
     if "text" not in exact.config.capabilities:
         raise UserError(f"model {folder} cannot make a video from text alone, which the precision check needs: leave that check out")
     for request in requests(exact, clips):
         apart = []
         for mode in ("std",) if exact.transformer_fast is None else ("std", "fast"):
-            a, b = (pipe(request.replace(mode=mode)).frames.astype(np.float64) / 255 for pipe in (exact, fast))
+            a, b = (pipe(request.replace(mode=mode)).frames.astype(np.float64) / 255 for pipe in (exact, half))
             apart.append(float(np.square(a - b).mean()))
         yield max(apart)
 

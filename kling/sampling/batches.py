@@ -9,13 +9,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from kling.cameras.trajectory import Trajectory
 from kling.condition.state import State
 from kling.errors import UserError
 from kling.runtime.device import upload
-from kling.runtime.random import generator
+from kling.sampling.inputs import Inputs
 from kling.sampling.plan import Plan
 from kling.sampling.request import Request
-from kling.sampling.sampler import Sampler, Signals
+from kling.sampling.sampler import Sampler, Signals, draw_noise
 
 
 class Asked(NamedTuple):
@@ -41,6 +42,19 @@ class Batches:
     """The part of `KlingPipeline` that makes several clips at once."""
 
     @torch.no_grad()
+    def ask(self, request: Request) -> Asked:
+        """Everything that a request's clip is sampled from, except the noise. For `sample_group`, and for training on what it made.
+
+        Raises `UserError` for a request that one clip does not answer: in several hops, block by block, or a loop without a first frame.
+        """
+        plan, inputs, camera = self._prepare(request)
+        if not self._one_clip(request, plan):
+            raise UserError(f"'{request.prompt[:40]}' takes more than one clip: ask for fewer frames, and no loop without a first frame")
+        if self._looks_at_both:
+            raise UserError("these weights look at the first and the last frame together, which no group of clips can share: take others")
+        return self._asked(request, plan, inputs, camera)
+
+    @torch.no_grad()
     def sample_group(self, asked: Asked, seeds: Sequence[int]) -> Tensor:
         """Latents (k, c, F, h, w) of one request with k seeds, sampled as one batch; each starts from the noise of its seed."""
         return self._sample(Asked(asked.plan, asked.state.repeated(len(seeds)), asked.signals.repeated(len(seeds))), seeds)
@@ -57,30 +71,37 @@ class Batches:
         for i, request in enumerate(requests):
             if request.num_videos != 1:
                 raise UserError(f"{request.num_videos} videos of one request among several requests: give it as often, with other seeds")
-            if self._one_clip(request):
-                asked = self.ask(request)
+            plan, inputs, camera = self._prepare(request)
+            hop = plan.hops[0]
+            whole = hop.overlap == 0 and hop.given.space is None  # nothing of a given video before it, or pasted into it
+            if whole and self._one_clip(request, plan) and not self._looks_at_both:
+                asked = self._asked(request, plan, inputs, camera)
                 alike.setdefault(batch_key(asked), []).append((i, asked))
             else:
-                made[i] = torch.from_numpy(self(request).frames[0])
+                made[i], _ = self._one(request, plan, inputs, camera, self._encode_text(request, plan), request.seed)
         for several in alike.values():
             places, asked = zip(*several, strict=True)
             joined = Asked(asked[0].plan, State.joined([one.state for one in asked]), Signals.joined([one.signals for one in asked]))
             made |= zip(places, self.decode(self._sample(joined, [requests[i].seed for i in places])), strict=True)
+        self.maybe_free_model_hooks()
         return [made[i] for i in range(len(requests))]
 
-    def _one_clip(self, request: Request) -> bool:
-        """Whether `ask` answers a request, and its clip is the whole result."""
-        plan = self.plan(request)
-        (hop, *more) = plan.hops
-        whole = not more and hop.overlap == 0 and hop.given.space is None  # nothing of a given video before it, or pasted into it
-        looks_at_both = self.transformer.config.pos_embed_seq_len is not None
-        lone_loop = request.loop and request.image is None
-        return whole and not (plan.block_frames or lone_loop or looks_at_both)
+    def _one_clip(self, request: Request, plan: Plan) -> bool:
+        lone_loop = request.loop and request.image is None  # its first frame is a clip before it
+        return len(plan.hops) == 1 and not plan.block_frames and not lone_loop
+
+    @property
+    def _looks_at_both(self) -> bool:
+        return self.transformer.config.pos_embed_seq_len is not None
+
+    def _asked(self, request: Request, plan: Plan, inputs: Inputs, camera: Trajectory | None) -> Asked:
+        (hop,), signals = plan.hops, Signals(self._encode_text(request, plan), image=self._image_tokens(inputs))
+        return Asked(plan, *self._conditions(request, plan, hop, inputs, camera, signals, inputs.video))
 
     def _sample(self, asked: Asked, seeds: Sequence[int]) -> Tensor:
         """Latents (b, c, F, h, w) of a batch; each clip starts from the noise of its seed."""
         plan, state = asked.plan, asked.state
-        noise = torch.cat([torch.randn(state.clean[:1].shape, generator=generator(seed, "noise", 0)) for seed in seeds])
+        noise = torch.cat([draw_noise(state.clean[:1].shape, state.frames, seed, "noise", 0) for seed in seeds])
         sampler = Sampler([self.transformer_fast] if plan.fast else self.experts, self.config.get("boundary_ratio"), self.scheduler, plan)
         for step in sampler(state, asked.signals, upload(noise, self._execution_device), seeds):  # noqa: B007 - the last one counts
             pass

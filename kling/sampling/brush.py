@@ -7,8 +7,9 @@
     {"tracks": [{"mask": "ball.png", "points": [[120, 300], [400, 260]]}, …]}        the same in a file; masks lie beside it
 
 Points are pixels of the first frame as it was given, from the top left, pixel centres at whole numbers; they are scaled and cropped as
-that picture is. Without a first frame they are pixels of the clip, and the k-th track is that of the k-th thing that the prompt names. The
-points of a path are spread evenly over the clip.
+that picture is. Without a first frame they are pixels of the clip, and the k-th track is that of the k-th thing that the prompt names; but
+a loop makes its first frame before, as a still picture, and then a track is of what lies under it there. The points of a path are spread
+evenly over the clip.
 """
 
 from __future__ import annotations

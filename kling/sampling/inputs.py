@@ -32,7 +32,8 @@ class Inputs:
     """Everything given, at the clip's size: pictures (H, W, 3) uint8, video (T, H, W, 3) uint8, mask (H, W) with 1 where to generate.
 
     keyframes: (picture, pixel frame of the result, strength). They include the last frame, at `LAST`, and for a loop the first frame again,
-    with picture None, since it may have to be generated first. notes: remarks for the user, in whole lines.
+    with picture None, since it may have to be generated first. encoded: latents (1, c, 1, h, w) of the references, once they are needed:
+    all hops and videos of a request have the same. notes: remarks for the user, in whole lines.
     """
 
     height: int
@@ -44,6 +45,7 @@ class Inputs:
     control: Tensor | None = None
     strokes: list[Stroke] = field(default_factory=list)
     references: list[Tensor] = field(default_factory=list)
+    encoded: list[Tensor] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 

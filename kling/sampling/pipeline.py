@@ -36,8 +36,7 @@ from kling.hub.load import find_file, find_folder, load, loaded
 from kling.hub.lora import add_lora, add_loras
 from kling.runtime.device import upload
 from kling.runtime.files import as_umask
-from kling.runtime.random import generator
-from kling.sampling.batches import Asked, Batches
+from kling.sampling.batches import Batches
 from kling.sampling.inputs import Inputs, asked_frames, paste, read_inputs
 from kling.sampling.plan import (
     PRO_STEPS,
@@ -52,7 +51,7 @@ from kling.sampling.plan import (
     plan_tracks,
 )
 from kling.sampling.request import Fields, Request
-from kling.sampling.sampler import Sampler, Signals
+from kling.sampling.sampler import Sampler, Signals, draw_noise
 from kling.sampling.shots import rounding_note, timeline
 from kling.shapes import ASPECTS, first_frame, latent_frames, latent_size, token_grid
 from kling.text import ByteTextEncoder
@@ -250,7 +249,7 @@ class KlingPipeline(Batches, DiffusionPipeline, WanLoraLoaderMixin):
             steps = self.setting("num_inference_steps") * (PRO_STEPS if request.mode == "pro" and not few else 1)
 
         unshown = not request.references
-        unmapped = request.tracks is None or bool(self.groups)  # then there is no map of tracks to leave out
+        unmapped = request.tracks is None or bool(self.groups or self.config.get("block_frames"))  # then no pass is without tracks
 
         def appended(hop: Hop) -> int:
             return 0 if self.groups else hop.given.appended
@@ -268,6 +267,7 @@ class KlingPipeline(Batches, DiffusionPipeline, WanLoraLoaderMixin):
             solver=solver,
             guidance_scale=high,
             guidance_scale_2=low,
+            has_camera=camera is not None,
             camera_guidance_scale=1.0 if few else self.setting("camera_guidance_scale", request.camera_guidance_scale),
             brush_guidance_scale=1.0 if few or unmapped else self.setting("brush_guidance_scale", request.brush_guidance_scale),
             reference_guidance_scale=1.0 if few or unshown else self.setting("reference_guidance_scale", request.reference_guidance_scale),
@@ -371,10 +371,10 @@ class KlingPipeline(Batches, DiffusionPipeline, WanLoraLoaderMixin):
         plan, inputs, camera = self._prepare(request)
         if latents is not None:
             self._check_latents(latents, plan, request)
-        decode = output_type != "latent"
+        text, decode = self._encode_text(request, plan), output_type != "latent"
         videos, made = [], []
         for i in range(request.num_videos):
-            frames, z = self._one(request, plan, inputs, camera, request.seed + i, callback_on_step_end, decode, latents)
+            frames, z = self._one(request, plan, inputs, camera, text, request.seed + i, callback_on_step_end, decode, latents)
             videos.append(frames)
             made.append(z)
         self.maybe_free_model_hooks()
@@ -396,29 +396,25 @@ class KlingPipeline(Batches, DiffusionPipeline, WanLoraLoaderMixin):
             raise UserError(f"latents of shape {tuple(latents.shape)}: this clip starts from {shape}")
 
     def _one(
-        self, request: Request, plan: Plan, inputs: Inputs, camera: Trajectory | None, seed: int, callback: Callable | None, decode: bool,
-        start: Tensor | None,
+        self, request: Request, plan: Plan, inputs: Inputs, camera: Trajectory | None, text: dict[str, Tensor], seed: int,
+        callback: Callable | None = None, decode: bool = True, start: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """One video: (T, H, W, 3) uint8, and the latents of its last hop."""
+        """One video: (T, H, W, 3) uint8, and the latents of its last hop. text: of `_encode_text`. start: noise instead of the seed's."""
         if request.loop and inputs.image is None:  # a loop needs a first frame to return to
-            alone = {"loop": False, "keyframes": [], "camera": None, "camera_scale": 1.0, "tracks": None}
+            alone = {"loop": False, "keyframes": [], "camera": None, "camera_scale": 1.0, "tracks": None, "brush_guidance_scale": None}
             alone |= {"num_frames": 1, "duration": None, "extend_to": None}
             still = request.replace(**alone, seed=seed, num_videos=1)
             inputs = replace(inputs, image=torch.from_numpy(self(still).frames[0, 0]))
-        device = self._execution_device
-        text = self._encode_text(request, plan)
-        image = self._image_tokens(inputs)
+        signals = Signals(text, image=self._image_tokens(inputs))
         continued = inputs.video is not None and plan.hops[0].overlap
         done = inputs.video if continued else torch.empty(0, plan.height, plan.width, 3, dtype=torch.uint8)
         experts = [self.transformer_fast] if plan.fast else self.experts
         sampler = Sampler(experts, self.config.get("boundary_ratio"), self.scheduler, plan)
-        tracks, origin, steps = plan_tracks(inputs, plan.hops), plan.hops[0].start, 0
+        steps = 0
         for number, hop in enumerate(plan.hops):
-            mine = None if tracks is None else hop_tracks(tracks, hop, origin)
-            state, concat = self._conditions(request, hop, inputs, done if hop.overlap else None, mine)
-            signals = self._signals(request, hop, plan, state, Signals(text, None, concat, image), camera, origin)
-            noise = torch.randn(state.clean.shape, generator=generator(seed, "noise", number)) if start is None else start.float()
-            for step in sampler(state, signals, upload(noise, device), [seed], number):
+            state, told = self._conditions(request, plan, hop, inputs, camera, signals, done)
+            noise = draw_noise(state.clean.shape, state.frames, seed, "noise", number) if start is None else start.float()
+            for step in sampler(state, told, upload(noise, self._execution_device), [seed], number):
                 if callback is not None:
                     callback(self, steps, step.timestep, {"latents": step.z, "x0": step.x0})
                 steps += 1
@@ -430,34 +426,20 @@ class KlingPipeline(Batches, DiffusionPipeline, WanLoraLoaderMixin):
                 done = torch.cat([done, frames[hop.overlap :]])
         return done, latents
 
-    @torch.no_grad()
-    def ask(self, request: Request) -> Asked:
-        """Everything that a request's clip is sampled from, except the noise. For `sample_group`, and for training on what it made.
-
-        Raises `UserError` for a request that one clip does not answer: in several hops, block by block, or a loop without a first frame.
-        """
-        plan, inputs, camera = self._prepare(request)
-        if len(plan.hops) > 1 or plan.block_frames or (request.loop and inputs.image is None):
-            raise UserError(f"'{request.prompt[:40]}' takes more than one clip: ask for fewer frames, and no loop without a first frame")
-        if self.transformer.config.pos_embed_seq_len is not None:
-            raise UserError("these weights look at the first and the last frame together, which no group of clips can share: take others")
-        (hop,), tracks = plan.hops, plan_tracks(inputs, plan.hops)
-        mine = None if tracks is None else hop_tracks(tracks, hop, hop.start)
-        state, concat = self._conditions(request, hop, inputs, inputs.video if hop.overlap else None, mine)
-        signals = Signals(self._encode_text(request, plan), None, concat, self._image_tokens(inputs))
-        return Asked(plan, state, self._signals(request, hop, plan, state, signals, camera, hop.start))
-
     def _conditions(
-        self, request: Request, hop: Hop, inputs: Inputs, before: Tensor | None, tracks: Tracks | None
-    ) -> tuple[State, Tensor | None]:
-        """What is given of one hop, on the device: as a state, and as extra channels for weights that take it so."""
-        way = self.config.get("track_writing")
-        state, concat = self._state(request, hop, inputs, before, None if way else tracks), None
+        self, request: Request, plan: Plan, hop: Hop, inputs: Inputs, camera: Trajectory | None, signals: Signals, done: Tensor | None
+    ) -> tuple[State, Signals]:  # fmt: skip
+        """Everything that one hop is sampled from, except the noise, on the device. signals: those of the whole video. done: its frames so
+        far."""
+        tracks, origin, way = plan_tracks(inputs, plan.hops), plan.hops[0].start, self.config.get("track_writing")
+        tracks = None if tracks is None else hop_tracks(tracks, hop, origin)
+        state = self._state(request, hop, inputs, done if hop.overlap else None, None if way else tracks)
         if self.groups:
             concat = concat_channels(state, self.groups, self._control(inputs, hop))
             concat = upload(write_tracks(concat, tracks, way) if way and tracks is not None else concat, self._execution_device)
-            state = opened(state)
-        return state.to(self._execution_device), concat
+            state, signals = opened(state), replace(signals, concat=concat)
+        state = state.to(self._execution_device)
+        return state, self._signals(request, hop, plan, state, signals, camera, origin)
 
     def _state(self, request: Request, hop: Hop, inputs: Inputs, before: Tensor | None, tracks: Tracks | None) -> State:
         """The encoded given content of one hop. `before`: the frames so far, whose last ones are the hop's first ones. tracks: its own."""
@@ -487,8 +469,9 @@ class KlingPipeline(Batches, DiffusionPipeline, WanLoraLoaderMixin):
             if known is not None:
                 latents = self.encode(known)
                 clean[:, :, : latents.shape[2]] = latents
-            if lone := [*lone, *inputs.references]:
-                appended = torch.cat([self.encode(picture[None]) for picture in lone], dim=2)
+            inputs.encoded += [self.encode(picture[None]) for picture in inputs.references[len(inputs.encoded) :]]
+            if lone := [*(self.encode(picture[None]) for picture in lone), *inputs.encoded]:
+                appended = torch.cat(lone, dim=2)
         patch = tuple(self.transformer.config.patch_size)
         starts = [[j for _, j in hop.shots]]
         return build_state([hop.given], clean, appended, patch, request.sigma_c, None if tracks is None else [tracks], starts)

@@ -66,6 +66,7 @@ class Plan:
     camera_guidance_scale: float
     shift: float
     tokens: int  # of the longest hop
+    has_camera: bool = False
     brush_guidance_scale: float = 1.0  # 1 without tracks
     reference_guidance_scale: float = 1.0  # 1 without references
     fast: bool = False  # whether the few-step weights beside the transformer make it
@@ -80,8 +81,9 @@ class Plan:
     @property
     def passes(self) -> int:
         """The most passes of a step."""
-        scales = self.guidance_scale, self.camera_guidance_scale, self.brush_guidance_scale, self.reference_guidance_scale
-        return 1 + sum(scale != 1 for scale in scales)
+        words = not self.guidance_scale == self.guidance_scale_2 == 1
+        camera = self.has_camera and self.camera_guidance_scale != 1
+        return 1 + words + camera + (self.brush_guidance_scale != 1) + (self.reference_guidance_scale != 1)
 
     @property
     def frames(self) -> int:
@@ -93,14 +95,15 @@ class Plan:
         for hop in self.hops:
             f = latent_frames(hop.frames)
             blocks = -(-f // self.block_frames) if self.block_frames else 1
-            steps += self.num_inference_steps * blocks + self.frame_delay * (f + hop.given.appended - 1)
+            steps += self.num_inference_steps * blocks + self.frame_delay * (f - 1)
         return steps
 
     @property
     def title(self) -> str:
         """The task in words, for the first line of the command line's output."""
         hops = f", {len(self.cuts) + 1} shots" if self.cuts else ""
-        hops += f", then {len(self.hops) - 1} continuations" if len(self.hops) > 1 and not self.hops[0].overlap else ""
+        more = len(self.hops) - 1
+        hops += f", then {more} continuation{'s' * (more > 1)}" if more and not self.hops[0].overlap else ""
         lone = sum(len(hop.given.keyframes) for hop in self.hops) if self.task in ("continuation", "inpaint", "restyle") else 0
         pictures = self.hops[0].given.references
         beside = [f"{n} {what}{'s' * (n > 1)}" for n, what in ((lone, "keyframe"), (pictures, "reference")) if n]

@@ -30,7 +30,9 @@ from kling.sampling.brush import tracks_of
 from kling.sampling.request import Request
 
 Record = dict[str, Any]
-RECIPE = 2  # goes up when the same request and settings give other frames. 1 (not written down): nothing pasted back around a mask
+# Goes up when the same request and settings give other frames. 1 (not written down): nothing pasted back around a mask. 2: noise of the
+# clip changed with the number of appended frames (keyframes, references), and `frame_delay` counted them as later frames.
+RECIPE = 3
 NEEDED = {  # part -> what of it is read, and what that is
     "request": {"keyframes": list},
     "settings": {},

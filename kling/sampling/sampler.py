@@ -77,10 +77,10 @@ class Sampler:
             expert._reset_stateful_cache()  # a step cache may hold results of another clip
 
         def fresh(start: int = 0, end: int | None = None) -> Callable[[int], Tensor]:
-            like = noise[:1, :, start:end]
+            like, frames = noise[:1, :, start:end], (end or state.frames) - start
 
             def again(i: int) -> Tensor:
-                rows = [torch.randn(like.shape, generator=generator(seed, "renoise", hop, start, i)) for seed in seeds]
+                rows = [draw_noise(like.shape, frames, seed, "renoise", hop, start, i) for seed in seeds]
                 return upload(torch.cat(rows).to(like.dtype), like.device)
 
             return again
@@ -126,13 +126,14 @@ class Sampler:
         share = given_share(*state.host, plan.guidance_reach)
         share = None if share is None else upload(share, state.mask.device)
         without = {"no tracks": plan.brush_guidance_scale, "no references": plan.reference_guidance_scale}
-        guided = Guidance(plan.guidance_interval, plan.guidance_every, share, without)
+        # of each expert its own: what guidance changed in one is nothing to the other
+        guided = [Guidance(plan.guidance_interval, plan.guidance_every, share, without) for _ in self.experts]
 
-        def cache(second: bool, which: str) -> WalkCache:
-            if (second, which) not in walk_caches:
+        def cache(second: bool, text: str) -> WalkCache:
+            if (second, text) not in walk_caches:
                 beside = next((kept for (expert, _), kept in walk_caches.items() if expert == second), None)
-                walk_caches[second, which] = WalkCache(len(self.experts[second].blocks), keep_text, beside)
-            return walk_caches[second, which]
+                walk_caches[second, text] = WalkCache(len(self.experts[second].blocks), keep_text, beside)
+            return walk_caches[second, text]
 
         def predict(z: Tensor, level: Tensor, next_level: Tensor, highest: float) -> Tensor:
             second = len(self.experts) > 1 and highest < self.boundary
@@ -143,9 +144,9 @@ class Sampler:
 
             def velocity(which: str, camera: bool) -> Tensor:
                 past = None if history is None else history[which]
-                return self._velocity(expert, state, signals, which, camera, z, sigma, past, cache(second, which))
+                return self._velocity(expert, state, signals, which, camera, z, sigma, past, cache(second, text_of(which)))
 
-            return guided(velocity, guidance, plan.camera_guidance_scale, signals.camera is not None, highest)
+            return guided[second](velocity, guidance, plan.camera_guidance_scale, signals.camera is not None, highest)
 
         return predict
 
@@ -154,9 +155,9 @@ class Sampler:
         expert: KlingTransformer3DModel, state: State, signals: Signals, which: str, camera: bool, z: Tensor,
         sigma: Tensor | Levels, history: History | None, walk_cache: WalkCache | None = None,
     ) -> Tensor:  # fmt: skip
-        """One pass of one expert: z (1, c, G, h, w) and its level (1,), or its tokens' levels -> velocity (1, c, G, h, w)."""
+        """One pass of one expert: z (b, c, G, h, w) and its level (1,) or (b,), or its tokens' levels -> velocity (b, c, G, h, w)."""
         dtype = expert.dtype
-        text, tracks = which if which == "negative" else "prompt", None if which == "no tracks" else state.tracks
+        text, tracks = text_of(which), None if which == "no tracks" else state.tracks
         z = state.without_references(z) if which == "no references" else z
         x = z if signals.concat is None else torch.cat([z, signals.concat], dim=1)
         branch = which if camera or signals.camera is None else "no camera"  # step caches use this name to keep passes apart
@@ -175,6 +176,18 @@ class Sampler:
                 history=history,
                 walk_cache=walk_cache,
             ).sample.float()
+
+
+def text_of(which: str) -> str:
+    """The text of a pass: "negative" or "prompt"."""
+    return which if which == "negative" else "prompt"
+
+
+def draw_noise(shape: Sequence[int], frames: int, seed: int, *name: int | str) -> Tensor:
+    """Noise of one clip, of shape (1, c, G, h, w). That of its F = `frames` is drawn first, then that of one appended frame after another:
+    a picture more, or less, leaves the noise of the clip as it is."""
+    (_, c, G, h, w), draw = shape, generator(seed, *name)
+    return torch.cat([torch.randn(1, c, n, h, w, generator=draw) for n in (frames, *[1] * (G - frames))], dim=2)
 
 
 def text_counts(state: State, signals: Signals) -> bool:

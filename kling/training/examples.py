@@ -51,8 +51,8 @@ def check_divides(
             if h % ph or w % pw:
                 line = f"latents of {h}x{w} ({bucket.aspect}) do not divide into patches of {ph}x{pw}"
                 raise UserError(f"{line}: change model.patch_size, or leave that aspect out of the cache")
-            counts = sorted({min(count, stored_references(first)) for count in (0, *(REFERENCES if reference else ()))})
-            for lone, count in product(range(2 if f > 1 and keyframe_share(tasks) else 1), counts):
+            most = 0 if first.references is None or not reference else first.references.shape[1]  # of a clip; this one may have fewer
+            for lone, count in product(range(2 if f > 1 and keyframe_share(tasks) else 1), range(most + 1)):
                 n = math.prod(token_grid(f + lone + count, h, w, tuple(transformer.config.patch_size)))
                 if n % split:
                     shape = f"{bucket.aspect} of {frames} frames{' and a keyframe' if lone else ''}"
@@ -66,7 +66,7 @@ def check_divides(
 class Drawing:
     """How examples are drawn: weights of the tasks, and how often text or camera are left out. group: consecutive places of one shape.
     max_bytes: longer captions are cut to it. brush: share of clips with tracks. reference: share of batches with references.
-    reference_drop: share of the clips with references whose pictures show nothing, for guidance."""
+    reference_drop: share of the clips with references whose pictures show nothing, for guidance; their words are the same."""
 
     seed: int
     tasks: Mapping[str, float]
@@ -92,7 +92,8 @@ class Drawing:
         return rng.choice(REFERENCES) if rng.random() < self.reference else 0
 
     def shows_references(self, place: int, i: int) -> bool:
-        """Whether the references of clip i of a batch show anything: latents of 0 do not, and their words point at nothing."""
+        """Whether the references of clip i of a batch show anything. Else their latents are 0, and words that point at them, such as "the
+        first thing", stay in the prompt: guidance leaves out the pictures alone."""
         return not self.reference_drop or random.Random(f"reference drop/{self.seed}/{place}/{i}").random() >= self.reference_drop
 
 
@@ -323,9 +324,9 @@ def as_extra_channels(example: Example, batch: LatentBatch, given: list[Given], 
         return example
     shown = torch.zeros_like(batch.latents) if batch.shown is None else batch.shown
     concat = concat_channels(replace(state, clean=shown) if "clean" in groups else state, groups)
-    opened = build_state([Given()] * b, batch.latents, None, state.patch)
+    free = build_state([Given()] * b, batch.latents, None, state.patch)
     maps = None if state.tracks is None else state.tracks[:, :, : state.frames]
-    return replace(example, state=replace(opened, tracks=maps), concat=concat)
+    return replace(example, state=replace(free, tracks=maps), concat=concat)
 
 
 def batch_cameras(batch: LatentBatch, given: list[Given], config: Mapping[str, Any], factor: int) -> Cameras | None:
