@@ -25,7 +25,7 @@ from kling.condition.tasks import TASKS
 from kling.condition.tracks import Tracks
 from kling.config import load_config
 from kling.errors import UserError
-from kling.flow.flow_map import composed_target, draw_steps, flow_map_target
+from kling.flow.flow_map import composed_target, draw_steps, flow_map_target, whole_part
 from kling.flow.levels import shift_sigma
 from kling.flow.losses import flow_loss
 from kling.flow.matching import matching_target
@@ -104,6 +104,16 @@ def test_steps_are_drawn_in_the_asked_shares() -> None:
     free = (t[300:] > r[300:]) & (r[300:] > 0)
     assert bool(free.all()) and bool((t <= 1).all())
     assert t[200:].mean() > t[:200].mean(), "the larger of two draws"
+
+
+@pytest.mark.parametrize("b", [1, 2, 3])
+def test_shares_of_small_batches_are_kept_over_many(b: int) -> None:
+    """Rounding to the nearest, the published preset's batch of 1 would never have a step of length 0, nor one to level 0."""
+    counts = [whole_part(b, 0.25, generator(0, "plain", place)) for place in range(400)]
+    assert sum(counts) / (400 * b) == pytest.approx(0.25, abs=0.05) and set(counts) == {0, 1}
+    ends = torch.cat([draw_steps(b, 0, generator(0, "sigma", place), "uniform", 5.0, to_clean=0.5)[1] for place in range(400)])
+    assert float((ends == 0).float().mean()) == pytest.approx(0.5, abs=0.07)
+    assert [whole_part(b, share, generator(0, "plain", 0)) for share in (0, 1)] == [0, b]
 
 
 # ---- distribution matching ----
@@ -303,6 +313,14 @@ def test_the_brush_and_references_are_guided_too() -> None:
     assert maps[0] > 0 == maps[1] and guide.passes(state) == 4
     asked = text + maps + picture + (3 - 1) * text + (4 - 1) * maps + (2 - 1) * picture
     assert torch.allclose(v[:, 0, 0, 0, 0], asked) and guide.passes(build_state([Given()], clean[:1, :, :3], None)) == 2
+
+
+def test_a_batch_of_one_clip_has_steps_of_length_0(teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A quarter of them, as of larger batches."""
+    drawn: list[int] = []
+    monkeypatch.setattr(distill, "draw_steps", lambda b, plain, *rest: drawn.append(plain) or draw_steps(b, plain, *rest))
+    run(teacher, tmp_path, "steps=16", "batch=1", "guidance_scale=1", "camera_guidance_scale=1", "save_every=100")
+    assert len(drawn) == 16 and 1 <= sum(drawn) <= 8 and set(drawn) == {0, 1}
 
 
 MATCHING = ("method=dmd", "dmd.critic_updates=2", "dmd.critic_lr=1e-3", "lr=1e-3", "num_inference_steps=3", "guidance_scale=3")

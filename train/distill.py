@@ -19,7 +19,7 @@ from kling_programs.train.students import DistillConfig, prepare, publish, sampl
 from kling.config import load_config
 from kling.dit.cost import forward_flops
 from kling.errors import program
-from kling.flow.flow_map import composed_target, draw_steps, flow_map_target
+from kling.flow.flow_map import composed_target, draw_steps, flow_map_target, whole_part
 from kling.flow.losses import flow_loss
 from kling.flow.path import velocity
 from kling.runtime.accelerator import keep_in_fp32, wrap_what_is_there
@@ -75,7 +75,7 @@ def train(cfg: DistillConfig, loop: Loop) -> None:
     for place, (example, noise) in loop.batches(Examples(data, parts.drawing, transformer, parts.vae), guard, meter):
         example, noise = example.to(device), upload(noise, device)  # noise (b, c, G, h, w)
         state, b = example.state, len(noise)
-        still = int(how.plain * b + (place % 2) / 2)  # samples with steps of length 0
+        still = whole_part(b, how.plain, generator(cfg.seed, "plain", place))  # samples with steps of length 0
         drawn = draw_steps(b, still, generator(cfg.seed, "sigma", place), parts.density, parts.shift, how.to_clean, how.counts)
         t, r = (upload(x, device) for x in drawn)
         z = state.noised(t, noise)  # (b, c, G, h, w)
