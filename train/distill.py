@@ -88,15 +88,16 @@ def train(cfg: DistillConfig, loop: Loop) -> None:
                 else:
                     v = guide(partial(net, level=t), example, z, words, nothing, velocity(state.clean, noise))
             target = v.clone()
-            if still < b:
-                moving, heard = example.rows(still), words[still * len(words) // b :]  # of every shot
+            first = min(still, b - 1) if layout.sharded else still  # every process of a sharded run makes these passes; a target of v stays
+            if first < b:
+                moving, heard = example.rows(first), words[first * len(words) // b :]  # of every shot
                 mean = lambda z, t, r: net(moving, z, t, (heard,), r, exact=not how.stride)  # noqa: E731, B023
-                there = z[still:], v[still:], t[still:], r[still:], moving.state.mask
+                there = z[first:], v[first:], t[first:], r[first:], moving.state.mask
                 with accelerator.autocast():
                     if how.stride:
-                        target[still:] = composed_target(mean, *there, parts.shift, how.stride)
+                        target[first:] = composed_target(mean, *there, parts.shift, how.stride)
                     else:
-                        target[still:] = flow_map_target(mean, *there, how.delta)
+                        target[first:] = flow_map_target(mean, *there, how.delta)
         meter.lap("target")
         with accelerator.accumulate(net):
             with accelerator.autocast():
@@ -108,7 +109,7 @@ def train(cfg: DistillConfig, loop: Loop) -> None:
             meter.lap("forward")
             accelerator.backward(losses.mean())
             meter.lap("backward")
-        passes = 3 + guide.passes(state) + (1 if how.stride else 2) * (b - still) / b
+        passes = 3 + guide.passes(state) + (1 if how.stride else 2) * (b - first) / b
         meter.add(t, losses, b * state.tokens, b * passes * forward_flops(transformer.config, state.tokens, words.shape[1]))
         if not accelerator.sync_gradients:
             continue
