@@ -162,9 +162,7 @@ def save_clip(folder: Path) -> None:
 def save_siglip(folder: Path) -> None:
     from transformers import SiglipConfig, SiglipImageProcessor, SiglipModel, SiglipProcessor
 
-    words = tokenizer()
-    words.model_input_names = ["input_ids"]  # as published: padding is read like words
-    SiglipProcessor(SiglipImageProcessor(size={"height": 28, "width": 28}), words).save_pretrained(folder)
+    SiglipProcessor(SiglipImageProcessor(size={"height": 28, "width": 28}), tokenizer()).save_pretrained(folder)
     small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     text = {**small, "vocab_size": 49, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3, "max_position_embeddings": 12}
     torch.manual_seed(0)
@@ -175,7 +173,7 @@ def save_siglip(folder: Path) -> None:
 
 
 def test_siglip_reads_its_prompt_at_the_length_it_was_trained_at(tmp_path: Path) -> None:
-    """It pools the last of 12 places here, which is padding. Written out here, from rows of token numbers."""
+    """It pools the last of 12 places here, which is padding, and no mask hides padding. Written out here, from token numbers."""
     from transformers import SiglipModel
 
     save_siglip(tmp_path)
