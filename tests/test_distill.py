@@ -313,6 +313,12 @@ def test_an_export_takes_the_controls_that_were_distilled(able: Path, tmp_path: 
             pipe.plan(request.replace(mode="std"))
 
 
+def test_a_sample_of_what_is_not_distilled_is_refused_before_the_first_update(able: Path, tmp_path: Path, capsys) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run(able, tmp_path, "steps=1", "sample_every=1", "samples=[{prompt: a ball, num_frames: 5, tracks: [{points: [[5, 5], [9, 9]]}]}]")
+    assert ended.value.code == 2 and "not trained for 'brush'" in capsys.readouterr().err and not (tmp_path / "metrics.jsonl").exists()
+
+
 @pytest.fixture(scope="module")
 def wan(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Wan as it is published, and a cache of its own latents and embeddings."""

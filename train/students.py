@@ -318,6 +318,10 @@ def prepare(cfg: DistillConfig, loop: Loop) -> Parts:
     check_brush(cfg.brush, student.transformer, cache)
     check_reference(cfg.reference, student.transformer, cache)
     check_shots(cfg.shots, student.transformer, cache)
+    if asked:
+        drawn = pipeline(replace(cfg, beside=False), student, vae, text, start)
+        for request in asked:
+            drawn.plan(request)  # raises for what the student will not take, before the first step
     own = start.settings["scheduler"]
     return Parts(
         start, vae, text, teacher, student, guide, negative,
