@@ -413,6 +413,7 @@ TABLE = (
     Line("brush-none", "distance", "the same without the brush, from the path", "sizes"),
     Line("brush", "other", "brushed: the other thing's motion", "%", CHANCE["motion"]),
     Line("brush-none", "other", "the other thing's motion without the brush", "%", CHANCE["motion"]),
+    Line("brush / brush-none", "other", "the other thing's motion, in parts of that without the brush", "%", None, ">= 0.85"),
     Line("brush", "whole", "brushed: whole clips", "%"),
     Line("brush-camera", "near", "brushed with a moving camera: within half its size at the end", "%", None, ">= 0.75"),
     Line("brush-camera", "distance", "brushed with a moving camera: from its path, mean", "sizes"),
@@ -430,7 +431,7 @@ TABLE = (
     Line("reference", "pasted", "a reference: the ground of its picture", "%", None, "<= 0.02"),
     Line("reference", "motion", "a reference: motion", "%", CHANCE["motion"], ">= 0.9"),
     Line("reference", "whole", "a reference: whole clips", "%"),
-    Line("reference-2", "right", "two references, all right", "%", None, ">= 0.6"),
+    Line("reference-2", "right", "two references, all right", "%", None, ">= 0.7"),
     *(Line("reference-2", q, f"two references: {q} of both", "%") for q in ("colour", "solid", "ground", "motion")),
     *(
         Line(f"restyle-{strength}", q, f"restyled at {strength}: {title}", "%")

@@ -83,7 +83,7 @@ from kling.metrics.control import QUESTIONS
 from kling.metrics.controls import frozen, noise, shuffled, taken_over
 from kling.metrics.motion import magnitude
 from kling.metrics.pixel import flicker, psnr, seam, ssim
-from kling.metrics.report import Row, markdown, paired, reached, summarise
+from kling.metrics.report import Row, markdown, paired, portion, reached, summarise
 from kling.metrics.ruler import Ruler
 from kling.metrics.segment import segment
 from kling.metrics.things import find_things
@@ -487,6 +487,8 @@ def report(options: Options, model: dict[str, Any], records: list[Record], left_
         scores["zh - en"] = paired(own["text-en"], own["text-zh"])
     if "shots" in own and "shots-alone" in own:
         scores["shots - alone"] = paired(own["shots-alone"], own["shots"])
+    if "brush" in own and "brush-none" in own:
+        scores["brush / brush-none"] = portion(own["brush-none"], own["brush"], "other")
     for task in [task for task in own if task in TASKS and TASKS[task].ceiling]:
         scores[f"{task} below VAE"] = paired(own[task], vae[task])
     columns = {name: {task: summarise(rows) for task, rows in by_task.items()} for name, by_task in measured.items() if name != "model"}

@@ -40,7 +40,8 @@ def save_able(folder: Path, capabilities: list[str]) -> None:
     for parameter in (*std.parameters(), *fast.parameters()):
         torch.nn.init.normal_(parameter, std=0.1)
     able = [*capabilities, "brush", "reference", "shots"]
-    whole = KlingPipeline(pipe.vae, std, pipe.text_encoder, pipe.scheduler, able, transformer_fast=fast, max_frames=41)
+    few = {"transformer_fast": fast, "fast": {"num_inference_steps": 4, "brush": True}}
+    whole = KlingPipeline(pipe.vae, std, pipe.text_encoder, pipe.scheduler, able, max_frames=41, **few)
     whole.save_pretrained(folder)
 
 

@@ -7,14 +7,17 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
+import tiny_wan
 import torch
 import workers
 from kling_programs.train import distill, distill_dmd, encode, students
 from kling_programs.train.students import Guide
 from test_generate import save_tiny
+from test_saver import survives
 from torch import Tensor
 
 from kling import KlingPipeline, Request
@@ -24,14 +27,18 @@ from kling.condition.state import Given, build_state
 from kling.condition.tasks import TASKS
 from kling.condition.tracks import Tracks
 from kling.config import load_config
+from kling.dit import KlingTransformer3DModel
 from kling.errors import UserError
-from kling.flow.flow_map import composed_target, draw_steps, flow_map_target
+from kling.flow.flow_map import composed_target, draw_steps, flow_map_target, whole_part
 from kling.flow.levels import shift_sigma
 from kling.flow.losses import flow_loss
 from kling.flow.matching import matching_target
+from kling.flow.solvers import KlingFlowScheduler
 from kling.hub.load import dtype_of
 from kling.runtime.random import generator, noise_like
+from kling.sampling.brush import Track
 from kling.sampling.pipeline import load_vae
+from kling.sampling.shots import Shot
 from kling.training.examples import Drawing, Example, draw_example
 from kling.training.loop import Loop
 from kling.training.model import Trained
@@ -39,6 +46,7 @@ from kling.training.start import open_start
 
 OTHERS = [name for name in TASKS if name not in ("text", "image")]
 
+SEED = 3  # of a run whose batches differ in their passes
 S = 0.5  # deviation of the data of the toy, x0 ~ N(0, S²), whose flow and flow map are known
 
 
@@ -104,6 +112,16 @@ def test_steps_are_drawn_in_the_asked_shares() -> None:
     free = (t[300:] > r[300:]) & (r[300:] > 0)
     assert bool(free.all()) and bool((t <= 1).all())
     assert t[200:].mean() > t[:200].mean(), "the larger of two draws"
+
+
+@pytest.mark.parametrize("b", [1, 2, 3])
+def test_shares_of_small_batches_are_kept_over_many(b: int) -> None:
+    """Rounding to the nearest, the published preset's batch of 1 would never have a step of length 0, nor one to level 0."""
+    counts = [whole_part(b, 0.25, generator(0, "plain", place)) for place in range(400)]
+    assert sum(counts) / (400 * b) == pytest.approx(0.25, abs=0.05) and set(counts) == {0, 1}
+    ends = torch.cat([draw_steps(b, 0, generator(0, "sigma", place), "uniform", 5.0, to_clean=0.5)[1] for place in range(400)])
+    assert float((ends == 0).float().mean()) == pytest.approx(0.5, abs=0.07)
+    assert [whole_part(b, share, generator(0, "plain", 0)) for share in (0, 1)] == [0, b]
 
 
 # ---- distribution matching ----
@@ -186,27 +204,58 @@ def run(teacher: Path, out: Path, *settings: str) -> list[dict]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
+def save_able(folder: Path, capabilities: list[str]) -> None:
+    """The tiny model of `save_tiny` with inputs for tracks and references, guided on both."""
+    save_tiny(folder, [*capabilities, "brush", "reference", "shots"])
+    pipe = KlingPipeline.from_pretrained(folder)
+    config = {name: value for name, value in pipe.transformer.config.items() if not name.startswith("_")}
+    torch.manual_seed(1)
+    grown = KlingTransformer3DModel(**config | {"track_channels": 5, "num_kinds": 8})
+    for parameter in grown.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    pipe.register_modules(transformer=grown)
+    pipe.scheduler = KlingFlowScheduler(num_inference_steps=2, brush_guidance_scale=3.0, reference_guidance_scale=2.0)
+    pipe.save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def able(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `teacher`, with the brush, references and shots."""
+    folder = tmp_path_factory.mktemp("able")
+    save_able(folder / "model", ["text", "image", "camera"])
+    more = ["clips=6", "references=2", "shots={17: 2}", "workers=0"]
+    encode.main(["configs/cache/debug.yaml", f"vae={folder / 'model' / 'vae'}", f"out={folder / 'cache'}", *more])
+    return folder
+
+
 @pytest.mark.parametrize(
     "method",
     [
-        pytest.param((), id="flow_map"),
+        pytest.param(("flow_map.plain=0.5",), id="flow_map"),
         pytest.param(("method=dmd", "dmd.critic_updates=1", "dmd.critic_lr=1e-3", "lr=1e-3"), id="dmd", marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.parametrize(("config", "sizes"), [pytest.param("ddp", {}, marks=pytest.mark.slow), ("fsdp2", {"dp_shard": 2})])
 def test_two_processes_are_one_with_twice_the_micro_steps(
-    teacher: Path, tmp_path: Path, config: str, sizes: dict[str, int], method: tuple[str, ...]
+    able: Path, tmp_path: Path, config: str, sizes: dict[str, int], method: tuple[str, ...]
 ) -> None:
-    """Real ones, over gloo; in shards too."""
-    settings = ("steps=3", "guidance_scale=3", "camera_guidance_scale=2", "batch=2", "group=2", "threads=1", *method)
-    alone = run(teacher, tmp_path / "one", *settings, "gradient_accumulation=2")
-    words = arguments(teacher, tmp_path / "two", *settings)
+    """Real ones, over gloo; in shards too, of which every process needs every pass: here one batch of two has references, and one has steps
+    of length 0 alone."""
+    places = [(2 * i, 2 * i + 1) for i in range(3)]
+    pictured, still = Drawing(SEED, {}, 0, 0, reference=0.5).references, partial(whole_part, 1, 0.5)
+    assert any(bool(pictured(a)) != bool(pictured(b)) for a, b in places)
+    assert any(still(generator(SEED, "plain", a)) != still(generator(SEED, "plain", b)) for a, b in places)
+    settings = ("steps=3", "guidance_scale=3", "camera_guidance_scale=2", "batch=1", "group=1", "threads=1", f"seed={SEED}", *method)
+    settings = (*settings, "brush=0.5", "reference=0.5")
+    alone = run(able, tmp_path / "one", *settings, "gradient_accumulation=2")
+    words = arguments(able, tmp_path / "two", *settings)
     assert workers.run(words, workers.environment(config, 2, **sizes)) == [0, 0]
     both = [json.loads(line) for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()]
     told = [[[line[key] for key in line if key.endswith(name)][0] for line in (*both, *alone)] for name in ("loss", "grad_norm")]
     for values, close in zip(told, (1e-4, 1e-3), strict=True):
         assert values[:3] == pytest.approx(values[3:], rel=close)
-    assert KlingPipeline.from_pretrained(tmp_path / "two" / "export").transformer.config.gate_value == (None if method else 0.25)
+    gate = None if "method=dmd" in method else 0.25
+    assert KlingPipeline.from_pretrained(tmp_path / "two" / "export").transformer.config.gate_value == gate
 
 
 def weights(folder: Path, part: str = "transformer") -> bytes:
@@ -246,6 +295,56 @@ def test_beside_exports_the_teacher_unchanged_with_the_student(teacher: Path, tm
     assert exported.keys() == theirs.keys()
     stored = {name: t.to(dtype_of(name, own.transformer, torch.bfloat16)).float() for name, t in theirs.items()}
     assert all(torch.equal(exported[name], stored[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("beside", [True, False], ids=["beside", "alone"])
+def test_an_export_takes_the_controls_that_were_distilled(able: Path, tmp_path: Path, beside: bool) -> None:
+    """Not all that its weights have an input for, which is what its teacher knows."""
+    run(able, tmp_path, "steps=1", "brush=0.5", f"beside={str(beside).lower()}")
+    pipe = KlingPipeline.from_pretrained(tmp_path / "export", weights=False)
+    asked = {"num_frames": 17, "size": "32x32", "mode": "fast" if beside else "std"}
+    pipe.plan(Request("a ball", tracks=[Track(None, ((5.0, 5.0), (20.0, 9.0)))], **asked))
+    picture = torch.zeros(32, 32, 3, dtype=torch.uint8).numpy()
+    shots = [Shot("a ball", 1.0), Shot("a cube", 1.0)]
+    for request in (Request("the first thing", references=[picture], **asked), Request(shots=shots, size="32x32", mode=asked["mode"])):
+        with pytest.raises(UserError, match="not distilled for" if beside else "not trained for"):
+            pipe.plan(request)
+        if beside:
+            pipe.plan(request.replace(mode="std"))
+
+
+def test_a_sample_of_what_is_not_distilled_is_refused_before_the_first_update(able: Path, tmp_path: Path, capsys) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run(able, tmp_path, "steps=1", "sample_every=1", "samples=[{prompt: a ball, num_frames: 5, tracks: [{points: [[5, 5], [9, 9]]}]}]")
+    assert ended.value.code == 2 and "not trained for 'brush'" in capsys.readouterr().err and not (tmp_path / "metrics.jsonl").exists()
+
+
+@pytest.fixture(scope="module")
+def wan(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Wan as it is published, and a cache of its own latents and embeddings."""
+    folder = tmp_path_factory.mktemp("wan")
+    tiny_wan.saved("t2v", folder / "model")
+    words = ["clips=4", "shard=2", "data.frames=[1,5]", "workers=0", "threads=1", "mixed_precision=fp32"]
+    encode.main(["configs/cache/debug.yaml", f"model={folder / 'model'}", f"out={folder / 'cache'}", *words])
+    return folder
+
+
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside"])
+def test_published_weights_are_distilled_by_their_preset(wan: Path, tmp_path: Path, beside: bool) -> None:
+    """Two updates of configs/distill/wan-1.3b.yaml; the export loads, and a step of the student is one pass."""
+    words = [f"teacher={wan / 'model'}", "checkpoint=wan2.1-t2v-1.3b", f"cache={wan / 'cache'}", f"out={tmp_path}", "frames=[5]"]
+    words += ["steps=2", "warmup=0", "gradient_accumulation=2", "lora.rank=2", "mixed_precision=fp32", "workers=0", "threads=1"]
+    distill.main(["configs/distill/wan-1.3b.yaml", *words, "num_inference_steps=3", f"beside={str(beside).lower()}"])
+    pipe = KlingPipeline.from_pretrained(tmp_path / "export", torch_dtype=torch.float32)
+    student, passes = pipe.transformer_fast if beside else pipe.transformer, []
+    student.register_forward_hook(lambda *_: passes.append(1))
+    assert student.config.gate_value == 0.25 and pipe.experts[0].config.gate_value == (None if beside else 0.25)
+    request = Request("a ball", num_frames=5, size="48x32", mode="fast" if beside else "std")
+    plan = pipe.plan(request)
+    assert (plan.solver, plan.num_inference_steps, plan.guidance_scale) == ("flow_map", 3, 1.0)
+    assert pipe(request).frames.shape == (1, 5, 32, 48, 3) and len(passes) == 3
+    if beside:
+        assert pipe.plan(request.replace(mode="std")).guidance_scale > 1
 
 
 def test_the_student_begins_as_the_teacher(teacher: Path, tmp_path: Path) -> None:
@@ -292,7 +391,7 @@ def test_the_brush_and_references_are_guided_too() -> None:
     here = Tracks(torch.full((1, 9, 2), 0.5), torch.ones(1, 9, dtype=torch.bool), torch.zeros(1, dtype=torch.long))
     state = build_state([Given(references=1)] * 2, clean, lone, tracks=[here, None])
     example, guide = Example(state, ["", ""], None, torch.zeros(2, dtype=torch.bool)), object.__new__(Guide)
-    guide.scale, guide.camera_scale, guide.brush, guide.reference, guide.reach = 3.0, 1.0, 4.0, 2.0, 0.0
+    guide.scale, guide.camera_scale, guide.brush, guide.reference, guide.reach, guide.sharded = 3.0, 1.0, 4.0, 2.0, 0.0, False
 
     def net(shown: Example, z: torch.Tensor, words: tuple[torch.Tensor]) -> torch.Tensor:
         maps = shown.state.tracks.abs().sum((1, 2, 3, 4))
@@ -303,6 +402,28 @@ def test_the_brush_and_references_are_guided_too() -> None:
     assert maps[0] > 0 == maps[1] and guide.passes(state) == 4
     asked = text + maps + picture + (3 - 1) * text + (4 - 1) * maps + (2 - 1) * picture
     assert torch.allclose(v[:, 0, 0, 0, 0], asked) and guide.passes(build_state([Given()], clean[:1, :, :3], None)) == 2
+
+
+def test_a_batch_of_one_clip_has_steps_of_length_0(teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A quarter of them, as of larger batches."""
+    drawn: list[int] = []
+    monkeypatch.setattr(distill, "draw_steps", lambda b, plain, *rest: drawn.append(plain) or draw_steps(b, plain, *rest))
+    run(teacher, tmp_path, "steps=16", "batch=1", "guidance_scale=1", "camera_guidance_scale=1", "save_every=100")
+    assert len(drawn) == 16 and 1 <= sum(drawn) <= 8 and set(drawn) == {0, 1}
+
+
+def test_a_pass_whose_change_is_0_is_made_only_where_others_need_it(able: Path) -> None:
+    """A student that sees no tracks or references needs no pass without them; one of sharded weights needs those of the other processes."""
+    start, said = open_start(able / "model"), ["configs/distill/debug.yaml", f"teacher={able / 'model'}"]
+    with_map = build_state([Given()], torch.zeros(1, 4, 3, 4, 6), None, tracks=[None])  # as of every batch for weights that take tracks
+
+    def scales(sharded: bool, *settings: str) -> dict[str, float]:
+        return Guide(load_config(students.DistillConfig, said[0], [*said[1:], *settings]), start, sharded).without(with_map)
+
+    assert scales(False) == scales(True) == {"no tracks": 1, "no references": 1}
+    assert scales(False, "brush=0.2", "reference=0.2") == {"no tracks": 3, "no references": 1}
+    assert scales(True, "brush=0.2", "reference=0.2") == {"no tracks": 3, "no references": 2}
+    assert scales(True, "brush=0.2", "brush_guidance_scale=5") == {"no tracks": 5, "no references": 1}
 
 
 MATCHING = ("method=dmd", "dmd.critic_updates=2", "dmd.critic_lr=1e-3", "lr=1e-3", "num_inference_steps=3", "guidance_scale=3")
@@ -330,6 +451,13 @@ def test_matching_resumes_to_the_bit_and_its_export_goes_to_clean_and_back(teach
     pipe = KlingPipeline.from_pretrained(tmp_path / "a" / "export")
     plan = pipe.plan(Request("a red ball", num_frames=5, size="32x32"))
     assert (plan.solver, plan.num_inference_steps, plan.guidance_scale) == ("renoise", 3, 1.0)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("method", [(), MATCHING], ids=["flow_map", "dmd"])
+def test_a_repeatedly_killed_run_ends_as_if_uninterrupted(teacher: Path, tmp_path: Path, method: tuple[str, ...]) -> None:
+    survives(3, arguments(teacher, tmp_path, "steps=12", "save_every=2", "threads=1", *method), tmp_path)
 
 
 def test_a_student_of_an_earlier_teacher_goes_on_with_a_new_one(teacher: Path, tmp_path: Path) -> None:
@@ -395,7 +523,8 @@ def test_low_rank_networks_hold_one_copy_of_the_frozen_weights(teacher: Path) ->
     ("setting", "said"),
     [("flow_map.velocity=flow", "velocity"), ("flow_map.plain=2", "plain 2: give a share"), ("flow_map.delta=0", "delta 0"),
      ("flow_map.counts=[4,0]", "s = 0"), ("tasks.walk=1", "task"), ("teacher=nowhere", "nowhere"), ("method=adm", "did you mean 'dmd'"),
-     ("lora.merge=true", "lora.merge"),
+     ("lora.merge=true", "lora.merge"), ("brush_guidance_scale=4", "brush_guidance_scale 4 is set, and brush is 0"),
+     ("reference_guidance_scale=2", "reference_guidance_scale 2 is set, and reference is 0"),
      ("dmd.critic_updates=2", "dmd.critic_updates belongs to method dmd, and this run's is flow_map")],
 )  # fmt: skip
 def test_mistakes_get_one_line(tmp_path: Path, setting: str, said: str, capsys: pytest.CaptureFixture) -> None:

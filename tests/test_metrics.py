@@ -18,7 +18,7 @@ from kling.metrics.camera.errors import CLASSES, SINGLE, axes_of, camera_class, 
 from kling.metrics.camera.odometry import Stage, estimate_trajectory
 from kling.metrics.control import QUESTIONS, Detectors
 from kling.metrics.pixel import flicker, psnr, seam, ssim
-from kling.metrics.report import Line, markdown, paired, reached, summarise
+from kling.metrics.report import Line, markdown, paired, portion, reached, summarise
 from kling.metrics.ruler import Ruler
 from kling.metrics.stats import bootstrap, wilson
 
@@ -101,6 +101,10 @@ def test_report() -> None:
     scores = {"task": summarise(rows), "difference": paired(rows, rows[::-1])}
     assert scores["task"]["hit"]["value"] == 0.5 and scores["task"]["error"]["n"] == 1
     assert scores["difference"]["hit"]["value"] == 0
+    with_, without = ([{"other": hit} for hit in hits] for hits in ([True, False, None, False], [True, True, True, False]))
+    half = portion(without, with_, "other")["other"]
+    assert half["value"] == 0.5 and half["n"] == 3 and 0 <= half["low"] < 0.5 < half["high"] <= 1
+    assert portion(with_[1:2], without[:1], "other")["other"]["value"] is None
     lines = [Line("task", "hit", "right", target=">= 0.4", chance=0.25), Line("task", "error", "error", "°", None, "<= 1")]
     table = markdown(lines, scores, {"truth": {"task": summarise(rows[:1])}})
     assert "**50.0 %**" in table and "| 100.0 % |" in table and "≤ 1.00 °" in table

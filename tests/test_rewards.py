@@ -159,6 +159,34 @@ def save_clip(folder: Path) -> None:
     )
 
 
+def save_siglip(folder: Path) -> None:
+    from transformers import SiglipConfig, SiglipImageProcessor, SiglipModel, SiglipProcessor
+
+    SiglipProcessor(SiglipImageProcessor(size={"height": 28, "width": 28}), tokenizer()).save_pretrained(folder)
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {**small, "vocab_size": 49, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3, "max_position_embeddings": 12}
+    torch.manual_seed(0)
+    model = SiglipModel(SiglipConfig(text_config=text, vision_config={**small, "image_size": 28, "patch_size": 14}))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(folder)
+
+
+def test_siglip_reads_its_prompt_at_the_length_it_was_trained_at(tmp_path: Path) -> None:
+    """It pools the last of 12 places here, which is padding, and no mask hides padding. Written out here, from token numbers."""
+    from transformers import SiglipModel
+
+    save_siglip(tmp_path)
+    clip = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (4, 28, 28, 3), np.uint8))
+    model = SiglipModel.from_pretrained(tmp_path)
+    with torch.no_grad():
+        rows = torch.tensor([[7, 8] + [3] * 10])  # red ball, padding
+        out = model(input_ids=rows, pixel_values=clip.permute(0, 3, 1, 2).float() / 127.5 - 1)
+    want = float((out.image_embeds @ out.text_embeds.T).mean() + 1) / 2
+    assert float(model_reward(tmp_path).score(clip[None], [Request("red ball")], [None])) == pytest.approx(want, abs=1e-5)
+    assert float(model_reward(tmp_path).score(clip[None], [Request("red ball " * 20)], [None])) > 0, "a longer prompt is cut"
+
+
 @pytest.mark.parametrize("save", [save_llava, save_clip])
 def test_a_local_model_scores_clips_by_their_prompt(tmp_path: Path, save: Any) -> None:
     save(tmp_path)

@@ -232,8 +232,12 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
 def test_a_repeatedly_killed_run_ends_as_if_uninterrupted(kills: int, words: list[str], tmp_path: Path) -> None:
-    """kill -9 at random moments, two in five of them inside a save: final weights, average and optimizer are bit-equal."""
-    workers.train_dit.main([*words, f"out={tmp_path / 'straight'}"])
+    survives(kills, words, tmp_path)
+
+
+def survives(kills: int, words: list[str], tmp_path: Path) -> None:
+    """kill -9 at random moments, two in five of them inside a save: final weights, averages and optimizers are bit-equal."""
+    workers.main([*words, f"out={tmp_path / 'straight'}"])
     rng, killed, inside, run = random.Random(1), 0, 0, tmp_path / "killed"
     reference = weights(tmp_path / "straight")
     while killed < kills:
@@ -252,7 +256,7 @@ def test_a_repeatedly_killed_run_ends_as_if_uninterrupted(kills: int, words: lis
         if process.exitcode == 0:  # it finished: start another run of the same kind
             assert all(torch.equal(t, reference[key]) for key, t in weights(run).items())
             shutil.rmtree(run)
-    workers.train_dit.main([*words, f"out={run}"])
+    workers.main([*words, f"out={run}"])
     ours = weights(run)
     assert ours.keys() == reference.keys() and all(torch.equal(ours[key], reference[key]) for key in ours)
     print(f"{killed} kills, {inside} of them inside a save")

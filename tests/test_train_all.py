@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from kling_programs.train import train_all
+from kling_programs.train.students import DistillConfig
 from kling_programs.train.train_dit import TrainDiTConfig
 from kling_programs.train.train_text import TrainTextConfig
 from kling_programs.train.train_vae import TrainVAEConfig
@@ -19,6 +20,7 @@ from kling.cache.plan import CacheConfig
 from kling.config import load_config
 
 CONFIGS = {"train_vae": TrainVAEConfig, "train_text": TrainTextConfig, "train_dit": TrainDiTConfig, "encode": CacheConfig}
+CONFIGS["distill"] = DistillConfig
 
 
 @pytest.fixture
@@ -48,7 +50,7 @@ def test_the_shipped_stages_use_results_of_earlier_ones(tmp_path: Path, started:
     made: set[str] = set()
     for command in started:
         cfg = settings(command)
-        used = [getattr(cfg, key, None) for key in ("init_from", "vae", "text_from", "cache")]
+        used = [getattr(cfg, key, None) for key in ("init_from", "teacher", "vae", "text_from", "cache")]
         for path in filter(None, used):
             assert Path(path).relative_to(tmp_path).parts[0] in made, command
         made.add(Path(cfg.out).name)
@@ -56,7 +58,7 @@ def test_the_shipped_stages_use_results_of_earlier_ones(tmp_path: Path, started:
             assert 1 <= steps <= 40
         elif "cache" in cfg.out:
             assert 1 <= cfg.clips <= 150 and all(count <= 50 for count in cfg.shorter.values())
-    assert (tmp_path / "model" / "weights").read_text().endswith("clips") and len(started) == len(made)
+    assert (tmp_path / "model" / "weights").read_text().endswith("fast") and len(started) == len(made)
 
 
 def test_the_same_command_resumes_and_another_recipe_is_refused(tmp_path: Path, started: list[list[str]], monkeypatch, capsys) -> None:
@@ -64,14 +66,14 @@ def test_the_same_command_resumes_and_another_recipe_is_refused(tmp_path: Path, 
     train_all.main(first)
     everything = len(started)
     stages = json.loads((tmp_path / "stages.json").read_text())
-    del stages["clips"], stages["cache"]
+    del stages["clips"], stages["cache"], stages["fast"]
     (tmp_path / "stages.json").write_text(json.dumps(stages))
     train_all.main([*first, "processes=2", "threads=1"])
-    assert [Path(settings(command).out).name for command in started[everything:]] == ["cache", "clips"]
-    assert "torch.distributed.run" in started[-1] and settings(started[-1]).batch == 8
+    assert [Path(settings(command).out).name for command in started[everything:]] == ["cache", "clips", "fast"]
+    assert "torch.distributed.run" in started[-1] and [settings(command).batch for command in started[-2:]] == [8, 4]
     moved = tmp_path.rename(tmp_path.with_name("moved"))
     train_all.main([first[0], f"out={moved}", "scale=0.01"])
-    assert len(started) == everything + 2
+    assert len(started) == everything + 3
     with pytest.raises(SystemExit, match="2"):
         train_all.main([first[0], f"out={moved}", "scale=0.01", "stages.text.lr=0.5"])
     assert "stage 'text' done with" in (error := capsys.readouterr().err) and "lr=0.5" in error

@@ -73,6 +73,11 @@ def environment(config: str, ranks: int, fsdp: dict[str, Any] | None = None, **s
     return env
 
 
+def main(words: list[str]) -> None:
+    """Run the training of a preset's folder here."""
+    {"vae": train_vae, "dit": train_dit, "distill": distill, "align": align}[words[0].split("/")[1]].main(words)
+
+
 def start(words: list[str], env: dict[str, str] | None = None, rank: int = 0, first: Callable[[int], None] | None = None) -> Any:
     """A process that runs the training of a preset's folder (`kling-train` for configs/dit) with these words, after `first(rank)`."""
     process = PROCESSES.Process(target=_train, args=(words, (env or {}) | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, rank, first))
@@ -107,7 +112,7 @@ def _train(words: list[str], env: dict[str, str], rank: int, first: Callable[[in
     try:
         if first is not None:
             first(rank)
-        {"vae": train_vae, "dit": train_dit, "distill": distill, "align": align}[words[0].split("/")[1]].main(words)
+        main(words)
     except SystemExit:
         raise
     except BaseException:

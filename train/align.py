@@ -56,7 +56,6 @@ from kling.training.meter import Meter, log_line, matmul_ceiling
 from kling.training.model import Trained, set_checkpointing
 from kling.training.optim import check_names, make_optimizer, set_lr
 from kling.training.rollout import (
-    FALLEN,
     Asking,
     Group,
     Places,
@@ -71,6 +70,7 @@ from kling.training.rollout import (
     history,
     left_out,
     make_group,
+    passed,
     read_checks,
     read_pair,
     round_folder,
@@ -118,14 +118,15 @@ class AlignConfig:
     reward_model: folder of a transformers model that scores clips: a dual encoder such as CLIP, or one that answers questions.
     checker: terms that check the policy on held-out requests, and that no reward may use.
     checks: number of held-out requests. check_every: updates between checks, 0 is never. If the checker is below three quarters of its
-    first value in two checks in a row, the run exports the weights of the last check before them, and ends.
+    first value in two checks in a row, or falls in three in a row that are below 0.85 of it, the run exports the weights of the last check
+    above that, and ends.
     groups: requests of a round, over all processes. clips: of each request. updates: of a round. batch: clips of a micro-step, of one
     request; for dpo as pairs.
     b: of nft: a smaller one goes further at once. beta: of dpo. clip: of awm's ratio.
     jitter: deviation of the rewards that means nothing: that of a round, by which advantages are measured, counts as at least this; dpo
     learns from pairs that differ by more.
-    null: share of the clips that learn nothing from rewards: without text or camera, where the guidance of roll-outs leaves these out, the
-    velocity is only held to the start's.
+    null: share of the clips that learn nothing from rewards: without text, camera, tracks or references, where the guidance of roll-outs
+    leaves these out, the velocity is only held to the start's.
     kl: weight of the squared distance of the velocity from the start's (from the old policy's for awm).
     hinge: weight of the velocity's growth over the start's.
     follow: the old policy's decay after round i is `follow` times i. follow_most: at most this, 0 to below 1.
@@ -273,7 +274,7 @@ def train(cfg: AlignConfig, loop: Loop) -> None:
         if cfg.requests == "world" and not cfg.pairs and (idle := base.keys() & fields_of(fields).keys()):
             raise UserError(f"request.{min(idle)} would be ignored: every request of the small world has its own; leave it out")
         Request(**{**base, **fields_of(fields)})  # raises for unknown fields, before anything is loaded
-    known = rewards(cfg)
+    known = rewards(cfg, device)
     judge = None if cfg.pairs else Judge(known, counted(cfg))
     examiner = Judge(known, counted(cfg), cfg.checker) if cfg.check_every else None
     vae, text = load_vae(cfg.vae).to(device), start.text({}, out)
@@ -358,7 +359,7 @@ def train(cfg: AlignConfig, loop: Loop) -> None:
         if accelerator.is_main_process:
             write_checks(out / "checks.json", checks)
             show(out, step, clips[:STRIP])
-        if not same_for_all(accelerator, int(falls([*history(checks).values()], 1))):
+        if not same_for_all(accelerator, int(not passed([*history(checks).values()]))):
             average = {name: whole(x).cpu().contiguous() for name, x in ema.average.items()}  # of every process its part
             if accelerator.is_main_process:
                 with written(out / PASSED) as temporary:
@@ -375,7 +376,7 @@ def train(cfg: AlignConfig, loop: Loop) -> None:
             publish(cfg, vae, text, out, start, out / PASSED)
         accelerator.wait_for_everyone()
         first, *_, a, b = found.values()
-        good = max(s for s, value in found.items() if value >= FALLEN * first)
+        good = max(s for s, value in found.items() if passed([first, value]))
         raise UserError(
             f"the checker ({', '.join(cfg.checker)}) began at {first:.3f} and was {a:.3f} and {b:.3f} in the last two checks: the policy "
             f"hacks its rewards. The run ends at update {step}, and {result(cfg)} has the weights of update {good}, the last that passed; "
@@ -408,10 +409,10 @@ def train(cfg: AlignConfig, loop: Loop) -> None:
         group, rows = chunk(groups, cfg.batch, cfg.seed, number, place - start_of(folder), cfg.method == "dpo")
         b, advantage = len(rows), upload(advantages(group.rewards, scale)[rows], device)  # (b,)
         example, words = example_of(group.asked, group.latents[rows].to(device), transformer, pipe)
-        state = example.state
         pairs = [i // 2 if cfg.method == "dpo" else i for i in range(b)]  # the two clips of a pair have the same noise and level
         if cfg.null:
             example, words, bare = left_out(example, words, group.asked, cfg.null, generator(cfg.seed, "null", place), pairs)  # (b,)
+        state = example.state
         noise = noise_like(state.clean, cfg.seed, "noise", place, pairs)  # (b, c, G, h, w)
         t = upload(draw_sigma((b,), generator(cfg.seed, "sigma", place), density, shift)[pairs], device)  # (b,)
         z, target = state.noised(t, noise), velocity(state.clean, noise)
@@ -491,12 +492,12 @@ def fields_of(row: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in row.items() if key not in ("win", "lose")}
 
 
-def rewards(cfg: AlignConfig) -> list[Reward]:
-    """All rewards whose terms can be used."""
+def rewards(cfg: AlignConfig, device: torch.device) -> list[Reward]:
+    """All rewards whose terms can be used; a model among them is on the device."""
     found = list(REWARDS)
     if used(cfg) & set(TERMS):
         found.append(world_reward(cfg.seed, cfg.world.frames, cfg.world.aspect, cfg.world.examples))
-    return [*found, model_reward(cfg.reward_model)] if cfg.reward_model else found
+    return [*found, model_reward(cfg.reward_model, device)] if cfg.reward_model else found
 
 
 def counted(cfg: AlignConfig) -> dict[str, float]:

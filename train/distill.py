@@ -19,7 +19,7 @@ from kling_programs.train.students import DistillConfig, prepare, publish, sampl
 from kling.config import load_config
 from kling.dit.cost import forward_flops
 from kling.errors import program
-from kling.flow.flow_map import composed_target, draw_steps, flow_map_target
+from kling.flow.flow_map import composed_target, draw_steps, flow_map_target, whole_part
 from kling.flow.losses import flow_loss
 from kling.flow.path import velocity
 from kling.runtime.accelerator import keep_in_fp32, wrap_what_is_there
@@ -75,7 +75,7 @@ def train(cfg: DistillConfig, loop: Loop) -> None:
     for place, (example, noise) in loop.batches(Examples(data, parts.drawing, transformer, parts.vae), guard, meter):
         example, noise = example.to(device), upload(noise, device)  # noise (b, c, G, h, w)
         state, b = example.state, len(noise)
-        still = int(how.plain * b + (place % 2) / 2)  # samples with steps of length 0
+        still = whole_part(b, how.plain, generator(cfg.seed, "plain", place))  # samples with steps of length 0
         drawn = draw_steps(b, still, generator(cfg.seed, "sigma", place), parts.density, parts.shift, how.to_clean, how.counts)
         t, r = (upload(x, device) for x in drawn)
         z = state.noised(t, noise)  # (b, c, G, h, w)
@@ -88,15 +88,16 @@ def train(cfg: DistillConfig, loop: Loop) -> None:
                 else:
                     v = guide(partial(net, level=t), example, z, words, nothing, velocity(state.clean, noise))
             target = v.clone()
-            if still < b:
-                moving, heard = example.rows(still), words[still * len(words) // b :]  # of every shot
+            first = min(still, b - 1) if layout.sharded else still  # every process of a sharded run makes these passes; a target of v stays
+            if first < b:
+                moving, heard = example.rows(first), words[first * len(words) // b :]  # of every shot
                 mean = lambda z, t, r: net(moving, z, t, (heard,), r, exact=not how.stride)  # noqa: E731, B023
-                there = z[still:], v[still:], t[still:], r[still:], moving.state.mask
+                there = z[first:], v[first:], t[first:], r[first:], moving.state.mask
                 with accelerator.autocast():
                     if how.stride:
-                        target[still:] = composed_target(mean, *there, parts.shift, how.stride)
+                        target[first:] = composed_target(mean, *there, parts.shift, how.stride)
                     else:
-                        target[still:] = flow_map_target(mean, *there, how.delta)
+                        target[first:] = flow_map_target(mean, *there, how.delta)
         meter.lap("target")
         with accelerator.accumulate(net):
             with accelerator.autocast():
@@ -108,7 +109,7 @@ def train(cfg: DistillConfig, loop: Loop) -> None:
             meter.lap("forward")
             accelerator.backward(losses.mean())
             meter.lap("backward")
-        passes = 3 + guide.passes(state) + (1 if how.stride else 2) * (b - still) / b
+        passes = 3 + guide.passes(state) + (1 if how.stride else 2) * (b - first) / b
         meter.add(t, losses, b * state.tokens, b * passes * forward_flops(transformer.config, state.tokens, words.shape[1]))
         if not accelerator.sync_gradients:
             continue

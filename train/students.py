@@ -52,6 +52,7 @@ from kling.training.validation import draw_samples, sample_requests
 from kling.vae import AutoencoderKLKling
 
 VELOCITIES = ("teacher", "data")
+CONTROLS = ("brush", "reference", "shots")  # that a student knows only if it was distilled with them
 
 
 @dataclass
@@ -118,7 +119,8 @@ class DistillConfig:
     dmd makes another flow map.
     method: flow_map, a mean velocity for steps of any length; or dmd, clips with the teacher's distribution after a few fixed steps. Its
     settings are in `flow_map` or `dmd`; those of the other method must be left out.
-    guidance_scale, camera_guidance_scale, guidance_reach: guidance to build in; null is the teacher's own.
+    guidance_scale, camera_guidance_scale, brush_guidance_scale, reference_guidance_scale, guidance_reach: guidance to build in; null is the
+    teacher's own.
     num_inference_steps: default steps of the export; dmd trains clips of so many. beside: export the teacher together with the student, for
     mode fast.
     steps: updates of the weights, in all; of dmd, those of the critic too. seed: of all random draws. batch: clips of the longest length in
@@ -154,6 +156,8 @@ class DistillConfig:
     dmd: Matching = field(default_factory=Matching)
     guidance_scale: float | None = None
     camera_guidance_scale: float | None = None
+    brush_guidance_scale: float | None = None
+    reference_guidance_scale: float | None = None
     guidance_reach: float | None = None
     num_inference_steps: int = 4
     beside: bool = False
@@ -205,6 +209,10 @@ class DistillConfig:
                 raise unknown(name, value, known)
         if self.lora.merge:
             raise UserError("lora.merge: kling-distill always merges low-rank weights in its export: leave it out")
+        for name in ("brush", "reference"):
+            if (scale := getattr(self, f"{name}_guidance_scale")) is not None and not getattr(self, name):
+                line = f"{name}_guidance_scale {scale:g} is set, and {name} is 0: the student sees none; set {name}, or leave it out"
+                raise UserError(line)
         getattr(self, self.method).check()
         for name, settings in METHODS.items():
             if name != self.method and (given := getattr(self, name)) != settings():
@@ -213,19 +221,23 @@ class DistillConfig:
 
 
 class Guide:
-    """The guidance to build in: the teacher's own, or the one in the run's settings."""
+    """The guidance to build in: the teacher's own, or the one in the run's settings. None is on tracks or references if the student is not
+    to see any. sharded: whether the teacher is, so that every process needs each pass that another makes."""
 
-    def __init__(self, cfg: DistillConfig, start: Start) -> None:
+    def __init__(self, cfg: DistillConfig, start: Start, sharded: bool = False) -> None:
         pipe = KlingPipeline.from_pretrained(start.folder, weights=False, checkpoint=cfg.checkpoint)
         self.scale = pipe.setting("guidance_scale", cfg.guidance_scale)[0]
         self.camera_scale = pipe.setting("camera_guidance_scale", cfg.camera_guidance_scale)
-        self.brush, self.reference = pipe.setting("brush_guidance_scale"), pipe.setting("reference_guidance_scale")
+        self.brush = pipe.setting("brush_guidance_scale", cfg.brush_guidance_scale) if cfg.brush else 1.0
+        self.reference = pipe.setting("reference_guidance_scale", cfg.reference_guidance_scale) if cfg.reference else 1.0
+        self.sharded = sharded
         self.reach = pipe.setting("guidance_reach", cfg.guidance_reach)
         self.negative = pipe.setting("negative_prompt")
 
     def without(self, state: State) -> dict[str, float]:
-        """Scales of what else can be left out, where there is any."""
-        return {"no tracks": 1.0 if state.tracks is None else self.brush, "no references": self.reference if state.references else 1.0}
+        """Scales of what else can be left out, where there is any. Only some batches have references, and all have a map of tracks."""
+        pictured = state.references or self.sharded
+        return {"no tracks": 1.0 if state.tracks is None else self.brush, "no references": self.reference if pictured else 1.0}
 
     def passes(self, state: State) -> int:
         """The number of passes for the velocity of a batch."""
@@ -285,7 +297,7 @@ def prepare(cfg: DistillConfig, loop: Loop) -> Parts:
     cache.check_vae(vae)
     if keyframe_share(cfg.tasks):
         cache.check_lengths(cfg.frames)
-    guide, text = Guide(cfg, start), start.text({}, cfg.cache)
+    guide, text = Guide(cfg, start, loop.layout.sharded), start.text({}, cfg.cache)
     asked = sample_requests(cfg.samples) if cfg.sample_every else []
     if start.published and accelerator.is_main_process:
         complete_text(text, cfg.cache, [guide.negative, *(request.prompt for request in asked)], device, loop.stop)
@@ -306,6 +318,10 @@ def prepare(cfg: DistillConfig, loop: Loop) -> Parts:
     check_brush(cfg.brush, student.transformer, cache)
     check_reference(cfg.reference, student.transformer, cache)
     check_shots(cfg.shots, student.transformer, cache)
+    if asked:
+        drawn = pipeline(replace(cfg, beside=False), student, vae, text, start)
+        for request in asked:
+            drawn.plan(request)  # raises for what the student will not take, before the first step
     own = start.settings["scheduler"]
     return Parts(
         start, vae, text, teacher, student, guide, negative,
@@ -383,18 +399,20 @@ def sample(cfg: DistillConfig, loop: Loop, parts: Parts, ema: EMA) -> None:
 
 
 def pipeline(cfg: DistillConfig, model: Trained, vae: nn.Module, text: ByteTextEncoder | UMT5TextEncoder, start: Start) -> KlingPipeline:
-    """The student as a user gets it; or, with `beside`, the teacher with the student for mode fast."""
+    """The student as a user gets it; or, with `beside`, the teacher with the student for mode fast. It takes the controls of this run."""
     settings, own = dict(start.settings), start.settings["scheduler"]
+    learned = {name: bool(getattr(cfg, name)) for name in CONTROLS}
     shift, extra = own.config[shift_key(own)], {}
     if cfg.beside:
         teacher = start.transformer({}, model.transformer.dtype).to(model.transformer.device)
         models = start.other_models(teacher) | {"transformer_fast": model.transformer}
-        extra = {"fast": {"num_inference_steps": cfg.num_inference_steps, "shift": shift} | ({"shots": True} if cfg.shots else {})}
+        extra = {"fast": {"num_inference_steps": cfg.num_inference_steps, "shift": shift} | learned}
     else:
         models = start.other_models(model.transformer)
         solver = "renoise" if model.transformer.config.gate_value is None else "flow_map"
         settings["scheduler"] = KlingFlowScheduler(shift, solver, cfg.num_inference_steps, guidance_scale=1.0)
         settings.pop("defaults", None)
+        settings["capabilities"] = [name for name in settings["capabilities"] if learned.get(name, True)]
     return KlingPipeline(vae, text_encoder=text, **models, **settings, **extra)
 
 

@@ -32,7 +32,7 @@ from kling.errors import UserError, program, unknown
 from kling.runtime.accelerator import EXIT_STOPPED
 from kling.runtime.files import parse_json, write_atomic, written_folder
 
-PROGRAMS = {"encode": "encode", "train-vae": "train_vae", "train-text": "train_text", "train": "train_dit"}
+PROGRAMS = {"encode": "encode", "train-vae": "train_vae", "train-text": "train_text", "train": "train_dit", "distill": "distill"}
 MODEL = "model"  # folder of OUT
 SCALED = ("steps", "warmup", "clips")  # numbers of a preset that `scale` multiplies; also the values of `shorter`
 ALONE = ("train-text",)  # takes minutes on one process, and does not run on several
@@ -133,13 +133,15 @@ def check_settings(cfg: TrainAllConfig, name: str, words: list[str]) -> None:
 
 def config_of(kind: str) -> type:
     """The settings of a stage's program, whose modules are heavy."""
+    from kling_programs.train.students import DistillConfig
     from kling_programs.train.train_dit import TrainDiTConfig
     from kling_programs.train.train_text import TrainTextConfig
     from kling_programs.train.train_vae import TrainVAEConfig
 
     from kling.cache.plan import CacheConfig
 
-    return {"encode": CacheConfig, "train-vae": TrainVAEConfig, "train-text": TrainTextConfig, "train": TrainDiTConfig}[kind]
+    kinds = {"encode": CacheConfig, "train-vae": TrainVAEConfig, "train-text": TrainTextConfig}
+    return {**kinds, "train": TrainDiTConfig, "distill": DistillConfig}[kind]
 
 
 def scaled(count: int, scale: float) -> int:

@@ -85,7 +85,7 @@ encode=$work/encode.yaml
 printf '%s\n' "${clips[@]}" "references: 4" "shard: 100" "workers: $workers" "data: {frames: $lengths}" >"$encode"
 train=("$python" -m kling_programs.train.train_dit "${preset[@]}" "${extra[@]}" "out=$run" "cache=$work/cache" "encode=$encode" "workers=$workers"
   sample_every=0 "samples=[]" save_every=200 log_every=10 keep_last=1)
-distill=("$python" -m kling_programs.train.distill configs/distill/world.yaml "teacher=$run/export" "${extra[@]}" "${few[@]}" "out=$work/fast"
+distill=("$python" -m kling_programs.train.distill configs/distill/world.yaml "teacher=$run/export" brush=0 shots=0 "${extra[@]}" "${few[@]}" "out=$work/fast"
   "cache=$work/cache" encode= "workers=$half" sample_every=0 "samples=[]" save_every=100 log_every=10)
 reached() { echo $((10#$(tr -dc 0-9 <"$1/latest"))); } # RUN: the steps of its newest checkpoint
 

@@ -18,6 +18,11 @@ from kling.flow.levels import draw_sigma, shift_sigma
 Mean = Callable[[Tensor, Tensor, Tensor], Tensor]  # u(z, t (b,), r (b,)) -> (b, c, G, h, w)
 
 
+def whole_part(b: int, share: float, g: Generator) -> int:
+    """A share of b samples as a whole number, rounded up or down at random, so that over many batches it is exact, also where b is 1."""
+    return int(share * b + torch.rand((), generator=g).item())
+
+
 def draw_steps(
     b: int, plain: int, g: Generator, density: str, shift: float, to_clean: float = 0.5, counts: Sequence[int] = ()
 ) -> tuple[Tensor, Tensor]:
@@ -36,7 +41,7 @@ def draw_steps(
         t, r = (shift_sigma(x / count, shift).float() for x in (step + inside, step))
     else:
         t, r = torch.maximum(first, second), torch.minimum(first, second)
-        r[plain : plain + round(to_clean * (b - plain))] = 0
+        r[plain : plain + whole_part(b - plain, to_clean, g)] = 0
     t[:plain] = r[:plain] = first[:plain]
     return t, r
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from kling.metrics.stats import mean, rate
+from kling.metrics.stats import bootstrap, mean, rate
 
 Row = Mapping[str, bool | float | None]  # what one clip measured; None where a question does not apply
 Summary = dict[str, dict[str, float | None]]  # by measure: value, low, high, n; None where n is 0
@@ -52,6 +52,16 @@ def paired(a: Sequence[Row], b: Sequence[Row]) -> Summary:
         for x, y in zip(a, b, strict=False)
     ]
     return summarise(differences)
+
+
+def portion(a: Sequence[Row], b: Sequence[Row], measure: str) -> Summary:
+    """The mean of one measure of b in parts of a's, over pairs of rows that both have it; None where a's is 0."""
+    pairs = [(float(x[measure]), float(y[measure])) for x, y in zip(a, b, strict=False) if None not in (x.get(measure), y.get(measure))]
+    whole, part = (sum(values) for values in zip(*pairs, strict=True)) if pairs else (0.0, 0.0)
+    if not whole:
+        return {measure: {"value": None, "low": None, "high": None, "n": len(pairs)}}
+    low, high = bootstrap(pairs, of=lambda x: x[..., 1].mean(dim=1) / x[..., 0].mean(dim=1).clamp(min=1 / len(pairs)))
+    return {measure: {"value": part / whole, "low": low, "high": high, "n": len(pairs)}}
 
 
 def markdown(lines: Sequence[Line], scores: Mapping[str, Summary], columns: Mapping[str, Mapping[str, Summary]]) -> str:

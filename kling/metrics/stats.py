@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,8 +36,9 @@ def row_medians(x: Tensor) -> Tensor:
     return x.quantile(0.5, dim=1)
 
 
-def bootstrap(values: Sequence[float], seed: int = 0, draws: int = 2000, of: Callable[[Tensor], Tensor] = row_means) -> tuple[float, float]:
-    """95 % percentile interval of the mean, or of another statistic `of` rows, by resampling with a fixed seed; nan for no values."""
+def bootstrap(values: Sequence[Any], seed: int = 0, draws: int = 2000, of: Callable[[Tensor], Tensor] = row_means) -> tuple[float, float]:
+    """95 % percentile interval of the mean, or of another statistic `of` rows, by resampling with a fixed seed; nan for no values. They are
+    numbers, or pairs of them."""
     if not values:
         return math.nan, math.nan
     x = torch.tensor(values, dtype=torch.float64)

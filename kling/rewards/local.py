@@ -55,7 +55,12 @@ def _frames(video: Tensor) -> list[Image.Image]:
 
 def _similarity(model: Any, processor: Any, pictures: list[Image.Image], prompt: str, question: str) -> float:
     """Mean cosine between the prompt and the frames, mapped to [0, 1]."""
-    given = processor(text=[prompt], images=pictures, return_tensors="pt", padding=True, truncation=True).to(model.device)
+    longest = model.config.text_config.max_position_embeddings
+    filled = model.config.model_type.startswith("siglip")  # it pools the last place, and reads padding like words, as it was trained
+    how = {"return_tensors": "pt", "padding": "max_length" if filled else True, "truncation": True, "max_length": longest}
+    given = processor(text=[prompt], images=pictures, **how).to(model.device)
+    if filled:
+        given.pop("attention_mask", None)
     out = model(**given)
     text, seen = (x / x.norm(dim=-1, keepdim=True) for x in (out.text_embeds, out.image_embeds))  # (1, e), (n, e)
     return float((seen @ text.T).mean() + 1) / 2

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from kling.cameras.trajectory import Cameras, Trajectory
 from kling.condition.concat import concat_channels, concat_groups, opened
-from kling.condition.state import NUMBERED, Given, State, build_state
+from kling.condition.state import Given, State, build_state
 from kling.condition.tracks import Tracks
 from kling.condition.writing import write_tracks
 from kling.data.transforms import to_tensor, to_uint8
@@ -74,8 +74,8 @@ class KlingPipeline(Batches, DiffusionPipeline, WanLoraLoaderMixin):
     """VAE, transformer, text encoder and scheduler, and what the checkpoint can do.
 
     transformer_2, boundary_ratio: a second expert, for levels below the ratio. transformer_fast: a few-step flow map, distilled from the
-    transformer, for mode "fast"; `fast` are its `num_inference_steps` and `shift`, and whether it knows `shots`. image_encoder,
-    image_processor: CLIP, for the Wan 2.1 image models. scheduler: ours, or any flow scheduler of diffusers.
+    transformer, for mode "fast"; `fast` are its `num_inference_steps` and `shift`, and whether it was distilled for `brush`, `reference`
+    and `shots`. image_encoder, image_processor: CLIP, for the Wan 2.1 image models. scheduler: ours, or any flow scheduler of diffusers.
 
     capabilities: names of the tasks (and "camera", "brush", "reference", "shots", "control") that the weights were trained for; others are
     refused by name.
@@ -327,20 +327,15 @@ class KlingPipeline(Batches, DiffusionPipeline, WanLoraLoaderMixin):
                     task=name,
                     able=", ".join(able),
                 )
-        few = self.transformer_fast if request.mode == "fast" else None
-        if request.tracks is not None and few is not None and not few.config.track_channels:
-            line = "mode fast: this model's few-step weights have no input for tracks: use mode std"
-            raise UserError(line, code="not_fast", field="tracks")
-        if asked["shots"] and few is not None and not (self.config.get("fast") or {}).get("shots"):
-            line = "mode fast: this model's few-step weights were not distilled for shots: use mode std"
-            raise UserError(line, code="not_fast", field="shots")
+        fast, learned = request.mode == "fast" and self.transformer_fast is not None, self.config.get("fast") or {}
+        for name, field in (("brush", "tracks"), ("reference", "references"), ("shots", "shots")):
+            if asked[name] and fast and not learned.get(name):
+                line = f"mode fast: this model's few-step weights were not distilled for {field}: use mode std"
+                raise UserError(line, code="not_fast", field=field)
         if asked["shots"] and self.groups:
             raise UserError("shots: these weights take what is given as extra channels, which know no cut: make one shot at a time")
         if request.references and (self.groups or self.config.get("block_frames")):
             raise UserError("references: this model has no frames beside those that it makes, which references are: leave them out")
-        if few is not None and request.references and few.config.num_kinds <= max(NUMBERED):
-            line = "mode fast: this model's few-step weights know no references: use mode std"
-            raise UserError(line, code="not_fast", field="references")
         if request.brush_guidance_scale not in (None, 1) and (self.groups or self.config.get("block_frames")):
             raise UserError(f"brush_guidance_scale {request.brush_guidance_scale:g}: this model has no pass without tracks: leave it out")
         if request.guidance_reach and (self.groups or self.config.get("block_frames")):

@@ -27,7 +27,7 @@ def _write(pipe: KlingPipeline, temporary: Path) -> None:
     for name in ("text_encoder", "image_encoder", "image_processor") if published else ():
         if (part := getattr(pipe, name)) is not None:
             part.save_pretrained(temporary if name == "text_encoder" else temporary / name)
-    for name in ("vae", "transformer", *(("transformer_2",) if published else ("transformer_fast", "text_encoder"))):
+    for name in ("vae", "transformer", *(("transformer_2",) if published else ("text_encoder",)), "transformer_fast"):
         if (part := getattr(pipe, name)) is None:
             continue
         part.save_config(temporary / name)
