@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> None:
         records.check_same_model(before, model_hashes(folder, args), args.replay)
         torch.set_num_threads(before["machine"]["threads"])
     check_fast([request], args)
-    asked = {}
+    asked = {"enhanced": before["enhanced"]} if before and "enhanced" in before else {}
     if args.enhance:
         request, asked = enhanced(args.enhance, request, pipe, pick_device(args.device))
         jobs = [job.replace(prompt=request.prompt) for job in jobs]
@@ -395,6 +395,9 @@ def asked_request(args: argparse.Namespace) -> Request:
     if args.video and args.prompt is None and not request.edited and (found := prompt_of(Path(args.video))):
         request = request.replace(prompt=found)
         print(f"prompt: {found} (what {args.video} was made from; give another to change it)", file=sys.stderr)
+    if args.enhance and not request.prompt:
+        given_instead = "--shots has words for each shot: write them out there" if args.shots else "there is none: give a few words"
+        raise UserError(f"--enhance writes a prompt out, and {given_instead}")
     return request
 
 
@@ -421,9 +424,8 @@ def enhanced(model: str, request: Request, pipe: KlingPipeline, device: torch.de
     """The request with its prompt written out by a chat model, and what the record says about that; prints the prompt."""
     from kling.sampling.enhance import Enhancer
 
-    if not request.prompt:
-        raise UserError("--enhance writes a prompt out, and there is none: give a few words")
-    written_out = Enhancer(model, device)(request.prompt, pipe, picture=request.image is not None)
+    pipe.plan(request.replace(prompt=""))  # a mistake is told before the minutes that a chat model takes
+    written_out = Enhancer(model, device)(request, pipe)
     print(f"prompt: {written_out}", flush=True)
     return request.replace(prompt=written_out), {"enhanced": {"prompt": request.prompt, "by": model}}
 

@@ -17,6 +17,7 @@ WORDS: dict[str, tuple[str, str]] = {
     "negative_hint": ("What to avoid", "不希望出现的内容"),
     "enhance": ("Write it out", "扩写提示词"),
     "nothing_to_enhance": ("write a few words first, which the chat model then writes out", "请先写几个字，再由聊天模型扩写"),
+    "shots_have_words": ("each shot has its own words: write them out there", "每个镜头有自己的文字：请在分镜里写"),
     "live": ("Live preview", "实时预览"),
     "live_is": ("a rough clip in 2 steps, soon after the prompt or the camera changes", "提示词或镜头改变后，用 2 步生成草稿"),
     "examples": ("Examples", "示例"),
