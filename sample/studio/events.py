@@ -181,7 +181,7 @@ class Events:
         try:
             fields = dict(zip(FIELDS, values, strict=True))
             asked, weights = request_of(fields, self.studio.uploads), self.studio.weights_of(fields)
-            if weights != Weights() or not (asked.prompt or asked.image) or asked.video or asked.shots:
+            if weights != Weights() or not (any(asked.prompts) or asked.image) or asked.video:
                 return ""
             frames = self.studio.rough(visitor(request), asked)
         except UserError:  # the line about the plan says what is wrong

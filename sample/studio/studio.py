@@ -6,7 +6,7 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Generator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import wraps
 from html import escape
 from inspect import isgeneratorfunction
@@ -40,6 +40,7 @@ from kling.text.encoder import ByteTextEncoder
 log = logging.getLogger(__name__)
 PREVIEW_SHARE = 0.2  # previews take at most this share of the time
 ROUGH_STEPS = 2
+GUIDANCE = ("guidance_scale", "camera_guidance_scale", "brush_guidance_scale", "reference_guidance_scale")
 WRITTEN = 1000  # prompts by a chat model that are remembered for records
 TOAST = 12  # seconds
 
@@ -135,10 +136,10 @@ class Studio:
 
     def rough(self, visitor: str, request: Request) -> np.ndarray | None:
         """A rough clip (T, H, W, 3) uint8 by the few-step weights, once nothing else waits; None if a newer one or a real job came."""
-        own = {"negative_prompt": None, "guidance_scale": None, "camera_guidance_scale": None, "shift": None}  # guidance is built in
+        own = dict.fromkeys(("negative_prompt", "shift", *GUIDANCE))  # guidance is built in
         request = request.replace(**own, mode="fast", num_inference_steps=ROUGH_STEPS, num_videos=1)
-        if len(self.pipe.plan(request).hops) > 1:
-            request = request.replace(duration=None, num_frames=self.pipe.config.max_frames)
+        if len((plan := self.pipe.plan(request)).hops) > 1:
+            request = beginning(request, plan)
         work = self.queue.run(visitor, lambda tell: sample(self.pipe, request, tell, previews=False)[0], f"rough {visitor}", rough=True)
         try:
             while True:
@@ -235,6 +236,16 @@ class Studio:
         """Approximate (seconds, bytes) that a request will take. Seconds are known after the first result."""
         seconds = None if self._rate is None else request.num_videos * operations(pipe, plan) / self._rate
         return seconds, estimate(pipe, plan, Machine()).peak
+
+
+def beginning(request: Request, plan: Plan) -> Request:
+    """The request of the first hop of a plan alone."""
+    hop = plan.hops[0]
+    if request.shots is None:
+        return request.replace(duration=None, extend_to=None, num_frames=hop.frames)
+    *before, last = request.storyboard[: hop.shots[-1][0] + 1]
+    left = (hop.frames - 1) / plan.fps - sum(shot.seconds for shot in before)
+    return request.replace(shots=[*before, replace(last, seconds=min(last.seconds, left))])
 
 
 def operations(pipe: KlingPipeline, plan: Plan) -> float:
