@@ -1,6 +1,6 @@
 """Make a video. The task follows from what is given.
 
-    kling-sample "a red ball rolls left on grass" --camera pan=5
+    kling-sample "a red ball rolls left on grass" --camera pan=5      # held out: no training clip shows it
     kling-sample "the ball rolls on" --image first.png --last-image last.png --camera "pan=5,zoom=2"
     kling-sample --video out/a-red-ball-1.mp4 --extend-to 30     # continues with the prompt that it was made from
     kling-sample "the ball rolls on" --video in.mp4 --extend-to 30
@@ -8,8 +8,7 @@
     kling-sample --replay out/a-red-ball-1.mp4.json
     kling-sample --prompts many.jsonl --output out/many          # resumable; under accelerate launch, shared over its processes
 
-Beside each output is FILE.json, which records how it was made; --replay makes the same frames from it. The first sentence is held out: no
-training clip of the shipped model shows a red ball that rolls left.
+Beside each output is FILE.json, which records how it was made; --replay makes the same frames from it.
 """
 
 from __future__ import annotations

@@ -227,10 +227,11 @@ def made(method: str, lora: Lora) -> tuple[list[nn.Module], list[nn.Module], lis
     """(frozen networks, trained ones, averages and copies) as the program of a method makes them on one process that computes in bf16."""
     cfg = students.DistillConfig(lora=lora, method="dmd")  # which has no embedding of the end of a step
     torch.manual_seed(0)
-    weights = KlingTransformer3DModel(**SMALL).state_dict()
+    config = {**SMALL, "num_layers": 4}
+    weights = KlingTransformer3DModel(**config).state_dict()
 
     def network(dtype: torch.dtype) -> Trained:
-        transformer = KlingTransformer3DModel(**SMALL)
+        transformer = KlingTransformer3DModel(**config)
         transformer.load_state_dict(weights)
         return Trained(transformer.to(dtype), None)
 
@@ -245,22 +246,23 @@ def made(method: str, lora: Lora) -> tuple[list[nn.Module], list[nn.Module], lis
     return [teacher], trained, [EMA(trained[0])]
 
 
-@pytest.mark.parametrize("method", ["train", "distill", "dmd", "align"])
 @pytest.mark.parametrize("lora", [Lora(), Lora(rank=4), Lora(rank=4, half=True)], ids=["whole", "low-rank", "half"])
-def test_what_a_method_holds_is_what_its_program_makes(method: str, lora: Lora) -> None:
+def test_what_a_method_holds_is_what_its_program_makes(lora: Lora) -> None:
     """Bytes of the networks that the training code itself builds, counted by storage: weights that are shared count once."""
-    frozen, trained, averages = made(method, lora)
-    storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for net in (*frozen, *trained) for p in net.parameters()}
-    numbers = [sum(p.numel() for p in net.parameters() if p.requires_grad) for net in trained]
-    held = sum(t.numel() * t.element_size() for copy in averages for t in copy.state_dict().values())
-    step = step_memory(SMALL, CLIP, 8, partial(set_up, what="none", lora=lora))
-    part = on_each_gpu(step, 1, 1, 1, method=method, frozen=2 if lora.half else 4, bf16=True)
-    assert part.weights == pytest.approx(sum(storages.values()), rel=0.02 if lora.half else 1e-6), "norms stay in fp32 beside bf16 weights"
-    assert part.gradients == 4 * numbers[0] and part.optimizer == 8 * sum(numbers) and part.average == held
-    four = on_each_gpu(step, 1, 4, 1, method=method, frozen=2 if lora.half else 4, bf16=True)
-    assert (four.gradients, four.optimizer, four.average) == (part.gradients / 4, part.optimizer / 4, part.average / 4)
-    alone = sum(p.numel() * p.element_size() for net in (*frozen, *trained) for p in net.parameters())  # each shard has its own
-    assert four.weights - 2 * 4 * step.block == pytest.approx(alone / 4, rel=0.02 if lora.half else 1e-6)
+    near = 0.02 if lora.half else 1e-6  # norms stay in fp32 beside bf16 weights
+    step = step_memory({**SMALL, "num_layers": 4}, CLIP, 8, partial(set_up, what="none", lora=lora))
+    for method in ("train", "distill", "dmd", "align"):
+        frozen, trained, averages = made(method, lora)
+        nets = [*frozen, *trained]
+        storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for net in nets for p in net.parameters()}
+        numbers = [sum(p.numel() for p in net.parameters() if p.requires_grad) for net in trained]
+        held = sum(t.numel() * t.element_size() for copy in averages for t in copy.state_dict().values())
+        one, four = (on_each_gpu(step, 1, n, 1, method=method, frozen=2 if lora.half else 4, bf16=True) for n in (1, 4))
+        assert one.weights == pytest.approx(sum(storages.values()), rel=near)
+        assert (one.gradients, one.optimizer, one.average) == (4 * numbers[0], 8 * sum(numbers), held)
+        assert (four.gradients, four.optimizer, four.average) == (one.gradients / 4, one.optimizer / 4, one.average / 4)
+        alone = sum(p.numel() * p.element_size() for net in nets for p in net.parameters())  # a shard of each network is its own
+        assert four.weights - 2 * 4 * step.block == pytest.approx(alone / 4, rel=near)
 
 
 def test_low_rank_weights_keep_as_much_as_real_tensors() -> None:
@@ -275,6 +277,16 @@ def test_low_rank_weights_keep_as_much_as_real_tensors() -> None:
     assert step.trained == 4 * 4 * 2 * 64 * SMALL["num_layers"] * 2  # A and B of four layers, in both attentions
     assert step.parameters - step.trained == sum(p.numel() for p in KlingTransformer3DModel(**SMALL).parameters())
     assert step.activations == pytest.approx(counter.activations, rel=0.03) and step.peak == pytest.approx(counter.peak, rel=0.03)
+
+
+def test_a_low_rank_plan_recommends_a_low_rank_training() -> None:
+    part, preset, lora = Part(1e9, 1e9, 1e9, 1e9, 2e9), "dit/debug.yaml", Lora(rank=4, half=True)
+    config = PlanConfig(gpus=1, tflops=800, lora=lora)
+    program, *words = shlex.split(advice("one GPU", 1, 1, "none", part, config, read_preset(preset), preset)[1])
+    cfg = load_config(workers.train_dit.TrainDiTConfig, words[0], words[1:])
+    assert program == "kling-train" and cfg.lora == lora and cfg.init_from == "MODEL"
+    of_dmd = advice("one GPU", 1, 1, "none", part, PlanConfig(method="dmd", gpus=1, lora=lora), read_preset(preset), preset)[1]
+    assert "kling-distill method=dmd" in of_dmd and "lora.rank=4" in of_dmd
 
 
 @pytest.mark.slow

@@ -101,9 +101,15 @@ def step_memory(
 def _trace(
     config: Mapping[str, Any], latents: tuple[int, ...], text_tokens: int, prepare: Callable[..., None], bf16: bool, runs: int
 ) -> StepMemory:
-    with FakeTensorMode():
+    with torch.device("meta"):  # here layers can be replaced and cast, unlike those of fake tensors
         model = KlingTransformer3DModel(**config).train()
         prepare(model)
+    with FakeTensorMode():
+        for module in model.modules():
+            for name, p in module.named_parameters(recurse=False):
+                module.register_parameter(name, nn.Parameter(torch.empty(p.shape, dtype=p.dtype), p.requires_grad))
+            for name, x in module.named_buffers(recurse=False):
+                module.register_buffer(name, torch.empty(x.shape, dtype=x.dtype), name not in module._non_persistent_buffers_set)
         b, _, f, h, w = latents
         text = torch.zeros(b, text_tokens, model.config.text_dim)
         scale = model.config.camera_downscale
