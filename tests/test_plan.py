@@ -36,7 +36,7 @@ from kling.training.optim import adamw
 from kling.vae import AutoencoderKLKling
 
 from plan import (  # isort: skip - train/, which `workers` puts on the path
-    Part, PlanConfig, advice, layouts, level_runs, main, on_each_gpu, on_the_host, report, set_up,
+    METHODS, Part, PlanConfig, advice, layouts, level_runs, main, on_each_gpu, on_the_host, report, set_up,
 )  # fmt: skip
 
 
@@ -290,23 +290,22 @@ def test_a_low_rank_plan_recommends_a_low_rank_training() -> None:
 
 
 @pytest.mark.slow
-def test_large_models_are_planned_for_every_method() -> None:
-    """A teacher takes 2 bytes of a weight and is cut like the rest; the critic 12, since it and the student have gradients in turn."""
-    for name, gpus in (("1.3b", 1), ("14b", 8)):
-        preset, least = read_preset(f"dit/{name}.yaml"), {}
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize(("name", "gpus", "billions"), [("1.3b", 1, 1.42), ("14b", 8, 14.27)])
+def test_large_models_fit_with_every_method(name: str, gpus: int, billions: float) -> None:
+    """On GPUs of 80 GB, 81 frames of 480x832. A teacher takes 2 bytes of a weight and is cut like the rest; the critic 12, since it and the
+    student have gradients in turn; low-rank weights take little beside the frozen networks, of 2 bytes each."""
+    model, total = {"text_dim": 1024, **read_preset(f"dit/{name}.yaml")["model"]}, {}
+    for lora in (Lora(), Lora(rank=64, half=True)):
+        step = step_memory(model, (1, 16, 21, 60, 104), 128, partial(set_up, what="full", lora=lora))
         for method in ("train", "distill", "dmd", "align"):
-            for rank in (0, 64):
-                config = PlanConfig(method=method, gpus=gpus, tflops=800, lora=Lora(rank=rank, half=rank > 0))
-                lines = report(preset, config)
-                assert any("recommended" in line for line in lines), (name, method, rank, lines)
-                rows = [line for line in lines if re.match("  (one GPU|fsdp2) +full", line)]
-                least[method, rank] = float(rows[-1].split()[-1])
-                assert not any("cp_size" in line for line in lines) or method == "train", "only kling-train cuts a clip"
-        billions = {"1.3b": 1.42, "14b": 14.27}[name] * 1e9 / gpus / 2**30
-        whole = least["train", 0]
-        for method, size in (("distill", 2), ("dmd", 2 + 12), ("align", 8)):
-            assert least[method, 0] - whole == pytest.approx(size * billions, rel=0.03)
-            assert least[method, 64] < 0.8 * least[method, 0]
+            part = on_each_gpu(step, 1, gpus, 1, method=method, frozen=2, bf16=True)
+            total[method, lora.rank] = part.total / 2**30
+    print({key: round(value, 1) for key, value in total.items()})
+    each = billions * 1e9 / gpus / 2**30  # GiB that a byte of every weight takes
+    for method, size in (("distill", 2), ("dmd", 2 + 12), ("align", 8)):
+        assert total[method, 0] - total["train", 0] == pytest.approx(size * each, rel=0.03)
+    assert max(total.values()) < 0.9 * 80 and all(total[method, 64] < 0.75 * total[method, 0] for method in METHODS)
 
 
 def test_a_plan_of_an_alignment_has_no_command_of_a_training(capsys: pytest.CaptureFixture) -> None:
