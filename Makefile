@@ -5,6 +5,7 @@
 
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && command -v $$p && break; done)
+# The default sentence is held out: no training clip of the shipped model shows a red ball that rolls left.
 PROMPT ?= a red ball rolls left on grass
 OUT ?= out/sample.mp4
 RUN ?= runs/shipped

@@ -12,7 +12,7 @@ from kling.data.transforms import to_tensor
 from kling.metrics.pixel import psnr
 
 PROMPTS = (
-    "a red ball rolls left on grass",
+    "a red ball rolls left on grass",  # held out: no training clip shows it
     "a blue cube stays still on snow",
     "a pink cone moves away on grey tiles",
     "一个绿色的球在水面上绕圈移动",

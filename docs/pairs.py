@@ -24,7 +24,7 @@ from kling.errors import UserError
 
 HERE = Path(__file__).parent / "strips"
 WORLD, SCENE = World(seed=1, frames=41, aspect="16:9", split="heldout", max_things=1), 47
-PROMPT = "a red ball moves left on grass"
+PROMPT = "a red ball moves left on grass"  # held out, like the scene
 FRAMES, SEED, EDGE = 17, 5, 64  # of a clip; pixels for the names of rows and columns
 
 

@@ -39,7 +39,7 @@ def main(options: list[str]) -> None:
 
 def shots(browser: Browser, url: str, run: bool) -> None:
     page = visit(browser, url, 1440, 1120)
-    make(page, "a red ball rolls left on grass", 1)
+    make(page, "a red ball rolls left on grass", 1)  # a held-out sentence
     tab(page, "Camera")
     axis(page, "pan", 6)
     axis(page, "dolly", 4)

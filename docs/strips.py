@@ -21,6 +21,7 @@ from kling.data.world.scene import World
 HERE = Path(__file__).parent / "strips"
 FAST = ({}, {"mode": "fast"}, {"mode": "fast", "num_inference_steps": 2})
 PATHS = ([(86, 37), (30, 42)], [(86, 37), (60, 27)], [(86, 37), (95, 52)])  # of the brush: left, away, toward the camera
+# No training clip shows a red ball that rolls left: it is held out.
 STORY = [Shot("a red ball rolls left on grass", 2.5), Shot("a red ball jumps up and down on grass", 2.5, "pan=5")]
 STILL = "a yellow ball stays still on grey tiles"
 

@@ -1,7 +1,7 @@
 """kling: a research toolkit for controllable video generation, from data to video.
 
 from kling import KlingPipeline
-video = KlingPipeline.from_pretrained()("a red ball rolls left on grass", camera="pan=5").frames
+video = KlingPipeline.from_pretrained()("a red ball rolls left on grass", camera="pan=5").frames    # held out: no training clip shows it
 """
 
 from __future__ import annotations

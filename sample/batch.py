@@ -66,6 +66,8 @@ def many(args: argparse.Namespace) -> None:
     model_folder, pipe = generate.load_pipeline(args.model, args.device, generate.loading(args, [line.request for line in mine]))
     generate.check_fast([line.request for line in mine], args)
     plans = [planned(pipe, line, args.prompts) for line in mine]  # every mistake is told before anything is made
+    if not rank and (unknown_words := generate.unknown_to_the_model(pipe, [line.request for line in todo])):
+        print(unknown_words, file=sys.stderr, flush=True)  # once, of all lines
     if args.cache and len(steps := sorted({plan.num_inference_steps for plan in plans})) > 1:
         raise UserError(
             f"--cache {args.cache} is set up for one number of steps, and {args.prompts} asks for {steps}: give it lines of one"

@@ -1,6 +1,6 @@
 """Make a video. The task follows from what is given.
 
-    kling-sample "a red ball rolls left on grass" --camera pan=5
+    kling-sample "a red ball rolls left on grass" --camera pan=5      # held out: no training clip shows it
     kling-sample "the ball rolls on" --image first.png --last-image last.png --camera "pan=5,zoom=2"
     kling-sample --video out/a-red-ball-1.mp4 --extend-to 30     # continues with the prompt that it was made from
     kling-sample "the ball rolls on" --video in.mp4 --extend-to 30
@@ -51,6 +51,7 @@ MACHINE = ("offload", "fp8", "attention", "cache", "context_parallel", "tiles", 
 REPLAY_TAKES |= {*WEIGHTS, *MACHINE, "dtype"}
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 EXIT_DIFFERENT = 1
+NAMED = 12  # unknown words in a line
 
 
 @program
@@ -92,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
         records.check_same_model(before, model_hashes(folder, args), args.replay)
         torch.set_num_threads(before["machine"]["threads"])
     check_fast([request], args)
-    asked = {}
+    asked = {"enhanced": before["enhanced"]} if before and "enhanced" in before else {}
     if args.enhance:
         request, asked = enhanced(args.enhance, request, pipe, pick_device(args.device))
         jobs = [job.replace(prompt=request.prompt) for job in jobs]
@@ -115,8 +116,7 @@ def main(argv: list[str] | None = None) -> None:
     print(describe(plan, request), flush=True)
     for note in plan.notes:
         print(f"note: {note}", flush=True)
-    words = " ".join(request.prompts)
-    if pipe.config.get("vocabulary") == "world" and (line := unknown_to_the_world(words, bool(request.references))):
+    if line := unknown_to_the_model(pipe, [request]):
         print(line, file=sys.stderr, flush=True)
     if args.dry_run:
         print(details(plan, pipe, paths, machine, device))
@@ -395,6 +395,9 @@ def asked_request(args: argparse.Namespace) -> Request:
     if args.video and args.prompt is None and not request.edited and (found := prompt_of(Path(args.video))):
         request = request.replace(prompt=found)
         print(f"prompt: {found} (what {args.video} was made from; give another to change it)", file=sys.stderr)
+    if args.enhance and not request.prompt:
+        given_instead = "--shots has words for each shot: write them out there" if args.shots else "there is none: give a few words"
+        raise UserError(f"--enhance writes a prompt out, and {given_instead}")
     return request
 
 
@@ -421,9 +424,8 @@ def enhanced(model: str, request: Request, pipe: KlingPipeline, device: torch.de
     """The request with its prompt written out by a chat model, and what the record says about that; prints the prompt."""
     from kling.sampling.enhance import Enhancer
 
-    if not request.prompt:
-        raise UserError("--enhance writes a prompt out, and there is none: give a few words")
-    written_out = Enhancer(model, device)(request.prompt, pipe, picture=request.image is not None)
+    pipe.plan(request.replace(prompt=""))  # a mistake is told before the minutes that a chat model takes
+    written_out = Enhancer(model, device)(request, pipe)
     print(f"prompt: {written_out}", flush=True)
     return request.replace(prompt=written_out), {"enhanced": {"prompt": request.prompt, "by": model}}
 
@@ -538,20 +540,22 @@ def describe(plan: Plan, request: Request) -> str:
     return f"task: {', '.join([plan.title, *extras])} · {size} · {plan.num_inference_steps} steps · {seeds}"
 
 
-def unknown_to_the_world(prompt: str, referring: bool = False) -> str:
-    """One line about the words of a prompt that a model of the small world does not know; empty if it knows them all. referring: there are
-    references for it to point at."""
+def unknown_to_the_model(pipe: KlingPipeline, requests: Iterable[Request]) -> str:
+    """One line about the words of prompts that a model of the small world does not know; empty if it knows them all, or is of another."""
     from kling.data.world.captions import unknown_words, vocabulary
 
-    words = unknown_words(prompt, referring)
-    if not words:
+    if pipe.config.get("vocabulary") != "world":
         return ""
-    chinese = bool(re.search(r"[\u3400-\u9fff]", prompt))
+    found = {word: text for asked in requests for text in asked.prompts for word in unknown_words(text, bool(asked.references))}
+    if not found:
+        return ""
+    words, more = list(found)[:NAMED], " …" * (len(found) > NAMED)
+    chinese = bool(re.search(r"[\u3400-\u9fff]", found[words[0]]))
     subjects = ("colours", "solids", "grounds", "motions")
     known = [("、" if chinese else ", ").join(row[1 + chinese][0] for row in vocabulary()[subject]) for subject in subjects]
     if chinese:
-        return f"提示：这个小模型不认识{''.join(f'“{word}”' for word in words)}，照样生成；它只认识{'；'.join(known)}；以及镜头运动"
-    named = ", ".join(f'"{word}"' for word in words)
+        return f"提示：这个小模型不认识{''.join(f'“{word}”' for word in words)}{more}，照样生成；它只认识{'；'.join(known)}；以及镜头运动"
+    named = ", ".join(f'"{word}"' for word in words) + more
     return f"note: this small model does not know {named} and ignores them: it knows {'; '.join(known)}; and camera moves"
 
 

@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
-from kling_programs.sample import batch
+from kling_programs.sample import batch, generate
 from test_generate import models, run  # noqa: F401 - fixtures
 
+from kling import KlingPipeline
 from kling.data.video import probe
 from kling.sampling.record import read_record
 
@@ -50,6 +51,26 @@ def test_every_line_is_made_once_and_as_alone(run, tmp_path: Path) -> None:  # n
     write(tmp_path / "many.jsonl", [LINES[0], "", LINES[1] | {"seed": 8}])
     code, _, error = run("--prompts", file, *QUICK)
     assert code == 2 and "second.mp4 was made from another request than line 3" in error
+
+
+def test_words_that_the_small_model_does_not_know_are_named_once_a_list(run, models: Path, tmp_path: Path, monkeypatch) -> None:  # noqa: F811
+    """Those of the lines that are still to be made, by the first process; what points at references is known where there are some."""
+    pipe = KlingPipeline.from_pretrained(models / "able", weights=False)
+    monkeypatch.setattr(generate, "load_pipeline", lambda *_: (models / "able", pipe))
+    rows = [{"prompt": "a red cat on grass"}, {"prompt": "一只红色的猫"}, {"prompt": "a cat and a dog"}, {"prompt": "a red ball"}]
+    file = write(tmp_path / "many.jsonl", rows)
+    assert "not know" not in run("--prompts", file, *QUICK, "--dry-run")[2], "of a model of the real world"
+    pipe.register_to_config(vocabulary="world")
+    code, said, error = run("--prompts", file, *QUICK, "--dry-run")
+    assert code == 0 and len(said) == 5 and error.count("not know") == 1
+    assert 'does not know "cat", "猫", "dog" and ignores them' in error and "red" in error
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert "not know" not in run("--prompts", file, *QUICK, "--dry-run")[2]
+    monkeypatch.setenv("RANK", "0")
+    assert '"猫"' in run("--prompts", file, *QUICK, "--dry-run")[2], "a line of the other process"
+    many = write(tmp_path / "words.jsonl", [{"prompt": f"a {'x' * n} ball"} for n in range(2, 40)])
+    assert '"xxxxxxxxxxxxx" …' in run("--prompts", many, *QUICK, "--dry-run")[2]
 
 
 def test_processes_share_the_lines(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811

@@ -617,6 +617,10 @@ def test_fields_become_the_request(uploads):
     assert request_of({**video, "use": "outpaint"}, uploads).outpaint == "9:16"
     plain = request_of(video, uploads)
     assert plain.camera_guidance_scale is None and request_of({"camera_guidance_scale": 1.0}, uploads).camera_guidance_scale == 1
+    assert plain.brush_guidance_scale is None and plain.reference_guidance_scale is None
+    guided = {"tracks": [{"points": [[0.5, 0.5]]}], "references": [{"path": str(png(uploads.arrivals / "r.png"))}], "prompt": "a"}
+    guided = request_of(guided | {"brush_guidance_scale": 4, "reference_guidance_scale": 2.5}, uploads)
+    assert (guided.brush_guidance_scale, guided.reference_guidance_scale) == (4, 2.5)
     assert plain.video and plain.strength is None and plain.outpaint is None and plain.mask is None
 
 

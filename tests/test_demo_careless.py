@@ -188,6 +188,19 @@ def test_a_toast_shows_text_and_not_markup(monkeypatch: pytest.MonkeyPatch) -> N
     assert studio.coded(bad).message == str(bad)  # a program wants the text itself
 
 
+def test_a_record_restores_every_guidance_scale(uploads: Uploads, pipe) -> None:
+    page = SimpleNamespace(uploads=uploads, pipe=pipe, sizes={}, weights_from=lambda record: None)
+    scales = {"guidance_scale": 3.0, "camera_guidance_scale": 2.0, "brush_guidance_scale": 4.0, "reference_guidance_scale": 1.5}
+    tracks = [{"mask": None, "points": [[5, 5], [9, 9]]}]
+    asked = {"prompt": "a ball", "keyframes": [], "tracks": tracks} | scales
+    fields, remarks = fields_of({"request": asked, "inputs": {}}, page)
+    assert {name: fields[name] for name in scales} == scales and not any(key == "elsewhere" for key, _ in remarks)
+    fields, _ = fields_of({"request": {"prompt": "a", "keyframes": []}, "inputs": {}}, page)
+    assert [fields[name] for name in scales] == [0] * 4, "the model's own"
+    fields, remarks = fields_of({"request": asked | {"tracks": "/x/tracks.json"}, "inputs": {}}, page)
+    assert fields["brush_guidance_scale"] == 0 and ("elsewhere", {"names": "tracks"}) in remarks, "no arrows, nothing to guide"
+
+
 def test_a_record_with_any_contents_fills_what_it_can_or_is_refused(uploads: Uploads, pipe, monkeypatch: pytest.MonkeyPatch) -> None:
     base = {"prompt": "a ball", "keyframes": []}
     page = SimpleNamespace(uploads=uploads, pipe=pipe, sizes={}, weights_from=lambda record: None)

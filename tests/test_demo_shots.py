@@ -1,5 +1,7 @@
 """The storyboard on the page: how its rows become shots, what is refused, its strips, and how a record's shots become rows again."""
 
+# ruff: noqa: F811 - arguments are fixtures
+
 from __future__ import annotations
 
 import json
@@ -10,21 +12,25 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from kling_programs.sample.studio import views
+from kling_programs.sample.studio import studio, views
+from kling_programs.sample.studio.events import Events
 from kling_programs.sample.studio.form import FIELDS, missing, request_of
 from kling_programs.sample.studio.mistakes import told_to
 from kling_programs.sample.studio.remote import body_of
 from kling_programs.sample.studio.restore import fields_of
-from kling_programs.sample.studio.shelf import Result
+from kling_programs.sample.studio.shelf import Result, Shelf
+from kling_programs.sample.studio.studio import Studio, Weights
 from kling_programs.sample.studio.uploads import Uploads
+from test_demo import pipe  # noqa: F401 - a fixture
 
-from kling import Request, Shot
+from kling import KlingPipeline, Request, Shot
 from kling.cameras.axes import axes_trajectory
 from kling.cameras.files import save_trajectory
 from kling.data.video import write_video
 from kling.errors import UserError
 from kling.sampling.record import write_record
 
+SHOTS = [Shot("a ball", 1.5, "pan=5"), Shot("一个球", 1.0)]
 ROWS = [{"prompt": "a ball", "seconds": 1.5, "camera": "pan=5"}, {"prompt": "一个球", "seconds": 1, "camera": ""}]
 
 
@@ -36,7 +42,7 @@ def uploads(tmp_path: Path) -> Uploads:
 
 def test_rows_are_shots_and_take_the_place_of_the_length(uploads: Uploads) -> None:
     request = request_of({"shots": ROWS, "duration": 5, "prompt": ""}, uploads)
-    assert request.shots == [Shot("a ball", 1.5, "pan=5"), Shot("一个球", 1.0)] and request.duration is None
+    assert request.shots == SHOTS and request.duration is None
     assert request_of({"shots": ROWS, "camera_scale": 2}, uploads).camera_scale == 2
     assert request_of({"prompt": "a ball", "shots": [], "duration": 5}, uploads).shots is None
 
@@ -111,6 +117,42 @@ def test_the_page_says_what_a_model_without_shots_lacks() -> None:
     pipe.config.capabilities.append("shots")
     assert missing(pipe, "shots") is None
     assert 'data-most="6"' in views.storyboard(0) and "添加镜头" in views.storyboard(1)
+
+
+VISITOR = SimpleNamespace(headers={}, username="me", session_hash="tab")
+
+
+@pytest.mark.parametrize(
+    ("fields", "shown"), [({"shots": ROWS}, True), ({"prompt": "a ball"}, True), ({"shots": [{}]}, False), ({}, False)]
+)
+def test_a_storyboard_has_a_live_preview(uploads: Uploads, monkeypatch: pytest.MonkeyPatch, fields: dict, shown: bool) -> None:
+    asked: list[Request] = []
+    monkeypatch.setattr(views, "moving", lambda frames, fps: "a clip")
+    behind = SimpleNamespace(
+        uploads=uploads,
+        pipe=SimpleNamespace(config=SimpleNamespace(fps=8.0)),
+        weights_of=lambda fields: Weights(),
+        rough=lambda *a: asked.append(a[1]) or 1,
+    )
+    seen = Events.draft(SimpleNamespace(studio=behind), VISITOR, *(fields.get(name) for name in FIELDS), True)
+    assert (seen == "a clip") == shown == bool(asked) and all(one.shots == (fields.get("shots") and SHOTS) for one in asked)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"shots": [Shot("a", 1.5, "pan=5"), Shot("b", 1.0), Shot("c", 3.0)]}, {"shots": [Shot("a", 9.0), Shot("b", 1.0)]},
+     {"shots": SHOTS}, {"prompt": "a", "extend_to": 20.0}, {"prompt": "a", "duration": 9.0}],
+)  # fmt: skip
+def test_a_rough_clip_is_the_first_that_the_model_makes_at_once(pipe, uploads: Uploads, tmp_path: Path, monkeypatch, more: dict) -> None:
+    """In one hop, of the shots that begin in it, with the cuts where they will be."""
+    able = [*pipe.config["capabilities"], "shots"]
+    parts = pipe.vae, pipe.transformer, pipe.text_encoder, pipe.scheduler, able
+    quick = KlingPipeline(*parts, transformer_fast=pipe.transformer, fast={"num_inference_steps": 4, "shots": True}, max_frames=25)
+    monkeypatch.setattr(studio, "sample", lambda pipe, request, tell, **_: (pipe.plan(request), None))
+    asked = Request(**more, camera_guidance_scale=2.0)
+    plan = Studio(quick, {"path": "", "sha256": {}}, Shelf(tmp_path / "out", {}), uploads).rough("a", asked)
+    (hop,), (first, *_) = plan.hops, quick.plan(asked).hops
+    assert plan.fast and (hop.frames, hop.shots) == (first.frames, first.shots)
 
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="no node on this machine")

@@ -109,6 +109,7 @@ def test_common_errors_are_translated_to_chinese(pipe, uploads, tmp_path, monkey
         lambda: pipe.plan(Request(mode="fast")),
         lambda: check_flow_map(Request(guidance_scale=3)),
         lambda: check_flow_map(Request(num_inference_steps=1000)),
+        lambda: request_of({"brush_guidance_scale": 3}, uploads),
         in_mode_fast,
         enhanced,
         lambda: pipe.plan(Request(shots=[("x", 0.1)])),

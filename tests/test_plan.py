@@ -18,6 +18,8 @@ import torch
 import workers
 from accelerate.commands.launch import launch_command_parser
 from diffusers import AutoencoderKLWan
+from kling_programs.train import students
+from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -27,13 +29,14 @@ from kling.dit.cost import forward_flops
 from kling.dit.memory import LiveBytes, StepMemory, step_memory
 from kling.errors import UserError
 from kling.nn.modulation import Levels
-from kling.training.ema import EMA
-from kling.training.model import _keep_products, set_checkpointing
+from kling.training.ema import EMA, Follower
+from kling.training.lora import Lora, add_lora
+from kling.training.model import Trained, _keep_products, set_checkpointing
 from kling.training.optim import adamw
 from kling.vae import AutoencoderKLKling
 
 from plan import (  # isort: skip - train/, which `workers` puts on the path
-    Part, PlanConfig, advice, layouts, level_runs, main, on_each_gpu, on_the_host, report,
+    METHODS, Part, PlanConfig, advice, layouts, level_runs, main, on_each_gpu, on_the_host, report, set_up,
 )  # fmt: skip
 
 
@@ -145,6 +148,8 @@ def test_a_plan(capsys: pytest.CaptureFixture) -> None:
         (["configs/dit/debug.yaml", "mfu=40"], "an mfu of at most 1"),
         (["configs/dit/debug.yaml", "gpus=12"], "not full machines"),
         (["configs/dit/debug.yaml", "tflops=-1"], "give positive numbers"),
+        (["configs/dit/debug.yaml", "tflops=1", "lora.rank=4", "lora.half=true", "bf16=false"], "computes in fp32"),
+        (["configs/dit/debug.yaml", "tflops=1", "lora.rank=4", "lora.targets=[to_x]"], "matches no layer"),
         ([], "usage: kling-plan"),
     ):
         with pytest.raises(SystemExit):
@@ -218,12 +223,89 @@ def test_muon_has_half_the_state_of_adamw() -> None:
         report({**read_preset("configs/dit/debug.yaml"), "optimizer": "muom"}, PlanConfig())
 
 
-def test_the_copies_of_a_method_are_counted() -> None:
-    """A teacher stands whole on each GPU; the old policy and the start are cut like the weights."""
-    step = step_memory(SMALL, CLIP, 8, bf16=False)
-    plain, taught, aligned = (on_each_gpu(step, 1, 4, 1, method=method) for method in ("train", "distill", "align"))
-    assert taught.average - plain.average == 4 * step.parameters and aligned.average == 3 * plain.average
-    assert taught.weights == aligned.weights == plain.weights
+def made(method: str, lora: Lora) -> tuple[list[nn.Module], list[nn.Module], list[Follower]]:
+    """(frozen networks, trained ones, averages and copies) as the program of a method makes them on one process that computes in bf16."""
+    cfg = students.DistillConfig(lora=lora, method="dmd")  # which has no embedding of the end of a step
+    torch.manual_seed(0)
+    config = {**SMALL, "num_layers": 4}
+    weights = KlingTransformer3DModel(**config).state_dict()
+
+    def network(dtype: torch.dtype) -> Trained:
+        transformer = KlingTransformer3DModel(**config)
+        transformer.load_state_dict(weights)
+        return Trained(transformer.to(dtype), None)
+
+    if method in ("train", "align"):
+        model = network(students.frozen_dtype(cfg))
+        if lora.rank:
+            add_lora(model, lora)
+        return [], [model], [EMA(model), *(Follower(model) for _ in range(2 if method == "align" else 0))]
+    half = lora.half or not lora.rank  # as in `students.prepare`
+    teacher = network(torch.bfloat16 if half else torch.float32).requires_grad_(False)
+    trained = [students.adapted(cfg, network(students.frozen_dtype(cfg)), teacher) for _ in range(2 if method == "dmd" else 1)]
+    return [teacher], trained, [EMA(trained[0])]
+
+
+@pytest.mark.parametrize("lora", [Lora(), Lora(rank=4), Lora(rank=4, half=True)], ids=["whole", "low-rank", "half"])
+def test_what_a_method_holds_is_what_its_program_makes(lora: Lora) -> None:
+    """Bytes of the networks that the training code itself builds, counted by storage: weights that are shared count once."""
+    near = 0.02 if lora.half else 1e-6  # norms stay in fp32 beside bf16 weights
+    step = step_memory({**SMALL, "num_layers": 4}, CLIP, 8, partial(set_up, what="none", lora=lora))
+    for method in ("train", "distill", "dmd", "align"):
+        frozen, trained, averages = made(method, lora)
+        nets = [*frozen, *trained]
+        storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for net in nets for p in net.parameters()}
+        numbers = [sum(p.numel() for p in net.parameters() if p.requires_grad) for net in trained]
+        held = sum(t.numel() * t.element_size() for copy in averages for t in copy.state_dict().values())
+        one, four = (on_each_gpu(step, 1, n, 1, method=method, frozen=2 if lora.half else 4, bf16=True) for n in (1, 4))
+        assert one.weights == pytest.approx(sum(storages.values()), rel=near)
+        assert (one.gradients, one.optimizer, one.average) == (4 * numbers[0], 8 * sum(numbers), held)
+        assert (four.gradients, four.optimizer, four.average) == (one.gradients / 4, one.optimizer / 4, one.average / 4)
+        alone = sum(p.numel() * p.element_size() for net in nets for p in net.parameters())  # a shard of each network is its own
+        assert four.weights - 2 * 4 * step.block == pytest.approx(alone / 4, rel=near)
+
+
+def test_low_rank_weights_keep_as_much_as_real_tensors() -> None:
+    lora, shape, model, counter = Lora(rank=4), (1, 16, 2, 4, 6), KlingTransformer3DModel(**SMALL).train(), LiveBytes()
+    set_up(model, "none", lora)
+    for p in model.parameters():
+        if p.requires_grad:
+            p.register_post_accumulate_grad_hook(counter.note_gradient)
+    with counter:
+        model(torch.zeros(shape), torch.rand(1), torch.zeros(1, 4, 32)).sample.square().mean().backward()
+    step = step_memory(SMALL, shape, 4, partial(set_up, what="none", lora=lora), bf16=False)
+    assert step.trained == 4 * 4 * 2 * 64 * SMALL["num_layers"] * 2  # A and B of four layers, in both attentions
+    assert step.parameters - step.trained == sum(p.numel() for p in KlingTransformer3DModel(**SMALL).parameters())
+    assert step.activations == pytest.approx(counter.activations, rel=0.03) and step.peak == pytest.approx(counter.peak, rel=0.03)
+
+
+def test_a_low_rank_plan_recommends_a_low_rank_training() -> None:
+    part, preset, lora = Part(1e9, 1e9, 1e9, 1e9, 2e9), "dit/debug.yaml", Lora(rank=4, half=True)
+    config = PlanConfig(gpus=1, tflops=800, lora=lora)
+    program, *words = shlex.split(advice("one GPU", 1, 1, "none", part, config, read_preset(preset), preset)[1])
+    cfg = load_config(workers.train_dit.TrainDiTConfig, words[0], words[1:])
+    assert program == "kling-train" and cfg.lora == lora and cfg.init_from == "MODEL"
+    of_dmd = advice("one GPU", 1, 1, "none", part, PlanConfig(method="dmd", gpus=1, lora=lora), read_preset(preset), preset)[1]
+    assert "kling-distill method=dmd" in of_dmd and "lora.rank=4" in of_dmd
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize(("name", "gpus", "billions"), [("1.3b", 1, 1.42), ("14b", 8, 14.27)])
+def test_large_models_with_every_method(name: str, gpus: int, billions: float) -> None:
+    """81 frames of 480x832. A teacher takes 2 bytes of a weight and is cut like the rest; the critic 12, since it and the
+    student have gradients in turn; low-rank weights take little beside the frozen networks, of 2 bytes each."""
+    model, total = {"text_dim": 1024, **read_preset(f"dit/{name}.yaml")["model"]}, {}
+    for lora in (Lora(), Lora(rank=64, half=True)):
+        step = step_memory(model, (1, 16, 21, 60, 104), 128, partial(set_up, what="full", lora=lora))
+        for method in ("train", "distill", "dmd", "align"):
+            part = on_each_gpu(step, 1, gpus, 1, method=method, frozen=2, bf16=True)
+            total[method, lora.rank] = part.total / 2**30
+    print({key: round(value, 1) for key, value in total.items()})
+    each = billions * 1e9 / gpus / 2**30  # GiB that a byte of every weight takes
+    for method, size in (("distill", 2), ("dmd", 2 + 12), ("align", 8)):
+        assert total[method, 0] - total["train", 0] == pytest.approx(size * each, rel=0.03)
+    assert all(total[method, 64] < total[method, 0] for method in METHODS)
 
 
 def test_a_plan_of_an_alignment_has_no_command_of_a_training(capsys: pytest.CaptureFixture) -> None:

@@ -7,7 +7,7 @@ extrapolated from two shallow copies, since every block costs the same; so a 14B
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,10 +58,11 @@ class LiveBytes(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Numbers in the model and in one of its blocks; and the peak of a batch's forward and backward pass beyond the weights, in bytes: in
-    total, and the activations in it, which peak before the gradients exist."""
+    """Numbers in the model, those of them that are trained, and those in one of its blocks; and the peak of a batch's forward and backward
+    pass beyond the weights, in bytes: in total, and the activations in it, which peak before the gradients exist."""
 
     parameters: int
+    trained: int
     block: int
     peak: int
     activations: int
@@ -76,32 +77,39 @@ def step_memory(
     config: Mapping[str, Any],
     latents: tuple[int, ...],
     text_tokens: int,
-    set_checkpointing: Callable[[KlingTransformer3DModel], None] = lambda _: None,
+    prepare: Callable[[KlingTransformer3DModel], None] = lambda _: None,
     bf16: bool = True,
     runs: int = 1,
 ) -> StepMemory:
     """A step of a transformer on clips of latents (b, c, f, h, w) with `text_tokens` of text, fp32 weights, bf16 by autocast if requested.
 
+    prepare: what a training does to its model first, such as checkpointing or low-rank weights.
     runs: of equal noise levels in a clip: 1, f if frames are given, all tokens if parts of frames are; each has its own gates.
     """
     layers = int(config["num_layers"])
     if layers <= 4:
-        return _trace(config, latents, text_tokens, set_checkpointing, bf16, runs)
-    two, four = (_trace({**config, "num_layers": n}, latents, text_tokens, set_checkpointing, bf16, runs) for n in (2, 4))
+        return _trace(config, latents, text_tokens, prepare, bf16, runs)
+    two, four = (_trace({**config, "num_layers": n}, latents, text_tokens, prepare, bf16, runs) for n in (2, 4))
 
     def extended(name: str) -> int:
         a, b = getattr(two, name), getattr(four, name)
         return a + (b - a) * (layers - 2) // 2
 
-    return StepMemory(extended("parameters"), two.block, extended("peak"), extended("activations"))
+    return StepMemory(extended("parameters"), extended("trained"), two.block, extended("peak"), extended("activations"))
 
 
 def _trace(
-    config: Mapping[str, Any], latents: tuple[int, ...], text_tokens: int, set_checkpointing: Callable[..., None], bf16: bool, runs: int
+    config: Mapping[str, Any], latents: tuple[int, ...], text_tokens: int, prepare: Callable[..., None], bf16: bool, runs: int
 ) -> StepMemory:
-    with FakeTensorMode():
+    with torch.device("meta"):  # here layers can be replaced and cast, unlike those of fake tensors
         model = KlingTransformer3DModel(**config).train()
-        set_checkpointing(model)
+        prepare(model)
+    with FakeTensorMode():
+        for module in model.modules():
+            for name, p in module.named_parameters(recurse=False):
+                module.register_parameter(name, nn.Parameter(torch.empty(p.shape, dtype=p.dtype), p.requires_grad))
+            for name, x in module.named_buffers(recurse=False):
+                module.register_buffer(name, torch.empty(x.shape, dtype=x.dtype), name not in module._non_persistent_buffers_set)
         b, _, f, h, w = latents
         text = torch.zeros(b, text_tokens, model.config.text_dim)
         scale = model.config.camera_downscale
@@ -110,15 +118,17 @@ def _trace(
         # for every clip a random level, and the level of given content
         sigma = Levels(torch.zeros(2 * b), torch.zeros(b, runs, dtype=torch.long)) if runs > 1 else torch.zeros(b)
         counter = LiveBytes()
-        for p in model.parameters():
+        trained = [p for p in model.parameters() if p.requires_grad]
+        for p in trained:
             p.register_post_accumulate_grad_hook(counter.note_gradient)
         with counter:
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
                 v = model(z, sigma, text, camera=camera).sample  # (b, c, f, h, w)
             flow_loss(v, z, mask).mean().backward()
             del v
-    return StepMemory(_numbers(model), _numbers(model.blocks[0]), counter.peak, counter.activations)
+    sizes = (_numbers(parameters) for parameters in (model.parameters(), trained, model.blocks[0].parameters()))
+    return StepMemory(*sizes, counter.peak, counter.activations)
 
 
-def _numbers(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
+def _numbers(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(p.numel() for p in parameters)

@@ -1,7 +1,7 @@
 """One pipeline for every task. The request determines what is known of the clip; everything else is the same loop.
 
 pipe = KlingPipeline.from_pretrained()                      # the shipped model
-pipe("a red ball rolls left on grass", camera="pan=5", seed=1).frames      # (1, 41, 64, 112, 3)
+pipe("a red ball rolls left on grass", camera="pan=5", seed=1).frames      # (1, 41, 64, 112, 3); the sentence is held out
 """
 
 from __future__ import annotations

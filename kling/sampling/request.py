@@ -283,10 +283,11 @@ class Request:
             line = f"both {self.edited} and tracks were given: a given video moves as it does; leave one out"
             raise UserError(line, code="tracks_on_edit")
         if self.tracks is None and self.brush_guidance_scale not in (None, 1):
-            raise UserError(f"brush_guidance_scale {self.brush_guidance_scale:g} was given without tracks to follow: give tracks too")
+            line = f"brush_guidance_scale {self.brush_guidance_scale:g} was given without tracks to follow: give tracks too"
+            raise UserError(line, code="nothing_to_guide", field="brush_guidance_scale", other="tracks")
         if not self.references and self.reference_guidance_scale not in (None, 1):
             line = f"reference_guidance_scale {self.reference_guidance_scale:g} was given without references: give pictures too"
-            raise UserError(line)
+            raise UserError(line, code="nothing_to_guide", field="reference_guidance_scale", other="references")
         if self.camera is None and self.camera_scale != 1 and not any(shot.camera for shot in self.storyboard):
             raise UserError(f"camera_scale {self.camera_scale:g} was given without a camera to scale: give camera too")
         if self.shots is not None:

@@ -17,7 +17,7 @@ from kling.sampling.request import MODES
 from kling.shapes import clip_frames
 
 EXAMPLES = [
-    "a red ball rolls left on grass",
+    "a red ball rolls left on grass",  # held out, as the page says where the model is one of the small world
     "a red cube moves right on grass",
     "一个绿色的球在沙地上绕圈移动",
 ]
@@ -26,6 +26,11 @@ EXAMPLES = [
 def _example(index: Any) -> Any:
     """The prompt of a clicked example; nothing happens for what is no index of one, which a page never sends."""
     return EXAMPLES[index] if isinstance(index, int) and 0 <= index < len(EXAMPLES) else gr.skip()
+
+
+def examples_label(world: bool) -> str:
+    """The words above the examples. world: for a model of the small world, whose training left the first of them out."""
+    return "world_examples" if world else "examples"
 
 
 class Form:
@@ -80,13 +85,23 @@ class Form:
         sources = ["upload", "clipboard"]
         return gr.Image(label=text, type="filepath", image_mode=None, sources=sources, height=150, buttons=[], interactive=able, **kwargs)
 
+    def _guidance(self, name: str, able: bool) -> None:
+        """A guidance scale; 0 is the checkpoint's own."""
+        own = f"{t('own')} ({self.studio.pipe.setting(name):g})"
+        self.fields[name] = gr.Number(0, label=t(name), info=own, step=0.5, min_width=170, interactive=able, elem_id=name)
+
     def _text(self) -> None:
         self.fields["prompt"] = prompt = gr.Textbox(label=t("prompt"), placeholder=t("prompt_hint"), lines=3, elem_id="prompt")
         self.enhance = gr.Button(t("enhance"), size="sm", visible=self.studio.enhancer is not None, elem_id="enhance")
+        world = self.studio.pipe.config.get("vocabulary") == "world"
         examples = gr.Dataset(
-            label=t("examples"), components=[gr.Textbox(visible=False)], samples=[[e] for e in EXAMPLES], type="index", elem_id="examples"
+            label=t(examples_label(world)),
+            components=[gr.Textbox(visible=False)],
+            samples=[[e] for e in EXAMPLES],
+            type="index",
+            elem_id="examples",
         )
-        if self.studio.pipe.config.get("vocabulary") == "world":
+        if world:
             with gr.Accordion(t("understands"), open=False, elem_id="understands"):
                 gr.Markdown(vocabulary_summary())
         examples.click(_example, examples, prompt, queue=False, api_visibility="private", show_progress="hidden")
@@ -123,6 +138,7 @@ class Form:
             elem_id="references",
             **tray,
         )
+        self._guidance("reference_guidance_scale", able)
 
     def _video(self) -> None:
         self.fields["video"] = gr.Video(label=t("clip"), sources=["upload"], height=220, buttons=[], elem_id="clip")
@@ -151,16 +167,14 @@ class Form:
                 )  # fmt: skip
         with gr.Row(elem_classes="sliders"):
             self.fields["camera_scale"] = gr.Slider(0, 3, 1, step=0.1, label=t("camera_scale"), min_width=170, buttons=[], interactive=able)
-            own = f"{t('own')} ({self.studio.pipe.setting('camera_guidance_scale'):g})"
-            self.fields["camera_guidance_scale"] = gr.Number(
-                0, label=t("camera_guidance_scale"), info=own, step=0.5, min_width=170, interactive=able, elem_id="camera_guidance_scale"
-            )
+            self._guidance("camera_guidance_scale", able)
         self.fields["camera_file"] = gr.File(label=t("trajectory"), height=130, interactive=able, elem_id="camera-file")
 
     def _tracks(self) -> None:
         need = missing(self.studio.pipe, "tracks")
         gr.Markdown(t(f"unable_{need}") if need else t("draw_tracks"))
         self.fields["tracks"] = gr.HTML(padding=False, elem_id="board", html_template="${value}", visible=not need)
+        self._guidance("brush_guidance_scale", not need)
 
     def _shots(self) -> None:
         need = missing(self.studio.pipe, "shots")

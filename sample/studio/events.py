@@ -158,10 +158,11 @@ class Events:
         fields = dict(zip(FIELDS, values, strict=True))
         asked, pipe = request_of(fields, self.studio.uploads), self.studio.planner(fields)
         if not asked.prompt:
-            raise UserError(say(language(request), "nothing_to_enhance"))
+            raise UserError(say(language(request), "shots_have_words" if asked.shots else "nothing_to_enhance"))
+        self.studio.plan(pipe, asked.replace(prompt=""))  # raises for a mistake before the wait; an idea may be longer than a prompt
         work = self.studio.queue.run(
             visitor(request),
-            lambda tell: self.studio.enhancer(asked.prompt, pipe, asked.image is not None),
+            lambda tell: self.studio.write_out(visitor(request), asked, pipe),
             request.session_hash or "",
             listening=self.studio.heard(request),
         )
@@ -180,7 +181,7 @@ class Events:
         try:
             fields = dict(zip(FIELDS, values, strict=True))
             asked, weights = request_of(fields, self.studio.uploads), self.studio.weights_of(fields)
-            if weights != Weights() or not (asked.prompt or asked.image) or asked.video or asked.shots:
+            if weights != Weights() or not (any(asked.prompts) or asked.image) or asked.video:
                 return ""
             frames = self.studio.rough(visitor(request), asked)
         except UserError:  # the line about the plan says what is wrong
@@ -202,7 +203,9 @@ class Events:
             file = self.studio.uploads.place(payload)
             name = without_folders(str(file))
             try:
-                fields, remarks = fields_of(record_at(file, name, self.studio.shelf), self.studio)
+                record = record_at(file, name, self.studio.shelf)
+                fields, remarks = fields_of(record, self.studio)
+                self.studio.remember(visitor(request), record)
             except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:  # of a record with any contents
                 if isinstance(error, UserError):
                     raise
@@ -402,6 +405,7 @@ class Events:
         def ask() -> tuple[Request, Weights | None]:
             one = self._chosen(mine, language(request))
             asked = recorded_request(one.record, "this video").replace(seed=secrets.randbelow(2**31))
+            self.studio.remember(visitor(request), one.record)
             return asked, self.studio.weights_from(one.record)
 
         yield from self._make(request, ask, mine)

@@ -38,6 +38,7 @@ FIELDS = (
     *("tracks", "shots"),
     *UNITS,
     *("camera_file", "camera_scale", "camera_guidance_scale"),
+    *("brush_guidance_scale", "reference_guidance_scale"),
     *("aspect", "duration", "extend_to", "still", "mode"),
     *("num_inference_steps", "guidance_scale", "shift", "sigma_c", "seed", "num_videos"),
     *("model", "lora", "lora_scale"),
@@ -81,6 +82,8 @@ def request_of(fields: dict[str, Any], uploads: Any) -> Request:
         shots=shots or None,
         camera_scale=given.number("camera_scale", 0, 10, 1.0) if camera or any(shot.camera for shot in shots) else 1.0,
         camera_guidance_scale=given.number("camera_guidance_scale", 0, 20) or None,
+        brush_guidance_scale=given.number("brush_guidance_scale", 0, 20) or None,
+        reference_guidance_scale=given.number("reference_guidance_scale", 0, 20) or None,
         aspect=given.choice("aspect", ASPECTS) if not video or use != "outpaint" else None,
         duration=None if still or shots or not goes_on or (video and extend_to) else given.number("duration", 0.1, MAX_SECONDS),
         num_frames=1 if still else None,
@@ -314,8 +317,10 @@ NEEDS = {
     "extend_to": "continuation",
     "camera": "camera",
     "tracks": "brush",
+    "brush_guidance_scale": "brush",
     "shots": "shots",
     "references": "reference",
+    "reference_guidance_scale": "reference",
 }
 
 

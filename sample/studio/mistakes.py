@@ -62,6 +62,10 @@ LINES: dict[str, tuple[str, str]] = {
         "“{field}” cannot be set in mode fast, where guidance is built in: leave it out, or choose std",
         "快速模式已内置引导，不能设置“{field}”：请去掉它，或选标准模式",
     ),
+    "nothing_to_guide": (
+        "“{field}” was set without “{other}”: set it to 0, or give some",
+        "设置了“{field}”，但没有“{other}”：请填 0，或补上",
+    ),
     "fast_steps": (
         "Mode fast takes 1 to {most} steps, not {value}: choose fewer, or std",
         "快速模式只能用 1 到 {most} 步，不能用 {value} 步：请减少步数，或选标准模式",

@@ -211,6 +211,7 @@
   let shots = [], dragged = null; // dragged: the number of a row
   const story = () => document.querySelector(".story");
   const NEW = { prompt: "", seconds: 2.5, camera: "" };
+  const changedStory = () => { ask(); window.studio.soon(); };
 
   // Draws all rows anew; typing in one does not, so that it keeps the cursor.
   function tell() {
@@ -248,25 +249,25 @@
     const rest = shots.filter((_, i) => i !== from);
     shots = [...rest.slice(0, to), shots[from], ...rest.slice(to)];
     tell();
-    ask();
+    changedStory();
   }
   const rowOf = (event) => event.target.closest?.(".story li");
   document.addEventListener("input", (event) => {
     const row = rowOf(event), { name, value } = event.target;
     if (!row) return;
     shots = shots.map((shot, i) => (i === Number(row.dataset.n) ? { ...shot, [name]: name === "seconds" ? Number(value) : value } : shot));
-    ask();
+    changedStory();
   });
   document.addEventListener("click", (event) => {
     const row = rowOf(event), n = Number(row?.dataset.n), what = event.target.name;
     if (row && what === "up") moved(n, n - 1);
     else if (row && what === "down") moved(n, n + 1);
-    else if (row && what === "remove") { shots = shots.filter((_, i) => i !== n); tell(); ask(); }
+    else if (row && what === "remove") { shots = shots.filter((_, i) => i !== n); tell(); changedStory(); }
     else if (event.target.closest?.("[data-do=add-shot]")) {
       shots = [...shots, { ...NEW }];
       tell();
       story().querySelector("li:last-child textarea").focus();
-      ask();
+      changedStory();
     }
   });
   document.addEventListener("dragstart", (event) => {

@@ -124,6 +124,8 @@ def api_of(studio: Studio) -> Any:
         camera_file: dict | None = None,
         camera_scale: float = 1.0,
         camera_guidance_scale: float | None = None,
+        brush_guidance_scale: float | None = None,
+        reference_guidance_scale: float | None = None,
         aspect: str | None = None,
         duration: float = 5.0,
         extend_to: float | None = None,

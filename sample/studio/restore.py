@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 MAX_JSON = 4 * 2**20  # bytes
 NAMES, NAME = 6, 40  # names in a remark, and characters of one
 SAME = (  # fields of the page with the same names as the request's
-    *("prompt", "negative_prompt", "loop", "strength", "outpaint", "camera_scale", "camera_guidance_scale", "aspect", "extend_to", "mode"),
+    *("prompt", "negative_prompt", "loop", "strength", "outpaint", "camera_scale", "aspect", "extend_to", "mode"),
     *("num_inference_steps", "guidance_scale", "shift", "sigma_c", "seed"),
+    *("camera_guidance_scale", "brush_guidance_scale", "reference_guidance_scale"),
 )
 FILES = ("image", "last_image", "video", "mask")
 Remarks = list[tuple[str, dict[str, Any]]]  # words of the page, and their values
@@ -80,7 +81,7 @@ def fields_of(record: dict[str, Any], studio: Studio) -> tuple[dict[str, Any], R
         "model": "",
         "lora": "",
     }
-    fields |= {name: fields[name] or 0 for name in ("num_inference_steps", "guidance_scale", "shift", "extend_to")}
+    fields |= {name: fields[name] or 0 for name in SAME if name in ("num_inference_steps", "shift", "extend_to") or "guidance" in name}
     fields["negative_prompt"] = fields["negative_prompt"] or ""
     missing: list[str] = []
 
@@ -110,7 +111,7 @@ def fields_of(record: dict[str, Any], studio: Studio) -> tuple[dict[str, Any], R
     if fields["duration"] is None:
         del fields["duration"]
     drawn = _drawn(asked.get("tracks"), fields, studio)
-    fields |= {} if drawn is None else {"tracks": drawn}
+    fields |= {"brush_guidance_scale": 0} if drawn is None else {"tracks": drawn}
     story = _story(asked.get("shots"))
     fields |= {} if story is None else {"shots": story}
     remarks: Remarks = []

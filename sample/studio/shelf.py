@@ -65,9 +65,10 @@ class Shelf:
 
     def put(
         self, frames: np.ndarray, request: Request, plan: Plan, pipe: KlingPipeline, seconds: float, visitor: str = "",
-        model: dict[str, Any] | None = None,
+        model: dict[str, Any] | None = None, **more: Any,
     ) -> Result:  # fmt: skip
-        """Add a result. frames: uint8 (T, H, W, 3). visitor: its owner. model: the weights, if they are not the default ones."""
+        """Add a result. frames: uint8 (T, H, W, 3). visitor: its owner. model: the weights, if they are not the default ones. more: for its
+        record."""
         kind = "mp4" if len(frames) > 1 else "png"
         result = Result(self.folder / f"{secrets.token_hex(8)}.{kind}")
         if kind == "mp4":
@@ -78,19 +79,20 @@ class Shelf:
         output = {"path": str(result.path), "format": kind, "fps": plan.fps, "seconds": round(seconds, 2)}
         record = records.make_record(
             request, plan, {name: weights[name] for name in ("path", "sha256")}, pipe.device, frames, precision_of(pipe),
-            output=output, command="kling-demo", **({"studio": weights["studio"]} if "studio" in weights else {}),
+            output=output, command="kling-demo", **({"studio": weights["studio"]} if "studio" in weights else {}), **more,
         )  # fmt: skip
         records.write_record(result.record_path, record)
         self._owners[result.id] = visitor
         self._tidy()
         return result
 
-    def keep_made(self, kind: str, video: bytes, record: dict[str, Any], request: Request, visitor: str = "") -> Result:
-        """Add a result that a server made. kind: "mp4" or "png". record: the server's, which gets this machine's names of files."""
+    def keep_made(self, kind: str, video: bytes, record: dict[str, Any], request: Request, visitor: str = "", **more: Any) -> Result:
+        """Add a result that a server made. kind: "mp4" or "png". record: the server's, which gets this machine's names of files, and
+        `more`."""
         result = Result(self.folder / f"{secrets.token_hex(8)}.{kind}")
         with written(result.path) as temporary:
             temporary.write_bytes(video)
-        record["request"] = dataclasses.asdict(request)
+        record |= {"request": dataclasses.asdict(request), **more}
         record["inputs"] = records.input_hashes(request)
         record["output"] |= {"path": str(result.path)}
         records.write_record(result.record_path, record)

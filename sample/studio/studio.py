@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Generator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import wraps
 from html import escape
 from inspect import isgeneratorfunction
@@ -15,7 +16,7 @@ from typing import Any
 import gradio as gr
 import numpy as np
 from kling_programs.sample.studio import views
-from kling_programs.sample.studio.form import Fields
+from kling_programs.sample.studio.form import MAX_PROMPT, Fields
 from kling_programs.sample.studio.guard import Door
 from kling_programs.sample.studio.jobs import Busy, ModelQueue, Stopped, Tell
 from kling_programs.sample.studio.mistakes import told_to
@@ -39,6 +40,8 @@ from kling.text.encoder import ByteTextEncoder
 log = logging.getLogger(__name__)
 PREVIEW_SHARE = 0.2  # previews take at most this share of the time
 ROUGH_STEPS = 2
+GUIDANCE = ("guidance_scale", "camera_guidance_scale", "brush_guidance_scale", "reference_guidance_scale")
+WRITTEN = 1000  # prompts by a chat model that are remembered for records
 TOAST = 12  # seconds
 
 
@@ -82,6 +85,7 @@ class Studio:
     _rate: float | None = None  # operations a second, as measured
     _other: tuple[Weights, KlingPipeline, dict[str, Any]] | None = None
     _planners: dict[str, KlingPipeline] = field(default_factory=dict)
+    _written: OrderedDict[tuple[str, str], dict[str, str]] = field(default_factory=OrderedDict)  # see `remember`
 
     @property
     def sizes(self) -> dict[str, tuple[int, int]]:
@@ -105,7 +109,7 @@ class Studio:
                 def step(at: tuple[int, int], before: int = number * of, of: int = of) -> None:
                     tell(Step(before + at[0], of * len(requests)))
 
-                made.append(self.shelf.keep_made(*self.remote.make(request, step), request, visitor))
+                made.append(self.shelf.keep_made(*self.remote.make(request, step), request, visitor, **self.wrote(visitor, request)))
                 if len(made) < len(requests):
                     tell(made[-1])
             return made
@@ -118,7 +122,8 @@ class Studio:
                 frames, plan = sample(pipe, request, tell, video=(number, len(requests)))
                 seconds = time.perf_counter() - began
                 self._rate = operations(pipe, plan) / seconds
-                made.append(self.shelf.put(frames, request, plan, pipe, seconds, visitor, model))
+                more = self.wrote(visitor, request)
+                made.append(self.shelf.put(frames, request, plan, pipe, seconds, visitor, model, **more))
                 if len(made) < len(requests):
                     tell(made[-1])
             return made
@@ -131,10 +136,10 @@ class Studio:
 
     def rough(self, visitor: str, request: Request) -> np.ndarray | None:
         """A rough clip (T, H, W, 3) uint8 by the few-step weights, once nothing else waits; None if a newer one or a real job came."""
-        own = {"negative_prompt": None, "guidance_scale": None, "camera_guidance_scale": None, "shift": None}  # guidance is built in
+        own = dict.fromkeys(("negative_prompt", "shift", *GUIDANCE))  # guidance is built in
         request = request.replace(**own, mode="fast", num_inference_steps=ROUGH_STEPS, num_videos=1)
-        if len(self.pipe.plan(request).hops) > 1:
-            request = request.replace(duration=None, num_frames=self.pipe.config.max_frames)
+        if len((plan := self.pipe.plan(request)).hops) > 1:
+            request = beginning(request, plan)
         work = self.queue.run(visitor, lambda tell: sample(self.pipe, request, tell, previews=False)[0], f"rough {visitor}", rough=True)
         try:
             while True:
@@ -143,6 +148,29 @@ class Studio:
             return done.value
         except (Stopped, Busy):
             return None
+
+    # ---- who wrote a prompt ----
+
+    def write_out(self, visitor: str, request: Request, pipe: KlingPipeline) -> str:
+        """The prompt of a request as the chat model writes it out; on the model's thread."""
+        prompt = self.enhancer(request, pipe)
+        self.remember(visitor, {"request": {"prompt": prompt}, "enhanced": {"prompt": request.prompt, "by": self.enhancer.folder.name}})
+        return prompt
+
+    def remember(self, visitor: str, record: dict[str, Any]) -> None:
+        """Note whether a chat model wrote a record's prompt, for the records of what this visitor makes from the same prompt."""
+        prompt, enhanced = record["request"].get("prompt"), record.get("enhanced")
+        said = [prompt, *(enhanced.get(name) for name in ("prompt", "by"))] if isinstance(enhanced, dict) else [None]
+        if all(isinstance(text, str) and 0 < len(text) <= MAX_PROMPT for text in said):  # a record may come from anywhere
+            self._written[visitor, prompt] = {"prompt": said[1], "by": said[2]}
+            self._written.move_to_end((visitor, prompt))
+            while len(self._written) > WRITTEN:
+                self._written.popitem(last=False)
+
+    def wrote(self, visitor: str, request: Request) -> dict[str, Any]:
+        """What a record says about a prompt that a chat model wrote, and nobody changed since; else nothing."""
+        enhanced = self._written.get((visitor, request.prompt))
+        return {} if enhanced is None else {"enhanced": enhanced}
 
     # ---- what visitors choose ----
 
@@ -208,6 +236,16 @@ class Studio:
         """Approximate (seconds, bytes) that a request will take. Seconds are known after the first result."""
         seconds = None if self._rate is None else request.num_videos * operations(pipe, plan) / self._rate
         return seconds, estimate(pipe, plan, Machine()).peak
+
+
+def beginning(request: Request, plan: Plan) -> Request:
+    """The request of the first hop of a plan alone."""
+    hop = plan.hops[0]
+    if request.shots is None:
+        return request.replace(duration=None, extend_to=None, num_frames=hop.frames)
+    *before, last = request.storyboard[: hop.shots[-1][0] + 1]
+    left = (hop.frames - 1) / plan.fps - sum(shot.seconds for shot in before)
+    return request.replace(shots=[*before, replace(last, seconds=min(last.seconds, left))])
 
 
 def operations(pipe: KlingPipeline, plan: Plan) -> float:

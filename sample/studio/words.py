@@ -17,9 +17,14 @@ WORDS: dict[str, tuple[str, str]] = {
     "negative_hint": ("What to avoid", "不希望出现的内容"),
     "enhance": ("Write it out", "扩写提示词"),
     "nothing_to_enhance": ("write a few words first, which the chat model then writes out", "请先写几个字，再由聊天模型扩写"),
+    "shots_have_words": ("each shot has its own words: write them out there", "每个镜头有自己的文字：请在分镜里写"),
     "live": ("Live preview", "实时预览"),
     "live_is": ("a rough clip in 2 steps, soon after the prompt or the camera changes", "提示词或镜头改变后，用 2 步生成草稿"),
     "examples": ("Examples", "示例"),
+    "world_examples": (
+        "Examples (the first is held out: no training clip shows a red ball that rolls left)",
+        "示例（第一句是留出的：训练视频里没有向左滚动的红球）",
+    ),
     "understands": ("What this small model understands", "这个小模型认识的词"),
     "pictures": ("Pictures", "图片"),
     "first": ("First frame", "首帧"),
@@ -68,6 +73,8 @@ WORDS: dict[str, tuple[str, str]] = {
     "save_trajectory": ("download it", "下载"),
     "camera_scale": ("Travel × ", "位移倍数"),
     "camera_guidance_scale": ("Camera guidance", "镜头引导强度"),
+    "brush_guidance_scale": ("Guidance of the arrows", "箭头引导强度"),
+    "reference_guidance_scale": ("Guidance of the things", "参考图引导强度"),
     "tracks": ("Motion", "运动笔刷"),
     "draw_tracks": (
         "Drag from a thing to where it shall go. A click holds it in place. Drag an arrow's ends to change it; × removes it.",

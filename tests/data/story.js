@@ -30,13 +30,15 @@ story.append(list, add);
 let asked = 0, focused = null;
 const document = {
   addEventListener: (name, handler) => (handlers[name] ??= []).push(handler),
-  querySelector: (selector) => (selector === ".story" ? story : selector === "#checked" ? { click: () => asked++ } : null),
+  querySelector: (selector) => (selector === ".story" ? story : selector === "#checked" ? { click: () => asked++ } : selector === "#draft" ? { click: () => drafts++ } : null),
   querySelectorAll: () => [],
   createElement: (name) => new Node(name),
   documentElement: {},
 };
 const storage = { getItem: () => null, setItem: () => {} }, window = { addEventListener: () => {} };
 const around = { document, window, localStorage: storage, sessionStorage: storage, crypto: require("crypto").webcrypto };
+let waiting = 0, drafts = 0; // of the live preview
+Object.assign(around, { setTimeout: (then) => { waiting = then; return 1; }, clearTimeout: () => {} });
 Object.assign(around, { MutationObserver: class { observe() {} }, HTMLCanvasElement: class {}, HTMLVideoElement: class {} });
 vm.runInNewContext(fs.readFileSync(path.join(__dirname, "../../sample/studio/page.js"), "utf8"), around);
 
@@ -70,5 +72,14 @@ fire("drop", row(2), carried); // nothing is carried any more
 assert.equal(words(), "cab");
 fire("click", row(1).part("remove"));
 assert.deepEqual([words(), add.disabled], ["cb", false]);
+const quiet = () => { const then = waiting; waiting = 0; then?.call?.(); return drafts; };
+assert.equal(quiet(), 1); // of all the changes in one wait
+for (const change of [() => type(0, "camera", "pan=3"), () => fire("click", row(0).part("down")), () => fire("click", row(1).part("up")), () => fire("click", add)]) {
+  const before = drafts;
+  change();
+  assert.equal(quiet(), before + 1);
+}
+fire("click", row(2).part("remove"));
+assert.equal(quiet(), 6);
 window.studio.hold({ mask: null, shots: [{ prompt: "x", seconds: 2, camera: "" }] }); // restored
 assert.deepEqual([words(), row(0).part("prompt").value], ["x", "x"]);
