@@ -28,7 +28,7 @@ from kling.dit import KlingTransformer3DModel
 from kling.dit.cost import forward_flops
 from kling.dit.memory import StepMemory, step_memory
 from kling.errors import UserError, program, unknown
-from kling.runtime.precision import default_device, pick_precision
+from kling.runtime.precision import default_device, describe, pick_precision
 from kling.shapes import aspect_size, latent_frames, latent_size, token_grid
 from kling.text import ByteTextEncoder
 from kling.training.meter import matmul_ceiling
@@ -119,6 +119,8 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"tflops {plan.tflops}, height {plan.height}, width {plan.width}: give positive numbers")
     if plan.gpus > plan.node and plan.gpus % plan.node:
         raise UserError(f"gpus {plan.gpus} are not full machines of node={plan.node}: give a multiple")
+    if not plan.tflops:
+        print(describe(precision_of(plan)), file=sys.stderr, flush=True)
     for line in report(preset, plan, argv[0]):
         print(line)
 
@@ -130,6 +132,11 @@ def own_size(preset: dict[str, Any]) -> tuple[int, int, str]:
     data = load_config(CacheConfig, preset["encode"]).data
     sizes = (aspect_size(aspect, data.scale) for aspect in data.aspects)
     return *max(sizes, key=math.prod), f"of {preset['encode']}"
+
+
+def precision_of(plan: PlanConfig) -> str:
+    """bf16 or fp32. GPUs whose TFLOP/s are given are taken to have bf16."""
+    return "fp32" if not plan.bf16 else "bf16" if plan.tflops else pick_precision("auto", default_device())
 
 
 def report(preset: dict[str, Any], plan: PlanConfig, name: str = "PRESET") -> list[str]:
@@ -148,7 +155,7 @@ def report(preset: dict[str, Any], plan: PlanConfig, name: str = "PRESET") -> li
     tokens = math.prod(token_grid(*latents[2:], patch))
     flops = METHODS[plan.method][2] * forward_flops(config, tokens, l)
     device = default_device()
-    precision = "fp32" if not plan.bf16 else "bf16" if plan.tflops else pick_precision("auto", device)  # given GPUs are taken to have bf16
+    precision = precision_of(plan)
     bf16 = precision == "bf16"
     tasks = preset.get("tasks", {"text": 1.0})
     references = stored_references(preset)
