@@ -231,7 +231,7 @@ def test_an_update_runs_on_the_device_and_waits_only_for_the_log(
             monkeypatch.setattr(module, "publish", lambda *_: None)
             monkeypatch.setattr(module, "matmul_ceiling", lambda *_: 1e12)
         monkeypatch.setattr(StopSignal, "seen", lambda *_: marks.append(len(device.waits)))
-        distill.main(arguments(teacher, tmp_path, *method, "steps=4", "log_every=2", "save_every=100", "batch=2", "watchdog=0"))
+        distill.main(arguments(teacher, tmp_path, *method, "steps=4", "log_every=2", "save_every=100", "batch=2"))
     waited = [device.waits[a:b] for a, b in pairwise(marks)]  # from the end of an update to that of the next
     assert [len(what) for what in waited] == [1, 0, 1], waited
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
