@@ -33,7 +33,7 @@ def save_tiny(folder: Path, capabilities: list[str]) -> None:
     torch.manual_seed(0)
     heads = {"num_attention_heads": 1, "attention_head_dim": 32, "freq_dim": 32, "ffn_dim": 32, "num_layers": 1}
     dit = KlingTransformer3DModel(
-        **heads, in_channels=4, out_channels=4, text_dim=32, num_kinds=5, camera_channels=24, camera_fold="pool", camera_downscale=1
+        **heads, in_channels=4, out_channels=4, text_dim=32, num_kinds=8, camera_channels=24, camera_fold="pool", camera_downscale=1
     )
     for parameter in dit.parameters():  # else the velocity is 0, whatever is given
         torch.nn.init.normal_(parameter, std=0.1)
