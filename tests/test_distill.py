@@ -15,6 +15,7 @@ import pretend
 import pytest
 import torch
 import workers
+from accelerate.state import AcceleratorState
 from kling_programs.train import distill, distill_dmd, encode, students
 from kling_programs.train.students import Guide
 from test_generate import save_tiny
@@ -224,6 +225,7 @@ def test_an_update_runs_on_the_device_and_waits_only_for_the_log(
     teacher: Path, tmp_path: Path, method: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As of a training, tests/test_device.py: one copy of the logged numbers every second update, and no other."""
+    AcceleratorState._reset_state(reset_partial_state=True)  # the cache of the teacher was made on the CPU
     monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", "cuda:0")
     marks: list[int] = []
     with pretend.device(monkeypatch) as device:
