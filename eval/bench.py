@@ -67,11 +67,14 @@ def main(argv: list[str] | None = None) -> None:
     from kling_programs.eval.benches.machine import ceilings, describe, pin
     from kling_programs.eval.benches.measure import Bench
 
+    from kling.runtime.precision import describe as describe_precision
+    from kling.runtime.precision import pick_precision
     from kling.sampling.machine import pick_device
 
     device = pick_device(args.device)
     cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
     core = pin(args.core, args.threads)
+    print(describe_precision(pick_precision("auto", device.type), device.type), file=sys.stderr, flush=True)
     torch.manual_seed(args.seed)
     report: dict[str, Any] = {"machine": describe(device, core, args.seed), "quick": args.quick, "ceilings": ceilings(device, args.quick)}
     print(json.dumps(report["machine"], ensure_ascii=False))

@@ -19,7 +19,7 @@ import math
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from kling_programs.eval.common import as_expected, protocol_hash, read_object, results, write_json, write_text
@@ -33,7 +33,11 @@ from kling.errors import UserError
 from kling.metrics.benchmarks import BOARDS, Job, board_scores, physics_iq, physics_iq_jobs, vbench_jobs
 from kling.metrics.worldscore import Instance, camera_data, image_data, worldscore, worldscore_aspects, worldscore_instances
 from kling.runtime.files import head, parse_json, parse_literal, read_text
+from kling.runtime.precision import describe
 from kling.runtime.random import derive_seed
+
+if TYPE_CHECKING:
+    from kling.sampling.pipeline import KlingPipeline
 
 OWN = "give the benchmark's own file"
 
@@ -83,14 +87,12 @@ def read_list(path: Path, name: str) -> list[Any]:
 
 def sample(args: argparse.Namespace, jobs: list[Job]) -> None:
     """Make the missing videos."""
-    from kling.sampling.pipeline import ASSETS, KlingPipeline
-
     pictures = {job.image for job in jobs if job.image}
     if pictures and not args.images:
         raise UserError(f"{args.name} starts from pictures: give --images, the folder that holds {sorted(pictures)[0]}")
     for name in sorted(pictures):
         head(Path(args.images) / name)
-    pipe = KlingPipeline.from_pretrained(args.model or ASSETS)
+    pipe = opened(args.model)
     for k, job in enumerate(jobs):
         path = Path(args.videos) / job.file
         if path.is_file():
@@ -99,6 +101,18 @@ def sample(args: argparse.Namespace, jobs: list[Job]) -> None:
         out = pipe(prompt=job.prompt, image=image, seed=derive_seed(0, args.name, k))
         write_video(path, out.frames[0], pipe.config.fps)
         print(f"{k + 1}/{len(jobs)} {job.file}", file=sys.stderr, flush=True)
+
+
+def opened(model: str | None) -> KlingPipeline:
+    """The model on this machine's device, in the precision that kling-sample would take; says which."""
+    from kling_programs.sample.generate import load_pipeline, precision_of
+
+    from kling.sampling.machine import pick_device
+
+    device = pick_device(None)
+    pipe = load_pipeline(model, None)[1].to(device)
+    print(describe(precision_of(pipe), device.type), file=sys.stderr, flush=True)
+    return pipe
 
 
 def check(args: argparse.Namespace, jobs: list[Job]) -> None:
@@ -114,15 +128,13 @@ def check(args: argparse.Namespace, jobs: list[Job]) -> None:
 
 def sample_worlds(args: argparse.Namespace, worlds: list[Instance]) -> None:
     """Make the missing folders. image_data.json is written last: a folder that contains it is complete."""
-    from kling.sampling.pipeline import ASSETS, KlingPipeline
-
     if any(world.still for world in worlds) and not args.still:
         raise UserError("still worlds need --still, the sentence that generate_prompt_from_list of WorldScore's utils.py ends prompts with")
     if not args.images:
         raise UserError("worldscore starts from pictures: give --images, the folder WorldScore-Dataset")
     for world in worlds:
         head(Path(args.images) / world.image)
-    pipe = KlingPipeline.from_pretrained(args.model or ASSETS)
+    pipe = opened(args.model)
     for k, world in enumerate(worlds):
         folder = Path(args.videos) / world.folder
         if (folder / "image_data.json").is_file():

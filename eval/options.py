@@ -63,7 +63,7 @@ def world(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--mode", metavar="MODE", help="of the requests: std, pro or fast; default: std")
     parser.add_argument("--workers", metavar="N", type=int, help="processes that share the cases and the processor (1)")
     parser.add_argument("--batch", metavar="N", type=int, help="cases that each process samples at once (8 on a GPU, else 1)")
-    parser.add_argument("--precision", metavar="NAME", help="auto, bf16 or fp32; a folder has one (auto: what is faster)")
+    parser.add_argument("--precision", metavar="NAME", help="auto (as kling-sample does), bf16 or fp32; a folder has one")
     parser.add_argument("--ray", metavar="ADDRESS", help="share the cases over this Ray cluster: auto, local or HOST:6379")
     names = ", ".join(TASKS)
     parser.add_argument("--tasks", metavar="A,B", help=f"only these: {names}; a first word names all that begin with it")

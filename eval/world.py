@@ -53,6 +53,7 @@ from kling_programs.eval.cases import (
     ORDERS,
     TABLE,
     TASKS,
+    WORST,
     Case,
     chosen,
     copied,
@@ -79,18 +80,19 @@ from kling.data.world.scene import COLOUR_RGB, Scene, World, render_scene
 from kling.data.world.storyboard import shot_ranges
 from kling.data.world.tracks import places_of
 from kling.errors import UserError
+from kling.hub.load import OURS, find_folder, read_index, sampling_dtype
 from kling.metrics.control import QUESTIONS
 from kling.metrics.controls import frozen, noise, shuffled, taken_over
 from kling.metrics.motion import magnitude
 from kling.metrics.pixel import flicker, psnr, seam, ssim
-from kling.metrics.report import Row, markdown, paired, portion, reached, summarise
+from kling.metrics.report import Row, Summary, markdown, paired, portion, reached, summarise
 from kling.metrics.ruler import Ruler
 from kling.metrics.segment import segment
 from kling.metrics.things import find_things
 from kling.metrics.world import labels, world_ruler
 from kling.runtime.cluster import connect, shared
 from kling.runtime.files import written
-from kling.runtime.precision import default_device, describe, pick_precision
+from kling.runtime.precision import default_device, describe
 from kling.runtime.random import derive_seed
 from kling.sampling.brush import Track
 from kling.sampling.record import model_hashes
@@ -107,7 +109,7 @@ def main(argv: list[str]) -> None:
     args = parse(argv)
     from kling.sampling.pipeline import ASSETS
 
-    folder = Path(args.model) if args.model else ASSETS
+    folder = find_folder(args.model) if args.model else ASSETS
     names = ("n", "steps", "mode", "seed", "workers", "batch", "limit_minutes")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     tasks = chosen(args.tasks) if args.tasks else ()
@@ -119,7 +121,7 @@ def main(argv: list[str]) -> None:
 
 
 def scored(args: argparse.Namespace, argv: list[str], folder: Path, tasks: tuple[str, ...], given: dict[str, Any]) -> None:
-    precision = pick_precision(args.precision or "auto")
+    precision = precision_for(args.precision or "auto", folder)
     given = {"batch": BATCH if default_device() == "cuda" else 1} | given
     options = Options(args.out, tasks=tasks, bf16=precision == "bf16", **((QUICK if args.quick else {}) | given))
     print(describe(precision), file=sys.stderr, flush=True)
@@ -132,10 +134,18 @@ def scored(args: argparse.Namespace, argv: list[str], folder: Path, tasks: tuple
         check_order(ORDERS, report["columns"])
 
 
+def precision_for(name: str, folder: Path) -> str:
+    """bf16 or fp32, as named; with `auto` that in which kling-sample makes clips with the model: a score is of what users get."""
+    if name != "auto":
+        return name
+    published = read_index(folder).get("_class_name") != OURS
+    return "bf16" if published or sampling_dtype(folder, default_device()) else "fp32"
+
+
 def load(folder: Path, options: Options) -> Any:
     from kling.sampling.pipeline import KlingPipeline
 
-    return KlingPipeline.from_pretrained(folder, torch.bfloat16 if options.bf16 else None).to(default_device())
+    return KlingPipeline.from_pretrained(folder, torch.bfloat16 if options.bf16 else torch.float32).to(default_device())
 
 
 def evaluate(pipe: Any, options: Options, model: dict[str, Any], folder: Path | None = None) -> dict[str, Any]:
@@ -443,7 +453,7 @@ def measure(ruler: Ruler, case: Case, video: Tensor, truth: Tensor) -> Row:
         return row | ruler.permanence(video, len(scene.things), leaves=bool(scene.axes))
     row = ruler.words(video, labels(scene)) | ruler.permanence(video, 1)
     if family == "text":
-        row |= {"flicker": float(flicker(batch(video))), "magnitude": magnitude(video)}
+        row |= {"flicker": float(flicker(batch(video))), "magnitude": magnitude(video), f"motion/{labels(scene)['motion']}": row["motion"]}
     if family == "reference":
         row["pasted"] = ruler.words(video, labels(scene) | {"ground": pictures_of(scene, case.k)[0].ground})["ground"]
     if family == "plain":
@@ -482,7 +492,7 @@ def report(options: Options, model: dict[str, Any], records: list[Record], left_
     """All measurements as plain values; writes scores.md. records: by ascending k."""
     measured, seconds, n = by_answer(records), [x for record in records for x in record["seconds"]], len(records)
     own, vae = measured["model"], measured["truth through the VAE"]
-    scores = {task: summarise(rows) for task, rows in own.items()}
+    scores = {task: summed(rows) for task, rows in own.items()}
     if "text-en" in own and "text-zh" in own:
         scores["zh - en"] = paired(own["text-en"], own["text-zh"])
     if "shots" in own and "shots-alone" in own:
@@ -491,7 +501,7 @@ def report(options: Options, model: dict[str, Any], records: list[Record], left_
         scores["brush / brush-none"] = portion(own["brush-none"], own["brush"], "other")
     for task in [task for task in own if task in TASKS and TASKS[task].ceiling]:
         scores[f"{task} below VAE"] = paired(own[task], vae[task])
-    columns = {name: {task: summarise(rows) for task, rows in by_task.items()} for name, by_task in measured.items() if name != "model"}
+    columns = {name: {task: summed(rows) for task, rows in by_task.items()} for name, by_task in measured.items() if name != "model"}
     for by_task in columns.values():
         by_task["text-zh"] = by_task.get("text-en", {})
     table = markdown(TABLE, scores, columns)
@@ -526,6 +536,13 @@ def report(options: Options, model: dict[str, Any], records: list[Record], left_
         "rows": measured,
         "table": table,
     }
+
+
+def summed(rows: Sequence[Row]) -> Summary:
+    """The means of rows, and of the measures motion/<class> the lowest, whose class has the fewest right."""
+    found = summarise(rows)
+    classes = [score for name, score in found.items() if name.startswith("motion/") and score["n"]]
+    return found | ({WORST: min(classes, key=lambda score: score["value"])} if classes else {})
 
 
 def by_answer(records: list[Record]) -> Measured:

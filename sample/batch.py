@@ -57,6 +57,7 @@ def many(args: argparse.Namespace) -> None:
     import torch
 
     from kling.data.video import frame_rate
+    from kling.runtime.precision import describe
     from kling.sampling import record as records
     from kling.sampling.machine import Machine, pick_device, set_up
 
@@ -64,6 +65,8 @@ def many(args: argparse.Namespace) -> None:
         args.device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     device = pick_device(args.device)
     model_folder, pipe = generate.load_pipeline(args.model, args.device, generate.loading(args, [line.request for line in mine]))
+    if not rank:
+        print(describe(generate.precision_of(pipe), device.type), file=sys.stderr, flush=True)
     generate.check_fast([line.request for line in mine], args)
     plans = [planned(pipe, line, args.prompts) for line in mine]  # every mistake is told before anything is made
     if not rank and (unknown_words := generate.unknown_to_the_model(pipe, [line.request for line in todo])):

@@ -52,10 +52,12 @@ def main(argv: list[str] | None = None) -> None:
 def measure_bf16(folder: Path) -> None:
     """Allow sampling a model folder of ours in bf16 if that gives the same clips, else forbid it."""
     from kling.hub.load import OURS, read_index
+    from kling.runtime.precision import describe
     from kling.sampling.agreement import MIN_DB, agreement, psnr, write_sampling_dtype
 
     if read_index(folder).get("_class_name") != OURS:
         raise UserError(f"{folder} holds published weights, which run in bf16 anyway: give a folder of kling-train")
+    print(describe("fp32 and bf16", "cpu"), file=sys.stderr, flush=True)
     errors: list[float] = []
     for error in agreement(folder):
         errors.append(error)

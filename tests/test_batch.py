@@ -35,8 +35,8 @@ def results(folder: Path) -> dict[int, dict]:
 
 def test_every_line_is_made_once_and_as_alone(run, tmp_path: Path) -> None:  # noqa: F811
     file = write(tmp_path / "many.jsonl", [LINES[0], "", *LINES[1:]])
-    code, said, _ = run("--prompts", file, *QUICK)
-    assert code == 0 and said[0].endswith("4 requests, 0 made already")
+    code, said, error = run("--prompts", file, *QUICK)
+    assert code == 0 and said[0].endswith("4 requests, 0 made already") and "precision fp32 (" in error
     made = results(tmp_path / "made")
     assert [made[i]["seed"] for i in (0, 2, 3, 4)] == [0, 7, 3, 4] and made[2]["output"] == "made/second.mp4"
     assert probe(made[4]["output"]).count(8) == 9 and probe(made[0]["output"]).count(8) == 5

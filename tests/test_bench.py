@@ -175,4 +175,5 @@ def test_a_suite_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     report = json.loads((tmp_path / "b.json").read_text())
     assert [row["suite"] for row in report["rows"]] == ["dit"] * 3 and report["machine"]["versions"]["torch"]
     assert (tmp_path / "b.png").read_bytes()[:4] == b"\x89PNG"
-    assert "ratio" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "ratio" in said.out and said.err.startswith("precision ") and " GFLOP/s)" in said.err.splitlines()[0]

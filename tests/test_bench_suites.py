@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
+import pretend
 import pytest
 import torch
-from kling_programs.eval.benches import dit, sampler, serve, video
+from kling_programs.eval.benches import dit, sampler, serve, train, video
 from kling_programs.eval.benches.measure import Bench
 from kling_programs.eval.benches.plot import plot
+
+from kling import Request
 
 CPU = torch.device("cpu")
 TINY = dit.Size("tiny", 2, 16, 2, 48)
@@ -49,6 +54,45 @@ def test_bf16_keeps_what_models_keep_in_fp32() -> None:
 def test_both_sampling_loops_compute_the_same(solver: str, bench: Bench) -> None:
     *_, row = sampler.overhead(bench, "tiny", (2, 3, 4, 4), solver)
     assert row["error"] < 1e-6 and row["peer error"] < 1e-6 and row["ours ms a step"] > 0
+
+
+def test_step_caches_are_compared_with_a_full_run_on_the_same_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    placed, frames = [], np.zeros((1, 5, 16, 16, 3), np.uint8)
+
+    class Pipe:
+        def to(self, device: torch.device) -> Pipe:
+            placed.append(device)
+            return self
+
+        def setting(self, name: str) -> int:
+            return 20
+
+        def __call__(self, request: Request) -> SimpleNamespace:
+            return SimpleNamespace(frames=frames)
+
+    monkeypatch.setattr(sampler.KlingPipeline, "from_pretrained", Pipe)
+    monkeypatch.setattr(sampler, "set_up", lambda pipe, machine, device, steps: pipe.to(device))
+    bench = Bench(torch.device("cuda"), quick=True)
+    bench.compare = lambda *_, **__: {}
+    rows = list(sampler.caches(bench))
+    assert rows and placed == [bench.device] * (1 + len(rows))
+
+
+def test_checkpointing_is_measured_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(train, "MODEL", {"num_attention_heads": 1, "attention_head_dim": 16, "num_layers": 1, "ffn_dim": 32})
+    monkeypatch.setattr(train, "peak", lambda target, arguments, device="cpu": asked.append((arguments["device"], device)) or 2.0)
+    monkeypatch.setattr(train, "checkpointed", lambda what, tokens, device: asked.append(device) or [lambda: None] * 2)
+    with pretend.device(monkeypatch):
+        list(train.checkpointing(Bench(pretend.CUDA, quick=True)))
+    assert asked == ["cuda"] * 3 + [("cuda", "cuda")] * 3
+
+
+def test_a_step_of_its_own_process_runs_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "MODEL", {"num_attention_heads": 1, "attention_head_dim": 16, "num_layers": 1, "ffn_dim": 32})
+    with pretend.device(monkeypatch):
+        warm_up, _ = train.checkpointed("none", 256, "cuda:0")
+        warm_up()  # raises if a tensor stayed on the CPU
 
 
 def test_clips_of_all_readers_are_the_same_frames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import json
 import threading
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from kling.data.video import probe, write_gif, write_video
 from kling.errors import UserError
 from kling.metrics.benchmarks import BOARDS, VIEWS, Job, board_scores, physics_iq, physics_iq_jobs, vbench_jobs
 from kling.metrics.worldscore import camera_data, worldscore, worldscore_instances
+from kling.runtime.precision import Speeds
 from kling.sampling.pipeline import KlingPipeline
 
 # ------------------------------------------------------------------------------------------------------------------- weighting
@@ -251,6 +253,41 @@ def test_worldscore_moves_are_chained() -> None:
         assert torch.allclose(pose, keys[i + 1], atol=1e-9)
 
 
+CARD = torch.device("cuda", 0)
+
+
+def stand_in(answer: Any, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """`answer` is the shipped model on a machine with a GPU. Returns what is asked of it: a precision, then a device."""
+    asked: list[Any] = []
+
+    def opened(folder: Path, torch_dtype: torch.dtype | None = None) -> Any:
+        asked.append(torch_dtype)
+        answer.transformer = SimpleNamespace(dtype=torch_dtype)
+        return answer
+
+    answer.config = SimpleNamespace(fps=8)
+    answer.to = lambda device: asked.append(device) or answer
+    monkeypatch.setattr(KlingPipeline, "from_pretrained", opened)
+    monkeypatch.setattr("kling.sampling.machine.pick_device", lambda name: CARD)
+    monkeypatch.setattr("kling.hub.load.bf16_is_fast", lambda device_type: device_type == "cuda")
+    monkeypatch.setattr("kling.runtime.precision.speeds", lambda device_type: Speeds(1e12, 9e12))
+    return asked
+
+
+def test_videos_of_a_benchmark_are_made_on_the_gpu_in_the_precision_of_kling_sample(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def answer(prompt: str, image: object, seed: int) -> SimpleNamespace:
+        return SimpleNamespace(frames=torch.zeros(1, 5, 16, 16, 3, dtype=torch.uint8).numpy())
+
+    placed = stand_in(answer, monkeypatch)
+    (tmp_path / "info.json").write_text(json.dumps([{"prompt_en": "a cat", "dimension": ["subject_consistency"]}]))
+    main(["benchmark", "sample", "vbench", "--info", str(tmp_path / "info.json"), "--videos", str(tmp_path / "videos")])
+    said = capsys.readouterr()
+    assert placed == [torch.bfloat16, CARD] and said.err.startswith("precision bf16 (9000 against 1000 GFLOP/s)")
+    assert "vbench: all 5 videos are there" in said.out
+
+
 def test_worldscore_folders_have_the_layout_of_its_evaluator(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -277,8 +314,7 @@ def test_worldscore_folders_have_the_layout_of_its_evaluator(
         first = fit(torch.as_tensor(image), 16, 16)
         return SimpleNamespace(frames=torch.stack([first + t for t in range(5)])[None].numpy())
 
-    answer.config = SimpleNamespace(fps=8)
-    monkeypatch.setattr(KlingPipeline, "from_pretrained", lambda folder: answer)
+    placed = stand_in(answer, monkeypatch)
     out = tmp_path / "worldscore_output"
     command = ["benchmark", "sample", "worldscore", "--info", str(tmp_path / "set/list.json"), "--videos", str(out)]
     with pytest.raises(SystemExit):
@@ -286,7 +322,9 @@ def test_worldscore_folders_have_the_layout_of_its_evaluator(
     assert "still worlds need --still" in capsys.readouterr().err
     command += ["--images", str(tmp_path / "set"), "--still", "Nothing moves."]
     main(command)
-    assert "all 2 worlds are there, 5 or 9 frames each" in capsys.readouterr().out and len({seed for _, seed in asked}) == 3
+    said = capsys.readouterr()
+    assert "all 2 worlds are there, 5 or 9 frames each" in said.out and len({seed for _, seed in asked}) == 3
+    assert placed == [torch.bfloat16, CARD] and said.err.startswith("precision bf16 (")
 
     folder = out / "static/stylized/indoor/rooms/007"
     frames = [int(read_image(folder / "frames" / f"{t:03d}.png")[0, 0, 0]) for t in range(9)]

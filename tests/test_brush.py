@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from kling import KlingPipeline, Request, Track
+from kling import KlingFlowScheduler, KlingPipeline, Request, Track
 from kling.condition.tracks import codes
+from kling.config import load_config
 from kling.data.image import write_png
 from kling.data.transforms import fit
 from kling.errors import UserError
@@ -18,7 +19,9 @@ from kling.flow.solvers import KlingFlowScheduler
 from kling.sampling.brush import as_tracks, parse_brush, read_strokes, read_tracks, stroke_tracks
 from kling.sampling.brush_http import tracks_from_wire, tracks_to_wire
 from kling.sampling.inputs import Inputs
+from kling.sampling.pipeline import ASSETS
 from kling.sampling.plan import hop_tracks, plan_tracks
+from kling.training.start import Start
 from tests.test_pipeline import movie, picture, tiny_pipeline
 
 H, W = 64, 112
@@ -264,3 +267,15 @@ def test_what_kling_s_wire_cannot_carry_is_refused() -> None:
     ):
         with pytest.raises(UserError, match=refused):
             tracks_to_wire(tracks, 90)
+
+
+@pytest.mark.parametrize("preset", ["world-brush", "world-controls"])
+def test_a_model_that_gains_the_brush_gets_the_shipped_guidance(preset: str) -> None:
+    """As from weights without it, such as those of kling-train-all, whose scheduler has 1."""
+    from kling_programs.train.train_dit import TrainDiTConfig
+
+    cfg = load_config(TrainDiTConfig, f"dit/{preset}.yaml")
+    shipped = json.loads((ASSETS / "scheduler" / "scheduler_config.json").read_text())
+    scheduler = Start(ASSETS, {"scheduler": KlingFlowScheduler(shift=5.0)}, "").scheduler(cfg.scheduler)
+    assert scheduler.config.brush_guidance_scale == shipped["brush_guidance_scale"] == 4
+    assert scheduler.config.guidance_scale == shipped["guidance_scale"], "what the base preset sets is kept"

@@ -32,6 +32,7 @@ ROOT = Path(__file__).parents[1]
 train_dit = workers.train_dit
 HOLE = np.zeros((H, W), np.float32)
 HOLE[16:48, 32:80] = 1
+BRUSH = [{"mask": HOLE.astype(np.uint8), "points": [(40.0, 30.0), (60.0, 40.0)]}]
 WAN_UNIPC = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
 TINY = {
     "num_attention_heads": 1, "attention_head_dim": 16, "out_channels": 4, "text_dim": 32, "freq_dim": 16, "ffn_dim": 32, "num_layers": 1,
@@ -48,6 +49,16 @@ def extra_channels(pipe: KlingPipeline) -> None:
     torch.manual_seed(2)
     pipe.register_modules(transformer=KlingTransformer3DModel(in_channels=4 + 4 + 4, **TINY))
     pipe.groups = ("mask", "clean")
+
+
+def few_steps(pipe: KlingPipeline) -> None:
+    """A flow map beside the transformer, for mode fast."""
+    torch.manual_seed(3)
+    config = {key: value for key, value in pipe.transformer.config.items() if not key.startswith("_")}
+    fast = KlingTransformer3DModel(**config | {"gate_value": 0.25})
+    for p in fast.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    pipe.register_modules(transformer_fast=fast)
 
 
 def changed(**scheduler: Any) -> Any:
@@ -68,6 +79,8 @@ MODES: dict[str, tuple[dict[str, Any], Any]] = {
     "restyle": ({"video": movie(5), "strength": 0.5}, None),
     "camera": ({"camera": "pan=5,zoom=2", "camera_guidance_scale": 2.0}, None),
     "camera at a keyframe": ({"camera": "dolly=3", "last_image": picture()}, None),
+    "motion brush": ({"image": picture(), "tracks": BRUSH, "brush_guidance_scale": 2.0}, None),
+    "motion brush and camera": ({"tracks": BRUSH, "camera": "pan=5", "camera_guidance_scale": 2.0}, None),
     "references": ({"references": [picture(), picture(1)], "image": picture(2)}, None),
     "shots": ({"num_frames": None, "shots": [("a ball", 0.5, "pan=5"), ("a cube", 0.6)]}, None),
     "noise on what is given": ({"image": picture(), "sigma_c": 0.1}, None),
@@ -76,6 +89,8 @@ MODES: dict[str, tuple[dict[str, Any], Any]] = {
     "guidance now and then": ({"guidance_every": 2, "guidance_interval": (0.1, 0.9)}, None),
     "guidance away from what is given": ({"image": picture(), "guidance_reach": 2.0}, None),
     "second order": ({"mode": "pro"}, None),
+    "few steps": ({"mode": "fast", "num_inference_steps": None, "guidance_scale": None, "camera": "pan=5"}, few_steps),
+    "few steps from a picture": ({"mode": "fast", "num_inference_steps": 2, "guidance_scale": None, "image": picture()}, few_steps),
     "fresh noise": ({"image": picture()}, changed(solver="renoise")),
     "UniPC": ({"image": picture()}, lambda pipe: pipe.register_modules(scheduler=UniPCMultistepScheduler(**WAN_UNIPC))),
     "UniPC, soft": (
@@ -90,7 +105,7 @@ MODES: dict[str, tuple[dict[str, Any], Any]] = {
 
 ABLE = [
     "text", "image", "last", "first_last", "keyframes", "continuation", "inpaint", "restyle", "camera", "text_to_image",
-    "diffusion_forcing", "reference", "shots",
+    "diffusion_forcing", "reference", "shots", "brush",
 ]  # fmt: skip
 
 
@@ -132,9 +147,8 @@ def test_requests_are_sampled_together_on_the_device_and_no_step_waits(monkeypat
     """What a scoring on a GPU does: words, a first picture, cameras, tracks, references and shots, in batches of one shape."""
     pipe = tiny_pipeline(capabilities=["text", "image", "camera", "brush", "reference", "shots"])
     settings = {"num_frames": 5, "num_inference_steps": 3, "guidance_scale": 2.0}
-    hand = [{"mask": HOLE.astype(np.uint8), "points": [(40.0, 30.0), (60.0, 40.0)]}]
     story = {"num_frames": None, "shots": [("a ball", 0.5, "pan=5"), ("a cube", 0.6)]}
-    kinds = [{}, {"camera": "pan=5"}, {"image": picture(), "tracks": hand}, {"references": [picture()]}, story]
+    kinds = [{}, {"camera": "pan=5"}, {"image": picture(), "tracks": BRUSH}, {"references": [picture()]}, story]
     words = ["a ball", "a cube"]
     asked = [Request("" if "shots" in kind else word, **settings | kind, seed=3) for kind in kinds for word in words]
     want, marks = pipe.together(asked), []

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
+import pretend
 import pytest
 import tiny_wan
 import torch
 import workers
+from accelerate.state import AcceleratorState
 from kling_programs.train import distill, distill_dmd, encode, students
 from kling_programs.train.students import Guide
 from test_generate import save_tiny
@@ -35,6 +39,7 @@ from kling.flow.losses import flow_loss
 from kling.flow.matching import matching_target
 from kling.flow.solvers import KlingFlowScheduler
 from kling.hub.load import dtype_of
+from kling.runtime.accelerator import StopSignal
 from kling.runtime.random import generator, noise_like
 from kling.sampling.brush import Track
 from kling.sampling.pipeline import load_vae
@@ -256,6 +261,32 @@ def test_two_processes_are_one_with_twice_the_micro_steps(
         assert values[:3] == pytest.approx(values[3:], rel=close)
     gate = None if "method=dmd" in method else 0.25
     assert KlingPipeline.from_pretrained(tmp_path / "two" / "export").transformer.config.gate_value == gate
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(("guidance_scale=3", "camera_guidance_scale=2"), id="flow_map"),
+        pytest.param(("method=dmd", "dmd.critic_updates=1"), id="dmd", marks=pytest.mark.slow),
+    ],
+)
+def test_an_update_runs_on_the_device_and_waits_only_for_the_log(
+    teacher: Path, tmp_path: Path, method: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a training, tests/test_device.py: one copy of the logged numbers every second update, and no other."""
+    AcceleratorState._reset_state(reset_partial_state=True)  # the cache of the teacher was made on the CPU
+    monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", "cuda:0")
+    marks: list[int] = []
+    with pretend.device(monkeypatch) as device:
+        for module in (distill, distill_dmd):
+            monkeypatch.setattr(module, "publish", lambda *_: None)
+            monkeypatch.setattr(module, "matmul_ceiling", lambda *_: 1e12)
+        monkeypatch.setattr(StopSignal, "seen", lambda *_: marks.append(len(device.waits)))
+        distill.main(arguments(teacher, tmp_path, *method, "steps=4", "log_every=2", "save_every=100", "batch=2"))
+    waited = [device.waits[a:b] for a, b in pairwise(marks)]  # from the end of an update to that of the next
+    assert [len(what) for what in waited] == [1, 0, 1], waited
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 4 and all(math.isfinite(value) for line in lines for key, value in line.items() if key.endswith("loss"))
 
 
 def weights(folder: Path, part: str = "transformer") -> bytes:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -177,6 +178,38 @@ def test_compiled_blocks_need_few_graphs_of_real_numbers_for_any_shape() -> None
     assert len(backend.graphs) <= 4
     values = [node.meta.get("example_value") for graph in backend.graphs for node in graph.graph.nodes]
     assert not any(value.is_complex() for value in values if isinstance(value, Tensor))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_compiled_blocks_need_few_graphs_for_the_batches_of_the_small_world() -> None:
+    """Lengths and aspects, appended frames, cameras, tracks and storyboards, in every mixture. Of these a block sees the shots alone."""
+    torch._dynamo.reset()
+    config = SMALL | {"num_layers": 1, "num_kinds": 8, "camera_channels": 24, "track_channels": 5}
+    torch.manual_seed(0)
+    plain, compiled, backend = KlingTransformer3DModel(**config), KlingTransformer3DModel(**config), Counted()
+    for parameter in plain.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    compiled.load_state_dict(plain.state_dict())
+    compiled.compile_repeated_blocks(dynamic=True, backend=backend)
+    mixtures = list(product((0, 2), (0, 3), (False, True)))  # appended frames, shots, a camera and tracks
+    for k, (added, cuts, moved) in enumerate(mixtures):
+        for b, frames, h, w in ((1, 1, 4, 7), (3, 5, 7, 4), (2, 11, 5, 5))[k % 2 :]:
+            if cuts > frames:
+                continue
+            whole, text = frames + added, torch.randn(b * max(1, cuts), 5, 12)
+            places = torch.cat([torch.arange(float(frames)), torch.full((added,), 1.25)]).expand(b, whole)
+            kinds = torch.tensor([0] * frames + [1] * added).expand(b, whole)
+            given = {"positions": places, "kinds": kinds}
+            given |= {"shots": (torch.arange(whole).clamp(max=frames - 1) * cuts // frames).expand(b, whole)} if cuts else {}
+            if moved:
+                given |= {"camera": torch.randn(b, 24, whole, 16 * h, 16 * w), "tracks": torch.randn(b, 5, whole, 2 * h, 2 * w)}
+            x = torch.randn(b, 4, whole, 2 * h, 2 * w)
+            for level in (torch.rand(b), torch.rand(b, whole)):
+                expected, found = (model(x, level, text, **given).sample for model in (plain, compiled))
+                torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    print(f"graphs of {len(mixtures)} mixtures: {len(backend.graphs)}")
+    assert len(backend.graphs) <= 8
 
 
 @pytest.mark.slow

@@ -189,6 +189,68 @@ def test_cases_in_batches_have_the_scores_of_cases_one_by_one(tmp_path: Path) ->
     assert again["scores"] == want["scores"] and len(pipe.batches) == 2, "another limit, the same run, from its clips"
 
 
+@pytest.mark.parametrize(
+    ("index", "fast", "asked", "bf16"),
+    [
+        ({"_class_name": "KlingPipeline", "sampling_dtype": "bf16"}, True, [], True),
+        ({"_class_name": "KlingPipeline", "sampling_dtype": "bf16"}, False, [], False),
+        ({"_class_name": "KlingPipeline"}, True, [], False),
+        ({"_class_name": "KlingPipeline"}, True, ["--precision", "auto"], False),
+        ({"_class_name": "KlingPipeline"}, True, ["--precision", "bf16"], True),
+        ({"_class_name": "KlingPipeline", "sampling_dtype": "bf16"}, True, ["--precision", "fp32"], False),
+        ({"_class_name": "WanPipeline"}, False, [], True),
+    ],
+)
+def test_a_model_is_scored_in_the_precision_in_which_it_is_sampled(
+    index: dict[str, str], fast: bool, asked: list[str], bf16: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    monkeypatch.setattr("kling.hub.load.bf16_is_fast", lambda device_type: fast)
+    monkeypatch.setattr(program, "describe", lambda precision: f"precision {precision}")
+    monkeypatch.setattr(program, "model_hashes", lambda folder: {})
+    opened = []
+
+    def load(folder: Path, torch_dtype: torch.dtype | None = None) -> Any:
+        opened.append(torch_dtype)
+        return SimpleNamespace(to=lambda device: None)
+
+    def evaluate(pipe: Any, options: Options, *_: Any) -> None:
+        opened.append(options.bf16)
+        raise SystemExit
+
+    monkeypatch.setattr("kling.sampling.pipeline.KlingPipeline.from_pretrained", load)
+    monkeypatch.setattr(program, "evaluate", evaluate)
+    with pytest.raises(SystemExit):
+        program.main(["--model", str(tmp_path), "--out", str(tmp_path / "out"), *asked])
+    assert opened == [torch.bfloat16 if bf16 else torch.float32, bf16]
+
+
+def test_the_worst_of_the_motions_is_a_line_of_its_own() -> None:
+    """Two motions, of which one is right in 3 of 4 clips and the other in 1 of 2."""
+
+    class Half:
+        right = iter([True, True, False, True, True, False])
+
+        def words(self, video: Tensor, labels: dict[str, str]) -> dict[str, bool]:
+            return {"motion": next(self.right)}
+
+        def permanence(self, video: Tensor, count: int) -> dict[str, bool]:
+            return {}
+
+    world = held_out(0, 17, max_things=1)
+    made = [TASKS["text-en"].make(world, k) for k in range(20)]
+    kinds = [case.scene.things[0].motion for case in made]
+    twice = [kind for kind in dict.fromkeys(kinds) if kinds.count(kind) >= 2][:2]
+    chosen_ones = [made[kinds.index(twice[0])]] * 4 + [made[kinds.index(twice[1])]] * 2
+    video = torch.zeros(3, 16, 16, 3, dtype=torch.uint8)
+    rows = [program.measure(Half(), case, video, video) for case in chosen_ones]
+    found = program.summed(rows)
+    assert found["motion"]["value"] == pytest.approx(4 / 6) and found[f"motion/{twice[0]}"]["value"] == 0.75
+    assert found["worst motion"] == found[f"motion/{twice[1]}"] and (found["worst motion"]["value"], found["worst motion"]["n"]) == (0.5, 2)
+    (line,) = [x for x in cases.TABLE if (x.task, x.measure) == ("text-en", "worst motion")]
+    assert line.reached(found["worst motion"]) is False and line.reached(found["motion"] | {"value": 0.86}) is True
+
+
 @pytest.mark.parametrize(("n", "workers", "batch"), [(256, 14, 8), (5, 14, 8), (64, 2, 1), (33, 2, 8), (0, 2, 8), (7, 1, 3)])
 def test_jobs_hold_every_case_once_and_spread_the_dear_first_ones(n: int, workers: int, batch: int) -> None:
     jobs = program.shares(list(range(100, 100 + n)), Options("", workers=workers, batch=batch))

@@ -123,7 +123,7 @@ class Ran(NamedTuple):
 
 
 def ran(home: Path, *words: str, **speed: Any) -> Ran:
-    (home / "bin").mkdir()
+    (home / "bin").mkdir(exist_ok=True)
     for name, text in TOOLS.items():
         (home / "bin" / name).write_text(text)
         (home / "bin" / name).chmod(0o755)
@@ -188,3 +188,12 @@ def test_without_a_compiler_it_trains_uncompiled(tmp_path: Path) -> None:
     found = ran(tmp_path, "4", compile=None)
     assert found.seconds <= 490 and found.stages["pace"] == 1 and found.stages["train"] == found.stages["scores"] == 0
     assert ["compile=false" in command for command in found.made("train_dit")] == [False, True, True]
+
+
+def test_more_makes_what_is_left_and_the_bench(tmp_path: Path) -> None:
+    first = ran(tmp_path, "4")
+    assert first.stages["train"] == 0 and not first.made("bench"), "the whole run leaves its time to the training"
+    more = ran(tmp_path, "--more")
+    assert more.seconds <= 155 and more.stages["bench"] == 0 and len(more.commands) == len(first.commands) + 1, "nothing is made twice"
+    (bench,) = more.made("bench")
+    assert bench[bench.index("kling_programs.eval.bench") + 1 :][:4] == ["dit", "train", "--device", "cuda"] and "--quick" in bench

@@ -162,7 +162,8 @@ def test_validation_and_samples_leave_training_bit_equal(words: list[str], tmp_p
     assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
     losses = [line for line in metrics(tmp_path / "watched") if "validation/loss" in line]
     assert [line["step"] for line in losses] == [1, 2, 3, 4] and len([key for key in losses[0] if key.startswith("validation/sigma")]) == 2
-    line = metrics(tmp_path / "plain")[-1]
+    *_, line = lines = metrics(tmp_path / "plain")
+    assert line["tokens"] == round(sum(line["tokens/s"] * line["time/step"] for line in lines)) > 0
     assert {"time/data", "time/forward", "time/backward", "time/optimizer", "tokens/s", "mfu", "memory/peak_gib", "skipped"} <= line.keys()
 
 

@@ -51,6 +51,12 @@ def test_every_key_has_a_line(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
+def test_no_precision_is_offered_that_is_refused(name: str) -> None:
+    """Of fp16: its loss scaler is not supported."""
+    assert not [key.name for key in keys(name) if key.name.endswith("mixed_precision") and "fp16" in key.text]
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
 def test_help_needs_no_torch_and_names_every_preset(name: str) -> None:
     words = f"import sys; from kling_programs.train import command; command.run('{name}', ['--help']); print('torch' in sys.modules)"
     said = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True, check=True, timeout=60).stdout

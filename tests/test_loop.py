@@ -15,10 +15,12 @@ from kling.config import to_dict
 from kling.errors import UserError
 from kling.runtime.accelerator import StopSignal
 from kling.runtime.checkpoint import load_latest
+from kling.runtime.log import Later
 from kling.runtime.saver import Saver
 from kling.training.ema import EMA
 from kling.training.health import Guard
 from kling.training.loop import Loop
+from kling.training.meter import Meter
 from kling.training.optim import adamw, set_lr
 from kling.training.run_state import run_tensors
 
@@ -72,15 +74,17 @@ def program(bad: range = range(0), fault: int = -1, every: int = 3, **settings: 
     with Loop(cfg) as loop:
         (model, optimizer), (other, other_optimizer) = made(), made(1)
         model, optimizer, other, other_optimizer = loop.accelerator.prepare(model, optimizer, other, other_optimizer)
-        ema, guard = EMA(model, 0.9), Guard()
+        ema, guard, meter = EMA(model, 0.9), Guard(), Meter(torch.device("cpu"), 1.0)
         loop.resume(model, optimizer, ema, other_=(other, other_optimizer))
-        for place, x in loop.batches(Rows(), guard):
+        for place, x in loop.batches(Rows(), guard, meter):
             told.places.append(place)
             if place == fault:
                 raise RuntimeError("of the program")
             with loop.accelerator.accumulate(model, other):
                 loss = sum((net(x) - x).square().mean() for net in (model, other)) * (math.nan if place in bad else 1.0)
                 loop.accelerator.backward(loss)
+            meter.lap("forward")
+            meter.add(torch.tensor([0.5]), loss.detach().view(1), tokens_at(place), 1.0)
             if not loop.accelerator.sync_gradients:
                 continue
             told.rates.append(loop.lr(cfg.lr))
@@ -90,12 +94,18 @@ def program(bad: range = range(0), fault: int = -1, every: int = 3, **settings: 
                 optimizer.step(), other_optimizer.step()
                 ema.update(model, loop.done)
             optimizer.zero_grad(), other_optimizer.zero_grad()
-            loop.update({"loss": loss.detach()}, clips=3)
+            numbers, speed = meter.sums(loop.accelerator).flatten(), meter.close()
+            loop.update(Later(numbers, lambda found, speed=speed: {"loss": found[2], **speed(found[-1])}), clips=3)
             if loop.due(every):
                 told.due.append(loop.done)
                 loop.log({"eval/loss": 1.0})
         loop.finish(Path(cfg.out) / "export")
     return told
+
+
+def tokens_at(place: int) -> int:
+    """The tokens of a batch."""
+    return 10 + place
 
 
 def lines(run: Path) -> list[dict]:
@@ -127,8 +137,8 @@ def test_a_run_that_is_stopped_is_the_run(tmp_path: Path, monkeypatch: pytest.Mo
     rest = program(out=str(tmp_path / "parts"), gradient_accumulation=2)
     assert parts == [3, 4] and rest.places == list(range(8, 16)) and rest.rates == whole.rates[4:]
     assert_same(tmp_path / "whole", tmp_path / "parts")
-    losses = [[line["loss"] for line in lines(tmp_path / name) if "loss" in line] for name in ("whole", "parts")]
-    assert losses[0] == losses[1] and len(losses[0]) == 8
+    told = [[(line["loss"], line["tokens"]) for line in lines(tmp_path / name) if "loss" in line] for name in ("whole", "parts")]
+    assert told[0] == told[1] and [tokens for _, tokens in told[0]] == [sum(map(tokens_at, range(2 * i))) for i in range(1, 9)]
     assert {key.split("/")[0] for key in weights(tmp_path / "parts")} == {"model", "optimizer", "ema", "other_model", "other_optimizer"}
 
 
@@ -138,6 +148,8 @@ def test_what_is_unsound_is_gone_with_its_places(tmp_path: Path, capsys: pytest.
     assert told.places == list(range(13)) and told.due == [7, 8], "update 7 was the fifth of them at first"
     assert [line["step"] for line in lines(tmp_path / "run") if "loss" in line] == list(range(1, 9))
     assert load_latest(tmp_path / "run").meta["places"] == 13
+    told = [line["tokens"] for line in lines(tmp_path / "run") if "tokens" in line]
+    assert told[-1] == sum(map(tokens_at, [0, 1, *range(7, 13)])), "of the updates that the weights have had"
     with pytest.raises(UserError, match="bad-batch-00000.json"):
         program(bad=range(2, 99), out=str(tmp_path / "stopped"))
     assert json.loads((tmp_path / "stopped" / "bad-batch-00000.json").read_text()) == [{"place": 11, "clips": ["row 11"]}]
@@ -150,13 +162,16 @@ def test_an_error_of_the_program_loses_no_line_and_no_folder(tmp_path: Path) -> 
     assert program(log_every=100, save_every=100, out=str(tmp_path)).places == list(range(8)), "from the start: nothing was saved"
 
 
-def test_a_checkpoint_from_before_places_were_kept_goes_on(tmp_path: Path) -> None:
+def test_a_checkpoint_from_before_places_and_tokens_were_kept_goes_on(tmp_path: Path) -> None:
     (model, optimizer), (other, other_optimizer) = made(), made(1)
     tensors = run_tensors(model, optimizer, EMA(model)) | run_tensors(other, other_optimizer, prefix="other_")
     saver = Saver(tmp_path)
     saver.save(3, tensors, {"config": to_dict(Settings())})
     saver.wait()
+    log = [{"step": step, "tokens/s": 100.0 * step, "time/step": 0.3} for step in range(1, 5)]  # the fourth is not in the checkpoint
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (*log, {"step": 3, "eval/loss": 1.0})))
     assert program(gradient_accumulation=2, out=str(tmp_path)).places == list(range(6, 16))
+    assert [line["tokens"] for line in lines(tmp_path) if "tokens" in line][0] == 30 + 60 + 90 + tokens_at(6) + tokens_at(7)
 
 
 def test_other_settings_and_a_second_run_are_refused(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from kling_programs.eval.cases import TABLE
 from torch import Tensor
 
 from kling.cameras.axes import MOVES, axes_trajectory
@@ -94,6 +95,20 @@ def test_bootstrap_is_seeded_and_holds_the_mean() -> None:
     assert bootstrap(values) == (low, high)
     assert low < sum(values) / 200 < high
     assert high - low == pytest.approx(2 * 1.96 / math.sqrt(200), rel=0.15)
+
+
+def test_a_difference_reaches_its_target_with_its_whole_interval() -> None:
+    line = Line("zh - en", "motion", "Chinese less English", target=">= -0.05", whole=True)
+    few, many = ({"value": 0.0, "low": -0.1, "high": 0.1, "n": 12}, {"value": 0.0, "low": -0.04, "high": 0.04, "n": 256})
+    for score, met in ((few, False), (many, True)):
+        assert reached([line], {"zh - en": {"motion": score}}) == {"zh - en motion": met}
+        assert ("**0.0 %**" in markdown([line], {"zh - en": {"motion": score}}, {})) == met
+    assert "interval ≥ -5.0 %" in markdown([line], {"zh - en": {"motion": few}}, {})
+    assert [x.whole for x in TABLE if " - " in x.task and x.target] == [True] * 8
+    most = Line("a - b", "x", "difference", target="<= 0.05", whole=True)
+    assert (
+        most.reached({"value": 0.0, "low": -0.1, "high": 0.1}) is False and most.reached({"value": None, "low": None, "high": None}) is None
+    )
 
 
 def test_report() -> None:

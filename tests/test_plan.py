@@ -191,12 +191,14 @@ def test_assumptions_are_printed(capsys: pytest.CaptureFixture, monkeypatch: pyt
     for fast, dtype in ((True, torch.bfloat16), (False, torch.float32)):
         monkeypatch.setattr("kling.runtime.precision.bf16_is_fast", lambda device, fast=fast: fast)
         main(["dit/debug.yaml", "gpus=1"])
-        text = capsys.readouterr().out
+        text, said = capsys.readouterr()
+        assert said.startswith(f"precision {'bf16' if fast else 'fp32'} (") and said.endswith(" GFLOP/s)\n")
         assert f"precision      {'bf16' if fast else 'fp32'}" in text and measured.pop() is dtype
         assert "this machine's CPU" in text and "give tflops= of yours" in text and "112x64 (of cache/debug.yaml)" in text
         assert "cpu.yaml" not in text
     main(["dit/debug.yaml", "gpus=1", "width=224", "height=128", "tflops=1"])
-    assert "224x128 (as given)" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "224x128 (as given)" in said.out and not said.err, "the speeds of this machine say nothing of given GPUs"
     report_of = report({**read_preset("dit/debug.yaml"), "encode": ""}, PlanConfig(gpus=1, tflops=1))
     assert any("832x480 (assumed" in line for line in report_of)
 

@@ -109,7 +109,9 @@ def test_permission_for_bf16_is_measured_on_clips(model: Path, tmp_path: Path, m
     monkeypatch.setattr(agreement, "requests", lambda pipe, clips: few)
     folder = Path(shutil.copytree(model, tmp_path / "m"))
     export.main([str(folder), "--measure-bf16"])
-    *clips, verdict = capsys.readouterr().out.splitlines()
+    said = capsys.readouterr()
+    *clips, verdict = said.out.splitlines()
+    assert said.err.startswith("precision fp32 and bf16 (")
     measured = float(verdict.split(": ")[1].split(" dB")[0])
     exact, rough = (KlingPipeline.from_pretrained(folder, torch_dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
     apart = [np.square(exact(r).frames / 255 - rough(r).frames / 255).mean() for r in agreement.requests(exact, 2)]

@@ -424,8 +424,9 @@ def test_progress_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("kling.runtime.log.time.monotonic", lambda clock=clock: next(clock))
         with RunLog(tmp_path, 40, log_every=10, stream=stream) as log:
             for step in range(1, 41):
-                log.log(step, {"loss": 0.5, "loss/sigma_0.00-0.25": 0.25, "loss/sigma_0.75-1.00": 0.75}, clips=2)
-    assert plain.getvalue().splitlines()[0] == "step 10/40 · loss 0.5 · by σ 0.25 0.75 · 2 clips/s · ETA 30s"
+                parts = {"loss/sigma_0.00-0.25": 0.25, "loss/sigma_0.75-1.00": 0.75}
+                log.log(step, {"loss": 0.5, "tokens": 1_234_567 * step, **parts}, clips=2)
+    assert plain.getvalue().splitlines()[0] == "step 10/40 · loss 0.5 · tokens 12.35M · by σ 0.25 0.75 · 2 clips/s · ETA 30s"
     assert len(plain.getvalue().splitlines()) == 4
     assert terminal.getvalue().count("\n") == 1 and terminal.getvalue().count("\r") == 4
     assert (duration(3723), duration(75), duration(9)) == ("1h02m", "1m15s", "9s")
@@ -435,16 +436,19 @@ def test_losses_are_means_over_micro_steps_in_all_and_by_sigma(tmp_path: Path) -
     accelerator, meter = make_accelerator(tmp_path, mixed_precision="fp32"), Meter(torch.device("cpu"), ceiling=100.0)
     meter.add(torch.tensor([0.1, 0.2]), torch.tensor([1.0, 3.0]), tokens=10, flops=50)
     meter.add(torch.tensor([0.6, 1.0]), torch.tensor([5.0, 7.0]), tokens=10, flops=50)
-    assert Meter.means(meter.sums(accelerator).flatten().tolist()) == {
+    sums = meter.sums(accelerator)
+    assert sums[:, -1].tolist() == [0, 20] and not meter.sums(accelerator).any()
+    assert Meter.means(sums.flatten().tolist()) == {
         "loss": 4,
         "loss/sigma_0.00-0.25": 2,
         "loss/sigma_0.50-0.75": 5,
         "loss/sigma_0.75-1.00": 7,
     }
     meter.lap("forward")
-    found = meter.close(batches=2, processes=4)()
-    assert found["tokens/s"] == pytest.approx(40 / found["time/step"]) and found["mfu"] == pytest.approx(200 / found["time/step"] / 400)
-    assert found["time/forward"] == found["time/step"] and meter.close()()["tokens/s"] == 0
+    found = meter.close(batches=2, processes=4)(80.0)  # summed over four processes, of which two share each clip
+    assert found["tokens"] == 40 and found["tokens/s"] == pytest.approx(40 / found["time/step"])
+    assert found["mfu"] == pytest.approx(200 / found["time/step"] / 400)
+    assert found["time/forward"] == found["time/step"] and meter.close()(0)["tokens/s"] == 0
 
 
 @pytest.mark.slow

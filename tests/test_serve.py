@@ -32,6 +32,7 @@ from kling_programs.sample.server.keys import Keys, read_keys
 from kling_programs.sample.server.pool import Pool
 from kling_programs.sample.server.store import DONE, FAILED, RUNNING, WAITING, Limits, Store
 from kling_programs.sample.server.wire import WireError
+from kling_programs.sample.server.worker import Maker, Setup
 from serving import KEYS, SHORT, Client, new, png
 
 from kling.data.video import read_video
@@ -304,6 +305,12 @@ def test_the_brush_counts_y_from_the_bottom_and_its_masks_are_kept(tmp_path: Pat
     desk.rules = Rules(strict=True)
     with pytest.raises(UserError, match="camera_control and static_mask were given|camera_control and dynamic_masks were given"):
         take(duration="5", camera_control={"type": "forward_up"}, image=png(320, 320))
+
+
+def test_a_worker_says_its_precision_first(tiny: Path, capsys: pytest.CaptureFixture) -> None:
+    Maker(Setup(str(tiny), "cpu"))
+    said = capsys.readouterr()
+    assert not said.out and said.err.startswith("precision fp32 (") and said.err.endswith(" GFLOP/s)\n")
 
 
 def test_zero_is_a_value(tiny: Path, tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def settings(command: list[str]) -> object:
     return load_config(CONFIGS[name], command[at + 1], command[at + 2 :])
 
 
-def test_the_shipped_stages_use_results_of_earlier_ones(tmp_path: Path, started: list[list[str]]) -> None:
+def test_the_shipped_stages_use_results_of_earlier_ones(tmp_path: Path, started: list[list[str]], capsys) -> None:
     train_all.main(["configs/shipped.yaml", f"out={tmp_path}", "scale=0.01"])
     made: set[str] = set()
     for command in started:
@@ -59,6 +59,7 @@ def test_the_shipped_stages_use_results_of_earlier_ones(tmp_path: Path, started:
         elif "cache" in cfg.out:
             assert 1 <= cfg.clips <= 150 and all(count <= 50 for count in cfg.shorter.values())
     assert (tmp_path / "model" / "weights").read_text().endswith("fast") and len(started) == len(made)
+    assert f"kling-export {tmp_path / 'model'} --measure-bf16" in capsys.readouterr().out.splitlines()[-1]
 
 
 def test_the_same_command_resumes_and_another_recipe_is_refused(tmp_path: Path, started: list[list[str]], monkeypatch, capsys) -> None:

@@ -453,7 +453,7 @@ def train(cfg: AlignConfig, loop: Loop) -> None:
             continue
 
         norm = whole(accelerator.clip_grad_norm_(model.parameters(), cfg.clip_grad))  # () on the device, as all here is
-        sums, also = meter.sums(accelerator), total(accelerator, beside.clone())  # (2, bins), (5,)
+        sums, also = meter.sums(accelerator), total(accelerator, beside.clone())  # (2, bins + 1), (5,)
         beside.zero_()
         optimizer.optimizer.found_inf = bad = guard.judge(sums[0].sum(), norm)
         set_lr(optimizer, lr := loop.lr(cfg.lr))

@@ -115,7 +115,7 @@ def train(cfg: DistillConfig, loop: Loop) -> None:
             continue
 
         norm = whole(accelerator.clip_grad_norm_(model.parameters(), cfg.clip_grad))  # () on the device, as all here is
-        sums = meter.sums(accelerator)  # (2, bins)
+        sums = meter.sums(accelerator)  # (2, bins + 1)
         optimizer.optimizer.found_inf = bad = guard.judge(sums[0].sum(), norm)
         set_lr(optimizer, lr := loop.lr(cfg.lr))
         optimizer.step()

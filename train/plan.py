@@ -30,7 +30,7 @@ from kling.dit import KlingTransformer3DModel
 from kling.dit.cost import forward_flops
 from kling.dit.memory import StepMemory, step_memory
 from kling.errors import UserError, program, unknown
-from kling.runtime.precision import default_device, pick_precision
+from kling.runtime.precision import default_device, describe, pick_precision
 from kling.shapes import aspect_size, latent_frames, latent_size, token_grid
 from kling.text import ByteTextEncoder
 from kling.training.lora import Lora, add_lora
@@ -165,6 +165,8 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"tflops {plan.tflops}, height {plan.height}, width {plan.width}: give positive numbers")
     if plan.gpus > plan.node and plan.gpus % plan.node:
         raise UserError(f"gpus {plan.gpus} are not full machines of node={plan.node}: give a multiple")
+    if not plan.tflops:
+        print(describe(precision_of(plan)), file=sys.stderr, flush=True)
     for line in report(preset, plan, argv[0]):
         print(line)
 
@@ -176,6 +178,11 @@ def own_size(preset: dict[str, Any]) -> tuple[int, int, str]:
     data = load_config(CacheConfig, preset["encode"]).data
     sizes = (aspect_size(aspect, data.scale) for aspect in data.aspects)
     return *max(sizes, key=math.prod), f"of {preset['encode']}"
+
+
+def precision_of(plan: PlanConfig) -> str:
+    """bf16 or fp32. GPUs whose TFLOP/s are given are taken to have bf16."""
+    return "fp32" if not plan.bf16 else "bf16" if plan.tflops else pick_precision("auto", default_device())
 
 
 def report(preset: dict[str, Any], plan: PlanConfig, name: str = "PRESET") -> list[str]:
@@ -194,7 +201,7 @@ def report(preset: dict[str, Any], plan: PlanConfig, name: str = "PRESET") -> li
     tokens = math.prod(token_grid(*latents[2:], patch))
     flops = METHODS[plan.method].passes * forward_flops(config, tokens, l)
     device = default_device()
-    precision = "fp32" if not plan.bf16 else "bf16" if plan.tflops else pick_precision("auto", device)  # given GPUs are taken to have bf16
+    precision = precision_of(plan)
     if plan.lora.half and precision != "bf16":
         raise UserError("lora.half holds weights in bf16, and this plan computes in fp32: give tflops= of a GPU without bf16=false")
     bf16 = precision == "bf16"

@@ -96,6 +96,7 @@ def main(argv: list[str] | None = None) -> None:
     print(
         f'{target} · kling-sample --model {target} "a red ball rolls left on grass" · kling-eval world --model {target} --out {out}/scores'
     )
+    print(f"it samples in fp32; kling-export {target} --measure-bf16 allows bf16, if its clips are the same")
 
 
 def stage_words(cfg: TrainAllConfig, name: str, processes: int) -> list[str]:

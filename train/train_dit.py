@@ -109,7 +109,7 @@ class TrainDiTConfig:
     samples: what is drawn every `sample_every` updates, as fields of `Request`. sample_every: updates between samples, 0 draws none.
     sample_tasks: also draw a held-out clip for each task of `tasks`. save_every: updates between checkpoints. save_in_background: go on
     training while a checkpoint is written. keep_last: checkpoints to keep. keep_every: checkpoints of these steps are kept, 0 is none.
-    log_every: updates between lines of the log. mixed_precision: auto (measured), bf16, fp16 or fp32.
+    log_every: updates between lines of the log. mixed_precision: auto (measured), bf16 or fp32.
     gradient_accumulation: micro-steps of an update.
     activation_checkpointing: none, selective or full. compile: regional `torch.compile`, each kind of block once.
     bf16_reduction: processes exchange gradients in bf16, which halves the bytes.
@@ -309,7 +309,7 @@ def train(cfg: TrainDiTConfig, loop: Loop) -> None:
             continue
 
         norm = whole(accelerator.clip_grad_norm_(model.parameters(), cfg.clip_grad))  # () on the device, as all here is
-        sums = meter.sums(accelerator)  # (2, bins)
+        sums = meter.sums(accelerator)  # (2, bins + 1)
         optimizer.optimizer.found_inf = bad = guard.judge(sums[0].sum(), norm)
         set_lr(optimizer, lr := loop.lr(cfg.lr))
         optimizer.step()

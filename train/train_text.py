@@ -41,7 +41,7 @@ class TrainTextConfig:
     ema: decay of the averaged weights, per update. temperature: of the softmax over the batch; lower values separate similar captions more.
     text: keys of ByteTextEncoder. save_every: updates between checkpoints. keep_last: checkpoints to keep.
     long_captions: what to do with a caption that is too long for the encoder: refuse (before the first step), or cut it.
-    log_every: updates between lines of the log. mixed_precision: auto (measured), bf16, fp16 or fp32.
+    log_every: updates between lines of the log. mixed_precision: auto (measured), bf16 or fp32.
     trackers: tensorboard, wandb or both, in addition to metrics.jsonl. workers: processes that read captions.
     threads: CPU threads per operation, null is all cores.
     """

@@ -62,7 +62,7 @@ class TrainVAEConfig:
     paths: how often clips are processed whole, streamed in chunks, or in blended tiles, so that training covers the ways of sampling.
     perceptual: weight of VGG-16's features. perceptual_weights: a local safetensors file of VGG-16.
     save_every: updates between checkpoints. keep_last: checkpoints to keep. eval_every: updates between evaluations.
-    eval_clips: clips of each. log_every: updates between lines of the log. mixed_precision: auto (measured), bf16, fp16 or fp32.
+    eval_clips: clips of each. log_every: updates between lines of the log. mixed_precision: auto (measured), bf16 or fp32.
     gradient_accumulation: micro-steps of an update. trackers: tensorboard, wandb or both, in addition to metrics.jsonl.
     workers: processes that read clips, for each training process. threads: CPU threads per operation, null is all cores.
     watchdog: seconds without a step after which every process writes its stack; 0 is off.

@@ -5,17 +5,17 @@
 # brush, references and shots, in bf16 and compiled, for MINUTES (default 5), or less if that is all that is left; then its few-step student,
 # beside its scores. Every stage writes its result to OUT (default out/gpu, at most 8 files of 15 MB) as soon as it has one, and a line in
 # OUT/stages.jsonl. --try: every stage for a moment and kling-bench in its short form, in 4 minutes, to see what works and how fast. --more:
-# the remaining parts, in 3 minutes. --rehearse: the same stages at a small size on a CPU. FROM: the weights to begin with (default shipped,
-# if their files are there; empty: none, so that the model is trained from nothing). WHEELS: the folder of wheels.sh's site.tar.xz (default
-# runs/wheels); WORK: the folder of caches and checkpoints (default runs/gpu-whole; runs/gpu-small of --try).
+# the remaining parts and kling-bench, in 3 minutes. --rehearse: the same at a small size on a CPU. FROM: the weights to begin with (default
+# shipped, if their files are there; empty: none, so that the model is trained from nothing). WHEELS: the folder of wheels.sh's site.tar.xz
+# (default runs/wheels); WORK: the folder of caches and checkpoints (default runs/gpu-whole; runs/gpu-small of --try).
 set -uo pipefail
 cd "$(dirname "$0")/../.."
-minutes=5 seconds="" device=cuda size=whole patience=1 python=${PYTHON:-python3}
+minutes=5 seconds="" device=cuda size=whole bench="" patience=1 python=${PYTHON:-python3}
 for word in "$@"; do
   case $word in
-    --try) seconds=220 size=small minutes=0 ;;
-    --more) seconds=155 ;;
-    --rehearse) device=cpu size=tiny seconds=1800 patience=5 minutes=0.1 ;;
+    --try) seconds=220 size=small bench=yes minutes=0 ;;
+    --more) seconds=155 bench=yes ;;
+    --rehearse) device=cpu size=tiny bench=yes seconds=1800 patience=5 minutes=0.1 ;;
     *[!0-9.]* | "") sed -n 2,10p "$0" >&2 && exit 2 ;;
     *) minutes=$word ;;
   esac
@@ -140,7 +140,7 @@ if [ -d "$run/export" ]; then
   [ -e "$work/eval/cases.jsonl" ] && tar -C "$work/eval" -czf "$out/eval.tar.gz" $(cd "$work/eval" && ls -d run.json cases.jsonl scores.* strips 2>/dev/null)
 fi
 wait
-[ $size = whole ] || stage bench 75 "$python" -m kling_programs.eval.bench $([ $device = cuda ] && echo dit train || echo sampler) --device $device --quick --json "$work/logs/bench.json"
+[ -z "$bench" ] || stage bench 75 "$python" -m kling_programs.eval.bench $([ $device = cuda ] && echo dit train || echo sampler) --device $device --quick --json "$work/logs/bench.json"
 cp "$run/metrics.jsonl" "$work/logs/" 2>/dev/null
 logs end
 ls -l "$out"

@@ -45,8 +45,7 @@ def rows(bench: Bench) -> Iterator[Row]:
         for solver in GOALS:
             yield from overhead(bench, size, shape, solver)
     yield from fast(bench)
-    if bench.device.type == "cpu":
-        yield from caches(bench)
+    yield from caches(bench)
 
 
 def overhead(bench: Bench, size: str, shape: tuple[int, ...], solver: str) -> Iterator[Row]:
@@ -148,7 +147,7 @@ def exact_walk(solver: str, velocities: Velocities, noise: Tensor) -> Tensor:
 def caches(bench: Bench) -> Iterator[Row]:
     """Time of the full run relative to that with a cache, and the difference of the frames."""
     request = {"prompt": "a red ball rolls left on grass", "num_frames": 17, "seed": 1}
-    full = KlingPipeline.from_pretrained()
+    full = KlingPipeline.from_pretrained().to(bench.device)
     whole = run_of(full, Request(**request))
     frames = to_tensor(torch.from_numpy(whole().frames[0]))[None]  # (1, 3, T, H, W)
     for name, how in list(CACHES.items())[:: 4 if bench.quick else 1]:

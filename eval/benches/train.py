@@ -153,9 +153,9 @@ class Plain:
 
 def checkpointing(bench: Bench) -> Iterator[Row]:
     """Peak memory of a step in its own process, and its time, relative to a step that keeps all activations."""
-    tokens = 256 if bench.quick else 1024
-    step = {what: checkpointed(what, tokens)[1] for what in CHECKPOINTING}
-    peaks = {what: peak(f"{__name__}:checkpointed", {"what": what, "tokens": tokens}) for what in CHECKPOINTING}
+    tokens, device = 256 if bench.quick else 1024, bench.device.type
+    step = {what: checkpointed(what, tokens, device)[1] for what in CHECKPOINTING}
+    peaks = {what: peak(f"{__name__}:checkpointed", {"what": what, "tokens": tokens, "device": device}, device) for what in CHECKPOINTING}
     for what, (part, slower) in CHECKPOINTED.items():
         case = f"activation_checkpointing={what}, {tokens} tokens"
         row = bench.compare(case, step[what], step["none"], name="none")
@@ -166,15 +166,17 @@ def checkpointing(bench: Bench) -> Iterator[Row]:
         yield {"case": f"{case}, memory", "peer": "none"} | memory | bench.judge(saved, part, at_most=True)
 
 
-def checkpointed(what: str, tokens: int) -> tuple[Callable[[], None], Callable[[], None]]:
-    """For `memory.peak`: warms up with a step of 256 tokens."""
+def checkpointed(what: str, tokens: int, device: str) -> tuple[Callable[[], None], Callable[[], None]]:
+    """For `memory.peak`: warms up with a step of 256 tokens. In bf16 on CUDA."""
     torch.manual_seed(0)
-    model = KlingTransformer3DModel(**MODEL, text_dim=512).train()
+    where, model = torch.device(device), KlingTransformer3DModel(**MODEL, text_dim=512).train().to(device)
     set_checkpointing(model, what)
 
     def step(n: int) -> None:
-        z, text = torch.randn(1, CHANNELS, n // 256, 32, 32), torch.randn(1, 77, 512)
-        model(z, torch.tensor([0.5]), text).sample.square().mean().backward()
+        z, text = torch.randn(1, CHANNELS, n // 256, 32, 32, device=where), torch.randn(1, 77, 512, device=where)
+        with torch.autocast(where.type, torch.bfloat16, enabled=where.type == "cuda"):
+            v = model(z, torch.full((1,), 0.5, device=where), text).sample
+        v.float().square().mean().backward()
         model.zero_grad(set_to_none=True)
 
     return lambda: step(256), lambda: step(tokens)

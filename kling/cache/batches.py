@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 from torch.utils.data import Dataset
 
 from kling.cache.store import LatentBatch, LatentCache
@@ -37,7 +38,7 @@ class LatentSteps(Dataset):
 
     def __getitem__(self, place: int) -> LatentBatch:
         _, bucket, frames, ids = self.epochs[place]
-        return self.cache.batch(bucket, [self.numbers[bucket][i] for i in ids], frames)
+        return self.cache.batch(bucket, [int(self.numbers[bucket][i]) for i in ids], frames)
 
     def names(self, place: int) -> list[str]:
         return self[place].names
@@ -47,12 +48,13 @@ def mixed(clips: int, storyboards: Sequence[int], share: float) -> Sequence[int]
     """The numbers of a bucket's clips, with repetitions so that `share` of them are of `storyboards`, and every one is there."""
     if not storyboards:
         return range(clips)
-    others = sorted(set(range(clips)) - set(storyboards))
-    if share in (0, 1) or not others:
-        return others if share == 0 else list(storyboards)
+    stories = np.asarray(storyboards, np.uint32)
+    others = np.delete(np.arange(clips, dtype=np.uint32), stories)
+    if share in (0, 1) or not len(others):
+        return others if share == 0 else stories
     each = len(others) * share / (1 - share)  # storyboards for every round of the others
-    rounds = max(1, math.ceil(len(storyboards) / each))
-    return others * rounds + [storyboards[i % len(storyboards)] for i in range(max(1, round(rounds * each)))]
+    rounds = max(1, math.ceil(len(stories) / each))
+    return np.concatenate([np.tile(others, rounds), np.resize(stories, max(1, round(rounds * each)))])
 
 
 class RankBatches(Dataset):

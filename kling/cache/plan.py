@@ -42,7 +42,7 @@ class CacheConfig:
     paths: dict[int, int] = field(default_factory=dict)
     shots: dict[int, int] = field(default_factory=dict)
     references: int = 0
-    shares: list[float] | None = None  # one for each of data.aspects; null divides evenly
+    shares: list[float] | None = None  # one for each of data.aspects; null: 3, 1 and 1 for three of them, else even ones
     shard: int = 50
     seed: int = 0  # of the world's scenes and of random draws from a manifest
     data: DataConfig = field(default_factory=DataConfig)
@@ -79,7 +79,7 @@ def settings_of(cfg: CacheConfig) -> dict[str, Any]:
 
 
 def _shares(cfg: CacheConfig) -> list[float]:
-    return cfg.shares or [3.0, 1.0, 1.0]
+    return cfg.shares or ([3.0, 1.0, 1.0] if len(cfg.data.aspects) == 3 else [1.0] * len(cfg.data.aspects))
 
 
 def plan_shards(cfg: CacheConfig, source: ClipSource) -> Iterator[Shard]:

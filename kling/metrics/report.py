@@ -14,7 +14,10 @@ Summary = dict[str, dict[str, float | None]]  # by measure: value, low, high, n;
 
 @dataclass(frozen=True)
 class Line:
-    """One line of the table: a measure of a task, the score of guessing, and the target (`>= 0.85`, `<= 5`)."""
+    """One line of the table: a measure of a task, the score of guessing, and the target (`>= 0.85`, `<= 5`).
+
+    whole: the target is for the whole interval, not for the value alone; for a difference, which few cases can put on either side.
+    """
 
     task: str
     measure: str
@@ -22,12 +25,14 @@ class Line:
     unit: str = "%"  # %, or the unit of the number
     chance: float | None = None
     target: str = ""
+    whole: bool = False
 
-    def reached(self, value: float | None) -> bool | None:
-        """Whether a value meets the target; None without one."""
-        if not self.target or value is None or math.isnan(value):
+    def reached(self, score: Mapping[str, float | None]) -> bool | None:
+        """Whether a score (value, low, high) meets the target; None without one."""
+        if not self.target or score["value"] is None or math.isnan(score["value"]):
             return None
         sign, bound = self.target.split()
+        value = score["value"] if not self.whole else score["low"] if sign == ">=" else score["high"]
         return value >= float(bound) if sign == ">=" else value <= float(bound)
 
 
@@ -76,7 +81,7 @@ def markdown(lines: Sequence[Line], scores: Mapping[str, Summary], columns: Mapp
         if line.measure not in scores.get(line.task, {}):
             continue
         score = scores[line.task][line.measure]
-        mark = {True: "**", False: "", None: ""}[line.reached(score["value"])]
+        mark = {True: "**", False: "", None: ""}[line.reached(score)]
         cells = [
             line.title,
             f"{mark}{number(score['value'], line.unit)}{mark}",
@@ -94,9 +99,7 @@ def markdown(lines: Sequence[Line], scores: Mapping[str, Summary], columns: Mapp
 
 def reached(lines: Sequence[Line], scores: Mapping[str, Summary]) -> dict[str, bool]:
     """Which targets are met, by "task measure"; lines without a target or a score are left out."""
-    verdicts = {
-        f"{x.task} {x.measure}": x.reached(scores[x.task][x.measure]["value"]) for x in lines if x.measure in scores.get(x.task, {})
-    }
+    verdicts = {f"{x.task} {x.measure}": x.reached(scores[x.task][x.measure]) for x in lines if x.measure in scores.get(x.task, {})}
     return {name: verdict for name, verdict in verdicts.items() if verdict is not None}
 
 
@@ -111,4 +114,4 @@ def _target(line: Line) -> str:
     if not line.target:
         return ""
     sign, bound = line.target.split()
-    return f"{'≥' if sign == '>=' else '≤'} {number(float(bound), line.unit)}"
+    return f"{'interval ' * line.whole}{'≥' if sign == '>=' else '≤'} {number(float(bound), line.unit)}"

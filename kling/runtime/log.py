@@ -17,6 +17,7 @@ from kling.config import flatten
 from kling.runtime.files import write_atomic, writing
 
 METRICS = "metrics.jsonl"
+TOTAL = "tokens"  # the value that grows: of several lines the last one is shown, not the mean
 _BIN = "loss/sigma_"
 
 
@@ -100,7 +101,7 @@ class RunLog:
     def _show(self, step: int, means: dict[str, float]) -> None:
         now = time.monotonic()
         parts = [f"step {step}/{self.steps}"]
-        parts += [f"{k} {v:.4g}" for k, v in means.items() if "/" not in k]
+        parts += [f"{k} {short(v) if k == TOTAL else f'{v:.4g}'}" for k, v in means.items() if "/" not in k]
         if bins := [f"{v:.3g}" for k, v in sorted(means.items()) if k.startswith(_BIN)]:
             parts.append(f"by σ {' '.join(bins)}")
         if self._clips:
@@ -172,7 +173,14 @@ def duration(seconds: float) -> str:
     return f"{s // 60}m{s % 60:02d}s" if s >= 60 else f"{s}s"
 
 
+def short(n: float) -> str:
+    """12_345_678 -> '12.35M'."""
+    size, unit = next(((size, unit) for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if n >= size), (1, ""))
+    return f"{n / size:.4g}{unit}"
+
+
 def _means(rows: list[dict[str, float]]) -> dict[str, float]:
-    """Mean of each value over the rows that have it."""
+    """Mean of each value over the rows that have it; of `TOTAL` the last."""
     keys = dict.fromkeys(k for row in rows for k in row)
-    return {k: sum(found) / len(found) for k in keys if (found := [row[k] for row in rows if k in row])}
+    columns = {k: [row[k] for row in rows if k in row] for k in keys}
+    return {k: found[-1] if k == TOTAL else sum(found) / len(found) for k, found in columns.items()}

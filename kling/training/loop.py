@@ -30,7 +30,7 @@ from kling.runtime.versions import versions
 from kling.runtime.watchdog import Watchdog
 from kling.training.ema import EMA
 from kling.training.health import Guard
-from kling.training.meter import StepClock
+from kling.training.meter import Meter, StepClock, logged_tokens
 from kling.training.optim import lr_at
 from kling.training.run_state import load_run_tensors, run_tensors
 
@@ -42,14 +42,16 @@ class Loop:
     """One run. The shortest program that uses it is `train/train_text.py`.
 
     The `with` block holds the lock of the run's folder, and turns stop signals into an exit after the current update. done: updates made.
-    places: batches used, over all processes; they never decrease, so a rollback does not use the same batches again.
+    places: batches used, over all processes; they never decrease, so a rollback does not use the same batches again. tokens: of the updates
+    that the weights have had, where the program's clock is a `Meter`.
 
     cfg: the program's settings. Read are out, seed, steps, warmup, schedule, floor, workers, threads, log_every, save_every (0 saves only
     at the end and at a signal), keep_last, mixed_precision and trackers, and those of `OPTIONAL` that exist. how: further arguments of
     `make_accelerator`. Entering the block raises `UserError` if the run was started with other settings, or another process uses it.
     """
 
-    done = places = began = 0
+    done = places = began = tokens = 0
+    _clock: StepClock | None = None
 
     def __init__(self, cfg: Any, **how: Any) -> None:
         self.cfg, self.how, self.out, self.config = cfg, how, Path(cfg.out), to_dict(cfg)
@@ -100,6 +102,8 @@ class Loop:
         and `UserError` if updates are not finite again after a rollback.
         """
         self._data, self._guard, self._clock = data, guard, clock
+        if isinstance(clock, Meter):
+            clock.tokens = self.tokens
         self._run = self._micro_steps()
         return self._run
 
@@ -153,7 +157,8 @@ class Loop:
             for prefix, (model, optimizer, ema) in self._kept.items():
                 tensors |= run_tensors(model, optimizer.optimizer, ema, prefix)
             tensors |= {name: average.state_dict() for name, average in self._averages.items()}
-            self._saver.save(self.done, tensors, {"config": self.config, "places": self.places, "versions": versions(*PACKAGES)})
+            meta = {"config": self.config, "places": self.places, "versions": versions(*PACKAGES)}
+            self._saver.save(self.done, tensors, meta | ({"tokens": self._clock.tokens} if isinstance(self._clock, Meter) else {}))
             if self._clock is not None:
                 self._clock.lap("save")
 
@@ -191,5 +196,8 @@ class Loop:
         for name, average in self._averages.items():
             average.load_state_dict(saved.tensors[name])
         self.done = saved.step
+        self.tokens = saved.meta["tokens"] if "tokens" in saved.meta else logged_tokens(self.out, saved.step)
+        if isinstance(self._clock, Meter):
+            self._clock.tokens = self.tokens
         if not lost:
             self.places = saved.meta.get("places", saved.step * self.micro * self.layout.ranks)

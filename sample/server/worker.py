@@ -46,6 +46,7 @@ class Maker:
         import torch
         from kling_programs.sample.generate import load_pipeline, precision_of
 
+        from kling.runtime.precision import describe
         from kling.sampling.machine import pick_device
         from kling.sampling.record import model_hashes
 
@@ -56,6 +57,7 @@ class Maker:
         self.pipe.to(self.device)
         self.pipe.set_progress_bar_config(disable=True)
         self.model, self.precision = model_hashes(folder), precision_of(self.pipe)
+        print(describe(self.precision, self.device.type), file=sys.stderr, flush=True)
 
     def make(self, fields: dict[str, Any], output: Path, tell: Callable[[int, int], None]) -> dict[str, Any]:
         """Make the video of a request and write it to `output`.mp4 (a single frame: .png), and beside it its record.
