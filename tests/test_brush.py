@@ -15,7 +15,6 @@ from kling.config import load_config
 from kling.data.image import write_png
 from kling.data.transforms import fit
 from kling.errors import UserError
-from kling.flow.solvers import KlingFlowScheduler
 from kling.sampling.brush import as_tracks, parse_brush, read_strokes, read_tracks, stroke_tracks
 from kling.sampling.brush_http import tracks_from_wire, tracks_to_wire
 from kling.sampling.inputs import Inputs
