@@ -58,7 +58,7 @@ def test_the_shipped_stages_use_results_of_earlier_ones(tmp_path: Path, started:
             assert 1 <= steps <= 40
         elif "cache" in cfg.out:
             assert 1 <= cfg.clips <= 150 and all(count <= 50 for count in cfg.shorter.values())
-    assert (tmp_path / "model" / "weights").read_text().endswith("fast") and len(started) == len(made)
+    assert (tmp_path / "model" / "weights").read_text().endswith("student") and len(started) == len(made)
     assert f"kling-export {tmp_path / 'model'} --measure-bf16" in capsys.readouterr().out.splitlines()[-1]
 
 
@@ -67,10 +67,10 @@ def test_the_same_command_resumes_and_another_recipe_is_refused(tmp_path: Path, 
     train_all.main(first)
     everything = len(started)
     stages = json.loads((tmp_path / "stages.json").read_text())
-    del stages["clips"], stages["cache"], stages["fast"]
+    del stages["clips"], stages["cache"], stages["student"]
     (tmp_path / "stages.json").write_text(json.dumps(stages))
     train_all.main([*first, "processes=2", "threads=1"])
-    assert [Path(settings(command).out).name for command in started[everything:]] == ["cache", "clips", "fast"]
+    assert [Path(settings(command).out).name for command in started[everything:]] == ["cache", "clips", "student"]
     assert "torch.distributed.run" in started[-1] and [settings(command).batch for command in started[-2:]] == [8, 4]
     moved = tmp_path.rename(tmp_path.with_name("moved"))
     train_all.main([first[0], f"out={moved}", "scale=0.01"])
