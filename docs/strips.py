@@ -15,8 +15,7 @@ import torch
 from kling import KlingPipeline, Request, Shot, Track
 from kling.cameras.axes import MOVES, UNITS
 from kling.data.image import write_png
-from kling.data.strip import spread, strip
-from kling.data.world.references import Reference, render_reference
+from kling.data.strip import strip
 from kling.data.world.scene import World
 
 HERE = Path(__file__).parent / "strips"
@@ -24,11 +23,6 @@ FAST = ({}, {"mode": "fast"}, {"mode": "fast", "num_inference_steps": 2})
 PATHS = ([(86, 37), (30, 42)], [(86, 37), (60, 27)], [(86, 37), (95, 52)])  # of the brush: left, away, toward the camera
 # No training clip shows a red ball that rolls left: it is held out.
 STORY = [Shot("a red ball rolls left on grass", 2.5), Shot("a red ball jumps up and down on grass", 2.5, "pan=5")]
-VIEW = {"thing": 0, "yaw": 0.6, "share": 0.4, "elevation": 15.0, "aim": 0.0, "aside": -0.5, "phases": torch.linspace(0, 1, 8)}
-THINGS = {
-    "moves right on sand": Reference(colour="blue", solid="cone", ground="grass", **VIEW),
-    "stays still on snow": Reference(colour="yellow", solid="cube", ground="", **VIEW),
-}
 STILL = "a yellow ball stays still on grey tiles"
 
 
@@ -39,7 +33,6 @@ def requests() -> dict[str, list[Request]]:
     ball = World(seed=1, frames=17, aspect="16:9", split="heldout", max_things=1).clip(47).video[0].numpy()  # at (86, 37)
     hole = torch.zeros(64, 112)
     hole[16:48, 32:80] = 1
-    pictures = {words: render_reference(thing, 64, 112).numpy() for words, thing in THINGS.items()}
     wanted = {
         "seeds": [Request("a red ball rolls left on grass", seed=seed) for seed in (1, 2, 3)],
         "text": Request("a red cube moves right on grass", seed=1),
@@ -51,7 +44,6 @@ def requests() -> dict[str, list[Request]]:
         "keyframes": Request(prompt, keyframes=[(video[20].numpy(), 20, 1.0)], seed=6),
         "brush": [Request("a red ball on grass", image=ball, tracks=[Track(None, path)], seed=5) for path in PATHS],
         "brush-camera": Request("a red ball on grass", image=ball, tracks=[Track(None, PATHS[1])], camera="pan=5", seed=5),
-        "references": [Request(f"the first thing {words}", references=[thing], seed=1) for words, thing in pictures.items()],
         "shots": Request(shots=STORY, seed=1),
         "loop": Request("a green ball moves in a circle on sand", loop=True, seed=7),
         "continuation": Request(prompt, video=video[:17].numpy(), num_frames=25, seed=8),
@@ -75,14 +67,8 @@ def main(argv: list[str]) -> None:
     HERE.mkdir(exist_ok=True)
     for name, rows in requests().items():
         if not argv[1:] or name in argv[1:]:
-            write_png(HERE / f"{name}.png", strip([shown(pipe, row) for row in rows]))
+            write_png(HERE / f"{name}.png", strip([torch.from_numpy(pipe(row).frames[0]) for row in rows]))
             print(HERE / f"{name}.png", flush=True)
-
-
-def shown(pipe: KlingPipeline, request: Request, columns: int = 6) -> torch.Tensor:
-    """The columns (n, H, W, 3) of a row: the references, and frames of the clip."""
-    given = [torch.as_tensor(picture)[None] for picture in request.references]
-    return torch.cat([*given, spread(torch.from_numpy(pipe(request).frames[0]), columns - len(given))])
 
 
 if __name__ == "__main__":
