@@ -281,7 +281,7 @@ def test_storyboards_are_as_many_of_the_clips_as_asked(cache: LatentCache, share
     of = [name.split("/")[2] == "shots" for name in drawn]
     assert abs(sum(of) / len(of) - share) < 0.11
     assert len(set(drawn)) == {0.0: 3, 1.0: 2}.get(share, 5), "every clip is used"
-    assert mixed(10, [8, 9], 0.5).count(8) == 4 and mixed(10, list(range(5, 10)), 0.1).count(0) == 9
+    assert list(mixed(10, [8, 9], 0.5)).count(8) == 4 and list(mixed(10, list(range(5, 10)), 0.1)).count(0) == 9
 
 
 def test_training_gives_every_shot_its_own_words_and_camera(cache: LatentCache) -> None:
