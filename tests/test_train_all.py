@@ -48,8 +48,13 @@ def settings(command: list[str]) -> object:
 def test_the_shipped_stages_use_results_of_earlier_ones(tmp_path: Path, started: list[list[str]], capsys) -> None:
     train_all.main(["configs/shipped.yaml", f"out={tmp_path}", "scale=0.01"])
     made: set[str] = set()
+    encoded: dict[str, str] = {}  # cache -> the VAE that made it
     for command in started:
         cfg = settings(command)
+        if isinstance(cfg, CacheConfig):
+            encoded[cfg.out] = cfg.vae
+        elif (cache := getattr(cfg, "cache", "")) in encoded:
+            assert cfg.vae == encoded[cache], "an export holds its VAE in bf16, which is another one for the cache"
         used = [getattr(cfg, key, None) for key in ("init_from", "teacher", "vae", "text_from", "cache")]
         for path in filter(None, used):
             assert Path(path).relative_to(tmp_path).parts[0] in made, command
