@@ -554,7 +554,8 @@ def test_low_rank_networks_hold_one_copy_of_the_frozen_weights(teacher: Path) ->
     ("setting", "said"),
     [("flow_map.velocity=flow", "velocity"), ("flow_map.plain=2", "plain 2: give a share"), ("flow_map.delta=0", "delta 0"),
      ("flow_map.counts=[4,0]", "s = 0"), ("tasks.walk=1", "task"), ("teacher=nowhere", "nowhere"), ("method=adm", "did you mean 'dmd'"),
-     ("lora.merge=true", "lora.merge"), ("brush_guidance_scale=4", "brush_guidance_scale 4 is set, and brush is 0"),
+     ("lora.merge=true", "lora.merge"), ("num_inference_steps=9", "sampled with 1 to 8"),
+     ("brush_guidance_scale=4", "brush_guidance_scale 4 is set, and brush is 0"),
      ("reference_guidance_scale=2", "reference_guidance_scale 2 is set, and reference is 0"),
      ("dmd.critic_updates=2", "dmd.critic_updates belongs to method dmd, and this run's is flow_map")],
 )  # fmt: skip

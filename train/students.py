@@ -24,6 +24,7 @@ from kling.runtime.accelerator import shard_frozen
 from kling.runtime.device import upload
 from kling.runtime.parallel import same_rng
 from kling.sampling.pipeline import KlingPipeline, load_vae
+from kling.sampling.plan import FAST_STEPS
 from kling.sampling.request import Request
 from kling.shapes import check_lengths
 from kling.text import ByteTextEncoder
@@ -207,6 +208,8 @@ class DistillConfig:
         for name, value, known in (("method", self.method, METHODS), ("long_captions", self.long_captions, LONG_CAPTIONS)):
             if value not in known:
                 raise unknown(name, value, known)
+        if not 1 <= self.num_inference_steps <= FAST_STEPS:
+            raise UserError(f"num_inference_steps {self.num_inference_steps}: few-step weights are sampled with 1 to {FAST_STEPS}")
         if self.lora.merge:
             raise UserError("lora.merge: kling-distill always merges low-rank weights in its export: leave it out")
         for name in ("brush", "reference"):
