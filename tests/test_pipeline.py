@@ -247,6 +247,8 @@ def test_requests_made_together_are_those_made_alone(monkeypatch: pytest.MonkeyP
         {"prompt": "a ball", "video": movie(9)},
         {"prompt": "a ball", "references": [picture(2)]},
         {"prompt": "a cube", "references": [picture(3)]},
+        {"prompt": "a ball", "references": [picture(4)], "keyframes": [(picture(5), 2, 1.0)], "reference_guidance_scale": 3.0},
+        {"prompt": "a cube", "references": [picture(6), picture(7)], "reference_guidance_scale": 3.0},  # as many frames, of other kinds
         story,
         story | {"shots": [("a cone", 0.6), ("a ring", 0.5)]},
         story | {"shots": [("a ring", 0.6, "dolly=3"), ("a cone", 0.5, "tilt=2")]},
@@ -258,7 +260,7 @@ def test_requests_made_together_are_those_made_alone(monkeypatch: pytest.MonkeyP
         pipe.register_modules(scheduler=KlingFlowScheduler(solver=solver))
         sizes.clear()
         made = pipe.together(requests)
-        assert sorted(sizes) == [1, 1, 2, 2, 2, 2]
+        assert sorted(sizes) == [1, 1, 1, 1, 2, 2, 2, 2]
         for request, frames in zip(requests, made, strict=True):
             alone = torch.from_numpy(pipe(request).frames[0])
             assert frames.shape == alone.shape and int((frames.int() - alone.int()).abs().max()) <= 1, request

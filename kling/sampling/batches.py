@@ -28,14 +28,14 @@ class Asked(NamedTuple):
 
 
 def batch_key(asked: Asked) -> Any:
-    """What clips must have in common to be sampled as one batch: all settings, and the shapes of all inputs; their task and cuts are
-    in their states."""
+    """What clips must have in common to be sampled as one batch: all settings, the shapes of all inputs, and the number of references;
+    their task and cuts are in their states."""
     plan, state, signals = asked
     shapes = [None if t is None else t.shape for t in (state.clean, state.tracks, state.shot, signals.concat, signals.image)]
     camera = None if signals.camera is None else (signals.camera.c2w.shape, signals.camera.size, signals.camera.references)
     settings = replace(plan, task="", hops=[], cuts=(), notes=(), tokens=0)
     words = tuple((which, t.shape) for which, t in signals.text.items())
-    return repr((settings, shapes, state.frames, state.sigma_c, camera, words, signals.camera is not None))
+    return repr((settings, shapes, state.frames, state.references, state.sigma_c, camera, words))
 
 
 class Batches:
