@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 from pathlib import Path
 
@@ -13,10 +14,12 @@ from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffu
 from kling_programs.sample.export import main
 from safetensors.torch import load_file
 
-from kling import KlingFlowScheduler, KlingPipeline
-from kling.hub.export import export_weights
+from kling import KlingFlowScheduler, KlingPipeline, KlingTransformer3DModel
+from kling.errors import UserError
+from kling.hub.export import NAMINGS, export_weights
 from kling.hub.load import load_transformer
 from kling.sampling.pipeline import ASSETS
+from kling.text.umt5 import UMT5TextEncoder
 
 ROWS = {"t2v": "wan2.1-t2v-1.3b", "ti2v": "wan2.2-ti2v-5b", "i2v": "wan2.1-i2v-14b-480p", "t2v-a14b": "wan2.2-t2v-a14b"}
 
@@ -83,6 +86,28 @@ def test_our_scheduler_becomes_the_one_of_diffusers_that_does_the_same(solver: s
     export_weights(tmp_path / "ours", tmp_path / "back")
     config = DiffusionPipeline.from_pretrained(tmp_path / "back").scheduler.config
     assert config.shift == 5.0 and config.stochastic_sampling == stochastic
+
+
+@pytest.mark.parametrize("naming", NAMINGS)
+def test_a_flow_map_is_refused(naming: str, tmp_path: Path) -> None:
+    """No Wan pipeline tells its transformer where a step ends; without that the weights make something else."""
+    tiny_wan.transformer().save_pretrained(tmp_path / "plain")
+    KlingTransformer3DModel.from_pretrained(tmp_path / "plain", gate_value=0.25).save_pretrained(tmp_path / "map")
+    with pytest.raises(UserError, match="map is a flow map"):
+        export_weights(tmp_path / "map", tmp_path / "out", naming)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_save_that_fails_leaves_the_pipeline_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = KlingPipeline.from_pretrained(tiny_wan.saved("t2v", tmp_path / "published"), checkpoint=ROWS["t2v"])
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(DiffusionPipeline, "save_pretrained", full)
+    with pytest.raises(OSError, match="No space"):
+        pipe.save_pretrained(tmp_path / "ours")
+    assert isinstance(pipe.text_encoder, UMT5TextEncoder)
 
 
 @pytest.mark.parametrize(

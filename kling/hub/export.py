@@ -97,6 +97,8 @@ def _transformer(source: Path, target: Path, naming: str) -> None:
     config = _config(source) if (source / "config.json").is_file() else {}
     if "num_layers" not in config or "attention_head_dim" not in config:
         config = transformer_config({names[name]: shape for name, shape in read_shapes(source).items()}, str(source))
+    if any("delta_embedder" in name for name in names.values()):
+        raise UserError(f"{source} is a flow map, which is told where each step ends, as no Wan pipeline does: use it in its own folder format")
     tensors = {names[name]: tensor for name, tensor in read_tensors(source).items()}
     if naming == "original":
         _write_tensors(tensors, target, original_transformer_name)

@@ -165,9 +165,11 @@ class KlingPipeline(Batches, DiffusionPipeline, WanLoraLoaderMixin):
         if isinstance(text, UMT5TextEncoder):
             text.save_pretrained(save_directory)
             self.text_encoder = None  # diffusers would only warn that it cannot save it
-        super().save_pretrained(save_directory, **kwargs)
+        try:
+            super().save_pretrained(save_directory, **kwargs)
+        finally:
+            self.text_encoder = text
         as_umask(Path(save_directory))
-        self.text_encoder = text
 
     @classmethod
     def lora_state_dict(cls, lora: Any, **kwargs: Any) -> Any:
