@@ -46,7 +46,7 @@ def many(args: argparse.Namespace) -> None:
     folder = Path(args.output or "out")
     kind = generate.chosen_format(args, None)
     lines = read_lines(args, folder, generate.FORMATS[kind][0])
-    todo = [line for line in lines if not is_made(line, args.overwrite)]
+    todo = dict.fromkeys(line for line in lines if not is_made(line, args.overwrite))
     mine = [line for line in lines[rank::world] if line in todo]  # by place in the file: processes may find others' results already
     if not rank:
         shared = f", shared over {world} processes" if world > 1 else ""
@@ -184,5 +184,6 @@ def tell(folder: Path, result: dict[str, Any]) -> None:
     """One line on the screen and in the results, which several processes may write."""
     text = json.dumps(result, ensure_ascii=False)
     print(text, flush=True)
+    folder.mkdir(parents=True, exist_ok=True)  # nothing may have been made yet
     with (folder / RESULTS).open("a", encoding="utf-8") as file:  # one write: lines do not mix
         file.write(text + "\n")

@@ -11,6 +11,7 @@ from test_generate import models, run  # noqa: F401 - fixtures
 
 from kling import KlingPipeline
 from kling.data.video import probe
+from kling.errors import UserError
 from kling.sampling.record import read_record
 
 LINES = [
@@ -71,6 +72,20 @@ def test_words_that_the_small_model_does_not_know_are_named_once_a_list(run, mod
     assert '"猫"' in run("--prompts", file, *QUICK, "--dry-run")[2], "a line of the other process"
     many = write(tmp_path / "words.jsonl", [{"prompt": f"a {'x' * n} ball"} for n in range(2, 40)])
     assert '"xxxxxxxxxxxxx" …' in run("--prompts", many, *QUICK, "--dry-run")[2]
+
+
+def test_a_line_that_fails_first_leaves_the_others(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    sample = generate.sample
+
+    def fails_once(*words: object) -> object:
+        monkeypatch.setattr(generate, "sample", sample)
+        raise UserError("no place for it")
+
+    monkeypatch.setattr(generate, "sample", fails_once)
+    code, _, error = run("--prompts", write(tmp_path / "many.jsonl", LINES[:2]), *QUICK)
+    made = results(tmp_path / "made")
+    assert code == 1 and "1 requests could not be made" in error and made[0] == {"line": 0, "error": "no place for it"}
+    assert Path(made[1]["output"]).is_file()
 
 
 def test_processes_share_the_lines(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
