@@ -109,6 +109,27 @@ def test_a_key_has_its_share(tmp_path: Path) -> None:
     assert fast.value.code == "too_fast"
 
 
+def test_a_look_at_a_share_loses_no_task_that_is_added_meanwhile(tmp_path: Path) -> None:
+    store = Store(tmp_path, Limits(places=9, rate=2))
+    store.add(new())
+    other = threading.Thread(target=store.add, args=(new(),))
+
+    class Read(list):
+        """Times that another thread adds to while they are read."""
+
+        def __iter__(self):
+            yield from super().__iter__()
+            if other.ident is None:
+                other.start()
+                other.join(0.5)  # it waits for the lock
+
+    store._recent["anna"] = Read(store._recent["anna"])
+    store.check_share("anna")
+    other.join()
+    with pytest.raises(Refused, match="2 tasks were added"):
+        store.check_share("anna")
+
+
 def test_shares_over_the_wire(start) -> None:
     held = threading.Event()
     held.set()

@@ -215,12 +215,12 @@ class Store:
     def check_share(self, key: str) -> None:
         """Raises `Refused` if a key may add no task now."""
         now = time.time()
-        recent = self._recent[key] = [t for t in self._recent.get(key, []) if t > now - 60]
-        if len(recent) >= self.limits.rate:
-            wait = 60 - (now - recent[0])
-            line = f"{len(recent)} tasks were added in this minute and {self.limits.rate} are allowed: try again in {wait:.0f} s"
-            raise Refused(line, code="too_fast", wait=wait)
         with self._lock:
+            recent = self._recent[key] = [t for t in self._recent.get(key, []) if t > now - 60]
+            if len(recent) >= self.limits.rate:
+                wait = 60 - (now - recent[0])
+                line = f"{len(recent)} tasks were added in this minute and {self.limits.rate} are allowed: try again in {wait:.0f} s"
+                raise Refused(line, code="too_fast", wait=wait)
             (live,) = self._db.execute("SELECT COUNT(*) FROM tasks WHERE key = ? AND status IN (?, ?)", (key, *LIVE)).fetchone()
         if live >= self.limits.places:
             line = f"{live} tasks of this key are unfinished and {self.limits.places} are allowed: wait for one, or cancel it"
