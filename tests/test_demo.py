@@ -23,13 +23,14 @@ from PIL import Image
 pytest.importorskip("gradio")
 
 from kling_programs.sample import demo
-from kling_programs.sample.studio import jobs
+from kling_programs.sample.studio import jobs, studio
 from kling_programs.sample.studio.form import apart, request_of
 from kling_programs.sample.studio.jobs import Busy, ModelQueue, Stopped, Waiting
 from kling_programs.sample.studio.shelf import Shelf
 from kling_programs.sample.studio.studio import Step, Studio, sample
 from kling_programs.sample.studio.uploads import Uploads
 from test_generate import save_tiny
+from test_pipeline import tiny_pipeline
 from test_video import make
 
 from kling import KlingPipeline, KlingTransformer3DModel, Request
@@ -360,6 +361,14 @@ def test_sampling_stops_within_a_step(pipe):
     with pytest.raises(Stopped):
         sample(pipe, Request("a ball", num_frames=5, num_inference_steps=20), tell)
     assert max(e.step for e in steps) == 3 and any(e.preview is not None and e.preview.shape == (5, H, W, 3) for e in steps)
+
+
+def test_previews_have_the_length_of_their_clip(monkeypatch: pytest.MonkeyPatch):
+    """Each frame a step behind the one before: the first clip takes 2 + 4 steps, its continuation, which is shorter, 2 + 3."""
+    monkeypatch.setattr(studio, "PREVIEW_SHARE", math.inf)
+    pipe, steps = tiny_pipeline(capabilities=["text", "continuation", "diffusion_forcing"]), []
+    sample(pipe, Request("a ball", num_frames=17, extend_to=2.5, num_inference_steps=2, frame_delay=1), steps.append)
+    assert [len(e.preview) for e in steps if e.preview is not None] == [17] * 6 + [13] * 4
 
 
 def test_a_stopped_job_leaves_no_tensor_behind(pipe):

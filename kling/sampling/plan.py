@@ -91,12 +91,12 @@ class Plan:
 
     @property
     def total_steps(self) -> int:
-        steps = 0
-        for hop in self.hops:
-            f = latent_frames(hop.frames)
-            blocks = -(-f // self.block_frames) if self.block_frames else 1
-            steps += self.num_inference_steps * blocks + self.frame_delay * (f - 1)
-        return steps
+        return sum(map(self.steps_of, self.hops))
+
+    def steps_of(self, hop: Hop) -> int:
+        f = latent_frames(hop.frames)
+        blocks = -(-f // self.block_frames) if self.block_frames else 1
+        return self.num_inference_steps * blocks + self.frame_delay * (f - 1)
 
     @property
     def title(self) -> str:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field, replace
 from functools import wraps
 from html import escape
 from inspect import isgeneratorfunction
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -266,6 +268,7 @@ def sample(
     """uint8 (T, H, W, 3) of one video; emits every `Step`. video: (its number, of how many); steps count over all."""
     plan = pipe.plan(request)
     before, total = video[0] * plan.total_steps, video[1] * plan.total_steps
+    ends = list(accumulate(map(plan.steps_of, plan.hops)))  # the number of steps until the end of each hop
     spent, began = 0.0, time.perf_counter()  # on previews, and in all
     tell(Step(before, total))
 
@@ -274,7 +277,7 @@ def sample(
         tell(Step(before + step + 1, total))
         now = time.perf_counter()
         if previews and step + 1 < plan.total_steps and spent <= PREVIEW_SHARE * (now - began):
-            hop = plan.hops[min(step // plan.num_inference_steps, len(plan.hops) - 1)]
+            hop = plan.hops[bisect_right(ends, step)]
             x0 = state["x0"][:, :, : latent_frames(hop.frames)]  # without the appended keyframes
             tell(Step(before + step + 1, total, pipe.decode(x0)[0].numpy()))
             spent += time.perf_counter() - now
