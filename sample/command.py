@@ -8,6 +8,8 @@ from typing import Any
 
 from kling.errors import UserError, unknown
 
+MAY_BE_EMPTY = ("prompt", "negative_prompt")  # words, of which there may be none
+
 
 def limits(args: argparse.Namespace, **bounds: tuple[float, float]) -> None:
     """Raises `UserError` for the first option whose number is not from least to most, which nan is not; an option left out is right."""
@@ -29,10 +31,21 @@ class Parser(argparse.ArgumentParser):
         known, rest = self.parse_known_args(args, namespace)
         if rest:
             self.refuse(rest)
-        for name, value in vars(known).items():
-            if "" in (value if isinstance(value, list) else [value]):  # as of a shell's variable that is not set: as a path, this folder
-                raise UserError(f"{name.replace('_', '-')} is empty: give a value, or leave it out ({self.prog} --help lists everything)")
         return known
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        known, rest = super().parse_known_args(args, namespace)
+        for name in (action.dest for action in self._actions if action.dest not in MAY_BE_EMPTY):
+            value = getattr(known, name, None)
+            several = [one[0] if isinstance(one, tuple) else one for one in value] if isinstance(value, list) else [value]
+            if "" in several:  # as of a shell's variable that is not set: as a path, this folder
+                raise UserError(f"{self.called(name)} is empty: give a value, or leave it out ({self.prog} --help lists everything)")
+        return known, rest
+
+    def called(self, name: str) -> str:
+        """What the user calls a value: its option, or the name of its place."""
+        action = next(action for action in self._actions if action.dest == name)
+        return (action.option_strings or [name])[-1]
 
     def is_strange(self, word: str) -> bool:
         """Whether a word looks like an option that there is not."""

@@ -336,13 +336,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if rest:
         parser.refuse(rest)
     for name, value in vars(args).items():
-        several = [file for file, *_ in value] if isinstance(value, list) and name in ("lora", "lora_2", "keyframes") else [value]
-        several = value if isinstance(value, list) and name == "references" else several
-        if "" in several and name not in ("prompt", "negative_prompt"):  # as of a shell's variable that is not set
-            option = name.removesuffix("s") if name in ("references", "keyframes") else name.replace("_", "-")
-            raise UserError(f"--{option} is empty: give a value, or leave it out")
         if args.replay and name not in REPLAY_TAKES and value not in (None, False):
-            raise UserError(f"--replay repeats the record {args.replay}: leave out {'the prompt' if name == 'prompt' else name}")
+            called = "the prompt" if name == "prompt" else parser.called(name)
+            raise UserError(f"--replay repeats the record {args.replay}: leave out {called}")
     return args
 
 
@@ -473,14 +469,14 @@ def output_path(args: argparse.Namespace, kind: str, request: Request, several: 
     return path.with_stem(f"{path.stem}-{request.seed}") if several else path
 
 
-def slug(prompt: str, length: int = 40) -> str:
-    """A file name from a prompt in any script.
+def slug(prompt: str) -> str:
+    """A file name of up to 40 characters from a prompt in any script.
 
     >>> slug("A red ball, rolling!")
     'a-red-ball-rolling'
     """
     words = re.findall(r"\w+", unicodedata.normalize("NFC", prompt).lower())
-    return "-".join(words)[:length].strip("-_") or "video"
+    return "-".join(words)[:40].strip("-_") or "video"
 
 
 def check_place(path: Path, kind: str, inputs: set[str], latents: bool = False, overwrite: bool = False) -> None:

@@ -37,6 +37,7 @@ def test_help_needs_no_torch_and_lists_the_library_s_choices():
     ("words", "says"),
     [
         (["report", "m.jsonl", "--out", "m.jsonl"], "end the page's name in .html"),
+        (["report", "m.jsonl", "--out", ""], "error: --out is empty"),
         (["report", "m.jsonl", "--sheet", "-1"], "--sheet -1"),
         (["scan", ".", "--seconds-per-minute", "nan"], "must be positive"),
         (["camera", "path.txt", "--png", "path.txt"], "end the picture's name in .png"),

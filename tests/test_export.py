@@ -119,6 +119,8 @@ def test_a_save_that_fails_leaves_the_pipeline_as_it_was(tmp_path: Path, monkeyp
         ([str(ASSETS), "."], "exists already"),
         ([str(ASSETS), "out", "--naming", "orginal"], "did you mean 'original'"),
         ([str(ASSETS)], "FOLDER.*--help"),
+        ([str(ASSETS), "out", "--naming", ""], "error: --naming is empty"),
+        (["", "out"], "error: model is empty"),
     ],
 )
 def test_mistakes_are_one_line_and_leave_nothing(argv: list[str], message: str, tmp_path: Path, monkeypatch, capsys) -> None:

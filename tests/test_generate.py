@@ -178,7 +178,7 @@ def test_replay_refuses_changed_inputs_and_reports_differences(run, models: Path
     code, _, error = run("--replay", "x.mp4.json", "--output", "x.mp4", "--overwrite")
     assert code == 2 and "would be overwritten" in error
     code, _, error = run("--replay", "x.mp4.json", "--seed", "1")
-    assert code == 2 and "leave out seed" in error
+    assert code == 2 and "leave out --seed" in error
 
     record = json.loads(Path("x.mp4.json").read_text())
     frames = record["frames"]["each"].split()
@@ -318,6 +318,9 @@ BAD = {
     "--replay absent.json": "absent.json",
     "--replay text.mp4": "not the JSON",
     "ball --replay text.mp4": "leave out the prompt",
+    "--replay text.mp4 --num-frames 5": "leave out --num-frames",
+    "--replay text.mp4 --keyframe a.png@0": "leave out --keyframe\n",
+    "--replay text.mp4 --reference a.png": "leave out --reference\n",
 }
 
 

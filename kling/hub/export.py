@@ -98,7 +98,7 @@ def _transformer(source: Path, target: Path, naming: str) -> None:
     if "num_layers" not in config or "attention_head_dim" not in config:
         config = transformer_config({names[name]: shape for name, shape in read_shapes(source).items()}, str(source))
     if any("delta_embedder" in name for name in names.values()):
-        raise UserError(f"{source} is a flow map, which is told where each step ends, as no Wan pipeline does: use it in its own folder format")
+        raise UserError(f"{source} is a flow map, and no Wan pipeline tells it where a step ends: use it in its own folder format")
     tensors = {names[name]: tensor for name, tensor in read_tensors(source).items()}
     if naming == "original":
         _write_tensors(tensors, target, original_transformer_name)
