@@ -9,7 +9,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -117,7 +116,7 @@ class CacheWriter:
         if storyboards := [i for i, row in enumerate(rows) if "shots" in row]:
             entry["shots"] = storyboards
         if rows:
-            temporary = path.with_suffix(".tmp")
+            temporary = path.with_suffix(".tmp")  # one name: what a kill leaves is written over
             try:
                 with writing(path):
                     temporary.touch()
@@ -126,8 +125,6 @@ class CacheWriter:
                     temporary.chmod(mode)
                     temporary.replace(path)
                     path.with_suffix(".json").unlink(missing_ok=True)  # rows of an older version of this shard
-            except SafetensorError as error:
-                raise UserError(f"{path} cannot be written ({error}): free space there or choose another path") from None
             finally:
                 temporary.unlink(missing_ok=True)
             longest = max((len(prompt_bytes(text)) for row in rows for text in row["captions"]), default=0)  # bytes

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kling.condition.state import TARGET, State
 from kling.errors import UserError
-from kling.shapes import TEMPORAL, position_frame
+from kling.shapes import TEMPORAL, first_frame, latent_of_frame, position_frame
 
 
 def concat_groups(in_channels: int, z: int) -> tuple[str, ...]:
@@ -59,8 +59,8 @@ def given_pixels(state: State) -> Tensor:
     for k in range(state.frames, state.mask.shape[2]):  # keyframes, which the State appends to the clip
         for i, p in enumerate(state.host[1][:, k].tolist()):
             t = position_frame(p)
-            j = -(-t // TEMPORAL)
-            r = slice(None) if t == 0 else t - (TEMPORAL * j - 3)
+            j = latent_of_frame(t)
+            r = slice(None) if t == 0 else t - first_frame(j)
             given[i, r, j] = (state.mask[i, 0, k] == 0).to(given)
     return given
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from kling.condition.tracks import Tracks, track_maps
 from kling.nn.modulation import Levels
 from kling.runtime.device import upload
-from kling.shapes import frame_position, latent_of_frame
+from kling.shapes import frame_position, latent_of_frame, pixel_frames
 
 TARGET, KEYFRAME, REFERENCE, SOURCE, HISTORY = range(5)
 # Kinds of the first to the fourth reference. Words point at them by number, and their positions alone do not say it: attention sees only
@@ -78,7 +78,7 @@ class Given:
             return "restyle"
         if self.known > 1:
             return "continuation"
-        last = 4 * (frames - 1)
+        last = pixel_frames(frames) - 1
         if not self.keyframes:
             return "image" if self.known else "text" if frames > 1 else "text_to_image"
         if [t for t, _ in self.keyframes] == [last]:

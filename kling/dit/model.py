@@ -178,9 +178,8 @@ class KlingTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
     @property
     def _extras(self) -> dict[str, KindEmbedding | CameraAdapter | TrackEmbedding]:
         """The modules that a Wan checkpoint does not have."""
-        extras = {"kind_embedding": self.kind_embedding, "control_adapter": self.control_adapter}
-        extras |= {"track_embedding": self.track_embedding}
-        return {name: module for name, module in extras.items() if module is not None}
+        names = ("kind_embedding", "control_adapter", "track_embedding")
+        return {name: module for name in names if (module := getattr(self, name)) is not None}
 
     @apply_lora_scale("attention_kwargs")
     def forward(

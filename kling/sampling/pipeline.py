@@ -258,6 +258,9 @@ class KlingPipeline(Batches, DiffusionPipeline, WanLoraLoaderMixin):
 
         for hop in hops:
             self.check_divides(latent_frames(hop.frames) + appended(hop), h, w)
+        times = None if request.shots is None else timeline(request.storyboard, fps)
+        cuts = () if times is None else times.cuts
+        rounded = rounding_note(request.storyboard, times, fps) if cuts else ""
         high, low = (1.0, 1.0) if few else self.setting("guidance_scale", request.guidance_scale)
         plan = Plan(
             task=task,
@@ -281,12 +284,9 @@ class KlingPipeline(Batches, DiffusionPipeline, WanLoraLoaderMixin):
             guidance_interval=request.guidance_interval or (0.0, 1.0),
             guidance_every=request.guidance_every,
             guidance_reach=0.0 if few else self.setting("guidance_reach", request.guidance_reach),
-            cuts=() if request.shots is None else timeline(request.storyboard, fps).cuts,
-            notes=(*inputs.notes, *([why] if why else [])),
+            cuts=cuts,
+            notes=(*inputs.notes, *filter(None, (why, rounded))),
         )
-        if plan.cuts:
-            shots = request.storyboard
-            plan = replace(plan, notes=(*plan.notes, rounding_note(shots, timeline(shots, fps), fps)))
         return plan, inputs, camera
 
     def _fast(self, request: Request) -> dict[str, Any] | None:

@@ -349,7 +349,7 @@ def batch_cameras(batch: LatentBatch, given: list[Given], config: Mapping[str, A
 
 def choose_keyframe(what: Given, times: list[int], f: int, rng: random.Random) -> tuple[Given, int]:
     """The task's keyframe, assigned to a single frame in the cache: the last one if the task says so, an inner one if not (-1)."""
-    (t, strength), end = what.keyframes[0], 4 * (f - 1)
+    (t, strength), end = what.keyframes[0], pixel_frames(f) - 1
     inner = [j for j, time in enumerate(times) if 0 < time < end]
     j = times.index(end) if t == end or not inner else rng.choice(inner)
     return replace(what, keyframes=((times[j], strength),)), j
