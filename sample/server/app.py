@@ -236,11 +236,9 @@ def build(server: Server, hosts: set[str] | None, lifespan: Callable[[], Any]) -
     app.add_middleware(Door, keys=server.keys, hosts=hosts)
     app.add_middleware(Watch, figures=server.figures)  # around the door
     add_errors(app)
-    v1 = classic_routes(server)
-    app.include_router(v1)
-    app.include_router(v1, prefix="/kling", include_in_schema=False)
-    app.include_router(newer_routes(server))
-    app.include_router(newer_routes(server), prefix="/kling", include_in_schema=False)
+    for routes in (classic_routes(server), newer_routes(server)):
+        app.include_router(routes)
+        app.include_router(routes, prefix="/kling", include_in_schema=False)
     app.include_router(own_routes(server))
     app.include_router(operator_routes(server))
     app.include_router(openai_routes(server))

@@ -67,10 +67,10 @@ class Actor:
 class RayWorker:
     """A worker of the pool, in an actor. gpus: that Ray keeps for it, or a part of one. maker: makes what has `make` and `device`."""
 
-    def __init__(self, store: Store, setup: Setup, gpus: float = 0.0, lease: float = LEASE, maker: Callable[[Setup], Any] = Maker) -> None:
+    def __init__(self, store: Store, setup: Setup, gpus: float = 0.0, maker: Callable[[Setup], Any] = Maker) -> None:
         import ray
 
-        self.ray, self.store, self.lease, self.dead = ray, store, lease, False
+        self.ray, self.store, self.dead = ray, store, False
         options = {"num_cpus": setup.threads or 1, "num_gpus": gpus, "max_concurrency": 2, "scheduling_strategy": "SPREAD"}
         self.actor = ray.remote(Actor).options(**options).remote(asdict(setup), maker)
 
@@ -87,9 +87,9 @@ class RayWorker:
             result = self.actor.make.remote(task.claim, task.request, files)
             seen, at = time.monotonic(), (0, 0)
             while not self.ray.wait([result], timeout=LOOK)[0]:
-                now = self.ray.get(self.actor.progress.remote(), timeout=self.lease)
+                now = self.ray.get(self.actor.progress.remote(), timeout=LEASE)
                 seen, at = (seen if now == at else time.monotonic()), now
-                if time.monotonic() - seen > self.lease:
+                if time.monotonic() - seen > LEASE:
                     raise self.ray.exceptions.GetTimeoutError("no step")
                 yield {"step": at[0], "of": at[1]}
             line = self.ray.get(result)

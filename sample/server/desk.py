@@ -45,8 +45,8 @@ EXTENSIONS = (
 @dataclass(frozen=True)
 class Rules:
     """strict: refuse what Kling refuses. convention: what pan and tilt mean, see `kling.cameras.kling_http`. private: URLs may lead into
-    private networks. urls: pictures may be given as URLs. side: pixels of a picture's sides, and ratio: of the longer to the shorter, in
-    strict mode."""
+    private networks. urls: pictures may be given as URLs. picture: the most bytes of a picture, and pixels: the most that it has. side: the
+    fewest pixels of a picture's sides, and ratio: of the longer to the shorter at most, both in strict mode."""
 
     strict: bool = False
     convention: str = "2024"

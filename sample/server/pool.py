@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 LEASE = 900.0  # seconds without a sign of life after which a worker counts as dead; a step of a large model takes minutes on a CPU
 START = 1800.0  # seconds to load a model
-GRACE = 60.0  # seconds that the store's lease outlasts this, so that whoever waits for a worker tells of its death first
+HELD = LEASE + 60.0  # seconds of the store's lease: longer, so that whoever waits for a worker tells of its death first
 POLL = 1.0
 PROGRAM = (sys.executable, "-m", "kling_programs.sample.server.worker")
 
@@ -51,8 +51,8 @@ class Worker(Protocol):
 class ProcessWorker:
     """A worker in a process of its own on this machine."""
 
-    def __init__(self, store: Store, setup: Setup, lease: float = LEASE, program: Sequence[str] = PROGRAM) -> None:
-        self.store, self.lease = store, lease
+    def __init__(self, store: Store, setup: Setup, program: Sequence[str] = PROGRAM) -> None:
+        self.store = store
         self.process = subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8", bufsize=1)
         self.lines: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         self._say(asdict(setup))
@@ -83,7 +83,7 @@ class ProcessWorker:
     def make(self, task: Task) -> Iterator[dict[str, Any]]:
         folder = self.store.folder
         self._say({"make": task.claim, "request": located(task.request, folder), "output": str(folder / "made" / task.claim)})
-        while line := self._next(self.lease):
+        while line := self._next(LEASE):
             yield line
             if "step" not in line:
                 return
@@ -109,10 +109,8 @@ class ProcessWorker:
 class Pool:
     """Keeps `count` workers at work. start: makes that of a slot. told(what, seconds): for the figures."""
 
-    def __init__(
-        self, store: Store, count: int, start: Callable[[int], Worker], told: Callable[[str, float], None], lease: float = LEASE
-    ) -> None:
-        self.store, self.start_worker, self.told, self.lease = store, start, told, lease + GRACE
+    def __init__(self, store: Store, count: int, start: Callable[[int], Worker], told: Callable[[str, float], None]) -> None:
+        self.store, self.start_worker, self.told = store, start, told
         self.ready: set[int] = set()  # slots with a loaded worker
         self._stopping = threading.Event()
         self._workers: dict[int, Worker] = {}
@@ -160,7 +158,7 @@ class Pool:
 
     def _claim(self) -> Task | None:
         with self.store.changed:
-            task = self.store.claim(self.lease)
+            task = self.store.claim(HELD)
             if task is None:
                 self.store.changed.wait(POLL)
             return task
@@ -173,7 +171,7 @@ class Pool:
             for line in worker.make(task):
                 ended = "step" not in line
                 if not ended:
-                    if not self.store.extend(task, line["step"], line["of"], self.lease):
+                    if not self.store.extend(task, line["step"], line["of"], HELD):
                         worker.stop(task)
                 elif "made" not in line:
                     reason = line.get("failed", "cancelled")
