@@ -19,7 +19,7 @@ from kling_programs.sample.studio.events import Events
 from kling_programs.sample.studio.form import request_of
 from kling_programs.sample.studio.mistakes import LINES, told_to
 from kling_programs.sample.studio.restore import fields_of
-from kling_programs.sample.studio.studio import Studio, guarded, in_place
+from kling_programs.sample.studio.studio import guarded, in_place
 from kling_programs.sample.studio.uploads import Uploads
 from PIL import Image
 from test_demo import clip, pipe, png, uploads  # noqa: F401 - fixtures
@@ -108,7 +108,7 @@ def test_what_is_given_beside_a_clip_is_refused_and_extend_clears_it(uploads: Up
 def test_words_that_the_text_encoder_cannot_read_are_refused_before_the_queue(pipe) -> None:
     for request in (Request("球" * 40), Request("a", negative_prompt="x" * 300), Request(shots=[("a", 1), ("球" * 40, 1)])):
         with pytest.raises(UserError, match="63") as error:
-            Studio.plan(pipe, request)
+            pipe.plan(request)
         assert error.value.code == "prompt_too_long" and "最多读 63" in told_to(1, error.value)
 
 

@@ -23,7 +23,6 @@ from kling_programs.sample.studio.mistakes import LINES, told_to, without_folder
 from kling_programs.sample.studio.research import Research
 from kling_programs.sample.studio.restore import record_at
 from kling_programs.sample.studio.shelf import Shelf
-from kling_programs.sample.studio.studio import Studio
 from kling_programs.sample.studio.words import CHINESE_TASKS, WORDS
 from PIL import Image
 from test_demo import H, W, clip, drain, pipe, png, sparse, uploads  # noqa: F401 - pipe and uploads are fixtures
@@ -99,7 +98,7 @@ def test_common_errors_are_translated_to_chinese(pipe, uploads, tmp_path, monkey
         *(lambda rows=rows: request_of({"shots": rows}, uploads) for rows in ([_row(60), _row(1)], [_row(1, camera="y")])),
         lambda: request_of({"tracks": [{}]}, uploads),
         lambda: check_used({"strength": 0.5, "use": "continue"}),
-        lambda: Studio.plan(pipe, Request("x" * 300)),
+        lambda: pipe.plan(Request("x" * 300)),
         lambda: Request(video=movie, image=image),
         lambda: Request(video=movie, strength=0.5, tracks=[point]),
         lambda: pipe.plan(Request(tracks=[Track(None, ((500.0, 1.0),))])),

@@ -15,7 +15,9 @@ AHEAD = 8  # frames (1 s of the small world) over which their motion is drawn
 SHOWN = 6  # cameras along the path
 FAR = 0.55  # metres from a camera's centre to the picture drawn in front of it
 VIEW = torch.tensor([[0.866, 0.0, 0.5], [-0.25, 0.866, 0.433]])  # seen from behind, to the left and above: x right, y down, z forward
-MARGIN = 14
+WIDTH, HEIGHT, MARGIN = 320, 220, 14  # of a drawing
+ROWS = 5  # of points whose motion is drawn
+REACH = 3  # metres of the ground to each side
 
 
 def corners(trajectory: Trajectory) -> Tensor:
@@ -46,7 +48,7 @@ def motion_field(trajectory: Trajectory, H: int, W: int, t: int, depth: float = 
     return project(points, trajectory.intrinsics[0]), project(seen, trajectory.intrinsics[t])
 
 
-def path_svg(trajectory: Trajectory, label: str, width: int = 320, height: int = 220) -> str:
+def path_svg(trajectory: Trajectory, label: str) -> str:
     """The camera's path from outside; the first camera is pale, the last one strong."""
     T = len(trajectory)
     picks = torch.linspace(0, T - 1, min(SHOWN, T)).round().long()
@@ -55,8 +57,8 @@ def path_svg(trajectory: Trajectory, label: str, width: int = 320, height: int =
     flat = frusta @ VIEW.T  # (T, 5, 2)
     low, high = flat.flatten(0, 1).amin(0), flat.flatten(0, 1).amax(0)
     middle, size = (low + high) / 2, (high - low).clamp(min=1.6)
-    scale = min((width - 2 * MARGIN) / float(size[0]), (height - 2 * MARGIN) / float(size[1]))
-    centre = torch.tensor([width / 2, height / 2])
+    scale = min((WIDTH - 2 * MARGIN) / float(size[0]), (HEIGHT - 2 * MARGIN) / float(size[1]))
+    centre = torch.tensor([WIDTH / 2, HEIGHT / 2])
 
     def place(points: Tensor) -> list[list[float]]:
         return ((points - middle) * scale + centre).tolist()
@@ -68,31 +70,31 @@ def path_svg(trajectory: Trajectory, label: str, width: int = 320, height: int =
         strong = 0.3 + 0.7 * k / max(1, len(picks) - 1)
         sides = "".join(f"M{eye[0]:.1f} {eye[1]:.1f}L{x:.1f} {y:.1f}" for x, y in rest)
         parts.append(f'<g class="camera" opacity="{strong:.2f}"><polygon points="{_points(rest)}"/><path d="{sides}"/></g>')
-    return _svg(parts, width, height, label)
+    return _svg(parts, HEIGHT, label)
 
 
-def motion_svg(trajectory: Trajectory, H: int, W: int, label: str, rows: int = 5, width: int = 320) -> str:
+def motion_svg(trajectory: Trajectory, H: int, W: int, label: str) -> str:
     """Arrows on the first frame: where its points will be `AHEAD` frames later, if they are `DEPTH` metres away."""
-    height = round(width * H / W)
-    start, end = motion_field(trajectory, rows, round(rows * W / H), min(AHEAD, len(trajectory) - 1))
-    size = torch.tensor([width, height])
-    parts = [f'<rect class="frame" x="0.5" y="0.5" width="{width - 1}" height="{height - 1}" rx="6"/>']
+    height = round(WIDTH * H / W)
+    start, end = motion_field(trajectory, ROWS, round(ROWS * W / H), min(AHEAD, len(trajectory) - 1))
+    size = torch.tensor([WIDTH, height])
+    parts = [f'<rect class="frame" x="0.5" y="0.5" width="{WIDTH - 1}" height="{height - 1}" rx="6"/>']
     for (x, y), (u, v) in zip((start * size).tolist(), (end * size).tolist(), strict=True):
         parts.append(f'<circle class="point" cx="{x:.1f}" cy="{y:.1f}" r="1.6"/>')
         if u == u and max(abs(u - x), abs(v - y)) > 0.5:  # u == u: not NaN
             parts.append(f'<line class="arrow" x1="{x:.1f}" y1="{y:.1f}" x2="{u:.1f}" y2="{v:.1f}" marker-end="url(#head)"/>')
     marker = '<marker id="head" viewBox="0 0 6 6" refX="5" refY="3" markerWidth="5" markerHeight="5" orient="auto">'
-    return _svg([f'<defs>{marker}<path class="head" d="M0 0L6 3L0 6z"/></marker></defs>', *parts], width, height, label)
+    return _svg([f'<defs>{marker}<path class="head" d="M0 0L6 3L0 6z"/></marker></defs>', *parts], height, label)
 
 
-def _ground(frusta: Tensor, reach: int = 3) -> Tensor:
+def _ground(frusta: Tensor) -> Tensor:
     """Lines of a one-metre grid below all cameras, (lines, 2, 3)."""
     y = float(frusta[..., 1].max()) + 0.4
     middle = frusta[:, 0].mean(0).round()
     x0, z0 = float(middle[0]), float(middle[2])
-    steps = range(-reach, reach + 1)
-    along = [[[x0 + i, y, z0 - reach], [x0 + i, y, z0 + reach]] for i in steps]
-    across = [[[x0 - reach, y, z0 + i], [x0 + reach, y, z0 + i]] for i in steps]
+    steps = range(-REACH, REACH + 1)
+    along = [[[x0 + i, y, z0 - REACH], [x0 + i, y, z0 + REACH]] for i in steps]
+    across = [[[x0 - REACH, y, z0 + i], [x0 + REACH, y, z0 + i]] for i in steps]
     return torch.tensor(along + across)
 
 
@@ -100,5 +102,5 @@ def _points(points: list[list[float]]) -> str:
     return " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
 
 
-def _svg(parts: list[str], width: int, height: int, label: str) -> str:
-    return f'<svg class="drawing" viewBox="0 0 {width} {height}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
+def _svg(parts: list[str], height: int, label: str) -> str:
+    return f'<svg class="drawing" viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{label}">{"".join(parts)}</svg>'

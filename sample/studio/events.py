@@ -148,7 +148,7 @@ class Events:
         """One line with the recognised task and its cost, or the error."""
         fields = dict(zip(FIELDS, values, strict=True))
         asked, pipe = request_of(fields, self.studio.uploads), self.studio.planner(fields)
-        plan = self.studio.plan(pipe, asked)
+        plan = pipe.plan(asked)
         clip, needs = self.studio.clip_seconds(asked, plan), self.studio.needs(pipe, plan, asked)
         return views.understood(language(request), plan, asked, clip, needs)
 
@@ -159,7 +159,7 @@ class Events:
         asked, pipe = request_of(fields, self.studio.uploads), self.studio.planner(fields)
         if not asked.prompt:
             raise UserError(say(language(request), "shots_have_words" if asked.shots else "nothing_to_enhance"))
-        self.studio.plan(pipe, asked.replace(prompt=""))  # raises for a mistake before the wait; an idea may be longer than a prompt
+        pipe.plan(asked.replace(prompt=""))  # raises for a mistake before the wait; an idea may be longer than a prompt
         work = self.studio.queue.run(
             visitor(request),
             lambda tell: self.studio.write_out(visitor(request), asked, pipe),

@@ -95,7 +95,7 @@ def _coloured(level: np.ndarray) -> np.ndarray:
 
 
 @torch.no_grad()
-def attention_of(pipe: KlingPipeline, seen: Walk, layer: int, sigma: float, token: tuple[int, int, int], seed: int = 0) -> Tensor:
+def attention_of(pipe: KlingPipeline, seen: Walk, layer: int, sigma: float, token: tuple[int, int, int]) -> Tensor:
     """The self-attention of one token to all others, mean over the heads: (f, h', w'), sums to 1.
 
     Noise of level `sigma` is added to the generated clip, which passes through the transformer once, with its prompt, as text to video.
@@ -106,7 +106,7 @@ def attention_of(pipe: KlingPipeline, seen: Walk, layer: int, sigma: float, toke
     transformer = pipe.transformer
     x0 = seen.latents[None].to(pipe.device, transformer.dtype)  # (1, c, f, h, w)
     grid = token_grid(*x0.shape[2:], tuple(transformer.config.patch_size))
-    noise = torch.randn(x0.shape, generator=generator(seed, "noise", 0)).to(x0)
+    noise = torch.randn(x0.shape, generator=generator(0, "noise", 0)).to(x0)
     z = (1 - sigma) * x0 + sigma * noise
     chosen = (token[0] * grid[1] + token[1]) * grid[2] + token[2]
     found: list[Tensor] = []

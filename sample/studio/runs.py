@@ -13,6 +13,7 @@ from kling.errors import UserError, unknown
 from kling.runtime import checkpoint
 from kling.runtime.log import METRICS, read_metrics
 from kling.sampling.pipeline import KlingPipeline, load_vae
+from kling.training.ema import load_average
 from kling.training.start import open_start
 
 POINTS = 300  # of a curve
@@ -39,10 +40,7 @@ def pipeline_of(run: Path, name: str, device: Any) -> KlingPipeline:
     saved = checkpoint.load(run / name, ["ema"])
     start = open_start(cfg.init_from, cfg.checkpoint, cfg.expert) if cfg.init_from else None
     model = build(cfg, start)
-    left = model.load_state_dict(saved.tensors["ema"], strict=False)
-    trained = {key for key, p in model.named_parameters() if p.requires_grad}  # what is frozen is as `build` makes it
-    if wrong := [*left.unexpected_keys, *(key for key in left.missing_keys if key in trained)]:
-        raise UserError(f"checkpoint {name} is not of the model in config.yaml: {wrong[0]}")
+    load_average(saved.tensors["ema"], model)  # what is frozen is as `build` makes it
     pipe = pipeline(cfg, model.eval(), load_vae(cfg.vae), start).to(device)
     pipe.set_progress_bar_config(disable=True)
     return pipe

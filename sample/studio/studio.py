@@ -37,7 +37,6 @@ from kling.sampling.plan import Plan
 from kling.sampling.record import model_hashes
 from kling.sampling.request import Request
 from kling.shapes import ASPECTS, TEMPORAL, latent_frames
-from kling.text.encoder import ByteTextEncoder
 
 log = logging.getLogger(__name__)
 PREVIEW_SHARE = 0.2  # previews take at most this share of the time
@@ -101,7 +100,7 @@ class Studio:
         requests, weights = requests if isinstance(requests, list) else [requests], weights or Weights()
         planner = self._planner(weights.model)
         for request in requests:
-            self.plan(planner, request)  # refuses invalid requests before the wait
+            planner.plan(request)  # refuses invalid requests before the wait
 
         def ask(tell: Tell) -> list[Result]:
             made: list[Result] = []
@@ -196,13 +195,6 @@ class Studio:
     def planner(self, fields: dict[str, Any]) -> KlingPipeline:
         """A pipeline that plans for the requested weights, possibly without loading them."""
         return self._planner(self.weights_of(fields).model)
-
-    @staticmethod
-    def plan(pipe: KlingPipeline, request: Request) -> Plan:
-        """The plan of a request whose words the text encoder can read. Raises `UserError`."""
-        if isinstance(pipe.text_encoder, ByteTextEncoder):  # umT5's tokenizer is loaded with it
-            pipe.text_encoder.tokenize([*request.prompts, request.negative_prompt or ""])
-        return pipe.plan(request)
 
     def _planner(self, model: str) -> KlingPipeline:
         if not model:

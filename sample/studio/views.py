@@ -29,24 +29,23 @@ STRIP = 5  # frames in the strip of a shot
 LONG = 2000  # characters of a setting
 
 
-def moving(frames: np.ndarray, fps: float, width: int = 0) -> str:
+def moving(frames: np.ndarray, fps: float) -> str:
     """uint8 (T, H, W, 3) as an endlessly playing `<img>`, small enough to be inside the page."""
     pictures = [Image.fromarray(frame) for frame in np.asarray(frames)]
     data = io.BytesIO()
     pictures[0].save(data, "WEBP", save_all=True, append_images=pictures[1:], duration=round(1000 / fps), loop=0, quality=80, method=0)
-    return _img(data.getvalue(), "webp", width)
+    return _img(data.getvalue(), "webp")
 
 
-def still(picture: np.ndarray, width: int = 0) -> str:
+def still(picture: np.ndarray) -> str:
     """uint8 (H, W, 3) as an `<img>`."""
     data = io.BytesIO()
     Image.fromarray(np.asarray(picture)).save(data, "PNG")
-    return _img(data.getvalue(), "png", width)
+    return _img(data.getvalue(), "png")
 
 
-def _img(data: bytes, kind: str, width: int) -> str:
-    size = f' style="width:{width}px"' if width else ""
-    return f'<img class="frames" alt=""{size} src="data:image/{kind};base64,{base64.b64encode(data).decode()}">'
+def _img(data: bytes, kind: str) -> str:
+    return f'<img class="frames" alt="" src="data:image/{kind};base64,{base64.b64encode(data).decode()}">'
 
 
 def header(pipe: KlingPipeline, name: str) -> str:
