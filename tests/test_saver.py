@@ -26,7 +26,7 @@ from kling.errors import UserError
 from kling.runtime import checkpoint, saver
 from kling.runtime.checkpoint import Rows, load, load_latest, restore
 from kling.runtime.saver import Saver
-from kling.training.run_state import run_tensors
+from kling.training.loop import run_tensors
 
 
 def group(value: float, n: int = 64) -> dict[str, dict[str, Tensor]]:
