@@ -208,9 +208,7 @@ def run_tensors(model: nn.Module, optimizer: Optimizer, ema: EMA | None = None, 
     return groups if ema is None else groups | {f"{prefix}ema": ema.state_dict()}
 
 
-def load_run_tensors(
-    saved: Checkpoint, model: nn.Module, optimizer: Optimizer, ema: EMA | None = None, prefix: str = ""
-) -> None:
+def load_run_tensors(saved: Checkpoint, model: nn.Module, optimizer: Optimizer, ema: EMA | None = None, prefix: str = "") -> None:
     """Restore the result of `run_tensors`, also on another number of processes. Raises `UserError` if it does not fit."""
     restore(saved.tensors[f"{prefix}model"], trained(model))
     load_optimizer_tensors(optimizer, model, saved.tensors[f"{prefix}optimizer"])
