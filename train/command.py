@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -41,38 +42,6 @@ PROGRAMS = {
 KLING = Path(kling.__file__).parent
 
 
-def train(argv: list[str] | None = None) -> None:
-    run("kling-train", argv)
-
-
-def distill(argv: list[str] | None = None) -> None:
-    run("kling-distill", argv)
-
-
-def align(argv: list[str] | None = None) -> None:
-    run("kling-align", argv)
-
-
-def train_vae(argv: list[str] | None = None) -> None:
-    run("kling-train-vae", argv)
-
-
-def train_text(argv: list[str] | None = None) -> None:
-    run("kling-train-text", argv)
-
-
-def encode(argv: list[str] | None = None) -> None:
-    run("kling-encode", argv)
-
-
-def train_all(argv: list[str] | None = None) -> None:
-    run("kling-train-all", argv)
-
-
-def plan(argv: list[str] | None = None) -> None:
-    run("kling-plan", argv)
-
-
 def run(name: str, argv: list[str] | None = None) -> None:
     """Print help at once; run everything else in the program's own file."""
 
@@ -82,6 +51,16 @@ def run(name: str, argv: list[str] | None = None) -> None:
             importlib.import_module(f"kling_programs.train.{PROGRAMS[name].module}").main(argv)
 
     main(sys.argv[1:] if argv is None else argv)
+
+
+train = partial(run, "kling-train")
+distill = partial(run, "kling-distill")
+align = partial(run, "kling-align")
+train_vae = partial(run, "kling-train-vae")
+train_text = partial(run, "kling-train-text")
+encode = partial(run, "kling-encode")
+train_all = partial(run, "kling-train-all")
+plan = partial(run, "kling-plan")
 
 
 def helped(name: str, argv: Sequence[str]) -> bool:

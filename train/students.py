@@ -242,9 +242,10 @@ class Guide:
         pictured = state.references or self.sharded
         return {"no tracks": 1.0 if state.tracks is None else self.brush, "no references": self.reference if pictured else 1.0}
 
-    def passes(self, state: State) -> int:
-        """The number of passes for the velocity of a batch."""
-        return 1 + sum(scale != 1 for scale in (self.scale, self.camera_scale, *self.without(state).values()))
+    def passes(self, example: Example) -> int:
+        """The number of passes for the guided velocity of a batch, with that of the unguided one."""
+        camera_scale = 1.0 if example.cameras is None else self.camera_scale
+        return 1 + sum(scale != 1 for scale in (self.scale, camera_scale, *self.without(example.state).values()))
 
     def __call__(
         self, net: Callable[..., Tensor], example: Example, z: Tensor, words: Tensor, nothing: Tensor, v: Tensor | None = None
