@@ -328,6 +328,7 @@ def test_given_pairs_begin_at_log_2(tiny: Path, tmp_path: Path) -> None:
     asked = (
         "method=dpo",
         f"pairs={tiny / 'pairs.jsonl'}",
+        "requests=world",
         "clips=2",
         "rewards.magnitude=0",
         "beta=50",
@@ -471,6 +472,8 @@ def test_published_weights_are_aligned_as_a_lora(tmp_path: Path) -> None:
      ("rewards.magnitude=-1", "give 0 or more"), ("batch=3", "do not divide into micro-steps"), ("method=dpo batch=3", "even number"),
      ("clips=1 batch=1", "at least 2"), ("rewards.model=1", "needs reward_model"), ("check_every=1", "not checker"),
      ("checker=[magnitude] check_every=1", "must not be rewarded"), ("pairs=x.jsonl", "pairs are for dpo"), ("b=0", "b 0: give"),
+     ("method=dpo pairs=x.jsonl clips=2", "are both set: each line of pairs is a request too"),
+     ("method=dpo pairs=x.jsonl clips=2 requests=world rewards.magnitude=0 checker=[motion] check_every=1", "the term motion needs"),
      ("world.examples=3", "at least 20"),
      ("requests=nowhere.jsonl", "cannot be read"), ("requests=README.md", "line 1"), ("model=nowhere", "nowhere"), ("kl=-1", "kl -1"),
      ("null=1", "null 1: give"), ("jitter=0", "jitter 0: give"),
