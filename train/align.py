@@ -241,9 +241,7 @@ def check(cfg: AlignConfig) -> None:
     if cfg.checker and not cfg.check_every:
         raise UserError("checker is set but not check_every: say every how many updates")
     if (cfg.pairs or cfg.requests != "world") and (asked := set(TERMS) & used(cfg)):
-        raise UserError(
-            f"the term {min(asked)} needs the small world's truth, which no file has: take others, or the world's requests"
-        )
+        raise UserError(f"the term {min(asked)} needs the small world's truth, which no file has: take others, or the world's requests")
     if cfg.world.examples < 20:
         raise UserError(f"world.examples {cfg.world.examples}: the detectors need more to tell solids and motions apart; give at least 20")
     for name, value in (("b", cfg.b), ("beta", cfg.beta), ("clip", cfg.clip), ("jitter", cfg.jitter)):
