@@ -126,10 +126,8 @@ def load_config(cls: type[T], path: str | Path | None = None, overrides: Sequenc
     for where, values in layers:
         for key, value, hint in _leaves(cls, values, where):
             try:
-                if value == {} and not _dataclass_in(hint) and OmegaConf.select(cfg, key):
+                if value == {} and not dataclasses.is_dataclass(hint) and OmegaConf.select(cfg, key):
                     raise UserError(f"{key} = {{}} in {where} would change nothing: set each of its keys, such as {key}.NAME=0")
-                if OmegaConf.select(cfg, key) is None and (inner := _dataclass_in(hint)) and isinstance(value, dict):
-                    OmegaConf.update(cfg, key, OmegaConf.structured(inner))
                 OmegaConf.update(cfg, key, value, merge=True)
             except OmegaConfBaseException as error:
                 raise UserError(f"{key} = {value!r} in {where}: expected {_spell(hint)} ({_first_line(error)})") from None
@@ -343,12 +341,8 @@ def _leaves(cls: type, values: dict[str, Any], where: str, prefix: str = "") -> 
         if name not in names:
             meant = _meant(cls, name)
             raise unknown(f"key in {where}:", f"{prefix}{name}", [prefix + n for n in names], meant and prefix + meant)
-        inner = _dataclass_in(hints[name])
-        if inner is not None and isinstance(value, dict) and value:
-            # An optional part that is None until now starts from its defaults, so it is yielded as a whole first.
-            if type(None) in typing.get_args(hints[name]):
-                yield prefix + name, {}, hints[name]
-            yield from _leaves(inner, value, where, f"{prefix}{name}.")
+        if dataclasses.is_dataclass(hints[name]) and isinstance(value, dict) and value:
+            yield from _leaves(hints[name], value, where, f"{prefix}{name}.")
         else:
             yield prefix + name, value, hints[name]
 
@@ -356,7 +350,7 @@ def _leaves(cls: type, values: dict[str, Any], where: str, prefix: str = "") -> 
 def _meant(cls: type, name: str) -> str:
     """The key of `cls` that other trainers call `name`; "" if there is none."""
     ours = [key for key, theirs in MEANT.items() if name.lower().replace("-", "_") in theirs]
-    inside = [part for part, hint in typing.get_type_hints(cls).items() if ours and _dataclass_in(hint)]
+    inside = [part for part, hint in typing.get_type_hints(cls).items() if ours and dataclasses.is_dataclass(hint)]
     return next((key for key in [*ours, *(f"{part}.{key}" for part in inside for key in ours)] if _has_key(cls, key)), "")
 
 
@@ -364,8 +358,8 @@ def _has_key(cls: type, dotted: str) -> bool:
     first, _, rest = dotted.partition(".")
     if first not in {f.name for f in dataclasses.fields(cls)}:
         return False
-    inner = _dataclass_in(typing.get_type_hints(cls)[first])
-    return not rest or (inner is not None and _has_key(inner, rest))
+    inner = typing.get_type_hints(cls)[first]
+    return not rest or (dataclasses.is_dataclass(inner) and _has_key(inner, rest))
 
 
 def _parse(text: str) -> Any:
@@ -399,12 +393,6 @@ def _texts(value: Any) -> Iterator[str]:
         yield from _texts(x)
     if isinstance(value, str):
         yield value
-
-
-def _dataclass_in(hint: Any) -> type | None:
-    """The dataclass of `D` or `D | None`, else None."""
-    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-    return next((o for o in options if isinstance(o, type) and dataclasses.is_dataclass(o)), None)
 
 
 def _spell(hint: Any) -> str:

@@ -116,7 +116,7 @@ def main(argv: list[str] | None = None) -> None:
     print(describe(plan, request), flush=True)
     for note in plan.notes:
         print(f"note: {note}", flush=True)
-    if line := unknown_to_the_model(pipe, [request]):
+    for line in filter(None, (unknown_to_the_model(pipe, [request]), camera_in_words(pipe, request))):
         print(line, file=sys.stderr, flush=True)
     if args.dry_run:
         print(details(plan, pipe, paths, machine, device))
@@ -557,6 +557,15 @@ def unknown_to_the_model(pipe: KlingPipeline, requests: Iterable[Request]) -> st
         return f"提示：这个小模型不认识{''.join(f'“{word}”' for word in words)}{more}，照样生成；它只认识{'；'.join(known)}；以及镜头运动"
     named = ", ".join(f'"{word}"' for word in words) + more
     return f"note: this small model does not know {named} and ignores them: it knows {'; '.join(known)}; and camera moves"
+
+
+def camera_in_words(pipe: KlingPipeline, request: Request) -> str:
+    """One line with the option for a camera that the prompt alone asks for, which models of the small world mostly ignore; or empty."""
+    from kling.data.world.captions import camera_said
+
+    if pipe.config.get("vocabulary") != "world" or request.camera is not None or not (camera := camera_said(request.prompt)):
+        return ""
+    return f"note: this small model mostly ignores a camera that is only said: give --camera {camera}"
 
 
 def details(plan: Plan, pipe: KlingPipeline, paths: list[Path], machine: Machine, device: torch.device) -> str:

@@ -8,10 +8,15 @@ import pytest
 import torch
 
 from kling.cameras.axes import MOVES, UNITS, axes_trajectory, parse_axes
-from kling.cameras.trajectory import Cameras, Trajectory, camera_signal, focal_of, plucker_rays
+from kling.cameras.trajectory import Cameras, Trajectory, focal_of, plucker_rays
 from kling.errors import UserError
 
 H, W, T = 8, 12, 9
+
+
+def camera_signal(path: Trajectory, H: int, W: int, appended: tuple[int, ...] = ()) -> torch.Tensor:
+    """The rays (24, G, H, W) of one clip."""
+    return Cameras(path.c2w[None], path.intrinsics[None], (H, W), torch.tensor([appended], dtype=torch.long)).rays()[0]
 
 
 def end(axes: dict[str, float]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kling import KlingPipeline, KlingTransformer3DModel
 from kling.cameras.axes import axes_trajectory
-from kling.cameras.trajectory import camera_signal
+from kling.cameras.trajectory import Cameras
 from kling.data.transforms import to_tensor
 from kling.training.start import widen
 
@@ -85,7 +85,8 @@ def test_fun_camera(folder: Path) -> None:
     noise, image = torch.randn(1, 16, F, HH, WW), movie(1)[0]
     start = torch.zeros_like(noise)
     start[:, :, :1] = encoded(pipe, to_tensor(image[None])[None])
-    rays = camera_signal(axes_trajectory({"pan": 5.0}, FRAMES, H, W), H, W)[None]
+    path = axes_trajectory({"pan": 5.0}, FRAMES, H, W)
+    rays = Cameras(path.c2w[None], path.intrinsics[None], (H, W), torch.zeros(1, 0, dtype=torch.long)).rays()
     assert rays.shape == (1, 24, F, H, W)
     out = made(pipe, noise, image=image, camera="pan=5")
     torch.testing.assert_close(out, published_walk(pipe, noise, start, camera=rays), atol=1e-4, rtol=0)

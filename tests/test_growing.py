@@ -8,13 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 import workers
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
 from torch._dynamo.utils import counters
 from torch._inductor import config as inductor
 
 from kling import KlingPipeline
+from kling.config import load_config
 from kling.dit import KlingTransformer3DModel
 from kling.errors import UserError
+from kling.sampling.pipeline import ASSETS
 from kling.training.model import set_checkpointing
 from kling.training.start import grow
 
@@ -102,8 +105,14 @@ def test_a_grown_model_computes_the_same_until_it_is_trained(words: list[str], b
     assert pipe.transformer.control_adapter.conv.weight.abs().max() > 0, "the new inputs learn"
     with pytest.raises(UserError, match="model.num_layers = 2, not 3: only in_channels, num_kinds"):
         grow(base / "transformer", {"num_layers": 3})
-    with pytest.raises(UserError, match="was trained with model.num_kinds = 2"):
-        grow(tmp_path / "export" / "transformer", {"num_kinds": 1})
+    assert grow(tmp_path / "export" / "transformer", {"num_kinds": 1}).config.num_kinds == 2, "fewer kinds need no smaller table"
+
+
+@pytest.mark.parametrize("preset", ["own", "world", "world-brush", "world-controls"])
+def test_the_small_presets_go_on_from_the_shipped_model(preset: str) -> None:
+    cfg = load_config(train_dit.TrainDiTConfig, f"dit/{preset}.yaml")
+    had, weights = load_file(ASSETS / "transformer" / SAFETENSORS_WEIGHTS_NAME), grow(ASSETS / "transformer", cfg.model).state_dict()
+    assert weights.keys() == had.keys() and all(torch.equal(weights[name], had[name].float()) for name in had)
 
 
 @pytest.mark.parametrize("what", ["selective", "full"])

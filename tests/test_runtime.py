@@ -27,7 +27,7 @@ from kling.runtime.accelerator import EXIT_STOPPED, StopSignal, make_accelerator
 from kling.runtime.checkpoint import load, save
 from kling.runtime.log import RunLog, duration, read_metrics
 from kling.runtime.precision import describe, pick_precision
-from kling.runtime.random import derive_seed, generator, noise_like, permutation, uniform
+from kling.runtime.random import derive_seed, generator, noise_like, permutation
 from kling.runtime.versions import versions
 from kling.training.ema import EMA
 from kling.training.meter import Meter
@@ -70,9 +70,7 @@ def test_seeds_are_stable_and_spread() -> None:
     assert correlation.abs().max() < 0.25, "neighbouring steps are independent"
 
 
-def test_uniform_and_permutation() -> None:
-    u = uniform(0, "sigma", 3, range(200))
-    assert u.min() >= 0 and u.max() < 1 and abs(u.mean() - 0.5) < 0.08
+def test_permutation() -> None:
     assert sorted(permutation(50, 0, "epoch", 1)) == list(range(50))
     assert permutation(50, 0, "epoch", 1) == permutation(50, 0, "epoch", 1) != permutation(50, 0, "epoch", 2)
     assert generator(3, "a").initial_seed() == derive_seed(3, "a")

@@ -17,7 +17,7 @@ from kling.cache.store import LatentBatch, LatentCache
 from kling.cameras.axes import axes_trajectory
 from kling.cameras.trajectory import pixel_rays
 from kling.condition.state import Given, build_state
-from kling.condition.tracks import Tracks, codes, joined, track_map, track_maps
+from kling.condition.tracks import Tracks, codes, joined, track_maps
 from kling.data.buckets import Bucket
 from kling.data.source import DataConfig
 from kling.data.transforms import to_tensor, to_uint8
@@ -48,6 +48,10 @@ def still(x: float, y: float, code: int = 1) -> Tracks:
 
 def latents(seed: int = 0) -> torch.Tensor:
     return torch.randn(C, F, HH, WW, generator=torch.Generator().manual_seed(seed))
+
+
+def track_map(tracks: Tracks, clean: torch.Tensor, known: int, appended: tuple[int, ...] = ()) -> torch.Tensor:
+    return track_maps([tracks], clean[None], [known], [appended])[0]
 
 
 def slow_map(tracks: Tracks, clean: torch.Tensor, known: int, appended: tuple[int, ...] = ()) -> torch.Tensor:

@@ -18,7 +18,7 @@ from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 
 from kling.data import decode
 from kling.data.image import read_image, write_png_frames
-from kling.data.video import TO_RGB, VideoWriter, probe, read_tail, read_video, stream_video, write_gif, write_video
+from kling.data.video import TO_RGB, VideoWriter, probe, read_video, stream_video, write_gif, write_video
 from kling.errors import UserError
 
 H, W = 48, 64
@@ -104,7 +104,6 @@ def test_every_container_reads_whole_and_in_part(tmp_path, name):
         assert which(clip.frames) == list(range(24))
     part = read_video(path, start=12 / info.fps, num_frames=5)
     assert torch.equal(part.frames, clip.frames[12:17])
-    assert torch.equal(read_tail(path, 5, info.fps).frames, clip.frames[-5:])
 
 
 def test_the_contents_decide_and_not_the_file_name(tmp_path):
@@ -159,17 +158,9 @@ def test_stream_gives_the_same_frames(tmp_path):
     assert torch.equal(torch.stack(list(streamed)), read_video(path, fps=8, size=(32, 32)).frames)
 
 
-def test_tail_ends_on_the_last_frame(tmp_path):
-    path = make(tmp_path / "a.mp4", n=48, fps=24)
-    assert which(read_tail(path, 5, 8).frames) == [35, 38, 41, 44, 47]
-    assert len(read_tail(path, 48, 24).frames) == 48
-    with pytest.raises(UserError, match="2.00 s long"):
-        read_tail(path, 17, 8)
-
-
 def test_one_frame(tmp_path):
     path = make(tmp_path / "a.mp4", n=1)
-    assert probe(path).frames == 1 and which(read_video(path).frames) == [0] == which(read_tail(path, 1, 8).frames)
+    assert probe(path).frames == 1 and which(read_video(path).frames) == [0]
 
 
 @pytest.mark.parametrize(("degrees", "turns"), [(90, 1), (180, 2), (-90, 3)])

@@ -14,9 +14,9 @@ from kling_programs.eval.world_folder import EXAMPLES
 from kling_programs.sample import generate
 
 from kling import KlingPipeline
-from kling.cameras.axes import MOVES, axes_trajectory
-from kling.data.world.captions import CAMERA_AXES, CAMERA_MOVES, unknown_words, vocabulary, vocabulary_table
-from kling.data.world.scene import FOCAL, HELD_OUT, World, render_scene
+from kling.cameras.axes import MOVES, axes_trajectory, parse_axes
+from kling.data.world.captions import CAMERA_AXES, CAMERA_MOVES, camera_said, unknown_words, vocabulary, vocabulary_table
+from kling.data.world.scene import FOCAL, HELD_OUT, PHRASINGS, World, render_scene
 from kling.metrics.permanence import FAULTS
 from kling.metrics.ruler import Ruler
 from kling.runtime.precision import bf16_is_fast, default_device
@@ -86,6 +86,27 @@ def test_captions_say_only_what_the_table_lists() -> None:
     rows = [line for line in table.splitlines() if line.startswith("|")]
     assert len(rows) == 2 + sum(map(len, vocabulary().values())) and "rolls to the left" in table and "镜头向右摇" in table
     assert not re.search(r"[{}]", table)
+
+
+def test_the_camera_that_a_caption_says_is_that_of_its_scene() -> None:
+    world, said = World(seed=0, frames=5), set()
+    for scene in map(world.scene, range(300)):
+        for text in [texts[i] for texts in world.captions(scene).values() for i in range(0, PHRASINGS, 2)]:  # the others leave it out
+            said.add(camera := camera_said(text))
+            if scene.move:
+                assert camera == scene.move, text
+            else:
+                assert {name: value > 0 for name, value in parse_axes(camera).items()} == {n: v > 0 for n, v in scene.axes.items()}, text
+        assert not camera_said(world.captions(scene)["en"][1])
+    assert {*CAMERA_MOVES} <= said
+
+
+def test_a_camera_in_words_alone_is_answered_with_its_option(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    generate.main(["a red ball on grass, the camera pans left", "--dry-run", "--seed", "1"])
+    assert notes(capsys)[0].endswith("give --camera pan=-5")
+    generate.main(["a red ball on grass, the camera pans left", "--camera", "pan=3", "--dry-run", "--seed", "1"])
+    assert not notes(capsys)
 
 
 @pytest.mark.parametrize(("text", "words"), [
@@ -159,7 +180,7 @@ def held_out(prompt: str) -> bool:
 
 def mistakes(ruler: Ruler, prompt: str, video: torch.Tensor) -> list[str]:
     """What a clip (T, H, W, 3) uint8 does not show of a prompt with one thing, as far as the detectors see: words, camera, permanence."""
-    asked, camera = said(prompt), camera_said(prompt)
+    asked, camera = said(prompt), axes_said(prompt)
     if camera:  # where the picture moves, the motion of a thing in it says little
         asked.pop("motion", None)
     reading = ruler.detectors.read(video)
@@ -172,7 +193,7 @@ def mistakes(ruler: Ruler, prompt: str, video: torch.Tensor) -> list[str]:
     return wrong + ([] if row["whole"] else [f"not whole ({', '.join(faults)})"])
 
 
-def camera_said(prompt: str) -> dict[str, float]:
+def axes_said(prompt: str) -> dict[str, float]:
     """The axes of the longest phrase about the camera in a prompt; empty where it says none, or that the camera stands still."""
     phrases = {phrase: {axis: sign * 10.0} for (axis, sign), columns in CAMERA_AXES.items() for column in columns for phrase in column}
     phrases |= {phrase: MOVES.get(move, {}) for move, columns in CAMERA_MOVES.items() for column in columns for phrase in column}
@@ -185,7 +206,7 @@ def camera_said(prompt: str) -> dict[str, float]:
     ("a red ball on grass, the camera moves forward and up", MOVES["forward_up"]), ("a red ball on grass, the camera does not move", {}),
 ])  # fmt: skip
 def test_the_camera_that_a_prompt_asks_for(prompt: str, axes: dict[str, float]) -> None:
-    assert camera_said(prompt) == axes
+    assert axes_said(prompt) == axes
 
 
 @pytest.mark.slow

@@ -139,12 +139,6 @@ class Cameras:
         return torch.nn.functional.pad(rays, (0, 0, 0, 0, 0, blank)) if blank else rays
 
 
-def camera_signal(trajectory: Trajectory, H: int, W: int, appended: tuple[int, ...] = ()) -> Tensor:
-    """The rays (24, G, H, W) of one clip; see `Cameras`."""
-    lone = torch.tensor([appended], dtype=torch.long)
-    return Cameras(trajectory.c2w[None], trajectory.intrinsics[None], (H, W), lone).rays()[0]
-
-
 def focal_of(H: int, W: int, f: float = 1.1) -> tuple[float, float]:
     """Normalised (fx, fy) of a square-pixel camera whose focal length is `f` times sqrt(H * W) pixels: equal areas see equal angles."""
     focal = f * (H * W) ** 0.5

@@ -53,11 +53,6 @@ def codes(index: Tensor, channels: int) -> Tensor:
     return 1.0 - 2.0 * odd
 
 
-def track_map(tracks: Tracks, clean: Tensor, known: int, appended: Sequence[int] = ()) -> Tensor:
-    """The map (c + 1, G, h, w) of one clip with latents (c, F, h, w); see `track_maps`."""
-    return track_maps([tracks], clean[None], [known], [appended])[0]
-
-
 def track_maps(
     tracks: Sequence[Tracks | None], clean: Tensor, known: Sequence[int], appended: Sequence[Sequence[int]]
 ) -> Tensor:  # fmt: skip

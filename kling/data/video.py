@@ -26,7 +26,7 @@ from PIL import Image
 from torch import Tensor
 
 from kling.data.decode import TO_RGB, pick, probe
-from kling.data.info import EPS, VideoInfo, frame_rate
+from kling.data.info import VideoInfo, frame_rate
 from kling.data.transforms import Frames, check_size
 from kling.errors import UserError
 from kling.runtime.files import Member, Source, as_source, writing, written
@@ -90,15 +90,6 @@ def stream_video(
     path, info = as_source(path), probe(path)
     fps, wanted, size = _ask(path, info, fps, start, num_frames, size)
     return (frame for _, frame in pick(path, info, [start + i / fps for i in range(wanted)], size))
-
-
-def read_tail(path: str | Path, num_frames: int, fps: float, *, size: tuple[int, int] | None = None) -> Clip:
-    """The last `num_frames` at `fps`, ending with the last stored frame: the start of a continuation."""
-    info = probe(path)
-    start = info.duration - 1 / info.fps - (num_frames - 1) / fps
-    if start < -0.5 / info.fps - EPS:
-        raise UserError(f"{path} is {info.duration:.2f} s long: {num_frames} frames at {fps:g} fps need {num_frames / fps:.2f} s")
-    return read_video(path, fps=fps, start=max(0.0, start), num_frames=num_frames, size=size)
 
 
 class VideoWriter:

@@ -16,11 +16,6 @@ def to_x0(z: Tensor, v: Tensor, sigma: Tensor) -> Tensor:
     return torch.addcmul(z, sigma, v, value=-1)
 
 
-def to_noise(z: Tensor, v: Tensor, sigma: Tensor) -> Tensor:
-    """eps = z + (1 - sigma) v."""
-    return z + (1 - sigma) * v
-
-
 def where_made(mask: Tensor | None, made: Tensor, given: Tensor) -> Tensor:
     """`made` where m > 0 and `given` elsewhere. Without a mask everything is generated: returns `made` itself, at no cost."""
     return made if mask is None else torch.where(mask > 0, made, given)

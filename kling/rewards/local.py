@@ -22,7 +22,7 @@ FRAMES = 4  # of a clip that are shown
 QUESTION = 'Does this video show "{prompt}", moving plausibly and without faults? Answer Yes or No.'
 
 
-def model_reward(folder: str | Path, device: torch.device | str = "cpu", question: str = QUESTION) -> Reward:
+def model_reward(folder: str | Path, device: torch.device | str = "cpu") -> Reward:
     """The term "model" of a folder with a model and its processor. Raises `UserError` if there is none, or of another kind."""
     if not (Path(folder) / "config.json").is_file():
         raise UserError(f"reward_model {folder} is not a model's folder (no config.json in it): download one and give its folder")
@@ -41,7 +41,7 @@ def model_reward(folder: str | Path, device: torch.device | str = "cpu", questio
 
     @torch.no_grad()
     def score(videos: Tensor, requests: Sequence[Request], truths: Sequence[Any]) -> Tensor:
-        rows = [one(model, processor, _frames(video), request.prompt, question) for video, request in zip(videos, requests, strict=True)]
+        rows = [one(model, processor, _frames(video), request.prompt) for video, request in zip(videos, requests, strict=True)]
         return torch.tensor(rows)[:, None]
 
     return Reward(("model",), score)
@@ -53,7 +53,7 @@ def _frames(video: Tensor) -> list[Image.Image]:
     return [Image.fromarray(video[t].numpy()) for t in places.tolist()]
 
 
-def _similarity(model: Any, processor: Any, pictures: list[Image.Image], prompt: str, question: str) -> float:
+def _similarity(model: Any, processor: Any, pictures: list[Image.Image], prompt: str) -> float:
     """Mean cosine between the prompt and the frames, mapped to [0, 1]."""
     longest = model.config.text_config.max_position_embeddings
     filled = model.config.model_type.startswith("siglip")  # it pools the last place, and reads padding like words, as it was trained
@@ -66,9 +66,9 @@ def _similarity(model: Any, processor: Any, pictures: list[Image.Image], prompt:
     return float((seen @ text.T).mean() + 1) / 2
 
 
-def _answer(model: Any, processor: Any, pictures: list[Image.Image], prompt: str, question: str) -> float:
+def _answer(model: Any, processor: Any, pictures: list[Image.Image], prompt: str) -> float:
     """Probability of Yes against No as the first word of the answer."""
-    asked = question.format(prompt=prompt)
+    asked = QUESTION.format(prompt=prompt)
     if getattr(processor, "chat_template", None):
         content = [*({"type": "image"} for _ in pictures), {"type": "text", "text": asked}]
         asked = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)

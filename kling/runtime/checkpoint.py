@@ -235,7 +235,7 @@ def restore(rows: Rows, into: Mapping[str, Tensor], what: str = "weight") -> Non
                 mine.copy_(rows.part(name, start, start + len(mine)))
 
 
-def load_latest(run_dir: str | Path, groups: Iterable[str] | None = None) -> Checkpoint | None:
+def load_latest(run_dir: str | Path) -> Checkpoint | None:
     """The newest intact checkpoint of a run; None if the run has none yet.
 
     A folder that fails `verify` is skipped with a warning that names it and the reason. Raises `UserError` if none is intact: starting
@@ -244,7 +244,7 @@ def load_latest(run_dir: str | Path, groups: Iterable[str] | None = None) -> Che
     bad: list[str] = []
     for folder in _folders(Path(run_dir)):
         try:
-            return load(folder, groups)
+            return load(folder)
         except UserError as error:
             log.warning("checkpoint skipped: %s", error)
             bad.append(str(error))
@@ -277,24 +277,21 @@ def verify(path: str | Path) -> dict[str, Any]:
     return manifest
 
 
-def check_same_config(
-    run_dir: str | Path, config: dict[str, Any], may_change: Iterable[str] = MAY_CHANGE, defaults: Mapping[str, Any] | None = None
-) -> None:
+def check_same_config(run_dir: str | Path, config: dict[str, Any], defaults: Mapping[str, Any] | None = None) -> None:
     """Refuse to resume a run whose settings differ from `run_dir/config.yaml` (if there is one).
 
-    config: `to_dict` of the new settings. defaults: values of settings that did not exist when the run began. A name in `may_change`
-    covers its dotted key and everything below it. Raises `UserError` that lists the keys with both values.
+    config: `to_dict` of the new settings. defaults: values of settings that did not exist when the run began. A name in
+    `MAY_CHANGE` covers its dotted key and everything below it. Raises `UserError` that lists the keys with both values.
     """
     path = Path(run_dir) / "config.yaml"
     if not path.is_file():
         return
     before, now = flatten(read_yaml(path)), flatten(config)
     before = {key: value for key, value in flatten(dict(defaults or {})).items() if key in now} | before
-    allowed = tuple(may_change)
     changed = [
         f"{key} {before.get(key, 'absent')!r} -> {now.get(key, 'absent')!r}"
         for key in sorted(before.keys() | now.keys())
-        if before.get(key, "absent") != now.get(key, "absent") and not any(key == a or key.startswith(a + ".") for a in allowed)
+        if before.get(key, "absent") != now.get(key, "absent") and not any(key == a or key.startswith(a + ".") for a in MAY_CHANGE)
     ]
     if changed:
         raise UserError(f"run {run_dir} was started with other settings: {'; '.join(changed)}; restore them or choose another `out`")

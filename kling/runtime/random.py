@@ -37,11 +37,6 @@ def noise_like(x: Tensor, seed: int, purpose: str, step: int, samples: Sequence[
     return upload(torch.stack(rows).to(x.dtype), x.device)
 
 
-def uniform(seed: int, purpose: str, step: int, samples: Sequence[int]) -> Tensor:
-    """(b,) fp32 in [0, 1); entry i depends on (seed, purpose, step, samples[i]) only."""
-    return torch.stack([torch.rand((), generator=generator(seed, purpose, step, s)) for s in samples])
-
-
 def permutation(n: int, seed: int, *ids: int | str) -> list[int]:
     """A shuffled range(n), for example the order of an epoch: `permutation(len(data), cfg.seed, "epoch", epoch)`."""
     return torch.randperm(n, generator=generator(seed, *ids)).tolist()

@@ -232,8 +232,8 @@ def new_scheduler(settings: Mapping[str, Any]) -> KlingFlowScheduler:
 
 
 def grow(folder: str | Path, model: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> KlingTransformer3DModel:
-    """The transformer of a folder with the conditions of `model` added: new inputs start at zero, so its output is unchanged. Raises
-    `UserError` for a key that differs and is no condition, or that changes a condition which is trained already."""
+    """The transformer of a folder with the conditions of `model` added: new inputs start at zero, so its output is unchanged. A table that
+    has more kinds of frames stays. Raises `UserError` for a key that differs and is no condition, or that changes a trained condition."""
     with torch.device("meta"):
         had = KlingTransformer3DModel.from_config(KlingTransformer3DModel.load_config(folder)).config
     changed = {}
@@ -242,11 +242,12 @@ def grow(folder: str | Path, model: Mapping[str, Any], dtype: torch.dtype = torc
             raise unknown("key of model", key, [name for name in had if not name.startswith("_")])
         if had[key] == value or (isinstance(value, list | tuple) and tuple(had[key]) == tuple(value)):
             continue
+        if key == "num_kinds" and had[key] > value:
+            continue
         if key not in EXTRAS:
             raise UserError(f"model {folder} has model.{key} = {had[key]!r}, not {value!r}: only {', '.join(EXTRAS)} can be added")
         there = {name: had[name] for name in ("track_channels", "gate_value")}
-        there |= {"num_kinds": had["num_kinds"] > value if key == "num_kinds" else 0}
-        there |= {"in_channels": had["in_channels"] > had["out_channels"]}
+        there |= {"num_kinds": False, "in_channels": had["in_channels"] > had["out_channels"]}
         if there.get(key, had["camera_channels"]):
             raise UserError(f"model {folder} was trained with model.{key} = {had[key]!r}: leave it unchanged")
         changed[key] = value

@@ -72,6 +72,20 @@ def speaks_of_camera(text: str) -> bool:
     return any(word in text for word in CAMERA_WORDS)
 
 
+def camera_said(text: str) -> str:
+    """The camera that a prompt asks for in words, as `--camera` takes it, with amounts of 5; empty if it asks for none.
+
+    >>> camera_said("a red ball rolls left on grass, the camera pans right and the camera rises")
+    'vertical=5,pan=5'
+    """
+    text = text.lower()
+    for move, phrases in CAMERA_MOVES.items():  # first, since the words of some contain those of an axis
+        if any(phrase in text for column in phrases for phrase in column):
+            return move
+    said = [f"{axis}={5 * sign}" for (axis, sign), phrases in CAMERA_AXES.items() if any(p in text for column in phrases for p in column)]
+    return ",".join(said)
+
+
 def speaks_of_reference(text: str) -> bool:
     """Whether a caption points at a picture that is given with it, such as "the second thing"."""
     return any(map(text.lower().__contains__, _pointers()))
