@@ -35,6 +35,7 @@ from kling.runtime.accelerator import EXIT_STOPPED
 from kling.sampling.brush import Track
 from kling.sampling.sampler import Sampler
 from kling.sampling.shots import Shot
+from kling.text.umt5 import UMT5TextEncoder
 from kling.training.ema import EMA
 from kling.training.model import Trained
 from kling.training.rollout import (
@@ -328,6 +329,7 @@ def test_given_pairs_begin_at_log_2(tiny: Path, tmp_path: Path) -> None:
     asked = (
         "method=dpo",
         f"pairs={tiny / 'pairs.jsonl'}",
+        "requests=world",
         "clips=2",
         "rewards.magnitude=0",
         "beta=50",
@@ -455,13 +457,23 @@ def test_checks_are_kept_and_a_hacked_reward_stops_the_run(
     assert same == {1: True, 2: False, 3: False}
 
 
-def test_published_weights_are_aligned_as_a_lora(tmp_path: Path) -> None:
+@pytest.mark.parametrize("pairs", [False, True], ids=["requests", "pairs"])
+def test_published_weights_are_aligned_as_a_lora(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pairs: bool) -> None:
+    """umT5 reads all prompts before the transformer takes the device's memory."""
+    loads: list[str] = []
+    build, load = align.build, UMT5TextEncoder._load
+    monkeypatch.setattr(align, "build", lambda *args: loads.append("transformer") or build(*args))
+    monkeypatch.setattr(UMT5TextEncoder, "_load", lambda *args: loads.append("umT5") or load(*args))
     tiny_wan.saved("t2v", tmp_path / "wan")
     (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": p} | SMALL) + "\n" for p in ("a ball", "a cube", "a cone")))
     words = [f"model={tmp_path / 'wan'}", f"requests={tmp_path / 'p.jsonl'}", f"out={tmp_path / 'run'}", "mixed_precision=fp32"]
-    words += ["request={num_inference_steps: 2, num_frames: 5, size: 32x32, guidance_scale: 1}", "rewards={magnitude: 1, model: 0}"]
+    words += ["request={num_inference_steps: 2, num_frames: 5, size: 32x32, guidance_scale: 3, negative_prompt: ugly}"]
+    words += ["rewards={magnitude: 1, model: 0}"]
     words += ["checker=[]", "check_every=0", "steps=2", "checkpoint=wan2.1-t2v-1.3b", "groups=1", "clips=2", "gradient_accumulation=2"]
+    if pairs:
+        words += ["method=dpo", f"pairs={tiny / 'pairs.jsonl'}", "requests=world", "rewards.magnitude=0", "batch=2"]
     align.main(["configs/align/wan-1.3b.yaml", *words])
+    assert "umT5" in loads and "umT5" not in loads[loads.index("transformer") :]
     assert (tmp_path / "run" / "lora" / "pytorch_lora_weights.safetensors").is_file()
 
 
@@ -471,6 +483,8 @@ def test_published_weights_are_aligned_as_a_lora(tmp_path: Path) -> None:
      ("rewards.magnitude=-1", "give 0 or more"), ("batch=3", "do not divide into micro-steps"), ("method=dpo batch=3", "even number"),
      ("clips=1 batch=1", "at least 2"), ("rewards.model=1", "needs reward_model"), ("check_every=1", "not checker"),
      ("checker=[magnitude] check_every=1", "must not be rewarded"), ("pairs=x.jsonl", "pairs are for dpo"), ("b=0", "b 0: give"),
+     ("method=dpo pairs=x.jsonl clips=2", "are both set: each line of pairs is a request too"),
+     ("method=dpo pairs=x.jsonl clips=2 requests=world rewards.magnitude=0 checker=[motion] check_every=1", "the term motion needs"),
      ("world.examples=3", "at least 20"),
      ("requests=nowhere.jsonl", "cannot be read"), ("requests=README.md", "line 1"), ("model=nowhere", "nowhere"), ("kl=-1", "kl -1"),
      ("null=1", "null 1: give"), ("jitter=0", "jitter 0: give"),

@@ -6,6 +6,7 @@ import base64
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -14,6 +15,7 @@ import pytest
 
 from kling.cameras.axes import axes_trajectory
 from kling.cameras.files import save_trajectory
+from kling.data import manifest
 from kling.data.manifest import Caption, read_manifest
 from kling.data.scan.captioner import PROMPTS
 from kling.data.scan.listing import COLUMNS
@@ -161,6 +163,23 @@ def test_captions_survive_a_clip_without_one_and_an_interrupt(scanned, capsys, m
         program.main(["caption", str(scanned), "--model", "any", "--language", "en", "zh"])
     assert stop.value.code == 130 and "returned nothing" in capsys.readouterr().err
     assert sum(c.text.startswith("a clip") for shot in read_manifest(scanned).shots for c in shot.captions) == 1
+
+
+@pytest.mark.parametrize("every", [60.0, 0.0])
+def test_a_manifest_is_written_every_so_often_and_not_for_every_clip(scanned, monkeypatch, every):
+    """Each time as a whole, so that the cost would grow with the square of the number of clips."""
+    program.main(["scan", str(scanned.parent), "--out", str(scanned), "--allow-bad", "0.5", "--workers", "1"])  # three clips
+    tracked = {"tracks": "t.safetensors", "measures": {"tracks": {"count": 3, "seconds": 1.0}}}
+    moving = {"camera": "c.txt", "measures": {"camera": {"method": "rotation", "error": 0.1, "registered": 1.0}}}
+    monkeypatch.setattr("kling.metrics.tracks.estimated_tracks", lambda manifest, shot: replace(shot, **tracked))
+    monkeypatch.setattr("kling.metrics.camera.clips.estimated", lambda manifest, shot, method: replace(shot, **moving))
+    monkeypatch.setattr(program, "SAVE_EVERY", every, raising=False)
+    write, writes = manifest.write_manifest, []
+    monkeypatch.setattr(manifest, "write_manifest", lambda *args: writes.append(1) or write(*args))
+    for command, field in (("tracks", "tracks"), ("camera", "camera")):
+        program.main([command, str(scanned)])
+        assert len(writes) == (1 if every else 3) and all(getattr(shot, field) for shot in read_manifest(scanned).shots)
+        writes.clear()
 
 
 def test_two_commands_do_not_change_one_manifest_at_once(scanned, capsys):

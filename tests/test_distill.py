@@ -430,9 +430,26 @@ def test_the_brush_and_references_are_guided_too() -> None:
 
     v = guide(net, example, clean := torch.cat([clean, lone], dim=2), words, torch.zeros(2, 5, 8))
     text, maps, picture = 40.0, 10 * state.tracks.abs().sum((1, 2, 3, 4)), 100 * clean[:, :, -1].abs().sum((1, 2, 3))
-    assert maps[0] > 0 == maps[1] and guide.passes(state) == 4
+    assert maps[0] > 0 == maps[1]
     asked = text + maps + picture + (3 - 1) * text + (4 - 1) * maps + (2 - 1) * picture
-    assert torch.allclose(v[:, 0, 0, 0, 0], asked) and guide.passes(build_state([Given()], clean[:1, :, :3], None)) == 2
+    assert torch.allclose(v[:, 0, 0, 0, 0], asked)
+
+
+@pytest.mark.parametrize("camera", [True, False])
+@pytest.mark.parametrize("given", [True, False], ids=["given", "predicted"])
+def test_the_passes_of_guidance_are_counted(camera: bool, given: bool) -> None:
+    """With all scales, against the calls of a network; without tracks, references or a camera those cost nothing."""
+    guide, calls = object.__new__(Guide), []
+    guide.scale, guide.camera_scale, guide.brush, guide.reference, guide.reach, guide.sharded = 3.0, 2.0, 4.0, 2.0, 0.0, False
+    clean, here = torch.zeros(1, 4, 3, 4, 6), Tracks(torch.full((1, 9, 2), 0.5), torch.ones(1, 9, dtype=torch.bool), torch.zeros(1).long())
+    for references, tracks in ((0, None), (1, [here])):
+        state = build_state([Given(references=references)], clean, clean[:, :, :1] if references else None, tracks=tracks)
+        example = Example(state, [""], torch.zeros(1) if camera else None, torch.ones(1, dtype=torch.bool))
+        calls.clear()
+        z = torch.zeros_like(state.clean)
+        net = lambda shown, z, words: calls.append(1) or torch.zeros_like(z)  # noqa: E731
+        guide(net, example, z, torch.zeros(1, 5, 8), torch.zeros(1, 5, 8), z if given else None)
+        assert guide.passes(example) - given == len(calls)
 
 
 def test_a_batch_of_one_clip_has_steps_of_length_0(teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ from kling.config import load_config
 from kling.errors import UserError
 from kling.hub.export import export_weights
 from kling.runtime import checkpoint
-from kling.runtime.files import DEEPEST, parse_json, written, written_folder
+from kling.runtime.files import DEEPEST, as_umask, parse_json, written, written_folder
 from kling.runtime.log import RunLog, finished, read_metrics
 from kling.vae import AutoencoderKLKling
 
@@ -137,6 +137,23 @@ def test_metrics_on_a_full_disk_are_whole_lines(tmp_path: Path) -> None:
 def test_a_finished_run_says_so(tmp_path: Path) -> None:
     assert finished(0, 20, tmp_path) == f"finished: 20 steps, the model is in {tmp_path}"
     assert finished(20, 20, tmp_path).startswith("already finished: 20 of 20 steps") and "steps=" in finished(20, 20, tmp_path)
+
+
+def test_the_temporary_files_of_other_processes_may_vanish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them write into the folder of one checkpoint, and each sets the modes there."""
+    for name in ("a.safetensors", ".theirs.part"):
+        (tmp_path / name).touch(mode=0o600)
+    real = Path.is_symlink
+
+    def then_gone(path: Path) -> bool:
+        found = real(path)
+        if path.suffix == ".part":
+            path.unlink()
+        return found
+
+    monkeypatch.setattr(Path, "is_symlink", then_gone)
+    as_umask(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
 
 
 def test_json_may_nest_to_a_limit() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,12 +18,12 @@ from kling.runtime.accelerator import StopSignal
 from kling.runtime.checkpoint import load_latest
 from kling.runtime.log import Later
 from kling.runtime.saver import Saver
+from kling.training import loop
 from kling.training.ema import EMA
 from kling.training.health import Guard
-from kling.training.loop import Loop
+from kling.training.loop import Loop, run_tensors
 from kling.training.meter import Meter
 from kling.training.optim import adamw, set_lr
-from kling.training.run_state import run_tensors
 
 
 @dataclass
@@ -180,3 +181,17 @@ def test_other_settings_and_a_second_run_are_refused(tmp_path: Path) -> None:
         program(out=str(tmp_path), lr=0.2)
     told = program(out=str(tmp_path), steps=1, every=0)
     assert told.places == [] and lines(tmp_path)[-1]["step"] == 1
+
+
+def test_an_error_before_the_first_update_frees_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also the last of those that are found on the way in; the signals mean what they did before."""
+
+    def refuse(_: object) -> None:
+        raise UserError("9 processes do not divide")
+
+    before = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="do not divide"):
+        patch.setattr(loop, "lay_out", refuse)
+        program(out=str(tmp_path), steps=1)
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert program(out=str(tmp_path), steps=1).places == [0]

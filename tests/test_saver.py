@@ -26,7 +26,7 @@ from kling.errors import UserError
 from kling.runtime import checkpoint, saver
 from kling.runtime.checkpoint import Rows, load, load_latest, restore
 from kling.runtime.saver import Saver
-from kling.training.run_state import run_tensors
+from kling.training.loop import run_tensors
 
 
 def group(value: float, n: int = 64) -> dict[str, dict[str, Tensor]]:
@@ -78,6 +78,22 @@ def test_processes_write_parts_and_the_main_one_waits_for_all(tmp_path: Path) ->
     found = load_latest(tmp_path)
     assert found is not None and found.meta == {"places": 9} and (found.tensors["model"]["w"] == 3).all()
     assert not list(tmp_path.rglob("part-*.json"))
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_all_processes_open_the_folder_that_the_main_one_found(damaged: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a kill came while the same step was saved again: its first folder is left, under another name."""
+    checkpoint.save(tmp_path, 3, group(3.0))
+    if damaged:
+        shutil.copytree(tmp_path / "step-00000003", tmp_path / "step-00000003.old")
+        (tmp_path / "step-00000003" / "model.safetensors").write_bytes(b"")
+    else:
+        (tmp_path / "step-00000003").rename(tmp_path / "step-00000003.old")
+    told: list[int] = []
+    for main in (True, False):
+        monkeypatch.setattr(saver, "same_for_all", lambda _, number, main=main: told.append(number) or number if main else told.pop(0))
+        found = saver.find_latest(SimpleNamespace(is_main_process=main), tmp_path)  # type: ignore[arg-type]
+        assert found is not None and found.step == 3 and (found.tensors["model"]["w"] == 3).all()
 
 
 def test_milestones_are_kept(tmp_path: Path) -> None:

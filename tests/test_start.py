@@ -215,6 +215,30 @@ def test_resuming_is_exact(wan: Path, cache: Path, tmp_path: Path) -> None:
     assert whole.keys() == cut.keys() and all(torch.equal(whole[name], cut[name]) for name in whole)
 
 
+@pytest.mark.parametrize("few", [False, True], ids=["published", "few-step"])
+def test_umt5_reads_all_words_of_samples_before_the_transformer(
+    wan: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, few: bool
+) -> None:
+    """Shots and negative prompts too: later it would be loaded beside the transformer. An export for few steps has no negative prompt."""
+    if few:
+        pipe = KlingPipeline.from_pretrained(wan, checkpoint=ROW, **FP32)
+        pipe.register_to_config(defaults=None)
+        pipe.save_pretrained(tmp_path / "few")
+    samples = "samples=[{shots: [{prompt: a ball, seconds: 1}, {prompt: a cube, seconds: 1}]}, {prompt: a cone, negative_prompt: ugly}]"
+    read: list[str] = []
+
+    def then_stop(text: object, folder: object, prompts: list[str], *rest: object) -> None:
+        read.extend(prompts)
+        raise SystemExit
+
+    monkeypatch.setattr(train_dit, "complete_text", then_stop)
+    start = [f"init_from={tmp_path / 'few'}", "checkpoint=null", f"vae={wan}"] if few else []
+    with pytest.raises(SystemExit):
+        train_dit.main([*words(wan, cache, tmp_path / "run", *start, "sample_every=1", samples)])
+    own = "" if few else KlingPipeline.from_pretrained(wan, checkpoint=ROW, weights=False).setting("negative_prompt")
+    assert set(read) == {"a ball", "a cube", "a cone", "ugly", own}
+
+
 @pytest.mark.slow
 def test_own_videos_through_both_presets(wan: Path, tmp_path: Path) -> None:
     """Two mp4s with captions in two languages -> kling-encode -> kling-train, as in docs/own-videos.md, at a small size."""

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kling.condition.state import KEYFRAME, TARGET, Given, State, build_state
-from kling.condition.tasks import TASKS, draw_task, keyframe_share
+from kling.condition.tasks import TASKS, check_tasks, draw_task, keyframe_share
 from kling.errors import UserError
 from kling.flow.levels import frame_grid, sigma_grid
 from kling.flow.solvers import KlingFlowScheduler
@@ -146,7 +146,7 @@ def test_every_task_draws_what_its_name_says():
     assert keyframe_share(weights) == 0.25
     assert {draw_task(rng, weights, 1) for _ in range(10)} == {"last"}
     with pytest.raises(UserError, match="lst"):
-        draw_task(rng, {"lst": 1}, 0)
+        check_tasks({"lst": 1})
 
 
 @pytest.mark.parametrize("name", TASKS)

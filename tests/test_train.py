@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,9 @@ import train_vae  # noqa: E402
 from kling import KlingPipeline  # noqa: E402
 from kling.cache.batches import LatentSteps  # noqa: E402
 from kling.cache.store import LatentCache  # noqa: E402
+from kling.config import load_config  # noqa: E402
 from kling.data.video import write_video  # noqa: E402
+from kling.sampling.pipeline import load_vae  # noqa: E402
 
 VAE = [
     "configs/vae/debug.yaml",
@@ -99,6 +102,19 @@ def test_the_vae_is_exported_with_measured_statistics(vae):
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
 
 
+def test_statistics_are_those_of_the_latents_that_are_exported(vae, tmp_path):
+    """quant_conv makes the latents too, here twice as large: only with both parts frozen do they stay."""
+    cfg, before = load_config(train_vae.TrainVAEConfig, vae / "config.yaml"), json.loads((vae / "export" / "config.json").read_text())
+    for freeze, times in ((["encoder"], 2), (["encoder", "quant_conv"], 1)):
+        model = load_vae(str(vae / "export"))
+        for parameter in model.quant_conv.parameters():
+            parameter.data *= times
+        train_vae.save_vae(model, replace(cfg, freeze=freeze), tmp_path)
+        after = json.loads((tmp_path / "config.json").read_text())
+        for name in ("latents_mean", "latents_std"):
+            assert after[name] == pytest.approx([times * x for x in before[name]], rel=0.01, abs=1e-4)
+
+
 def test_other_settings_in_the_same_folder_are_refused(vae, capsys):
     with pytest.raises(SystemExit) as stop:
         train_vae.main([*VAE, f"out={vae}", "steps=4", "lr=0.5"])
@@ -151,6 +167,14 @@ def test_a_resumed_dit_run_is_bit_equal_and_its_model_samples(vae, cache, tmp_pa
         dtype = torch.float32 if any(part in name for part in exact) else torch.bfloat16
         assert t.dtype == dtype and torch.equal(t, average[f"ema/transformer.{name}"].to(dtype)), name
     assert (straight / "samples" / "00000004.png").is_file()
+
+
+def test_a_sample_that_the_model_cannot_make_is_refused_before_the_first_update(vae, cache, tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        samples = "samples=[{prompt: a ball, num_frames: 5}, {prompt: a ball, num_frames: 5, camera: pan=5}]"
+        train(vae, cache, tmp_path / "run", "steps=2", "model.camera_channels=0", samples, "sample_every=1")
+    assert end.value.code == 2 and "sample 2 of 2: this model was not trained for 'camera'" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_a_frozen_part_stays_and_a_run_with_one_resumes_exactly(vae, cache, tmp_path):

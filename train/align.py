@@ -214,6 +214,8 @@ def check(cfg: AlignConfig) -> None:
         raise unknown("method", cfg.method, METHODS)
     if cfg.pairs and cfg.method != "dpo":
         raise UserError(f"pairs {cfg.pairs} with method {cfg.method}: pairs are for dpo, the other methods need rewards")
+    if cfg.pairs and cfg.requests != "world":
+        raise UserError(f"pairs {cfg.pairs} and requests {cfg.requests} are both set: each line of pairs is a request too; leave one out")
     if cfg.pairs and cfg.clips != 2:
         raise UserError(f"clips {cfg.clips}: a given pair has two; set clips=2 batch=2")
     for term in (*cfg.rewards, *cfg.checker):
@@ -238,8 +240,8 @@ def check(cfg: AlignConfig) -> None:
         raise UserError("check_every is set but not checker: name terms that no reward uses, such as checker=[permanence]")
     if cfg.checker and not cfg.check_every:
         raise UserError("checker is set but not check_every: say every how many updates")
-    if cfg.requests != "world" and (asked := set(TERMS) & used(cfg)):
-        raise UserError(f"the term {min(asked)} needs the small world's truth: set requests=world, or take others")
+    if (cfg.pairs or cfg.requests != "world") and (asked := set(TERMS) & used(cfg)):
+        raise UserError(f"the term {min(asked)} needs the small world's truth, which no file has: take others, or the world's requests")
     if cfg.world.examples < 20:
         raise UserError(f"world.examples {cfg.world.examples}: the detectors need more to tell solids and motions apart; give at least 20")
     for name, value in (("b", cfg.b), ("beta", cfg.beta), ("clip", cfg.clip), ("jitter", cfg.jitter)):
@@ -278,9 +280,10 @@ def train(cfg: AlignConfig, loop: Loop) -> None:
     judge = None if cfg.pairs else Judge(known, counted(cfg))
     examiner = Judge(known, counted(cfg), cfg.checker) if cfg.check_every else None
     vae, text = load_vae(cfg.vae).to(device), start.text({}, out)
-    if start.published and cfg.requests != "world" and accelerator.is_main_process:  # before the transformer takes the device's memory
-        prompts = {row.get("prompt", "") for source in (asking, held) for row in source.rows}
-        for _ in text.learn(sorted({"", (start.settings.get("defaults") or {}).get("negative_prompt", ""), *prompts}), device):
+    if start.published and isinstance(asking, RequestFile) and accelerator.is_main_process:  # before the transformer takes the memory
+        pairs = ((cfg.request, asking), (cfg.check_request, held))
+        prompts = start.prompts([Request(**{**base, **fields_of(row)}) for base, source in pairs for row in source.rows])
+        for _ in text.learn(sorted({"", *prompts}), device):
             pass
     if accelerator.is_main_process:
         belong(out, loop.config, [start.folder, *(Path(name) for name in (cfg.vae, cfg.reward_model, cfg.requests, cfg.pairs) if name)])

@@ -15,18 +15,24 @@ import argparse
 import math
 import os
 import sys
-from contextlib import AbstractContextManager, nullcontext
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import TYPE_CHECKING
 
 from kling_programs.sample.command import Parser
 
 from kling.errors import UserError, program
 
+if TYPE_CHECKING:
+    from kling.data.manifest import Manifest, Shot
+
 EXIT_TOO_BAD = 3
-SAVE_EVERY = 20  # captions
+SAVE_EVERY = 30.0  # seconds: a manifest is written as a whole, so that one write per clip would take longer the more clips there are
 # Choices of the command line, copied from the library (tests/test_data_program.py) because importing torch takes seconds.
 FIELDS = ("path", "caption", "start", "end", "timestamp", "camera")
 LANGUAGES = ("en", "zh")
@@ -48,6 +54,28 @@ def own(manifest: Path, new: bool = False) -> AbstractContextManager[None]:
     from kling.runtime.lock import locked
 
     return locked(manifest.parent, "manifest", file=manifest.name)
+
+
+@contextmanager
+def changed(path: Path) -> Iterator[tuple[Manifest, Callable[[int, Shot], None]]]:
+    """A manifest, and a function that replaces its clip of a number. It is written every `SAVE_EVERY` seconds, and at the end, also after
+    an error or Ctrl-C."""
+    from kling.data.manifest import read_manifest, write_manifest
+
+    manifest, written, pending = read_manifest(path), time.monotonic(), False
+
+    def put(i: int, shot: Shot) -> None:
+        nonlocal written, pending
+        manifest.shots[i], pending = shot, True
+        if time.monotonic() - written >= SAVE_EVERY:
+            write_manifest(path, manifest.shots)
+            written, pending = time.monotonic(), False
+
+    try:
+        yield manifest, put
+    finally:
+        if pending:
+            write_manifest(path, manifest.shots)
 
 
 def parser() -> Parser:
@@ -162,17 +190,15 @@ def run_caption(args: argparse.Namespace) -> None:
     described costs only itself."""
     from tqdm import tqdm
 
-    from kling.data.manifest import read_manifest, write_manifest
     from kling.data.scan.captioner import PROMPTS, Captioner
     from kling.sampling.machine import pick_device
 
     if args.frames < 1:
         raise UserError(f"--frames {args.frames}: give at least 1")
-    path = Path(args.manifest)
-    manifest, captioner = read_manifest(path), Captioner(args.model, args.frames, device=str(pick_device(args.device)))
-    todo = [(i, x) for i, shot in enumerate(manifest.shots) for x in args.language if x not in {c.language for c in shot.captions}]
-    written = saved = 0
-    try:
+    path, written = Path(args.manifest), 0
+    with changed(path) as (manifest, put):
+        captioner = Captioner(args.model, args.frames, device=str(pick_device(args.device)))
+        todo = [(i, x) for i, shot in enumerate(manifest.shots) for x in args.language if x not in {c.language for c in shot.captions}]
         for i, language in tqdm(todo, unit="caption"):
             shot = manifest.shots[i]
             try:
@@ -180,14 +206,8 @@ def run_caption(args: argparse.Namespace) -> None:
             except UserError as error:
                 print(f"{shot.name}: {error}", file=sys.stderr)
                 continue
-            manifest.shots[i] = replace(shot, captions=(*shot.captions, caption))
+            put(i, replace(shot, captions=(*shot.captions, caption)))
             written += 1
-            if written - saved == SAVE_EVERY:
-                write_manifest(path, manifest.shots)
-                saved = written
-    finally:  # also after Ctrl-C
-        if written > saved:
-            write_manifest(path, manifest.shots)
     print(f"{written} captions written to {path}, {sum(not s.captions for s in manifest.shots)} clips without one")
 
 
@@ -197,7 +217,6 @@ def run_camera(args: argparse.Namespace) -> None:
     from kling.cameras.files import read_path
     from kling.cameras.plot import draw_path
     from kling.data.image import write_png
-    from kling.data.manifest import read_manifest, write_manifest
     from kling.metrics.camera.clips import check_file, estimated
     from kling.metrics.camera.rotation import WIDTH
 
@@ -219,22 +238,23 @@ def run_camera(args: argparse.Namespace) -> None:
             + f" · {picture}"
         )
         return
-    manifest = read_manifest(path)
     rows, failed = [], 0
-    for i, shot in enumerate(tqdm(manifest.shots, unit="clip")):
-        if shot.is_image:
-            continue
-        try:
-            if shot.camera is None:
-                manifest.shots[i] = shot = estimated(manifest, shot, args.method or METHODS[0])
-            else:
-                error = check_file(manifest.folder / shot.camera, manifest.check(shot), shot.start, shot.end)
-                manifest.shots[i] = shot = replace(shot, measures=shot.measures | {"camera": {"method": "given", "error": round(error, 3)}})
+    with changed(path) as (manifest, put):
+        for i, shot in enumerate(tqdm(manifest.shots, unit="clip")):
+            if shot.is_image:
+                continue
+            try:
+                if shot.camera is None:
+                    shot = estimated(manifest, shot, args.method or METHODS[0])
+                else:
+                    error = check_file(manifest.folder / shot.camera, manifest.check(shot), shot.start, shot.end)
+                    shot = replace(shot, measures=shot.measures | {"camera": {"method": "given", "error": round(error, 3)}})
+            except UserError as error:
+                failed += 1
+                print(f"{shot.name}: {error}", file=sys.stderr)
+                continue
+            put(i, shot)
             rows.append(shot.measures["camera"])
-            write_manifest(path, manifest.shots)
-        except UserError as error:
-            failed += 1
-            print(f"{shot.name}: {error}", file=sys.stderr)
     errors = [row["error"] for row in rows]
     placed = [row["registered"] for row in rows if "registered" in row]
     print(
@@ -248,20 +268,20 @@ def run_tracks(args: argparse.Namespace) -> None:
     """Clips that have tracks keep them, so running the same command again continues where it stopped."""
     from tqdm import tqdm
 
-    from kling.data.manifest import read_manifest, write_manifest
     from kling.metrics.tracks import estimated_tracks
 
-    path = Path(args.manifest)
-    manifest, failed = read_manifest(path), 0
-    for i, shot in enumerate(tqdm(manifest.shots, unit="clip")):
-        if shot.is_image or shot.tracks:
-            continue
-        try:
-            manifest.shots[i] = estimated_tracks(manifest, shot)
-            write_manifest(path, manifest.shots)
-        except UserError as error:
-            failed += 1
-            print(f"{shot.name}: {error}", file=sys.stderr)
+    failed = 0
+    with changed(Path(args.manifest)) as (manifest, put):
+        for i, shot in enumerate(tqdm(manifest.shots, unit="clip")):
+            if shot.is_image or shot.tracks:
+                continue
+            try:
+                shot = estimated_tracks(manifest, shot)
+            except UserError as error:
+                failed += 1
+                print(f"{shot.name}: {error}", file=sys.stderr)
+                continue
+            put(i, shot)
     rows = [shot.measures["tracks"] for shot in manifest.shots if shot.tracks]
     print(
         f"{len(rows)} clips with tracks, {failed} without"

@@ -109,7 +109,8 @@ def train(cfg: DistillConfig, loop: Loop) -> None:
             meter.lap("forward")
             accelerator.backward(losses.mean())
             meter.lap("backward")
-        passes = 3 + guide.passes(state) + (1 if how.stride else 2) * (b - first) / b
+        guided = guide.passes(example) - (how.velocity == "data")  # whose unguided velocity is given
+        passes = 3 + guided + (1 if how.stride else 2) * (b - first) / b
         meter.add(t, losses, b * state.tokens, b * passes * forward_flops(transformer.config, state.tokens, words.shape[1]))
         if not accelerator.sync_gradients:
             continue

@@ -97,7 +97,7 @@ def train(cfg: DistillConfig, loop: Loop) -> None:
             accelerator.backward(losses.mean())
             meter.lap("backward")
         moved += torch.stack([motion(x0.detach(), state.frames), motion(state.clean, state.frames)])
-        passes = last + 3 + (guide.passes(state) + 1 if turn == "student" else 1)
+        passes = last + 3 + (guide.passes(example) + 1 if turn == "student" else 1)
         meter.add(t, losses, b * state.tokens, b * passes * forward_flops(model.transformer.config, state.tokens, words.shape[1]))
         if not accelerator.sync_gradients:
             continue

@@ -49,7 +49,7 @@ from kling.training.start import (
     complete_text,
     open_start,
 )
-from kling.training.validation import draw_samples, sample_requests
+from kling.training.validation import check_samples, draw_samples, sample_requests
 from kling.vae import AutoencoderKLKling
 
 VELOCITIES = ("teacher", "data")
@@ -242,9 +242,10 @@ class Guide:
         pictured = state.references or self.sharded
         return {"no tracks": 1.0 if state.tracks is None else self.brush, "no references": self.reference if pictured else 1.0}
 
-    def passes(self, state: State) -> int:
-        """The number of passes for the velocity of a batch."""
-        return 1 + sum(scale != 1 for scale in (self.scale, self.camera_scale, *self.without(state).values()))
+    def passes(self, example: Example) -> int:
+        """The number of passes for the guided velocity of a batch, with that of the unguided one."""
+        camera_scale = 1.0 if example.cameras is None else self.camera_scale
+        return 1 + sum(scale != 1 for scale in (self.scale, camera_scale, *self.without(example.state).values()))
 
     def __call__(
         self, net: Callable[..., Tensor], example: Example, z: Tensor, words: Tensor, nothing: Tensor, v: Tensor | None = None
@@ -303,7 +304,7 @@ def prepare(cfg: DistillConfig, loop: Loop) -> Parts:
     guide, text = Guide(cfg, start, loop.layout.sharded), start.text({}, cfg.cache)
     asked = sample_requests(cfg.samples) if cfg.sample_every else []
     if start.published and accelerator.is_main_process:
-        complete_text(text, cfg.cache, [guide.negative, *(request.prompt for request in asked)], device, loop.stop)
+        complete_text(text, cfg.cache, [guide.negative, *start.prompts(asked)], device, loop.stop)
     accelerator.wait_for_everyone()
 
     torch.manual_seed(cfg.seed)  # of low-rank weights; every later draw is counter-based
@@ -314,7 +315,7 @@ def prepare(cfg: DistillConfig, loop: Loop) -> Parts:
     student = build(cfg, start, None if loop.layout.sharded else teacher)
     if isinstance(text, ByteTextEncoder):
         text = text.to(device).eval().requires_grad_(False)
-    max_bytes = check_captions(text, cache, [request.prompt for request in asked], cfg.long_captions)
+    max_bytes = check_captions(text, cache, cfg.long_captions)
     with torch.no_grad():
         negative = text.encode([guide.negative]).to(device).float()
     check_fit(vae, student.transformer, cfg.tasks, cache)
@@ -322,9 +323,7 @@ def prepare(cfg: DistillConfig, loop: Loop) -> Parts:
     check_reference(cfg.reference, student.transformer, cache)
     check_shots(cfg.shots, student.transformer, cache)
     if asked:
-        drawn = pipeline(replace(cfg, beside=False), student, vae, text, start)
-        for request in asked:
-            drawn.plan(request)  # raises for what the student will not take, before the first step
+        check_samples(pipeline(replace(cfg, beside=False), student, vae, text, start), asked)
     own = start.settings["scheduler"]
     return Parts(
         start, vae, text, teacher, student, guide, negative,

@@ -65,6 +65,7 @@ from kling.training.start import (
 )
 from kling.training.validation import (
     Validation,
+    check_samples,
     draw_samples,
     encode,
     held_out,
@@ -233,15 +234,13 @@ def train(cfg: TrainDiTConfig, loop: Loop) -> None:
     held = encode(clips, vae) if cfg.validation.every else []
     asked = requests(cfg, clips) if cfg.sample_every else []
     if start and start.published and accelerator.is_main_process:
-        prompts = [request.prompt for request in asked] + [request.negative_prompt or "" for request in asked]
-        prompts += [start.settings["defaults"]["negative_prompt"]] if asked else []
-        prompts += [clip.captions[0][0] for clip in held]
+        prompts = [*start.prompts(asked), *(clip.captions[0][0] for clip in held)]
         complete_text(start.text(cfg.text, cfg.cache), cfg.cache, prompts, device, stop)
     accelerator.wait_for_everyone()
 
     model = build(cfg, start)
     transformer, text_encoder = model.transformer, model.text_encoder
-    max_bytes = check_captions(text_encoder, cache, [request.prompt for request in asked], cfg.long_captions)
+    max_bytes = check_captions(text_encoder, cache, cfg.long_captions)
     drawing = Drawing(
         cfg.seed, cfg.tasks, cfg.text_drop, cfg.camera_drop, cfg.group, max_bytes, cfg.brush, cfg.reference, cfg.reference_drop
     )
@@ -253,12 +252,11 @@ def train(cfg: TrainDiTConfig, loop: Loop) -> None:
         transformer.compile_repeated_blocks(dynamic=True)
     split_sequence(transformer, layout, accelerator, cfg.context_parallel)
     check_divides(data, cfg.tasks, transformer, layout.split, cfg.reference)
-    if layout.split > 1 and (held or asked):
+    if asked or (held and layout.split > 1):
         pipe = pipeline(cfg, model, vae, start)
+        check_samples(pipe, asked)
         for batch in held:
             pipe.check_divides(*batch.latents.shape[2:])
-        for request in asked:
-            pipe.plan(request)  # raises for shapes that do not divide
     set_checkpointing(transformer, cfg.activation_checkpointing)
     keep_in_fp32(accelerator, transformer.condition_embedder.time_embedder)
     exact = accelerator.mixed_precision == "no"

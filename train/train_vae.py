@@ -235,7 +235,7 @@ def evaluate(model: AutoencoderKLKling, cfg: TrainVAEConfig, accelerator: Accele
 @torch.no_grad()
 def save_vae(model: AutoencoderKLKling, cfg: TrainVAEConfig, folder: Path) -> None:
     """Write the folder that `from_pretrained` reads; the statistics of the latents are measured again if they may have changed."""
-    if "encoder" not in cfg.freeze:
+    if not {"encoder", "quant_conv"} <= set(cfg.freeze):
         mean, std = latent_statistics(model, cfg)
         model.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
     with written_folder(folder) as temporary:

@@ -18,8 +18,6 @@ from kling.condition.state import Given
 from kling.errors import UserError, unknown
 from kling.shapes import nearest_frames, pixel_frames
 
-# name -> (number of appended keyframes, a function that draws what is given, the same as fields of a `Request` for a whole clip). -1 is a
-# random inner pixel frame.
 Draw = Callable[[Random, int, int, int], Given]
 Show = Callable[[np.ndarray], dict[str, Any]]  # uint8 (T, H, W, 3)
 
@@ -53,6 +51,8 @@ def _holed(video: np.ndarray) -> dict[str, Any]:
     return {"video": video, "mask": hole}
 
 
+# name -> (number of appended keyframes, a function that draws what is given, the same as fields of a `Request` for a whole clip). -1 is a
+# random inner pixel frame.
 TASKS: dict[str, tuple[int, Draw, Show]] = {
     "text": (0, lambda rng, F, h, w: Given(), lambda video: {}),
     "image": (0, lambda rng, F, h, w: Given(known=1), lambda video: {"image": video[0]}),
@@ -85,8 +85,8 @@ def check_tasks(weights: dict[str, float]) -> None:
 
 
 def draw_task(rng: Random, weights: dict[str, float], keyframes: int) -> str:
-    """A random task among those that append `keyframes` frames, so that all clips of a batch have one shape."""
-    check_tasks(weights)
+    """A random task among those that append `keyframes` frames, so that all clips of a batch have one shape. weights: checked before
+    (`check_tasks`)."""
     fit = {name: weight for name, weight in weights.items() if TASKS[name][0] == keyframes and weight > 0}
     return rng.choices(list(fit), weights=list(fit.values()))[0]
 

@@ -45,7 +45,6 @@ _FILE = re.compile(r"(\w+)(\.\d{5})?\.safetensors")
 # others change what is learned.
 MAY_CHANGE = (
     "out",
-    "resume",
     "steps",
     "save_every",
     "save_in_background",

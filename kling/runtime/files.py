@@ -307,7 +307,8 @@ def as_umask(folder: Path) -> None:
     new.unlink()
     for path in folder.rglob("*"):
         if path.is_file() and not path.is_symlink():
-            path.chmod(mode | path.stat().st_mode)
+            with suppress(FileNotFoundError):  # a temporary file of another process
+                path.chmod(mode | path.stat().st_mode)
 
 
 @contextmanager

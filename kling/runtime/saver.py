@@ -134,8 +134,9 @@ def find_latest(accelerator: Accelerator, run_dir: str | Path, lost: int = 0) ->
     """
     found = load_latest(run_dir) if accelerator.is_main_process else None
     step = same_for_all(accelerator, -1 if found is None else found.step)
+    left = same_for_all(accelerator, int(found is not None and found.path.suffix == ".old"))  # by a kill: what `finish` would have replaced
     if step < 0 and lost:
         raise UserError(f"updates are not finite, and there is no checkpoint to go back to (step {lost}): lower lr, or raise warmup")
     if step < 0:
         return None
-    return found or open_folder(folder(run_dir, step))
+    return found or open_folder(folder(run_dir, step).with_suffix(".old" if left else ""))

@@ -20,10 +20,10 @@ from kling.cache.batches import RankBatches
 from kling.config import save_config, to_dict
 from kling.data.source import batches
 from kling.runtime.accelerator import EXIT_STOPPED, StopSignal, make_accelerator, set_threads
-from kling.runtime.checkpoint import check_same_config
+from kling.runtime.checkpoint import Checkpoint, check_same_config, restore
 from kling.runtime.lock import locked
 from kling.runtime.log import Later, RunLog, finished
-from kling.runtime.parallel import check_draws, lay_out, total
+from kling.runtime.parallel import check_draws, lay_out, total, trained
 from kling.runtime.random import generator
 from kling.runtime.saver import Saver, find_latest
 from kling.runtime.versions import versions
@@ -31,8 +31,7 @@ from kling.runtime.watchdog import Watchdog
 from kling.training.ema import EMA
 from kling.training.health import Guard
 from kling.training.meter import Meter, StepClock, logged_tokens
-from kling.training.optim import lr_at
-from kling.training.run_state import load_run_tensors, run_tensors
+from kling.training.optim import load_optimizer_tensors, lr_at, optimizer_tensors
 
 PACKAGES = ("kling", "torch", "diffusers", "accelerate", "safetensors")  # whose versions a checkpoint names
 OPTIONAL = {"gradient_accumulation": 1, "keep_every": 0, "save_in_background": True, "watchdog": 0.0}  # for programs without these settings
@@ -66,9 +65,9 @@ class Loop:
             self.accelerator = make_accelerator(self.out, cfg.mixed_precision, self.micro, cfg.trackers, **self.how)
             stack.enter_context(locked(self.out, "run", self.accelerator))
             check_same_config(self.out, self.config, defaults=to_dict(type(cfg)()))
+            self.layout, background = lay_out(self.accelerator), settings["save_in_background"]
+            self._saver = Saver(self.out, cfg.keep_last, settings["keep_every"], accelerator=self.accelerator, background=background)
             self._stack = stack.pop_all()
-        self.layout, background = lay_out(self.accelerator), settings["save_in_background"]
-        self._saver = Saver(self.out, cfg.keep_last, settings["keep_every"], accelerator=self.accelerator, background=background)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -201,3 +200,17 @@ class Loop:
             self._clock.tokens = self.tokens
         if not lost:
             self.places = saved.meta.get("places", saved.step * self.micro * self.layout.ranks)
+
+
+def run_tensors(model: nn.Module, optimizer: Optimizer, ema: EMA | None = None, prefix: str = "") -> dict[str, Any]:
+    """The groups of a checkpoint for a model in training: its trained weights, its optimizer, and its average."""
+    groups: dict[str, Any] = {f"{prefix}model": trained(model), f"{prefix}optimizer": optimizer_tensors(optimizer, model)}
+    return groups if ema is None else groups | {f"{prefix}ema": ema.state_dict()}
+
+
+def load_run_tensors(saved: Checkpoint, model: nn.Module, optimizer: Optimizer, ema: EMA | None = None, prefix: str = "") -> None:
+    """Restore the result of `run_tensors`, also on another number of processes. Raises `UserError` if it does not fit."""
+    restore(saved.tensors[f"{prefix}model"], trained(model))
+    load_optimizer_tensors(optimizer, model, saved.tensors[f"{prefix}optimizer"])
+    if ema is not None:
+        ema.load_state_dict(saved.tensors[f"{prefix}ema"])

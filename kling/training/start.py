@@ -32,6 +32,7 @@ from kling.runtime.accelerator import EXIT_STOPPED, Accelerator, StopSignal
 from kling.runtime.files import sha256, write_atomic
 from kling.runtime.lock import locked
 from kling.sampling.pipeline import ASSETS
+from kling.sampling.request import Request
 from kling.text import ByteTextEncoder
 from kling.text.encoder import prompt_bytes
 from kling.text.umt5 import UMT5TextEncoder
@@ -93,6 +94,12 @@ class Start:
         if settings:
             raise UserError(f"model {self.folder} encodes prompts with umT5, which is not trained: leave text.{min(settings)} out")
         return UMT5TextEncoder(self.folder, cache=text_folder(cache), cut=True)
+
+    def prompts(self, requests: Sequence[Request]) -> set[str]:
+        """What sampling these requests encodes: the prompts of all shots, and the negative ones, which may be the folder's own."""
+        own = (self.settings.get("defaults") or {}).get("negative_prompt", "")
+        negative = {own if request.negative_prompt is None else request.negative_prompt for request in requests}
+        return negative.union(*(request.prompts for request in requests))
 
     def scheduler(self, given: Mapping[str, Any]) -> SchedulerMixin:
         """Its own scheduler with the settings `given`; a published one takes a shift, and `density` is for training only."""
@@ -194,20 +201,15 @@ def _read_by(cache: str | Path, text: UMT5TextEncoder) -> str:
     return f"{sha256(Path(cache) / INDEX)} {text.identity}\n"
 
 
-def check_captions(
-    encoder: ByteTextEncoder | UMT5TextEncoder, cache: LatentCache, prompts: Sequence[str] = (), long_captions: str = "refuse"
-) -> int | None:
+def check_captions(encoder: ByteTextEncoder | UMT5TextEncoder, cache: LatentCache, long_captions: str) -> int | None:
     """The number of bytes to cut prompts to, also those that training words anew, which no cache holds. None for umT5, which cuts by
     itself, as in Wan's own pipelines, and logs it.
 
-    Raises `UserError` that names the clips with captions too long for our encoder, unless they are to be cut, and for long `prompts`.
+    Raises `UserError` that names the clips with captions too long for our encoder, unless they are to be cut.
     """
     if not isinstance(encoder, ByteTextEncoder):
         return None
     most = encoder.config.max_bytes
-    for prompt in prompts:
-        if (size := len(prompt_bytes(prompt))) > most and long_captions != "cut":
-            raise UserError(f"the prompt '{prompt[:40]}…' of samples has {size} bytes, this text encoder reads {most}: shorten it")
     if long_captions != "cut":
         refuse_long(cache.long_captions(most), most, f"latent cache {cache.folder}")
     return most

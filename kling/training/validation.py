@@ -125,6 +125,15 @@ def sample_requests(rows: list[dict[str, Any]]) -> list[Request]:
     return asked
 
 
+def check_samples(pipe: KlingPipeline, requests: list[Request]) -> None:
+    """Raises `UserError` with the number of the first one that the model cannot make: before a training, not hours into it."""
+    for number, request in enumerate(requests, 1):
+        try:
+            pipe.plan(request)
+        except UserError as error:
+            raise UserError(f"sample {number} of {len(requests)}: {error}") from None
+
+
 def draw_samples(pipe: KlingPipeline, requests: list[Request], picture: Path | None) -> None:
     """Run every request, and write a picture with a row of six frames for each. picture: None on a process that only takes part."""
     rows = []
