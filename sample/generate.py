@@ -556,12 +556,12 @@ def unknown_to_the_model(pipe: KlingPipeline, requests: Iterable[Request]) -> st
 
 
 def camera_in_words(pipe: KlingPipeline, request: Request) -> str:
-    """One line with the option for a camera that the prompt alone asks for, which models of the small world mostly ignore; or empty."""
+    """One line with the option for a camera that the prompt alone asks for, which models of the small world follow loosely; or empty."""
     from kling.data.world.captions import camera_said
 
     if pipe.config.get("vocabulary") != "world" or request.camera is not None or not (camera := camera_said(request.prompt)):
         return ""
-    return f"note: this small model mostly ignores a camera that is only said: give --camera {camera}"
+    return f"note: this small model follows a camera in words only loosely; exactly: --camera {camera}"
 
 
 def details(plan: Plan, pipe: KlingPipeline, paths: list[Path], machine: Machine, device: torch.device) -> str:
