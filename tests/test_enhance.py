@@ -168,7 +168,7 @@ def test_mistakes_are_one_line(run, chat: Path, tmp_path: Path) -> None:
         (["fox", "--enhance", str(silent)], "has no chat template"),
         (["fox", "--enhance", str(tmp_path / "nowhere")], "holds no config.json"),
         (["", "--enhance", str(chat)], "there is none"),
-        (["--replay", "a.json", "--enhance", str(chat)], "leave out enhance"),
+        (["--replay", "a.json", "--enhance", str(chat)], "leave out --enhance"),
     ):
         code, out, error = run(*words, *(() if "--replay" in words else QUICK))
         assert code == 2 and not out and said in error.splitlines()[-1], error
