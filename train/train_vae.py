@@ -56,7 +56,7 @@ class TrainVAEConfig:
     init_from: a VAE folder to start from, or shipped; replaces `model`. freeze: parts that are not trained; with [encoder, quant_conv] the
     decoder improves while the latents stay the same, so that a transformer trained on them stays valid.
     draw: the decoder gets a sample of the posterior instead of its mean; without it only `loss.kl` trains the posterior's width, and a
-    sample costs decibels. loss.halved: scale equivariance (see `Autoencoding`).
+    sample costs decibels. loss.halved: latents halved in size decode to the halved video (scale equivariance, see `Autoencoding`).
     cuts: share of the world's clips that are storyboards, whose cuts a decoder must see to keep a shot's colours out of the next; 0 to 1.
     group: consecutive batches of one shape. If the number of processes divides it, all of them have equal work in every step.
     paths: how often clips are processed whole, streamed in chunks, or in blended tiles, so that training covers the ways of sampling.

@@ -21,7 +21,7 @@ class LossWeights:
     motion: float = 0.5  # differences between consecutive frames
     kl: float = 1e-4  # weight of the posterior's divergence from a standard normal, nats
     halved: float = 0.0  # the same three terms between the decoded halved latents and the halved video; a quarter is usual
-    corner: float = 1e-3  # in units of the pixel range [-1, 1]
+    corner: float = 1e-3  # where the loss of a pixel turns from squared to absolute, in units of the pixel range [-1, 1]
 
 
 def vae_loss(
