@@ -94,6 +94,7 @@ class Plan:
         return sum(map(self.steps_of, self.hops))
 
     def steps_of(self, hop: Hop) -> int:
+        """The number of steps of one hop: of every block in turn, and until the last of delayed frames is done."""
         f = latent_frames(hop.frames)
         blocks = -(-f // self.block_frames) if self.block_frames else 1
         return self.num_inference_steps * blocks + self.frame_delay * (f - 1)
