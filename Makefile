@@ -1,5 +1,5 @@
 # make sample PROMPT="..."   a video from the shipped model      make test   the fast tests      make docs   the site
-# make model                 trains the shipped model from scratch; SCALE=0.01 runs every stage in a few minutes
+# make model                 trains the shipped model from scratch; SCALE=0.01 runs every stage in six minutes
 # make test JOBS=8           in eight processes, of about 1.5 GB each
 # Both create .venv on the first call (PYTHON=... chooses the interpreter) and need no network afterwards.
 

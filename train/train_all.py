@@ -1,7 +1,7 @@
 """Train a model from scratch: one stage after another, each by its own program, to a folder that kling-sample reads.
 
 kling-train-all configs/shipped.yaml out=runs/shipped                 # `make model`; run again, it continues where it stopped
-kling-train-all configs/shipped.yaml out=/tmp/all scale=0.01          # every stage in a few minutes, to see that all of them run
+kling-train-all configs/shipped.yaml out=/tmp/all scale=0.01          # every stage in six minutes, to see that all of them run
 kling-train-all configs/shipped.yaml out=runs/shipped processes=8     # 8 GPUs, or 8 processes on CPUs
 kling-train-all configs/shipped.yaml out=runs/mine stages.clips.steps=20000 stages.clips.lr=1e-3
 
