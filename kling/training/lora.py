@@ -15,7 +15,8 @@ from kling.training.model import Trained
 class Lora:
     """Low-rank training: the model's weights are frozen, and W becomes W + alpha / rank · B A in layers whose names end in `targets`.
 
-    rank: of the low-rank weights A and B; 0 trains the model itself. alpha: the change is multiplied by alpha / rank. targets: ends of layer names.
+    rank: of the low-rank weights A and B; 0 trains the model itself. alpha: the change is multiplied by alpha / rank.
+    targets: ends of layer names.
     merge: export the whole model with the low-rank weights added, besides the small file of these.
     half: hold the frozen weights in bf16, which requires mixed_precision=bf16.
     """
