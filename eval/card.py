@@ -45,7 +45,7 @@ def score_lines(report: dict[str, Any]) -> str:
 def cameras(report: dict[str, Any]) -> dict[str, Summary]:
     """The scores of the tasks that look at a camera, by task, over the clips in which it was found."""
     rows = report.get("rows", {}).get("model", {})
-    return {task: summarise([found_only(row) for row in rows[task]]) for task in ("camera", "words") if task in rows}
+    return {task: summarise([found_only(row) for row in rows[task]]) for task in ("camera", "words", "words-read") if task in rows}
 
 
 def between(text: str, mark: str, lines: str, card: Path) -> str:

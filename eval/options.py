@@ -18,7 +18,8 @@ from kling.shapes import latent_frames, parse_size
 
 # Values for the help texts, copied from the suites (tests/test_command.py), which import torch.
 TASKS = (
-    *("text-en", "text-zh", "plain", "things-2", "things-3", "long", "camera", "words", "image", "image-motion", "first_last", "keyframes"),
+    *("text-en", "text-zh", "plain", "things-2", "things-3", "long", "camera", "words", "words-read"),
+    *("image", "image-motion", "first_last", "keyframes"),
     *("restyle-0.3", "restyle-0.7", "brush", "brush-none", "brush-camera", "brush-camera-none"),
     *("shots", "shots-alone"),
     *("reference", "reference-none", "reference-2"),

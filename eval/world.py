@@ -77,7 +77,7 @@ from kling.data.strip import strip
 from kling.data.transforms import fit, to_tensor
 from kling.data.world.references import render_reference
 from kling.data.world.scene import COLOUR_RGB, Scene, World, render_scene
-from kling.data.world.storyboard import shot_ranges
+from kling.data.world.storyboard import Storyboard, shot_ranges
 from kling.data.world.tracks import places_of
 from kling.errors import UserError
 from kling.hub.load import OURS, find_folder, read_index, sampling_dtype
@@ -369,11 +369,12 @@ class Passed:
     def __init__(self, pipe: Any) -> None:
         self.pipe, self.known = pipe, []
 
-    def __call__(self, frames: Tensor) -> Tensor:
+    def __call__(self, frames: Tensor, cuts: Sequence[int] = ()) -> Tensor:
+        """cuts: latent frames at which another shot begins, as `KlingPipeline.decode` takes them."""
         for before, after in self.known:
             if before.shape == frames.shape and torch.equal(before, frames):
                 return after
-        after = self.pipe.decode(self.pipe.encode(frames).to(self.pipe.device))[0]
+        after = self.pipe.decode(self.pipe.encode(frames).to(self.pipe.device), cuts)[0]
         self.known.append((frames, after))
         return after
 
@@ -381,9 +382,10 @@ class Passed:
 def stand_ins(passed: Passed, case: Case, truth: Tensor, few: int) -> Iterator[tuple[str, Tensor]]:
     """Control clips: in `few` cases, except the reference of a relative score and the truth of the text tasks, which are in all."""
     task, seed = TASKS[case.task], derive_seed(0, "controls", case.k)
+    cuts = case.scene.starts[1:] if isinstance(case.scene, Storyboard) else ()
     answers = {
         "truth": lambda: truth,
-        "truth through the VAE": lambda: passed(truth),
+        "truth through the VAE": lambda: passed(truth, cuts),
         "broken": lambda: broken(case),
         "frozen": lambda: frozen(truth),
         "shuffled": lambda: shuffled(truth, seed),

@@ -116,7 +116,7 @@ def main(argv: list[str] | None = None) -> None:
     print(describe(plan, request), flush=True)
     for note in plan.notes:
         print(f"note: {note}", flush=True)
-    for line in filter(None, (unknown_to_the_model(pipe, [request]), camera_in_words(pipe, request))):
+    if line := unknown_to_the_model(pipe, [request]):
         print(line, file=sys.stderr, flush=True)
     if args.dry_run:
         print(details(plan, pipe, paths, machine, device))
@@ -258,7 +258,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--loop", action="store_true", help="the end leads back to the beginning")
 
     add = parser.add_argument_group("camera").add_argument
-    move = "axes as in 'pan=5,zoom=2' (-10 to 10), a shot such as forward_up, or a RealEstate10K or JSON trajectory file"
+    move = (
+        "axes as in 'pan=5,zoom=2' (-10 to 10), a shot such as forward_up, or a RealEstate10K or JSON trajectory file; default: for the "
+        "shipped model the move that the prompt says, which 'words' leaves to the model"
+    )
     add("--camera", metavar="MOVE", type=a_camera, help=move)
     add("--camera-scale", metavar="X", type=float, help="multiplies how far the camera travels (1)")
     add("--camera-guidance-scale", metavar="X", type=float, help="1: none; more follows the camera closer, for one more pass a step")
@@ -553,15 +556,6 @@ def unknown_to_the_model(pipe: KlingPipeline, requests: Iterable[Request]) -> st
         return f"提示：这个小模型不认识{''.join(f'“{word}”' for word in words)}{more}，照样生成；它只认识{'；'.join(known)}；以及镜头运动"
     named = ", ".join(f'"{word}"' for word in words) + more
     return f"note: this small model does not know {named} and ignores them: it knows {'; '.join(known)}; and camera moves"
-
-
-def camera_in_words(pipe: KlingPipeline, request: Request) -> str:
-    """One line with the option for a camera that the prompt alone asks for, which models of the small world follow loosely; or empty."""
-    from kling.data.world.captions import camera_said
-
-    if pipe.config.get("vocabulary") != "world" or request.camera is not None or not (camera := camera_said(request.prompt)):
-        return ""
-    return f"note: this small model follows a camera in words only loosely; exactly: --camera {camera}"
 
 
 def details(plan: Plan, pipe: KlingPipeline, paths: list[Path], machine: Machine, device: torch.device) -> str:

@@ -176,6 +176,18 @@ def test_every_shot_reads_its_own_words(pipe: KlingPipeline) -> None:
     assert torch.equal(same[:, :, 3:], first[:, :, 3:]) and not torch.equal(same[:, :, :3], first[:, :, :3])
 
 
+def test_a_cut_is_of_one_frame(pipe: KlingPipeline) -> None:
+    """The frames of a shot are decoded from its own latents, whoever decodes them: one clip, several at once, or hop by hop."""
+    story = Request(shots=[(LEFT, 1.0), (UP, 1.0)], seed=3, num_inference_steps=2)
+    other = story.replace(shots=[(LEFT, 0.6), (UP, 1.4)])
+    latents = pipe(story, output_type="latent").latents
+    alone = pipe.decode(torch.cat([latents[:, :, 3:4], latents[:, :, 3:]], dim=2))[0, 1:]  # frames 9 … 16, from latents 3 and 4
+    video, cut_earlier = pipe.together([story, other])
+    assert torch.equal(torch.from_numpy(pipe(story).frames[0, 9:]), alone)
+    assert (video[9:].int() - alone.int()).abs().max() <= 1 and cut_earlier.shape == video.shape
+    assert (cut_earlier.int() - torch.from_numpy(pipe(other).frames[0]).int()).abs().max() <= 1
+
+
 def test_a_camera_moves_its_own_shot_only_from_its_own_start(pipe: KlingPipeline) -> None:
     request = Request(shots=[Shot(LEFT, 1.0), Shot(UP, 1.0, "pan=5")])
     signals, state = (asked := pipe.ask(request)).signals, asked.state

@@ -123,6 +123,20 @@ def test_decode_stream(model: AutoencoderKLKling, hop: int) -> None:
     torch.testing.assert_close(torch.cat(chunks, dim=2), whole, **CLOSE)
 
 
+@pytest.mark.parametrize("hop", [1, 2, 5])
+@torch.no_grad()
+def test_a_shot_is_decoded_without_the_shots_before(model: AutoencoderKLKling, hop: int) -> None:
+    latents, other = noise(model, 6), noise(model, 6).flip(1)
+    video = torch.cat(list(model.decode_stream(latents, hop, cuts=[2, 5])), dim=2)
+    assert video.shape[2] == 21
+    first, second, third = latents.split([2, 3, 1], dim=2)
+    with torch.enable_grad():
+        alone = [model.decode(first).sample, *(model.decode(torch.cat([z[:, :, :1], z], dim=2)).sample[:, :, 1:] for z in (second, third))]
+    torch.testing.assert_close(video, torch.cat(alone, dim=2), **CLOSE)
+    changed = torch.cat(list(model.decode_stream(torch.cat([other[:, :, :5], third], dim=2), hop, cuts=[2, 5])), dim=2)
+    assert torch.equal(changed[:, :, 17:], video[:, :, 17:]) and not torch.equal(changed[:, :, :17], video[:, :, :17])
+
+
 @torch.no_grad()
 def test_streams_are_independent(model: AutoencoderKLKling) -> None:
     """Two streams in turn on one model, each with one state for both directions."""

@@ -101,14 +101,6 @@ def test_the_camera_that_a_caption_says_is_that_of_its_scene() -> None:
     assert {*CAMERA_MOVES} <= said
 
 
-def test_a_camera_in_words_alone_is_answered_with_its_option(tmp_path: Path, monkeypatch, capsys) -> None:
-    monkeypatch.chdir(tmp_path)
-    generate.main(["a red ball on grass, the camera pans left", "--dry-run", "--seed", "1"])
-    assert notes(capsys)[0].endswith("--camera pan=-5")
-    generate.main(["a red ball on grass, the camera pans left", "--camera", "pan=3", "--dry-run", "--seed", "1"])
-    assert not notes(capsys)
-
-
 @pytest.mark.parametrize(("text", "words"), [
     ("A red CAT rolls left, at sunset", ["cat", "sunset"]), ("一只红色的猫在日落时滚动", ["猫", "日落"]), ("un ballon", ["un", "ballon"]),
     ("a red ball rolls left on grass, the camera pans right", []), ("", []), ("123 !?", []),

@@ -25,6 +25,7 @@ UNITS: dict[str, tuple[float, str]] = {
     "dolly": (3.0, "metres forward"),
 }
 LIMIT = 10.0
+WORDS = "words"  # as a camera: none is given, and the words of the prompt alone say how it moves
 
 MOVES: dict[str, dict[str, float]] = {
     "down_back": {"vertical": -7.0, "dolly": -8.0},

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kling.cameras.axes import WORDS
 from kling.data.transforms import fit
 from kling.data.world.captions import LANGUAGES
 from kling.data.world.scene import PHRASINGS, Scene, World
@@ -52,7 +53,7 @@ def _camera(world: World, crowd: World, k: int, language: str) -> tuple[Scene, s
 
 def _words(world: World, crowd: World, k: int, language: str) -> tuple[Scene, str, dict[str, Any]]:
     scene = camera_scene(world, k, CLASSES)
-    return scene, world.captions(scene)[language][0], {}
+    return scene, world.captions(scene)[language][0], {"camera": WORDS}
 
 
 def _things(world: World, crowd: World, k: int, language: str) -> tuple[Scene, str, dict[str, Any]]:

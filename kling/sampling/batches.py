@@ -47,7 +47,7 @@ class Batches:
 
         Raises `UserError` for a request that one clip does not answer: in several hops, block by block, or a loop without a first frame.
         """
-        plan, inputs, camera = self._prepare(request)
+        request, plan, inputs, camera = self._prepare(request)
         if not self._one_clip(request, plan):
             raise UserError(f"'{request.prompt[:40]}' takes more than one clip: ask for fewer frames, and no loop without a first frame")
         if self._looks_at_both:
@@ -71,7 +71,7 @@ class Batches:
         for i, request in enumerate(requests):
             if request.num_videos != 1:
                 raise UserError(f"{request.num_videos} videos of one request among several requests: give it as often, with other seeds")
-            plan, inputs, camera = self._prepare(request)
+            request, plan, inputs, camera = self._prepare(request)
             hop = plan.hops[0]
             whole = hop.overlap == 0 and hop.given.space is None  # nothing of a given video before it, or pasted into it
             if whole and self._one_clip(request, plan) and not self._looks_at_both:
@@ -82,7 +82,12 @@ class Batches:
         for several in alike.values():
             places, asked = zip(*several, strict=True)
             joined = Asked(asked[0].plan, State.joined([one.state for one in asked]), Signals.joined([one.signals for one in asked]))
-            made |= zip(places, self.decode(self._sample(joined, [requests[i].seed for i in places])), strict=True)
+            latents, cuts = self._sample(joined, [requests[i].seed for i in places]), [one.plan.hops[0].cuts for one in asked]
+            if any(cuts):  # each clip has its own
+                videos = [self.decode(clip[None], mine)[0] for clip, mine in zip(latents, cuts, strict=True)]
+            else:
+                videos = self.decode(latents)
+            made |= zip(places, videos, strict=True)
         self.maybe_free_model_hooks()
         return [made[i] for i in range(len(requests))]
 

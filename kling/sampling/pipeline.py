@@ -51,6 +51,7 @@ from kling.sampling.plan import (
     plan_tracks,
 )
 from kling.sampling.request import Fields, Request
+from kling.sampling.said import spelled_out
 from kling.sampling.sampler import Sampler, Signals, draw_noise
 from kling.sampling.shots import rounding_note, timeline
 from kling.shapes import ASPECTS, first_frame, latent_frames, latent_size, token_grid
@@ -227,11 +228,14 @@ class KlingPipeline(Batches, DiffusionPipeline, WanLoraLoaderMixin):
 
     def plan(self, request: Request) -> Plan:
         """Resolve a request without computing anything. Raises `UserError` for what this model cannot do."""
-        return self._prepare(request)[0]
+        return self._prepare(request)[1]
 
-    def _prepare(self, request: Request) -> tuple[Plan, Inputs, Trajectory | None]:
+    def _prepare(self, request: Request) -> tuple[Request, Plan, Inputs, Trajectory | None]:
+        """The request with its cameras spelled out, and what it will do, reads and follows."""
         fps, longest, patch = self.config.fps, self.config.max_frames, self.transformer.config.patch_size
         frames = asked_frames(request, fps)
+        moves = frames > 1 and not request.edited and "camera" in self.config.capabilities
+        request, said = spelled_out(request, moves and self.config.get("vocabulary") == "world")
         for prompt in (*request.prompts, request.negative_prompt or "") if isinstance(self.text_encoder, ByteTextEncoder) else ():
             self.text_encoder.as_bytes(prompt)  # raises for one that is too long
         inputs = read_inputs(request, frames, fps, longest, self.config.get("sizes") or ASPECTS, self.vae.spatial_factor)
@@ -285,9 +289,9 @@ class KlingPipeline(Batches, DiffusionPipeline, WanLoraLoaderMixin):
             guidance_every=request.guidance_every,
             guidance_reach=0.0 if few else self.setting("guidance_reach", request.guidance_reach),
             cuts=cuts,
-            notes=(*inputs.notes, *filter(None, (why, rounded))),
+            notes=(*inputs.notes, *said, *filter(None, (why, rounded))),
         )
-        return plan, inputs, camera
+        return request, plan, inputs, camera
 
     def _fast(self, request: Request) -> dict[str, Any] | None:
         """Settings of the few-step weights if mode "fast" asks for them, else None. Raises `UserError` if there are none."""
@@ -365,7 +369,7 @@ class KlingPipeline(Batches, DiffusionPipeline, WanLoraLoaderMixin):
         request = prompt.replace(**fields) if isinstance(prompt, Request) else Request(prompt=prompt, **fields)
         if output_type not in ("np", "pt", "latent"):
             raise UserError(f"output_type '{output_type}': choose from np, pt, latent")
-        plan, inputs, camera = self._prepare(request)
+        request, plan, inputs, camera = self._prepare(request)
         if latents is not None:
             self._check_latents(latents, plan, request)
         text, decode = self._encode_text(request, plan), output_type != "latent"
@@ -417,7 +421,7 @@ class KlingPipeline(Batches, DiffusionPipeline, WanLoraLoaderMixin):
                 steps += 1
             latents = state.finish(step.z)
             if decode or number + 1 < len(plan.hops):
-                frames = self.decode(latents)[0]
+                frames = self.decode(latents, hop.cuts)[0]
                 if hop.given.space is not None:
                     frames = paste(frames, inputs.video, inputs.mask, self.vae.spatial_factor // 4)
                 done = torch.cat([done, frames[hop.overlap :]])
@@ -531,9 +535,12 @@ class KlingPipeline(Batches, DiffusionPipeline, WanLoraLoaderMixin):
         video = upload(video, self._execution_device).to(self.vae.dtype)
         return self.vae.normalize(self.vae.encode(video).latent_dist.mode()).float().cpu()
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Normalised latents (b, c, f, h, w) -> (b, T, H, W, 3) uint8 on the CPU, frame by frame: memory does not grow with T."""
-        stream = self.vae.decode_stream(self.vae.denormalize(latents.to(self.vae.dtype)))
+    def decode(self, latents: Tensor, cuts: Sequence[int] = ()) -> Tensor:
+        """Normalised latents (b, c, f, h, w) -> (b, T, H, W, 3) uint8 on the CPU, frame by frame: memory does not grow with T.
+
+        cuts: latent frames at which another shot begins.
+        """
+        stream = self.vae.decode_stream(self.vae.denormalize(latents.to(self.vae.dtype)), cuts=cuts)
         chunks = [torch.stack([to_uint8(video) for video in chunk]) for chunk in stream]
         return torch.cat(chunks, dim=1)
 

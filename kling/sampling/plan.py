@@ -49,6 +49,11 @@ class Hop:
     def end(self) -> int:
         return self.start + self.frames
 
+    @property
+    def cuts(self) -> list[int]:
+        """The latent frames of the hop at which another shot begins."""
+        return [begin for _, begin in self.shots[1:]]
+
 
 @dataclass(frozen=True)
 class Plan:

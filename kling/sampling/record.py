@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from kling import __version__
+from kling.cameras.axes import WORDS
 from kling.errors import UserError
 from kling.runtime.files import head, parse_json, sha256, written
 from kling.runtime.versions import versions
@@ -31,8 +32,9 @@ from kling.sampling.request import Request
 
 Record = dict[str, Any]
 # Goes up when the same request and settings give other frames. 1 (not written down): nothing pasted back around a mask. 2: noise of the
-# clip changed with the number of appended frames (keyframes, references), and `frame_delay` counted them as later frames.
-RECIPE = 3
+# clip changed with the number of appended frames (keyframes, references), and `frame_delay` counted them as later frames. 3: the decoder
+# remembered the shot before a cut, and a camera that only the prompt says was never read.
+RECIPE = 4
 NEEDED = {  # part -> what of it is read, and what that is
     "request": {"keyframes": list},
     "settings": {},
@@ -100,7 +102,10 @@ def read_record(path: str | Path) -> Record:
 
 def request_of(record: Record, source: str) -> Request:
     """The request of a record, after checking that its input files are still the same. `source` names the record in errors."""
-    fields = record["request"] if record.get("recipe", 1) > 1 else _as_understood_then(record["request"])
+    recipe = record.get("recipe", 1)
+    fields = record["request"] if recipe > 1 else _as_understood_then(record["request"])
+    if recipe < 4 and not fields.get("camera") and not fields.get("shots"):
+        fields = fields | {"camera": WORDS}
     names = {field.name for field in dataclasses.fields(Request)}
     if other := [name for name in fields if name not in names]:
         raise UserError(f"{source} was written by kling {record.get('kling')}, whose requests have '{other[0]}': use that version")

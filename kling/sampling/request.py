@@ -13,7 +13,7 @@ from typing import Any, TypedDict, TypeVar
 
 import numpy as np
 
-from kling.cameras.axes import check_axes, parse_axes
+from kling.cameras.axes import WORDS, check_axes, parse_axes
 from kling.cameras.trajectory import Trajectory
 from kling.condition.state import MOST_REFERENCES
 from kling.errors import UserError, unknown
@@ -105,6 +105,7 @@ class Request:
     (diffusers' and ComfyUI's denoise is 1 - ours).
     loop: the last frame leads back to the first.
     camera: axes ("pan=5,zoom=2" or a dict), a master shot, a trajectory file or a `Trajectory`. camera_scale multiplies its translation.
+    None takes the camera that the prompt says, if the model knows only the words of the small world; "words" leaves it to the words.
     tracks: what moves where (motion brush): a JSON file or a list of `Track(mask, points)`; see `kling.sampling.brush`.
     references: one to four pictures of things, to which the prompt points: "the first thing rolls left on snow".
     control: a video (edges, depth, pose …) whose frames the result follows.
@@ -215,7 +216,7 @@ class Request:
         self._check_together()
         if isinstance(self.camera, dict):
             check_axes(self.camera)
-        elif isinstance(self.camera, str) and not os.path.isfile(self.camera):
+        elif isinstance(self.camera, str) and self.camera != WORDS and not os.path.isfile(self.camera):
             parse_axes(self.camera)
 
     def _check_types(self) -> None:
@@ -288,7 +289,8 @@ class Request:
         if not self.references and self.reference_guidance_scale not in (None, 1):
             line = f"reference_guidance_scale {self.reference_guidance_scale:g} was given without references: give pictures too"
             raise UserError(line, code="nothing_to_guide", field="reference_guidance_scale", other="references")
-        if self.camera is None and self.camera_scale != 1 and not any(shot.camera for shot in self.storyboard):
+        cameras = (self.camera, *(shot.camera for shot in self.storyboard))
+        if self.camera_scale != 1 and all(camera is None or camera == WORDS for camera in cameras):
             raise UserError(f"camera_scale {self.camera_scale:g} was given without a camera to scale: give camera too")
         if self.shots is not None:
             self._check_beside_shots()

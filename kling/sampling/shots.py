@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from kling.cameras.axes import check_axes, parse_axes
+from kling.cameras.axes import WORDS, check_axes, parse_axes
 from kling.cameras.trajectory import Trajectory
 from kling.config import read_yaml
 from kling.errors import UserError, unknown
@@ -118,7 +118,7 @@ def as_shot(given: Any, where: str = "shots") -> Shot:
         if bad := [k for k, v in camera.items() if isinstance(v, bool) or not isinstance(v, numbers.Real)]:
             raise UserError(f"{where}: camera axis {bad[0]} is {camera[bad[0]]!r:.40}: give a number from -10 to 10")
         check_axes(camera)
-    elif isinstance(camera, str) and not os.path.isfile(camera):
+    elif isinstance(camera, str) and camera != WORDS and not os.path.isfile(camera):
         parse_axes(camera)
     return Shot(prompt, float(seconds), camera)
 

@@ -103,7 +103,7 @@ def make_group(
     """Clips of one request, as they are stored, and as pixels (k, T, H, W, 3) uint8. Their speeds are those of two clips where no term
     has measured it: its optical flow takes as long as a third of a clip."""
     latents = pipe.sample_group(asked, seeds)
-    videos = pipe.decode(latents)
+    videos = pipe.decode(latents, asked.plan.hops[0].cuts)
     terms = judge(videos, [request] * len(seeds), [truth] * len(seeds))
     known = "magnitude" in judge.terms
     stored = {

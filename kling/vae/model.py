@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Self
 
 import torch
@@ -180,11 +181,18 @@ class AutoencoderKLKling(ModelMixin, ConfigMixin):
         for chunk in chunks:
             yield self.encode(chunk, state).latent_dist.mode()
 
-    def decode_stream(self, latents: Tensor, hop: int = 1) -> Iterator[Tensor]:
-        """Frames in [-1, 1], yielded as they are decoded, `hop` latent frames at a time: (b, z, f, h, w) -> (b, 3, t, H, W) each."""
-        state = StreamState()
-        for chunk in split_latents(latents, hop):
-            yield self.decode(chunk, state).sample
+    def decode_stream(self, latents: Tensor, hop: int = 1, cuts: Sequence[int] = ()) -> Iterator[Tensor]:
+        """Frames in [-1, 1], yielded as they are decoded, `hop` latent frames at a time: (b, z, f, h, w) -> (b, 3, t, H, W) each.
+
+        cuts: latent frames, rising, at which another shot begins. There the decoder forgets the frames before, and remembers the shot's
+        first latent in their place: with two pictures in its memory it mixes them in the first frames after a cut.
+        """
+        for start, end in pairwise([0, *cuts, latents.shape[2]]):
+            shot, state = latents[:, :, start:end], StreamState()
+            if start:
+                self.decode(shot[:, :, :1], state)  # a stream begins with a latent of one frame: that frame is not shown
+            for chunk in split_latents(shot, hop):
+                yield self.decode(chunk, state).sample
 
     # ---- large pictures ----
 

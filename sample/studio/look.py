@@ -49,7 +49,8 @@ class Walk:
 def walk(pipe: KlingPipeline, request: Request, tell: Tell) -> Walk:
     """Sample the first clip of a request and keep intermediate results."""
     plan = pipe.plan(request)
-    f = latent_frames(plan.hops[0].frames)
+    hop = plan.hops[0]
+    f = latent_frames(hop.frames)
     shown = {round(s) for s in np.linspace(1, plan.num_inference_steps, min(ROWS, plan.num_inference_steps))}
     seen: list[tuple[int, np.ndarray]] = []
     latents: list[Tensor] = []
@@ -60,15 +61,14 @@ def walk(pipe: KlingPipeline, request: Request, tell: Tell) -> Walk:
         if step < plan.num_inference_steps:
             sigmas.append(timestep / 1000)
         if step + 1 in shown:
-            seen.append((step + 1, pipe.decode(state["x0"][:, :, :f])[0].numpy()))
+            seen.append((step + 1, pipe.decode(state["x0"][:, :, :f], hop.cuts)[0].numpy()))
         if step + 1 == plan.num_inference_steps:
             latents.append(state["x0"][0, :, :f].float().cpu())
         return state
 
     tell(Step(0, plan.total_steps))
     frames = pipe(request, callback_on_step_end=advance).frames[0]
-    shots = plan.hops[0].shots
-    return Walk([*sigmas, 0.0], seen, latents[0], frames, [request.prompts[k] for k, _ in shots], [j for _, j in shots], plan.fps)
+    return Walk([*sigmas, 0.0], seen, latents[0], frames, [request.prompts[k] for k, _ in hop.shots], [j for _, j in hop.shots], plan.fps)
 
 
 def channel_map(latents: Tensor) -> np.ndarray:

@@ -271,7 +271,7 @@ def sample(
         if previews and step + 1 < plan.total_steps and spent <= PREVIEW_SHARE * (now - began):
             hop = plan.hops[bisect_right(ends, step)]
             x0 = state["x0"][:, :, : latent_frames(hop.frames)]  # without the appended keyframes
-            tell(Step(before + step + 1, total, pipe.decode(x0)[0].numpy()))
+            tell(Step(before + step + 1, total, pipe.decode(x0, hop.cuts)[0].numpy()))
             spent += time.perf_counter() - now
         return state
 

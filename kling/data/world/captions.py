@@ -64,6 +64,7 @@ CAMERA_MOVES = {
 ORDINALS = (("first", "一"), ("second", "二"), ("third", "三"), ("fourth", "四"))
 POINTERS = (("the {} thing", "the {} object", "the thing in the {} picture"), ("第{}个物体", "第{}个东西", "第{}张图里的物体"))
 ROLLS = (("rolls", "slides", "moves"), ("滚动", "滑动", "移动"))  # any of them, since only a ball rolls
+SAID = 6.5  # amount of a camera in words: the mean of the clips that they describe
 CAMERA_WORDS = ("camera", "shot", "view", "镜头", "视野")  # every camera phrase above contains one of them
 
 
@@ -73,17 +74,18 @@ def speaks_of_camera(text: str) -> bool:
 
 
 def camera_said(text: str) -> str:
-    """The camera that a prompt asks for in words, as `--camera` takes it, with amounts of 5; empty if it asks for none.
+    """The camera that a prompt asks for in words, as `--camera` takes it, by `SAID`; empty if it asks for none,
+    or for both directions of one axis.
 
     >>> camera_said("a red ball rolls left on grass, the camera pans right and the camera rises")
-    'vertical=5,pan=5'
+    'vertical=6.5,pan=6.5'
     """
     text = text.lower()
     for move, phrases in CAMERA_MOVES.items():  # first, since the words of some contain those of an axis
         if any(phrase in text for column in phrases for phrase in column):
             return move
-    said = [f"{axis}={5 * sign}" for (axis, sign), phrases in CAMERA_AXES.items() if any(p in text for column in phrases for p in column)]
-    return ",".join(said)
+    axes = [axis for axis, phrases in CAMERA_AXES.items() if any(phrase in text for column in phrases for phrase in column)]
+    return ",".join(f"{axis}={SAID * sign:g}" for axis, sign in axes) if len(axes) == len(dict(axes)) else ""
 
 
 def speaks_of_reference(text: str) -> bool:
