@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from kling_programs.sample import generate
+from kling_programs.sample.studio import views
 from test_old_files import RECORD
 from test_pipeline import tiny_pipeline
 
@@ -72,3 +73,12 @@ def test_the_command_line_says_what_it_read(tmp_path, monkeypatch, capsys) -> No
 def test_nothing_else_is_called_words() -> None:
     with pytest.raises(UserError, match="camera_scale 2 was given without a camera"):
         Request(PANS, camera="words", camera_scale=2.0)
+
+
+def test_the_page_says_what_it_read() -> None:
+    pipe = tiny_pipeline(vocabulary="world")
+    for camera, says in ((None, "camera pan=-6.5, as the prompt says"), ("pan=3", "camera pan=3<")):
+        asked = Request(PANS, num_frames=9, camera=camera)
+        assert says in views.understood(0, pipe.plan(asked), asked)
+    asked = Request(PANS, num_frames=9, camera="words")
+    assert "as the prompt says" not in views.understood(0, pipe.plan(asked), asked)

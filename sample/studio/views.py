@@ -16,6 +16,7 @@ from PIL import Image
 from kling.cameras.axes import MOVES, UNITS
 from kling.data.strip import strip
 from kling.data.video import read_video
+from kling.data.world.captions import camera_said
 from kling.errors import UserError
 from kling.runtime.log import duration
 from kling.sampling.memory import size as size_of
@@ -266,6 +267,8 @@ def understood(lang: int, plan: Plan, request: Request, clip: float | None = Non
     if isinstance(request.camera, str):
         from_file = request.camera.endswith((".json", ".txt"))
         task.append(say(lang, "camera_from_file") if from_file else f"{say(lang, 'task_camera')} {request.camera.replace(',', ' ')}")
+    elif plan.has_camera and request.camera is None and request.shots is None:
+        task.append(say(lang, "camera_read", camera=camera_said(request.prompt).replace(",", " ")))
     if request.tracks is not None:
         task.append(say(lang, "task_brush"))
     if plan.cuts:

@@ -95,6 +95,7 @@ WORDS: dict[str, tuple[str, str]] = {
     "shot_remove": ("Remove", "删除"),
     "shot_drag": ("Drag to move", "拖动排序"),
     "shot_add": ("Add a shot", "添加镜头"),
+    "camera_read": ("camera {camera}, as the prompt says", "镜头 {camera}（按提示词）"),
     "task_of_shots": ("{count} shots: {seconds} s", "{count} 个镜头：{seconds} 秒"),
     "size": ("Size", "尺寸"),
     "aspect": ("Aspect", "画幅"),
