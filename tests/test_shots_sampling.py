@@ -225,6 +225,7 @@ def test_beyond_the_model_s_length_hops_end_at_cuts(pipe: KlingPipeline) -> None
     assert [hop.shots for hop in plan.hops] == [((0, 0), (1, 3)), ((0, 0), (1, 1), (2, 3)), ((1, 0), (2, 2), (3, 3)), ((2, 0), (3, 1))]
     assert [hop.given.known for hop in plan.hops] == [0, 3, 3, 3]
     assert sampled(pipe, shots).shape[0] == 33
+    assert [hop.fade for hop in plan.hops] == [0, 0, 0, 4], "over a cut nothing goes on"
     long = pipe.plan(Request(shots=[Shot(LEFT, 3.0), Shot(UP, 1.0)]))
     assert [(hop.start, hop.end) for hop in long.hops] == [(0, 17), (8, 25), (16, 33)], "a shot longer than a hop goes on"
 

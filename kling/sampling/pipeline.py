@@ -37,7 +37,7 @@ from kling.hub.lora import add_lora, add_loras
 from kling.runtime.device import upload
 from kling.runtime.files import as_umask
 from kling.sampling.batches import Batches
-from kling.sampling.inputs import Inputs, asked_frames, paste, read_inputs
+from kling.sampling.inputs import Inputs, asked_frames, join, paste, read_inputs
 from kling.sampling.plan import (
     PRO_STEPS,
     Hop,
@@ -424,7 +424,7 @@ class KlingPipeline(Batches, DiffusionPipeline, WanLoraLoaderMixin):
                 frames = self.decode(latents, hop.cuts)[0]
                 if hop.given.space is not None:
                     frames = paste(frames, inputs.video, inputs.mask, self.vae.spatial_factor // 4)
-                done = torch.cat([done, frames[hop.overlap :]])
+                done = join(done, frames, hop.overlap, hop.fade)
         return done, latents
 
     def _conditions(

@@ -54,6 +54,11 @@ class Hop:
         """The latent frames of the hop at which another shot begins."""
         return [begin for _, begin in self.shots[1:]]
 
+    @property
+    def fade(self) -> int:
+        """The number of its new frames on which the frame before them has an influence: those of one latent, if they are of its shot."""
+        return 0 if not self.overlap or latent_frames(self.overlap) in self.cuts else TEMPORAL
+
 
 @dataclass(frozen=True)
 class Plan:
