@@ -104,14 +104,11 @@ def test_a_continued_video_keeps_its_frames(pipe):
     assert np.array_equal(out[:10], video) and len(out) == 14
 
 
-def test_what_the_vae_lost_of_the_last_frame_fades_out_after_the_join(pipe):
+def test_a_continuation_is_what_was_sampled_from_its_fifth_frame_on(pipe):
     asked = {"video": movie(9), "num_frames": 9, "seed": 2}
-    out = pipe("on", **asked).frames[0].astype(float)  # 9 given frames, 8 new ones
-    decoded = pipe.decode(pipe("on", **asked, output_type="latent").latents)[0].numpy().astype(float)
-    lost = asked["video"][8] - decoded[8]
-    assert np.abs(lost).mean() > 10, "a random VAE loses much"
-    for number, share in enumerate((0.8, 0.6, 0.4, 0.2, 0, 0, 0, 0)):
-        assert np.abs(out[9 + number] - (decoded[9 + number] + share * lost).clip(0, 255)).max() <= 0.51
+    out = pipe("on", **asked).frames[0]  # 9 given frames, 8 new ones
+    decoded = pipe.decode(pipe("on", **asked, output_type="latent").latents)[0].numpy()
+    assert len(out) == 17 and np.array_equal(out[13:], decoded[13:])
 
 
 def test_long_clips_are_made_in_hops(pipe):

@@ -72,7 +72,7 @@ def visible(there: np.ndarray, back: np.ndarray) -> np.ndarray:
 
     Sundaram, Brox, Keutzer, "Dense point trajectories by GPU-accelerated large displacement optical flow", 2010, equation 5.
     """
-    returned, inside = _at(back, there)
+    returned, inside = fetch(back, there)
     gap = np.square(there + returned).sum(-1)
     return inside & (gap < 0.01 * (np.square(there).sum(-1) + np.square(returned).sum(-1)) + 0.5)
 
@@ -94,7 +94,7 @@ def warp_error(video: Tensor, flow: Flow) -> float | None:
         seen = visible(there, back)
         if seen.mean() < MIN_VISIBLE:
             continue
-        fetched, _ = _at(video[t + 1].numpy().astype(np.float32), there)
+        fetched, _ = fetch(video[t + 1].numpy().astype(np.float32), there)
         errors.append(float(np.square((fetched - video[t].numpy()) / 255)[seen].mean()))
     return float(np.mean(errors)) if errors else None
 
@@ -146,7 +146,7 @@ def camera_classes(flow: Flow) -> set[str]:
     return found - {"static"} or found
 
 
-def _at(values: np.ndarray, there: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def fetch(values: np.ndarray, there: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """`values` (H, W, c) at the flow's (H, W, 2) targets, and whether these are inside the picture (H, W)."""
     H, W = there.shape[:2]
     x, y = np.meshgrid(np.arange(W, dtype=np.float32), np.arange(H, dtype=np.float32))

@@ -155,21 +155,6 @@ def paste(frames: Tensor, video: Tensor, mask: Tensor, feather: int) -> Tensor:
     return torch.lerp(video.float(), frames.float(), share).round_().to(torch.uint8)
 
 
-def join(before: Tensor, frames: Tensor, overlap: int, fade: int) -> Tensor:
-    """The video so far (T, H, W, 3) and what continues it (t, H, W, 3), uint8, whose first `overlap` frames are the last ones of the former
-    through the VAE.
-
-    What the VAE lost of the last frame before the join would be missing from the next one, and be seen as a jump. It is added to the next
-    `fade` frames, to each less.
-    """
-    if not fade:
-        return torch.cat([before, frames[overlap:]])
-    lost = before[-1].float() - frames[overlap - 1].float()  # (H, W, 3)
-    share = 1 - torch.arange(1, fade + 1) / (fade + 1)  # (fade,)
-    next_ones = frames[overlap : overlap + fade].float() + share.view(-1, 1, 1, 1) * lost
-    return torch.cat([before, next_ones.round().clamp(0, 255).to(torch.uint8), frames[overlap + fade :]])
-
-
 def read_camera(camera: str | dict[str, float] | Trajectory | None, scale: float, frames: int, H: int, W: int) -> Trajectory | None:
     """A requested trajectory over `frames` frames, its translation multiplied by `scale`; None if none was requested."""
     if camera is None:

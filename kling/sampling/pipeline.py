@@ -37,7 +37,8 @@ from kling.hub.lora import add_lora, add_loras
 from kling.runtime.device import upload
 from kling.runtime.files import as_umask
 from kling.sampling.batches import Batches
-from kling.sampling.inputs import Inputs, asked_frames, join, paste, read_inputs
+from kling.sampling.inputs import Inputs, asked_frames, paste, read_inputs
+from kling.sampling.join import join
 from kling.sampling.plan import (
     PRO_STEPS,
     Hop,
