@@ -30,6 +30,7 @@ def spelled_out(request: Request, read: bool) -> tuple[Request, list[str]]:
         return said
 
     if request.shots is None:
-        return request.replace(camera=camera_of(request.prompt, request.camera, "")), notes
+        camera = camera_of(request.prompt, request.camera, "")
+        return (request if camera is request.camera else request.replace(camera=camera)), notes
     shots = [replace(s, camera=camera_of(s.prompt, s.camera, f"shot {k}: ")) for k, s in enumerate(request.storyboard, 1)]
     return request.replace(shots=shots), notes
