@@ -38,6 +38,7 @@ def requests() -> dict[str, list[Request]]:
         "text": Request("a red cube moves right on grass", seed=1),
         "chinese": Request("一个绿色的球在沙地上绕圈移动", seed=2),
         "camera": Request(STILL, camera="pan=7", seed=3),
+        "camera-words": Request(f"{STILL}, the camera pans left", seed=3),
         "image": Request(prompt, image=video[0].numpy(), seed=4),
         "first_last": Request(prompt, image=video[0].numpy(), last_image=video[-1].numpy(), seed=5),
         "last": Request(prompt, last_image=video[-1].numpy(), seed=5),
