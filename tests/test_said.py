@@ -58,6 +58,7 @@ def test_a_record_of_before_leaves_its_camera_to_the_words() -> None:
     record = read_record(RECORD)
     fields = record["request"] | {"prompt": PANS, "camera": None, "image": None}
     assert request_of(record | {"recipe": 3, "request": fields, "inputs": {}}, "x").camera == "words"
+    assert request_of(record | {"recipe": 3, "request": fields | {"camera": {}}, "inputs": {}}, "x").camera == {}, "stands still"
     assert request_of(record | {"recipe": 4, "request": fields, "inputs": {}}, "x").camera is None
 
 

@@ -33,7 +33,7 @@ from kling.sampling.request import Request
 Record = dict[str, Any]
 # Goes up when the same request and settings give other frames. 1 (not written down): nothing pasted back around a mask. 2: noise of the
 # clip changed with the number of appended frames (keyframes, references), and `frame_delay` counted them as later frames. 3: the decoder
-# remembered the shot before a cut, and a camera that only the prompt says was never read.
+# remembered the shot before a cut, nothing faded after a join, and a camera that only the prompt says was never read.
 RECIPE = 4
 NEEDED = {  # part -> what of it is read, and what that is
     "request": {"keyframes": list},
@@ -104,7 +104,7 @@ def request_of(record: Record, source: str) -> Request:
     """The request of a record, after checking that its input files are still the same. `source` names the record in errors."""
     recipe = record.get("recipe", 1)
     fields = record["request"] if recipe > 1 else _as_understood_then(record["request"])
-    if recipe < 4 and not fields.get("camera") and not fields.get("shots"):
+    if recipe < 4 and fields.get("camera") is None and not fields.get("shots"):
         fields = fields | {"camera": WORDS}
     names = {field.name for field in dataclasses.fields(Request)}
     if other := [name for name in fields if name not in names]:
