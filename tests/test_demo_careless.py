@@ -201,6 +201,14 @@ def test_a_record_restores_every_guidance_scale(uploads: Uploads, pipe) -> None:
     assert fields["brush_guidance_scale"] == 0 and ("elsewhere", {"names": "tracks"}) in remarks, "no arrows, nothing to guide"
 
 
+def test_a_record_that_leaves_its_camera_to_the_words_is_said_to_be_made_elsewhere(uploads: Uploads, pipe) -> None:
+    page = SimpleNamespace(uploads=uploads, pipe=pipe, sizes={}, weights_from=lambda record: None)
+    for camera, other in (("words", True), ("pan=3", False), (None, False)):
+        asked = {"prompt": "a ball, the camera pans left", "keyframes": [], "camera": camera}
+        _, remarks = fields_of({"request": asked, "inputs": {}}, page)
+        assert (("elsewhere", {"names": "camera"}) in remarks) is other, camera
+
+
 def test_a_record_with_any_contents_fills_what_it_can_or_is_refused(uploads: Uploads, pipe, monkeypatch: pytest.MonkeyPatch) -> None:
     base = {"prompt": "a ball", "keyframes": []}
     page = SimpleNamespace(uploads=uploads, pipe=pipe, sizes={}, weights_from=lambda record: None)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from kling_programs.sample import generate
 from kling_programs.sample.studio import views
+from kling_programs.sample.studio.form import Fields
 from test_old_files import RECORD
 from test_pipeline import tiny_pipeline
 
@@ -83,3 +84,8 @@ def test_the_page_says_what_it_read() -> None:
         assert says in views.understood(0, pipe.plan(asked), asked)
     asked = Request(PANS, num_frames=9, camera="words")
     assert "as the prompt says" not in views.understood(0, pipe.plan(asked), asked)
+
+
+def test_a_row_of_the_page_s_storyboard_may_leave_it_to_the_words() -> None:
+    rows = [{"prompt": PANS, "seconds": 1, "camera": camera} for camera in ("words", "")]
+    assert [shot.camera for shot in Fields({"shots": rows}).shots()] == ["words", None]

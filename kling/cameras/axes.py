@@ -46,7 +46,7 @@ def parse_axes(text: str) -> dict[str, float]:
     for part in text.split(","):
         name, _, value = (p.strip() for p in part.partition("="))
         if name not in UNITS:
-            raise unknown("camera axis" if value else "camera move", name, list(UNITS) if value else ["static", *MOVES])
+            raise unknown("camera axis" if value else "camera move", name, list(UNITS) if value else ["static", WORDS, *MOVES])
         if name in axes:
             raise UserError(f"camera axis '{name}' is given twice: give it once")
         try:

@@ -38,18 +38,18 @@ class Flow:
 
 def optical_flow(video: Tensor) -> Flow:
     """The flow of a clip (T, H, W, 3) uint8 in both directions."""
-    return Flow(*_flows(video, back=True))
+    return Flow(*flows(video, back=True))
 
 
 def magnitude(video: Tensor) -> float:
     """How much moves in a clip (T, H, W, 3) uint8: the length of the motion over all pixels and frames, in pixels per frame, where it is
     more than `SHIMMER`; a VAE moves still textures by less."""
-    (forward,) = _flows(video, back=False)
+    (forward,) = flows(video, back=False)
     length = np.linalg.norm(forward, axis=-1)  # (T-1, H, W)
     return float(np.where(length > SHIMMER, length, 0).mean()) if len(length) else 0.0
 
 
-def _flows(video: Tensor, back: bool) -> list[np.ndarray]:
+def flows(video: Tensor, back: bool) -> list[np.ndarray]:
     """(T-1, H, W, 2) from each frame to the next, and with `back` also from the next to it."""
     H, W = video.shape[1:3]
     scale = max(1, round(SHORT_SIDE / min(H, W)))

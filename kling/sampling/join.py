@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kling.metrics.motion import fetch, optical_flow
+from kling.metrics.motion import fetch, flows
 
 ALIKE = 16.0  # levels of 255 by which a place may change and still be held for the same
 
@@ -22,7 +22,7 @@ def join(before: Tensor, frames: Tensor, overlap: int, fade: int) -> Tensor:
     last, new = frames[overlap - 1], frames[overlap:].clone()
     known = torch.cat([last, before[-1]], dim=-1).float()  # (H, W, 6)
     for k in range(fade):
-        there = optical_flow(torch.stack([new[k], last])).forward[0]  # (H, W, 2) from the new frame to the last one
+        there = flows(torch.stack([new[k], last]), back=False)[0][0]  # (H, W, 2) from the new frame to the last one
         then, true = torch.from_numpy(fetch(known.numpy(), there)[0]).split(3, dim=-1)  # what each place was, decoded and given
         change = (then - new[k]).abs().amax(dim=-1, keepdim=True)  # (H, W, 1)
         share = (1 - (k + 1) / (fade + 1)) * torch.exp(-((change / ALIKE) ** 2))

@@ -22,7 +22,7 @@ def spelled_out(request: Request, read: bool) -> tuple[Request, list[str]]:
     notes: list[str] = []
 
     def camera_of(prompt: str, camera: Camera, where: str) -> Camera:
-        if isinstance(camera, str) and camera == WORDS:
+        if camera == WORDS:
             return None
         if camera is not None or not read or not (said := camera_said(prompt)):
             return camera

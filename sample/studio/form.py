@@ -9,7 +9,7 @@ import re
 import secrets
 from typing import Any
 
-from kling.cameras.axes import LIMIT, UNITS, parse_axes
+from kling.cameras.axes import LIMIT, UNITS, WORDS, parse_axes
 from kling.condition.state import MOST_REFERENCES
 from kling.data.image import read_image
 from kling.data.video import probe
@@ -220,11 +220,11 @@ class Fields:
         return found
 
     def shots(self) -> list[Shot]:
-        """[{"prompt": words, "seconds": s, "camera": axes or a master shot, "" to leave it to the words}, …]"""
+        """[{"prompt": words, "seconds": s, "camera": axes or a master shot, "" for what its words say, "words" to leave it to these}, …]"""
         found = []
         for number, row in enumerate(self._rows("shots", MOST_SHOTS, KEYS), 1):
             words, camera = Fields(row).text("prompt"), row.get("camera")
-            if camera not in (None, ""):  # never a file of the server
+            if camera not in (None, "", WORDS):  # never a file of the server
                 try:
                     parse_axes(camera if isinstance(camera, str) else str(camera)[:40])
                 except UserError as error:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import av
 from kling_programs.sample.studio.form import canvas_size
 
-from kling.cameras.axes import UNITS, parse_axes
+from kling.cameras.axes import UNITS, WORDS, parse_axes
 from kling.errors import UserError
 from kling.runtime.files import head, sniff
 from kling.sampling.record import input_hash, read_record
@@ -118,6 +118,8 @@ def fields_of(record: dict[str, Any], studio: Studio) -> tuple[dict[str, Any], R
     if missing:
         remarks.append(("again", {"names": _some(missing)}))
     shown = {*fields, *SAME, *FILES, "keyframes", "references", "camera", "num_frames", "num_videos", "duration"}
+    if asked.get("camera") == WORDS:  # the page reads it from the prompt
+        shown -= {"camera"}
     others = [name for name, value in asked.items() if name not in shown and value not in (defaults.get(name), None)]
     if others:
         remarks.append(("elsewhere", {"names": _some(others)}))
